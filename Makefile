@@ -1,0 +1,57 @@
+# `make paper` and `make test` from a fresh clone. What they install goes into .venv, what they make into runs/.
+
+SHELL := bash
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do "$$p" -c \
+	'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+# On Linux PyTorch comes with 2 GB of CUDA; without an NVIDIA GPU its own index has a build that leaves them out.
+CPU_TORCH := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null || [ "$$(uname)" != Linux ] || echo $(CPU_TORCH))
+RUN := $(VENV)/bin/python
+comma := ,
+
+.DEFAULT_GOAL := help
+.PHONY: help paper test lab clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+paper: $(VENV)/core.stamp ## run the notebooks of Sections 0-5 in the quick profile, draw the figures, render to HTML
+	@$(RUN) -m lib paper
+
+test: $(VENV)/extras.stamp ## run the tests, which run every notebook at smoke size
+	@$(RUN) -m lib test
+
+lab: $(VENV)/core.stamp ## open the notebooks in JupyterLab
+	@$(RUN) -m jupyter lab --ServerApp.root_dir=notebooks
+
+clean: ## delete .venv and the caches; what was measured (runs/) stays
+	rm -rf $(VENV) *.egg-info .pytest_cache .hypothesis .ruff_cache
+	find lib tests -name __pycache__ -prune -exec rm -rf {} +
+
+# $(call install,what,arguments): pip is quiet, so a dot every few seconds shows that it is alive. Compiling is left to
+# the first import, which takes a minute less on two cores and has to be allowed to keep its bytecode.
+unexport PYTHONDONTWRITEBYTECODE
+define install
+@echo "Installing $(1) into $(VENV)"
+@while sleep 3 >/dev/null; do printf .; done & trap "kill $$!; echo" EXIT; $(RUN) -m pip install -qq --no-compile $(2)
+endef
+
+$(RUN):
+	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed: name it with make PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/torch.stamp: constraints.txt | $(RUN)
+ifneq ($(TORCH_INDEX),)
+	$(call install,PyTorch for CPUs,--retries 1 --no-deps -c $< torch --index-url $(TORCH_INDEX) 2>/dev/null \
+		|| echo "$(TORCH_INDEX) cannot be reached: PyTorch comes with the rest")
+endif
+	@touch $@
+
+$(VENV)/core.stamp: pyproject.toml constraints.txt $(VENV)/torch.stamp
+	$(call install,the core$(comma) with JupyterLab (a few minutes$(comma) 1.2 GB),-c constraints.txt -e .)
+	@touch $@
+
+$(VENV)/extras.stamp: $(VENV)/core.stamp
+	$(call install,the extras,-c constraints.txt -e ".[scale$(comma)monitor$(comma)dev]")
+	@touch $@

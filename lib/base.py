@@ -1,0 +1,51 @@
+"""What every module stands on: how bad input is reported, and the strict base of all configurations."""
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class InputError(ValueError):
+    """Something a user gave cannot be used.
+
+    The message is one sentence: what was wrong, where, and what is accepted. The command line prints it
+    and exits with code 2; a notebook shows it as the last line of the traceback.
+    """
+
+
+class Config(BaseModel):
+    """A frozen, typed group of settings; unknown keys and impossible values raise `InputError`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InputError(self._sentence(error)) from None
+
+    @classmethod
+    def parse(cls, values: Any) -> Self:
+        """Build from plain data, groups within groups. Raises `InputError`."""
+        if not isinstance(values, dict):
+            raise InputError(f"{cls._group() or 'a configuration'} takes an object with fields, got {values!r}")
+        fields = {name: field.annotation for name, field in cls.model_fields.items()}
+        groups = {name: kind for name, kind in fields.items() if isinstance(kind, type) and issubclass(kind, Config)}
+        return cls(**{name: groups[name].parse(value) if name in groups else value for name, value in values.items()})
+
+    @classmethod
+    def _group(cls) -> str:
+        """The name under which a run's configuration holds this group: `model` for ModelConfig, none for RunConfig."""
+        return cls.__name__.removesuffix("Config").lower().removeprefix("run")
+
+    @classmethod
+    def _sentence(cls, error: ValidationError) -> str:
+        """The first problem of a pydantic error as one sentence that names the field and what it takes."""
+        problem = error.errors(include_url=False)[0]
+        message = problem["msg"].removeprefix("Value error, ")
+        if not problem["loc"]:
+            return message
+        field = ".".join(filter(None, [cls._group(), str(problem["loc"][0])]))
+        if problem["type"] == "extra_forbidden":
+            return f"unknown configuration key {field!r}: accepted are {', '.join(cls.model_fields)}"
+        return f"{field}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"

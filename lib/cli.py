@@ -1,0 +1,247 @@
+"""`itl`: a thin door to the library. Bad input ends in one sentence and exit code 2, failed work in exit code 1."""
+
+import json
+import os
+import subprocess
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lib import paths
+from lib.base import InputError
+
+app = typer.Typer(
+    help="In-tool and in-weight learning: train, ask, sweep, draw.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Profile = StrEnum("Profile", {name: name for name in paths.PROFILES})
+Mode = StrEnum("Mode", {"in_weight": "in-weight", "in_tool": "in-tool"})
+console = Console(highlight=False, soft_wrap=True, markup=False)
+
+
+def main() -> None:
+    """Entry point of `itl` and of `python -m lib`."""
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        sys.exit(_complain(str(error), 2))
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(_complain("interrupted: the same command goes on from here", 130))
+    except typer.TyperException as error:  # an unknown option, a value of the wrong type
+        sys.exit(_complain(error.format_message(), 2))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(sentence: str, code: int) -> int:
+    print(f"itl: {' '.join(sentence.split())}", file=sys.stderr)
+    return code
+
+
+@app.command()
+def data(
+    out: Annotated[Path, typer.Option(help="SQLite file to write")],
+    people: Annotated[int, typer.Option(help="how many people to sample")] = 64,
+    seed: int = 0,
+    alpha: Annotated[float, typer.Option(help="correlation within families, 0 to 1")] = 0.0,
+    csv: Annotated[str | None, typer.Option(help="take the people of this CSV file instead")] = None,
+    dialogs: Annotated[Path | None, typer.Option(help="also write the dialogs, as JSON lines")] = None,
+    mode: Mode = Mode.in_weight,
+) -> None:
+    """Make people and their database."""
+    from lib import dialogs as dialog_module
+    from lib.facts import FactsConfig, load_people, write_database
+
+    crowd = load_people(FactsConfig(n_people=people, seed=seed, alpha=alpha, csv=csv))
+    write_database(crowd, out)
+    console.print(f"{len(crowd):,} people with {crowd.n_facts:,} facts ({', '.join(crowd.attributes)}) in {out}")
+    if dialogs:
+        _write_lines(dialogs, (json.dumps(dialog) for dialog in dialog_module.dialogs(crowd, mode.value)))
+        console.print(f"their {mode.value} dialogs, as JSON lines, in {dialogs}")
+
+
+def _write_lines(path: Path, lines) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+@app.command()
+def train(
+    mode: Annotated[Mode | None, typer.Option(help="where the facts are to be")] = None,
+    people: Annotated[int | None, typer.Option(help="how many people to learn")] = None,
+    d_model: Annotated[int | None, typer.Option(help="width of the model")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the people, the initialization and the data order")] = None,
+    csv: Annotated[str | None, typer.Option(help="learn the people of this CSV file instead")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON file to start from")] = None,
+    set_: Annotated[list[str], typer.Option("--set", help="any other field, as training.steps=500")] = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="folder of the run [default: runs/train/<run id>]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    tensorboard: Annotated[bool, typer.Option(help="also log for TensorBoard")] = False,
+) -> None:
+    """Train one model and measure its recall. The same command goes on where it was interrupted."""
+    from lib.config import RunConfig, override, read_config
+    from lib.run import run
+
+    fields = {
+        "mode": mode and mode.value,
+        "facts.n_people": people,
+        "model.d_model": d_model,
+        "facts.csv": csv,
+        "seed": seed,
+        "facts.seed": seed,
+    }
+    given = {name: value for name, value in fields.items() if value is not None} | dict(map(_assignment, set_))
+    cell = override(read_config(config) if config else RunConfig(), given)
+    directory = out or paths.runs() / "train" / cell.run_id
+    console.print(f"run {cell.run_id}: {cell.mode}, d_model {cell.model.d_model}, {cell.model.n_params:,} parameters")
+    row = run(cell, directory, device=device, description="training", tensorboard=tensorboard)
+    console.print(
+        f"recall {row['recall']:.4f} on {row['n_questions']:,} questions after {row['steps']:,} steps "
+        f"and {row['train_seconds']:.0f} s (stopped by {row['stopped']})"
+    )
+    console.print(f"all of it is in {directory}; talk to the model: itl chat {directory}")
+
+
+def _assignment(text: str) -> tuple[str, object]:
+    """`training.steps=500` as a pair; the value is JSON, or else a string."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"--set takes field=value, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+RunFolder = Annotated[Path, typer.Argument(help="folder of a run, or of a committed checkpoint")]
+Database = Annotated[Path | None, typer.Option(help="database to ask [default: the run's own]")]
+
+
+@app.command()
+def recall(folder: RunFolder, database: Database = None, device: str = "auto") -> None:
+    """Ask a trained model about all the people that it was trained on."""
+    from lib.conversation import open_conversation
+    from lib.facts import load_people
+    from lib.recall import measure_recall
+
+    with open_conversation(folder, database, device) as talk:
+        facts = list(load_people(talk.config.facts).facts())
+        measured = measure_recall(talk.model, facts, talk.tokenizer, talk.tool, description="asking")
+        queries = "" if talk.tool is None else f", {talk.tool.n_queries:,} queries to {talk.database}"
+    console.print(f"recall {measured.overall:.4f} on {len(facts):,} questions{queries}")
+    for attribute, share in measured.by_attribute().items():
+        console.print(f"  {attribute:<16} {share:.4f}")
+
+
+@app.command()
+def chat(
+    folder: RunFolder,
+    question: Annotated[str | None, typer.Argument(help="one question; without it, a conversation")] = None,
+    database: Database = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    device: str = "auto",
+) -> None:
+    """Talk to a trained model and watch it call its tool."""
+    from lib.conversation import open_conversation
+    from lib.dialogs import Role
+
+    colors = {Role.ASSISTANT: "green", Role.DATABASE: "magenta"}
+    with open_conversation(folder, database, device) as talk:
+        if question is None:
+            console.print(f"Ask about a person, {talk.example!r} say. An empty line ends the conversation.")
+        while line := question or console.input("you: ").strip():
+            speaker = None
+            for role, piece in talk.ask(line, temperature=temperature):
+                if role != speaker:
+                    console.print(f"{'' if speaker is None else chr(10)}{role}: ", end="", style="bold")
+                    speaker = role
+                console.print(piece, end="", style=colors[role])
+            console.print()
+            if question is not None:
+                return
+
+
+Section = Annotated[str, typer.Argument(help="section of the paper, as 05_1")]
+ProfileOption = Annotated[Profile, typer.Option(help="quick: minutes; laptop: hours; paper: a cluster")]
+
+
+@app.command()
+def sweep(
+    section: Section,
+    profile: ProfileOption = Profile.quick,
+    jobs: Annotated[int | None, typer.Option(help="cells at a time [default: one a core]")] = None,
+    dry_run: Annotated[bool, typer.Option(help="only say what is ahead")] = False,
+    max_hours: Annotated[float, typer.Option(help="start no new cell after this time")] = float("inf"),
+    publish: Annotated[bool, typer.Option(help="merge finished rows into paper_data (laptop and paper)")] = False,
+) -> None:
+    """Run all models of a section that are not finished yet."""
+    from lib import results
+    from lib import sweep as sweeps
+
+    report = sweeps.sweep(section, profile.value, jobs=jobs, dry_run=dry_run, max_hours=max_hours)
+    console.print(str(report))
+    if publish and not dry_run:
+        console.print(f"{results.publish(section, profile.value)} new rows in {results.table_path(section)}")
+    if report.failed:
+        raise SystemExit(1)
+
+
+@app.command()
+def figures(
+    names: Annotated[list[str] | None, typer.Argument(help="which [default: all]")] = None,
+    profile: ProfileOption = Profile.laptop,
+) -> None:
+    """Draw the figures from paper_data."""
+    from lib import figures as drawing
+
+    for name in names or drawing.FIGURES:
+        for path in drawing.save(drawing.draw(name, profile.value), name, profile.value):
+            console.print(str(path))
+
+
+@app.command()
+def notebooks(
+    names: Annotated[list[str] | None, typer.Argument(help="which, as 05_1 [default: all]")] = None,
+    profile: ProfileOption = Profile.quick,
+    parameter: Annotated[list[str], typer.Option("-p", help="name=value")] = [],  # noqa: B006
+    in_place: Annotated[bool, typer.Option(help="also write the outputs into the notebook itself")] = False,
+    reuse: Annotated[bool, typer.Option(help="skip what is up to date")] = False,
+) -> None:
+    """Run notebooks and render them to HTML."""
+    _run_notebooks(names, profile.value, parameter, in_place=in_place, reuse=reuse)
+
+
+@app.command()
+def paper(profile: ProfileOption = Profile.quick) -> None:
+    """Run the notebooks of the paper, draw its figures, render everything to HTML; what is up to date is re-used."""
+    _run_notebooks(None, profile.value, [], in_place=False, reuse=True)
+    folder = paths.profile_dir(profile.value)
+    console.print(f"figures:   {paths.figures(profile.value)}\nnotebooks: {folder / 'notebooks'} (open the .html files)")
+
+
+def _run_notebooks(names, profile: str, assignments: list[str], *, in_place: bool, reuse: bool) -> None:
+    from lib import notebooks as runner
+
+    chosen = [runner.find(name) for name in names] if names else runner.all_notebooks()
+    values = runner.parse_assignments(chosen, assignments)
+    try:
+        runner.run_many(chosen, profile, values, in_place=in_place, reuse=reuse)
+    except runner.NotebookError as error:
+        raise SystemExit(_complain(str(error), 1)) from None
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def test(context: typer.Context) -> None:
+    """Run the tests; further arguments go to pytest."""
+    code = subprocess.run([sys.executable, "-m", "pytest", *context.args], cwd=paths.ROOT).returncode
+    raise SystemExit(code)

@@ -1,0 +1,89 @@
+"""`RunConfig`: everything that decides the outcome of one run, in one object.
+
+The same object is built by a notebook cell, the command line, a sweep and a cluster job. Its canonical JSON leaves out
+what is at its default, so that a later field changes no id, and hashes to the run's id.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from lib.base import Config, InputError
+from lib.facts import FactsConfig
+from lib.model import ModelConfig
+from lib.optim import OptimConfig
+
+
+class TrainingConfig(Config):
+    """How long and on what batches."""
+
+    #: The schedule's length; a run may stop earlier (see `EvaluationConfig.stop_at_recall`).
+    steps: int = Field(3000, ge=1)
+    #: Dialogs a step, never more than the dataset holds.
+    batch_size: int = Field(128, ge=1)
+    #: A step's batch is cut into this many parts whose gradients add up.
+    grad_accumulation: int = Field(1, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    checkpoint_every: int = Field(500, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class EvaluationConfig(Config):
+    """How recall is measured while training goes on, and when it is enough."""
+
+    #: Steps between two measurements; None measures at the end only.
+    every: int | None = Field(250, ge=1)
+    #: Questions asked while training goes on, the first ones of the dataset; the end always asks all.
+    questions: int = Field(1024, ge=1)
+    #: Training ends when the last two measurements reached this recall; None trains to the last step.
+    stop_at_recall: float | None = Field(1.0, gt=0, le=1)
+
+
+class RunConfig(Config):
+    """One run: facts + model + optimizer + training + evaluation."""
+
+    mode: Literal["in-weight", "in-tool"] = "in-weight"
+    #: Seeds the initialization and the order of the data; `facts.seed` draws the people.
+    seed: int = Field(0, ge=0)
+    facts: FactsConfig = FactsConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def canonical_json(self) -> str:
+        """What differs from the defaults, keys sorted, without spaces."""
+        return json.dumps(self.model_dump(exclude_defaults=True), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def run_id(self) -> str:
+        """12 hexadecimal digits that name this configuration."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:12]
+
+
+def read_config(path: Path) -> RunConfig:
+    """The configuration in a JSON file, or an `InputError` that names the file."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    return RunConfig.parse(values)
+
+
+def override(config: RunConfig, assignments: dict[str, object]) -> RunConfig:
+    """`config` with fields replaced by dotted name: `{"model.d_model": 64}`. Raises `InputError`."""
+    values = config.model_dump(exclude_defaults=True)
+    for name, value in assignments.items():
+        *groups, field = name.split(".")
+        target = values
+        for group in groups:
+            target = target.setdefault(group, {})
+            if not isinstance(target, dict):
+                raise InputError(f"unknown configuration key {name!r}: {group} has no fields")
+        target[field] = value
+    return RunConfig.parse(values)

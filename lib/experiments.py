@@ -1,0 +1,137 @@
+"""The paper's experiments as data: a section and a profile give searches, and searches give the runs to do.
+
+A search looks for the smallest model that reaches a recall threshold on one database: from where it is expected by
+growing strides to a bracket, then by bisection. What it needs next is a function of the finished rows alone, so a sweep
+of searches resumes from the rows and repeats nothing.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from lib.base import InputError
+from lib.config import EvaluationConfig, RunConfig, TrainingConfig
+from lib.facts import FactsConfig
+from lib.model import ModelConfig
+from lib.optim import OptimConfig
+
+#: The 26 sizes of Section 5, 2,612 to 591,488 parameters.
+SIZES = (*range(4, 81, 4), *range(88, 129, 8))
+
+
+@dataclass(frozen=True)
+class Search:
+    """The runs that lead to one point of a parameter-bounds figure."""
+
+    base: RunConfig  # at any size
+    threshold: float | None = 0.95  # None: run every size (a full grid)
+    start: int = 0  # index of the size to begin with
+    sizes: tuple[int, ...] = SIZES  # ascending values of d_model
+
+    def config(self, size: int) -> RunConfig:
+        """The run at one size."""
+        return self.base.model_copy(update={"model": self.base.model.model_copy(update={"d_model": size})})
+
+    def pending(self, recalls: Mapping[str, float]) -> list[RunConfig]:
+        """The runs to do next, given the recall of finished runs by id; none when the search is over."""
+        known = {i: recalls.get(self.config(size).run_id) for i, size in enumerate(self.sizes)}
+        if self.threshold is None:
+            return [self.config(self.sizes[i]) for i, recall in known.items() if recall is None]
+        next_index = self._next({i: recall >= self.threshold for i, recall in known.items() if recall is not None})
+        return [] if next_index is None else [self.config(self.sizes[next_index])]
+
+    def _next(self, reached: dict[int, bool]) -> int | None:
+        """Index of the size to try next, given which sizes reached the threshold; None when the smallest is known."""
+        last = len(self.sizes) - 1
+        high = min((i for i, yes in reached.items() if yes), default=None)  # the smallest known to be enough
+        low = max((i for i, yes in reached.items() if not yes and (high is None or i < high)), default=None)
+        stride = 2 ** max(0, len(reached) - 1)
+        if low is None and high is None:
+            return self.start
+        if high is None:
+            return None if low == last else min(low + stride, last)
+        if low is None:
+            return None if high == 0 else max(high - stride, 0)
+        return None if high - low == 1 else (low + high) // 2
+
+    def expected_runs(self) -> int:
+        """About how many runs the search takes from its start."""
+        return len(self.sizes) if self.threshold is None else min(3, len(self.sizes))
+
+
+def searches(section: str, profile: str) -> list[Search]:
+    """All searches of a section in a profile, in the order in which they are worth doing."""
+    try:
+        return list(_SECTIONS[section][profile]())
+    except KeyError:
+        known = ", ".join(f"{name} ({', '.join(profiles)})" for name, profiles in _SECTIONS.items())
+        raise InputError(f"there is no experiment {section} in the profile {profile}: there are {known}") from None
+
+
+# Recipes ----------------------------------------------------------------------------------------------------------------
+
+#: Reaches the paper's recall in a small part of its steps (LOG.md has the comparison).
+FAST = OptimConfig()
+#: As published.
+PAPER = OptimConfig(name="adamw", lr=1e-3, weight_decay=0.1, clip_norm=None)
+
+
+# 5.1 Parameter bounds ---------------------------------------------------------------------------------------------------
+
+
+def _database(mode: str, n_facts: int, seed: int, **groups) -> RunConfig:
+    """A run on a database of its own: the seed draws the people, the initialization and the order of the data."""
+    return RunConfig(mode=mode, seed=seed, facts=FactsConfig(n_people=n_facts // 4, seed=seed), **groups)
+
+
+def _expected_start(mode: str, n_facts: int) -> int:
+    """Where to begin: the published points lie near 5,000 + 8 parameters a fact, in-tool near 23,000 at the most."""
+    expected = 5000 + 8 * n_facts
+    if mode == "in-tool":
+        expected = min(2 * expected, 23_000)
+    sizes = [ModelConfig(d_model=size).n_params for size in SIZES]
+    return next((i for i, n_params in enumerate(sizes) if n_params >= expected), len(sizes) - 1)
+
+
+def _bounds(mode: str, n_facts: int, seed: int, training: TrainingConfig, evaluation: EvaluationConfig) -> Search:
+    base = _database(mode, n_facts, seed, optim=FAST, training=training, evaluation=evaluation)
+    return Search(base, start=_expected_start(mode, n_facts))
+
+
+def _bounds_smoke() -> Iterator[Search]:
+    for mode in ("in-weight", "in-tool"):
+        base = _database(mode, 8, 0, training=TrainingConfig(steps=20), evaluation=EvaluationConfig(every=None))
+        yield Search(base, threshold=None, sizes=(4,))
+
+
+def _bounds_quick() -> Iterator[Search]:
+    evaluation = EvaluationConfig(every=50)
+    for mode, n_facts in (("in-tool", 16), ("in-weight", 16), ("in-weight", 64), ("in-weight", 256)):
+        yield _bounds(mode, n_facts, 0, TrainingConfig(steps=600, batch_size=32), evaluation)
+
+
+def _bounds_laptop() -> Iterator[Search]:
+    """Steps grow with the facts: a fixed number would bend the slope."""
+    for seed in range(3):
+        for n_facts in (2**k for k in range(6, 14)):
+            steps = max(2000, 300 * n_facts // 128)
+            yield _bounds("in-weight", n_facts, seed, TrainingConfig(steps=steps), EvaluationConfig(every=steps // 20))
+        for n_facts in (2**k for k in range(6, 16)):
+            yield _bounds("in-tool", n_facts, seed, TrainingConfig(steps=2000), EvaluationConfig(every=100))
+
+
+def _bounds_paper() -> Iterator[Search]:
+    """26 sizes, 2 to 32,768 people, 10 seeds, both modes: 7,800 runs of 100,000 steps."""
+    training = TrainingConfig(steps=100_000, checkpoint_every=5000)
+    evaluation = EvaluationConfig(every=5000, stop_at_recall=None)
+    for n_facts in (4 * 2**k for k in range(1, 16)):
+        for mode in ("in-weight", "in-tool"):
+            for seed in range(10):
+                base = _database(
+                    mode, n_facts, seed, model=ModelConfig(rope="paper"), optim=PAPER, training=training, evaluation=evaluation
+                )
+                yield Search(base, threshold=None)
+
+
+_SECTIONS: dict[str, dict[str, Callable[[], Iterator[Search]]]] = {
+    "05_1": {"smoke": _bounds_smoke, "quick": _bounds_quick, "laptop": _bounds_laptop, "paper": _bounds_paper},
+}

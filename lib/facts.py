@@ -1,0 +1,292 @@
+"""People and what is true of them: sampling, people from a CSV file, entropy, the SQLite database."""
+
+import csv
+import hashlib
+import os
+import re
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from math import log2
+from operator import itemgetter
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from lib.base import Config, InputError
+from lib.entropy import shared_value_entropy
+
+ATTRIBUTES = ("birth_date", "birth_place", "current_address", "occupation")
+#: What a family shares when attributes are correlated; birth dates stay independent.
+SHARED = ATTRIBUTES[1:]
+
+
+def _words(name: str) -> tuple[str, ...]:
+    return tuple((Path(__file__).parent / "data" / f"{name}.txt").read_text(encoding="ascii").splitlines())
+
+
+VALUES = {
+    "birth_date": tuple(
+        f"{day}/{month}/{year}" for year in range(1950, 2001) for month in range(1, 13) for day in range(1, 29)
+    ),
+    "birth_place": _words("countries"),
+    "current_address": _words("cities"),
+    "occupation": _words("occupations"),
+}
+NameList = Literal["train", "unseen"]
+FIRST_NAMES: dict[NameList, tuple[str, ...]] = {"train": _words("first_names"), "unseen": _words("unseen_first_names")}
+LAST_NAMES: dict[NameList, tuple[str, ...]] = {"train": _words("last_names"), "unseen": _words("unseen_last_names")}
+#: What stands between first and last name: nothing until every plain pair is used up, then an initial.
+MIDDLES = ("", *(f"{letter}. " for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+#: 437 x 388 x 27 = 4,578,012 distinct names.
+MAX_PEOPLE = len(FIRST_NAMES["train"]) * len(LAST_NAMES["train"]) * len(MIDDLES)
+
+
+class FactsConfig(Config):
+    """Which people a model is to know: `n_people` sampled ones, or all those of a CSV file.
+
+    `alpha` is the probability with which a person takes a family's value. With `csv`, the file alone says who
+    there is: `n_people` and `seed` describe sampling and are not looked at.
+    """
+
+    n_people: int = Field(64, ge=1, le=MAX_PEOPLE)
+    seed: int = Field(0, ge=0)
+    alpha: float = Field(0.0, ge=0, le=1)
+    csv: str | None = None
+
+    @model_validator(mode="after")
+    def _families_are_sampled(self) -> Self:
+        if self.csv is not None and self.alpha > 0:
+            raise ValueError("facts.alpha is for sampled people: it must be 0 where facts.csv gives the people")
+        return self
+
+
+@dataclass(frozen=True)
+class People:
+    """Facts in columns: `columns[attribute][i]` holds of `names[i]`. Names are unique."""
+
+    names: list[str]
+    columns: dict[str, list[str]]
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        return tuple(self.columns)
+
+    @property
+    def n_facts(self) -> int:
+        return len(self.names) * len(self.columns)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, part: slice) -> "People":
+        return People(self.names[part], {name: column[part] for name, column in self.columns.items()})
+
+    def value(self, i: int, attribute: str) -> str:
+        return self.columns[attribute][i]
+
+    def facts(self) -> Iterator[tuple[str, str, str]]:
+        """(name, attribute, value), person by person."""
+        for name, *values in zip(self.names, *self.columns.values(), strict=True):
+            for attribute, value in zip(self.columns, values, strict=True):
+                yield name, attribute, value
+
+    def digest(self) -> str:
+        """16 hexadecimal digits that tell these people, their order and their facts from any others."""
+        content = hashlib.sha256("\t".join(("name", *self.columns)).encode())
+        for column in (self.names, *self.columns.values()):
+            content.update(b"\n\n" + "\n".join(column).encode())
+        return content.hexdigest()[:16]
+
+
+def load_people(config: FactsConfig) -> People:
+    """The people that a configuration describes."""
+    if config.csv is not None:
+        return read_people_csv(config.csv)
+    return sample_people(config.n_people, config.seed, config.alpha)
+
+
+# ---- Sampling: every draw is one position of a stream of its own, so the first n people are the same whatever n is.
+
+_ORDER, _MIDDLE_ORDER, _OWN_VALUE, _FOLLOWS_FAMILY, _FAMILY_VALUE = range(5)
+
+
+def _uniform(start: int, n: int, seed: int, *stream: int) -> np.ndarray:
+    """Numbers `start` to `start + n` of a stream, uniform on [0, 1).
+
+    Made from the raw bits of PCG64, which numpy keeps the same in all versions, as it does not keep `Generator`.
+    """
+    bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=stream))
+    return (bits.advance(start).random_raw(n) >> np.uint64(11)) * 2.0**-53
+
+
+def sample_people(
+    n: int,
+    seed: int = 0,
+    alpha: float = 0.0,
+    start: int = 0,
+    first_names: NameList = "train",
+    last_names: NameList = "train",
+) -> People:
+    """People `start` to `start + n` of the sequence that `seed` and the two name lists define (Section 5).
+
+    A person has the family's birth place, address and occupation with probability `alpha`, each for itself, and
+    an independent draw otherwise; who a person is does not depend on `alpha`, nor a family's values on the people.
+    The "unseen" lists give out-of-distribution people; `start` beyond the trained ones gives new pairs of names.
+
+    Raises `InputError` for values that `FactsConfig` refuses and where the names run out.
+    """
+    FactsConfig(n_people=n, seed=seed, alpha=alpha)
+    firsts, lasts = _name_list(FIRST_NAMES, first_names), _name_list(LAST_NAMES, last_names)
+    population = (int(first_names == "unseen"), int(last_names == "unseen"))
+    first, middle, last = _name_codes(start, n, seed, population, len(firsts), len(lasts))
+    parts = zip(_decode(firsts, first), _decode(MIDDLES, middle), _decode(lasts, last), strict=True)
+    names = [f"{one} {two}{three}" for one, two, three in parts]
+    columns = {}
+    for k, (attribute, values) in enumerate(VALUES.items()):
+        codes = (_uniform(start, n, seed, _OWN_VALUE, *population, k) * len(values)).astype(int)
+        if attribute in SHARED and alpha > 0:
+            family = (_uniform(0, len(lasts), seed, _FAMILY_VALUE, population[1], k) * len(values)).astype(int)
+            follows = _uniform(start, n, seed, _FOLLOWS_FAMILY, *population, k) < alpha
+            codes = np.where(follows, family[last], codes)
+        columns[attribute] = _decode(values, codes)
+    return People(names, columns)
+
+
+def _name_list(lists: dict[NameList, tuple[str, ...]], name: str) -> tuple[str, ...]:
+    if name not in lists:
+        raise InputError(f"unknown list of names {name!r}: there are {', '.join(lists)}")
+    return lists[name]
+
+
+def _name_codes(
+    start: int, n: int, seed: int, population: tuple[int, int], n_firsts: int, n_lasts: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First name, middle and last name of each person, as indices: three (n,) arrays."""
+    n_pairs = n_firsts * n_lasts
+    if start < 0 or start + n > n_pairs * len(MIDDLES):
+        raise InputError(
+            f"people {start} to {start + n} do not exist: there are {n_pairs * len(MIDDLES)} distinct names, from 0 on"
+        )
+    order = np.argsort(_uniform(0, n_pairs, seed, _ORDER, *population), kind="stable")
+    if start + n > n_pairs:
+        with_initial = _uniform(0, n_pairs * (len(MIDDLES) - 1), seed, _MIDDLE_ORDER, *population)
+        order = np.concatenate([order, n_pairs + np.argsort(with_initial, kind="stable")])
+    middle, pair = np.divmod(order[start : start + n], n_pairs)
+    first, last = np.divmod(pair, n_lasts)
+    return first, middle, last
+
+
+def _decode(values: tuple[str, ...], codes: np.ndarray) -> list[str]:
+    return np.array(values, dtype=object)[codes].tolist()
+
+
+# ---- Entropy
+
+
+def bits_per_person() -> float:
+    """Entropy of one person's facts given the name, in bits, where attributes are independent: 31.25."""
+    return sum(log2(len(values)) for values in VALUES.values())
+
+
+def entropy_bits_per_person(n_people: int, seed: int = 0, alpha: float = 0.0) -> float:
+    """Joint entropy in bits of the facts of `sample_people(n_people, seed, alpha)`, divided by `n_people`.
+
+    Given the names; what the families' values are is not known. Exact for any `alpha`, to about 1e-10.
+    """
+    FactsConfig(n_people=n_people, seed=seed, alpha=alpha)
+    _, _, last = _name_codes(0, n_people, seed, (0, 0), len(FIRST_NAMES["train"]), len(LAST_NAMES["train"]))
+    _, members = np.unique(last, return_counts=True)
+    sizes, n_families = np.unique(members, return_counts=True)
+    shared = sum(
+        count * shared_value_entropy(size, len(VALUES[attribute]), alpha)
+        for attribute in SHARED
+        for size, count in zip(sizes.tolist(), n_families.tolist(), strict=True)
+    )
+    return log2(len(VALUES["birth_date"])) + shared / n_people
+
+
+# ---- People from a file, people to a database
+
+_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f]|```")
+
+
+def read_people_csv(path: str | Path) -> People:
+    """People from a CSV file with a header: a column `name`, and every other column is an attribute.
+
+    Blanks around a cell are dropped. Raises `InputError` where the file cannot be read, columns or cells are
+    missing, a name occurs twice, a column is not letters, digits and underscores, or a cell holds a line break,
+    another control character or ``` (which would end a request).
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file, strict=True) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"cannot read people from {path}: {error}") from None
+    if len(rows) < 2:
+        raise InputError(f"{path} has no people: a header line and one line per person are expected")
+    header, *rows = rows
+    _check_header(path, header)
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(header) or "" in row:
+            raise InputError(f"{path}, person {number}: every one of {', '.join(header)} takes one non-empty cell")
+        for cell in filter(_FORBIDDEN.search, row):
+            raise InputError(f"{path}, person {number}: {cell!r} holds a line break, a control character or ```")
+    columns = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
+    names = columns.pop("name")
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise InputError(f"{path} has the name {name!r} twice: names must be unique")
+        seen.add(name)
+    return People(names, columns)
+
+
+def _check_header(path: str | Path, header: list[str]) -> None:
+    for column in header:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", column):
+            raise InputError(f"{path}: bad column name {column!r}, letters, digits and underscores are accepted")
+    if len({column.lower() for column in header}) < len(header):
+        raise InputError(f"{path}: two columns have the same name, upper or lower case, in {', '.join(header)}")
+    if "name" not in header:
+        raise InputError(f"{path} has no column 'name' among {', '.join(header)}")
+    if len(header) == 1:
+        raise InputError(f"{path} has no attributes: at least one column besides 'name' is expected")
+
+
+def write_database(people: People, path: str | Path) -> None:
+    """Store people as the SQLite table `people` (key: name, one text column per attribute), replacing the file.
+
+    One transaction under a temporary name, then a rename. Raises `InputError` where that cannot be done.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"cannot write the database {path}: a file name in an existing folder is expected")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    columns = "".join(f', "{attribute}" TEXT NOT NULL' for attribute in people.attributes)
+    row = f"(?{', ?' * len(people.attributes)})"
+    try:
+        connection = sqlite3.connect(temporary)
+        try:
+            # No journal: a file that was not finished is thrown away.
+            connection.execute("PRAGMA journal_mode = OFF")
+            with connection:
+                connection.execute(f"CREATE TABLE people (name TEXT PRIMARY KEY{columns}) WITHOUT ROWID")
+                # In the order of the key the tree is filled from left to right; 20 rows a statement save a third.
+                rows = sorted(zip(people.names, *people.columns.values(), strict=True), key=itemgetter(0))
+                whole = len(rows) // 20 * 20
+                connection.executemany(
+                    f"INSERT INTO people VALUES {', '.join([row] * 20)}",
+                    (list(chain.from_iterable(rows[i : i + 20])) for i in range(0, whole, 20)),
+                )
+                connection.executemany(f"INSERT INTO people VALUES {row}", rows[whole:])
+        finally:
+            connection.close()
+        os.replace(temporary, path)
+    except (OSError, sqlite3.Error) as error:
+        raise InputError(f"cannot write the database {path}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,156 @@
+"""Figures of the paper: one style, one `save`, one function per figure, table in and figure out."""
+
+import os
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from lib import paths, results
+from lib.base import InputError
+
+#: Color-blind safe (Okabe and Ito) and apart in grey; a marker each, so that color is never the only difference.
+STYLES = {
+    "in-weight": {"color": "#D55E00", "marker": "o"},
+    "in-tool": {"color": "#0072B2", "marker": "s"},
+}
+
+_RC = {
+    "figure.figsize": (5.2, 3.6),
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 110,
+    "font.size": 9,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.markersize": 5,
+    "pdf.fonttype": 42,  # text stays text
+    "savefig.dpi": 200,
+}
+
+
+def save(figure: Figure, name: str, profile: str) -> list[Path]:
+    """Write NAME.pdf and NAME.png where the profile's figures go; the same figure gives the same bytes."""
+    folder = paths.figures(profile)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
+        path = folder / f"{name}{suffix}"
+        temporary = folder / f".{name}{suffix}"
+        figure.savefig(temporary, format=suffix[1:], metadata=metadata)
+        os.replace(temporary, path)
+        written.append(path)
+    return written
+
+
+def draw(name: str, profile: str = "laptop") -> Figure:
+    """One of `FIGURES` from paper_data; profiles that do not publish add their own rows. Write it with `save`."""
+    if name not in FIGURES:
+        raise InputError(f"there is no figure {name!r}: there are {', '.join(FIGURES)}")
+    return FIGURES[name](profile)
+
+
+def parameter_bounds(
+    published: pd.DataFrame, laptop: pd.DataFrame, quick: pd.DataFrame | None = None, threshold: float = 0.95
+) -> Figure:
+    """Parameters needed to reach a recall `threshold` against the number of facts (Section 5.1, main figure).
+
+    Tables as `results.minimal_parameters` gives them. Published points lie behind as lines with a band of one standard
+    deviation, ours in front with bars from the smallest to the largest seed; `quick` points are hollow.
+    """
+    with matplotlib.rc_context(_RC):
+        figure, axes = plt.subplots()
+        for mode, style in STYLES.items():
+            theirs = _at(published, mode, threshold)
+            mean, std = theirs.min_params_mean, theirs.min_params_std
+            axes.plot(theirs.n_facts, mean, color=style["color"], alpha=0.45, linewidth=1.4, label=f"{mode}, published")
+            axes.fill_between(theirs.n_facts, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
+            _points(axes, _at(laptop, mode, threshold), style, f"{mode}, this repository")
+            if quick is not None:
+                _points(axes, _at(quick, mode, threshold), style, f"{mode}, just trained (quick)", hollow=True)
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="facts",
+            ylabel=f"parameters needed for {threshold:.0%} recall",
+        )
+        axes.set_xscale("log", base=2)
+        axes.legend(fontsize=7.5)
+    return figure
+
+
+def _at(table: pd.DataFrame, mode: str, threshold: float) -> pd.DataFrame:
+    if not len(table):
+        return table
+    chosen = (table["mode"] == mode) & (table.recall_threshold == threshold) & table.min_params_mean.notna()
+    return table[chosen].sort_values("n_facts")
+
+
+def _points(axes, table: pd.DataFrame, style: dict, label: str, hollow: bool = False) -> None:
+    if not len(table):
+        return
+    mean = table.min_params_mean
+    bars = [mean - table.min_params_min, table.min_params_max - mean]
+    face = {"markerfacecolor": "white", "zorder": 4, "markersize": 7} if hollow else {"zorder": 3}
+    axes.errorbar(table.n_facts, mean, yerr=bars, linestyle="none", capsize=2, label=label, **style, **face)
+
+
+def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
+    """Recall at the end of training against model size, a line per number of facts (Section 5.1).
+
+    rows: of finished runs. published: paper_data/published/recall_vs_parameters_in_weight, drawn behind.
+    """
+    with matplotlib.rc_context({**_RC, "figure.figsize": (7.6, 3.4)}):
+        figure, panels = plt.subplots(1, 2, sharey=True, sharex=True)
+        for axes, mode in zip(panels, STYLES, strict=True):
+            of_mode = rows[rows["mode"] == mode] if len(rows) else rows
+            sizes = sorted(of_mode.n_facts.unique()) if len(of_mode) else []
+            shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, max(1, len(sizes))))
+            for shade, n_facts in zip(shades, sizes, strict=False):
+                at_size = of_mode[of_mode.n_facts == n_facts].groupby("n_params").recall
+                mean, low, high = at_size.mean(), at_size.min(), at_size.max()
+                axes.errorbar(
+                    mean.index, mean, yerr=[mean - low, high - mean], color=shade, capsize=2, label=f"{n_facts:,}", **_LINE
+                )
+            if mode == "in-weight" and published is not None:
+                for n_facts, curve in published.groupby("n_facts"):
+                    axes.plot(curve.min_params_mean, curve.recall, color="#999999", linewidth=1, zorder=1)
+                    last = curve.dropna(subset="min_params_mean").iloc[-1]
+                    axes.annotate(f"{n_facts:,}", (last.min_params_mean, last.recall), color="#777777", fontsize=7)
+            axes.set(xscale="log", xlabel="parameters", title=mode, ylim=(-0.03, 1.06))
+            if len(sizes):
+                axes.legend(title="facts", fontsize=7.5, title_fontsize=7.5, loc="upper left")
+        panels[0].set_ylabel("recall at the end of training")
+    return figure
+
+
+_LINE = {"marker": "o", "markersize": 3.5, "linewidth": 1.2}
+
+
+def _draw_parameter_bounds(profile: str) -> Figure:
+    committed = results.committed_rows("05_1")
+    own = None if profile in paths.PUBLISHING else results.read_rows("05_1", profile)
+    return parameter_bounds(
+        results.published_by_paper("parameter_bounds"),
+        results.minimal_parameters(committed),
+        None if own is None else results.minimal_parameters(own),
+    )
+
+
+def _draw_recall_against_parameters(profile: str) -> Figure:
+    rows = results.committed_rows("05_1") if profile in paths.PUBLISHING else results.read_rows("05_1", profile)
+    return recall_against_parameters(rows, results.published_by_paper("recall_vs_parameters_in_weight"))
+
+
+#: Every figure of the paper that this repository draws, by the name of its files.
+FIGURES = {
+    "parameter_bounds": _draw_parameter_bounds,
+    "recall_vs_parameters": _draw_recall_against_parameters,
+}

@@ -1,0 +1,188 @@
+"""Decoding that stops at a tool call, runs the tool and goes on.
+
+Any number of prompts decode together. When a row hands over to the database, its turn goes to the tool; the answer's
+tokens wait in the row's queue and are forced, one a step, before the row samples again. Finished rows leave the batch.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from lib.dialogs import Role, Tokenizer, Turn, encode_prompt
+from lib.monitor import progress
+from lib.tools import Response, Tool
+
+
+class Call(NamedTuple):
+    """One use of the tool: the assistant's turn and what came back."""
+
+    turn: str
+    response: Response
+
+
+@dataclass
+class Generation:
+    """What one row produced after its prompt."""
+
+    tokens: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)  # False: forced by the tool's answer
+    calls: list[Call] = field(default_factory=list)
+    finished: bool = False  # ended with the end-of-dialog token, not by length or a broken hand-over
+
+    def turns(self, tokenizer: Tokenizer) -> list[Turn]:
+        """The turns after the prompt, the assistant's first."""
+        speakers = {token: role for role, token in tokenizer.role_ids.items()}
+        turns, role, start = [], Role.ASSISTANT, 0
+        for i, token in enumerate(self.tokens):
+            if token in speakers or token == tokenizer.end:
+                turns.append(Turn(role, tokenizer.decode(self.tokens[start:i])))
+                role, start = speakers.get(token), i + 1
+        if role is not None and start < len(self.tokens):
+            turns.append(Turn(role, tokenizer.decode(self.tokens[start:])))
+        return turns
+
+
+class Event(NamedTuple):
+    """One new token of one row."""
+
+    row: int
+    token: int
+    sampled: bool
+
+
+class _Row:
+    """A row while it decodes: its generation so far and the tokens that it is forced to take next."""
+
+    def __init__(self, index: int):
+        self.index = index
+        self.generation = Generation()
+        self.forced: deque[int] = deque()
+        self.turn_start = 0
+
+    def take(self, sampled: int, tokenizer: Tokenizer, tool: Tool | None) -> Event:
+        """Append the next token, forced or `sampled`, and react to it. `self.done` says whether the row has ended."""
+        generation = self.generation
+        is_sampled = not self.forced
+        token = sampled if is_sampled else self.forced.popleft()
+        generation.tokens.append(token)
+        generation.sampled.append(is_sampled)
+        if token == tokenizer.role_ids[Role.ASSISTANT]:
+            self.turn_start = len(generation.tokens)
+        if is_sampled and token == tokenizer.role_ids[Role.DATABASE] and tool is not None:
+            turn = tokenizer.decode(generation.tokens[self.turn_start : -1])
+            response = tool(turn)
+            generation.calls.append(Call(turn, response))
+            self.forced.extend([*tokenizer.encode(response.text), tokenizer.role_ids[Role.ASSISTANT]])
+        elif is_sampled and (token == tokenizer.end or token in tokenizer.role_ids.values()):
+            generation.finished = token == tokenizer.end
+            self.done = True
+        return Event(self.index, token, is_sampled)
+
+    done = False
+
+
+def stream(
+    model,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    tool: Tool | None = None,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    into: list[Generation] | None = None,
+) -> Iterator[list[Event]]:
+    """Decode one batch of prompts, yielding the new tokens of every step.
+
+    model: a `Transformer`, or anything with its `new_cache` and `decode`. prompts: token ids that end with the
+    assistant's role token (see `encode_prompt`). temperature 0 is greedy; otherwise `generator` draws the samples.
+    A row ends with the end token, after `max_new_tokens`, or where it hands over to a role that nobody plays (the
+    database without a `tool`, the user). `into` receives each row's `Generation`, in the order of the prompts.
+    """
+    rows = [_Row(i) for i in range(len(prompts))]
+    if into is not None:
+        into.extend(row.generation for row in rows)
+    device = getattr(model, "device", "cpu")
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    tokens = torch.full((len(prompts), int(lengths.max())), tokenizer.end)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = torch.as_tensor(prompt)
+    tokens, lengths = tokens.to(device), lengths.to(device)
+    cache = model.new_cache(len(prompts), tokens.shape[1] + max_new_tokens)
+
+    for _ in range(max_new_tokens):
+        with torch.inference_mode():
+            logits = model.decode(tokens, cache, lengths)
+            chosen = _choose(logits, temperature, generator).tolist()
+        lengths = None
+        batch = rows
+        yield [row.take(token, tokenizer, tool) for row, token in zip(batch, chosen, strict=True)]
+        alive = [i for i, row in enumerate(batch) if not row.done]
+        if not alive:
+            return
+        if len(alive) < len(batch):
+            rows = [batch[i] for i in alive]
+            with torch.inference_mode():
+                cache = cache.select(torch.tensor(alive, device=device))
+        tokens = torch.tensor([[row.generation.tokens[-1]] for row in rows], device=device)
+
+
+def _choose(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.Tensor:
+    """The next token (B,) of each row from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits.float() / temperature).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+def generate(
+    model,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    tool: Tool | None = None,
+    *,
+    batch_size: int = 256,
+    description: str | None = None,
+    **options,
+) -> list[Generation]:
+    """Decode any number of prompts in batches of similar length; `options` are those of `stream`.
+
+    Shows progress under `description` if one is given.
+    """
+    generations: list[Generation | None] = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    with progress(len(prompts), description) as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            into: list[Generation] = []
+            for _ in stream(model, [prompts[i] for i in batch], tokenizer, tool, into=into, **options):
+                pass
+            for i, generation in zip(batch, into, strict=True):
+                generations[i] = generation
+            bar.update(len(batch))
+    return generations
+
+
+def chat(model, question: str, tokenizer: Tokenizer, tool: Tool | None = None, **options) -> Iterator[tuple[Role, str]]:
+    """Answer one question, streaming (who speaks, next piece of text). A change of role begins a new turn.
+
+    Pieces are whole characters: bytes of an unfinished one wait for the rest. `options` are those of `stream`.
+    """
+    speakers = {token: role for role, token in tokenizer.role_ids.items()}
+    role, pending = Role.ASSISTANT, []
+    for ((_, token, _),) in stream(
+        model, [encode_prompt([Turn(Role.USER, question)], tokenizer)], tokenizer, tool, **options
+    ):
+        if token == tokenizer.end:
+            return
+        if token in speakers:
+            role, pending = speakers[token], []
+            continue
+        pending.append(token)
+        text = tokenizer.decode(pending)
+        if not text.endswith("\ufffd") or len(pending) >= 4:
+            yield role, text
+            pending = []

@@ -1,0 +1,283 @@
+"""The transformer that all experiments of Section 5 train.
+
+Decoder-only, RMSNorm before each block, rotary positions, grouped-query attention, SwiGLU of width 4 d_model, untied
+output, no biases: Llama's architecture, so that weights travel to and from Hugging Face's `LlamaForCausalLM`.
+Shapes: B rows, S positions, D = d_model, H query heads, K key-value heads, E = head_dim, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import nn
+
+from lib.base import Config
+
+
+class ModelConfig(Config):
+    """Shape of the transformer. The defaults are the paper's: 2 layers, 2 heads, byte vocabulary."""
+
+    d_model: int = Field(32, ge=2)
+    n_layers: int = Field(2, ge=1)
+    n_heads: int = Field(2, ge=1)
+    n_kv_heads: int | None = Field(None, ge=1)
+    vocab_size: int = Field(260, ge=1)
+    rope_theta: float = Field(10_000.0, gt=1)
+    #: "standard" turns pair k at position t by t theta^(-2k/E). "paper" multiplies that by 2 pi, as the paper's code does:
+    #: the first pair then turns by whole circles and knows no position.
+    rope: Literal["standard", "paper"] = "standard"
+    norm_eps: float = Field(1e-5, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_fit(self):
+        if self.d_model % self.n_heads or self.head_dim % 2:
+            raise ValueError(
+                f"model.d_model = {self.d_model} does not split into n_heads = {self.n_heads} heads of an even size: "
+                f"give a multiple of {2 * self.n_heads}"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"model.n_kv_heads = {self.kv_heads} does not divide n_heads = {self.n_heads}: give one of its divisors"
+            )
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def n_params(self) -> int:
+        """Parameters in closed form; 32 d^2 + 525 d at 2 layers, 2 heads and 260 tokens."""
+        d, kv = self.d_model, self.kv_heads * self.head_dim
+        block = 2 * d * d + 2 * d * kv + 3 * d * 4 * d + 2 * d
+        return 2 * self.vocab_size * d + self.n_layers * block + d
+
+    def forward_flops(self, seq_len: int, n_logits: int | None = None) -> int:
+        """Multiply-adds times two of one forward pass over a row of `seq_len`, with logits at `n_logits` positions."""
+        d, kv = self.d_model, self.kv_heads * self.head_dim
+        matrices = self.n_layers * (2 * d * d + 2 * d * kv + 12 * d * d) * seq_len
+        attention = self.n_layers * d * seq_len * (seq_len + 1)  # scores and values over the causal triangle
+        output = self.vocab_size * d * (seq_len if n_logits is None else n_logits)
+        return 2 * (matrices + attention + output)
+
+
+def rotary_angles(config: ModelConfig, n_positions: int, device=None) -> torch.Tensor:
+    """Angles (n_positions, E / 2) in radians, computed in float64: by how much each pair turns at each position."""
+    pair = torch.arange(config.head_dim // 2, dtype=torch.float64, device=device)
+    frequency = config.rope_theta ** (-2 * pair / config.head_dim)
+    if config.rope == "paper":
+        frequency = 2 * math.pi * frequency
+    return torch.arange(n_positions, dtype=torch.float64, device=device)[:, None] * frequency
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (k, k + E/2) of x (..., S, E); cos and sin are (..., S, E) with the first half of sin negated."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the positions that each row has seen: `lengths` (B,) of `capacity` positions."""
+
+    keys: torch.Tensor  # (L, B, K, capacity, E)
+    values: torch.Tensor  # (L, B, K, capacity, E)
+    lengths: torch.Tensor  # (B,) int64
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    def select(self, rows: torch.Tensor) -> "KVCache":
+        """The cache of some rows only, for a batch from which finished rows have left."""
+        return KVCache(self.keys[:, rows], self.values[:, rows], self.lengths[rows])
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        kv = config.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.k_proj = nn.Linear(config.d_model, kv, bias=False)
+        self.v_proj = nn.Linear(config.d_model, kv, bias=False)
+        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, x, rotary, cached=None):
+        """x (B, S, D) -> (B, S, D). `cached`: keys, values, where to write this step's (B, S), and who may see whom."""
+        B, S, D = x.shape
+        heads = (B, S, -1, self.config.head_dim)
+        q = rotate(self.q_proj(x).view(heads).transpose(1, 2), *rotary)  # (B, H, S, E)
+        k = rotate(self.k_proj(x).view(heads).transpose(1, 2), *rotary)  # (B, K, S, E)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        visible = None
+        if cached is not None:
+            keys, values, positions, visible = cached
+            row = torch.arange(B, device=x.device)[:, None]
+            keys[row, :, positions] = k.transpose(1, 2)
+            values[row, :, positions] = v.transpose(1, 2)
+            k, v = keys, values
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=self.config.kv_heads != self.config.n_heads
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(B, S, D))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward block of width 4 D."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
+        self.up_proj = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
+        self.down_proj = nn.Linear(4 * config.d_model, config.d_model, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with its norm and residual."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.ffn = SwiGLU(config)
+
+    def forward(self, x, rotary, cached=None):
+        x = x + self.attention(self.attention_norm(x), rotary, cached)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """The language model: tokens (B, S) -> logits (B, S, V)."""
+
+    def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
+        """`generator` seeds the initialization: normal of variance 1/D, residual outputs scaled by 1/sqrt(2 L)."""
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self._rotary_table: tuple[torch.Tensor, torch.Tensor] | None = None
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                std = 1.0 if name == "embedding.weight" else parameter.shape[1] ** -0.5
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    std /= math.sqrt(2 * config.n_layers)
+                nn.init.normal_(parameter, std=std, generator=generator)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def forward(self, tokens: torch.Tensor, select: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (B, S, V) of the next token at every position of tokens (B, S).
+
+        With a mask `select` (B, S), only at its N true positions: (N, V) in row-major order.
+        """
+        x = self.embedding(tokens)
+        rotary = [table[: tokens.shape[1]] for table in self._rotary(tokens.shape[1], x.dtype)]
+        for block in self.blocks:
+            x = block(x, rotary)
+        return self.output(self.norm(x if select is None else x[select]))
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache for `batch_size` rows of at most `capacity` tokens."""
+        c = self.config
+        shape = (c.n_layers, batch_size, c.kv_heads, capacity, c.head_dim)
+        keys, values = self.embedding.weight.new_zeros((2, *shape))
+        return KVCache(keys, values, torch.zeros(batch_size, dtype=torch.int64, device=self.device))
+
+    def decode(self, tokens: torch.Tensor, cache: KVCache, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Append tokens (B, S) to the cache and return the logits (B, V) after each row's last one.
+
+        Row b appends its first `lengths[b]` tokens (all S if None); what follows them is padding that a later call
+        overwrites. Raises ValueError if a row would outgrow the cache.
+        """
+        B, S = tokens.shape
+        positions = cache.lengths[:, None] + torch.arange(S, device=tokens.device)  # (B, S)
+        seen = int(positions.max()) + 1
+        if seen > cache.capacity:
+            raise ValueError(f"a row of {seen} tokens does not fit into a cache of {cache.capacity}")
+        visible = (torch.arange(seen, device=tokens.device) <= positions[:, :, None])[:, None]  # (B, 1, S, seen)
+        x = self.embedding(tokens)
+        rotary = [table[positions][:, None] for table in self._rotary(seen, x.dtype)]  # (B, 1, S, E)
+        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
+            cached = keys[:, :, :seen], values[:, :, :seen], positions, visible
+            x = block(x, rotary, cached)
+        appended = torch.full_like(cache.lengths, S) if lengths is None else lengths
+        cache.lengths += appended
+        last = x[torch.arange(B, device=x.device), appended - 1]
+        return self.output(self.norm(last))
+
+    def _rotary(self, n_positions: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and signed sin (at least n_positions, E), from a table that grows by doubling."""
+        table = self._rotary_table
+        if table is None or len(table[0]) < n_positions or (table[0].dtype, table[0].device) != (dtype, self.device):
+            with torch.inference_mode(False):  # an evaluation may come first, and training must be able to use it
+                angles = rotary_angles(self.config, max(256, 2 ** (n_positions - 1).bit_length()), self.device)
+                cos, sin = angles.cos(), angles.sin()
+                table = torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
+            self._rotary_table = table
+        return table
+
+
+# Hugging Face ---------------------------------------------------------------------------------------------------------
+
+_LLAMA_NAMES = {
+    "embedding.": "model.embed_tokens.",
+    "blocks.": "model.layers.",
+    ".attention_norm.": ".input_layernorm.",
+    ".attention.": ".self_attn.",
+    ".ffn_norm.": ".post_attention_layernorm.",
+    ".ffn.": ".mlp.",
+    "output.": "lm_head.",
+}
+
+
+def _llama_name(name: str) -> str:
+    for ours, theirs in _LLAMA_NAMES.items():
+        name = name.replace(ours, theirs)
+    return f"model.{name}" if name.startswith("norm.") else name
+
+
+def to_llama(model: Transformer):
+    """The same model as Hugging Face's `LlamaForCausalLM` (extra `[scale]`); logits agree.
+
+    Only `rope="standard"` exists there: any other raises ValueError.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = model.config
+    if c.rope != "standard":
+        raise ValueError(f"Llama has standard rotary positions only, not rope = {c.rope!r}")
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.d_model,
+            intermediate_size=4 * c.d_model,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.kv_heads,
+            rms_norm_eps=c.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=c.vocab_size - 1,
+            pad_token_id=None,
+        )
+    )
+    llama.load_state_dict({_llama_name(name): tensor for name, tensor in model.state_dict().items()})
+    return llama.eval()

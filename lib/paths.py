@@ -1,0 +1,34 @@
+"""Where things live. Works from any current folder; `ITL_RUNS` moves everything that is not committed."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+PAPER_DATA = ROOT / "paper_data"
+PUBLISHED = PAPER_DATA / "published"
+CHECKPOINTS = PAPER_DATA / "checkpoints"
+
+#: Profiles change sizes, never code. `smoke` is for the tests; only the last two publish.
+PROFILES = ("smoke", "quick", "laptop", "paper")
+PUBLISHING = ("laptop", "paper")
+
+
+def runs() -> Path:
+    """The folder of everything that can be made again: checkpoints, logs, rows, executed notebooks."""
+    return Path(os.environ.get("ITL_RUNS", ROOT / "runs"))
+
+
+def profile_dir(profile: str) -> Path:
+    """runs/<profile>: the working folder of one profile."""
+    return runs() / profile
+
+
+def figures(profile: str) -> Path:
+    """Where a profile's figures go: figures/ for those that publish, runs/<profile>/figures for the others.
+
+    `ITL_FIGURES` overrides both: the notebook runner collects figures there until the notebook has succeeded.
+    """
+    if "ITL_FIGURES" in os.environ:
+        return Path(os.environ["ITL_FIGURES"])
+    return ROOT / "figures" if profile in PUBLISHING else profile_dir(profile) / "figures"

@@ -1,0 +1,101 @@
+"""Rows of finished runs as tidy tables: read, publish, aggregate, compare with the paper."""
+
+import json
+import os
+from pathlib import Path
+
+import pandas as pd
+
+from lib import paths
+from lib.base import InputError
+from lib.run import ROW
+
+#: How the tables name a section's rows.
+TABLES = {"05_1": "parameter_bounds"}
+
+
+def sweep_dir(section: str, profile: str) -> Path:
+    """Where a sweep keeps its runs: runs/<profile>/<section>/<run id>."""
+    return paths.profile_dir(profile) / section
+
+
+def table_path(section: str) -> Path:
+    """The published rows of a section: paper_data/<table>.csv."""
+    if section not in TABLES:
+        raise InputError(f"there is no table for section {section}: there are {', '.join(TABLES)}")
+    return paths.PAPER_DATA / f"{TABLES[section]}.csv"
+
+
+def committed_rows(section: str) -> pd.DataFrame:
+    """The rows in paper_data, of all profiles; empty before anything was published."""
+    path = table_path(section)
+    return pd.read_csv(path, dtype={"run_id": str, "config": str}) if path.exists() else pd.DataFrame()
+
+
+def read_rows(section: str, profile: str) -> pd.DataFrame:
+    """One row per finished run of a section in a profile: those in paper_data and those still in runs."""
+    fresh = [json.loads(path.read_text()) for path in sorted(sweep_dir(section, profile).glob(f"*/{ROW}"))]
+    rows = pd.DataFrame([{"profile": profile, **row} for row in fresh])
+    known = committed_rows(section)
+    if len(known):
+        rows = pd.concat([known[known.profile == profile], rows])
+    return rows.drop_duplicates("run_id", keep="first").reset_index(drop=True) if len(rows) else rows
+
+
+def publish(section: str, profile: str) -> int:
+    """Merge a sweep's finished rows into paper_data, sorted; returns how many are new.
+
+    Only the profiles that count publish, and only rows whose commit is known and clean: others are an `InputError`.
+    """
+    if profile not in paths.PUBLISHING:
+        raise InputError(f"the profile {profile} does not publish: {' and '.join(paths.PUBLISHING)} do")
+    rows, known = read_rows(section, profile), committed_rows(section)
+    if not len(rows):
+        return 0
+    bad = rows[rows.commit.str.endswith("-dirty") | (rows.commit == "unknown")]
+    if len(bad):
+        raise InputError(
+            f"{len(bad)} rows were not made by a clean commit (run {bad.run_id.iloc[0]}, commit {bad.commit.iloc[0]}): "
+            "only rows that can be traced are published, run the sweep from a clean checkout"
+        )
+    others = known[known.profile != profile] if len(known) else known
+    merged = pd.concat([others, rows]).sort_values(["profile", "mode", "n_facts", "seed", "d_model", "run_id"])
+    path = table_path(section)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    merged.to_csv(temporary, index=False)
+    os.replace(temporary, path)
+    return len(merged) - len(known)
+
+
+def minimal_parameters(rows: pd.DataFrame, thresholds=(0.5, 0.9, 0.95, 0.99)) -> pd.DataFrame:
+    """Parameters of the smallest model that reaches each recall threshold, over seeds (Section 5.1).
+
+    A row per (mode, n_facts, recall_threshold): mean, standard deviation, minimum and maximum over the seeds that reach
+    it, and how many of the seeds tried did. The columns shared with the published table have the published names.
+    """
+    if not len(rows):
+        return pd.DataFrame()
+    tables = []
+    for threshold in thresholds:
+        cells = rows.assign(n_params=rows.n_params.where(rows.recall >= threshold))
+        smallest = cells.groupby(["mode", "n_facts", "seed"]).n_params.min()
+        table = smallest.groupby(["mode", "n_facts"]).agg(["mean", "std", "min", "max", "count", "size"]).reset_index()
+        tables.append(table.assign(recall_threshold=threshold))
+    names = {"mean": "min_params_mean", "std": "min_params_std", "min": "min_params_min", "max": "min_params_max"}
+    table = pd.concat(tables).rename(columns={**names, "count": "seeds_reaching_it", "size": "seeds"})
+    return table.sort_values(["mode", "n_facts", "recall_threshold"], ignore_index=True)
+
+
+def published_by_paper(name: str) -> pd.DataFrame:
+    """A table of paper_data/published: the paper's own numbers (CC BY-NC 4.0)."""
+    return pd.read_csv(paths.PUBLISHED / f"{name}.csv")
+
+
+def compare_bounds(rows: pd.DataFrame, threshold: float = 0.95) -> pd.DataFrame:
+    """Ours beside the published figure and their ratio, where both have a point at `threshold`."""
+    ours = minimal_parameters(rows, [threshold])
+    theirs = published_by_paper("parameter_bounds")
+    both = ours.merge(theirs, on=["mode", "n_facts", "recall_threshold"], suffixes=("", "_published"))
+    both["ratio"] = both.min_params_mean / both.min_params_mean_published
+    columns = ["mode", "n_facts", "min_params_mean", "min_params_std", "seeds_reaching_it", "seeds"]
+    return both[[*columns, "min_params_mean_published", "ratio"]]

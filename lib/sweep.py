@@ -1,0 +1,152 @@
+"""Execute the searches of an experiment: in parallel processes here, resumable, each cell once."""
+
+import json
+import math
+import os
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from lib import results
+from lib.base import InputError
+from lib.config import RunConfig
+from lib.experiments import Search, searches
+from lib.monitor import progress
+from lib.run import run
+
+#: How often a failing cell is tried before it counts as failed.
+TRIES = 2
+
+
+@dataclass
+class Report:
+    """What a sweep did and what it left."""
+
+    done_before: int = 0  # cells that had a row already
+    done_now: int = 0
+    failed: dict[str, str] = field(default_factory=dict)  # run id -> the error's last line
+    missing: list[RunConfig] = field(default_factory=list)  # cells that could start now
+    searches_open: int = 0  # searches that need more cells, now or after those
+    hours_ahead: float = 0.0  # estimate for one process
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.done_now} runs done now, {self.done_before} before; {self.searches_open} searches open, "
+            f"{len(self.missing)} runs can start, about {self.hours_ahead:.2g} hours of one core ahead"
+            if self.searches_open
+            else f"{self.done_now} runs done now, {self.done_before} before; nothing is missing"
+        ]
+        return "\n".join(lines + [f"failed: {run_id}: {reason}" for run_id, reason in self.failed.items()])
+
+
+def sweep(
+    section: str, profile: str, *, jobs: int | None = None, dry_run: bool = False, max_hours: float = math.inf
+) -> Report:
+    """Run all that a section needs in a profile and that has no row yet, `jobs` cells at a time (default: one a core).
+
+    A failing cell is tried once more, then reported; other searches go on. After `max_hours` no new cell starts.
+    With `dry_run` nothing runs and the report says what is ahead.
+    """
+    if jobs is not None and jobs < 1:
+        raise InputError(f"jobs = {jobs}: a sweep takes at least one process")
+    plan = searches(section, profile)
+    rows = results.read_rows(section, profile)
+    recalls = dict(zip(rows.run_id, rows.recall, strict=True)) if len(rows) else {}
+    report = Report(done_before=len(recalls))
+    if not dry_run and _pending(plan, recalls):
+        directory = results.sweep_dir(section, profile)
+        _execute(plan, recalls, report, directory, jobs or os.cpu_count() or 1, time.monotonic() + 3600 * max_hours)
+    report.missing = _pending(plan, recalls)
+    report.searches_open = sum(bool(search.pending(recalls)) for search in plan)
+    report.hours_ahead = _hours_ahead(plan, recalls, rows)
+    return report
+
+
+def _pending(plan: list[Search], recalls: dict[str, float]) -> list[RunConfig]:
+    """The cells that can start now, each once, in the order of the plan."""
+    return list({config.run_id: config for search in plan for config in search.pending(recalls)}.values())
+
+
+def _execute(
+    plan: list[Search], recalls: dict[str, float], report: Report, directory: Path, jobs: int, deadline: float
+) -> None:
+    """Keep `jobs` workers busy until nothing can start any more, adding to `recalls` and `report`."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    idle, running = [_Worker(threads) for _ in range(jobs)], {}
+    tries: dict[str, int] = {}
+    with progress(len(plan), directory.parent.name + " " + directory.name) as bar:
+        try:
+            while True:
+                busy = {config.run_id for _, config in running.values()}
+                ready = [c for c in _pending(plan, recalls) if c.run_id not in busy | report.failed.keys()]
+                while ready and idle and time.monotonic() < deadline:
+                    config, worker = ready.pop(0), idle.pop()
+                    tries[config.run_id] = tries.get(config.run_id, 0) + 1
+                    running[worker.submit(config, directory / config.run_id)] = worker, config
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    worker, config = running.pop(future)
+                    error = future.exception()
+                    if error is None:
+                        recalls[config.run_id] = future.result()
+                        report.done_now += 1
+                        bar.set_postfix_str(f"{_title(config)}: recall {future.result():.3f}", refresh=False)
+                    else:
+                        worker.close()
+                        worker = _Worker(threads)
+                        if tries[config.run_id] >= TRIES:
+                            report.failed[config.run_id] = f"{_title(config)}: {type(error).__name__}: {error}"
+                    idle.append(worker)
+                closed = sum(not search.pending(recalls) for search in plan)
+                bar.update(closed - bar.n)
+        finally:
+            for worker in [*idle, *(worker for worker, _ in running.values())]:
+                worker.close()
+
+
+class _Worker:
+    """One process that runs cell after cell; a pool of one, so that its death harms no other cell."""
+
+    def __init__(self, threads: int):
+        self.pool = ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,))
+
+    def submit(self, config: RunConfig, directory: Path) -> Future:
+        return self.pool.submit(_cell, config.model_dump(), directory)
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _cell(config: dict, directory: Path) -> float:
+    return run(RunConfig.parse(config), directory)["recall"]
+
+
+def _title(config: RunConfig) -> str:
+    return f"{config.mode}, {4 * config.facts.n_people} facts, d = {config.model.d_model}, seed {config.seed}"
+
+
+def _hours_ahead(plan: list[Search], recalls: dict[str, float], rows: pd.DataFrame) -> float:
+    """Hours that the open searches take one process: arithmetic, at the speed of the rows there are or a guess."""
+    flops = sum(
+        search.expected_runs() * _flops(search.config(search.sizes[len(search.sizes) // 2]))
+        for search in plan
+        if search.pending(recalls)
+    )
+    speed = 1.5e10  # a core of a laptop, small matrices
+    if len(rows):
+        done = [_flops(RunConfig.parse(json.loads(row.config))) * row.steps / row.steps_budget for row in rows.itertuples()]
+        speed = sum(done) / rows.train_seconds.sum()
+    return flops / speed / 3600
+
+
+def _flops(config: RunConfig) -> float:
+    """Arithmetic of a whole run: three forward passes a step."""
+    length = 60 if config.mode == "in-weight" else 215
+    batch = min(config.training.batch_size, 4 * config.facts.n_people)
+    return 3.0 * config.training.steps * batch * config.model.forward_flops(length, length // 2)

@@ -1,0 +1,40 @@
+"""For all tests: results go to a temporary folder, few threads are used, and in CI a skipped test is a failure."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# On a busy machine an example may take long; pytest's timeout is the limit that counts.
+settings.register_profile("itl", deadline=None)
+settings.load_profile("itl")
+
+# Before torch is imported, here and in the kernels and commands that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder that takes the place of runs/."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ITL_RUNS", str(folder))
+        yield folder
+
+
+def _fail_if_skipped_in_ci(report):
+    if os.environ.get("CI") and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome, report.longrepr = "failed", f"skipped, which is a failure in CI: {report.longrepr[2]}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    return _fail_if_skipped_in_ci((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    return _fail_if_skipped_in_ci((yield))
