@@ -13,11 +13,12 @@ from lib.base import Config
 class OptimConfig(Config):
     """How the weights are updated. The paper's recipe is AdamW at 1e-3, weight decay 0.1, cosine over 100,000 steps."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    #: Peak learning rate; with Muon, that of the hidden matrices.
+    #: "muon" is Muon for the hidden matrices and AdamW for embedding, output and norms; "adamw" is AdamW for all.
+    name: Literal["adamw", "muon"] = "muon"
+    #: Peak learning rate of AdamW.
     lr: float = Field(1e-2, gt=0)
-    #: With Muon, the learning rate of AdamW for all that is no hidden matrix: embedding, output and norms.
-    adamw_lr: float = Field(1e-2, gt=0)
+    #: Peak learning rate of Muon.
+    muon_lr: float = Field(2e-2, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
@@ -41,16 +42,15 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
             tables.append(parameter)
         else:
             matrices.append(parameter)
-    rate = config.lr if config.name == "adamw" else config.adamw_lr
     decayed = tables + matrices if config.name == "adamw" else tables
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
             [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}],
-            lr=rate, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True,
+            lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True,
         )
     ]  # fmt: skip
     if config.name == "muon":
-        optimizers.append(torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay))
+        optimizers.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
