@@ -16,9 +16,9 @@ class InputError(ValueError):
 class Config(BaseModel):
     """A frozen, typed group of settings; unknown keys and impossible values raise `InputError`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
-    def __init__(self, **values: Any):
+    def __init__(self, /, **values: Any):
         try:
             super().__init__(**values)
         except ValidationError as error:

@@ -21,9 +21,13 @@ TENSORS, STATE, MARKER = "tensors.safetensors", "state.json", "COMPLETE.json"
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
-    """Write a checkpoint atomically: after a crash at any moment `folder` is whole or absent."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Write a checkpoint atomically: after a crash at any moment `folder` is whole or absent, never a mixture.
+
+    What a crashed writer left is cleared away by the next one; there must be only one at a time.
+    """
+    temporary, replaced = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    for leftover in (temporary, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
     (temporary / STATE).write_text(json.dumps(state))
@@ -32,8 +36,10 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
         _flush_to_disk(temporary / name)
     (temporary / MARKER).write_text(json.dumps(sums))
     _flush_to_disk(temporary / MARKER)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)  # in one step: deleting takes several
     temporary.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> tuple[dict[str, torch.Tensor], dict]:
@@ -53,12 +59,12 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None if it is whole."""
     try:
         sums = json.loads((folder / MARKER).read_text())
-        items = list(sums.items())
-    except FileNotFoundError:
+        expected = {name: sums[name] for name in (TENSORS, STATE)}
+    except OSError:
         return f"is incomplete ({MARKER} is missing)"
-    except (ValueError, AttributeError):
+    except (ValueError, KeyError, TypeError):
         return f"is damaged ({MARKER} is not readable)"
-    for name, checksum in items:
+    for name, checksum in expected.items():
         if not (folder / name).is_file():
             return f"is damaged ({name} is missing)"
         if _checksum(folder / name) != checksum:

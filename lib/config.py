@@ -7,11 +7,12 @@ what is at its default, so that a later field changes no id, and hashes to the r
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lib.base import Config, InputError
+from lib.dialogs import ByteTokenizer
 from lib.facts import FactsConfig
 from lib.model import ModelConfig
 from lib.optim import OptimConfig
@@ -47,12 +48,21 @@ class RunConfig(Config):
 
     mode: Literal["in-weight", "in-tool"] = "in-weight"
     #: Seeds the initialization and the order of the data; `facts.seed` draws the people.
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     facts: FactsConfig = FactsConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _tokens_fit(self) -> Self:
+        if self.model.vocab_size < ByteTokenizer.vocab_size:
+            raise ValueError(
+                f"model.vocab_size = {self.model.vocab_size} is too small for bytes and special tokens: "
+                f"give at least {ByteTokenizer.vocab_size}"
+            )
+        return self
 
     def canonical_json(self) -> str:
         """What differs from the defaults, keys sorted, without spaces."""

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.base import InputError
 from lib.config import RunConfig
 from lib.dialogs import ByteTokenizer, Role, question
 from lib.facts import load_people
@@ -39,11 +40,13 @@ class Conversation:
 def open_conversation(folder: Path, database: Path | None = None, device: str = "auto") -> Iterator[Conversation]:
     """Load a run's model; an in-tool model asks `database`, by default the one in the run's folder.
 
-    Raises `InputError` if the checkpoint or the database is missing or damaged.
+    Raises `InputError` if the checkpoint or the database is missing or damaged, or an in-weight model is given one.
     """
     folder = Path(folder)
     model, config = load_model(folder, device)
     if config.mode == "in-weight":
+        if database:
+            raise InputError(f"the model in {folder} is in-weight and asks no database: leave {database} out")
         yield Conversation(model, config, ByteTokenizer(), None, None)
         return
     database = Path(database) if database else folder / DATABASE

@@ -8,12 +8,13 @@ token that follows it, nothing else.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
 
 from lib.base import InputError
+from lib.facts import People
 from lib.tools import format_request
 
 Mode = Literal["in-weight", "in-tool", "biography"]
@@ -96,15 +97,22 @@ def biography(name: str, values: dict[str, str]) -> Dialog:
     return [Turn(Role.ASSISTANT, " ".join(sentences))]
 
 
-def dialogs(people, mode: Mode) -> Iterator[Dialog]:
-    """The dialogs of `people`: one a fact, person by person, or one a person if `mode` is "biography"."""
+_RENDER = {"in-weight": in_weight_dialog, "in-tool": in_tool_dialog}
+
+
+def dialogs(people: People, mode: Mode) -> Iterator[Dialog]:
+    """The dialogs of `people`: one a fact, person by person, or one a person if `mode` is "biography".
+
+    Any other mode is an `InputError`.
+    """
     if mode == "biography":
         for i, name in enumerate(people.names):
             yield biography(name, {attribute: people.value(i, attribute) for attribute in people.attributes})
+    elif mode in _RENDER:
+        for fact in people.facts():
+            yield _RENDER[mode](*fact)
     else:
-        render = in_weight_dialog if mode == "in-weight" else in_tool_dialog
-        for name, attribute, value in people.facts():
-            yield render(name, attribute, value)
+        raise InputError(f"unknown mode {mode!r} of dialogs: there are {', '.join(get_args(Mode))}")
 
 
 # Tokens ---------------------------------------------------------------------------------------------------------------
@@ -166,7 +174,7 @@ def encode_dialog(dialog: Dialog, tokenizer: Tokenizer) -> tuple[list[int], list
 class TokenizedDialogs:
     """A ragged tensor of D dialogs: dialog i is `values[offsets[i]:offsets[i + 1]]`, with its loss mask beside it."""
 
-    values: torch.Tensor  # (T,) int16
+    values: torch.Tensor  # (T,) int16 for bytes, int32 for larger vocabularies
     mask: torch.Tensor  # (T,) bool: the model is trained to produce this token
     offsets: torch.Tensor  # (D + 1,) int64
 
@@ -185,7 +193,7 @@ class TokenizedDialogs:
     def batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B, S) int64 and mask (B, S) of the dialogs `rows` (B,), padded on the right to the longest.
 
-        Padding repeats the token after the dialog's end (any id would do): causal attention hides it, the mask is False.
+        Padding is what follows in the dataset, for any token would do: causal attention hides it, the mask is False.
         """
         starts, ends = self.offsets[rows], self.offsets[rows + 1]
         index = starts[:, None] + torch.arange(int((ends - starts).max()), device=rows.device)
@@ -222,29 +230,30 @@ _END_BYTE = bytes([_SPECIAL + ByteTokenizer.end - 256])
 
 
 def _tokenize_bytes(items: Iterable[Dialog]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    pieces = []
+    joined = bytearray()
     for dialog in items:
         for role, text in dialog:
-            pieces += (_ROLE_BYTE[role], text.encode())
-        pieces.append(_END_BYTE)
-    raw = np.frombuffer(b"".join(pieces), dtype=np.uint8)
+            joined += _ROLE_BYTE[role]
+            joined += text.encode()
+        joined += _END_BYTE
+    raw = np.frombuffer(joined, dtype=np.uint8)
     values = raw.astype(np.int16)
     special = np.flatnonzero(raw >= _SPECIAL)
     values[special] += 256 - _SPECIAL
     # A token is trained if the last special token before it opened an assistant turn.
-    spoken = np.diff(special, append=len(raw))
-    speaker = np.repeat(values[special] == ByteTokenizer.role_ids[Role.ASSISTANT], spoken)
-    mask = np.concatenate(([False], speaker[:-1])) if len(raw) else speaker
-    offsets = np.concatenate(([0], np.flatnonzero(values == ByteTokenizer.end) + 1))
+    opens_assistant = values[special] == ByteTokenizer.role_ids[Role.ASSISTANT]
+    reach = np.diff(special, append=len(raw) - 1)
+    mask = np.repeat(np.concatenate(([False], opens_assistant)), np.concatenate(([1], reach)))
+    offsets = np.concatenate(([0], special[values[special] == ByteTokenizer.end] + 1))
     return values, mask, offsets
 
 
 class Batches:
     """The order in which a dataset is trained on: batch `step` for any step, without state.
 
-    Every epoch is a fresh seeded shuffle, cut into equal batches of at most `batch_size` dialogs (never more than there
-    are). Dialogs of similar length share a batch: each pool of `POOL` batches is sorted by length before it is cut, then
-    the batches are shuffled.
+    Every epoch is a fresh seeded shuffle, cut into batches of equal size (give or take one dialog), at most
+    `batch_size`. Dialogs of similar length share a batch: each pool of `POOL` batches is sorted by length and cut
+    again, then the batches are shuffled.
     """
 
     POOL = 8
@@ -253,7 +262,8 @@ class Batches:
         self.lengths = lengths.cpu()
         self.seed = seed
         self.per_epoch = -(-len(lengths) // batch_size)
-        self._epoch, self._batches = -1, ()
+        self._epoch: int | None = None
+        self._batches: list[torch.Tensor] = []
 
     def __getitem__(self, step: int) -> torch.Tensor:
         """Rows (B,) of the dataset that make the batch of `step`, counted from 0."""
@@ -264,11 +274,10 @@ class Batches:
 
     def _shuffle(self, epoch: int) -> list[torch.Tensor]:
         rng = np.random.default_rng([self.seed, epoch])
-        order = torch.from_numpy(rng.permutation(len(self.lengths)))
-        pools = order.tensor_split(-(-self.per_epoch // self.POOL))
-        sizes = [len(batches) for batches in np.array_split(np.arange(self.per_epoch), len(pools))]
-        batches = []
-        for pool, n_batches in zip(pools, sizes, strict=True):
-            by_length = pool[self.lengths[pool].argsort(stable=True)]
-            batches += by_length.tensor_split(n_batches)
-        return [batches[i] for i in rng.permutation(len(batches))]
+        batches = list(torch.from_numpy(rng.permutation(len(self.lengths))).tensor_split(self.per_epoch))
+        for start in range(0, self.per_epoch, self.POOL):
+            pool = slice(start, start + self.POOL)
+            sizes = [len(batch) for batch in batches[pool]]
+            rows = torch.cat(batches[pool])
+            batches[pool] = rows[self.lengths[rows].argsort(stable=True)].split(sizes)
+        return [batches[i] for i in rng.permutation(self.per_epoch)]

@@ -84,10 +84,8 @@ def _database(mode: str, n_facts: int, seed: int, **groups) -> RunConfig:
 
 
 def _expected_start(mode: str, n_facts: int) -> int:
-    """Where to begin: the published points lie near 5,000 + 8 parameters a fact, in-tool near 23,000 at the most."""
-    expected = 5000 + 8 * n_facts
-    if mode == "in-tool":
-        expected = min(2 * expected, 23_000)
+    """Where to begin: a line near the published points, in-tool a steeper one that ends at 23,000 parameters."""
+    expected = 5000 + 8 * n_facts if mode == "in-weight" else min(5000 + 40 * n_facts, 23_000)
     sizes = [ModelConfig(d_model=size).n_params for size in SIZES]
     return next((i for i, n_params in enumerate(sizes) if n_params >= expected), len(sizes) - 1)
 
@@ -104,9 +102,9 @@ def _bounds_smoke() -> Iterator[Search]:
 
 
 def _bounds_quick() -> Iterator[Search]:
-    evaluation = EvaluationConfig(every=50)
-    for mode, n_facts in (("in-tool", 16), ("in-weight", 16), ("in-weight", 64), ("in-weight", 256)):
-        yield _bounds(mode, n_facts, 0, TrainingConfig(steps=600, batch_size=32), evaluation)
+    training, evaluation = TrainingConfig(steps=600, batch_size=32), EvaluationConfig(every=50)
+    for mode, n_facts in (("in-tool", 16), ("in-weight", 64), ("in-weight", 16)):
+        yield _bounds(mode, n_facts, 0, training, evaluation)
 
 
 def _bounds_laptop() -> Iterator[Search]:
@@ -130,6 +128,21 @@ def _bounds_paper() -> Iterator[Search]:
                     mode, n_facts, seed, model=ModelConfig(rope="paper"), optim=PAPER, training=training, evaluation=evaluation
                 )
                 yield Search(base, threshold=None)
+
+
+# 00 Quickstart ------------------------------------------------------------------------------------------------------------
+
+
+def quickstart(profile: str, seed: int = 0) -> dict[str, RunConfig]:
+    """The two models that 00_quickstart trains: a few people each, more steps than they need."""
+    smoke = profile == "smoke"
+    training = TrainingConfig(steps=10 if smoke else 800, batch_size=32)
+    configs = {}
+    for mode, n_facts, d_model in (("in-weight", 64, 16), ("in-tool", 16, 16)):
+        configs[mode] = _database(
+            mode, n_facts, seed, model=ModelConfig(d_model=d_model), training=training, evaluation=EvaluationConfig(every=25)
+        )
+    return configs
 
 
 _SECTIONS: dict[str, dict[str, Callable[[], Iterator[Search]]]] = {

@@ -50,11 +50,14 @@ def save(figure: Figure, name: str, profile: str) -> list[Path]:
     return written
 
 
-def draw(name: str, profile: str = "laptop") -> Figure:
-    """One of `FIGURES` from paper_data; profiles that do not publish add their own rows. Write it with `save`."""
+def draw(name: str, profile: str = "laptop", **options) -> Figure:
+    """One of `FIGURES` from paper_data; profiles that do not publish add their own rows. Write it with `save`.
+
+    options: of the figure, `threshold` for parameter_bounds say.
+    """
     if name not in FIGURES:
         raise InputError(f"there is no figure {name!r}: there are {', '.join(FIGURES)}")
-    return FIGURES[name](profile)
+    return FIGURES[name](profile, **options)
 
 
 def parameter_bounds(
@@ -122,8 +125,9 @@ def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame | None
             if mode == "in-weight" and published is not None:
                 for n_facts, curve in published.groupby("n_facts"):
                     axes.plot(curve.min_params_mean, curve.recall, color="#999999", linewidth=1, zorder=1)
-                    last = curve.dropna(subset="min_params_mean").iloc[-1]
-                    axes.annotate(f"{n_facts:,}", (last.min_params_mean, last.recall), color="#777777", fontsize=7)
+                    middle = curve.iloc[(curve.recall - 0.6).abs().argmin()]
+                    spot = {"color": "#777777", "fontsize": 7, "rotation": 80, "ha": "right", "va": "center"}
+                    axes.annotate(f"{n_facts:,}", (middle.min_params_mean, middle.recall), **spot)
             axes.set(xscale="log", xlabel="parameters", title=mode, ylim=(-0.03, 1.06))
             if len(sizes):
                 axes.legend(title="facts", fontsize=7.5, title_fontsize=7.5, loc="upper left")
@@ -134,13 +138,14 @@ def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame | None
 _LINE = {"marker": "o", "markersize": 3.5, "linewidth": 1.2}
 
 
-def _draw_parameter_bounds(profile: str) -> Figure:
+def _draw_parameter_bounds(profile: str, threshold: float = 0.95) -> Figure:
     committed = results.committed_rows("05_1")
     own = None if profile in paths.PUBLISHING else results.read_rows("05_1", profile)
     return parameter_bounds(
         results.published_by_paper("parameter_bounds"),
         results.minimal_parameters(committed),
         None if own is None else results.minimal_parameters(own),
+        threshold,
     )
 
 

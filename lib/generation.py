@@ -7,10 +7,12 @@ tokens wait in the row's queue and are forced, one a step, before the row sample
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 
+from lib.base import InputError
 from lib.dialogs import Role, Tokenizer, Turn, encode_prompt
 from lib.monitor import progress
 from lib.tools import Response, Tool
@@ -61,6 +63,7 @@ class _Row:
         self.generation = Generation()
         self.forced: deque[int] = deque()
         self.turn_start = 0
+        self.done = False
 
     def take(self, sampled: int, tokenizer: Tokenizer, tool: Tool | None) -> Event:
         """Append the next token, forced or `sampled`, and react to it. `self.done` says whether the row has ended."""
@@ -81,8 +84,6 @@ class _Row:
             self.done = True
         return Event(self.index, token, is_sampled)
 
-    done = False
-
 
 def stream(
     model,
@@ -99,9 +100,12 @@ def stream(
 
     model: a `Transformer`, or anything with its `new_cache` and `decode`. prompts: token ids that end with the
     assistant's role token (see `encode_prompt`). temperature 0 is greedy; otherwise `generator` draws the samples.
-    A row ends with the end token, after `max_new_tokens`, or where it hands over to a role that nobody plays (the
-    database without a `tool`, the user). `into` receives each row's `Generation`, in the order of the prompts.
+    A row ends with the end token, after `max_new_tokens` (forced ones included), or where it hands over to a role that
+    nobody plays (the database without a `tool`, the user). `into` receives each row's `Generation`, in the order of
+    the prompts. Raises `InputError` for a negative temperature.
     """
+    if not temperature >= 0:
+        raise InputError(f"temperature is {temperature}: give 0 (greedy) or more")
     rows = [_Row(i) for i in range(len(prompts))]
     if into is not None:
         into.extend(row.generation for row in rows)
@@ -114,19 +118,15 @@ def stream(
     cache = model.new_cache(len(prompts), tokens.shape[1] + max_new_tokens)
 
     for _ in range(max_new_tokens):
-        with torch.inference_mode():
-            logits = model.decode(tokens, cache, lengths)
-            chosen = _choose(logits, temperature, generator).tolist()
+        chosen = _choose(model.decode(tokens, cache, lengths), temperature, generator).tolist()
         lengths = None
-        batch = rows
-        yield [row.take(token, tokenizer, tool) for row, token in zip(batch, chosen, strict=True)]
-        alive = [i for i, row in enumerate(batch) if not row.done]
+        yield [row.take(token, tokenizer, tool) for row, token in zip(rows, chosen, strict=True)]
+        alive = [i for i, row in enumerate(rows) if not row.done]
         if not alive:
             return
-        if len(alive) < len(batch):
-            rows = [batch[i] for i in alive]
-            with torch.inference_mode():
-                cache = cache.select(torch.tensor(alive, device=device))
+        if len(alive) < len(rows):
+            rows = [rows[i] for i in alive]
+            cache = cache.select(torch.tensor(alive, device=device))
         tokens = torch.tensor([[row.generation.tokens[-1]] for row in rows], device=device)
 
 
@@ -134,7 +134,9 @@ def _choose(logits: torch.Tensor, temperature: float, generator: torch.Generator
     """The next token (B,) of each row from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits.float() / temperature).softmax(-1)
+    # Relative to the largest, in float64: no temperature is too low.
+    relative = (logits - logits.amax(-1, keepdim=True)).double()
+    probabilities = (relative / temperature).softmax(-1)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
@@ -152,7 +154,7 @@ def generate(
 
     Shows progress under `description` if one is given.
     """
-    generations: list[Generation | None] = [None] * len(prompts)
+    generations: dict[int, Generation] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     with progress(len(prompts), description) as bar:
         for start in range(0, len(order), batch_size):
@@ -160,29 +162,29 @@ def generate(
             into: list[Generation] = []
             for _ in stream(model, [prompts[i] for i in batch], tokenizer, tool, into=into, **options):
                 pass
-            for i, generation in zip(batch, into, strict=True):
-                generations[i] = generation
+            generations.update(zip(batch, into, strict=True))
             bar.update(len(batch))
-    return generations
+    return [generations[i] for i in range(len(prompts))]
 
 
 def chat(model, question: str, tokenizer: Tokenizer, tool: Tool | None = None, **options) -> Iterator[tuple[Role, str]]:
     """Answer one question, streaming (who speaks, next piece of text). A change of role begins a new turn.
 
-    Pieces are whole characters: bytes of an unfinished one wait for the rest. `options` are those of `stream`.
+    Pieces are whole characters, and those of a turn add up to its text. `options` are those of `stream`.
     """
+    prompt = encode_prompt([Turn(Role.USER, question)], tokenizer)
+    produced = (event.token for (event,) in stream(model, [prompt], tokenizer, tool, **options))
     speakers = {token: role for role, token in tokenizer.role_ids.items()}
-    role, pending = Role.ASSISTANT, []
-    for ((_, token, _),) in stream(
-        model, [encode_prompt([Turn(Role.USER, question)], tokenizer)], tokenizer, tool, **options
-    ):
-        if token == tokenizer.end:
-            return
-        if token in speakers:
-            role, pending = speakers[token], []
-            continue
-        pending.append(token)
-        text = tokenizer.decode(pending)
-        if not text.endswith("\ufffd") or len(pending) >= 4:
-            yield role, text
-            pending = []
+    role, spoken, told = Role.ASSISTANT, [], 0
+    for token in chain(produced, [tokenizer.end]):  # however it ends, the last turn is told to its end
+        turn_ends = token in speakers or token == tokenizer.end
+        if not turn_ends:
+            spoken.append(token)
+        text = tokenizer.decode(spoken)
+        # The bytes of an unfinished character decode to U+FFFD: they wait for the rest.
+        ready = text if turn_ends else text.rstrip("\ufffd")
+        if len(ready) > told:
+            yield role, ready[told:]
+            told = len(ready)
+        if turn_ends:
+            role, spoken, told = speakers.get(token), [], 0

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import nn
 
-from lib.base import Config
+from lib.base import Config, InputError
 
 
 class ModelConfig(Config):
@@ -26,14 +26,14 @@ class ModelConfig(Config):
     n_kv_heads: int | None = Field(None, ge=1)
     vocab_size: int = Field(260, ge=1)
     rope_theta: float = Field(10_000.0, gt=1)
-    #: "standard" turns pair k at position t by t theta^(-2k/E). "paper" multiplies that by 2 pi, as the paper's code does:
-    #: the first pair then turns by whole circles and knows no position.
+    #: "standard" turns pair k at position t by t theta^(-2k/E). "paper" multiplies that by 2 pi, as the paper's code
+    #: does: the first pair then turns by whole circles and knows no position.
     rope: Literal["standard", "paper"] = "standard"
     norm_eps: float = Field(1e-5, gt=0)
 
     @model_validator(mode="after")
     def _heads_fit(self):
-        if self.d_model % self.n_heads or self.head_dim % 2:
+        if self.d_model % (2 * self.n_heads):
             raise ValueError(
                 f"model.d_model = {self.d_model} does not split into n_heads = {self.n_heads} heads of an even size: "
                 f"give a multiple of {2 * self.n_heads}"
@@ -111,8 +111,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, kv, bias=False)
         self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, x, rotary, cached=None):
-        """x (B, S, D) -> (B, S, D). `cached`: keys, values, where to write this step's (B, S), and who may see whom."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cached: tuple[torch.Tensor, ...] | None = None,
+    ) -> torch.Tensor:
+        """x (B, S, D) -> (B, S, D). `rotary`: cos and signed sin, for `rotate`. `cached`: the layer's keys and values
+        (B, K, T, E), the positions (B, S) where this step's are written, and which of the T are visible (B, 1, S, T).
+        """
         B, S, D = x.shape
         heads = (B, S, -1, self.config.head_dim)
         q = rotate(self.q_proj(x).view(heads).transpose(1, 2), *rotary)  # (B, H, S, E)
@@ -125,9 +132,8 @@ class Attention(nn.Module):
             keys[row, :, positions] = k.transpose(1, 2)
             values[row, :, positions] = v.transpose(1, 2)
             k, v = keys, values
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=self.config.kv_heads != self.config.n_heads
-        )
+        grouped = self.config.kv_heads != self.config.n_heads
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, S, D))
 
 
@@ -140,7 +146,8 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
         self.down_proj = nn.Linear(4 * config.d_model, config.d_model, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, S, D) -> (B, S, D)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -154,7 +161,13 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.ffn = SwiGLU(config)
 
-    def forward(self, x, rotary, cached=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cached: tuple[torch.Tensor, ...] | None = None,
+    ) -> torch.Tensor:
+        """x (B, S, D) -> (B, S, D), see `Attention`."""
         x = x + self.attention(self.attention_norm(x), rotary, cached)
         return x + self.ffn(self.ffn_norm(x))
 
@@ -163,7 +176,11 @@ class Transformer(nn.Module):
     """The language model: tokens (B, S) -> logits (B, S, V)."""
 
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
-        """`generator` seeds the initialization: normal of variance 1/D, residual outputs scaled by 1/sqrt(2 L)."""
+        """`generator` seeds the initialization.
+
+        Matrices are normal with variance 1 / inputs, those that write to the residual stream 1 / (2 L inputs);
+        embeddings are standard normal.
+        """
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
@@ -188,7 +205,8 @@ class Transformer(nn.Module):
         With a mask `select` (B, S), only at its N true positions: (N, V) in row-major order.
         """
         x = self.embedding(tokens)
-        rotary = [table[: tokens.shape[1]] for table in self._rotary(tokens.shape[1], x.dtype)]
+        cos, sin = self._rotary(tokens.shape[1], x.dtype)
+        rotary = cos[: tokens.shape[1]], sin[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x, rotary)
         return self.output(self.norm(x if select is None else x[select]))
@@ -200,11 +218,13 @@ class Transformer(nn.Module):
         keys, values = self.embedding.weight.new_zeros((2, *shape))
         return KVCache(keys, values, torch.zeros(batch_size, dtype=torch.int64, device=self.device))
 
+    @torch.inference_mode()
     def decode(self, tokens: torch.Tensor, cache: KVCache, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """Append tokens (B, S) to the cache and return the logits (B, V) after each row's last one.
 
-        Row b appends its first `lengths[b]` tokens (all S if None); what follows them is padding that a later call
-        overwrites. Raises ValueError if a row would outgrow the cache.
+        Row b appends its first `lengths[b]` tokens (at least one; all S if None); what follows them is padding that a
+        later call overwrites. For inference alone: no gradients. Raises ValueError if a row, its padding included,
+        would outgrow the cache.
         """
         B, S = tokens.shape
         positions = cache.lengths[:, None] + torch.arange(S, device=tokens.device)  # (B, S)
@@ -213,7 +233,8 @@ class Transformer(nn.Module):
             raise ValueError(f"a row of {seen} tokens does not fit into a cache of {cache.capacity}")
         visible = (torch.arange(seen, device=tokens.device) <= positions[:, :, None])[:, None]  # (B, 1, S, seen)
         x = self.embedding(tokens)
-        rotary = [table[positions][:, None] for table in self._rotary(seen, x.dtype)]  # (B, 1, S, E)
+        cos, sin = self._rotary(seen, x.dtype)
+        rotary = cos[positions][:, None], sin[positions][:, None]  # (B, 1, S, E)
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
             cached = keys[:, :, :seen], values[:, :, :seen], positions, visible
             x = block(x, rotary, cached)
@@ -223,7 +244,7 @@ class Transformer(nn.Module):
         return self.output(self.norm(last))
 
     def _rotary(self, n_positions: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and signed sin (at least n_positions, E), from a table that grows by doubling."""
+        """cos and signed sin (n_positions or more, E), from a table that grows by doubling."""
         table = self._rotary_table
         if table is None or len(table[0]) < n_positions or (table[0].dtype, table[0].device) != (dtype, self.device):
             with torch.inference_mode(False):  # an evaluation may come first, and training must be able to use it
@@ -256,13 +277,13 @@ def _llama_name(name: str) -> str:
 def to_llama(model: Transformer):
     """The same model as Hugging Face's `LlamaForCausalLM` (extra `[scale]`); logits agree.
 
-    Only `rope="standard"` exists there: any other raises ValueError.
+    Only `rope="standard"` exists there: any other is an `InputError`.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     c = model.config
     if c.rope != "standard":
-        raise ValueError(f"Llama has standard rotary positions only, not rope = {c.rope!r}")
+        raise InputError(f"Llama has no model.rope = {c.rope!r}: only 'standard' can be exported")
     llama = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=c.vocab_size,

@@ -75,11 +75,13 @@ class Monitor:
     def __init__(
         self, directory: Path, total: int, step: int = 0, description: str | None = None, tensorboard: bool = False
     ):
+        # A resumed run's purge_step hides what TensorBoard was told after the last checkpoint.
+        self.writer = summary_writer()(directory / "tensorboard", purge_step=step + 1) if tensorboard else None
+        directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
         self._truncate_after(step)
         self.file = self.path.open("a")
         self.bar = progress(total, description, initial=step)
-        self.writer = _tensorboard_writer(directory) if tensorboard else None
 
     def _truncate_after(self, step: int) -> None:
         if self.path.exists():
@@ -115,17 +117,19 @@ def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # the half-written last line of a killed run
+        return float("inf")  # the half-written last line of a run that was killed, or is being written
 
 
-def _tensorboard_writer(directory: Path):
+def summary_writer() -> type:
+    """TensorBoard's writer, or an `InputError` if it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError("TensorBoard was asked for but is not installed: pip install -e '.[monitor]'") from None
-    return SummaryWriter(directory / "tensorboard")
+    return SummaryWriter
 
 
 def read_metrics(directory: Path) -> list[dict]:
-    """All lines that a `Monitor` wrote to `directory`, oldest first."""
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    """All whole lines that a `Monitor` wrote to `directory`, oldest first."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if _step_of(line) < float("inf")]

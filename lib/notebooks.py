@@ -119,6 +119,34 @@ def parse_parameter(text: str, kind: Any) -> Any:
     raise InputError(f"{text!r} cannot be read as {_type_name(kind)}")
 
 
+def parse_assignments(names: Sequence[str | Path], assignments: Sequence[str]) -> dict[str, Any]:
+    """Parameters typed as "seeds=3", each read as what the notebooks `names` declare it to be.
+
+    Raises InputError if one of the notebooks has no such parameter, or if the value cannot be read.
+    """
+    values = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise InputError(f"{assignment!r} does not set a parameter: write name=value")
+        for source in map(find, names):
+            kind = _accepted(source, name)
+            try:
+                values[name] = parse_parameter(text, kind)
+            except InputError as error:
+                raise InputError(f"{source.stem}: parameter {name}: {error}") from None
+    return values
+
+
+def _accepted(path: Path, name: str) -> Any:
+    """The type of one parameter of a notebook, or InputError."""
+    known = parameters(path)
+    if name not in known:
+        listed = ", ".join(f"{key}: {_type_name(kind)}" for key, (kind, _) in known.items())
+        raise InputError(f"{path.stem} has no parameter {name!r}: it accepts {listed or 'none'}")
+    return known[name].type
+
+
 def _type_name(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
 
@@ -129,17 +157,13 @@ def _checked(path: Path, profile: str, values: Mapping[str, Any] | None) -> dict
         raise InputError(f"unknown profile {profile!r}: it is one of {', '.join(paths.PROFILES)}")
     if "profile" in (values or {}):
         raise InputError(f"{path.stem}: the profile is chosen with the option for it, not as a parameter")
-    known = parameters(path)
     checked = {}
     for name, value in {"profile": profile, **(values or {})}.items():
-        if name not in known:
-            accepted = ", ".join(f"{key}: {_type_name(known[key].type)}" for key in known)
-            raise InputError(f"{path.stem} has no parameter {name!r}: it accepts {accepted or 'none'}")
+        kind = _accepted(path, name)
         try:
-            checked[name] = TypeAdapter(known[name].type).validate_python(value, strict=True)
+            checked[name] = TypeAdapter(kind).validate_python(value, strict=True)
         except ValidationError:
-            kind = _type_name(known[name].type)
-            raise InputError(f"{path.stem}: parameter {name} takes {kind}, got {value!r}") from None
+            raise InputError(f"{path.stem}: parameter {name} takes {_type_name(kind)}, got {value!r}") from None
     return checked
 
 
@@ -261,7 +285,7 @@ def _execute(source: Path, values: dict[str, Any], copy: Path, figures: Path) ->
             kernel_name="python3",
             language="python",
             kernel_manager_class=_this_interpreter(figures),
-            extra_arguments=["--log-level=ERROR"],
+            extra_arguments=["--log-level=CRITICAL"],
             cwd=source.parent,
             progress_bar={"desc": source.stem, "leave": False} if sys.stderr.isatty() else False,
         )
@@ -276,8 +300,8 @@ def _execute(source: Path, values: dict[str, Any], copy: Path, figures: Path) ->
     if cause or code[-1].execution_count is None or any(out.output_type == "error" for out in code[-1].outputs):
         # papermill calls every cell of a dead kernel's notebook completed, but only those that ran have a start time.
         ran = [cell for cell in code if cell.metadata.papermill.start_time]
-        cause = textwrap.shorten(cause or "execution stopped there", 400)
-        return f"in cell [{len(ran)}] ({ran[-1].source.splitlines()[0]}): {cause}" if ran else f"at its start: {cause}"
+        where = f"in cell [{len(ran)}] ({ran[-1].source.strip().splitlines()[0]})" if ran else "at its start"
+        return f"{where}: {textwrap.shorten(cause or 'execution stopped there', 400)}"
     if missing := [name for name in _produces(notebook) if not (figures / name).is_file()]:
         return f"to produce {', '.join(missing)}, although every cell was executed"
     notebook.metadata.setdefault("itl", NotebookNode()).source_hash = source_hash

@@ -11,16 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lib.dialogs import (
-    Dialog,
-    Role,
-    Tokenizer,
-    answer,
-    encode_prompt,
-    in_tool_dialog,
-    in_weight_dialog,
-    tokenize,
-)
+from lib.dialogs import Dialog, Role, Tokenizer, answer, encode_prompt, in_tool_dialog, in_weight_dialog, tokenize
 from lib.generation import Generation, generate
 from lib.monitor import progress
 from lib.tools import Request, Tool, parse_request
@@ -65,23 +56,18 @@ def measure_recall(
     right, so `verify` runs each expected dialog once, teacher-forced, and decodes only what diverges or is too close to
     call. `decode` decodes everything: the reference.
     """
-    correct = np.zeros(len(facts), dtype=bool)
-    undecided = np.arange(len(facts))
+    correct, undecided = np.zeros(len(facts), dtype=bool), np.arange(len(facts))
     if method == "verify":
-        render = in_weight_dialog if tool is None else in_tool_dialog
-        correct, undecided = _verify(
-            model, [render(*fact) for fact in facts], facts, tokenizer, tool, batch_size, description
-        )
+        correct, undecided = _verify(model, facts, tokenizer, tool, batch_size, description)
     if len(undecided):
-        dialogs = [in_weight_dialog(*facts[i]) for i in undecided]
         generations = generate(
             model,
-            [encode_prompt(dialog[:1], tokenizer) for dialog in dialogs],
+            [encode_prompt(_expected(facts[i], tool)[:1], tokenizer) for i in undecided],
             tokenizer,
             tool,
             batch_size=batch_size,
             description=description and f"{description}, decoding",
-            max_new_tokens=_token_budget([facts[i] for i in undecided], tokenizer, tool),
+            max_new_tokens=_token_budget(facts, tokenizer, tool),
         )
         for i, generation in zip(undecided, generations, strict=True):
             correct[i] = is_correct(generation, facts[i], tokenizer, tool)
@@ -91,8 +77,9 @@ def measure_recall(
 def is_correct(generation: Generation, fact: Fact, tokenizer: Tokenizer, tool: Tool | None) -> bool:
     """Whether a greedy dialog ends with the expected sentence and, with a tool, whether the fact came from it."""
     name, attribute, value = fact
-    turns = generation.turns(tokenizer)
-    said = generation.finished and turns[-1] == (Role.ASSISTANT, answer(*fact))
+    assistant = tokenizer.role_ids[Role.ASSISTANT]  # the prompt ends with it
+    final_turn = [assistant, *tokenizer.encode(answer(*fact)), tokenizer.end]
+    said = [assistant, *generation.tokens][-len(final_turn) :] == final_turn
     if tool is None or not said:
         return said
     return any(
@@ -101,43 +88,45 @@ def is_correct(generation: Generation, fact: Fact, tokenizer: Tokenizer, tool: T
     )
 
 
+def _expected(fact: Fact, tool: Tool | None) -> Dialog:
+    return in_weight_dialog(*fact) if tool is None else in_tool_dialog(*fact)
+
+
 def _token_budget(facts: Sequence[Fact], tokenizer: Tokenizer, tool: Tool | None) -> int:
-    """Tokens that the longest expected dialog takes after its question, and some to be wrong in."""
-    render = in_weight_dialog if tool is None else in_tool_dialog
-    longest = max(sum(len(turn.text.encode()) + 1 for turn in render(*fact)[1:]) for fact in facts)
-    return longest + 32
+    """Tokens of the longest expected dialog; those of its question leave room to be wrong in.
+
+    Of all questions, not of the undecided ones: a verdict must not depend on those of others.
+    """
+    return int(tokenize((_expected(fact, tool) for fact in facts), tokenizer).lengths().max())
 
 
 def _verify(
-    model, dialogs: list[Dialog], facts: Sequence[Fact], tokenizer: Tokenizer, tool: Tool | None, batch_size, description
+    model, facts: Sequence[Fact], tokenizer: Tokenizer, tool: Tool | None, batch_size: int, description: str | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Verdicts (Q,) from one teacher-forced pass, and the indices of the questions it cannot decide."""
+    dialogs = [_expected(fact, tool) for fact in facts]
     data = tokenize(dialogs, tokenizer).to(getattr(model, "device", "cpu"))
     exact = torch.zeros(len(data), dtype=torch.bool, device=data.values.device)
-    close = torch.zeros_like(exact)
+    sure = torch.zeros_like(exact)
     order = data.lengths().argsort(stable=True)
     with torch.inference_mode(), progress(len(data), description) as bar:
         for rows in order.split(batch_size):
             tokens, mask = data.batch(rows)
             targets, mask = tokens[:, 1:], mask[:, 1:]
             top = model(tokens[:, :-1], select=mask).topk(2, dim=-1)
-            right = top.indices[:, 0] == targets[mask]
-            near = top.values[:, 0] - top.values[:, 1] < MARGIN
-            row = mask.nonzero()[:, 0]
-            exact[rows] = _all_of_row(right, row, len(rows))
-            close[rows] = ~_all_of_row(~near, row, len(rows))
+            exact[rows] = _all_of_row(top.indices[:, 0] == targets[mask], mask)
+            sure[rows] = _all_of_row(top.values[:, 0] - top.values[:, 1] >= MARGIN, mask)
             bar.update(len(rows))
-    exact, close = exact.cpu().numpy(), close.cpu().numpy()
+    confirmed, sure = (exact & sure).cpu().numpy(), sure.cpu().numpy()
     if tool is None:
-        # Without a tool the first turn is the last: once it diverges it cannot become the expected sentence.
-        return exact & ~close, np.flatnonzero(close)
-    confirmed = exact & ~close
+        # The first turn is the last: once it diverges it cannot become the expected sentence.
+        return confirmed, np.flatnonzero(~sure)
     for i in np.flatnonzero(confirmed):
         response = tool(dialogs[i][1].text)
         confirmed[i] = response.ok and response.text == facts[i][2]
     return confirmed, np.flatnonzero(~confirmed)
 
 
-def _all_of_row(flags: torch.Tensor, row: torch.Tensor, n_rows: int) -> torch.Tensor:
-    """(n_rows,) whether all `flags` (N,) of each `row` (N,) are true."""
-    return torch.bincount(row, weights=(~flags).float(), minlength=n_rows) == 0
+def _all_of_row(flags: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(B,) whether the `flags` (N,) of a row all hold; there is one for each true position of `mask` (B, S)."""
+    return torch.ones_like(mask).masked_scatter(mask, flags).all(-1)

@@ -1,6 +1,7 @@
 """Rows of finished runs as tidy tables: read, publish, aggregate, compare with the paper."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pandas as pd
 
 from lib import paths
 from lib.base import InputError
+from lib.experiments import SIZES
 from lib.run import ROW
 
 #: How the tables name a section's rows.
@@ -29,7 +31,13 @@ def table_path(section: str) -> Path:
 def committed_rows(section: str) -> pd.DataFrame:
     """The rows in paper_data, of all profiles; empty before anything was published."""
     path = table_path(section)
-    return pd.read_csv(path, dtype={"run_id": str, "config": str}) if path.exists() else pd.DataFrame()
+    if not path.exists():
+        return pd.DataFrame()
+    return pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str), float_precision="round_trip")
+
+
+#: Columns of which a value may look like a number: hexadecimal digits, versions.
+_TEXT = ("run_id", "people_digest", "commit", "python", "torch")
 
 
 def read_rows(section: str, profile: str) -> pd.DataFrame:
@@ -42,13 +50,18 @@ def read_rows(section: str, profile: str) -> pd.DataFrame:
     return rows.drop_duplicates("run_id", keep="first").reset_index(drop=True) if len(rows) else rows
 
 
+def check_publishes(profile: str) -> None:
+    """Raise `InputError` for a profile whose results stay in runs."""
+    if profile not in paths.PUBLISHING:
+        raise InputError(f"the profile {profile} does not publish: {' and '.join(paths.PUBLISHING)} do")
+
+
 def publish(section: str, profile: str) -> int:
     """Merge a sweep's finished rows into paper_data, sorted; returns how many are new.
 
     Only the profiles that count publish, and only rows whose commit is known and clean: others are an `InputError`.
     """
-    if profile not in paths.PUBLISHING:
-        raise InputError(f"the profile {profile} does not publish: {' and '.join(paths.PUBLISHING)} do")
+    check_publishes(profile)
     rows, known = read_rows(section, profile), committed_rows(section)
     if not len(rows):
         return 0
@@ -56,7 +69,7 @@ def publish(section: str, profile: str) -> int:
     if len(bad):
         raise InputError(
             f"{len(bad)} rows were not made by a clean commit (run {bad.run_id.iloc[0]}, commit {bad.commit.iloc[0]}): "
-            "only rows that can be traced are published, run the sweep from a clean checkout"
+            f"only rows that can be traced are published, delete these in {sweep_dir(section, profile)} and sweep again"
         )
     others = known[known.profile != profile] if len(known) else known
     merged = pd.concat([others, rows]).sort_values(["profile", "mode", "n_facts", "seed", "d_model", "run_id"])
@@ -70,20 +83,40 @@ def publish(section: str, profile: str) -> int:
 def minimal_parameters(rows: pd.DataFrame, thresholds=(0.5, 0.9, 0.95, 0.99)) -> pd.DataFrame:
     """Parameters of the smallest model that reaches each recall threshold, over seeds (Section 5.1).
 
-    A row per (mode, n_facts, recall_threshold): mean, standard deviation, minimum and maximum over the seeds that reach
-    it, and how many of the seeds tried did. The columns shared with the published table have the published names.
+    A seed counts only where the next smaller size was run and failed: the smallest size that a search has tried so far
+    may not be the smallest that would do. A row per (mode, n_facts, recall_threshold): mean, standard deviation, minimum
+    and maximum over the `seeds_reaching_it`, of `seeds` that were tried. The columns shared with the published table
+    have the published names.
     """
     if not len(rows):
-        return pd.DataFrame()
+        return pd.DataFrame(columns=["mode", "n_facts", "recall_threshold", *_STATISTICS.values()])
     tables = []
     for threshold in thresholds:
-        cells = rows.assign(n_params=rows.n_params.where(rows.recall >= threshold))
-        smallest = cells.groupby(["mode", "n_facts", "seed"]).n_params.min()
-        table = smallest.groupby(["mode", "n_facts"]).agg(["mean", "std", "min", "max", "count", "size"]).reset_index()
+        smallest = rows.groupby(["mode", "n_facts", "seed"]).apply(_smallest, threshold, include_groups=False)
+        table = smallest.groupby(["mode", "n_facts"]).agg(list(_STATISTICS)).reset_index()
         tables.append(table.assign(recall_threshold=threshold))
-    names = {"mean": "min_params_mean", "std": "min_params_std", "min": "min_params_min", "max": "min_params_max"}
-    table = pd.concat(tables).rename(columns={**names, "count": "seeds_reaching_it", "size": "seeds"})
+    table = pd.concat(tables).rename(columns=_STATISTICS)
     return table.sort_values(["mode", "n_facts", "recall_threshold"], ignore_index=True)
+
+
+_STATISTICS = {
+    "mean": "min_params_mean",
+    "std": "min_params_std",
+    "min": "min_params_min",
+    "max": "min_params_max",
+    "count": "seeds_reaching_it",
+    "size": "seeds",
+}
+
+
+def _smallest(runs: pd.DataFrame, threshold: float) -> float:
+    """Parameters of the smallest size that reached `threshold` if the next smaller one did not, else NaN."""
+    reached = dict(zip(runs.d_model, runs.recall >= threshold, strict=True))
+    enough = min((size for size, yes in reached.items() if yes), default=None)
+    below = max((size for size in SIZES if enough is not None and size < enough), default=None)
+    if enough is None or (below is not None and reached.get(below, True)):
+        return math.nan
+    return float(runs.n_params[runs.d_model == enough].iloc[0])
 
 
 def published_by_paper(name: str) -> pd.DataFrame:

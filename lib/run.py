@@ -21,11 +21,12 @@ from lib.config import RunConfig
 from lib.dialogs import ByteTokenizer, dialogs, tokenize
 from lib.facts import People, load_people, write_database
 from lib.model import Transformer
+from lib.monitor import summary_writer
 from lib.recall import Fact, Recall, measure_recall
 from lib.tools import SqlTool
 from lib.trainer import Trainer
 
-DATABASE, ROW, MODEL = "people.sqlite", "row.json", "model"
+CLAIM, DATABASE, ROW, MODEL = "config.json", "people.sqlite", "row.json", "model"
 
 
 def run(
@@ -38,14 +39,24 @@ def run(
 ) -> dict:
     """Train and measure one model; returns its row (see `paper_data/README.md` for the columns).
 
-    Raises `InputError` if `directory` belongs to another configuration or to other people.
+    Raises `InputError` if `directory` belongs to another configuration or to other people; then nothing has changed.
     """
     device = resolve_device(device)
+    if tensorboard:
+        summary_writer()
     directory = Path(directory)
     people = load_people(config.facts)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory.with_name(f".{directory.name}.lock")):  # a second process waits and finds the row
-        _claim(directory, config, people)
+    _check_claim(directory, config, people)
+    commit()  # remembers the code that was imported, whatever is committed while the run goes on
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {directory}: {error.strerror}") from None
+    with FileLock(directory / ".lock"):  # a second process waits and finds the row
+        _check_claim(directory, config, people)
+        if not (directory / CLAIM).exists():
+            claim = {"config": config.model_dump(mode="json"), "people_digest": people.digest()}
+            write_json(directory / CLAIM, claim)
         if not (directory / ROW).exists():
             row = _train_and_measure(config, directory, people, device, description, tensorboard)
             write_json(directory / ROW, row)
@@ -106,18 +117,24 @@ def _configuration_columns(config: RunConfig, people: People) -> dict:
     }
 
 
-def _claim(directory: Path, config: RunConfig, people: People) -> None:
-    """Make `directory` this run's, or find that it is already."""
-    claim = {"config": config.model_dump(mode="json"), "people_digest": people.digest()}
-    path = directory / "config.json"
-    if path.exists():
-        if json.loads(path.read_text()) != claim:
+def _check_claim(directory: Path, config: RunConfig, people: People) -> None:
+    """Raise `InputError` unless `directory` is this run's, or free: what begins with a dot does not count."""
+    if (directory / CLAIM).exists():
+        if _read_claim(directory) != (config, people.digest()):
             raise InputError(f"{directory} holds a run of another configuration or other people: give another folder")
-        return
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    elif directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file: give a new folder")
+    elif directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
         raise InputError(f"{directory} is not empty and holds no run: give a new folder")
-    directory.mkdir(exist_ok=True)
-    write_json(path, claim)
+
+
+def _read_claim(directory: Path) -> tuple[RunConfig, str]:
+    """The configuration and the people's digest that a run's folder was claimed with."""
+    try:
+        claim = json.loads((directory / CLAIM).read_text())
+        return RunConfig.parse(claim["config"]), claim["people_digest"]
+    except (OSError, ValueError, KeyError, TypeError):  # `InputError` among them: fields of another version
+        raise InputError(f"{directory} is not the folder of a run ({CLAIM} is missing or not readable)") from None
 
 
 def save_model(model: Transformer, folder: Path, config: RunConfig) -> None:
@@ -146,14 +163,11 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=device).device
+        probe = torch.zeros(1, device=device)
+        probe.item()  # "meta" fails here
+        return probe.device
     except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(f"this machine has no device {device!r}: use auto or cpu") from None
-
-
-def read_run(directory: Path) -> RunConfig:
-    """The configuration that a run's folder was claimed with."""
-    return RunConfig.parse(json.loads((directory / "config.json").read_text())["config"])
 
 
 def provenance(device: torch.device) -> dict:

@@ -3,11 +3,14 @@
 import json
 import math
 import os
+import signal
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from threading import Thread
 
 import pandas as pd
 import torch
@@ -77,32 +80,32 @@ def _execute(
 ) -> None:
     """Keep `jobs` workers busy until nothing can start any more, adding to `recalls` and `report`."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    idle, running = [_Worker(threads) for _ in range(jobs)], {}
+    idle: list[_Worker] = []
+    running: dict[Connection, tuple[_Worker, RunConfig]] = {}
     tries: dict[str, int] = {}
     with progress(len(plan), directory.parent.name + " " + directory.name) as bar:
         try:
             while True:
                 busy = {config.run_id for _, config in running.values()}
                 ready = [c for c in _pending(plan, recalls) if c.run_id not in busy | report.failed.keys()]
-                while ready and idle and time.monotonic() < deadline:
-                    config, worker = ready.pop(0), idle.pop()
+                while ready and len(running) < jobs and time.monotonic() < deadline:
+                    config, worker = ready.pop(0), idle.pop() if idle else _Worker(threads)
                     tries[config.run_id] = tries.get(config.run_id, 0) + 1
-                    running[worker.submit(config, directory / config.run_id)] = worker, config
+                    worker.submit(config, directory / config.run_id)
+                    running[worker.pipe] = worker, config
                 if not running:
                     return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    worker, config = running.pop(future)
-                    error = future.exception()
+                for pipe in wait(list(running)):
+                    worker, config = running.pop(pipe)
+                    recall, error = worker.result()
                     if error is None:
-                        recalls[config.run_id] = future.result()
+                        recalls[config.run_id] = recall
                         report.done_now += 1
-                        bar.set_postfix_str(f"{_title(config)}: recall {future.result():.3f}", refresh=False)
-                    else:
-                        worker.close()
-                        worker = _Worker(threads)
-                        if tries[config.run_id] >= TRIES:
-                            report.failed[config.run_id] = f"{_title(config)}: {type(error).__name__}: {error}"
-                    idle.append(worker)
+                        bar.set_postfix_str(f"{_title(config)}: recall {recall:.3f}", refresh=False)
+                    elif tries[config.run_id] >= TRIES:
+                        report.failed[config.run_id] = f"{_title(config)}: {error}"
+                    if worker.process.is_alive():
+                        idle.append(worker)
                 closed = sum(not search.pending(recalls) for search in plan)
                 bar.update(closed - bar.n)
         finally:
@@ -111,20 +114,48 @@ def _execute(
 
 
 class _Worker:
-    """One process that runs cell after cell; a pool of one, so that its death harms no other cell."""
+    """A process that runs cell after cell. Its death harms no other cell, and it does not outlive the sweep."""
 
     def __init__(self, threads: int):
-        self.pool = ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,))
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, threads), daemon=True)
+        self.process.start()
+        theirs.close()  # the process holds the only other end now, so its death ends the pipe
 
-    def submit(self, config: RunConfig, directory: Path) -> Future:
-        return self.pool.submit(_cell, config.model_dump(), directory)
+    def submit(self, config: RunConfig, directory: Path) -> None:
+        with suppress(OSError):  # it has died, which `result` will say
+            self.pipe.send((config.model_dump(), directory))
+
+    def result(self) -> tuple[float | None, str | None]:
+        """Recall of the cell, or the error that ended it."""
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            return None, f"its process died with exit code {self.process.exitcode}"
 
     def close(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.process.terminate()
 
 
-def _cell(config: dict, directory: Path) -> float:
-    return run(RunConfig.parse(config), directory)["recall"]
+def _work(pipe: Connection, threads: int) -> None:
+    """The life of a worker: cells come in, recalls go out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the sweep, which ends its workers
+    Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    with suppress(EOFError):
+        while True:
+            config, directory = pipe.recv()
+            try:
+                pipe.send((run(RunConfig.parse(config), directory)["recall"], None))
+            except Exception as error:
+                pipe.send((None, f"{type(error).__name__}: {error}"))
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)
 
 
 def _title(config: RunConfig) -> str:

@@ -332,6 +332,21 @@ def test_a_parameter_that_cannot_be_read_names_the_type(text, kind, name):
         notebooks.parse_parameter(text, kind)
 
 
+def test_assignments_are_read_by_the_types_the_notebooks_declare(tmp_path):
+    source = write(tmp_path / "n.ipynb")
+    assert notebooks.parse_assignments([source], ["seeds=3", "rate=3", "rate=1e-2"]) == {"seeds": 3, "rate": 0.01}
+    text = write(tmp_path / "text.ipynb", parameters='a: str = "x"')
+    assert notebooks.parse_assignments([text], ["a=b=c"]) == {"a": "b=c"}
+    for wrong, message in {
+        "seeds": "'seeds' does not set a parameter: write name=value",
+        "seeds=many": "n: parameter seeds: 'many' cannot be read as int",
+        "sedes=3": "n has no parameter 'sedes': it accepts profile: str, seeds: int, rate: float",
+    }.items():
+        with pytest.raises(InputError) as caught:
+            notebooks.parse_assignments([source], [wrong])
+        assert str(caught.value) == message
+
+
 @pytest.mark.parametrize("title, network", [("# Price", []), ("# $x^2$", ["mathjax"])])
 def test_a_page_asks_the_network_for_nothing_but_equations(tmp_path, title, network):
     notebook = nbformat.read(write(tmp_path / "n.ipynb"), as_version=4)
@@ -344,13 +359,14 @@ def test_a_page_asks_the_network_for_nothing_but_equations(tmp_path, title, netw
 # --- the notebooks of the project
 
 ALL = notebooks.all_notebooks()
+each_notebook = pytest.mark.parametrize("path", ALL, ids=[path.stem for path in ALL])
 
 
 def test_the_project_has_notebooks():
     assert len(ALL) > 0
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+@each_notebook
 def test_notebook_is_prose_with_calls(path):
     cells = nbformat.read(path, as_version=4).cells
     code = [cell for cell in cells if cell.cell_type == "code"]
@@ -360,18 +376,19 @@ def test_notebook_is_prose_with_calls(path):
     assert not [out for cell in code for out in cell.outputs if out.output_type == "error"]
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+@each_notebook
 def test_notebook_begins_with_commented_parameters_and_declares_its_figures(path):
     notebook = nbformat.read(path, as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     assert first.metadata.tags == ["parameters"]
-    assert notebooks.parameters(path)["profile"] == (str, "quick")
+    kind, default = notebooks.parameters(path)["profile"]
+    assert kind is str and default in paths.PROFILES
     assert all("#" in line for line in first.source.splitlines())
     assert isinstance(notebook.metadata.itl.produces, list)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+@each_notebook
 def test_notebook_runs_at_smoke_size(path):
     result = notebooks.run(path, "smoke")
     declared = nbformat.read(path, as_version=4).metadata.itl.produces
