@@ -4,9 +4,6 @@ SHELL := bash
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do "$$p" -c \
 	'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
-# On Linux PyTorch comes with 2 GB of CUDA; without an NVIDIA GPU its own index has a build that leaves them out.
-CPU_TORCH := https://download.pytorch.org/whl/cpu
-TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null || [ "$$(uname)" != Linux ] || echo $(CPU_TORCH))
 RUN := $(VENV)/bin/python
 comma := ,
 
@@ -41,14 +38,7 @@ $(RUN):
 	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed: name it with make PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/torch.stamp: constraints.txt | $(RUN)
-ifneq ($(TORCH_INDEX),)
-	$(call install,PyTorch for CPUs,--retries 1 --no-deps -c $< torch --index-url $(TORCH_INDEX) 2>/dev/null \
-		|| echo "$(TORCH_INDEX) cannot be reached: PyTorch comes with the rest")
-endif
-	@touch $@
-
-$(VENV)/core.stamp: pyproject.toml constraints.txt $(VENV)/torch.stamp
+$(VENV)/core.stamp: pyproject.toml constraints.txt | $(RUN)
 	$(call install,the core$(comma) with JupyterLab (a few minutes$(comma) 1.2 GB),-c constraints.txt -e .)
 	@touch $@
 
