@@ -31,10 +31,10 @@ def main() -> None:
         code = app(standalone_mode=False)
     except InputError as error:
         sys.exit(_complain(str(error), 2))
-    except (typer.Abort, KeyboardInterrupt):
-        sys.exit(_complain("interrupted: the same command goes on from here", 130))
-    except typer.TyperException as error:  # an unknown option, a value of the wrong type
-        sys.exit(_complain(error.format_message(), 2))
+    except typer.TyperException as error:  # an unknown option, a value of the wrong type; no words after the bare help
+        sys.exit(_complain(error.format_message(), 2) if error.format_message() else 2)
+    if code == 130:  # what typer makes of Ctrl-C
+        _complain("interrupted: the same command goes on from here", code)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -58,6 +58,8 @@ def data(
     from lib.facts import FactsConfig, load_people, write_database
 
     crowd = load_people(FactsConfig(n_people=people, seed=seed, alpha=alpha, csv=csv))
+    if dialogs and (dialogs.is_dir() or not dialogs.parent.is_dir()):
+        raise InputError(f"cannot write {dialogs}: a file name in an existing folder is expected")
     write_database(crowd, out)
     console.print(f"{len(crowd):,} people with {crowd.n_facts:,} facts ({', '.join(crowd.attributes)}) in {out}")
     if dialogs:
@@ -72,6 +74,7 @@ def _write_lines(path: Path, lines) -> None:
             file.writelines(f"{line}\n" for line in lines)
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
@@ -133,9 +136,13 @@ def recall(folder: RunFolder, database: Database = None, device: str = "auto") -
     from lib.conversation import open_conversation
     from lib.facts import load_people
     from lib.recall import measure_recall
+    from lib.tools import SqlTool
 
     with open_conversation(folder, database, device) as talk:
-        facts = list(load_people(talk.config.facts).facts())
+        people = load_people(talk.config.facts)
+        if talk.tool is not None:
+            SqlTool(talk.database, people.attributes).close()  # `InputError` if it lacks one
+        facts = list(people.facts())
         measured = measure_recall(talk.model, facts, talk.tokenizer, talk.tool, description="asking")
         queries = "" if talk.tool is None else f", {talk.tool.n_queries:,} queries to {talk.database}"
     console.print(f"recall {measured.overall:.4f} on {len(facts):,} questions{queries}")
@@ -148,7 +155,7 @@ def chat(
     folder: RunFolder,
     question: Annotated[str | None, typer.Argument(help="one question; without it, a conversation")] = None,
     database: Database = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
     device: str = "auto",
 ) -> None:
     """Talk to a trained model and watch it call its tool."""
@@ -159,7 +166,7 @@ def chat(
     with open_conversation(folder, database, device) as talk:
         if question is None:
             console.print(f"Ask about a person, {talk.example!r} say. An empty line ends the conversation.")
-        while line := question or console.input("you: ").strip():
+        while line := question or _read_line():
             speaker = None
             for role, piece in talk.ask(line, temperature=temperature):
                 if role != speaker:
@@ -169,6 +176,14 @@ def chat(
             console.print()
             if question is not None:
                 return
+
+
+def _read_line() -> str:
+    """What the user says next; nothing at the end of the input."""
+    try:
+        return console.input("you: ").strip()
+    except EOFError:
+        return ""
 
 
 Section = Annotated[str, typer.Argument(help="section of the paper, as 05_1")]
@@ -181,13 +196,15 @@ def sweep(
     profile: ProfileOption = Profile.quick,
     jobs: Annotated[int | None, typer.Option(help="cells at a time [default: one a core]")] = None,
     dry_run: Annotated[bool, typer.Option(help="only say what is ahead")] = False,
-    max_hours: Annotated[float, typer.Option(help="start no new cell after this time")] = float("inf"),
+    max_hours: Annotated[float, typer.Option(min=0, help="start no new cell after this time")] = float("inf"),
     publish: Annotated[bool, typer.Option(help="merge finished rows into paper_data (laptop and paper)")] = False,
 ) -> None:
     """Run all models of a section that are not finished yet."""
     from lib import results
     from lib import sweep as sweeps
 
+    if publish:
+        results.check_publishes(profile.value)
     report = sweeps.sweep(section, profile.value, jobs=jobs, dry_run=dry_run, max_hours=max_hours)
     console.print(str(report))
     if publish and not dry_run:
@@ -204,8 +221,9 @@ def figures(
     """Draw the figures from paper_data."""
     from lib import figures as drawing
 
-    for name in names or drawing.FIGURES:
-        for path in drawing.save(drawing.draw(name, profile.value), name, profile.value):
+    drawn = {name: drawing.draw(name, profile.value) for name in names or drawing.FIGURES}
+    for name, figure in drawn.items():
+        for path in drawing.save(figure, name, profile.value):
             console.print(str(path))
 
 

@@ -6,6 +6,7 @@ what is at its default, so that a later field changes no id, and hashes to the r
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Literal, Self
 
@@ -21,22 +22,27 @@ from lib.optim import OptimConfig
 class TrainingConfig(Config):
     """How long and on what batches."""
 
-    #: The schedule's length; a run may stop earlier (see `EvaluationConfig.stop_at_recall`).
-    steps: int = Field(3000, ge=1)
+    #: The schedule's length; a run may stop earlier (see `EvaluationConfig.stop_at_recall`). None: 150 passes over the
+    #: data, and at least 600 steps.
+    steps: int | None = Field(None, ge=1)
     #: Dialogs a step, never more than the dataset holds.
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(64, ge=1)
     #: A step's batch is cut into this many parts whose gradients add up.
     grad_accumulation: int = Field(1, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
 
+    def total_steps(self, n_dialogs: int) -> int:
+        """Steps of the schedule on a dataset of `n_dialogs`."""
+        return self.steps or max(600, math.ceil(150 * n_dialogs / self.batch_size))
+
 
 class EvaluationConfig(Config):
     """How recall is measured while training goes on, and when it is enough."""
 
     #: Steps between two measurements; None measures at the end only.
-    every: int | None = Field(250, ge=1)
+    every: int | None = Field(100, ge=1)
     #: Questions asked while training goes on, the first ones of the dataset; the end always asks all.
     questions: int = Field(1024, ge=1)
     #: Training ends when the last two measurements reached this recall; None trains to the last step.

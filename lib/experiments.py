@@ -60,11 +60,10 @@ class Search:
 
 def searches(section: str, profile: str) -> list[Search]:
     """All searches of a section in a profile, in the order in which they are worth doing."""
-    try:
-        return list(_SECTIONS[section][profile]())
-    except KeyError:
+    if profile not in _SECTIONS.get(section, ()):
         known = ", ".join(f"{name} ({', '.join(profiles)})" for name, profiles in _SECTIONS.items())
-        raise InputError(f"there is no experiment {section} in the profile {profile}: there are {known}") from None
+        raise InputError(f"there is no experiment {section} in the profile {profile}: there are {known}")
+    return list(_SECTIONS[section][profile]())
 
 
 # Recipes ----------------------------------------------------------------------------------------------------------------
@@ -111,21 +110,28 @@ def _bounds_laptop() -> Iterator[Search]:
     """Steps grow with the facts: a fixed number would bend the slope."""
     for seed in range(3):
         for n_facts in (2**k for k in range(6, 14)):
-            steps = max(2000, 300 * n_facts // 128)
-            yield _bounds("in-weight", n_facts, seed, TrainingConfig(steps=steps), EvaluationConfig(every=steps // 20))
+            training = TrainingConfig(steps=max(2000, 300 * n_facts // 128), batch_size=128)
+            yield _bounds("in-weight", n_facts, seed, training, EvaluationConfig(every=training.steps // 20))
         for n_facts in (2**k for k in range(6, 16)):
-            yield _bounds("in-tool", n_facts, seed, TrainingConfig(steps=2000), EvaluationConfig(every=100))
+            training = TrainingConfig(steps=2000, batch_size=128)
+            yield _bounds("in-tool", n_facts, seed, training, EvaluationConfig(every=100, questions=256))
 
 
 def _bounds_paper() -> Iterator[Search]:
     """26 sizes, 2 to 32,768 people, 10 seeds, both modes: 7,800 runs of 100,000 steps."""
-    training = TrainingConfig(steps=100_000, checkpoint_every=5000)
+    training = TrainingConfig(steps=100_000, batch_size=128, checkpoint_every=5000)
     evaluation = EvaluationConfig(every=5000, stop_at_recall=None)
     for n_facts in (4 * 2**k for k in range(1, 16)):
         for mode in ("in-weight", "in-tool"):
             for seed in range(10):
                 base = _database(
-                    mode, n_facts, seed, model=ModelConfig(rope="paper"), optim=PAPER, training=training, evaluation=evaluation
+                    mode,
+                    n_facts,
+                    seed,
+                    model=ModelConfig(rope="paper"),
+                    optim=PAPER,
+                    training=training,
+                    evaluation=evaluation,
                 )
                 yield Search(base, threshold=None)
 
@@ -140,7 +146,12 @@ def quickstart(profile: str, seed: int = 0) -> dict[str, RunConfig]:
     configs = {}
     for mode, n_facts, d_model in (("in-weight", 64, 16), ("in-tool", 16, 16)):
         configs[mode] = _database(
-            mode, n_facts, seed, model=ModelConfig(d_model=d_model), training=training, evaluation=EvaluationConfig(every=25)
+            mode,
+            n_facts,
+            seed,
+            model=ModelConfig(d_model=d_model),
+            training=training,
+            evaluation=EvaluationConfig(every=25),
         )
     return configs
 

@@ -44,7 +44,8 @@ def save(figure: Figure, name: str, profile: str) -> list[Path]:
     for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
         path = folder / f"{name}{suffix}"
         temporary = folder / f".{name}{suffix}"
-        figure.savefig(temporary, format=suffix[1:], metadata=metadata)
+        with matplotlib.rc_context(_RC):  # resolution and fonts are asked for only now
+            figure.savefig(temporary, format=suffix[1:], metadata=metadata)
         os.replace(temporary, path)
         written.append(path)
     return written

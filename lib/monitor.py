@@ -49,8 +49,9 @@ class _Lines:
 
 
 def _in_kernel() -> bool:
-    """Whether this code runs in a Jupyter kernel."""
-    return "ipykernel" in sys.modules
+    """Whether this code runs in a Jupyter kernel; the notebook runner imports ipykernel without being one."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 def progress(total: int, description: str | None, initial: int = 0):

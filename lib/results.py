@@ -131,4 +131,4 @@ def compare_bounds(rows: pd.DataFrame, threshold: float = 0.95) -> pd.DataFrame:
     both = ours.merge(theirs, on=["mode", "n_facts", "recall_threshold"], suffixes=("", "_published"))
     both["ratio"] = both.min_params_mean / both.min_params_mean_published
     columns = ["mode", "n_facts", "min_params_mean", "min_params_std", "seeds_reaching_it", "seeds"]
-    return both[[*columns, "min_params_mean_published", "ratio"]]
+    return both[[*columns, "min_params_mean_published", "ratio"]].dropna(subset="ratio", ignore_index=True)

@@ -85,6 +85,7 @@ def _train_and_measure(
     return {
         "run_id": config.run_id,
         **_configuration_columns(config, people),
+        "steps_budget": trainer.total_steps,
         "n_params": config.model.n_params,
         "steps": outcome.steps,
         "stopped": outcome.stopped,
@@ -112,7 +113,6 @@ def _configuration_columns(config: RunConfig, people: People) -> dict:
         "optimizer": config.optim.name,
         "lr": config.optim.lr,
         "batch_size": config.training.batch_size,
-        "steps_budget": config.training.steps,
         "dtype": config.training.dtype,
     }
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from threading import Thread
+from threading import RLock, Thread
 
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 from lib import results
 from lib.base import InputError
@@ -79,7 +80,6 @@ def _execute(
     plan: list[Search], recalls: dict[str, float], report: Report, directory: Path, jobs: int, deadline: float
 ) -> None:
     """Keep `jobs` workers busy until nothing can start any more, adding to `recalls` and `report`."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
     idle: list[_Worker] = []
     running: dict[Connection, tuple[_Worker, RunConfig]] = {}
     tries: dict[str, int] = {}
@@ -89,7 +89,7 @@ def _execute(
                 busy = {config.run_id for _, config in running.values()}
                 ready = [c for c in _pending(plan, recalls) if c.run_id not in busy | report.failed.keys()]
                 while ready and len(running) < jobs and time.monotonic() < deadline:
-                    config, worker = ready.pop(0), idle.pop() if idle else _Worker(threads)
+                    config, worker = ready.pop(0), idle.pop() if idle else _Worker()
                     tries[config.run_id] = tries.get(config.run_id, 0) + 1
                     worker.submit(config, directory / config.run_id)
                     running[worker.pipe] = worker, config
@@ -116,10 +116,10 @@ def _execute(
 class _Worker:
     """A process that runs cell after cell. Its death harms no other cell, and it does not outlive the sweep."""
 
-    def __init__(self, threads: int):
+    def __init__(self):
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, threads), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()  # the process holds the only other end now, so its death ends the pipe
 
@@ -139,11 +139,12 @@ class _Worker:
         self.process.terminate()
 
 
-def _work(pipe: Connection, threads: int) -> None:
+def _work(pipe: Connection) -> None:
     """The life of a worker: cells come in, recalls go out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the sweep, which ends its workers
     Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
+    tqdm.set_lock(RLock())  # its default is a semaphore, which Python reports as leaked when a worker is ended
+    torch.set_num_threads(1)  # small models gain little from a second thread, and wait for it where cores are busy
     with suppress(EOFError):
         while True:
             config, directory = pipe.recv()
@@ -171,7 +172,9 @@ def _hours_ahead(plan: list[Search], recalls: dict[str, float], rows: pd.DataFra
     )
     speed = 1.5e10  # a core of a laptop, small matrices
     if len(rows):
-        done = [_flops(RunConfig.parse(json.loads(row.config))) * row.steps / row.steps_budget for row in rows.itertuples()]
+        done = [
+            _flops(RunConfig.parse(json.loads(row.config))) * row.steps / row.steps_budget for row in rows.itertuples()
+        ]
         speed = sum(done) / rows.train_seconds.sum()
     return flops / speed / 3600
 
@@ -180,4 +183,5 @@ def _flops(config: RunConfig) -> float:
     """Arithmetic of a whole run: three forward passes a step."""
     length = 60 if config.mode == "in-weight" else 215
     batch = min(config.training.batch_size, 4 * config.facts.n_people)
-    return 3.0 * config.training.steps * batch * config.model.forward_flops(length, length // 2)
+    steps = config.training.total_steps(4 * config.facts.n_people)
+    return 3.0 * steps * batch * config.model.forward_flops(length, length // 2)

@@ -49,6 +49,7 @@ class Trainer:
         self.model, self.config, self.directory, self.evaluate = model, config, directory, evaluate
         self.data = data.to(model.device)
         self.optimizers = build_optimizers(model, config.optim)
+        self.total_steps = config.training.total_steps(len(data))
         self.batches = Batches(data.lengths(), config.training.batch_size, config.seed)
         self.counters = {"step": 0, "dialogs_seen": 0, "seconds": 0.0, "reached": 0}
         self.losses: list[torch.Tensor] = []
@@ -58,13 +59,13 @@ class Trainer:
         training, counters = self.config.training, self.counters
         self.resume()
         started = time.monotonic() - counters["seconds"]
-        with Monitor(self.directory, training.steps, counters["step"], description, tensorboard) as monitor:
-            while counters["step"] < training.steps and not self._recall_is_stable():
+        with Monitor(self.directory, self.total_steps, counters["step"], description, tensorboard) as monitor:
+            while counters["step"] < self.total_steps and not self._recall_is_stable():
                 self.step()
                 monitor.advance()
                 step = counters["step"]
                 counters["seconds"] = time.monotonic() - started
-                if step % LOG_EVERY == 0 or step == training.steps:
+                if step % LOG_EVERY == 0 or step == self.total_steps:
                     monitor.log(step, loss=self.loss())
                 if self._due(self.config.evaluation.every) and self.evaluate:
                     recall = self.evaluate(self.model)
@@ -81,7 +82,7 @@ class Trainer:
     def step(self) -> None:
         """One update of the weights."""
         step, optim = self.counters["step"], self.config.optim
-        set_learning_rate(self.optimizers, schedule_factor(optim, step, self.config.training.steps))
+        set_learning_rate(self.optimizers, schedule_factor(optim, step, self.total_steps))
         rows = self.batches[step]
         self.losses = [*self.losses[1 - LOG_EVERY :], self._accumulate_gradients(rows.to(self.model.device))]
         if optim.clip_norm is not None:

@@ -1,0 +1,185 @@
+"""Progress that suits its audience, and a record that survives a kill."""
+
+import io
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+from tqdm.auto import tqdm as tqdm_auto
+
+from lib import monitor
+from lib.base import InputError
+from lib.monitor import Monitor, progress, read_metrics
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def nobody_watches(monkeypatch):
+    """Whatever the tests are started from: no terminal, no kernel, nothing asked for."""
+    monkeypatch.delenv("ITL_PROGRESS", raising=False)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves only by hand."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: clock.now)
+    return clock
+
+
+# ---- Progress
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress(4, "training", initial=1) as bar:
+        assert isinstance(bar, tqdm) and not bar.disable
+        assert (bar.n, bar.total) == (1, 4)
+        bar.update(3)
+        assert "training" in sys.stderr.getvalue()
+
+
+def test_a_kernel_gets_a_widget(monkeypatch):
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=object())))
+    bar = progress(4, "training")
+    assert isinstance(bar, tqdm_auto) and not bar.disable
+    bar.close()
+
+
+@pytest.mark.parametrize("shell", [None, SimpleNamespace()])
+def test_the_notebook_runner_and_ipython_in_a_terminal_are_no_kernel(monkeypatch, shell):
+    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    assert isinstance(progress(4, "training"), monitor._Lines)
+
+
+def test_where_nobody_watches_there_are_lines_now_and_then(clock):
+    with progress(1000, "training") as lines:
+        for step in range(1000):
+            clock.now += 0.035
+            lines.set_postfix_str(f"loss={step}")
+            lines.update()
+    written = sys.stderr.getvalue().splitlines()
+    assert len(written) == 3  # 35 seconds, a line every 10
+    assert written[0].startswith("training: 286/1000 [00:10<00:25, 28.57it/s, loss=285]")
+
+
+def test_what_is_over_soon_prints_nothing(clock):
+    with progress(1000, "training") as lines:
+        clock.now += 9.9
+        lines.update(1000)
+    assert sys.stderr.getvalue() == ""
+
+
+def test_the_speed_of_a_resumed_run_is_that_of_its_own_steps(clock):
+    lines = progress(100, "training", initial=60)
+    clock.now += 10
+    lines.update(20)
+    assert sys.stderr.getvalue().startswith("training: 80/100 [00:10<00:10,  2.00it/s]")
+
+
+def test_lines_in_a_kernel_go_to_its_output(monkeypatch, clock, capsys):
+    monkeypatch.setenv("ITL_PROGRESS", "lines")
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=object())))
+    lines = progress(10, "training")
+    clock.now += 10
+    lines.update()
+    assert capsys.readouterr().out.startswith("training: 1/10")
+    assert sys.stderr.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("asked", "description", "kind"),
+    [("lines", "training", "lines"), ("off", "training", "off"), ("", None, "off"), ("lines", None, "off")],
+)
+def test_progress_can_be_asked_for_and_switched_off(monkeypatch, asked, description, kind):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("ITL_PROGRESS", asked)
+    with progress(10, description) as bar:
+        assert isinstance(bar, monitor._Lines) if kind == "lines" else bar.disable
+        bar.set_postfix_str("loss=1", refresh=False)
+        bar.update(10)
+    assert sys.stderr.getvalue() == ""
+
+
+# ---- Metrics
+
+
+def test_metrics_are_lines_of_json_that_can_be_read_while_they_are_written(tmp_path):
+    with Monitor(tmp_path / "new", total=3) as record:
+        record.log(1, loss=0.1 + 0.2)
+        assert read_metrics(tmp_path / "new") == [{"step": 1, "loss": 0.1 + 0.2}]
+        record.log(2, loss=0.25, recall=1.0)
+    lines = (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "loss": 0.30000000000000004},
+        {"step": 2, "loss": 0.25, "recall": 1.0},
+    ]
+
+
+def test_a_resumed_record_drops_what_came_after_the_checkpoint_and_a_half_written_line(tmp_path):
+    with Monitor(tmp_path, total=9) as record:
+        for step in (2, 4, 4, 6):
+            record.log(step, loss=float(step))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [2, 4, 4, 6]
+    with Monitor(tmp_path, total=9, step=4) as record:
+        record.log(6, loss=0.5)
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(2, 2.0), (4, 4.0), (4, 4.0), (6, 0.5)]
+
+
+def test_a_last_line_that_lacks_only_its_end_is_kept_and_ended(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}')
+    with Monitor(tmp_path, total=9, step=2) as record:
+        record.log(4, loss=2.0)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [2, 4]
+
+
+def test_the_bar_shows_steps_and_the_last_metrics(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Monitor(tmp_path, total=5, step=2, description="training") as record:
+        record.advance()
+        record.log(3, loss=1.23456)
+        assert (record.bar.n, record.bar.postfix) == (3, "loss=1.235")
+
+
+# ---- TensorBoard
+
+
+def _scalars(folder) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("loss")]
+
+
+def test_tensorboard_sees_the_same_numbers_without_what_a_kill_made_void(tmp_path):
+    with Monitor(tmp_path, total=4, tensorboard=True) as record:
+        record.log(1, loss=0.5)
+        record.log(2, loss=0.75)
+        record.log(3, loss=4.0)
+    assert _scalars(tmp_path) == [(1, 0.5), (2, 0.75), (3, 4.0)]
+    with Monitor(tmp_path, total=4, step=1, tensorboard=True) as record:
+        record.log(2, loss=0.25)
+    assert _scalars(tmp_path) == [(1, 0.5), (2, 0.25)]
+
+
+def test_tensorboard_is_not_written_unasked(tmp_path):
+    with Monitor(tmp_path, total=4) as record:
+        record.log(1, loss=0.5)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_without_tensorboard_the_wish_for_it_is_one_sentence_and_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match=r"not installed: pip install -e '\.\[monitor\]'"):
+        Monitor(tmp_path / "run", total=4, tensorboard=True)
+    assert list(tmp_path.iterdir()) == []
