@@ -53,6 +53,8 @@ def measure_recall(
 ) -> Recall:
     """Ask a model about `facts`, greedily; with a `tool` the model may use it, and must.
 
+    A dialog that goes on for longer than the longest expected one is cut off, and not correct.
+
     Greedy decoding reproduces an expected dialog exactly if the argmax at every position that the assistant speaks is
     right, so `verify` runs each expected dialog once, teacher-forced, and decodes only what is too close to call and,
     with a tool, what diverges. `decode` decodes everything: the reference. Weights are taken to be float32.

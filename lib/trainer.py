@@ -56,8 +56,8 @@ class Trainer:
 
     def train(self, description: str | None = None, tensorboard: bool = False) -> Outcome:
         """Train from the latest checkpoint in `directory`, or from the start, to the end."""
-        training, counters = self.config.training, self.counters
         self.resume()
+        training, counters = self.config.training, self.counters
         started = time.monotonic() - counters["seconds"]
         with Monitor(self.directory, self.total_steps, counters["step"], description, tensorboard) as monitor:
             while counters["step"] < self.total_steps and not self._recall_is_stable():

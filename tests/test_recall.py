@@ -13,10 +13,10 @@ from scripted import ASSISTANT, DATABASE, END, USER, Scripted, prompt, says, tur
 from lib.config import RunConfig, override
 from lib.dialogs import ByteTokenizer, Mode, dialogs, in_tool_dialog, in_weight_dialog, tokenize, tool_call
 from lib.facts import People, sample_people, write_database
-from lib.generation import Call, Generation, generate
+from lib.generation import Call, Generation
 from lib.model import ModelConfig, Transformer
 from lib.recall import Recall, is_correct, measure_recall
-from lib.tools import Outcome, Response, SqlTool, Tool
+from lib.tools import Outcome, Response, SqlTool, Tool, format_request
 from lib.trainer import Trainer
 
 TOKENIZER = ByteTokenizer()
@@ -47,6 +47,7 @@ ANN = People(["Ann Lee", "Bob Lee"], {"birth_date": ["1/1/1950"] * 2, "birth_pla
 FACT = ("Ann Lee", "birth_date", "1/1/1950")
 ASKED, TOLD = "When was Ann Lee born?", "Ann Lee was born on 1/1/1950."
 REQUEST = tool_call("Ann Lee", "birth_date")
+BRIEF_REQUEST = format_request("birth_date", "Ann Lee")
 
 
 @pytest.fixture
@@ -94,10 +95,11 @@ def test_without_a_tool_the_whole_dialog_must_be_the_expected_sentence(said, cou
         ([turn(f"{REQUEST}.", DATABASE), turn(TOLD, END)], False),  # malformed
         ([turn(REQUEST, END)], False),  # asked but never sent
         ([turn(REQUEST, ASSISTANT), turn(TOLD, END)], False),
-        # The right query in other words, or after a wrong one, is a query.
-        ([turn(REQUEST.split("\n", 1)[1], DATABASE), turn(TOLD, END)], True),
-        ([turn("Who?", DATABASE), turn(REQUEST, DATABASE), turn(TOLD, END)], True),
-        ([turn(REQUEST, DATABASE), turn("Who?", DATABASE), turn(TOLD, END)], True),
+        # The right query without prose, before or after a wrong one, is a query.
+        ([turn(BRIEF_REQUEST, DATABASE), turn(TOLD, END)], True),
+        ([turn("Who?", DATABASE), turn(BRIEF_REQUEST, DATABASE), turn(TOLD, END)], True),
+        ([turn(BRIEF_REQUEST, DATABASE), turn("Who?", DATABASE), turn(TOLD, END)], True),
+        ([turn("Who?", DATABASE)] * 3 + [turn(REQUEST, DATABASE), turn(TOLD, END)], False),  # cut off
     ],
 )
 def test_with_a_tool_the_right_query_must_have_run(database, said, counts):
@@ -278,27 +280,29 @@ def by_hand(model: Transformer, fact, tool: Tool | None = None) -> bool:
     return False
 
 
-def test_trained_models_recall_everything_and_verdicts_are_those_of_the_definition_on_the_way(in_weight):
-    facts = list(IN_WEIGHT_PEOPLE.facts())
-    recalls = []
-    for model in in_weight:
-        measured = ask(model, facts)
-        assert measured.correct.tolist() == [by_hand(model, fact) for fact in facts]
-        assert measured.decoded <= 2
-        recalls.append(measured.overall)
+def test_in_weight_models_recall_everything_in_the_end(in_weight):
+    measured = [ask(model, list(IN_WEIGHT_PEOPLE.facts())) for model in in_weight]
+    recalls = [recall.overall for recall in measured]
     assert recalls[0] == 0 and recalls[-1] == 1
     assert any(0 < recall < 1 for recall in recalls)
+    assert sum(recall.decoded for recall in measured) <= 10  # of 160
 
 
-def test_in_tool_models_recall_everything_through_the_tool(in_tool, people_path):
-    facts, recalls = list(IN_TOOL_PEOPLE.facts()), []
+def test_in_tool_models_recall_everything_through_the_tool_in_the_end(in_tool, people_path):
     with SqlTool(people_path) as tool:
-        for model in in_tool:
-            measured = ask(model, facts, tool)
-            assert measured.correct.tolist() == [by_hand(model, fact, tool) for fact in facts]
-            recalls.append(measured.overall)
+        recalls = [ask(model, list(IN_TOOL_PEOPLE.facts()), tool).overall for model in in_tool]
     assert recalls[0] == 0 and recalls[-1] == 1
     assert any(0 < recall < 1 for recall in recalls)
+
+
+def test_verdicts_are_those_of_the_definition(in_weight, in_tool, people_path):
+    facts = list(IN_WEIGHT_PEOPLE.facts())[::4]
+    for model in (in_weight[1], in_weight[2]):
+        assert ask(model, facts).correct.tolist() == [by_hand(model, fact) for fact in facts]
+    facts = list(IN_TOOL_PEOPLE.facts())[::2]
+    with SqlTool(people_path) as tool:
+        for model in (in_tool[2], in_tool[-1]):
+            assert ask(model, facts, tool).correct.tolist() == [by_hand(model, fact, tool) for fact in facts]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -338,38 +342,40 @@ def disturbed(model: Transformer, seed: int, noise: float) -> Transformer:
     return model
 
 
-examples = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-noises = st.floats(0, 0.4) | st.just(30.0)  # the last leaves nothing of what was learned
+# Up to what leaves some answers right and others wrong, and what leaves nothing of what was learned.
+noises = st.floats(0, 0.1) | st.just(30.0)
 seeds = st.integers(0, 2**32)
 
 
-@examples
-@given(st.integers(0, 4), seeds, noises, st.integers(1, 40))
-def test_verify_and_decode_agree_on_every_prompt_in_weight(in_weight, i, seed, noise, batch_size):
-    ask(disturbed(in_weight[i], seed, noise), list(IN_WEIGHT_PEOPLE.facts()), batch_size=batch_size)
+def some_of(people: People):
+    return st.lists(st.sampled_from(list(people.facts())), min_size=1, max_size=8)
 
 
-@examples
-@given(st.integers(0, 4), seeds, noises, st.integers(1, 9))
-def test_verify_and_decode_agree_on_every_prompt_in_tool(in_tool, people_path, i, seed, noise, batch_size):
+@settings(max_examples=20)
+@given(st.integers(1, 4), seeds, noises, some_of(IN_WEIGHT_PEOPLE), st.integers(1, 8))
+def test_verify_and_decode_agree_on_every_prompt_in_weight(in_weight, i, seed, noise, facts, batch_size):
+    ask(disturbed(in_weight[i], seed, noise), facts, batch_size=batch_size)
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 4), seeds, noises, some_of(IN_TOOL_PEOPLE), st.integers(1, 8))
+def test_verify_and_decode_agree_on_every_prompt_in_tool(in_tool, people_path, i, seed, noise, facts, batch_size):
     with SqlTool(people_path) as tool:
-        ask(disturbed(in_tool[i], seed, noise), list(IN_TOOL_PEOPLE.facts()), tool, batch_size=batch_size)
+        ask(disturbed(in_tool[i], seed, noise), facts, tool, batch_size=batch_size)
 
 
-@settings(max_examples=25)
+@settings(max_examples=8)
 @given(seeds, st.sampled_from([4, 8, 12]))
 def test_verify_and_decode_agree_on_models_that_learned_nothing(seed, d_model):
     model = Transformer(ModelConfig(d_model=d_model), torch.Generator().manual_seed(seed))
-    # A fact that this model happens to state: what it says to a question about it, if that ends in time.
-    (generation,) = generate(model, [prompt(ASKED)], TOKENIZER, max_new_tokens=60)
     assert ask(model, [FACT, ("Bob", "age", "5")]).overall == 0
-    assert ask(model, [FACT], echo).overall == 0
-    assert not is_correct(generation, FACT, TOKENIZER, None)
+    assert ask(model, [FACT], lambda turn: Response(Outcome.ANSWER, FACT[2])).overall == 0
 
 
-def test_disturbed_models_recall_some_and_not_others(in_weight):
+@pytest.mark.parametrize("noise", [0.03, 0.06])
+def test_the_noise_of_the_tests_above_spoils_some_answers_and_not_others(in_weight, noise):
     facts = list(IN_WEIGHT_PEOPLE.facts())
-    recalls = [ask(disturbed(in_weight[-1], seed, 0.2), facts).overall for seed in range(10)]
+    recalls = [measure_recall(disturbed(in_weight[-1], seed, noise), facts, TOKENIZER).overall for seed in range(10)]
     assert len({recall for recall in recalls if 0 < recall < 1}) >= 3
 
 
@@ -380,11 +386,11 @@ def test_measuring_recall_changes_nothing_in_training(people_path):
     def train(evaluate: bool) -> list[torch.Tensor]:
         model = Transformer(ModelConfig(d_model=8), torch.Generator().manual_seed(0))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        for _ in range(3):
+        for _ in range(2):
             if evaluate:  # before the first step, too
                 with SqlTool(people_path) as tool:
                     for asked in (None, tool):
-                        ask(model, facts, asked)
+                        ask(model, facts[:2], asked)
             loss = F.cross_entropy(model(tokens[:, :-1], select=mask[:, 1:]), tokens[:, 1:][mask[:, 1:]])
             optimizer.zero_grad()
             loss.backward()
