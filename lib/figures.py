@@ -58,7 +58,9 @@ def draw(name: str, profile: str = "laptop", **options) -> Figure:
     """
     if name not in FIGURES:
         raise InputError(f"there is no figure {name!r}: there are {', '.join(FIGURES)}")
-    return FIGURES[name](profile, **options)
+    figure = FIGURES[name](profile, **options)
+    plt.close(figure)  # or a notebook shows it twice: as the cell's value and as an open figure
+    return figure
 
 
 def parameter_bounds(
