@@ -11,8 +11,9 @@ from hypothesis import settings
 settings.register_profile("itl", deadline=None)
 settings.load_profile("itl")
 
-# Before torch is imported, here and in the kernels and commands that tests start.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# One thread: small models gain little from a second, and wait for it where cores are busy. Before torch is imported, here
+# and in the kernels and commands that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

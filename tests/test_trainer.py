@@ -78,7 +78,7 @@ def _mean_gradient(model: Transformer, rows: torch.Tensor) -> tuple[float, dict[
         count += sum(trained[1:])
     loss = total / count
     names = [name for name, _ in model.named_parameters()]
-    return float(loss), dict(zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    return loss.item(), dict(zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True))
 
 
 def _step_of_plain_descent(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -103,13 +103,14 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole(data, tmp_path, parts)
 def test_gradient_accumulation_ends_with_the_weights_of_one_big_batch(data, tmp_path, optimizer):
     ends = {}
     for parts in (1, 3):
-        # A large beta2 history is not there at the start: small rates keep Adam's division from magnifying rounding.
+        # Small rates: Adam's division magnifies rounding where gradients are tiny, and Muon works in bfloat16.
         config = _config(optim={"name": optimizer, "lr": 1e-3, "muon_lr": 1e-3}, grad_accumulation=parts, steps=5)
         trainer = _trainer(data, config, tmp_path / str(parts))
         trainer.train()
         ends[parts] = _weights(trainer.model)
+    tolerance = {"adamw": 1e-5, "muon": 5 * 1e-3 * 2**-6}[optimizer]
     for name in ends[1]:
-        torch.testing.assert_close(ends[1][name], ends[3][name], rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(ends[1][name], ends[3][name], rtol=0, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize(("clip_norm", "clipped"), [(None, False), (1e6, False), (0.1, True)])
@@ -263,18 +264,19 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(data, tmp_path, opti
     def evaluate(model) -> float:
         return 0.9 * float(torch.rand(()))  # uses the global random state, which must be restored too
 
-    torch.manual_seed(5)
-    whole = _trainer(data, config, tmp_path / "whole", evaluate)
-    expected = whole.train()
+    def trainer(part: str, init: int = 0, seed: int = 5) -> Trainer:
+        trainer = _trainer(data, config, tmp_path / part, evaluate, init)
+        torch.manual_seed(seed)
+        return trainer
 
-    torch.manual_seed(5)
+    whole = trainer("whole")
+    expected, state = whole.train(), _everything(whole)
     for step in (3, 21, 40, 41, 59):  # before the first checkpoint, between two, right at one, again, near the end
-        _train_until(_trainer(data, config, tmp_path / "parts", evaluate), step)
-    torch.manual_seed(6)
-    parts = _trainer(data, config, tmp_path / "parts", evaluate, init=1)
+        _train_until(trainer("parts"), step)
+    parts = trainer("parts", init=1, seed=6)
     outcome = parts.train()
 
-    assert _identical(_everything(whole), _everything(parts))
+    assert _identical(_everything(parts), state)
     assert (outcome.steps, outcome.loss, outcome.dialogs_seen) == (expected.steps, expected.loss, expected.dialogs_seen)
     assert outcome.seconds > 0
     record = [(tmp_path / part / "metrics.jsonl").read_text() for part in ("whole", "parts")]
