@@ -1,0 +1,222 @@
+"""Tables of results against brute force; what is published is merged, traceable, and the same a second time."""
+
+import json
+import math
+import statistics
+from itertools import groupby
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib import paths, results
+from lib.base import InputError
+from lib.experiments import SIZES
+from lib.model import ModelConfig
+
+CLEAN = "0123456789" * 4
+AWKWARD = 0.1 + 0.2  # 0.30000000000000004
+
+
+def _row(run_id: str = "a" * 12, **fields) -> dict:
+    d_model = fields.get("d_model", 8)
+    return {
+        "run_id": run_id,
+        "mode": "in-weight",
+        "n_facts": 32,
+        "seed": 0,
+        "d_model": d_model,
+        "n_params": ModelConfig(d_model=d_model).n_params,
+        "recall": 0.5,
+        "loss": AWKWARD,
+        "people_digest": "1234567890123456",
+        "python": "3.11",
+        "commit": CLEAN,
+        "config": '{"facts":{"n_people":8}}',
+        **fields,
+    }
+
+
+# ---- Parameters needed
+
+
+@st.composite
+def _runs(draw) -> list[dict]:
+    cells = st.tuples(
+        st.sampled_from(["in-weight", "in-tool"]), st.sampled_from([8, 16]), st.integers(0, 2), st.sampled_from(SIZES[:6])
+    )
+    recalls = draw(st.dictionaries(cells, st.sampled_from([0.0, 0.5, 0.9, 0.95, 1.0]), min_size=1, max_size=30))
+    return [
+        _row(mode=mode, n_facts=n_facts, seed=seed, d_model=size, recall=recall)
+        for (mode, n_facts, seed, size), recall in recalls.items()
+    ]
+
+
+def _brute_force(rows: list[dict], threshold: float) -> dict[tuple, dict]:
+    """For each (mode, n_facts): over its seeds, the smallest size that does if the next smaller was seen not to."""
+
+    def cell(row: dict) -> tuple:
+        return row["mode"], row["n_facts"]
+
+    table = {}
+    for key, group in groupby(sorted(rows, key=cell), cell):
+        group, smallest = list(group), []
+        for seed in {row["seed"] for row in group}:
+            recall = {row["d_model"]: row["recall"] for row in group if row["seed"] == seed}
+            for i, size in enumerate(SIZES):
+                if recall.get(size, -1) >= threshold:
+                    if i == 0 or (SIZES[i - 1] in recall and recall[SIZES[i - 1]] < threshold):
+                        smallest.append(ModelConfig(d_model=size).n_params)
+                    break
+        table[key] = {
+            "min_params_mean": statistics.mean(smallest) if smallest else math.nan,
+            "min_params_std": statistics.stdev(smallest) if len(smallest) > 1 else math.nan,
+            "min_params_min": min(smallest, default=math.nan),
+            "min_params_max": max(smallest, default=math.nan),
+            "seeds_reaching_it": len(smallest),
+            "seeds": len({row["seed"] for row in group}),
+        }
+    return table
+
+
+@given(_runs(), st.sampled_from([0.5, 0.9, 0.95]))
+def test_minimal_parameters_are_those_of_brute_force(rows, threshold):
+    table = results.minimal_parameters(pd.DataFrame(rows), [threshold])
+    assert set(table.recall_threshold) == {threshold}
+    found = table.set_index(["mode", "n_facts"]).drop(columns="recall_threshold")
+    expected = _brute_force(rows, threshold)
+    assert set(found.index) == set(expected)
+    for key, statistics_ in expected.items():
+        assert found.loc[key].to_dict() == pytest.approx(statistics_, nan_ok=True)
+
+
+def test_minimal_parameters_of_nothing_is_a_table_of_nothing():
+    table = results.minimal_parameters(pd.DataFrame())
+    assert len(table) == 0 and {"mode", "n_facts", "recall_threshold", "min_params_mean"} <= set(table.columns)
+
+
+def test_the_table_of_our_points_has_the_columns_of_the_published_one():
+    ours = results.minimal_parameters(pd.DataFrame([_row()]))
+    published = results.published_by_paper("parameter_bounds")
+    shared = {"mode", "n_facts", "recall_threshold", "min_params_mean", "min_params_std"}
+    assert shared <= set(ours.columns) & set(published.columns)
+    assert set(ours.recall_threshold) == set(published.recall_threshold)
+
+
+def test_our_bounds_stand_beside_the_published_ones_where_both_have_a_point():
+    published = results.published_by_paper("parameter_bounds").query("recall_threshold == 0.95 and n_facts == 32")
+    rows = [
+        _row(n_facts=32, d_model=4, recall=0.2),
+        _row(n_facts=32, d_model=8, recall=1.0),
+        _row(n_facts=64, d_model=8, recall=0.3),  # no size that does
+        _row(n_facts=33, d_model=4, recall=1.0),  # not published
+    ]
+    (row,) = results.compare_bounds(pd.DataFrame(rows)).to_dict("records")
+    theirs = float(published[published["mode"] == "in-weight"].min_params_mean.iloc[0])
+    assert (row["mode"], row["n_facts"], row["min_params_mean"]) == ("in-weight", 32, 6248)
+    assert row["min_params_mean_published"] == theirs and row["ratio"] == pytest.approx(6248 / theirs)
+    assert len(results.compare_bounds(pd.DataFrame())) == 0
+
+
+# ---- Reading and publishing
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch) -> Path:
+    """An empty paper_data and an empty runs."""
+    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path / "paper_data")
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "paper_data").mkdir()
+    return tmp_path / "paper_data"
+
+
+def _finish(row: dict, profile: str) -> None:
+    folder = results.sweep_dir("05_1", profile) / row["run_id"]
+    folder.mkdir(parents=True)
+    (folder / "row.json").write_text(json.dumps(row))
+
+
+def test_rows_are_those_of_finished_runs_of_the_profile(data):
+    _finish(_row("a" * 12), "laptop")
+    _finish(_row("b" * 12), "quick")
+    (results.sweep_dir("05_1", "laptop") / "unfinished").mkdir()
+    rows = results.read_rows("05_1", "laptop")
+    assert rows.to_dict("records") == [{"profile": "laptop", **_row("a" * 12)}]
+    assert len(results.read_rows("05_1", "paper")) == 0
+
+
+def test_a_row_that_is_published_and_still_in_runs_is_read_once_as_published(data):
+    _finish(_row("a" * 12, recall=0.25), "laptop")
+    results.publish("05_1", "laptop")
+    path = results.sweep_dir("05_1", "laptop") / ("a" * 12) / "row.json"
+    path.write_text(json.dumps(_row("a" * 12, recall=0.75)))
+    _finish(_row("b" * 12), "laptop")
+    rows = results.read_rows("05_1", "laptop")
+    assert dict(zip(rows.run_id, rows.recall, strict=True)) == {"a" * 12: 0.25, "b" * 12: 0.5}
+
+
+def test_publishing_merges_sorted_and_says_how_many_are_new(data):
+    _finish(_row("b" * 12, seed=1), "laptop")
+    assert results.publish("05_1", "laptop") == 1
+    _finish(_row("a" * 12, n_facts=8), "laptop")
+    _finish(_row("c" * 12, seed=0), "laptop")
+    assert results.publish("05_1", "laptop") == 2
+    table = pd.read_csv(data / "parameter_bounds.csv", dtype={"run_id": str})
+    assert [run_id[0] for run_id in table.run_id] == ["a", "c", "b"]
+    assert [path.name for path in data.iterdir()] == ["parameter_bounds.csv"]
+
+
+def test_publishing_again_changes_no_byte(data):
+    for i, run_id in enumerate(["1" * 12, "000000000012", "12345e678901"]):  # look like numbers
+        _finish(_row(run_id, seed=i, loss=AWKWARD / (i + 1), recall=1 / 3), "laptop")
+    results.publish("05_1", "laptop")
+    first = (data / "parameter_bounds.csv").read_bytes()
+    for _ in range(2):
+        assert results.publish("05_1", "laptop") == 0
+        assert (data / "parameter_bounds.csv").read_bytes() == first
+
+
+def test_a_published_row_is_the_row_of_the_run(data):
+    row = _row("000000000012", loss=AWKWARD)
+    _finish(row, "laptop")
+    results.publish("05_1", "laptop")
+    assert results.committed_rows("05_1").to_dict("records") == [{"profile": "laptop", **row}]
+
+
+def test_publishing_one_profile_leaves_the_rows_of_another(data):
+    _finish(_row("a" * 12, loss=AWKWARD), "paper")
+    results.publish("05_1", "paper")
+    _finish(_row("a" * 12, loss=2.0), "laptop")
+    assert results.publish("05_1", "laptop") == 1
+    assert results.publish("05_1", "paper") == 0
+    rows = results.committed_rows("05_1")
+    assert dict(zip(rows.profile, rows.loss, strict=True)) == {"laptop": 2.0, "paper": AWKWARD}
+
+
+@pytest.mark.parametrize("commit", [f"{CLEAN}-dirty", "unknown"])
+def test_a_row_that_cannot_be_traced_to_a_clean_commit_stops_publishing(data, commit):
+    _finish(_row("a" * 12), "laptop")
+    _finish(_row("b" * 12, commit=commit), "laptop")
+    with pytest.raises(InputError, match=f"1 rows were not made by a clean commit .run {'b' * 12}, commit {commit}"):
+        results.publish("05_1", "laptop")
+    assert list(data.iterdir()) == []
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick"])
+def test_profiles_that_do_not_count_do_not_publish(data, profile):
+    _finish(_row(), profile)
+    with pytest.raises(InputError, match=f"the profile {profile} does not publish: laptop and paper do"):
+        results.publish("05_1", profile)
+    assert list(data.iterdir()) == []
+
+
+def test_publishing_nothing_writes_nothing(data):
+    assert results.publish("05_1", "laptop") == 0
+    assert list(data.iterdir()) == []
+
+
+def test_an_unknown_section_is_one_sentence(data):
+    with pytest.raises(InputError, match="there is no table for section 05_9: there are 05_1"):
+        results.read_rows("05_9", "laptop")
