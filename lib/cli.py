@@ -1,7 +1,6 @@
 """`itl`: a thin door to the library. Bad input ends in one sentence and exit code 2, failed work in exit code 1."""
 
 import json
-import os
 import subprocess
 import sys
 from enum import StrEnum
@@ -68,13 +67,10 @@ def data(
 
 
 def _write_lines(path: Path, lines) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w") as file:
+        with paths.replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
-        os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
@@ -197,6 +193,7 @@ def sweep(
     jobs: Annotated[int | None, typer.Option(help="cells at a time [default: one a core]")] = None,
     dry_run: Annotated[bool, typer.Option(help="only say what is ahead")] = False,
     max_hours: Annotated[float, typer.Option(min=0, help="start no new cell after this time")] = float("inf"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     publish: Annotated[bool, typer.Option(help="merge finished rows into paper_data (laptop and paper)")] = False,
 ) -> None:
     """Run all models of a section that are not finished yet."""
@@ -205,7 +202,7 @@ def sweep(
 
     if publish:
         results.check_publishes(profile.value)
-    report = sweeps.sweep(section, profile.value, jobs=jobs, dry_run=dry_run, max_hours=max_hours)
+    report = sweeps.sweep(section, profile.value, jobs=jobs, dry_run=dry_run, max_hours=max_hours, device=device)
     console.print(str(report))
     if publish and not dry_run:
         console.print(f"{results.publish(section, profile.value)} new rows in {results.table_path(section)}")

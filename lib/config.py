@@ -1,7 +1,8 @@
 """`RunConfig`: everything that decides the outcome of one run, in one object.
 
 The same object is built by a notebook cell, the command line, a sweep and a cluster job. Its canonical JSON leaves out
-what is at its default, so that a later field changes no id, and hashes to the run's id.
+what is at its default, so that a later field changes no id, and hashes to the run's id. A default is therefore never
+changed once there are rows: that would give old ids another meaning. Add a field, or set the value where it is used.
 """
 
 import hashlib
@@ -83,7 +84,7 @@ class RunConfig(Config):
 def read_config(path: Path) -> RunConfig:
     """The configuration in a JSON file, or an `InputError` that names the file."""
     try:
-        values = json.loads(Path(path).read_text())
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
     except ValueError as error:

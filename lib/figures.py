@@ -1,6 +1,5 @@
 """Figures of the paper: one style, one `save`, one function per figure, table in and figure out."""
 
-import os
 from pathlib import Path
 
 import matplotlib
@@ -43,10 +42,8 @@ def save(figure: Figure, name: str, profile: str) -> list[Path]:
     written = []
     for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
         path = folder / f"{name}{suffix}"
-        temporary = folder / f".{name}{suffix}"
-        with matplotlib.rc_context(_RC):  # resolution and fonts are asked for only now
+        with paths.replacing(path) as temporary, matplotlib.rc_context(_RC):  # resolution and fonts are asked for only now
             figure.savefig(temporary, format=suffix[1:], metadata=metadata)
-        os.replace(temporary, path)
         written.append(path)
     return written
 
@@ -141,19 +138,26 @@ def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame | None
 _LINE = {"marker": "o", "markersize": 3.5, "linewidth": 1.2}
 
 
+def _own_rows(profile: str) -> pd.DataFrame | None:
+    """The rows of a profile that does not count, for points that show what was just trained."""
+    return None if profile in paths.PUBLISHING else results.read_rows("05_1", profile)
+
+
 def _draw_parameter_bounds(profile: str, threshold: float = 0.95) -> Figure:
-    committed = results.committed_rows("05_1")
-    own = None if profile in paths.PUBLISHING else results.read_rows("05_1", profile)
+    if threshold not in results.THRESHOLDS:
+        known = ", ".join(map(str, results.THRESHOLDS))
+        raise InputError(f"threshold = {threshold}: the published thresholds are {known}")
+    own = _own_rows(profile)
     return parameter_bounds(
         results.published_by_paper("parameter_bounds"),
-        results.minimal_parameters(committed),
+        results.minimal_parameters(results.counting_rows("05_1", profile)),
         None if own is None else results.minimal_parameters(own),
         threshold,
     )
 
 
 def _draw_recall_against_parameters(profile: str) -> Figure:
-    rows = results.committed_rows("05_1") if profile in paths.PUBLISHING else results.read_rows("05_1", profile)
+    rows = pd.concat([results.counting_rows("05_1", profile), _own_rows(profile)])
     return recall_against_parameters(rows, results.published_by_paper("recall_vs_parameters_in_weight"))
 
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from tqdm.auto import tqdm as tqdm_auto
 
 from lib.base import InputError
+from lib.paths import replacing
 
 #: Seconds between two lines of progress where nobody watches.
 LINE_INTERVAL = 10.0
@@ -87,9 +88,8 @@ class Monitor:
     def _truncate_after(self, step: int) -> None:
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            temporary.replace(self.path)
+            with replacing(self.path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in kept))
 
     def log(self, step: int, **metrics: float) -> None:
         """Write down the metrics after `step` steps."""

@@ -1,7 +1,11 @@
 """Where things live. Works from any current folder; `ITL_RUNS` moves everything that is not committed."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from lib.base import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -20,7 +24,9 @@ def runs() -> Path:
 
 
 def profile_dir(profile: str) -> Path:
-    """runs/<profile>: the working folder of one profile."""
+    """runs/<profile>: the working folder of one profile. An unknown profile is an `InputError`."""
+    if profile not in PROFILES:
+        raise InputError(f"unknown profile {profile!r}: it is one of {', '.join(PROFILES)}")
     return runs() / profile
 
 
@@ -32,3 +38,14 @@ def figures(profile: str) -> Path:
     if "ITL_FIGURES" in os.environ:
         return Path(os.environ["ITL_FIGURES"])
     return ROOT / "figures" if profile in PUBLISHING else profile_dir(profile) / "figures"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place at the end, or is gone after an error: never half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

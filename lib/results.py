@@ -2,18 +2,20 @@
 
 import json
 import math
-import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from lib import paths
 from lib.base import InputError
-from lib.experiments import SIZES
-from lib.run import ROW
+from lib.experiments import SIZES, searches
+from lib.run import ROW, commit
 
 #: How the tables name a section's rows.
 TABLES = {"05_1": "parameter_bounds"}
+#: The recalls that the paper counts as knowing.
+THRESHOLDS = (0.5, 0.9, 0.95, 0.99)
 
 
 def sweep_dir(section: str, profile: str) -> Path:
@@ -22,7 +24,7 @@ def sweep_dir(section: str, profile: str) -> Path:
 
 
 def table_path(section: str) -> Path:
-    """The published rows of a section: paper_data/<table>.csv."""
+    """Where a section's rows are committed: paper_data/<table>.csv."""
     if section not in TABLES:
         raise InputError(f"there is no table for section {section}: there are {', '.join(TABLES)}")
     return paths.PAPER_DATA / f"{TABLES[section]}.csv"
@@ -33,7 +35,7 @@ def committed_rows(section: str) -> pd.DataFrame:
     path = table_path(section)
     if not path.exists():
         return pd.DataFrame()
-    return pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str))  # pandas 3.1 is the first to read floats back exactly
+    return pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str), float_precision="round_trip")
 
 
 #: Columns of which a value may look like a number: hexadecimal digits, versions.
@@ -41,8 +43,13 @@ _TEXT = ("run_id", "people_digest", "commit", "python", "torch")
 
 
 def read_rows(section: str, profile: str) -> pd.DataFrame:
-    """One row per finished run of a section in a profile: those in paper_data and those still in runs."""
-    fresh = [json.loads(path.read_text()) for path in sorted(sweep_dir(section, profile).glob(f"*/{ROW}"))]
+    """One row per finished run of a section in a profile: those in paper_data and those still in runs.
+
+    A row in runs counts only if today's plan can ask for it; one of an earlier plan stays where it is.
+    """
+    planned = {search.config(size).run_id for search in searches(section, profile) for size in search.sizes}
+    found = sorted(sweep_dir(section, profile).glob(f"*/{ROW}"))
+    fresh = [json.loads(path.read_text()) for path in found if path.parent.name in planned]
     rows = pd.DataFrame([{"profile": profile, **row} for row in fresh])
     known = committed_rows(section)
     if len(known):
@@ -50,10 +57,21 @@ def read_rows(section: str, profile: str) -> pd.DataFrame:
     return rows.drop_duplicates("run_id", keep="first").reset_index(drop=True) if len(rows) else rows
 
 
+def counting_rows(section: str, profile: str) -> pd.DataFrame:
+    """The rows that results are shown from: of `profile` if it publishes, of the laptop profile if not."""
+    return read_rows(section, profile if profile in paths.PUBLISHING else "laptop")
+
+
 def check_publishes(profile: str) -> None:
-    """Raise `InputError` for a profile whose results stay in runs."""
+    """Raise `InputError` for a profile whose results stay in runs, and for code that no commit holds."""
     if profile not in paths.PUBLISHING:
         raise InputError(f"the profile {profile} does not publish: {' and '.join(paths.PUBLISHING)} do")
+    if not _is_clean(commit()):
+        raise InputError(f"the code in {paths.ROOT} is not that of a commit: only rows that can be traced are published")
+
+
+def _is_clean(commit: str) -> bool:
+    return commit != "unknown" and not commit.endswith("-dirty")
 
 
 def publish(section: str, profile: str) -> int:
@@ -65,7 +83,7 @@ def publish(section: str, profile: str) -> int:
     rows, known = read_rows(section, profile), committed_rows(section)
     if not len(rows):
         return 0
-    bad = rows[rows.commit.str.endswith("-dirty") | (rows.commit == "unknown")]
+    bad = rows[~rows.commit.map(_is_clean)]
     if len(bad):
         raise InputError(
             f"{len(bad)} rows were not made by a clean commit (run {bad.run_id.iloc[0]}, commit {bad.commit.iloc[0]}): "
@@ -73,15 +91,15 @@ def publish(section: str, profile: str) -> int:
         )
     others = known[known.profile != profile] if len(known) else known
     merged = pd.concat([others, rows]).sort_values(["profile", "mode", "n_facts", "seed", "d_model", "run_id"])
-    path = table_path(section)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    merged.to_csv(temporary, index=False)
-    os.replace(temporary, path)
+    with paths.replacing(table_path(section)) as temporary:
+        merged.to_csv(temporary, index=False, lineterminator="\n")
     return len(merged) - len(known)
 
 
-def minimal_parameters(rows: pd.DataFrame, thresholds=(0.5, 0.9, 0.95, 0.99)) -> pd.DataFrame:
+def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHOLDS) -> pd.DataFrame:
     """Parameters of the smallest model that reaches each recall threshold, over seeds (Section 5.1).
+
+    rows: of one profile, with at most one run per mode, number of facts, seed and size.
 
     A seed counts only where the next smaller size was run and failed: the smallest size that a search has tried so far
     may not be the smallest that would do. A row per (mode, n_facts, recall_threshold): mean, standard deviation, minimum

@@ -5,8 +5,8 @@ The folder of a run holds `config.json`, `people.sqlite`, `metrics.jsonl`, `chec
 """
 
 import json
-import os
 import platform
+import shutil
 import subprocess
 from datetime import UTC, datetime
 from functools import cache
@@ -60,6 +60,7 @@ def run(
         if not (directory / ROW).exists():
             row = _train_and_measure(config, directory, people, device, description, tensorboard)
             write_json(directory / ROW, row)
+            shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # the model is kept, the way to it is not
         return json.loads((directory / ROW).read_text())
 
 
@@ -201,6 +202,5 @@ def _git(*arguments: str) -> str:
 
 def write_json(path: Path, content: dict) -> None:
     """Write JSON under a temporary name, then rename: the file is whole or absent."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
+    with paths.replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))

@@ -21,10 +21,12 @@ from lib.base import InputError
 from lib.config import RunConfig
 from lib.experiments import Search, searches
 from lib.monitor import progress
-from lib.run import run
+from lib.run import resolve_device, run
 
 #: How often a failing cell is tried before it counts as failed.
 TRIES = 2
+#: How many missing cells a report names.
+LISTED = 5
 
 
 @dataclass
@@ -35,24 +37,31 @@ class Report:
     done_now: int = 0
     failed: dict[str, str] = field(default_factory=dict)  # run id -> the error's last line
     missing: list[RunConfig] = field(default_factory=list)  # cells that could start now
-    searches_open: int = 0  # searches that need more cells, now or after those
-    hours_ahead: float = 0.0  # estimate for one process
+    runs_ahead: int = 0  # about how many cells are left, those that depend on others included
+    hours_ahead: float = 0.0  # about how many hours they take one process
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.done_now} runs done now, {self.done_before} before; {self.searches_open} searches open, "
-            f"{len(self.missing)} runs can start, about {self.hours_ahead:.2g} hours of one core ahead"
-            if self.searches_open
-            else f"{self.done_now} runs done now, {self.done_before} before; nothing is missing"
-        ]
+        done = f"{self.done_now} runs done now, {self.done_before} before; "
+        if not self.missing:
+            return done + "nothing is missing"
+        lines = [done + f"about {self.runs_ahead:,} runs and {self.hours_ahead:.2g} hours of one core ahead, beginning with"]
+        lines += [f"  {_title(config)}" for config in self.missing[:LISTED]]
+        lines += [f"  and {len(self.missing) - LISTED:,} more"] if len(self.missing) > LISTED else []
         return "\n".join(lines + [f"failed: {run_id}: {reason}" for run_id, reason in self.failed.items()])
 
 
 def sweep(
-    section: str, profile: str, *, jobs: int | None = None, dry_run: bool = False, max_hours: float = math.inf
+    section: str,
+    profile: str,
+    *,
+    jobs: int | None = None,
+    dry_run: bool = False,
+    max_hours: float = math.inf,
+    device: str = "auto",
 ) -> Report:
-    """Run all that a section needs in a profile and that has no row yet, `jobs` cells at a time (default: one a core).
+    """Run all that a section needs in a profile and that has no row yet, `jobs` cells at a time.
 
+    By default that is one a core, or one on a GPU.
     A failing cell is tried once more, then reported; other searches go on. After `max_hours` no new cell starts.
     With `dry_run` nothing runs and the report says what is ahead.
     """
@@ -64,10 +73,11 @@ def sweep(
     report = Report(done_before=len(recalls))
     if not dry_run and _pending(plan, recalls):
         directory = results.sweep_dir(section, profile)
-        _execute(plan, recalls, report, directory, jobs or os.cpu_count() or 1, time.monotonic() + 3600 * max_hours)
+        jobs = jobs or (1 if resolve_device(device).type == "cuda" else os.cpu_count() or 1)
+        _execute(plan, recalls, report, directory, device, jobs, time.monotonic() + 3600 * max_hours)
     report.missing = _pending(plan, recalls)
-    report.searches_open = sum(bool(search.pending(recalls)) for search in plan)
-    report.hours_ahead = _hours_ahead(plan, recalls, rows)
+    ahead = [config for search in plan for config in _expected(search, recalls)]
+    report.runs_ahead, report.hours_ahead = len(ahead), _hours(ahead, rows)
     return report
 
 
@@ -77,7 +87,13 @@ def _pending(plan: list[Search], recalls: dict[str, float]) -> list[RunConfig]:
 
 
 def _execute(
-    plan: list[Search], recalls: dict[str, float], report: Report, directory: Path, jobs: int, deadline: float
+    plan: list[Search],
+    recalls: dict[str, float],
+    report: Report,
+    directory: Path,
+    device: str,
+    jobs: int,
+    deadline: float,
 ) -> None:
     """Keep `jobs` workers busy until nothing can start any more, adding to `recalls` and `report`."""
     idle: list[_Worker] = []
@@ -89,7 +105,7 @@ def _execute(
                 busy = {config.run_id for _, config in running.values()}
                 ready = [c for c in _pending(plan, recalls) if c.run_id not in busy | report.failed.keys()]
                 while ready and len(running) < jobs and time.monotonic() < deadline:
-                    config, worker = ready.pop(0), idle.pop() if idle else _Worker()
+                    config, worker = ready.pop(0), idle.pop() if idle else _Worker(device)
                     tries[config.run_id] = tries.get(config.run_id, 0) + 1
                     worker.submit(config, directory / config.run_id)
                     running[worker.pipe] = worker, config
@@ -116,10 +132,10 @@ def _execute(
 class _Worker:
     """A process that runs cell after cell. Its death harms no other cell, and it does not outlive the sweep."""
 
-    def __init__(self):
+    def __init__(self, device: str):
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs,), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, device), daemon=True)
         self.process.start()
         theirs.close()  # the process holds the only other end now, so its death ends the pipe
 
@@ -139,7 +155,7 @@ class _Worker:
         self.process.terminate()
 
 
-def _work(pipe: Connection) -> None:
+def _work(pipe: Connection, device: str) -> None:
     """The life of a worker: cells come in, recalls go out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the sweep, which ends its workers
     Thread(target=_end_with_parent, daemon=True).start()
@@ -149,7 +165,7 @@ def _work(pipe: Connection) -> None:
         while True:
             config, directory = pipe.recv()
             try:
-                pipe.send((run(RunConfig.parse(config), directory)["recall"], None))
+                pipe.send((run(RunConfig.parse(config), directory, device=device)["recall"], None))
             except Exception as error:
                 pipe.send((None, f"{type(error).__name__}: {error}"))
 
@@ -163,13 +179,18 @@ def _title(config: RunConfig) -> str:
     return f"{config.mode}, {4 * config.facts.n_people} facts, d = {config.model.d_model}, seed {config.seed}"
 
 
-def _hours_ahead(plan: list[Search], recalls: dict[str, float], rows: pd.DataFrame) -> float:
-    """Hours that the open searches take one process: arithmetic, at the speed of the rows there are or a guess."""
-    flops = sum(
-        search.expected_runs() * _flops(search.config(search.sizes[len(search.sizes) // 2]))
-        for search in plan
-        if search.pending(recalls)
-    )
+def _expected(search: Search, recalls: dict[str, float]) -> list[RunConfig]:
+    """The runs that a search still takes, as many and as large as it is likely to turn out."""
+    pending = search.pending(recalls)
+    if search.threshold is None or not pending:
+        return pending
+    done = sum(search.config(size).run_id in recalls for size in search.sizes)
+    return pending * max(1, search.expected_runs() - done)
+
+
+def _hours(configs: list[RunConfig], rows: pd.DataFrame) -> float:
+    """Hours that runs take one process: their arithmetic, at the speed of the rows there are or a guess."""
+    flops = sum(map(_flops, configs))
     speed = 1.5e10  # a core of a laptop, small matrices
     if len(rows):
         done = [
@@ -181,7 +202,7 @@ def _hours_ahead(plan: list[Search], recalls: dict[str, float], rows: pd.DataFra
 
 def _flops(config: RunConfig) -> float:
     """Arithmetic of a whole run: three forward passes a step."""
-    length = 60 if config.mode == "in-weight" else 215
+    length = 66 if config.mode == "in-weight" else 184  # tokens of a dialog, in the mean
     batch = min(config.training.batch_size, 4 * config.facts.n_people)
     steps = config.training.total_steps(4 * config.facts.n_people)
     return 3.0 * steps * batch * config.model.forward_flops(length, length // 2)

@@ -20,7 +20,7 @@ LOG_EVERY = 50
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Ending:
     """How training ended."""
 
     steps: int
@@ -32,6 +32,9 @@ class Outcome:
 
 class Trainer:
     """Trains a model on a dataset; killed at any moment and started again, it ends with the same weights, bit for bit.
+
+    On the same kind of device, with the same versions and number of threads, that is: sums in another order round
+    differently, and on GPUs some kernels choose their order as they run.
 
     What a step does depends on the configuration and the step alone (`Batches`, the schedule) and on what a checkpoint
     holds: weights, optimizer state, random state, and the counters below.
@@ -54,7 +57,7 @@ class Trainer:
         self.counters = {"step": 0, "dialogs_seen": 0, "seconds": 0.0, "reached": 0}
         self.losses: list[torch.Tensor] = []
 
-    def train(self, description: str | None = None, tensorboard: bool = False) -> Outcome:
+    def train(self, description: str | None = None, tensorboard: bool = False) -> Ending:
         """Train from the latest checkpoint in `directory`, or from the start, to the end."""
         self.resume()
         training, counters = self.config.training, self.counters
@@ -74,7 +77,7 @@ class Trainer:
                     counters["reached"] = counters["reached"] + 1 if reached else 0
                 if self._due(training.checkpoint_every):
                     self.save()
-        return Outcome(
+        return Ending(
             counters["step"], self.loss(), counters["dialogs_seen"], counters["seconds"],
             "recall" if self._recall_is_stable() else "budget",
         )  # fmt: skip
@@ -145,7 +148,7 @@ class Trainer:
             slots: dict[int, dict[str, torch.Tensor]] = {}
             for name, tensor in _below(f"optim.{i}.", tensors).items():
                 parameter, slot = name.split(".")
-                slots.setdefault(int(parameter), {})[slot] = tensor
+                slots.setdefault(int(parameter), {})[slot] = tensor.clone()  # not the file, which retention deletes
             optimizer.load_state_dict({"state": slots, "param_groups": groups})
         self.losses = list(tensors["losses"].to(self.model.device))
         torch.set_rng_state(tensors["random.cpu"])

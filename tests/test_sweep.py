@@ -170,7 +170,7 @@ class FakeWorkers:
     def __init__(self, answer):
         self.answer, self.asked, self.busy, self.most_busy, self.closed = answer, [], 0, 0, 0
 
-    def __call__(self, threads: int) -> SimpleNamespace:
+    def __call__(self, device: str) -> SimpleNamespace:
         ours, theirs = Pipe()
 
         def submit(config: RunConfig, directory: Path) -> None:
@@ -270,11 +270,15 @@ def test_what_finishes_in_time_is_kept_when_the_time_is_up(runs, monkeypatch):
     assert (report.done_now, len(report.missing)) == (2, 3)
 
 
-def test_an_error_of_the_sweep_itself_still_ends_its_workers(runs, monkeypatch):
-    workers = FakeWorkers(lambda config: ("not a number", None))
-    with pytest.raises(ValueError):
-        _sweep_with(monkeypatch, workers, [_cell()], jobs=1)
-    assert workers.closed == 0 or workers.closed == 1
+def test_an_interrupted_sweep_ends_its_workers(runs, monkeypatch):
+    def interrupt(config: RunConfig):
+        raise KeyboardInterrupt
+
+    answers = iter([lambda config: (0.5, None), interrupt])
+    workers = FakeWorkers(lambda config: next(answers)(config))
+    with pytest.raises(KeyboardInterrupt):
+        _sweep_with(monkeypatch, workers, [_cell(), _cell(seed=1)], jobs=2)
+    assert workers.closed >= 1
 
 
 # ---- Looking ahead

@@ -1,0 +1,206 @@
+"""Figures: what is drawn is what the tables say, in whole files that are the same a second time."""
+
+import json
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+
+from lib import figures, paths, results
+from lib.base import InputError
+from lib.model import ModelConfig
+
+PUBLISHED = results.published_by_paper("parameter_bounds")
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path, monkeypatch) -> Path:
+    """runs, paper_data and the folder of this repository are somewhere else, and empty."""
+    monkeypatch.setattr(paths, "ROOT", tmp_path / "root")
+    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path / "root" / "paper_data")
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
+    monkeypatch.delenv("ITL_FIGURES", raising=False)
+    (tmp_path / "root" / "paper_data").mkdir(parents=True)
+    yield tmp_path
+    plt.close("all")
+
+
+def _rows() -> list[dict]:
+    """Two seeds that find their bound at d = 8 and d = 12, for both modes and two numbers of facts."""
+    rows = []
+    for mode in figures.STYLES:
+        for n_facts in (32, 128):
+            for seed, enough in ((0, 8), (1, 12)):
+                for d_model in (4, 8, 12):
+                    rows.append({
+                        "run_id": f"{len(rows):012d}", "mode": mode, "n_facts": n_facts, "seed": seed, "d_model": d_model,
+                        "n_params": ModelConfig(d_model=d_model).n_params, "recall": 1.0 if d_model >= enough else 0.3,
+                        "commit": "a" * 40,
+                    })  # fmt: skip
+    return rows
+
+
+def _finish(rows: list[dict], profile: str) -> None:
+    for row in rows:
+        folder = results.sweep_dir("05_1", profile) / row["run_id"]
+        folder.mkdir(parents=True)
+        (folder / "row.json").write_text(json.dumps(row))
+
+
+def _png_size(path: Path) -> tuple[int, int]:
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
+    return struct.unpack(">II", content[16:24])
+
+
+def _pdf_text(path: Path) -> bytes:
+    """A PDF with its compressed streams unpacked."""
+    content = path.read_bytes()
+    assert content.startswith(b"%PDF-") and content.rstrip().endswith(b"%%EOF")
+    streams = re.findall(rb"stream\r?\n(.*?)\r?\nendstream", content, re.DOTALL)
+    return content + b"".join(zlib.decompressobj().decompress(stream) for stream in streams if stream[:1] == b"x")
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+@pytest.mark.parametrize("profile", paths.PROFILES)
+@pytest.mark.parametrize("with_rows", [False, True])
+def test_every_figure_is_drawn_to_whole_files_that_are_the_same_a_second_time(places, name, profile, with_rows):
+    if with_rows:
+        _finish(_rows(), profile)
+        if profile in paths.PUBLISHING:
+            results.publish("05_1", profile)
+    written = figures.save(figures.draw(name, profile), name, profile)
+    assert [path.name for path in written] == [f"{name}.pdf", f"{name}.png"]
+    first = [path.read_bytes() for path in written]
+    width, height = _png_size(written[1])
+    assert width > 1000 and height > 600  # 200 dots an inch
+    figures.save(figures.draw(name, profile), name, profile)
+    assert [path.read_bytes() for path in written] == first
+    assert sorted(path.name for path in written[0].parent.iterdir()) == sorted(path.name for path in written)
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_text_in_a_pdf_stays_text(name):
+    pdf = _pdf_text(figures.save(figures.draw(name), name, "quick")[0])
+    assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType outlines, as journals ask for
+
+
+def test_a_quick_figure_goes_to_runs_and_leaves_the_committed_ones(places):
+    committed = places / "root" / "figures" / "parameter_bounds.png"
+    committed.parent.mkdir()
+    committed.write_bytes(b"committed")
+    (pdf, png) = figures.save(figures.draw("parameter_bounds", "quick"), "parameter_bounds", "quick")
+    assert pdf.parent == png.parent == places / "runs" / "quick" / "figures"
+    assert committed.read_bytes() == b"committed" and len(list(committed.parent.iterdir())) == 1
+    written = figures.save(figures.draw("parameter_bounds", "laptop"), "parameter_bounds", "laptop")
+    assert written[1] == committed and committed.read_bytes() != b"committed"
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_earlier_one(places, monkeypatch):
+    (pdf, png) = figures.save(figures.draw("parameter_bounds"), "parameter_bounds", "quick")
+    earlier = pdf.read_bytes(), png.read_bytes()
+
+    def fail(self, path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        figures.save(figures.draw("parameter_bounds"), "parameter_bounds", "quick")
+    assert (pdf.read_bytes(), png.read_bytes()) == earlier
+
+
+# ---- What is drawn
+
+
+def _lines(axes) -> dict[str, np.ndarray]:
+    """Points (N, 2) of each labelled line; those with error bars too."""
+    handles, labels = axes.get_legend_handles_labels()
+    lines = [handle.lines[0] if hasattr(handle, "lines") else handle for handle in handles]
+    return {label: line.get_xydata() for label, line in zip(labels, lines, strict=True)}
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.95])
+def test_the_published_points_are_drawn_where_the_table_has_them(threshold):
+    (axes,) = figures.draw("parameter_bounds", "laptop", threshold=threshold).axes
+    drawn = _lines(axes)
+    assert set(drawn) == {"in-weight, published", "in-tool, published"}
+    for mode in figures.STYLES:
+        table = PUBLISHED[(PUBLISHED["mode"] == mode) & (PUBLISHED.recall_threshold == threshold)]
+        expected = table.dropna(subset="min_params_mean")[["n_facts", "min_params_mean"]].to_numpy()
+        assert len(expected) > 5
+        np.testing.assert_array_equal(drawn[f"{mode}, published"], expected[np.argsort(expected[:, 0])])
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert f"{threshold:.0%} recall" in axes.get_ylabel()
+
+
+def test_our_points_are_means_over_seeds_with_bars_to_the_extremes():
+    rows = pd.DataFrame(_rows())
+    figure = figures.parameter_bounds(PUBLISHED, results.minimal_parameters(rows))
+    (axes,) = figure.axes
+    drawn = _lines(axes)
+    for mode in figures.STYLES:
+        mean = (6_248 + 10_908) / 2
+        np.testing.assert_array_equal(drawn[f"{mode}, this repository"], [[32, mean], [128, mean]])
+    handles, labels = axes.get_legend_handles_labels()
+    container = handles[labels.index("in-tool, this repository")]
+    for segment in container.lines[2][0].get_segments():
+        assert sorted(segment[:, 1]) == [6_248, 10_908]
+
+
+def test_quick_points_are_hollow_and_come_on_top_of_those_committed():
+    table = results.minimal_parameters(pd.DataFrame(_rows()))
+    (axes,) = figures.parameter_bounds(PUBLISHED, table, quick=table).axes
+    handles, labels = axes.get_legend_handles_labels()
+    for mode in figures.STYLES:
+        quick = handles[labels.index(f"{mode}, just trained (quick)")].lines[0]
+        committed = handles[labels.index(f"{mode}, this repository")].lines[0]
+        assert quick.get_markerfacecolor() == "white" != committed.get_markerfacecolor()
+        assert quick.get_marker() == committed.get_marker()
+        assert quick.get_zorder() > committed.get_zorder()
+
+
+def test_the_modes_differ_by_more_than_color():
+    colors, markers = zip(*((style["color"], style["marker"]) for style in figures.STYLES.values()), strict=True)
+    assert len(set(colors)) == len(set(markers)) == len(figures.STYLES)
+    red, green, blue = np.array([matplotlib.colors.to_rgb(color) for color in colors]).T
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue
+    assert abs(grey[0] - grey[1]) > 0.08
+
+
+def test_recall_is_drawn_against_parameters_as_measured():
+    rows = pd.DataFrame(_rows())
+    left, right = figures.recall_against_parameters(rows).axes
+    for axes, mode in ((left, "in-weight"), (right, "in-tool")):
+        assert axes.get_title() == mode and axes.get_xscale() == "log"
+        drawn = _lines(axes)
+        assert set(drawn) == {"32", "128"}
+        for points in drawn.values():  # means over the two seeds
+            np.testing.assert_allclose(points, [[2_612, 0.3], [6_248, 0.65], [10_908, 1.0]])
+
+
+def test_the_published_recall_curves_lie_behind_the_in_weight_panel():
+    published = results.published_by_paper("recall_vs_parameters_in_weight")
+    left, right = figures.draw("recall_vs_parameters").axes
+    assert len(right.lines) == 0
+    curves = {float(np.nanmax(line.get_xdata())) for line in left.lines}
+    assert curves == {float(curve.min_params_mean.max()) for _, curve in published.groupby("n_facts")}
+
+
+# ---- What is refused
+
+
+def test_an_unknown_figure_is_one_sentence_that_lists_those_there_are():
+    with pytest.raises(InputError, match="there is no figure 'bounds': there are parameter_bounds, recall_vs_parameters"):
+        figures.draw("bounds")
+
+
+def test_a_threshold_without_published_points_is_refused():
+    with pytest.raises(InputError, match=r"no bounds for a recall of 0\.8: there are 0\.5, 0\.9, 0\.95, 0\.99"):
+        figures.draw("parameter_bounds", "laptop", threshold=0.8)
