@@ -241,7 +241,8 @@ def paper(profile: ProfileOption = Profile.quick) -> None:
     """Run the notebooks of the paper, draw its figures, render everything to HTML; what is up to date is re-used."""
     _run_notebooks(None, profile.value, [], in_place=False, reuse=True)
     folder = paths.profile_dir(profile.value)
-    console.print(f"figures:   {paths.figures(profile.value)}\nnotebooks: {folder / 'notebooks'} (open the .html files)")
+    console.print(f"figures:   {paths.figures(profile.value)}")
+    console.print(f"notebooks: {folder / 'notebooks'} (open the .html files)")
 
 
 def _run_notebooks(names, profile: str, assignments: list[str], *, in_place: bool, reuse: bool) -> None:

@@ -66,7 +66,7 @@ def searches(section: str, profile: str) -> list[Search]:
     return list(_SECTIONS[section][profile]())
 
 
-# Recipes ----------------------------------------------------------------------------------------------------------------
+# Recipes --------------------------------------------------------------------------------------------------------------
 
 #: Ours: complete recall of small databases in hundreds of steps (LOG.md has the measurements).
 FAST = OptimConfig(name="muon", lr=1e-2, muon_lr=2e-2, beta2=0.95, schedule="cosine", clip_norm=1.0)
@@ -74,7 +74,7 @@ FAST = OptimConfig(name="muon", lr=1e-2, muon_lr=2e-2, beta2=0.95, schedule="cos
 PAPER = OptimConfig(name="adamw", lr=1e-3, weight_decay=0.1, beta2=0.999, schedule="cosine", clip_norm=None)
 
 
-# 5.1 Parameter bounds ---------------------------------------------------------------------------------------------------
+# 5.1 Parameter bounds -------------------------------------------------------------------------------------------------
 
 
 def _database(mode: str, n_facts: int, seed: int, **groups) -> RunConfig:
@@ -136,7 +136,7 @@ def _bounds_paper() -> Iterator[Search]:
                 yield Search(base, threshold=None)
 
 
-# 00 Quickstart ------------------------------------------------------------------------------------------------------------
+# 00 Quickstart --------------------------------------------------------------------------------------------------------
 
 
 def quickstart(profile: str, seed: int = 0) -> dict[str, RunConfig]:

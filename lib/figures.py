@@ -42,7 +42,8 @@ def save(figure: Figure, name: str, profile: str) -> list[Path]:
     written = []
     for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
         path = folder / f"{name}{suffix}"
-        with paths.replacing(path) as temporary, matplotlib.rc_context(_RC):  # resolution and fonts are asked for only now
+        # The context once more: resolution and fonts are asked for only now.
+        with paths.replacing(path) as temporary, matplotlib.rc_context(_RC):
             figure.savefig(temporary, format=suffix[1:], metadata=metadata)
         written.append(path)
     return written
@@ -105,23 +106,19 @@ def _points(axes, table: pd.DataFrame, style: dict, label: str, hollow: bool = F
     axes.errorbar(table.n_facts, mean, yerr=bars, linestyle="none", capsize=2, label=label, **style, **face)
 
 
-def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
+def recall_against_parameters(
+    laptop: pd.DataFrame, quick: pd.DataFrame | None = None, published: pd.DataFrame | None = None
+) -> Figure:
     """Recall at the end of training against model size, a line per number of facts (Section 5.1).
 
-    rows: of finished runs. published: paper_data/published/recall_vs_parameters_in_weight, drawn behind.
+    laptop, quick: rows of finished runs; those of `quick` are dashed, with hollow points. published:
+    paper_data/published/recall_vs_parameters_in_weight, drawn behind.
     """
     with matplotlib.rc_context({**_RC, "figure.figsize": (7.6, 3.4)}):
         figure, panels = plt.subplots(1, 2, sharey=True, sharex=True)
         for axes, mode in zip(panels, STYLES, strict=True):
-            of_mode = rows[rows["mode"] == mode] if len(rows) else rows
-            sizes = sorted(of_mode.n_facts.unique()) if len(of_mode) else []
-            shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, max(1, len(sizes))))
-            for shade, n_facts in zip(shades, sizes, strict=False):
-                at_size = of_mode[of_mode.n_facts == n_facts].groupby("n_params").recall
-                mean, low, high = at_size.mean(), at_size.min(), at_size.max()
-                axes.errorbar(
-                    mean.index, mean, yerr=[mean - low, high - mean], color=shade, capsize=2, label=f"{n_facts:,}", **_LINE
-                )
+            _recall_lines(axes, laptop, mode, "{:,}")
+            _recall_lines(axes, quick, mode, "{:,}, just trained (quick)", linestyle="--", markerfacecolor="white")
             if mode == "in-weight" and published is not None:
                 for n_facts, curve in published.groupby("n_facts"):
                     axes.plot(curve.min_params_mean, curve.recall, color="#999999", linewidth=1, zorder=1)
@@ -129,13 +126,21 @@ def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame | None
                     spot = {"color": "#777777", "fontsize": 7, "rotation": 80, "ha": "right", "va": "center"}
                     axes.annotate(f"{n_facts:,}", (middle.min_params_mean, middle.recall), **spot)
             axes.set(xscale="log", xlabel="parameters", title=mode, ylim=(-0.03, 1.06))
-            if len(sizes):
-                axes.legend(title="facts", fontsize=7.5, title_fontsize=7.5, loc="upper left")
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(title="facts", fontsize=7, title_fontsize=7, loc="center right")
         panels[0].set_ylabel("recall at the end of training")
     return figure
 
 
-_LINE = {"marker": "o", "markersize": 3.5, "linewidth": 1.2}
+def _recall_lines(axes, rows: pd.DataFrame | None, mode: str, label: str, **style) -> None:
+    if rows is None or not len(rows):
+        return
+    lines = list(rows[rows["mode"] == mode].groupby("n_facts"))
+    for shade, (n_facts, runs) in zip(np.linspace(0, 0.85, len(lines)), lines, strict=True):
+        recall = runs.groupby("n_params").recall.agg(["mean", "min", "max"])
+        bars = [recall["mean"] - recall["min"], recall["max"] - recall["mean"]]
+        line = {"color": plt.get_cmap("viridis")(shade), "marker": "o", "markersize": 3.5, "capsize": 2}
+        axes.errorbar(recall.index, recall["mean"], yerr=bars, label=label.format(n_facts), **line, **style)
 
 
 def _own_rows(profile: str) -> pd.DataFrame | None:
@@ -157,8 +162,8 @@ def _draw_parameter_bounds(profile: str, threshold: float = 0.95) -> Figure:
 
 
 def _draw_recall_against_parameters(profile: str) -> Figure:
-    rows = pd.concat([results.counting_rows("05_1", profile), _own_rows(profile)])
-    return recall_against_parameters(rows, results.published_by_paper("recall_vs_parameters_in_weight"))
+    published = results.published_by_paper("recall_vs_parameters_in_weight")
+    return recall_against_parameters(results.counting_rows("05_1", profile), _own_rows(profile), published)
 
 
 #: Every figure of the paper that this repository draws, by the name of its files.

@@ -56,7 +56,9 @@ def _in_kernel() -> bool:
 
 
 def progress(total: int, description: str | None, initial: int = 0):
-    """A context manager with `update(n)` and `set_postfix_str`: a bar in a terminal, a widget in JupyterLab, lines elsewhere.
+    """A context manager with `update(n)` and `set_postfix_str`.
+
+    It shows a bar in a terminal, a widget in JupyterLab, and lines of text now and then elsewhere.
 
     No description, no display. ITL_PROGRESS=lines asks for lines (batch-run notebooks), =off for nothing.
     """

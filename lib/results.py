@@ -67,7 +67,7 @@ def check_publishes(profile: str) -> None:
     if profile not in paths.PUBLISHING:
         raise InputError(f"the profile {profile} does not publish: {' and '.join(paths.PUBLISHING)} do")
     if not _is_clean(commit()):
-        raise InputError(f"the code in {paths.ROOT} is not that of a commit: only rows that can be traced are published")
+        raise InputError(f"lib in {paths.ROOT} is not as in a commit: only rows that can be traced are published")
 
 
 def _is_clean(commit: str) -> bool:
@@ -102,9 +102,9 @@ def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHO
     rows: of one profile, with at most one run per mode, number of facts, seed and size.
 
     A seed counts only where the next smaller size was run and failed: the smallest size that a search has tried so far
-    may not be the smallest that would do. A row per (mode, n_facts, recall_threshold): mean, standard deviation, minimum
-    and maximum over the `seeds_reaching_it`, of `seeds` that were tried. The columns shared with the published table
-    have the published names.
+    may not be the smallest that would do. A row per (mode, n_facts, recall_threshold): mean, standard deviation,
+    minimum and maximum over the `seeds_reaching_it`, of `seeds` that were tried. The columns shared with the published
+    table have the published names.
     """
     if not len(rows):
         return pd.DataFrame(columns=["mode", "n_facts", "recall_threshold", *_STATISTICS.values()])
