@@ -114,11 +114,11 @@ def recall_against_parameters(
     laptop, quick: rows of finished runs; those of `quick` are dashed, with hollow points. published:
     paper_data/published/recall_vs_parameters_in_weight, drawn behind.
     """
-    with matplotlib.rc_context({**_RC, "figure.figsize": (7.6, 3.4)}):
+    with matplotlib.rc_context({**_RC, "figure.figsize": (8.6, 3.4)}):
         figure, panels = plt.subplots(1, 2, sharey=True, sharex=True)
         for axes, mode in zip(panels, STYLES, strict=True):
             _recall_lines(axes, laptop, mode, "{:,}")
-            _recall_lines(axes, quick, mode, "{:,}, just trained (quick)", linestyle="--", markerfacecolor="white")
+            _recall_lines(axes, quick, mode, "{:,} (quick)", linestyle="--", markerfacecolor="white")
             if mode == "in-weight" and published is not None:
                 for n_facts, curve in published.groupby("n_facts"):
                     axes.plot(curve.min_params_mean, curve.recall, color="#999999", linewidth=1, zorder=1)
@@ -127,7 +127,7 @@ def recall_against_parameters(
                     axes.annotate(f"{n_facts:,}", (middle.min_params_mean, middle.recall), **spot)
             axes.set(xscale="log", xlabel="parameters", title=mode, ylim=(-0.03, 1.06))
             if axes.get_legend_handles_labels()[0]:
-                axes.legend(title="facts", fontsize=7, title_fontsize=7, loc="center right")
+                axes.legend(title="facts", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
         panels[0].set_ylabel("recall at the end of training")
     return figure
 

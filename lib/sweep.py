@@ -68,14 +68,14 @@ def sweep(
     """
     if jobs is not None and jobs < 1:
         raise InputError(f"jobs = {jobs}: a sweep takes at least one process")
+    default_jobs = 1 if resolve_device(device).type == "cuda" else os.cpu_count() or 1
     plan = searches(section, profile)
     rows = results.read_rows(section, profile)
     recalls = dict(zip(rows.run_id, rows.recall, strict=True)) if len(rows) else {}
     report = Report(done_before=len(recalls))
     if not dry_run and _pending(plan, recalls):
         directory = results.sweep_dir(section, profile)
-        jobs = jobs or (1 if resolve_device(device).type == "cuda" else os.cpu_count() or 1)
-        _execute(plan, recalls, report, directory, device, jobs, time.monotonic() + 3600 * max_hours)
+        _execute(plan, recalls, report, directory, device, jobs or default_jobs, time.monotonic() + 3600 * max_hours)
     report.missing = _pending(plan, recalls)
     ahead = [config for search in plan for config in _expected(search, recalls)]
     report.runs_ahead, report.hours_ahead = len(ahead), _hours(ahead, rows)

@@ -5,6 +5,7 @@ import re
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -26,6 +27,9 @@ def places(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(paths, "PAPER_DATA", tmp_path / "root" / "paper_data")
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
     monkeypatch.delenv("ITL_FIGURES", raising=False)
+    monkeypatch.setattr(results, "commit", lambda: "a" * 40)
+    search = SimpleNamespace(sizes=range(99), config=lambda size: SimpleNamespace(run_id=f"{size:012d}"))
+    monkeypatch.setattr(results, "searches", lambda section, profile: [search])
     (tmp_path / "root" / "paper_data").mkdir(parents=True)
     yield tmp_path
     plt.close("all")
@@ -202,5 +206,5 @@ def test_an_unknown_figure_is_one_sentence_that_lists_those_there_are():
 
 
 def test_a_threshold_without_published_points_is_refused():
-    with pytest.raises(InputError, match=r"no bounds for a recall of 0\.8: there are 0\.5, 0\.9, 0\.95, 0\.99"):
+    with pytest.raises(InputError, match=r"threshold = 0\.8: .* 0\.5, 0\.9, 0\.95, 0\.99"):
         figures.draw("parameter_bounds", "laptop", threshold=0.8)

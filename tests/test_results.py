@@ -5,6 +5,7 @@ import math
 import statistics
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -18,6 +19,7 @@ from lib.model import ModelConfig
 
 CLEAN = "0123456789" * 4
 AWKWARD = 0.1 + 0.2  # 0.30000000000000004
+PLANNED = ("a" * 12, "b" * 12, "c" * 12, "1" * 12, "000000000012", "12345e678901")  # some look like numbers
 
 
 def _row(run_id: str = "a" * 12, **fields) -> dict:
@@ -125,9 +127,12 @@ def test_our_bounds_stand_beside_the_published_ones_where_both_have_a_point():
 
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> Path:
-    """An empty paper_data and an empty runs."""
+    """An empty paper_data and an empty runs; the code is a commit's, and the runs `PLANNED` are in every plan."""
     monkeypatch.setattr(paths, "PAPER_DATA", tmp_path / "paper_data")
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(results, "commit", lambda: CLEAN)
+    search = SimpleNamespace(sizes=range(len(PLANNED)), config=lambda size: SimpleNamespace(run_id=PLANNED[size]))
+    monkeypatch.setattr(results, "searches", lambda section, profile: [search])
     (tmp_path / "paper_data").mkdir()
     return tmp_path / "paper_data"
 
@@ -141,7 +146,8 @@ def _finish(row: dict, profile: str) -> None:
 def test_rows_are_those_of_finished_runs_of_the_profile(data):
     _finish(_row("a" * 12), "laptop")
     _finish(_row("b" * 12), "quick")
-    (results.sweep_dir("05_1", "laptop") / "unfinished").mkdir()
+    _finish(_row("0" * 12), "laptop")  # of an earlier plan
+    (results.sweep_dir("05_1", "laptop") / ("c" * 12)).mkdir()  # not finished
     rows = results.read_rows("05_1", "laptop")
     assert rows.to_dict("records") == [{"profile": "laptop", **_row("a" * 12)}]
     assert len(results.read_rows("05_1", "paper")) == 0
@@ -169,7 +175,7 @@ def test_publishing_merges_sorted_and_says_how_many_are_new(data):
 
 
 def test_publishing_again_changes_no_byte(data):
-    for i, run_id in enumerate(["1" * 12, "000000000012", "12345e678901"]):  # look like numbers
+    for i, run_id in enumerate(PLANNED[3:]):
         _finish(_row(run_id, seed=i, loss=AWKWARD / (i + 1), recall=1 / 3), "laptop")
     results.publish("05_1", "laptop")
     first = (data / "parameter_bounds.csv").read_bytes()
@@ -212,11 +218,28 @@ def test_profiles_that_do_not_count_do_not_publish(data, profile):
     assert list(data.iterdir()) == []
 
 
+@pytest.mark.parametrize("commit", [f"{CLEAN}-dirty", "unknown"])
+def test_code_that_no_commit_holds_does_not_publish(data, monkeypatch, commit):
+    _finish(_row(), "laptop")
+    monkeypatch.setattr(results, "commit", lambda: commit)
+    with pytest.raises(InputError, match="only rows that can be traced are published"):
+        results.publish("05_1", "laptop")
+    assert list(data.iterdir()) == []
+
+
+def test_what_counts_is_a_publishing_profile_and_otherwise_the_laptop_one(data):
+    for profile, run_id in zip(("quick", "laptop", "paper"), PLANNED, strict=False):
+        _finish(_row(run_id), profile)
+    counting = {profile: list(results.counting_rows("05_1", profile).run_id) for profile in paths.PROFILES}
+    laptop, paper = [PLANNED[1]], [PLANNED[2]]
+    assert counting == {"smoke": laptop, "quick": laptop, "laptop": laptop, "paper": paper}
+
+
 def test_publishing_nothing_writes_nothing(data):
     assert results.publish("05_1", "laptop") == 0
     assert list(data.iterdir()) == []
 
 
-def test_an_unknown_section_is_one_sentence(data):
+def test_an_unknown_section_is_one_sentence():
     with pytest.raises(InputError, match="there is no table for section 05_9: there are 05_1"):
-        results.read_rows("05_9", "laptop")
+        results.committed_rows("05_9")
