@@ -202,6 +202,7 @@ def sweep(
 
     if publish:
         results.check_publishes(profile.value)
+        results.check_traceable()
     report = sweeps.sweep(section, profile.value, jobs=jobs, dry_run=dry_run, max_hours=max_hours, device=device)
     console.print(str(report))
     if publish and not dry_run:

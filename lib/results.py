@@ -63,9 +63,13 @@ def counting_rows(section: str, profile: str) -> pd.DataFrame:
 
 
 def check_publishes(profile: str) -> None:
-    """Raise `InputError` for a profile whose results stay in runs, and for code that no commit holds."""
+    """Raise `InputError` for a profile whose results stay in runs."""
     if profile not in paths.PUBLISHING:
         raise InputError(f"the profile {profile} does not publish: {' and '.join(paths.PUBLISHING)} do")
+
+
+def check_traceable() -> None:
+    """Raise `InputError` if rows made now could not be published: no commit holds the code."""
     if not _is_clean(commit()):
         raise InputError(f"lib in {paths.ROOT} is not as in a commit: only rows that can be traced are published")
 

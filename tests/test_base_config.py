@@ -155,6 +155,15 @@ def test_an_impossible_default_is_noticed():
         Broken()
 
 
+@pytest.mark.parametrize(
+    ("steps", "n_dialogs", "batch_size", "expected"),
+    [(7, 10**6, 64, 7), (None, 8, 64, 600), (None, 256, 64, 600), (None, 25_600, 64, 60_000), (None, 641, 64, 1_503)],
+)
+def test_without_steps_a_run_makes_150_passes_and_at_least_600_steps(steps, n_dialogs, batch_size, expected):
+    training = RunConfig.parse({"training": {"steps": steps, "batch_size": batch_size}}).training
+    assert training.total_steps(n_dialogs) == expected
+
+
 def test_override_replaces_fields_by_dotted_name_and_leaves_the_rest():
     config = RunConfig.parse({"seed": 3, "model": {"d_model": 64, "n_heads": 4}})
     changed = override(config, {"model.d_model": 128, "mode": "in-tool", "evaluation.every": None})
@@ -211,3 +220,44 @@ def test_read_config_says_what_is_wrong_with_a_file(tmp_path, content, words):
         read_config(path)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_no_default_has_changed_since_there_are_rows():
+    """Ids leave defaults out, so a changed default would give the ids of committed rows another meaning."""
+    since_2026_11_23 = {
+        "mode": "in-weight",
+        "seed": 0,
+        "facts": {"n_people": 64, "seed": 0, "alpha": 0.0, "csv": None},
+        "model": {
+            "d_model": 32,
+            "n_layers": 2,
+            "n_heads": 2,
+            "n_kv_heads": None,
+            "vocab_size": 260,
+            "rope_theta": 10_000.0,
+            "rope": "standard",
+            "norm_eps": 1e-5,
+        },
+        "optim": {
+            "name": "muon",
+            "lr": 0.01,
+            "muon_lr": 0.02,
+            "weight_decay": 0.0,
+            "beta1": 0.9,
+            "beta2": 0.95,
+            "schedule": "cosine",
+            "warmup_steps": 0,
+            "clip_norm": 1.0,
+        },
+        "training": {
+            "steps": None,
+            "batch_size": 64,
+            "grad_accumulation": 1,
+            "dtype": "float32",
+            "checkpoint_every": 500,
+            "keep_checkpoints": 2,
+        },
+        "evaluation": {"every": 100, "questions": 1024, "stop_at_recall": 1.0},
+    }
+    now = RunConfig().model_dump()
+    assert {name: now[name] for name in since_2026_11_23} == since_2026_11_23

@@ -444,13 +444,20 @@ def test_a_sweep_is_published_when_asked(here, itl, monkeypatch):
 
     published = []
     monkeypatch.setattr("lib.sweep.sweep", lambda *_, **__: Report())
-    monkeypatch.setattr("lib.results.check_publishes", lambda profile: None)
+    monkeypatch.setattr("lib.results.commit", lambda: "a" * 40)
     monkeypatch.setattr("lib.results.publish", lambda *arguments: published.append(arguments) or 7)
     assert itl("sweep", "05_1", "--profile", "laptop", "--publish", "--dry-run").code == 0
     assert published == []
     answer = itl("sweep", "05_1", "--profile", "laptop", "--publish")
     assert published == [("05_1", "laptop")]
     assert "7 new rows in" in answer.out and "parameter_bounds.csv" in answer.out
+
+
+def test_a_sweep_that_could_not_be_published_does_not_start(here, itl, monkeypatch):
+    monkeypatch.setattr("lib.sweep.sweep", None)
+    monkeypatch.setattr("lib.results.commit", lambda: "a" * 40 + "-dirty")
+    answer = itl("sweep", "05_1", "--profile", "laptop", "--publish")
+    _assert_one_sentence(answer, ("not as in a commit", "only rows that can be traced"))
 
 
 def test_notebooks_are_run_with_the_parameters_that_were_typed(itl, monkeypatch):

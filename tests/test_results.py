@@ -127,10 +127,9 @@ def test_our_bounds_stand_beside_the_published_ones_where_both_have_a_point():
 
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> Path:
-    """An empty paper_data and an empty runs; the code is a commit's, and the runs `PLANNED` are in every plan."""
+    """An empty paper_data and an empty runs; every plan holds the runs `PLANNED`."""
     monkeypatch.setattr(paths, "PAPER_DATA", tmp_path / "paper_data")
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(results, "commit", lambda: CLEAN)
     search = SimpleNamespace(sizes=range(len(PLANNED)), config=lambda size: SimpleNamespace(run_id=PLANNED[size]))
     monkeypatch.setattr(results, "searches", lambda section, profile: [search])
     (tmp_path / "paper_data").mkdir()
@@ -218,13 +217,13 @@ def test_profiles_that_do_not_count_do_not_publish(data, profile):
     assert list(data.iterdir()) == []
 
 
-@pytest.mark.parametrize("commit", [f"{CLEAN}-dirty", "unknown"])
-def test_code_that_no_commit_holds_does_not_publish(data, monkeypatch, commit):
-    _finish(_row(), "laptop")
-    monkeypatch.setattr(results, "commit", lambda: commit)
-    with pytest.raises(InputError, match="only rows that can be traced are published"):
-        results.publish("05_1", "laptop")
-    assert list(data.iterdir()) == []
+def test_code_that_no_commit_holds_makes_no_rows_to_publish(monkeypatch):
+    monkeypatch.setattr(results, "commit", lambda: CLEAN)
+    results.check_traceable()
+    for commit in (f"{CLEAN}-dirty", "unknown"):
+        monkeypatch.setattr(results, "commit", lambda commit=commit: commit)
+        with pytest.raises(InputError, match="only rows that can be traced are published"):
+            results.check_traceable()
 
 
 def test_what_counts_is_a_publishing_profile_and_otherwise_the_laptop_one(data):

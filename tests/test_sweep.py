@@ -48,7 +48,8 @@ def _cell(seed: int = 0, **groups) -> Search:
 
 
 def _plan(monkeypatch, *plan: Search) -> None:
-    monkeypatch.setattr(sweep, "searches", lambda section, profile: list(plan))
+    for module in (sweep, results):
+        monkeypatch.setattr(module, "searches", lambda section, profile: list(plan))
 
 
 # ---- Real processes
@@ -68,7 +69,7 @@ def smoke(tmp_path_factory):
 def test_a_sweep_ends_with_a_row_for_every_cell(smoke, monkeypatch):
     folder, report = smoke
     monkeypatch.setenv("ITL_RUNS", str(folder))
-    assert (report.done_now, report.done_before, report.searches_open, report.failed) == (2, 0, 0, {})
+    assert (report.done_now, report.done_before, report.missing, report.failed) == (2, 0, [], {})
     rows = results.read_rows("05_1", "smoke")
     planned = [config.run_id for search in experiments.searches("05_1", "smoke") for config in search.pending({})]
     assert sorted(rows.run_id) == sorted(planned)
@@ -82,7 +83,7 @@ def test_a_second_sweep_does_nothing_and_says_so_quickly(smoke, monkeypatch):
     before, start = _snapshot(folder), time.monotonic()
     report = sweep.sweep("05_1", "smoke")
     assert time.monotonic() - start < 2
-    assert (report.done_now, report.done_before, report.searches_open) == (0, 2, 0)
+    assert (report.done_now, report.done_before, report.runs_ahead, report.hours_ahead) == (0, 2, 0, 0.0)
     assert str(report) == "0 runs done now, 2 before; nothing is missing"
     assert _snapshot(folder) == before
 
@@ -95,14 +96,14 @@ def test_a_failing_cell_is_reported_and_the_others_go_on(runs, monkeypatch):
     (config,) = bad.pending({})
     assert list(report.failed) == [config.run_id]
     assert "InputError: cannot read people from nobody.csv" in report.failed[config.run_id]
-    assert (report.done_now, report.searches_open, [c.run_id for c in report.missing]) == (1, 1, [config.run_id])
+    assert (report.done_now, [c.run_id for c in report.missing]) == (1, [config.run_id])
     assert f"failed: {config.run_id}" in str(report)
     assert list(results.read_rows("05_1", "smoke").seed) == [1]
 
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_loses_nothing(runs, monkeypatch):
-    training = {"steps": 300, "checkpoint_every": 20}
+    training = {"steps": 120, "checkpoint_every": 10}
     first, second = _cell(training=training), _cell(seed=1, training=training)
     _plan(monkeypatch, first, second)
     killed = []
@@ -211,7 +212,7 @@ def test_any_searches_end_with_every_point_known_and_no_cell_run_twice(tables, j
     with pytest.MonkeyPatch.context() as patch:
         report = _sweep_with(patch, workers, plan, jobs=jobs)
     assert len(workers.asked) == len(set(workers.asked)) == report.done_now
-    assert report.searches_open == 0 and not report.missing and not report.failed
+    assert not report.missing and not report.failed and report.runs_ahead == 0
     assert 1 <= workers.most_busy <= jobs
     finished = {search.config(size).run_id: tables[search.base.seed][i] for search in plan for i, size in enumerate(sizes)}
     recalls = {run_id: finished[run_id] for run_id in workers.asked}
@@ -225,7 +226,7 @@ def test_a_failing_cell_is_tried_twice_and_then_left(runs, monkeypatch):
     report = _sweep_with(monkeypatch, workers, plan, jobs=2)
     assert [workers.asked.count(search.pending({})[0].run_id) for search in plan] == [1, 2, 1]
     assert report.failed == {bad.run_id: "in-weight, 8 facts, d = 4, seed 1: ValueError: no"}
-    assert (report.done_now, report.searches_open) == (2, 1)
+    assert (report.done_now, report.missing) == (2, [bad])
 
 
 def test_a_cell_that_fails_once_is_no_failure(runs, monkeypatch):
@@ -247,15 +248,15 @@ def test_a_search_goes_on_from_the_rows_there_are(runs, monkeypatch):
     workers = FakeWorkers(lambda config: (1.0, None))
     report = _sweep_with(monkeypatch, workers, [search], jobs=1)
     assert workers.asked == [search.config(12).run_id]
-    assert (report.done_before, report.done_now, report.searches_open) == (2, 1, 0)
+    assert (report.done_before, report.done_now, report.missing) == (2, 1, [])
 
 
 def test_after_the_time_is_up_no_cell_starts(runs, monkeypatch):
     workers = FakeWorkers(lambda config: (0.5, None))
     report = _sweep_with(monkeypatch, workers, [_cell()], jobs=1, max_hours=0)
     assert workers.asked == []
-    assert (report.done_now, report.searches_open, len(report.missing)) == (0, 1, 1)
-    assert "1 searches open, 1 runs can start" in str(report)
+    assert (report.done_now, len(report.missing), report.runs_ahead) == (0, 1, 1)
+    assert "about 1 runs" in str(report) and "in-weight, 8 facts, d = 4, seed 0" in str(report)
 
 
 def test_what_finishes_in_time_is_kept_when_the_time_is_up(runs, monkeypatch):
@@ -290,19 +291,27 @@ def test_a_dry_run_tells_what_is_ahead_and_writes_nothing(runs, monkeypatch, pro
     monkeypatch.setattr(sweep, "_Worker", None)
     report = sweep.sweep("05_1", profile, dry_run=True)
     plan = experiments.searches("05_1", profile)
-    assert report.searches_open == len(plan)
     assert len(report.missing) == sum(len(search.pending({})) for search in plan)
+    assert report.runs_ahead == sum(search.expected_runs() for search in plan)
     assert 0 < report.hours_ahead < math.inf
-    assert f"{len(plan)} searches open" in str(report)
+    listed = str(report).splitlines()
+    assert f"about {report.runs_ahead:,} runs" in listed[0] and len(listed) <= 1 + sweep.LISTED + 1
     assert not runs.exists()
 
 
 def test_hours_ahead_follow_the_speed_of_the_rows_there_are(smoke, monkeypatch):
     monkeypatch.setenv("ITL_RUNS", str(smoke[0]))
     rows = results.read_rows("05_1", "smoke")
-    plan = [Search(RunConfig.parse(json.loads(config)), threshold=None, sizes=(4,)) for config in rows.config]
-    # The same two cells again take as long as they took.
-    assert 3600 * sweep._hours_ahead(plan, {}, rows) == pytest.approx(rows.train_seconds.sum())
+    again = [RunConfig.parse(json.loads(config)) for config in rows.config]
+    assert 3600 * sweep._hours(again, rows) == pytest.approx(rows.train_seconds.sum())  # they take as long as they took
+    assert sweep._hours(again * 3, rows) == pytest.approx(3 * sweep._hours(again, rows))
+
+
+def test_a_sweep_on_a_device_that_is_not_there_is_refused_before_anything_starts(runs, monkeypatch):
+    monkeypatch.setattr(sweep, "_Worker", None)
+    with pytest.raises(InputError, match="no device 'abacus'"):
+        sweep.sweep("05_1", "smoke", jobs=1, device="abacus")
+    assert not runs.exists()
 
 
 @pytest.mark.parametrize("jobs", [0, -1])

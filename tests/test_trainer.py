@@ -252,13 +252,12 @@ def _everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("optimizer", "dtype"), [("adamw", "float32"), ("muon", "float32"), ("muon", "bfloat16")])
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(data, tmp_path, optimizer, dtype):
     config = _config(
         optim={"name": optimizer, "warmup_steps": 5, "weight_decay": 0.1},
         evaluation={"every": 6},
-        steps=60, checkpoint_every=8, dtype=dtype, grad_accumulation=2,
+        steps=36, checkpoint_every=8, dtype=dtype, grad_accumulation=2,
     )  # fmt: skip
 
     def evaluate(model) -> float:
@@ -271,7 +270,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(data, tmp_path, opti
 
     whole = trainer("whole")
     expected, state = whole.train(), _everything(whole)
-    for step in (3, 21, 40, 41, 59):  # before the first checkpoint, between two, right at one, again, near the end
+    for step in (3, 14, 24, 25, 35):  # before the first checkpoint, between two, right at one, again, near the end
         _train_until(trainer("parts"), step)
     parts = trainer("parts", init=1, seed=6)
     outcome = parts.train()
@@ -281,7 +280,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(data, tmp_path, opti
     assert outcome.seconds > 0
     record = [(tmp_path / part / "metrics.jsonl").read_text() for part in ("whole", "parts")]
     assert record[0] == record[1]
-    last = [tmp_path / part / "checkpoints" / "step_00000056" / checkpoint.TENSORS for part in ("whole", "parts")]
+    last = [tmp_path / part / "checkpoints" / "step_00000032" / checkpoint.TENSORS for part in ("whole", "parts")]
     assert last[0].read_bytes() == last[1].read_bytes()
 
 
@@ -322,7 +321,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(data, tmp_path):
 
 def _start(directory: Path) -> subprocess.Popen:
     arguments = ["--mode", "in-weight", "--people", "8", "--d-model", "8", "--out", str(directory)]
-    settings = ["training.steps=200", "training.checkpoint_every=10", "evaluation.every=20"]
+    settings = ["training.steps=200", "training.checkpoint_every=10", "evaluation.every=50"]
     command = [sys.executable, "-m", "lib", "train", *arguments, *(part for s in settings for part in ("--set", s))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(paths.ROOT)}
     return subprocess.Popen(command, env=environment, cwd=directory.parent, stderr=subprocess.PIPE, text=True)
