@@ -35,7 +35,7 @@ def committed_rows(section: str) -> pd.DataFrame:
     path = table_path(section)
     if not path.exists():
         return pd.DataFrame()
-    return pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str), float_precision="round_trip")
+    return pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str))
 
 
 #: Columns of which a value may look like a number: hexadecimal digits, versions.

@@ -85,7 +85,9 @@ def test_one_changed_field_changes_the_id_and_changing_it_back_restores_it(value
 
 def test_the_id_is_the_hash_of_what_differs_from_the_defaults():
     assert RunConfig().canonical_json() == "{}"
-    config = RunConfig.parse({"seed": 3, "facts": {"seed": 0, "n_people": 8}, "model": {"d_model": ModelConfig().d_model}})
+    config = RunConfig.parse(
+        {"seed": 3, "facts": {"seed": 0, "n_people": 8}, "model": {"d_model": ModelConfig().d_model}}
+    )
     assert config.canonical_json() == '{"facts":{"n_people":8},"seed":3}'
     assert config.run_id == hashlib.sha256(b'{"facts":{"n_people":8},"seed":3}').hexdigest()[:12]
 

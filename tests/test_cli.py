@@ -117,8 +117,6 @@ def _finished_run_of_another_size(here: Path) -> None:
     shutil.copytree(here / "in-weight", here / "run")
 
 
-
-
 CSV = "train --csv people.csv --out run"
 BAD = {
     # People
@@ -126,7 +124,9 @@ BAD = {
     "no people": Bad("train --people 0", ("facts.n_people", "greater than or equal to 1", "0")),
     "too many people": Bad("data --out x.sqlite --people 5000000", ("facts.n_people", "less than or equal to 4578012")),
     "people in letters": Bad("train --people many", ("--people", "integer")),
-    "an impossible correlation": Bad("data --out x.sqlite --alpha 1.5", ("facts.alpha", "less than or equal to 1", "1.5")),
+    "an impossible correlation": Bad(
+        "data --out x.sqlite --alpha 1.5", ("facts.alpha", "less than or equal to 1", "1.5")
+    ),
     "a negative seed": Bad("train --seed -1", ("seed", "greater than or equal to 0", "-1")),
     "correlation of people from a CSV": Bad(
         "data --out x.sqlite --csv people.csv --alpha 0.5",
@@ -134,13 +134,19 @@ BAD = {
         _file("people.csv", "name,pet\nAnn,cat\n"),
     ),
     "a CSV that is missing": Bad(CSV, ("cannot read people from people.csv", "No such file")),
-    "a CSV without a column name": Bad(CSV, ("people.csv", "no column 'name'", "who"), _file("people.csv", "who,pet\nAnn,cat\n")),
-    "a CSV with a name twice": Bad(CSV, ("people.csv", "'Ann' twice", "unique"), _file("people.csv", "name,pet\nAnn,a\nAnn,b\n")),
+    "a CSV without a column name": Bad(
+        CSV, ("people.csv", "no column 'name'", "who"), _file("people.csv", "who,pet\nAnn,cat\n")
+    ),
+    "a CSV with a name twice": Bad(
+        CSV, ("people.csv", "'Ann' twice", "unique"), _file("people.csv", "name,pet\nAnn,a\nAnn,b\n")
+    ),
     "a CSV with nobody": Bad(CSV, ("people.csv has no people",), _file("people.csv", "name,pet\n")),
     "a CSV with an attribute that cannot be asked for": Bad(
         CSV, ("people.csv", "bad column name 'first pet'", "letters"), _file("people.csv", "name,first pet\nAnn,cat\n")
     ),
-    "a CSV with an empty cell": Bad(CSV, ("people.csv, person 1", "non-empty"), _file("people.csv", "name,pet\nAnn,\n")),
+    "a CSV with an empty cell": Bad(
+        CSV, ("people.csv, person 1", "non-empty"), _file("people.csv", "name,pet\nAnn,\n")
+    ),
     # Configurations
     "heads that do not divide d_model": Bad(
         "train --d-model 32 --set model.n_heads=3", ("model.d_model = 32", "n_heads = 3", "multiple of 6")
@@ -148,7 +154,9 @@ BAD = {
     "key-value heads that do not divide heads": Bad(
         "train --set model.n_heads=4 --set model.n_kv_heads=3", ("model.n_kv_heads = 3", "divisors")
     ),
-    "a vocabulary without room for bytes": Bad("train --set model.vocab_size=100", ("model.vocab_size = 100", "at least 260")),
+    "a vocabulary without room for bytes": Bad(
+        "train --set model.vocab_size=100", ("model.vocab_size = 100", "at least 260")
+    ),
     "an unknown configuration key": Bad(
         "train --set training.epochs=3", ("unknown configuration key 'training.epochs'", "accepted are", "batch_size")
     ),
@@ -159,7 +167,9 @@ BAD = {
     "--set without a value": Bad("train --set training.steps", ("--set takes field=value", "'training.steps'")),
     "a mode that does not exist": Bad("train --mode both", ("--mode", "'both'", "'in-weight', 'in-tool'")),
     "a missing configuration": Bad("train --config c.json", ("cannot read the configuration c.json", "No such file")),
-    "a configuration that is not JSON": Bad("train --config c.json", ("c.json is not JSON",), _file("c.json", "{seed: 1}")),
+    "a configuration that is not JSON": Bad(
+        "train --config c.json", ("c.json is not JSON",), _file("c.json", "{seed: 1}")
+    ),
     "a configuration that is a list": Bad("train --config c.json", ("object with fields",), _file("c.json", "[1]")),
     "a configuration with an unknown key": Bad("train --config c.json", ("'seeds'",), _file("c.json", '{"seeds": 1}')),
     # Folders and files
@@ -174,7 +184,9 @@ BAD = {
     "a database in a folder that does not exist": Bad(
         "data --out nowhere/x.sqlite", ("cannot write the database nowhere/x.sqlite", "existing folder")
     ),
-    "a database in place of a folder": Bad("data --out in-weight", ("cannot write the database in-weight", "file name")),
+    "a database in place of a folder": Bad(
+        "data --out in-weight", ("cannot write the database in-weight", "file name")
+    ),
     "dialogs in a folder that does not exist": Bad(
         "data --out x.sqlite --dialogs nowhere/d.jsonl", ("cannot write nowhere/d.jsonl", "existing folder")
     ),
@@ -182,10 +194,14 @@ BAD = {
     "a run that is missing": Bad("recall nothing", ("there is no checkpoint at nothing",)),
     "a run that is not finished": Bad("chat run Hello?", ("run is incomplete",), _file("run/config.json", "{}")),
     "a truncated checkpoint": Bad(
-        "recall in-weight", ("damaged", checkpoint.TENSORS, "has changed"), _damage(checkpoint.TENSORS, lambda b: b[:-100])
+        "recall in-weight",
+        ("damaged", checkpoint.TENSORS, "has changed"),
+        _damage(checkpoint.TENSORS, lambda b: b[:-100]),
     ),
     "a flipped bit": Bad("chat in-weight Hello?", ("damaged", checkpoint.TENSORS), _damage(checkpoint.TENSORS, _flip)),
-    "a flipped bit in the state": Bad("recall in-weight", ("damaged", checkpoint.STATE), _damage(checkpoint.STATE, _flip)),
+    "a flipped bit in the state": Bad(
+        "recall in-weight", ("damaged", checkpoint.STATE), _damage(checkpoint.STATE, _flip)
+    ),
     "a checkpoint without its marker": Bad(
         "recall in-weight", ("incomplete", checkpoint.MARKER, "train again"), _damage(checkpoint.MARKER, None)
     ),
@@ -201,7 +217,9 @@ BAD = {
         "chat in-tool Hello? --database some.sqlite", ("some.sqlite", "no such table"), _database("CREATE TABLE x (y)")
     ),
     "a database without a column name": Bad(
-        "recall in-tool --database some.sqlite", ("some.sqlite", "no column 'name'"), _database("CREATE TABLE people (who)")
+        "recall in-tool --database some.sqlite",
+        ("some.sqlite", "no column 'name'"),
+        _database("CREATE TABLE people (who)"),
     ),
     "an unknown attribute": Bad(
         "recall in-tool --database some.sqlite",
@@ -216,7 +234,9 @@ BAD = {
     "a parameter that a notebook does not have": Bad(
         "notebooks 00 -p color=red", ("00_quickstart has no parameter 'color'", "it accepts", "profile: str")
     ),
-    "a parameter of the wrong type": Bad("notebooks 05_1 -p threshold=high", ("parameter threshold", "'high'", "float")),
+    "a parameter of the wrong type": Bad(
+        "notebooks 05_1 -p threshold=high", ("parameter threshold", "'high'", "float")
+    ),
     "a parameter without a value": Bad("notebooks 05_1 -p threshold", ("'threshold'", "name=value")),
     "the profile as a parameter": Bad("notebooks 05_1 -p profile=quick", ("profile", "option", "not as a parameter")),
     # Sweeps and figures
@@ -360,11 +380,16 @@ def test_the_same_command_does_not_train_again(here, itl, monkeypatch):
 
 def test_options_and_files_make_the_same_configuration(here, itl):
     (here / "c.json").write_text('{"mode": "in-tool", "training": {"steps": 4}, "optim": {"lr": 0.5}}')
-    answer = itl("train", "--config", "c.json", "--people", "2", "--d-model", "4", "--seed", "3", "--set", "optim.lr=0.25",
-                 "--set", "optim.schedule=constant", "--set", "evaluation.every=null", "--out", "run")  # fmt: skip
+    answer = itl("train", "--config", "c.json", "--people", "2", "--d-model", "4", "--seed", "3", "--set",
+                 "optim.lr=0.25", "--set", "optim.schedule=constant", "--set", "evaluation.every=null", "--out", "run")  # fmt: skip
     assert answer.code == 0, answer.err
     config = json.loads((here / "run" / "config.json").read_text())["config"]
-    assert (config["mode"], config["seed"], config["facts"]["seed"], config["facts"]["n_people"]) == ("in-tool", 3, 3, 2)
+    assert (config["mode"], config["seed"], config["facts"]["seed"], config["facts"]["n_people"]) == (
+        "in-tool",
+        3,
+        3,
+        2,
+    )
     assert (config["optim"]["lr"], config["optim"]["schedule"]) == (0.25, "constant")
     assert (config["training"]["steps"], config["evaluation"]["every"], config["model"]["d_model"]) == (4, None, 4)
 

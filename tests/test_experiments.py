@@ -128,7 +128,11 @@ def test_every_profile_holds_valid_distinct_runs_of_both_modes(profile):
 
 
 def test_laptop_steps_grow_with_the_facts_an_in_weight_model_has_to_learn():
-    steps = {4 * s.base.facts.n_people: s.base.training.steps for s in searches("05_1", "laptop") if s.base.mode == "in-weight"}
+    steps = {
+        4 * s.base.facts.n_people: s.base.training.steps
+        for s in searches("05_1", "laptop")
+        if s.base.mode == "in-weight"
+    }
     assert [steps[n] for n in sorted(steps)] == sorted(steps.values())
     assert steps[8192] >= 4 * steps[1024]
 
@@ -144,7 +148,10 @@ def test_smaller_profiles_are_smaller():
 def test_the_quickstart_trains_one_model_of_each_mode():
     for profile in PROFILES:
         configs = quickstart(profile)
-        assert {mode: config.mode for mode, config in configs.items()} == {"in-weight": "in-weight", "in-tool": "in-tool"}
+        assert {mode: config.mode for mode, config in configs.items()} == {
+            "in-weight": "in-weight",
+            "in-tool": "in-tool",
+        }
         for config in configs.values():
             assert RunConfig.parse(config.model_dump()) == config
     assert quickstart("smoke")["in-tool"].training.steps < quickstart("quick")["in-tool"].training.steps

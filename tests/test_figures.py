@@ -42,8 +42,8 @@ def _rows() -> list[dict]:
             for seed, enough in ((0, 8), (1, 12)):
                 for d_model in (4, 8, 12):
                     rows.append({
-                        "run_id": f"{len(rows):012d}", "mode": mode, "n_facts": n_facts, "seed": seed, "d_model": d_model,
-                        "n_params": ModelConfig(d_model=d_model).n_params, "recall": 1.0 if d_model >= enough else 0.3,
+                        "run_id": f"{len(rows):012d}", "mode": mode, "n_facts": n_facts, "seed": seed,
+                        "d_model": d_model, "n_params": ModelConfig(d_model=d_model).n_params, "recall": 1.0 if d_model >= enough else 0.3,
                         "commit": "a" * 40,
                     })  # fmt: skip
     return rows
@@ -200,7 +200,7 @@ def test_the_published_recall_curves_lie_behind_the_in_weight_panel():
 
 
 def test_an_unknown_figure_is_one_sentence_that_lists_those_there_are():
-    with pytest.raises(InputError, match="there is no figure 'bounds': there are parameter_bounds, recall_vs_parameters"):
+    with pytest.raises(InputError, match="there is no figure 'bounds': there are parameter_bounds, recall"):
         figures.draw("bounds")
 
 

@@ -130,9 +130,7 @@ def test_each_optimizer_follows_its_own_peak_rate():
 
 # ---- Schedules
 
-SCHEDULES = st.builds(
-    OptimConfig, schedule=st.sampled_from(["cosine", "constant"]), warmup_steps=st.integers(0, 30)
-)
+SCHEDULES = st.builds(OptimConfig, schedule=st.sampled_from(["cosine", "constant"]), warmup_steps=st.integers(0, 30))
 
 
 def _closed_form(config: OptimConfig, step: int, total: int) -> float:

@@ -3,7 +3,6 @@
 import json
 import math
 import statistics
-from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,7 +46,10 @@ def _row(run_id: str = "a" * 12, **fields) -> dict:
 @st.composite
 def _runs(draw) -> list[dict]:
     cells = st.tuples(
-        st.sampled_from(["in-weight", "in-tool"]), st.sampled_from([8, 16]), st.integers(0, 2), st.sampled_from(SIZES[:6])
+        st.sampled_from(["in-weight", "in-tool"]),
+        st.sampled_from([8, 16]),
+        st.integers(0, 2),
+        st.sampled_from(SIZES[:6]),
     )
     recalls = draw(st.dictionaries(cells, st.sampled_from([0.0, 0.5, 0.9, 0.95, 1.0]), min_size=1, max_size=30))
     return [
@@ -63,8 +65,8 @@ def _brute_force(rows: list[dict], threshold: float) -> dict[tuple, dict]:
         return row["mode"], row["n_facts"]
 
     table = {}
-    for key, group in groupby(sorted(rows, key=cell), cell):
-        group, smallest = list(group), []
+    for key in {cell(row) for row in rows}:
+        group, smallest = [row for row in rows if cell(row) == key], []
         for seed in {row["seed"] for row in group}:
             recall = {row["d_model"]: row["recall"] for row in group if row["seed"] == seed}
             for i, size in enumerate(SIZES):

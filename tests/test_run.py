@@ -92,7 +92,9 @@ def test_the_database_of_a_run_holds_its_people(finished):
     with sqlite3.connect(directory / "people.sqlite") as connection:
         stored = connection.execute("SELECT name, birth_date, occupation FROM people").fetchall()
     people = load_people(config.facts)
-    assert sorted(stored) == sorted(zip(people.names, people.columns["birth_date"], people.columns["occupation"], strict=True))
+    assert sorted(stored) == sorted(
+        zip(people.names, people.columns["birth_date"], people.columns["occupation"], strict=True)
+    )
 
 
 def test_a_finished_run_is_not_repeated(finished, monkeypatch):

@@ -39,7 +39,9 @@ def _snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _base(**groups) -> RunConfig:
-    return RunConfig.parse({"training": {"steps": 10}, "evaluation": {"every": None}, "facts": {"n_people": 2}, **groups})
+    return RunConfig.parse(
+        {"training": {"steps": 10}, "evaluation": {"every": None}, "facts": {"n_people": 2}, **groups}
+    )
 
 
 def _cell(seed: int = 0, **groups) -> Search:
@@ -214,7 +216,9 @@ def test_any_searches_end_with_every_point_known_and_no_cell_run_twice(tables, j
     assert len(workers.asked) == len(set(workers.asked)) == report.done_now
     assert not report.missing and not report.failed and report.runs_ahead == 0
     assert 1 <= workers.most_busy <= jobs
-    finished = {search.config(size).run_id: tables[search.base.seed][i] for search in plan for i, size in enumerate(sizes)}
+    finished = {
+        search.config(size).run_id: tables[search.base.seed][i] for search in plan for i, size in enumerate(sizes)
+    }
     recalls = {run_id: finished[run_id] for run_id in workers.asked}
     assert all(not search.pending(recalls) for search in plan)
 
