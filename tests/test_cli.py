@@ -380,8 +380,10 @@ def test_the_same_command_does_not_train_again(here, itl, monkeypatch):
 
 def test_options_and_files_make_the_same_configuration(here, itl):
     (here / "c.json").write_text('{"mode": "in-tool", "training": {"steps": 4}, "optim": {"lr": 0.5}}')
-    answer = itl("train", "--config", "c.json", "--people", "2", "--d-model", "4", "--seed", "3", "--set",
-                 "optim.lr=0.25", "--set", "optim.schedule=constant", "--set", "evaluation.every=null", "--out", "run")  # fmt: skip
+    options = ["--people", "2", "--d-model", "4", "--seed", "3", "--out", "run"]
+    for assignment in ("optim.lr=0.25", "optim.schedule=constant", "evaluation.every=null"):
+        options += ["--set", assignment]
+    answer = itl("train", "--config", "c.json", *options)
     assert answer.code == 0, answer.err
     config = json.loads((here / "run" / "config.json").read_text())["config"]
     assert (config["mode"], config["seed"], config["facts"]["seed"], config["facts"]["n_people"]) == (

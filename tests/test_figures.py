@@ -43,7 +43,8 @@ def _rows() -> list[dict]:
                 for d_model in (4, 8, 12):
                     rows.append({
                         "run_id": f"{len(rows):012d}", "mode": mode, "n_facts": n_facts, "seed": seed,
-                        "d_model": d_model, "n_params": ModelConfig(d_model=d_model).n_params, "recall": 1.0 if d_model >= enough else 0.3,
+                        "d_model": d_model, "n_params": ModelConfig(d_model=d_model).n_params,
+                        "recall": 1.0 if d_model >= enough else 0.3,
                         "commit": "a" * 40,
                     })  # fmt: skip
     return rows
