@@ -1,6 +1,7 @@
 """For all tests: results go to a temporary folder, few threads are used, and in CI a skipped test is a failure."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from hypothesis import settings
 settings.register_profile("itl", deadline=None)
 settings.load_profile("itl")
 
-# One thread: small models gain little from a second, and wait for it where cores are busy. Before torch is imported, here
-# and in the kernels and commands that tests start.
+# One thread: small models gain little from a second, and wait for it where cores are busy. Before torch is imported,
+# here and in the kernels and commands that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# Where the tests run in the background SIGINT is ignored, and so it would be in the processes that they interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
