@@ -16,6 +16,7 @@ def itl(*arguments: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # minutes of training, on whatever machine
 @pytest.mark.parametrize("mode", ["in-weight", "in-tool"])
 def test_a_model_of_64_people_recalls_all_their_facts_and_really_asks_if_it_has_a_tool(mode, tmp_path):
     run = str(tmp_path / mode)

@@ -163,7 +163,7 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path, runs):
     pid = tmp_path / "pid"
     wait_for(lambda: pid.exists() and pid.read_text())
     runner.send_signal(signal.SIGINT)
-    _, errors = runner.communicate(timeout=30)
+    _, errors = runner.communicate(timeout=150)
     assert runner.returncode != 0 and "KeyboardInterrupt" in errors
     assert [path for path in runs.rglob("*") if path.name != "notebooks"] == [runs / "quick"]
     wait_for(lambda: not is_running(int(pid.read_text())))

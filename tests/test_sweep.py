@@ -150,7 +150,7 @@ def test_workers_do_not_outlive_a_sweep_that_is_killed_or_interrupted(runs, how)
         workers = _children(process.pid)
         assert workers
         process.send_signal(how)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=150)
     finally:
         process.kill()
     if how == signal.SIGINT:
