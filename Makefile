@@ -13,7 +13,7 @@ comma := ,
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-paper: $(VENV)/core.stamp ## run the notebooks of Sections 0-5 in the quick profile, draw the figures, render to HTML
+paper: $(VENV)/core.stamp ## run all notebooks in the quick profile, draw the figures, render them to HTML
 	@$(RUN) -m lib paper
 
 test: $(VENV)/extras.stamp ## run the tests, which run every notebook at smoke size

@@ -91,6 +91,8 @@ def train(
     from lib.config import RunConfig, override, read_config
     from lib.run import run
 
+    if people is not None and csv is not None:
+        raise InputError("--people and --csv exclude each other: the file says how many there are")
     fields = {
         "mode": mode and mode.value,
         "facts.n_people": people,
@@ -183,7 +185,7 @@ def _read_line() -> str:
 
 
 Section = Annotated[str, typer.Argument(help="section of the paper, as 05_1")]
-ProfileOption = Annotated[Profile, typer.Option(help="quick: minutes; laptop: hours; paper: a cluster")]
+ProfileOption = Annotated[Profile, typer.Option(help="smoke: seconds, for tests; quick: minutes; laptop: days of a core; paper: a cluster")]
 
 
 @app.command()

@@ -126,6 +126,8 @@ def recall_against_parameters(
                     spot = {"color": "#777777", "fontsize": 7, "rotation": 80, "ha": "right", "va": "center"}
                     axes.annotate(f"{n_facts:,}", (middle.min_params_mean, middle.recall), **spot)
             axes.set(xscale="log", xlabel="parameters", title=mode, ylim=(-0.03, 1.06))
+            if not axes.get_lines():
+                axes.text(0.5, 0.5, f"no {mode} runs yet", transform=axes.transAxes, ha="center", color="#777777")
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(title="facts", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
         panels[0].set_ylabel("recall at the end of training")

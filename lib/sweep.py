@@ -44,7 +44,7 @@ class Report:
         done = f"{self.done_now} runs done now, {self.done_before} before; "
         if not self.missing:
             return done + "nothing is missing"
-        ahead = f"about {self.runs_ahead:,} runs and {self.hours_ahead:.2g} hours of one core ahead, beginning with"
+        ahead = f"about {self.runs_ahead:,} runs and {self.hours_ahead:,.1f} hours of one core ahead, beginning with"
         lines = [done + ahead]
         lines += [f"  {_title(config)}" for config in self.missing[:LISTED]]
         lines += [f"  and {len(self.missing) - LISTED:,} more"] if len(self.missing) > LISTED else []
