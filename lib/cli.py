@@ -185,7 +185,9 @@ def _read_line() -> str:
 
 
 Section = Annotated[str, typer.Argument(help="section of the paper, as 05_1")]
-ProfileOption = Annotated[Profile, typer.Option(help="smoke: seconds, for tests; quick: minutes; laptop: days of a core; paper: a cluster")]
+ProfileOption = Annotated[
+    Profile, typer.Option(help="smoke: seconds, for tests; quick: minutes; laptop: days of a core; paper: a cluster")
+]
 
 
 @app.command()
