@@ -48,6 +48,8 @@ class EvaluationConfig(Config):
     questions: int = Field(1024, ge=1)
     #: Training ends when the last two measurements reached this recall; None trains to the last step.
     stop_at_recall: float | None = Field(1.0, gt=0, le=1)
+    #: Training ends when a measurement in the second half of the schedule is below this recall; None never gives up.
+    give_up_below: float | None = Field(None, gt=0, le=1)
 
 
 class RunConfig(Config):
@@ -74,6 +76,13 @@ class RunConfig(Config):
     def canonical_json(self) -> str:
         """What differs from the defaults, keys sorted, without spaces."""
         return json.dumps(self.model_dump(exclude_defaults=True), sort_keys=True, separators=(",", ":"))
+
+    def flops(self) -> float:
+        """Floating-point operations of the whole training, about: three forward passes a step."""
+        n_dialogs = 4 * self.facts.n_people
+        length = 66 if self.mode == "in-weight" else 184  # tokens of a dialog, in the mean
+        batch = min(self.training.batch_size, n_dialogs)
+        return 3.0 * self.training.total_steps(n_dialogs) * batch * self.model.forward_flops(length, length // 2)
 
     @property
     def run_id(self) -> str:

@@ -8,6 +8,7 @@ token that follows it, nothing else.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain, islice, repeat
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
@@ -170,6 +171,9 @@ def encode_dialog(dialog: Dialog, tokenizer: Tokenizer) -> tuple[list[int], list
     return [*tokens, tokenizer.end], [*trained, follows_assistant]
 
 
+_CHUNK = 1024  # how many people or dialogs NumPy works on at once: what it makes stays in the processor's cache
+
+
 @dataclass(frozen=True)
 class TokenizedDialogs:
     """A ragged tensor of D dialogs: dialog i is `values[offsets[i]:offsets[i + 1]]`, with its loss mask beside it."""
@@ -190,13 +194,44 @@ class TokenizedDialogs:
         span = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
         return self.values[span], self.mask[span]
 
-    def batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def trained_counts(self) -> torch.Tensor:
+        """(D,) int64, on the CPU: how many tokens of each dialog are trained."""
+        counts = [np.add.reduceat(mask, bounds[:-1], dtype=np.int64) for mask, bounds in self._parts()]
+        return torch.from_numpy(np.concatenate(counts))
+
+    def first_trained(self) -> torch.Tensor:
+        """(D,) int64, on the CPU: where in each dialog its first trained token stands.
+
+        A dialog without one is an `InputError`.
+        """
+        firsts = []
+        for mask, bounds in self._parts():
+            # A dialog's first token is never trained, so this one stands where the mask rises.
+            rises = np.append(np.flatnonzero(mask[1:] > mask[:-1]) + 1, len(mask))
+            firsts.append(rises[np.searchsorted(rises, bounds[:-1])] - bounds[:-1])
+        first = torch.from_numpy(np.concatenate(firsts))
+        if (first >= self.lengths().cpu()).any():
+            raise InputError("a dialog has nothing to train on: every dialog takes a turn of the assistant")
+        return first
+
+    def _parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Mask and offsets, from 0, of some dialogs at a time: what NumPy makes of all at once outgrows the data."""
+        mask, offsets = self.mask.cpu().numpy(), self.offsets.cpu().numpy()
+        for row in range(0, len(self), _CHUNK):
+            bounds = offsets[row : row + _CHUNK + 1]
+            yield mask[bounds[0] : bounds[-1]], bounds - bounds[0]
+
+    def batch(self, rows: torch.Tensor, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B, S) int64 and mask (B, S) of the dialogs `rows` (B,), padded on the right to the longest.
 
         Padding is what follows in the dataset, for any token would do: causal attention hides it, the mask is False.
+        Finding the longest makes the host wait for an accelerator; `length`, if given, is taken for S instead. It
+        must be at least the longest, which is not checked: longer dialogs would be cut.
         """
         starts, ends = self.offsets[rows], self.offsets[rows + 1]
-        index = starts[:, None] + torch.arange(int((ends - starts).max()), device=rows.device)
+        if length is None:
+            length = int((ends - starts).max())
+        index = starts[:, None] + torch.arange(length, device=rows.device)
         inside = index < ends[:, None]
         index = index.clamp_(max=len(self.values) - 1)
         return self.values[index].long(), self.mask[index] & inside
@@ -209,19 +244,47 @@ class TokenizedDialogs:
 def tokenize(items: Iterable[Dialog], tokenizer: Tokenizer) -> TokenizedDialogs:
     """Tokenize a whole dataset once. An empty dataset is an `InputError`.
 
-    The byte tokenizer has a fast path: the dialogs are joined to one byte string in which the special tokens are bytes
-    that UTF-8 never uses, so that NumPy does the rest.
+    The byte tokenizer has a fast path: dialogs become byte strings in which the special tokens are bytes that UTF-8
+    never uses, so that NumPy does the rest.
     """
     if isinstance(tokenizer, ByteTokenizer):
-        values, mask, offsets = _tokenize_bytes(items)
-    else:
-        encoded = [encode_dialog(dialog, tokenizer) for dialog in items]
-        values = np.array([token for tokens, _ in encoded for token in tokens], dtype=np.int32)
-        mask = np.array([trained for _, flags in encoded for trained in flags], dtype=bool)
-        offsets = np.cumsum([0, *(len(tokens) for tokens, _ in encoded)])
-    if len(offsets) < 2:
+        marked = map(_mark, items)
+        return _concatenate(map(_read_marked, iter(lambda: b"".join(islice(marked, _CHUNK)), b"")), torch.int16)
+    encoded = (encode_dialog(dialog, tokenizer) for dialog in items)
+    return _concatenate(
+        ((np.array(tokens, np.int32), np.array(mask), np.array([len(tokens)])) for tokens, mask in encoded), torch.int32
+    )
+
+
+def tokenize_people(people: People, mode: Mode, tokenizer: Tokenizer) -> TokenizedDialogs:
+    """`tokenize(dialogs(people, mode), tokenizer)`, with the byte tokenizer many times as fast.
+
+    There the dialogs are rendered once, for a person with gaps for name and values, and joined with everyone's bytes.
+    """
+    if not isinstance(tokenizer, ByteTokenizer):
+        return tokenize(dialogs(people, mode), tokenizer)
+    template = _template(people.attributes, mode)
+    parts = (people[start : start + _CHUNK] for start in range(0, len(people), _CHUNK))
+    return _concatenate((_read_marked(_fill_template(template, part)) for part in parts), torch.int16)
+
+
+_Chunk = tuple[np.ndarray, np.ndarray, np.ndarray]  # values and mask (T,) and lengths (D,) int64 of some dialogs
+
+
+def _concatenate(chunks: Iterable[_Chunk], dtype: torch.dtype) -> TokenizedDialogs:
+    """All chunks as one dataset, in buffers that grow in place: joining a list of arrays would hold them twice."""
+    values, mask, lengths = bytearray(), bytearray(), bytearray(8)  # the offsets begin with an int64 zero
+    for chunk in chunks:
+        values += chunk[0].data
+        mask += chunk[1].data
+        lengths += chunk[2].data
+    if not values:
         raise InputError("there is no dialog to tokenize: give at least one person with one attribute")
-    return TokenizedDialogs(torch.from_numpy(values), torch.from_numpy(mask), torch.from_numpy(offsets))
+    return TokenizedDialogs(
+        torch.frombuffer(values, dtype=dtype),
+        torch.frombuffer(mask, dtype=torch.bool),
+        torch.frombuffer(lengths, dtype=torch.int64).cumsum(0),
+    )
 
 
 _SPECIAL = 0xFC  # 0xFC-0xFF never occur in UTF-8; byte _SPECIAL + k stands for token 256 + k
@@ -229,23 +292,39 @@ _ROLE_BYTE = {role: bytes([_SPECIAL + token - 256]) for role, token in ByteToken
 _END_BYTE = bytes([_SPECIAL + ByteTokenizer.end - 256])
 
 
-def _tokenize_bytes(items: Iterable[Dialog]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    joined = bytearray()
-    for dialog in items:
-        for role, text in dialog:
-            joined += _ROLE_BYTE[role]
-            joined += text.encode()
-        joined += _END_BYTE
-    raw = np.frombuffer(joined, dtype=np.uint8)
+def _mark(dialog: Dialog) -> bytes:
+    """The bytes of a dialog, special tokens among them."""
+    return b"".join([_ROLE_BYTE[role] + text.encode() for role, text in dialog]) + _END_BYTE
+
+
+def _read_marked(marked: bytes) -> _Chunk:
+    """Tokens, mask and lengths of whole dialogs that `_mark` wrote."""
+    raw = np.frombuffer(marked, dtype=np.uint8)
     values = raw.astype(np.int16)
     special = np.flatnonzero(raw >= _SPECIAL)
     values[special] += 256 - _SPECIAL
-    # A token is trained if the last special token before it opened an assistant turn.
-    opens_assistant = values[special] == ByteTokenizer.role_ids[Role.ASSISTANT]
-    reach = np.diff(special, append=len(raw) - 1)
-    mask = np.repeat(np.concatenate(([False], opens_assistant)), np.concatenate(([1], reach)))
-    offsets = np.concatenate(([0], special[values[special] == ByteTokenizer.end] + 1))
-    return values, mask, offsets
+    kinds = values[special]
+    # The assistant's turns, role tokens included: trained are the tokens one further on. An end, the last, is in none.
+    turns = np.repeat(kinds == ByteTokenizer.role_ids[Role.ASSISTANT], np.diff(special, append=len(raw)))
+    return values, np.roll(turns, 1), np.diff(special[kinds == ByteTokenizer.end], prepend=-1)
+
+
+def _template(attributes: Sequence[str], mode: Mode) -> list[bytes]:
+    """Anyone's dialogs, marked and cut: at even places fixed bytes, at odd ones which column goes there (0: the name).
+
+    A dialog holds name and values as they are, and depends on them in no other way.
+    """
+    cut = next(character for character in map(chr, range(0xE000, 0xF900)) if character not in "".join(attributes))
+    values = {attribute: [f"{cut}{column}{cut}"] for column, attribute in enumerate(attributes, start=1)}
+    marked = b"".join(map(_mark, dialogs(People([f"{cut}0{cut}"], values), mode)))
+    return marked.split(cut.encode())
+
+
+def _fill_template(template: list[bytes], people: People) -> bytes:
+    """Everyone's dialogs, marked."""
+    columns = [[text.encode() for text in column] for column in (people.names, *people.columns.values())]
+    pieces = [columns[int(piece)] if i % 2 else repeat(piece, len(people)) for i, piece in enumerate(template)]
+    return b"".join(chain.from_iterable(zip(*pieces, strict=True)))
 
 
 class Batches:

@@ -1,7 +1,7 @@
 """The paper's experiments as data: a section and a profile give searches, and searches give the runs to do.
 
 A search looks for the smallest model that reaches a recall threshold on one database: from where it is expected by
-growing strides to a bracket, then by bisection. What it needs next is a function of the finished rows alone, so a sweep
+growing strides to a bracket, then by bisection, then below what it found, for luck makes recall uneven in size. What it needs next is a function of the finished rows alone, so a sweep
 of searches resumes from the rows and repeats nothing.
 """
 
@@ -26,6 +26,7 @@ class Search:
     threshold: float | None = 0.95  # None: run every size (a full grid)
     start: int = 0  # index of the size to begin with
     sizes: tuple[int, ...] = SIZES  # ascending values of d_model
+    neighbours: int = 2  # so many sizes right below the one found must have failed
 
     def config(self, size: int) -> RunConfig:
         """The run at one size."""
@@ -51,11 +52,14 @@ class Search:
             return None if low == last else min(low + stride, last)
         if low is None:
             return None if high == 0 else max(high - stride, 0)
-        return None if high - low == 1 else (low + high) // 2
+        if high - low > 1:
+            return (low + high) // 2
+        below = range(low - 1, max(high - self.neighbours, 0) - 1, -1)
+        return next((i for i in below if i not in reached), None)
 
     def expected_runs(self) -> int:
         """About how many runs the search takes from its start."""
-        return len(self.sizes) if self.threshold is None else min(3, len(self.sizes))
+        return len(self.sizes) if self.threshold is None else min(2 + self.neighbours, len(self.sizes))
 
 
 def searches(section: str, profile: str) -> list[Search]:

@@ -116,16 +116,23 @@ class Attention(nn.Module):
         x: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
         cached: tuple[torch.Tensor, ...] | None = None,
+        first: int = 0,
     ) -> torch.Tensor:
-        """x (B, S, D) -> (B, S, D). `rotary`: cos and signed sin, for `rotate`. `cached`: the layer's keys and values
-        (B, K, T, E), the positions (B, S) where this step's are written, and which of the T are visible (B, 1, S, T).
+        """x (B, S, D) -> (B, S - first, D): what the positions from `first` on see.
+
+        `rotary`: cos and signed sin, for `rotate`. `cached`: the layer's keys and values (B, K, T, E), the positions
+        (B, S) where this step's are written, and which of the T are visible (B, 1, S, T).
         """
         B, S, D = x.shape
-        heads = (B, S, -1, self.config.head_dim)
-        q = rotate(self.q_proj(x).view(heads).transpose(1, 2), *rotary)  # (B, H, S, E)
-        k = rotate(self.k_proj(x).view(heads).transpose(1, 2), *rotary)  # (B, K, S, E)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
+        heads = (B, -1, self.config.n_heads, self.config.head_dim)
+        kv_heads = (B, S, self.config.kv_heads, self.config.head_dim)
+        cos, sin = rotary
+        q = rotate(self.q_proj(x[:, first:]).view(heads).transpose(1, 2), cos[..., first:, :], sin[..., first:, :])
+        k = rotate(self.k_proj(x).view(kv_heads).transpose(1, 2), cos, sin)  # (B, K, S, E)
+        v = self.v_proj(x).view(kv_heads).transpose(1, 2)
         visible = None
+        if first:
+            visible = torch.ones(S - first, S, dtype=torch.bool, device=x.device).tril(first)
         if cached is not None:
             keys, values, positions, visible = cached
             row = torch.arange(B, device=x.device)[:, None]
@@ -134,7 +141,7 @@ class Attention(nn.Module):
             k, v = keys, values
         grouped = self.config.kv_heads != self.config.n_heads
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=grouped)
-        return self.o_proj(y.transpose(1, 2).reshape(B, S, D))
+        return self.o_proj(y.transpose(1, 2).reshape(B, S - first, D))
 
 
 class SwiGLU(nn.Module):
@@ -166,9 +173,10 @@ class Block(nn.Module):
         x: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
         cached: tuple[torch.Tensor, ...] | None = None,
+        first: int = 0,
     ) -> torch.Tensor:
-        """x (B, S, D) -> (B, S, D), see `Attention`."""
-        x = x + self.attention(self.attention_norm(x), rotary, cached)
+        """x (B, S, D) -> (B, S - first, D), see `Attention`."""
+        x = x[:, first:] + self.attention(self.attention_norm(x), rotary, cached, first)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -199,16 +207,18 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
-    def forward(self, tokens: torch.Tensor, select: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (B, S, V) of the next token at every position of tokens (B, S).
+    def forward(self, tokens: torch.Tensor, first: int = 0, select: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (B, S - first, V) of the next token at the positions from `first` on of tokens (B, S).
 
-        With a mask `select` (B, S), only at its N true positions: (N, V) in row-major order.
+        The last block computes queries and feed-forward at those positions only. With a mask `select` (B, S - first),
+        logits are those of its N true positions: (N, V) in row-major order.
         """
         x = self.embedding(tokens)
         cos, sin = self._rotary(tokens.shape[1], x.dtype)
         rotary = cos[: tokens.shape[1]], sin[: tokens.shape[1]]
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, rotary)
+        x = self.blocks[-1](x, rotary, first=first)
         return self.output(self.norm(x if select is None else x[select]))
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:

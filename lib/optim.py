@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -28,6 +29,64 @@ class OptimConfig(Config):
     clip_norm: float | None = Field(1.0, gt=0)
 
 
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon with all matrices of one shape orthogonalized together.
+
+    Small models spend more on launching kernels than on arithmetic, so stacks of matrices save most of the time of a
+    step. The iteration runs in the weights' own precision, where PyTorch rounds to bfloat16: it is no slower at these
+    sizes, and equal gradients then give equal steps whatever else is in the stack. Nesterov momentum only.
+    """
+
+    def step(self) -> None:
+        """One update of every matrix that has a gradient."""
+        _update_matrices([self])
+
+
+def step_together(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """One step of all `optimizers`, those of several models among them; gradients are None after it."""
+    muons = [optimizer for optimizer in optimizers if isinstance(optimizer, Muon)]
+    for optimizer in optimizers:
+        if optimizer not in muons:
+            optimizer.step()
+    _update_matrices(muons)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def _update_matrices(optimizers: Sequence[Muon]) -> None:
+    stacks: dict[tuple, list[tuple[nn.Parameter, dict, torch.Tensor]]] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = optimizer.state[parameter]
+                    if not state:
+                        state["momentum_buffer"] = torch.zeros_like(parameter)
+                    alike = stacks.setdefault((parameter.shape, group["momentum"]), [])
+                    alike.append((parameter, group, state["momentum_buffer"]))
+    for ((rows, columns), momentum), alike in stacks.items():
+        gradients = torch.stack([parameter.grad for parameter, _, _ in alike])
+        moments = torch.stack([moment for _, _, moment in alike]).lerp_(gradients, 1 - momentum)
+        updates = orthogonalize(gradients.lerp_(moments, momentum))
+        for (parameter, group, moment), new_moment, update in zip(alike, moments, updates, strict=True):
+            moment.copy_(new_moment)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+
+
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """U S' V^T for matrices U S V^T (N, rows, columns), with singular values S' near 1: five Newton-Schulz steps."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # as in `torch.optim.Muon`: steepest at zero, not convergent
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """The optimizers of `model`: AdamW alone, or Muon for the hidden matrices and AdamW for the rest.
 
@@ -50,7 +109,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
         )
     ]  # fmt: skip
     if config.name == "muon":
-        optimizers.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
+        optimizers.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

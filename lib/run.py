@@ -8,6 +8,8 @@ import json
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -18,88 +20,129 @@ from filelock import FileLock
 from lib import checkpoint, paths
 from lib.base import InputError
 from lib.config import RunConfig
-from lib.dialogs import ByteTokenizer, dialogs, tokenize
+from lib.dialogs import ByteTokenizer, tokenize_people
 from lib.facts import People, load_people, write_database
 from lib.model import Transformer
 from lib.monitor import summary_writer
 from lib.recall import Fact, Recall, measure_recall
 from lib.tools import SqlTool
-from lib.trainer import Trainer
+from lib.trainer import Ending, Trainer, train_together
 
 CLAIM, DATABASE, ROW, MODEL = "config.json", "people.sqlite", "row.json", "model"
 
 
-def run(
-    config: RunConfig,
-    directory: Path,
+def run(config: RunConfig, directory: Path, **options) -> dict:
+    """Train and measure one model; returns its row (see `paper_data/README.md` for the columns).
+
+    `options` are those of `run_together`, and so are its errors.
+    """
+    (row,) = run_together([config], [directory], **options)
+    return row
+
+
+def run_together(
+    configs: Sequence[RunConfig],
+    directories: Sequence[Path],
     *,
     device: str = "auto",
     description: str | None = None,
     tensorboard: bool = False,
-) -> dict:
-    """Train and measure one model; returns its row (see `paper_data/README.md` for the columns).
+    compiled: bool | None = None,
+) -> list[dict]:
+    """Several runs as one stack of models (see `train_together` for what they must have in common); returns the rows.
 
-    Raises `InputError` if `directory` belongs to another configuration or to other people; then nothing has changed.
+    compiled: whether torch.compile fuses a single model's elementwise work; None does where it pays. Raises
+    `InputError` if a directory belongs to another configuration or to other people; then nothing has changed.
     """
     device = resolve_device(device)
     if tensorboard:
         summary_writer()
-    directory = Path(directory)
-    people = load_people(config.facts)
-    _check_claim(directory, config, people)
-    commit()  # remembers the code that was imported, whatever is committed while the run goes on
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {directory}: {error.strerror}") from None
-    with FileLock(directory / ".lock"):  # a second process waits and finds the row
-        _check_claim(directory, config, people)
-        if not (directory / CLAIM).exists():
-            claim = {"config": config.model_dump(mode="json"), "people_digest": people.digest()}
-            write_json(directory / CLAIM, claim)
-        if not (directory / ROW).exists():
-            row = _train_and_measure(config, directory, people, device, description, tensorboard)
-            write_json(directory / ROW, row)
-            shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # the model is kept, the way to it is not
-        return json.loads((directory / ROW).read_text())
+    commit()  # remembers the code that was imported, whatever is committed while the runs go on
+    cells = [_Cell(config, Path(directory)) for config, directory in zip(configs, directories, strict=True)]
+    with ExitStack() as locks:
+        for cell in sorted(cells, key=lambda cell: cell.directory):  # one order for all: no two wait for each other
+            try:
+                cell.directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"cannot make the folder {cell.directory}: {error.strerror}") from None
+            locks.enter_context(FileLock(cell.directory / ".lock"))  # a second process waits and finds the row
+            cell.claim()
+        to_do = [cell for cell in cells if not (cell.directory / ROW).exists()]
+        if compiled is None:
+            compiled = len(to_do) == 1 and _pays_to_compile(to_do[0].config)
+        for cell in to_do:
+            cell.prepare(locks, device, compiled)
+        endings = train_together([cell.trainer for cell in to_do], description, tensorboard)
+        for cell, ending in zip(to_do, endings, strict=True):
+            write_json(cell.directory / ROW, cell.finish(ending))
+            shutil.rmtree(cell.directory / "checkpoints", ignore_errors=True)  # the model is kept, the way to it is not
+        return [json.loads((cell.directory / ROW).read_text()) for cell in cells]
 
 
-def _train_and_measure(
-    config: RunConfig, directory: Path, people: People, device: torch.device, description: str | None, tensorboard: bool
-) -> dict:
-    tokenizer = ByteTokenizer()
-    data = tokenize(dialogs(people, config.mode), tokenizer)
-    facts = list(people.facts())
-    model = Transformer(config.model, torch.Generator().manual_seed(config.seed)).to(device)
-    write_database(people, directory / DATABASE)
-    with SqlTool(directory / DATABASE) as database:
-        tool = database if config.mode == "in-tool" else None
+class _Cell:
+    """One run: its folder, and while it goes on, its people, database, model and trainer."""
 
-        def recall(questions: list[Fact]) -> Recall:
-            return measure_recall(model, questions, tokenizer, tool)
+    def __init__(self, config: RunConfig, directory: Path):
+        """Raises `InputError` unless `directory` is this run's, or free."""
+        self.config, self.directory, self.people = config, directory, load_people(config.facts)
+        _check_claim(directory, config, self.people)
 
-        probe = facts[: config.evaluation.questions]
-        trainer = Trainer(model, data, config, directory, lambda _: recall(probe).overall)
-        outcome = trainer.train(description, tensorboard)
-        measured = recall(facts)
-    save_model(model, directory / MODEL, config)
-    return {
-        "run_id": config.run_id,
-        **_configuration_columns(config, people),
-        "steps_budget": trainer.total_steps,
-        "n_params": config.model.n_params,
-        "steps": outcome.steps,
-        "stopped": outcome.stopped,
-        "dialogs_seen": outcome.dialogs_seen,
-        "loss": outcome.loss,
-        "recall": measured.overall,
-        **{f"recall_{attribute}": share for attribute, share in measured.by_attribute().items()},
-        "n_questions": len(facts),
-        "train_seconds": round(outcome.seconds, 2),
-        "people_digest": people.digest(),
-        **provenance(device),
-        "config": config.canonical_json(),
-    }
+    def claim(self) -> None:
+        """Write into the folder whose it is, unless that is done."""
+        _check_claim(self.directory, self.config, self.people)
+        if not (self.directory / CLAIM).exists():
+            claim = {"config": self.config.model_dump(mode="json"), "people_digest": self.people.digest()}
+            write_json(self.directory / CLAIM, claim)
+
+    def prepare(self, stack: ExitStack, device: torch.device, compiled: bool) -> None:
+        """Make the database, open until `stack` closes, and the trainer."""
+        write_database(self.people, self.directory / DATABASE)
+        database = stack.enter_context(SqlTool(self.directory / DATABASE))
+        self.tool = database if self.config.mode == "in-tool" else None
+        self.tokenizer = ByteTokenizer()
+        self.facts = list(self.people.facts())
+        probe = self.facts[: self.config.evaluation.questions]
+        self.trainer = Trainer(
+            Transformer(self.config.model, torch.Generator().manual_seed(self.config.seed)).to(device),
+            tokenize_people(self.people, self.config.mode, self.tokenizer),
+            self.config,
+            self.directory,
+            lambda _: self.recall(probe).overall,
+            compiled,
+        )
+
+    def recall(self, questions: list[Fact]) -> Recall:
+        return measure_recall(self.trainer.model, questions, self.tokenizer, self.tool)
+
+    def finish(self, ending: Ending) -> dict:
+        """Measure and save the model; the row."""
+        measured = self.recall(self.facts)
+        save_model(self.trainer.model, self.directory / MODEL, self.config)
+        return {
+            "run_id": self.config.run_id,
+            **_configuration_columns(self.config, self.people),
+            "steps_budget": self.trainer.total_steps,
+            "n_params": self.config.model.n_params,
+            "steps": ending.steps,
+            "stopped": ending.stopped,
+            "dialogs_seen": ending.dialogs_seen,
+            "loss": ending.loss,
+            "recall": measured.overall,
+            **{f"recall_{attribute}": share for attribute, share in measured.by_attribute().items()},
+            "n_questions": len(self.facts),
+            "train_seconds": round(ending.seconds, 2),
+            "people_digest": self.people.digest(),
+            **provenance(self.trainer.model.device),
+            "config": self.config.canonical_json(),
+        }
+
+
+def _pays_to_compile(config: RunConfig) -> bool:
+    """Whether a run is long enough for what torch.compile saves, about a third, to make up for its own time.
+
+    That is 10 to 25 seconds, as long as a core takes for 4e11 floating-point operations. Needs a C++ compiler.
+    """
+    return config.flops() > 4e12 and shutil.which("g++") is not None
 
 
 def _configuration_columns(config: RunConfig, people: People) -> dict:

@@ -191,19 +191,11 @@ def _expected(search: Search, recalls: dict[str, float]) -> list[RunConfig]:
 
 def _hours(configs: list[RunConfig], rows: pd.DataFrame) -> float:
     """Hours that runs take one process: their arithmetic, at the speed of the rows there are or a guess."""
-    flops = sum(map(_flops, configs))
+    flops = sum(config.flops() for config in configs)
     speed = 1.5e10  # a core of a laptop, small matrices
     if len(rows):
         done = [
-            _flops(RunConfig.parse(json.loads(row.config))) * row.steps / row.steps_budget for row in rows.itertuples()
+            RunConfig.parse(json.loads(row.config)).flops() * row.steps / row.steps_budget for row in rows.itertuples()
         ]
         speed = sum(done) / rows.train_seconds.sum()
     return flops / speed / 3600
-
-
-def _flops(config: RunConfig) -> float:
-    """Arithmetic of a whole run: three forward passes a step."""
-    length = 66 if config.mode == "in-weight" else 184  # tokens of a dialog, in the mean
-    batch = min(config.training.batch_size, 4 * config.facts.n_people)
-    steps = config.training.total_steps(4 * config.facts.n_people)
-    return 3.0 * steps * batch * config.model.forward_flops(length, length // 2)

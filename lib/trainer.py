@@ -1,19 +1,20 @@
-"""The training loop."""
+"""The training loop, for one run or for several of the same shape in lock-step."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from lib import checkpoint
 from lib.config import RunConfig
 from lib.dialogs import Batches, TokenizedDialogs
+from lib.gradients import IGNORED, Batch, Gradients
 from lib.model import Transformer
 from lib.monitor import Monitor
-from lib.optim import build_optimizers, schedule_factor, set_learning_rate
+from lib.optim import build_optimizers, schedule_factor, set_learning_rate, step_together
 
 #: Steps between two lines of metrics.
 LOG_EVERY = 50
@@ -27,7 +28,7 @@ class Ending:
     loss: float  # nats per trained token, mean over the last steps (at most LOG_EVERY)
     dialogs_seen: int
     seconds: float  # of all parts of a run that was interrupted
-    stopped: str  # "recall": it was reached; "budget": the last step was
+    stopped: str  # "recall": it was reached; "hopeless": it was given up; "budget": the last step was
 
 
 class Trainer:
@@ -37,7 +38,8 @@ class Trainer:
     differently, and on GPUs some kernels choose their order as they run.
 
     What a step does depends on the configuration and the step alone (`Batches`, the schedule) and on what a checkpoint
-    holds: weights, optimizer state, random state, and the counters below.
+    holds: weights, optimizer state, random state, and the counters below. A step never waits for an accelerator: the
+    data lies on it, and what the host must know of a batch, its lengths, the host keeps.
     """
 
     def __init__(
@@ -47,78 +49,86 @@ class Trainer:
         config: RunConfig,
         directory: Path,
         evaluate: Callable[[Transformer], float] | None = None,
+        compiled: bool = False,
     ):
-        """`evaluate` returns a recall in [0, 1]; `directory` receives checkpoints and metrics."""
+        """`evaluate` returns a recall in [0, 1]; `directory` receives checkpoints and metrics.
+
+        `compiled` has torch.compile fuse a step's elementwise work: seconds at the start (see `lib.run`).
+        """
         self.model, self.config, self.directory, self.evaluate = model, config, directory, evaluate
         self.data = data.to(model.device)
+        self.lengths, self.first, self.trained = data.lengths(), data.first_trained(), data.trained_counts()
         self.optimizers = build_optimizers(model, config.optim)
         self.total_steps = config.training.total_steps(len(data))
-        self.batches = Batches(data.lengths(), config.training.batch_size, config.seed)
-        self.counters = {"step": 0, "dialogs_seen": 0, "seconds": 0.0, "reached": 0}
+        self.batches = Batches(self.lengths, config.training.batch_size, config.seed)
+        self.counters = {"step": 0, "dialogs_seen": 0, "seconds": 0.0, "reached": 0, "hopeless": False}
         self.losses: list[torch.Tensor] = []
+        self.gradients = _gradients([self], compiled)
 
     def train(self, description: str | None = None, tensorboard: bool = False) -> Ending:
         """Train from the latest checkpoint in `directory`, or from the start, to the end."""
-        self.resume()
-        training, counters = self.config.training, self.counters
-        started = time.monotonic() - counters["seconds"]
-        with Monitor(self.directory, self.total_steps, counters["step"], description, tensorboard) as monitor:
-            while counters["step"] < self.total_steps and not self._recall_is_stable():
-                self.step()
-                monitor.advance()
-                step = counters["step"]
-                counters["seconds"] = time.monotonic() - started
-                if step % LOG_EVERY == 0 or step == self.total_steps:
-                    monitor.log(step, loss=self.loss())
-                if self._due(self.config.evaluation.every) and self.evaluate:
-                    recall = self.evaluate(self.model)
-                    monitor.log(step, recall=recall)
-                    reached = recall >= (self.config.evaluation.stop_at_recall or float("inf"))
-                    counters["reached"] = counters["reached"] + 1 if reached else 0
-                if self._due(training.checkpoint_every):
-                    self.save()
-        return Ending(
-            counters["step"], self.loss(), counters["dialogs_seen"], counters["seconds"],
-            "recall" if self._recall_is_stable() else "budget",
-        )  # fmt: skip
+        return train_together([self], description, tensorboard)[0]
 
     def step(self) -> None:
         """One update of the weights."""
-        step, optim = self.counters["step"], self.config.optim
-        set_learning_rate(self.optimizers, schedule_factor(optim, step, self.total_steps))
-        rows = self.batches[step]
-        self.losses = [*self.losses[1 - LOG_EVERY :], self._accumulate_gradients(rows.to(self.model.device))]
+        _step([self], self.gradients)
+
+    def next_batch(self) -> tuple[list[Batch], int]:
+        """The parts of this step's batch, and how many tokens are trained in all of them."""
+        rows = self.batches[self.counters["step"]]
+        parts = rows.chunk(self.config.training.grad_accumulation)
+        return [self._part(part) for part in parts], int(self.trained[rows].sum())
+
+    def _part(self, rows: torch.Tensor) -> Batch:
+        device = self.data.values.device
+        length, first = int(self.lengths[rows].max()), int(self.first[rows].min()) - 1
+        if device.type == "cuda":
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        tokens, mask = self.data.batch(rows, length)
+        targets = tokens.masked_fill(~mask, IGNORED)
+        return Batch(tokens[:, :-1], targets[:, first + 1 :], first)
+
+    def prepare_update(self) -> None:
+        """Clip the gradients and set this step's learning rate."""
+        optim = self.config.optim
         if optim.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip_norm)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.counters["step"] += 1
-        self.counters["dialogs_seen"] += len(rows)
+        set_learning_rate(self.optimizers, schedule_factor(optim, self.counters["step"], self.total_steps))
 
-    def _accumulate_gradients(self, rows: torch.Tensor) -> torch.Tensor:
-        """Gradients of the mean loss over the batch's trained tokens, and that loss (a scalar tensor)."""
-        parts = [self.data.batch(part) for part in rows.chunk(self.config.training.grad_accumulation)]
-        n_trained = sum(mask[:, 1:].sum() for _, mask in parts)
-        total = torch.zeros((), device=rows.device)
-        bfloat16 = self.config.training.dtype == "bfloat16"
-        for tokens, mask in parts:
-            with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=bfloat16):
-                logits = self.model(tokens[:, :-1], select=mask[:, 1:])
-            loss = F.cross_entropy(logits.float(), tokens[:, 1:][mask[:, 1:]], reduction="sum") / n_trained
-            loss.backward()
-            total += loss.detach()
-        return total
+    def count_step(self, loss: torch.Tensor) -> None:
+        """Record that the weights were updated."""
+        self.losses = [*self.losses[1 - LOG_EVERY :], loss]
+        self.counters["dialogs_seen"] += len(self.batches[self.counters["step"]])
+        self.counters["step"] += 1
+
+    def report(self, monitor: Monitor) -> None:
+        """After a step: what is due of metrics, evaluation and checkpoint."""
+        step, counters, evaluation = self.counters["step"], self.counters, self.config.evaluation
+        monitor.advance()
+        if step % LOG_EVERY == 0 or step == self.total_steps:
+            monitor.log(step, loss=self.loss())
+        if self.evaluate and evaluation.every and step % evaluation.every == 0:
+            recall = self.evaluate(self.model)
+            monitor.log(step, recall=recall)
+            reached = recall >= (evaluation.stop_at_recall or float("inf"))
+            counters["reached"] = counters["reached"] + 1 if reached else 0
+            late = step >= self.total_steps / 2
+            counters["hopeless"] = late and recall < (evaluation.give_up_below or 0.0)
+        if step % self.config.training.checkpoint_every == 0:
+            self.save()
+
+    @property
+    def stopped(self) -> str | None:
+        """Why training is over (see `Ending`), None while it is not."""
+        if self.counters["reached"] >= 2:
+            return "recall"
+        if self.counters["step"] >= self.total_steps:
+            return "budget"
+        return "hopeless" if self.counters["hopeless"] else None
 
     def loss(self) -> float:
         """Mean loss of the last steps, in nats per trained token."""
         return float(torch.stack(self.losses).mean()) if self.losses else float("nan")
-
-    def _due(self, every: int | None) -> bool:
-        return every is not None and self.counters["step"] % every == 0
-
-    def _recall_is_stable(self) -> bool:
-        return self.counters["reached"] >= 2
 
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on."""
@@ -155,6 +165,62 @@ class Trainer:
         if self.model.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.model.device)
         self.counters = state["counters"]
+
+
+def train_together(
+    trainers: Sequence[Trainer], description: str | None = None, tensorboard: bool = False
+) -> list[Ending]:
+    """Train several runs to their ends, one step of each at a time. Each ends as it would alone, to rounding.
+
+    All models of a call have one shape, and their runs one dtype and number of gradient parts (`stack_key`, else a
+    ValueError). Data, seeds, batches, rates and numbers of steps may differ; a run that ends leaves the others.
+    """
+    if len({stack_key(trainer.config) for trainer in trainers}) > 1:
+        raise ValueError("runs that train together need the same model, dtype and grad_accumulation")
+    with ExitStack() as stack:
+        monitors = {}
+        for trainer in trainers:
+            trainer.resume()
+            monitors[trainer] = stack.enter_context(
+                Monitor(trainer.directory, trainer.total_steps, trainer.counters["step"], description, tensorboard)
+            )
+        gradients, now = None, time.monotonic()
+        while active := [trainer for trainer in trainers if trainer.stopped is None]:
+            if len(trainers) == 1:
+                gradients = trainers[0].gradients
+            elif gradients is None or len(gradients.models) > len(active):
+                gradients = _gradients(active)
+            _step(active, gradients)
+            for trainer in active:
+                trainer.report(monitors[trainer])
+            before, now = now, time.monotonic()
+            for trainer in active:
+                trainer.counters["seconds"] += (now - before) / len(active)
+    return [
+        Ending(t.counters["step"], t.loss(), t.counters["dialogs_seen"], t.counters["seconds"], t.stopped)
+        for t in trainers
+    ]
+
+
+def stack_key(config: RunConfig) -> tuple:
+    """What runs that train together have in common."""
+    return config.model, config.training.dtype, config.training.grad_accumulation
+
+
+def _gradients(trainers: Sequence[Trainer], compiled: bool = False) -> Gradients:
+    bfloat16 = trainers[0].config.training.dtype == "bfloat16"
+    return Gradients([trainer.model for trainer in trainers], bfloat16, compiled)
+
+
+def _step(trainers: Sequence[Trainer], gradients: Gradients) -> None:
+    """One update of the weights of every trainer's model."""
+    parts, n_trained = zip(*(trainer.next_batch() for trainer in trainers), strict=True)
+    losses = [gradients.accumulate(batches, n_trained) for batches in zip(*parts, strict=True)]
+    for trainer in trainers:
+        trainer.prepare_update()
+    step_together([optimizer for trainer in trainers for optimizer in trainer.optimizers])
+    for trainer, of_parts in zip(trainers, zip(*losses, strict=True), strict=True):
+        trainer.count_step(sum(of_parts))
 
 
 def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ from lib.dialogs import (
     in_weight_dialog,
     question,
     tokenize,
+    tokenize_people,
     tool_call,
 )
 from lib.facts import ATTRIBUTES, People, sample_people
@@ -202,6 +205,83 @@ def test_a_large_vocabulary_keeps_its_ids():
 def test_an_empty_dataset_is_refused(tokenizer):
     with pytest.raises(InputError, match="no dialog"):
         tokenize([], tokenizer)
+    for nobody in (People([], {}), People([], {"height": []}), People(["Ann Lee"], {})):
+        with pytest.raises(InputError, match="no dialog"):
+            tokenize_people(nobody, "in-tool", tokenizer)
+
+
+# ---- People straight to tokens
+
+MODES = ["in-weight", "in-tool", "biography"]
+tricky = texts | st.text("\ue000\ue0010%sb{}", max_size=8) | st.sampled_from(["%s%%", "%(0)b", "\ue0000\ue000", "1"])
+
+
+@given(
+    st.lists(st.sampled_from(ATTRIBUTES) | tricky, unique=True, min_size=1, max_size=5).flatmap(
+        lambda attributes: st.tuples(
+            st.just(attributes), st.lists(st.tuples(tricky, *[tricky] * len(attributes)), min_size=1, max_size=4)
+        )
+    ),
+    st.sampled_from(MODES),
+    st.sampled_from([TOKENIZER, AnyTokenizer()]),
+)
+def test_people_become_the_tokens_of_their_dialogs_whatever_they_are_called(table, mode, tokenizer):
+    attributes, rows = table
+    names, *columns = map(list, zip(*rows, strict=True))
+    people = People(names, dict(zip(attributes, columns, strict=True)))
+    data = tokenize_people(people, mode, tokenizer)
+    expected = [encode_dialog(dialog, TOKENIZER) for dialog in dialogs(people, mode)]
+    assert [(tokens.tolist(), mask.tolist()) for tokens, mask in map(data.__getitem__, range(len(data)))] == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_many_people_are_tokenized_in_their_order(mode):
+    people = sample_people(3000, seed=1)
+    data, expected = tokenize_people(people, mode, TOKENIZER), tokenize(dialogs(people, mode), AnyTokenizer())
+    assert torch.equal(data.values, expected.values.short())
+    assert torch.equal(data.mask, expected.mask) and torch.equal(data.offsets, expected.offsets)
+
+
+def test_a_biography_of_someone_of_whom_nothing_is_known_is_empty():
+    assert tokenize_people(People(["A", "B"], {}), "biography", TOKENIZER).values.tolist() == [ASSISTANT, END] * 2
+
+
+def test_people_are_not_tokenized_in_an_unknown_mode():
+    with pytest.raises(InputError, match="unknown mode 'in_tool'"):
+        tokenize_people(sample_people(1), "in_tool", TOKENIZER)
+
+
+def test_the_dataset_is_never_held_twice_while_it_is_made():
+    people = sample_people(10_000)
+    tracemalloc.start()
+    data = tokenize_people(people, "in-tool", TOKENIZER)
+    data.trained_counts(), data.first_trained()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.5 * sum(tensor.nbytes for tensor in (data.values, data.mask, data.offsets))
+
+
+# ---- What is trained
+
+
+@given(st.lists(st.lists(turns, max_size=5), min_size=1, max_size=5))
+def test_trained_tokens_are_counted_and_the_first_is_found(many):
+    data = tokenize(many, TOKENIZER)
+    masks = [encode_dialog(dialog, TOKENIZER)[1] for dialog in many]
+    assert data.trained_counts().tolist() == [sum(mask) for mask in masks]
+    if all(map(any, masks)):
+        assert data.first_trained().tolist() == [mask.index(True) for mask in masks]
+    else:
+        with pytest.raises(InputError, match="nothing to train on"):
+            data.first_trained()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_trained_tokens_of_many_dialogs_are_counted_and_the_first_is_found(mode):
+    data = tokenize_people(sample_people(1100), mode, TOKENIZER)
+    masks = [data[i][1].tolist() for i in range(len(data))]
+    assert data.trained_counts().tolist() == [sum(mask) for mask in masks]
+    assert data.first_trained().tolist() == [mask.index(True) for mask in masks]
 
 
 # ---- Batches of tokens
@@ -220,6 +300,24 @@ def test_a_batch_is_its_rows_padded_on_the_right_and_padding_is_never_trained(ma
         assert torch.equal(mask[i, :length], data[row][1])
         assert not mask[i, length:].any()
         assert ((tokens[i] >= 0) & (tokens[i] < TOKENIZER.vocab_size)).all()
+
+
+@given(st.lists(st.lists(turns, max_size=4), min_size=1, max_size=6), st.integers(0, 20))
+def test_a_batch_can_be_padded_to_a_length_of_choice(many, extra):
+    data, rows = tokenize(many, TOKENIZER), torch.arange(len(many))
+    (tokens, mask), longest = data.batch(rows), int(data.lengths().max())
+    longer_tokens, longer_mask = data.batch(rows, length=longest + extra)
+    assert longer_tokens.shape == longer_mask.shape == (len(many), longest + extra)
+    assert torch.equal(longer_tokens[:, :longest], tokens) and torch.equal(longer_mask[:, :longest], mask)
+    assert not longer_mask[:, longest:].any()
+    assert ((longer_tokens >= 0) & (longer_tokens < TOKENIZER.vocab_size)).all()
+
+
+def test_a_batch_of_given_length_is_made_without_looking_at_the_data():
+    data, rows = tokenize([SMALL, SMALL], TOKENIZER).to("meta"), torch.tensor([0, 1], device="meta")
+    assert [tensor.shape for tensor in data.batch(rows, length=14)] == [(2, 14), (2, 14)]
+    with pytest.raises(RuntimeError, match="meta"):  # which has no values
+        data.batch(rows)
 
 
 # ---- The order of training

@@ -18,7 +18,7 @@ from lib.facts import load_people
 from lib.model import Transformer
 from lib.monitor import read_metrics
 from lib.recall import measure_recall
-from lib.run import _git, commit, load_model, resolve_device, run, save_model, write_json
+from lib.run import _Cell, _git, commit, load_model, resolve_device, run, save_model, write_json
 from lib.tools import SqlTool
 
 
@@ -290,12 +290,14 @@ def test_without_a_checkout_the_commit_is_unknown(checkout, monkeypatch):
 def test_the_commit_is_that_of_the_code_that_was_imported(checkout, tmp_path, monkeypatch):
     head = _git("rev-parse", "HEAD")
 
-    def train_while_someone_commits(*_):
+    finish = _Cell.finish
+
+    def finish_after_someone_commits(*arguments):
         (checkout / "lib" / "code.py").write_text("x = 2\n")
         _git("commit", "-qam", "second")
-        return {"commit": commit()}
+        return finish(*arguments)
 
-    monkeypatch.setattr("lib.run._train_and_measure", train_while_someone_commits)
+    monkeypatch.setattr(_Cell, "finish", finish_after_someone_commits)
     assert run(_config(), tmp_path / "runs" / "run")["commit"] == head
 
 

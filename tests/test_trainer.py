@@ -223,14 +223,14 @@ class Killed(BaseException):
 
 def _train_until(trainer: Trainer, step: int) -> None:
     """Train, and die at the beginning of `step`."""
-    take_step = trainer.step
+    next_batch = trainer.next_batch
 
-    def step_or_die() -> None:
+    def next_batch_or_die():
         if trainer.counters["step"] == step:
             raise Killed
-        take_step()
+        return next_batch()
 
-    trainer.step = step_or_die
+    trainer.next_batch = next_batch_or_die
     with pytest.raises(Killed):
         trainer.train()
 

@@ -1,0 +1,104 @@
+"""Loss and gradients of one model, or of several of the same shape in one pass."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lib.model import Transformer
+
+#: A target that has no loss.
+IGNORED = -100
+
+
+class Batch(NamedTuple):
+    """What a training step takes from a dataset."""
+
+    tokens: torch.Tensor  # (B, S) int64
+    targets: torch.Tensor  # (B, S - first) int64: what follows the positions from `first` on, or IGNORED
+    first: int  # no row has a target before this position
+
+
+def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross-entropy, in nats, of logits (..., V) at targets (...), none where they are IGNORED: a scalar."""
+    if logits.dtype == torch.bfloat16:
+        logits = logits.float()
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def _loss_of_batch(model: Transformer, batch: Batch) -> torch.Tensor:
+    return summed_loss(model(batch.tokens, batch.first), batch.targets)
+
+
+class Gradients:
+    """Computes losses and adds gradients to the parameters of `models`.
+
+    Several models are computed as one batched model, which pays where a device is not busy with one. They stay ordinary
+    models: each one's parameters become views of the stacked ones, so that optimizers, evaluation and checkpoints see
+    no difference.
+    """
+
+    def __init__(self, models: Sequence[Transformer], bfloat16: bool = False, compiled: bool = False):
+        """`bfloat16` computes matrix products in that precision; `compiled` has torch.compile fuse elementwise work
+        (not that of stacked models).
+        """
+        self.models, self.bfloat16 = list(models), bfloat16
+        self._loss_of_batch = _loss_of_batch
+        if compiled:
+            torch.compiler.reset()  # what was compiled for models of other shapes counts against a limit
+            self._loss_of_batch = torch.compile(_loss_of_batch, dynamic=True)
+        if len(self.models) > 1:
+            members = [dict(model.named_parameters()) for model in self.models]
+            self.stacked = {
+                name: torch.stack([member[name].detach() for member in members]).requires_grad_() for name in members[0]
+            }
+            for i, member in enumerate(members):
+                for name, parameter in member.items():
+                    parameter.data = self.stacked[name].data[i]
+            self._members = members
+
+    def accumulate(self, batches: Sequence[Batch], n_trained: Sequence[int]) -> list[torch.Tensor]:
+        """Add the gradients of each model's loss on its batch: the sum over targets, divided by `n_trained`.
+
+        Returns these losses (scalars).
+        """
+        with torch.autocast(self.models[0].device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
+            if len(self.models) == 1:
+                sums = [self._loss_of_batch(self.models[0], batches[0])]
+            else:
+                sums = self._stacked_losses(batches)
+        losses = [total / n for total, n in zip(sums, n_trained, strict=True)]
+        sum(losses).backward()
+        if len(self.models) > 1:
+            for name, stacked in self.stacked.items():
+                for member, gradient in zip(self._members, stacked.grad, strict=True):
+                    parameter = member[name]
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                stacked.grad = None
+        return [loss.detach() for loss in losses]
+
+    def _stacked_losses(self, batches: Sequence[Batch]) -> torch.Tensor:
+        """The summed loss (R,) of every model on its batch."""
+        model, batch = self.models[0], _stack_batches(batches)
+
+        def loss(parameters: dict[str, torch.Tensor], tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return summed_loss(functional_call(model, parameters, (tokens, batch.first)), targets)
+
+        with sdpa_kernel(SDPBackend.MATH):  # not every other kernel can be batched over models
+            return vmap(loss)(self.stacked, batch.tokens, batch.targets)
+
+
+def _stack_batches(batches: Sequence[Batch]) -> Batch:
+    """One batch (R, B, S) of the R given, padded to the largest B and S."""
+    first = min(batch.first for batch in batches)
+    rows, length = (max(batch.tokens.shape[i] for batch in batches) for i in (0, 1))
+    tokens = batches[0].tokens.new_zeros(len(batches), rows, length)
+    targets = batches[0].targets.new_full((len(batches), rows, length - first), IGNORED)
+    for i, batch in enumerate(batches):
+        B, S = batch.tokens.shape
+        tokens[i, :B, :S] = batch.tokens
+        targets[i, :B, batch.first - first : S - first] = batch.targets
+    return Batch(tokens, targets, first)
