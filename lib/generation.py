@@ -17,6 +17,9 @@ from lib.dialogs import Role, Tokenizer, Turn, encode_prompt
 from lib.monitor import progress
 from lib.tools import Response, Tool
 
+#: Finished rows leave a batch when at most this share of it is left: to copy the others' cache takes as long as a step.
+KEPT_SHARE = 0.75
+
 
 class Call(NamedTuple):
     """One use of the tool: the assistant's turn and what came back."""
@@ -56,33 +59,61 @@ class Event(NamedTuple):
 
 
 class _Row:
-    """A row while it decodes: its generation so far and the tokens that it is forced to take next."""
+    """A row while it decodes: its prompt, its generation so far and the tokens that it is forced to take next."""
 
-    def __init__(self, index: int):
-        self.index = index
+    def __init__(self, index: int, prompt: Sequence[int], tokenizer: Tokenizer, tool: Tool | None, max_new_tokens: int):
+        self.index, self.prompt, self.tokenizer, self.tool = index, prompt, tokenizer, tool
+        self.special = {*tokenizer.role_ids.values(), tokenizer.end}
+        self.max_new_tokens = max_new_tokens
         self.generation = Generation()
         self.forced: deque[int] = deque()
         self.turn_start = 0
-        self.done = False
+        self.done = max_new_tokens <= 0
 
-    def take(self, sampled: int, tokenizer: Tokenizer, tool: Tool | None) -> Event:
+    def take(self, sampled: int) -> Event:
         """Append the next token, forced or `sampled`, and react to it. `self.done` says whether the row has ended."""
-        generation = self.generation
+        generation, tokens = self.generation, self.generation.tokens
         is_sampled = not self.forced
         token = sampled if is_sampled else self.forced.popleft()
-        generation.tokens.append(token)
+        tokens.append(token)
         generation.sampled.append(is_sampled)
+        if token in self.special:
+            self._react(token, is_sampled)
+        self.done |= len(tokens) >= self.max_new_tokens
+        return Event(self.index, token, is_sampled)
+
+    def _react(self, token: int, is_sampled: bool) -> None:
+        """To a role token or the end, which has just been appended."""
+        generation, tokenizer = self.generation, self.tokenizer
         if token == tokenizer.role_ids[Role.ASSISTANT]:
             self.turn_start = len(generation.tokens)
-        if is_sampled and token == tokenizer.role_ids[Role.DATABASE] and tool is not None:
+        if is_sampled and token == tokenizer.role_ids[Role.DATABASE] and self.tool is not None:
             turn = tokenizer.decode(generation.tokens[self.turn_start : -1])
-            response = tool(turn)
+            response = self.tool(turn)
             generation.calls.append(Call(turn, response))
             self.forced.extend([*tokenizer.encode(response.text), tokenizer.role_ids[Role.ASSISTANT]])
-        elif is_sampled and (token == tokenizer.end or token in tokenizer.role_ids.values()):
+        elif is_sampled:
             generation.finished = token == tokenizer.end
             self.done = True
-        return Event(self.index, token, is_sampled)
+
+    def replay(self, known: Sequence[int]) -> None:
+        """Take what the model would write, as far as it is known, and then what is forced: no need to run the model.
+
+        The tool is asked again. If it says something else than it did in `known`, the rest is not known.
+        """
+        for token in known:
+            if self.done or self.take(token).token != token:
+                break
+        while self.forced and not self.done:
+            self.take(self.forced[0])
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.generation.tokens)
+
+    @property
+    def room(self) -> int:
+        """How many more tokens it may take."""
+        return self.max_new_tokens - len(self.generation.tokens)
 
 
 def stream(
@@ -104,30 +135,35 @@ def stream(
     nobody plays (the database without a `tool`, the user). `into` receives each row's `Generation`, in the order of
     the prompts. Raises `InputError` for a negative temperature.
     """
-    if not temperature >= 0:
-        raise InputError(f"temperature is {temperature}: give 0 (greedy) or more")
-    rows = [_Row(i) for i in range(len(prompts))]
+    rows = [_Row(i, prompt, tokenizer, tool, max_new_tokens) for i, prompt in enumerate(prompts)]
     if into is not None:
         into.extend(row.generation for row in rows)
-    device = getattr(model, "device", "cpu")
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    tokens = torch.full((len(prompts), int(lengths.max())), tokenizer.end)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = torch.as_tensor(prompt)
-    tokens, lengths = tokens.to(device), lengths.to(device)
-    cache = model.new_cache(len(prompts), tokens.shape[1] + max_new_tokens)
+    yield from _decode(model, rows, temperature, generator)
 
-    for _ in range(max_new_tokens):
+
+def _decode(model, rows: list[_Row], temperature: float, generator: torch.Generator | None) -> Iterator[list[Event]]:
+    """Decode the rows that are not done to their ends, yielding the new tokens of every step."""
+    if not temperature >= 0:
+        raise InputError(f"temperature is {temperature}: give 0 (greedy) or more")
+    rows = [row for row in rows if not row.done]
+    if not rows:
+        return
+    device = getattr(model, "device", "cpu")
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    fed = [torch.tensor([*row.prompt, *row.generation.tokens]) for row in rows]
+    tokens = torch.nn.utils.rnn.pad_sequence(fed, batch_first=True).to(device)
+    cache = model.new_cache(len(rows), tokens.shape[1] + max(row.room for row in rows))
+    while True:
         chosen = _choose(model.decode(tokens, cache, lengths), temperature, generator).tolist()
         lengths = None
-        yield [row.take(token, tokenizer, tool) for row, token in zip(rows, chosen, strict=True)]
+        yield [row.take(token) for row, token in zip(rows, chosen, strict=True) if not row.done]
         alive = [i for i, row in enumerate(rows) if not row.done]
         if not alive:
             return
-        if len(alive) < len(rows):
+        if len(alive) <= KEPT_SHARE * len(rows):
             rows = [rows[i] for i in alive]
             cache = cache.select(torch.tensor(alive, device=device))
-        tokens = torch.tensor([[row.generation.tokens[-1]] for row in rows], device=device)
+        tokens = torch.tensor([row.generation.tokens[-1:] for row in rows], device=device)
 
 
 def _choose(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.Tensor:
@@ -146,25 +182,30 @@ def generate(
     tokenizer: Tokenizer,
     tool: Tool | None = None,
     *,
+    known: Sequence[Sequence[int]] | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
     batch_size: int = 256,
     description: str | None = None,
-    **options,
 ) -> list[Generation]:
-    """Decode any number of prompts in batches of similar length; `options` are those of `stream`.
+    """Decode any number of prompts in batches of similar length, see `stream`.
 
-    Shows progress under `description` if one is given.
+    `known` holds, for each prompt, the first tokens of its generation as far as they are known, the tool's answers
+    included: the model need not produce them again. The tool is asked all the same, and what `known` holds after an
+    answer that it no longer gives is ignored. Shows progress under `description` if one is given.
     """
-    generations: dict[int, Generation] = {}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    with progress(len(prompts), description) as bar:
+    rows = [_Row(i, prompt, tokenizer, tool, max_new_tokens) for i, prompt in enumerate(prompts)]
+    for row, tokens in zip(rows, known or [], strict=known is not None):
+        row.replay(tokens)
+    order = sorted((row for row in rows if not row.done), key=len)
+    with progress(len(order), description) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            into: list[Generation] = []
-            for _ in stream(model, [prompts[i] for i in batch], tokenizer, tool, into=into, **options):
+            for _ in _decode(model, batch, temperature, generator):
                 pass
-            generations.update(zip(batch, into, strict=True))
             bar.update(len(batch))
-    return [generations[i] for i in range(len(prompts))]
+    return [row.generation for row in rows]
 
 
 def chat(model, question: str, tokenizer: Tokenizer, tool: Tool | None = None, **options) -> Iterator[tuple[Role, str]]:

@@ -11,7 +11,17 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lib.dialogs import Dialog, Role, Tokenizer, answer, encode_prompt, in_tool_dialog, in_weight_dialog, tokenize
+from lib.dialogs import (
+    Dialog,
+    Role,
+    TokenizedDialogs,
+    Tokenizer,
+    answer,
+    encode_prompt,
+    in_tool_dialog,
+    in_weight_dialog,
+    tokenize,
+)
 from lib.generation import Generation, generate
 from lib.monitor import progress
 from lib.tools import Request, Tool, parse_request
@@ -21,6 +31,9 @@ Fact = tuple[str, str, str]  # name, attribute, value
 #: Below this gap between the two largest logits the two ways to compute them may disagree: decode to be sure.
 #: In float32 they differ by 1e-4 at most where logits reach 35.
 MARGIN = 1e-3
+
+#: About how many tokens are verified together: what fits into a core's cache, or fills a GPU.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 
 
 @dataclass(frozen=True)
@@ -55,26 +68,39 @@ def measure_recall(
 
     A dialog that goes on for longer than the longest expected one is cut off, and not correct.
 
-    Greedy decoding reproduces an expected dialog exactly if the argmax at every position that the assistant speaks is
-    right, so `verify` runs each expected dialog once, teacher-forced, and decodes only what is too close to call and,
-    with a tool, what diverges. `decode` decodes everything: the reference. Weights are taken to be float32.
+    Greedy decoding reproduces an expected dialog up to the first position at which the assistant speaks and the argmax
+    is another token. `verify` finds it by one teacher-forced pass and decodes from there only, which in-weight is
+    needed only where it is too close to call. `decode` decodes everything: the reference. Weights are taken to be
+    float32.
     """
-    correct, undecided = np.zeros(len(facts), dtype=bool), np.arange(len(facts))
+    expected = [_expected(fact, tool) for fact in facts]
+    prompts = [encode_prompt(dialog[:1], tokenizer) for dialog in expected]
+    data = tokenize(expected, tokenizer)
+    correct, undecided, known = np.zeros(len(facts), dtype=bool), np.arange(len(facts)), None
     if method == "verify":
-        correct, undecided = _verify(model, facts, tokenizer, tool, batch_size, description)
-    if len(undecided):
-        generations = generate(
-            model,
-            [encode_prompt(_expected(facts[i], tool)[:1], tokenizer) for i in undecided],
-            tokenizer,
-            tool,
-            batch_size=batch_size,
-            description=description and f"{description}, decoding",
-            max_new_tokens=_token_budget(facts, tokenizer, tool),
-        )
-        for i, generation in zip(undecided, generations, strict=True):
-            correct[i] = is_correct(generation, facts[i], tokenizer, tool)
-    return Recall(correct, np.array([attribute for _, attribute, _ in facts]), len(undecided))
+        agreed, refuted = _verify(model, data, description)
+        if tool is None:
+            # The first turn is the last: once it diverges it cannot become the expected sentence.
+            correct = agreed == data.lengths().numpy()
+            undecided = np.flatnonzero(~correct & ~refuted)
+        starts = data.offsets.tolist()
+        known = [data.values[starts[i] + len(prompts[i]) : starts[i] + agreed[i]].tolist() for i in undecided]
+    generations = generate(
+        model,
+        [prompts[i] for i in undecided],
+        tokenizer,
+        tool,
+        known=known,
+        # The tokens of the question leave room to be wrong in. Of all dialogs, not of the undecided ones: a verdict
+        # must not depend on those of others.
+        max_new_tokens=int(data.lengths().max()),
+        batch_size=batch_size,
+        description=description and f"{description}, decoding",
+    )
+    for i, generation in zip(undecided, generations, strict=True):
+        correct[i] = is_correct(generation, facts[i], tokenizer, tool)
+    decoded = sum(g.tokens != k for g, k in zip(generations, known, strict=True)) if known is not None else len(facts)
+    return Recall(correct, np.array([attribute for _, attribute, _ in facts]), decoded)
 
 
 def is_correct(generation: Generation, fact: Fact, tokenizer: Tokenizer, tool: Tool | None) -> bool:
@@ -95,40 +121,31 @@ def _expected(fact: Fact, tool: Tool | None) -> Dialog:
     return in_weight_dialog(*fact) if tool is None else in_tool_dialog(*fact)
 
 
-def _token_budget(facts: Sequence[Fact], tokenizer: Tokenizer, tool: Tool | None) -> int:
-    """Tokens of the longest expected dialog; those of its question leave room to be wrong in.
+def _verify(model, data: TokenizedDialogs, description: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Where the model leaves each of D dialogs, from one teacher-forced pass.
 
-    Of all questions, not of the undecided ones: a verdict must not depend on those of others.
+    Returns (D,) how many tokens of the dialog greedy decoding reproduces, or the tool provides, for sure; and (D,)
+    whether what follows is surely another token than the dialog's.
     """
-    return int(tokenize((_expected(fact, tool) for fact in facts), tokenizer).lengths().max())
-
-
-def _verify(
-    model, facts: Sequence[Fact], tokenizer: Tokenizer, tool: Tool | None, batch_size: int, description: str | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Verdicts (Q,) from one teacher-forced pass, and the indices of the questions it cannot decide."""
-    dialogs = [_expected(fact, tool) for fact in facts]
-    data = tokenize(dialogs, tokenizer).to(getattr(model, "device", "cpu"))
-    exact = torch.zeros(len(data), dtype=torch.bool, device=data.values.device)
-    decided = torch.zeros_like(exact)
-    order = data.lengths().argsort(stable=True)
+    first = data.first_trained() - 1
+    data = data.to(getattr(model, "device", "cpu"))
+    lengths = data.lengths()
+    agreed, refuted = lengths.clone(), torch.zeros_like(lengths, dtype=torch.bool)
+    order = lengths.argsort(stable=True)
+    batch = lengths[order].cumsum(0) // BATCH_TOKENS.get(lengths.device.type, 2048)
     with torch.inference_mode(), progress(len(data), description) as bar:
-        for rows in order.split(batch_size):
+        for rows in order.split(batch.unique_consecutive(return_counts=True)[1].tolist()):
             tokens, mask = data.batch(rows)
             targets, mask = tokens[:, 1:], mask[:, 1:]
-            top = model(tokens[:, :-1], select=mask).topk(2, dim=-1)
-            sure = top.values[:, 0] - top.values[:, 1] >= MARGIN
-            right = sure & (top.indices[:, 0] == targets[mask])
-            right, sure = (torch.ones_like(mask).masked_scatter(mask, flags) for flags in (right, sure))  # (B, S)
+            start = int(first[rows.cpu()].min())
+            logits = model(tokens[:, :-1], start, mask[:, start:])  # (N, V)
+            target = targets[mask][:, None]  # (N, 1)
+            # By how much the expected token leads the best of the others: negative if it is not the argmax.
+            lead = logits.gather(1, target)[:, 0] - logits.scatter(1, target, -torch.inf).amax(1)
+            right = torch.ones_like(mask).masked_scatter(mask, lead >= MARGIN)  # (B, S)
+            wrong = torch.zeros_like(mask).masked_scatter(mask, lead <= -MARGIN)
             divergence = right.int().argmin(-1, keepdim=True)  # the first; 0 if there is none
-            exact[rows] = right.all(-1)
-            decided[rows] = sure.gather(-1, divergence).squeeze(-1)
+            agreed[rows] = torch.where(right.all(-1), lengths[rows], divergence[:, 0] + 1)
+            refuted[rows] = wrong.gather(1, divergence)[:, 0]
             bar.update(len(rows))
-    exact, decided = exact.cpu().numpy(), decided.cpu().numpy()
-    if tool is None:
-        # The first turn is the last: once it diverges it cannot become the expected sentence.
-        return exact, np.flatnonzero(~decided)
-    for i in np.flatnonzero(exact):
-        response = tool(dialogs[i][1].text)
-        exact[i] = response.ok and response.text == facts[i][2]
-    return exact, np.flatnonzero(~exact)
+    return agreed.cpu().numpy(), refuted.cpu().numpy()

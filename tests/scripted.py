@@ -42,8 +42,8 @@ class Scripted:
             assert len(prefix) <= cache.capacity
         return self._logits([self.script(prefix) for prefix in cache.rows])
 
-    def __call__(self, tokens: torch.Tensor, select: torch.Tensor) -> torch.Tensor:
-        return self._logits([self.script(tokens[b, : t + 1].tolist()) for b, t in select.nonzero().tolist()])
+    def __call__(self, tokens: torch.Tensor, first: int, select: torch.Tensor) -> torch.Tensor:
+        return self._logits([self.script(tokens[b, : first + t + 1].tolist()) for b, t in select.nonzero().tolist()])
 
     def _logits(self, chosen: list[int]) -> torch.Tensor:
         logits = torch.zeros(len(chosen), ByteTokenizer.vocab_size)

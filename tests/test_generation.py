@@ -174,6 +174,15 @@ def test_finished_rows_leave_the_batch():
     assert model.batch_sizes == [3, 3, 2, 2, 1, 1, 1, 1]
 
 
+def test_a_batch_shrinks_when_a_quarter_of_it_has_finished():
+    model = says({f"{n}": [turn("x" * (n - 1), END)] for n in range(1, 9)})
+    into = []
+    steps = list(stream(model, [prompt(f"{n}") for n in range(1, 9)], TOKENIZER, into=into))
+    assert [[event.row for event in step] for step in steps] == [list(range(n, 8)) for n in range(8)]
+    assert [len(g.tokens) for g in into] == list(range(1, 9))
+    assert model.batch_sizes == [8, 8, 6, 6, 4, 3, 2, 1]
+
+
 def test_answers_come_in_the_order_of_the_prompts_whatever_the_batches():
     questions = ["q" * n for n in (5, 1, 4, 2, 3)]
     replies = {q: [turn(f"{len(q)}", END)] for q in questions}
@@ -224,6 +233,55 @@ def test_the_random_models_of_the_test_above_do_everything():
     assert {len(g.calls) for g in many} >= {0, 1, 2}
     assert {g.finished for g in many} == {True, False}
     assert len({len(g.tokens) for g in many}) > 10
+
+
+class Recorder:
+    """A tool that gives answers of a length that depends on what it is asked, and remembers what that was."""
+
+    def __init__(self, word: str):
+        self.word, self.asked = word, []
+
+    def __call__(self, turn: str) -> Response:
+        self.asked.append(turn)
+        return Response(Outcome.ANSWER, self.word * (len(turn) % 3))
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.tuples(st.text("abcdefgh", max_size=12), st.floats(0, 1)), min_size=1, max_size=6),
+    st.sampled_from(["1", "12", "2", ""]),
+    st.integers(0, 24),
+    st.integers(1, 6),
+)
+def test_what_is_known_changes_nothing_even_where_the_tool_says_something_else(seed, asked, word, limit, batch_size):
+    model, tools = chatterbox(seed), [Recorder("1"), Recorder(word), Recorder(word)]
+    prompts = [prompt(question) for question, _ in asked]
+    earlier = generate(model, prompts, TOKENIZER, tools[0], max_new_tokens=24)
+    known = [g.tokens[: round(share * len(g.tokens))] for g, (_, share) in zip(earlier, asked, strict=True)]
+    plain = generate(model, prompts, TOKENIZER, tools[1], max_new_tokens=limit)
+    resumed = generate(
+        model, prompts, TOKENIZER, tools[2], known=known, max_new_tokens=limit, batch_size=batch_size
+    )  # fmt: skip
+    assert resumed == plain
+    assert sorted(tools[2].asked) == sorted(tools[1].asked)
+
+
+def test_the_model_runs_for_what_is_not_known_alone():
+    replies = {"A": [turn("ask", DATABASE), turn("It is 12.", END)], "B": [turn("1" * 30, END)]}
+    dialog = [*turn("ask", DATABASE), *b"12", ASSISTANT, *turn("It is 12.", END)]
+    for n, steps in [(len(dialog), 0), (len(dialog) - 1, 1), (7, 10), (5, 10), (4, 10), (3, 14), (0, 17)]:
+        model, tool = says(replies), Oracle(ask="12")
+        (generation,) = generate(model, [prompt("A")], TOKENIZER, tool, known=[dialog[:n]])
+        assert generation == one(says(replies), "A", Oracle(ask="12"))
+        assert (len(model.batch_sizes), tool.asked) == (steps, ["ask"])
+
+
+def test_a_row_that_finished_far_ahead_of_the_others_does_not_outgrow_the_cache():
+    replies = {"A": [turn("1" * 30, END)], "B": [turn("2" * 30, END)]}
+    prompts, known = [prompt(q) for q in "ABBBB"], [[*b"1" * 30], [], [], [], []]
+    generations = generate(says(replies), prompts, TOKENIZER, known=known, max_new_tokens=31)
+    assert generations == [one(says(replies), q, max_new_tokens=31) for q in "ABBBB"]
 
 
 def test_greedy_decoding_takes_the_likeliest_token_after_each_prefix():

@@ -33,12 +33,26 @@ def one_thread() -> Iterator[None]:
 
 
 def ask(model, facts, tool: Tool | None = None, **options) -> Recall:
-    """Recall by `verify`, after a look that `decode` comes to the same verdicts."""
-    measured = measure_recall(model, facts, TOKENIZER, tool, **options)
-    reference = measure_recall(model, facts, TOKENIZER, tool, **options | {"method": "decode"})
+    """Recall by `verify`, after a look that `decode` comes to the same verdicts and asks the tool the same."""
+    (measured, asked), (reference, asked_by_reference) = (
+        with_requests(model, facts, tool, method=method, **options) for method in METHODS
+    )
     assert measured.correct.tolist() == reference.correct.tolist()
     assert reference.decoded == len(facts) >= measured.decoded
+    assert asked == asked_by_reference
     return measured
+
+
+def with_requests(model, facts, tool: Tool | None, **options) -> tuple[Recall, list[str]]:
+    """Recall, and the turns that the tool was given, sorted."""
+    asked = []
+
+    def recording(turn: str) -> Response:
+        asked.append(turn)
+        return tool(turn)
+
+    recall = measure_recall(model, facts, TOKENIZER, tool and recording, **options)
+    return recall, sorted(asked)
 
 
 # ---- Scripted models: what counts and what does not
@@ -155,6 +169,67 @@ def test_a_verdict_does_not_depend_on_how_the_other_questions_are_decided(databa
         return Response(Outcome.ANSWER, "1/1/1950") if turn == request else database(turn)
 
     assert ask(model, [FACT, long], tool).correct.tolist() == [True, True]
+
+
+# What a model may write in place of an expected token. With the brief request the answer may still be right.
+DETOURS = [b"x", b"", [END], [USER], [ASSISTANT], [DATABASE], turn(BRIEF_REQUEST, DATABASE), turn("no", END)]
+DATABASES = {
+    "agrees": Response(Outcome.ANSWER, "1/1/1950"),
+    "disagrees": Response(Outcome.ANSWER, "1/1/1951"),
+    "says more": Response(Outcome.ANSWER, "1/1/1950 or so"),
+    "fails alike": Response(Outcome.TIMEOUT, "1/1/1950"),
+    "lacks her": Response(Outcome.NO_MATCH, "ERROR\nNothing matches this request."),
+    "floods": Response(Outcome.ANSWER, "1/1/1950" * 40),
+}
+
+
+def with_detour(dialog: list[int], i: int, detour: list[int]) -> list[list[int]]:
+    """The assistant's turns where `detour` takes the place of token i of all that it should say."""
+    turns: list[list[int]] = [[]]
+    for token in [*dialog[:i], *detour, *dialog[i + 1 :]]:
+        turns[-1].append(token)
+        if token >= 256:
+            turns.append([])
+    return turns
+
+
+@pytest.mark.parametrize("number", range(len(DATABASES)), ids=DATABASES)
+def test_a_model_may_leave_the_expected_dialog_anywhere(number):
+    dialog, response = [*turn(REQUEST, DATABASE), *turn(TOLD, END)], list(DATABASES.values())[number]
+    for i, expected in enumerate(dialog):
+        detour = list(DETOURS[(i + number) % len(DETOURS)])
+        measured = ask(says({ASKED: with_detour(dialog, i, detour)}), [FACT], lambda _: response)
+        assert measured.decoded == (detour != [expected] or response.text != FACT[2])
+
+
+def test_without_a_tool_too_a_model_may_leave_the_expected_dialog_anywhere():
+    dialog = turn(TOLD, END)
+    for i, expected in enumerate(dialog):
+        for detour in map(list, DETOURS):
+            measured = ask(says({ASKED: with_detour(dialog, i, detour)}), [FACT])
+            assert (measured.correct.tolist(), measured.decoded) == ([detour == [expected]], 0)
+
+
+@pytest.mark.parametrize("in_tool", [True, False])
+def test_decoding_goes_on_from_where_the_model_leaves_the_expected_dialog(database, in_tool):
+    turns = [turn(REQUEST, DATABASE), turn(TOLD, END)] if in_tool else [turn(TOLD, END)]
+    tool = database if in_tool else None
+    for k, expected in enumerate(turns):
+        for i in range(len(expected)):
+
+            class HesitantOnce(Scripted):
+                """Token 0 is hardly less likely than what it says at the i-th place of turn k."""
+
+                def _logits(self, chosen, turns=turns, k=k, i=i):
+                    logits = super()._logits(chosen)
+                    if len(chosen) > 1:  # all of a dialog
+                        logits[sum(map(len, turns[:k])) + i, 0] = 10.0 - 1e-4
+                    return logits
+
+            model = HesitantOnce(says({ASKED: turns}).script)
+            measured = measure_recall(model, [FACT], TOKENIZER, tool)
+            rest = len(expected) - i + (len(b"1/1/1950") + 1 + len(TOLD) + 1 if in_tool and k == 0 else 0)
+            assert (measured.overall, measured.decoded, len(model.batch_sizes)) == (1, 1, rest)
 
 
 class Hesitant(Scripted):
@@ -357,11 +432,26 @@ def test_verify_and_decode_agree_on_every_prompt_in_weight(in_weight, i, seed, n
     ask(disturbed(in_weight[i], seed, noise), facts, batch_size=batch_size)
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(1, 4), seeds, noises, some_of(IN_TOOL_PEOPLE), st.integers(1, 8))
-def test_verify_and_decode_agree_on_every_prompt_in_tool(in_tool, people_path, i, seed, noise, facts, batch_size):
-    with SqlTool(people_path) as tool:
-        ask(disturbed(in_tool[i], seed, noise), facts, tool, batch_size=batch_size)
+edits = st.dictionaries(
+    st.sampled_from(IN_TOOL_PEOPLE.names), st.sampled_from(["", "xyz", "1/1/1950", "unknown " * 20, None]), max_size=3
+)
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 4), seeds, noises, some_of(IN_TOOL_PEOPLE), st.integers(1, 8), edits)
+def test_verify_and_decode_agree_on_every_prompt_in_tool(in_tool, tmp_path, i, seed, noise, facts, batch_size, edits):
+    """Whatever the database holds: some have another occupation there, or (None) are not in it."""
+    write_database(IN_TOOL_PEOPLE, tmp_path / "edited.sqlite")
+    with sqlite3.connect(tmp_path / "edited.sqlite") as connection:
+        for name, occupation in edits.items():
+            if occupation is None:
+                connection.execute("DELETE FROM people WHERE name = ?", (name,))
+            else:
+                connection.execute("UPDATE people SET occupation = ? WHERE name = ?", (occupation, name))
+    connection.close()
+    model = disturbed(in_tool[i], seed, noise).double()  # no ties, so that both ask for the same to the letter
+    with SqlTool(tmp_path / "edited.sqlite") as tool:
+        ask(model, facts, tool, batch_size=batch_size)
 
 
 @settings(max_examples=8)
