@@ -198,6 +198,7 @@ def sweep(
     dry_run: Annotated[bool, typer.Option(help="only say what is ahead")] = False,
     max_hours: Annotated[float, typer.Option(min=0, help="start no new cell after this time")] = float("inf"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    stack: Annotated[int, typer.Option(help="models of one shape that train as one where that is faster")] = 8,
     publish: Annotated[bool, typer.Option(help="merge finished rows into paper_data (laptop and paper)")] = False,
 ) -> None:
     """Run all models of a section that are not finished yet."""
@@ -207,7 +208,9 @@ def sweep(
     if publish:
         results.check_publishes(profile.value)
         results.check_traceable()
-    report = sweeps.sweep(section, profile.value, jobs=jobs, dry_run=dry_run, max_hours=max_hours, device=device)
+    report = sweeps.sweep(
+        section, profile.value, jobs=jobs, dry_run=dry_run, max_hours=max_hours, device=device, stack=stack
+    )
     console.print(str(report))
     if publish and not dry_run:
         console.print(f"{results.publish(section, profile.value)} new rows in {results.table_path(section)}")

@@ -1,8 +1,8 @@
 """The paper's experiments as data: a section and a profile give searches, and searches give the runs to do.
 
 A search looks for the smallest model that reaches a recall threshold on one database: from where it is expected by
-growing strides to a bracket, then by bisection, then below what it found, for luck makes recall uneven in size. What it needs next is a function of the finished rows alone, so a sweep
-of searches resumes from the rows and repeats nothing.
+growing strides to a bracket, then by bisection, then below what it found, for luck makes recall uneven in size. What it
+needs next is a function of the finished rows alone, so a sweep of searches resumes from the rows and repeats nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -42,7 +42,7 @@ class Muon(torch.optim.Muon):
         _update_matrices([self])
 
 
-def step_together(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+def step_all(optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """One step of all `optimizers`, those of several models among them; gradients are None after it."""
     muons = [optimizer for optimizer in optimizers if isinstance(optimizer, Muon)]
     for optimizer in optimizers:

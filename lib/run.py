@@ -8,6 +8,8 @@ import json
 import platform
 import shutil
 import subprocess
+import tempfile
+import timeit
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -22,11 +24,12 @@ from lib.base import InputError
 from lib.config import RunConfig
 from lib.dialogs import ByteTokenizer, tokenize_people
 from lib.facts import People, load_people, write_database
+from lib.gradients import Gradients
 from lib.model import Transformer
 from lib.monitor import summary_writer
 from lib.recall import Fact, Recall, measure_recall
 from lib.tools import SqlTool
-from lib.trainer import Ending, Trainer, train_together
+from lib.trainer import Ending, Trainer, join_gradients, step_together, train_together
 
 CLAIM, DATABASE, ROW, MODEL = "config.json", "people.sqlite", "row.json", "model"
 
@@ -135,6 +138,24 @@ class _Cell:
             **provenance(self.trainer.model.device),
             "config": self.config.canonical_json(),
         }
+
+
+def stacked_speedup(configs: Sequence[RunConfig], device: str = "auto", steps: int = 3) -> float:
+    """How many times as fast a few steps of all runs are as one stack as one after the other, measured here and now."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        cells = [_Cell(config, Path(folder) / str(i)) for i, config in enumerate(configs)]
+        for cell in cells:
+            cell.directory.mkdir()
+            cell.prepare(stack, resolve_device(device), compiled=False)
+        trainers = [cell.trainer for cell in cells]
+        alone = sum(_seconds([trainer], trainer.gradients, steps) for trainer in trainers)
+        return alone / _seconds(trainers, join_gradients(trainers), steps)
+
+
+def _seconds(trainers: list[Trainer], gradients: Gradients, steps: int) -> float:
+    """Seconds of so many steps after a first one."""
+    step_together(trainers, gradients)
+    return timeit.timeit(lambda: float(step_together(trainers, gradients)[-1]), number=steps)
 
 
 def _pays_to_compile(config: RunConfig) -> bool:

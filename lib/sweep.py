@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
@@ -21,7 +22,8 @@ from lib.base import InputError
 from lib.config import RunConfig
 from lib.experiments import Search, searches
 from lib.monitor import progress
-from lib.run import resolve_device, run
+from lib.run import resolve_device, run_together, stacked_speedup
+from lib.trainer import stack_key
 
 #: How often a failing cell is tried before it counts as failed.
 TRIES = 2
@@ -59,15 +61,18 @@ def sweep(
     dry_run: bool = False,
     max_hours: float = math.inf,
     device: str = "auto",
+    stack: int = 8,
 ) -> Report:
-    """Run all that a section needs in a profile and that has no row yet, `jobs` cells at a time.
+    """Run all that a section needs in a profile and that has no row yet, in `jobs` processes.
 
-    By default that is one a core, or one on a GPU.
-    A failing cell is tried once more, then reported; other searches go on. After `max_hours` no new cell starts.
-    With `dry_run` nothing runs and the report says what is ahead.
+    By default that is one a core, or one on a GPU. Up to `stack` models of one shape train as one if that turns out to
+    be faster on this machine. A failing cell is tried once more, then reported; other searches go on. After `max_hours`
+    no new cell starts. With `dry_run` nothing runs and the report says what is ahead.
     """
     if jobs is not None and jobs < 1:
         raise InputError(f"jobs = {jobs}: a sweep takes at least one process")
+    if stack < 1:
+        raise InputError(f"stack = {stack}: give how many models may train as one, 1 for each alone")
     default_jobs = 1 if resolve_device(device).type == "cuda" else os.cpu_count() or 1
     plan = searches(section, profile)
     rows = results.read_rows(section, profile)
@@ -75,7 +80,8 @@ def sweep(
     report = Report(done_before=len(recalls))
     if not dry_run and _pending(plan, recalls):
         directory = results.sweep_dir(section, profile)
-        _execute(plan, recalls, report, directory, device, jobs or default_jobs, time.monotonic() + 3600 * max_hours)
+        deadline = time.monotonic() + 3600 * max_hours
+        _execute(plan, recalls, report, directory, device, jobs or default_jobs, stack, deadline)
     report.missing = _pending(plan, recalls)
     ahead = [config for search in plan for config in _expected(search, recalls)]
     report.runs_ahead, report.hours_ahead = len(ahead), _hours(ahead, rows)
@@ -94,33 +100,42 @@ def _execute(
     directory: Path,
     device: str,
     jobs: int,
+    stack: int,
     deadline: float,
 ) -> None:
     """Keep `jobs` workers busy until nothing can start any more, adding to `recalls` and `report`."""
     idle: list[_Worker] = []
-    running: dict[Connection, tuple[_Worker, RunConfig]] = {}
-    tries: dict[str, int] = {}
+    running: dict[Connection, tuple[_Worker, list[RunConfig]]] = {}
+    tries: Counter[str] = Counter()
+    faster_alone: set[tuple] = set()  # shapes of models that were measured
     with progress(len(plan), directory.parent.name + " " + directory.name) as bar:
         try:
             while True:
-                busy = {config.run_id for _, config in running.values()}
+                busy = {config.run_id for _, configs in running.values() for config in configs}
                 ready = [c for c in _pending(plan, recalls) if c.run_id not in busy | report.failed.keys()]
                 while ready and len(running) < jobs and time.monotonic() < deadline:
-                    config, worker = ready.pop(0), idle.pop() if idle else _Worker(device)
-                    tries[config.run_id] = tries.get(config.run_id, 0) + 1
-                    worker.submit(config, directory / config.run_id)
-                    running[worker.pipe] = worker, config
+                    alone = tries[ready[0].run_id] or stack_key(ready[0]) in faster_alone
+                    configs = ready[:1] if alone else _alike(ready, tries)[:stack]
+                    ready = [config for config in ready if config not in configs]
+                    worker = idle.pop() if idle else _Worker(device)
+                    worker.submit(configs, [directory / config.run_id for config in configs])
+                    running[worker.pipe] = worker, configs
                 if not running:
                     return
                 for pipe in wait(list(running)):
-                    worker, config = running.pop(pipe)
-                    recall, error = worker.result()
-                    if error is None:
-                        recalls[config.run_id] = recall
-                        report.done_now += 1
-                        bar.set_postfix_str(f"{_title(config)}: recall {recall:.3f}", refresh=False)
-                    elif tries[config.run_id] >= TRIES:
-                        report.failed[config.run_id] = f"{_title(config)}: {error}"
+                    worker, configs = running.pop(pipe)
+                    found, error = worker.result()
+                    if error is None and found is None:
+                        faster_alone.add(stack_key(configs[0]))
+                    elif error is None:
+                        recalls |= found
+                        report.done_now += len(configs)
+                        text = f"{_title(configs[-1])}: recall {found[configs[-1].run_id]:.3f}"
+                        bar.set_postfix_str(text, refresh=False)
+                    for config in configs if error else ():
+                        tries[config.run_id] += 1  # from now on alone: one failing cell fails no other
+                        if tries[config.run_id] >= TRIES:
+                            report.failed[config.run_id] = f"{_title(config)}: {error}"
                     if worker.process.is_alive():
                         idle.append(worker)
                 closed = sum(not search.pending(recalls) for search in plan)
@@ -128,6 +143,12 @@ def _execute(
         finally:
             for worker in [*idle, *(worker for worker, _ in running.values())]:
                 worker.close()
+
+
+def _alike(ready: list[RunConfig], tries: Counter[str]) -> list[RunConfig]:
+    """The cells that could train as one stack with the first: also of its mode, for dialogs of like lengths."""
+    first = ready[0]
+    return [c for c in ready if (c.mode, stack_key(c)) == (first.mode, stack_key(first)) and not tries[c.run_id]]
 
 
 class _Worker:
@@ -140,12 +161,12 @@ class _Worker:
         self.process.start()
         theirs.close()  # the process holds the only other end now, so its death ends the pipe
 
-    def submit(self, config: RunConfig, directory: Path) -> None:
+    def submit(self, configs: list[RunConfig], directories: list[Path]) -> None:
         with suppress(OSError):  # it has died, which `result` will say
-            self.pipe.send((config.model_dump(), directory))
+            self.pipe.send(([config.model_dump() for config in configs], directories))
 
-    def result(self) -> tuple[float | None, str | None]:
-        """Recall of the cell, or the error that ended it."""
+    def result(self) -> tuple[dict[str, float] | None, str | None]:
+        """Recall of each cell by id, None if they are faster alone; or the error that ended them."""
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
@@ -164,9 +185,14 @@ def _work(pipe: Connection, device: str) -> None:
     torch.set_num_threads(1)  # small models gain little from a second thread, and wait for it where cores are busy
     with suppress(EOFError):
         while True:
-            config, directory = pipe.recv()
+            configs, directories = pipe.recv()
             try:
-                pipe.send((run(RunConfig.parse(config), directory, device=device)["recall"], None))
+                configs = [RunConfig.parse(config) for config in configs]
+                if len(configs) > 1 and stacked_speedup(configs, device) < 1:
+                    pipe.send((None, None))
+                    continue
+                rows = run_together(configs, directories, device=device)
+                pipe.send(({row["run_id"]: row["recall"] for row in rows}, None))
             except Exception as error:
                 pipe.send((None, f"{type(error).__name__}: {error}"))
 

@@ -14,7 +14,7 @@ from lib.dialogs import Batches, TokenizedDialogs
 from lib.gradients import IGNORED, Batch, Gradients
 from lib.model import Transformer
 from lib.monitor import Monitor
-from lib.optim import build_optimizers, schedule_factor, set_learning_rate, step_together
+from lib.optim import build_optimizers, schedule_factor, set_learning_rate, step_all
 
 #: Steps between two lines of metrics.
 LOG_EVERY = 50
@@ -63,7 +63,7 @@ class Trainer:
         self.batches = Batches(self.lengths, config.training.batch_size, config.seed)
         self.counters = {"step": 0, "dialogs_seen": 0, "seconds": 0.0, "reached": 0, "hopeless": False}
         self.losses: list[torch.Tensor] = []
-        self.gradients = _gradients([self], compiled)
+        self.gradients = join_gradients([self], compiled)
 
     def train(self, description: str | None = None, tensorboard: bool = False) -> Ending:
         """Train from the latest checkpoint in `directory`, or from the start, to the end."""
@@ -71,7 +71,7 @@ class Trainer:
 
     def step(self) -> None:
         """One update of the weights."""
-        _step([self], self.gradients)
+        step_together([self], self.gradients)
 
     def next_batch(self) -> tuple[list[Batch], int]:
         """The parts of this step's batch, and how many tokens are trained in all of them."""
@@ -189,8 +189,8 @@ def train_together(
             if len(trainers) == 1:
                 gradients = trainers[0].gradients
             elif gradients is None or len(gradients.models) > len(active):
-                gradients = _gradients(active)
-            _step(active, gradients)
+                gradients = join_gradients(active)
+            step_together(active, gradients)
             for trainer in active:
                 trainer.report(monitors[trainer])
             before, now = now, time.monotonic()
@@ -207,20 +207,23 @@ def stack_key(config: RunConfig) -> tuple:
     return config.model, config.training.dtype, config.training.grad_accumulation
 
 
-def _gradients(trainers: Sequence[Trainer], compiled: bool = False) -> Gradients:
+def join_gradients(trainers: Sequence[Trainer], compiled: bool = False) -> Gradients:
+    """The gradients of the trainers' models, which become one stack if they are several."""
     bfloat16 = trainers[0].config.training.dtype == "bfloat16"
     return Gradients([trainer.model for trainer in trainers], bfloat16, compiled)
 
 
-def _step(trainers: Sequence[Trainer], gradients: Gradients) -> None:
-    """One update of the weights of every trainer's model."""
+def step_together(trainers: Sequence[Trainer], gradients: Gradients) -> list[torch.Tensor]:
+    """One update of the weights of every trainer's model; returns their losses (scalars)."""
     parts, n_trained = zip(*(trainer.next_batch() for trainer in trainers), strict=True)
     losses = [gradients.accumulate(batches, n_trained) for batches in zip(*parts, strict=True)]
     for trainer in trainers:
         trainer.prepare_update()
-    step_together([optimizer for trainer in trainers for optimizer in trainer.optimizers])
-    for trainer, of_parts in zip(trainers, zip(*losses, strict=True), strict=True):
-        trainer.count_step(sum(of_parts))
+    step_all([optimizer for trainer in trainers for optimizer in trainer.optimizers])
+    losses = [sum(of_parts) for of_parts in zip(*losses, strict=True)]
+    for trainer, loss in zip(trainers, losses, strict=True):
+        trainer.count_step(loss)
+    return losses
 
 
 def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -58,7 +58,9 @@ def test_eight_stacked_runs_have_the_losses_they_have_alone(dtype, steps, tmp_pa
         trainer = _trainer(_config(variant, steps), tmp_path / f"alone{i}", dtype)
         alone.append(_losses(trainer))
         trainer.train()
-    trainers = [_trainer(_config(variant, steps), tmp_path / f"stacked{i}", dtype) for i, variant in enumerate(VARIANTS)]
+    trainers = [
+        _trainer(_config(variant, steps), tmp_path / f"stacked{i}", dtype) for i, variant in enumerate(VARIANTS)
+    ]
     together = [_losses(trainer) for trainer in trainers]
     train_together(trainers)
     assert [len(losses) for losses in together] == [steps] * 8
@@ -127,7 +129,9 @@ def test_a_run_that_reaches_its_recall_ends_alone(tmp_path):
 
 
 def test_models_in_a_stack_share_its_memory_and_stay_models(tmp_path):
-    trainers = [_trainer(_config(variant, 3), tmp_path / str(i), torch.float32) for i, variant in enumerate(VARIANTS[:2])]
+    trainers = [
+        _trainer(_config(variant, 3), tmp_path / str(i), torch.float32) for i, variant in enumerate(VARIANTS[:2])
+    ]
     before = [{n: p.clone() for n, p in trainer.model.named_parameters()} for trainer in trainers]
     gradients = Gradients([trainer.model for trainer in trainers])
     for i, trainer in enumerate(trainers):
@@ -161,7 +165,7 @@ def test_compiled_gradients_are_the_eager_ones(tmp_path):
 
 def test_stacked_optimizers_step_as_pytorchs_own(tmp_path):
     """Muon of several models at once against torch.optim.Muon of each, which rounds to bfloat16."""
-    from lib.optim import step_together
+    from lib.optim import step_all
 
     models = [Transformer(_config({}, 1).model, torch.Generator().manual_seed(i)) for i in range(2)]
     twins = [Transformer(_config({}, 1).model, torch.Generator().manual_seed(i)) for i in range(2)]
@@ -177,7 +181,7 @@ def test_stacked_optimizers_step_as_pytorchs_own(tmp_path):
             for a, b in zip(model.parameters(), twin.parameters(), strict=True):
                 a.grad = torch.randn(a.shape, generator=generator)
                 b.grad = a.grad.clone()
-        step_together(ours)
+        step_all(ours)
         for optimizer in theirs:
             optimizer.step()
     for model, twin in zip(models, twins, strict=True):

@@ -260,8 +260,8 @@ def test_what_comes_after_a_clear_divergence_is_not_looked_at():
     script = says({ASKED: [turn("No" + TOLD[2:], END)]}).script
 
     class HesitantLater(Scripted):
-        def __call__(self, tokens, select):
-            logits = super().__call__(tokens, select)
+        def __call__(self, tokens, first, select):
+            logits = super().__call__(tokens, first, select)
             logits[5:] = 0
             return logits
 
