@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help paper test lab clean
+.PHONY: help paper test bench lab clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -18,6 +18,9 @@ paper: $(VENV)/core.stamp ## run all notebooks in the quick profile, draw the fi
 
 test: $(VENV)/extras.stamp ## run the tests, which run every notebook at smoke size
 	@$(RUN) -m lib test
+
+bench: $(VENV)/extras.stamp ## measure speed against Hugging Face (5 minutes; leave the machine alone meanwhile)
+	@$(RUN) -m lib notebooks A2
 
 lab: $(VENV)/core.stamp ## open the notebooks in JupyterLab
 	@$(RUN) -m jupyter lab --ServerApp.root_dir=notebooks

@@ -247,7 +247,9 @@ def notebooks(
 @app.command()
 def paper(profile: ProfileOption = Profile.quick) -> None:
     """Run the notebooks of the paper, draw its figures, render everything to HTML; what is up to date is re-used."""
-    _run_notebooks(None, profile.value, [], in_place=False, reuse=True)
+    from lib import notebooks as runner
+
+    _run_notebooks(runner.paper_notebooks(), profile.value, [], in_place=False, reuse=True)
     folder = paths.profile_dir(profile.value)
     console.print(f"figures:   {paths.figures(profile.value)}")
     console.print(f"notebooks: {folder / 'notebooks'} (open the .html files)")

@@ -145,6 +145,47 @@ def _recall_lines(axes, rows: pd.DataFrame | None, mode: str, label: str, **styl
         axes.errorbar(recall.index, recall["mean"], yerr=bars, label=label.format(n_facts), **line, **style)
 
 
+def performance(training: pd.DataFrame, curve: pd.DataFrame, growth: pd.DataFrame) -> Figure:
+    """What speed was measured: throughput and share of the matrix-product peak against size, time to recall, growth.
+
+    Tables as `lib.benchmarks` gives them: training (those of `training_throughput`, concatenated), curve
+    (`learning_curve`), growth (`growth`). Bars go from the slowest to the fastest round.
+    """
+    with matplotlib.rc_context({**_RC, "figure.figsize": (8.6, 6.2)}):
+        figure, ((speed, share), (recall, cost)) = plt.subplots(2, 2)
+        for (mode, contender), rows in training[training.dtype == "float32"].groupby(["mode", "contender"]):
+            style = {**STYLES[mode], **_CONTENDERS[contender]}
+            bars = [rows.per_second - rows.least, rows.most - rows.per_second]
+            speed.errorbar(rows.d_model, rows.per_second, yerr=bars, capsize=2, label=f"{mode}, {contender}", **style)
+            share.plot(rows.d_model, rows.share_of_peak, **style)
+        speed.set(xscale="log", yscale="log", xlabel="d_model", ylabel="dialogs trained a second", title="throughput")
+        share.set(
+            xscale="log", xlabel="d_model", ylabel="share of the peak", title="arithmetic, of matrix products' peak"
+        )
+        share.set_ylim(bottom=0)
+        for axes in (speed, share):
+            axes.set_xticks(sorted(training.d_model.unique()), sorted(training.d_model.unique()))
+            axes.minorticks_off()
+        speed.legend(fontsize=6.5)
+        recall.plot(curve.seconds, curve.recall, color=STYLES["in-weight"]["color"])
+        recall.axhline(0.95, color="#999999", linewidth=0.8, linestyle="--")
+        recall.set(xlabel="seconds of training", ylabel="recall", ylim=(-0.03, 1.06), title="time to recall, in-weight")
+        bars = growth.microseconds - 1e6 / growth.most, 1e6 / growth.least - growth.microseconds
+        cost.errorbar(growth.n_facts, growth.microseconds, yerr=bars, capsize=2, **STYLES["in-weight"])
+        cost.set(
+            xscale="log", xlabel="facts", ylabel="microseconds a dialog", title="a step does not grow with the facts"
+        )
+        cost.set_ylim(0, 1.3 * (1e6 / growth.least).max())
+    return figure
+
+
+_CONTENDERS = {
+    "ours": {"linestyle": "--", "alpha": 0.7},
+    "ours, compiled": {"linestyle": "-"},
+    "Hugging Face": {"linestyle": ":", "markerfacecolor": "white"},
+}
+
+
 def _own_rows(profile: str) -> pd.DataFrame | None:
     """The rows of a profile that does not count, for points that show what was just trained."""
     return None if profile in paths.PUBLISHING else results.read_rows("05_1", profile)

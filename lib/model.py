@@ -140,7 +140,12 @@ class Attention(nn.Module):
             values[row, :, positions] = v.transpose(1, 2)
             k, v = keys, values
         grouped = self.config.kv_heads != self.config.n_heads
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=grouped)
+        options = {"attn_mask": visible, "is_causal": visible is None, "enable_gqa": grouped}
+        if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # whose kernel is twice as slow in bfloat16
+            with torch.autocast("cpu", enabled=False):
+                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, **options)
         return self.o_proj(y.transpose(1, 2).reshape(B, S - first, D))
 
 

@@ -31,7 +31,12 @@ class _Lines:
         if now - self.last >= LINE_INTERVAL:
             self.last = now
             meter = tqdm.format_meter(
-                self.n, self.total, now - self.start, prefix=self.description, postfix=self.text, initial=self.initial,
+                self.n,
+                self.total,
+                now - self.start,
+                prefix=self.description,
+                postfix=self.text,
+                initial=self.initial,
                 bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
             )
             print(meter, file=self.file, flush=True)

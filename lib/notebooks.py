@@ -66,6 +66,11 @@ def all_notebooks() -> list[Path]:
     return sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 
 
+def paper_notebooks() -> list[Path]:
+    """Those that `itl paper` runs: all but the ones whose metadata say `{"itl": {"paper": false}}`."""
+    return [path for path in all_notebooks() if _read(path).metadata.get("itl", {}).get("paper", True)]
+
+
 def find(name: str | Path) -> Path:
     """The notebook called `name`: a path, a full name, or its number ("05_1" finds 05_1_parameter_bounds).
 

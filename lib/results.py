@@ -10,6 +10,7 @@ import pandas as pd
 from lib import paths
 from lib.base import InputError
 from lib.experiments import SIZES, searches
+from lib.facts import entropy_bits_per_person
 from lib.run import ROW, commit
 
 #: How the tables name a section's rows.
@@ -45,7 +46,7 @@ _TEXT = ("run_id", "people_digest", "commit", "python", "torch")
 def read_rows(section: str, profile: str) -> pd.DataFrame:
     """One row per finished run of a section in a profile: those in paper_data and those still in runs.
 
-    A row in runs counts only if today's plan can ask for it; one of an earlier plan stays where it is.
+    A row counts only if today's plan can ask for it; one of an earlier plan stays where it is until rows are published.
     """
     planned = {search.config(size).run_id for search in searches(section, profile) for size in search.sizes}
     found = sorted(sweep_dir(section, profile).glob(f"*/{ROW}"))
@@ -53,7 +54,7 @@ def read_rows(section: str, profile: str) -> pd.DataFrame:
     rows = pd.DataFrame([{"profile": profile, **row} for row in fresh])
     known = committed_rows(section)
     if len(known):
-        rows = pd.concat([known[known.profile == profile], rows])
+        rows = pd.concat([known[(known.profile == profile) & known.run_id.isin(planned)], rows])
     return rows.drop_duplicates("run_id", keep="first").reset_index(drop=True) if len(rows) else rows
 
 
@@ -81,6 +82,8 @@ def _is_clean(commit: str) -> bool:
 def publish(section: str, profile: str) -> int:
     """Merge a sweep's finished rows into paper_data, sorted; returns how many are new.
 
+    Rows of the profile that today's plan does not ask for leave the table.
+
     Only the profiles that count publish, and only rows whose commit is known and clean: others are an `InputError`.
     """
     check_publishes(profile)
@@ -97,7 +100,7 @@ def publish(section: str, profile: str) -> int:
     merged = pd.concat([others, rows]).sort_values(["profile", "mode", "n_facts", "seed", "d_model", "run_id"])
     with paths.replacing(table_path(section)) as temporary:
         merged.to_csv(temporary, index=False, lineterminator="\n")
-    return len(merged) - len(known)
+    return len(merged) - len(known.merge(merged[["profile", "run_id"]])) if len(known) else len(merged)
 
 
 def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHOLDS) -> pd.DataFrame:
@@ -139,6 +142,22 @@ def _smallest(runs: pd.DataFrame, threshold: float) -> float:
     if enough is None or (below is not None and reached.get(below, True)):
         return math.nan
     return float(runs.n_params[runs.d_model == enough].iloc[0])
+
+
+def capacity(rows: pd.DataFrame) -> pd.DataFrame:
+    """What in-weight models hold: bits of recalled facts a parameter, for every run (Section 4's bound is about these).
+
+    rows: of finished runs. Adds bits, the entropy of the database (31.25 a person where facts are independent) times
+    the recall, and bits_per_parameter; keeps what tells runs apart.
+    """
+    rows = rows[rows["mode"] == "in-weight"]
+    entropy = [
+        n * entropy_bits_per_person(n, seed, alpha)
+        for n, seed, alpha in zip(rows.n_people, rows.seed, rows.alpha, strict=True)
+    ]
+    bits = rows.recall * pd.Series(entropy, index=rows.index, dtype=float)
+    columns = ["profile", "optimizer", "n_facts", "seed", "d_model", "n_params", "steps", "stopped", "recall"]
+    return rows[columns].assign(bits=bits, bits_per_parameter=bits / rows.n_params).reset_index(drop=True)
 
 
 def published_by_paper(name: str) -> pd.DataFrame:

@@ -31,6 +31,8 @@ from lib.recall import Fact, Recall, measure_recall
 from lib.tools import SqlTool
 from lib.trainer import Ending, Trainer, join_gradients, step_together, train_together
 
+#: How many times as fast a compiled step is, about (notebooks/A2_performance measures it).
+COMPILED_SPEEDUP = 1.4
 CLAIM, DATABASE, ROW, MODEL = "config.json", "people.sqlite", "row.json", "model"
 
 
@@ -62,8 +64,11 @@ def run_together(
         summary_writer()
     commit()  # remembers the code that was imported, whatever is committed while the runs go on
     cells = [_Cell(config, Path(directory)) for config, directory in zip(configs, directories, strict=True)]
+    folders = {cell.directory.resolve(): cell for cell in cells}
+    if len(folders) < len(cells):
+        raise InputError("two runs that train together have one folder: give each its own")
     with ExitStack() as locks:
-        for cell in sorted(cells, key=lambda cell: cell.directory):  # one order for all: no two wait for each other
+        for _, cell in sorted(folders.items()):  # one order for all: no two processes wait for each other
             try:
                 cell.directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -141,14 +146,21 @@ class _Cell:
 
 
 def stacked_speedup(configs: Sequence[RunConfig], device: str = "auto", steps: int = 3) -> float:
-    """How many times as fast a few steps of all runs are as one stack as one after the other, measured here and now."""
+    """How many times as fast all runs are as one stack as one after the other, by a few steps measured here and now.
+
+    One after the other they would be compiled where that pays, which counts as `COMPILED_SPEEDUP`.
+    """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         cells = [_Cell(config, Path(folder) / str(i)) for i, config in enumerate(configs)]
         for cell in cells:
             cell.directory.mkdir()
             cell.prepare(stack, resolve_device(device), compiled=False)
         trainers = [cell.trainer for cell in cells]
-        alone = sum(_seconds([trainer], trainer.gradients, steps) for trainer in trainers)
+        alone = sum(
+            _seconds([cell.trainer], cell.trainer.gradients, steps)
+            / (COMPILED_SPEEDUP if _pays_to_compile(cell.config) else 1)
+            for cell in cells
+        )
         return alone / _seconds(trainers, join_gradients(trainers), steps)
 
 
@@ -159,9 +171,10 @@ def _seconds(trainers: list[Trainer], gradients: Gradients, steps: int) -> float
 
 
 def _pays_to_compile(config: RunConfig) -> bool:
-    """Whether a run is long enough for what torch.compile saves, about a third, to make up for its own time.
+    """Whether a run is long enough for what torch.compile saves to make up for the 10 to 25 seconds that it takes.
 
-    That is 10 to 25 seconds, as long as a core takes for 4e11 floating-point operations. Needs a C++ compiler.
+    Eager, a core does some 3e10 floating-point operations a second, so the limit is about two minutes. Needs a C++
+    compiler.
     """
     return config.flops() > 4e12 and shutil.which("g++") is not None
 

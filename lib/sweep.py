@@ -107,15 +107,16 @@ def _execute(
     idle: list[_Worker] = []
     running: dict[Connection, tuple[_Worker, list[RunConfig]]] = {}
     tries: Counter[str] = Counter()
-    faster_alone: set[tuple] = set()  # shapes of models that were measured
+    faster_alone: set[tuple] = set()  # kinds of cells that were measured
     with progress(len(plan), directory.parent.name + " " + directory.name) as bar:
         try:
             while True:
                 busy = {config.run_id for _, configs in running.values() for config in configs}
                 ready = [c for c in _pending(plan, recalls) if c.run_id not in busy | report.failed.keys()]
                 while ready and len(running) < jobs and time.monotonic() < deadline:
-                    alone = tries[ready[0].run_id] or stack_key(ready[0]) in faster_alone
-                    configs = ready[:1] if alone else _alike(ready, tries)[:stack]
+                    alone = tries[ready[0].run_id] or _kind(ready[0]) in faster_alone
+                    share = math.ceil(len(ready) / (jobs - len(running)))  # a stack leaves cells for the other workers
+                    configs = ready[:1] if alone else _alike(ready, tries)[: min(stack, share)]
                     ready = [config for config in ready if config not in configs]
                     worker = idle.pop() if idle else _Worker(device)
                     worker.submit(configs, [directory / config.run_id for config in configs])
@@ -126,7 +127,7 @@ def _execute(
                     worker, configs = running.pop(pipe)
                     found, error = worker.result()
                     if error is None and found is None:
-                        faster_alone.add(stack_key(configs[0]))
+                        faster_alone.add(_kind(configs[0]))
                     elif error is None:
                         recalls |= found
                         report.done_now += len(configs)
@@ -146,9 +147,13 @@ def _execute(
 
 
 def _alike(ready: list[RunConfig], tries: Counter[str]) -> list[RunConfig]:
-    """The cells that could train as one stack with the first: also of its mode, for dialogs of like lengths."""
-    first = ready[0]
-    return [c for c in ready if (c.mode, stack_key(c)) == (first.mode, stack_key(first)) and not tries[c.run_id]]
+    """The cells that could train as one stack with the first."""
+    return [config for config in ready if _kind(config) == _kind(ready[0]) and not tries[config.run_id]]
+
+
+def _kind(config: RunConfig) -> tuple:
+    """What cells of a stack have in common; their mode too, for dialogs of like lengths."""
+    return config.mode, stack_key(config)
 
 
 class _Worker:
@@ -188,7 +193,7 @@ def _work(pipe: Connection, device: str) -> None:
             configs, directories = pipe.recv()
             try:
                 configs = [RunConfig.parse(config) for config in configs]
-                if len(configs) > 1 and stacked_speedup(configs, device) < 1:
+                if len(configs) > 1 and stacked_speedup(configs[:2], device) < 1:  # if two gain nothing, nor do more
                     pipe.send((None, None))
                     continue
                 rows = run_together(configs, directories, device=device)

@@ -244,6 +244,8 @@ BAD = {
     "an unknown profile": Bad("sweep 05_1 --profile huge", ("--profile", "'huge'", "'quick', 'laptop', 'paper'")),
     "publishing quick results": Bad("sweep 05_1 --publish", ("quick does not publish", "laptop and paper")),
     "a sweep without processes": Bad("sweep 05_1 --profile smoke --jobs 0", ("jobs = 0", "at least one process")),
+    "a stack of no models": Bad("sweep 05_1 --profile smoke --stack 0", ("stack = 0", "1 for each alone")),
+    "half a model": Bad("sweep 05_1 --profile smoke --stack 0.5", ("--stack", "integer")),
     "negative hours": Bad("sweep 05_1 --max-hours -1", ("--max-hours", "0")),
     "a sweep on a device that is not there": Bad(
         "sweep 05_1 --profile smoke --jobs 1 --device abacus", ("no device 'abacus'", "auto or cpu")
@@ -459,6 +461,15 @@ def test_a_dry_run_of_a_sweep_says_what_is_ahead(here, itl):
     assert list(here.iterdir()) == []
 
 
+def test_a_sweep_is_told_how_many_models_may_train_as_one(here, itl, monkeypatch):
+    from lib.sweep import Report
+
+    asked = []
+    monkeypatch.setattr("lib.sweep.sweep", lambda *_, stack, **__: asked.append(stack) or Report())
+    assert [itl("sweep", "05_1", "--stack", "3").code, itl("sweep", "05_1", "--stack", "1").code] == [0, 0]
+    assert asked == [3, 1]
+
+
 def test_a_sweep_with_a_failed_cell_exits_with_1(here, itl, monkeypatch):
     from lib.sweep import Report
 
@@ -501,7 +512,7 @@ def test_paper_runs_every_notebook_and_says_where_everything_is(here, itl, monke
     monkeypatch.setattr("lib.notebooks.run_many", lambda *arguments, **options: asked.append((arguments, options)))
     answer = itl("paper")
     ((names, profile, values), options) = asked.pop()
-    assert names == sorted(paths.NOTEBOOKS.glob("*.ipynb"))
+    assert names == [path for path in sorted(paths.NOTEBOOKS.glob("*.ipynb")) if path.stem != "A2_performance"]
     assert (profile, values, options) == ("quick", {}, {"in_place": False, "reuse": True})
     for place in ("figures", "notebooks"):
         assert str(here / "runs" / "quick" / place) in answer.out

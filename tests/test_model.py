@@ -341,3 +341,14 @@ def test_decoding_first_leaves_nothing_that_training_trips_over():
     model(tokens).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert torch.allclose(model.decode(tokens, model.new_cache(2, 8)), model(tokens)[:, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [{}, {"n_layers": 1}, {"n_layers": 3, "n_heads": 4, "n_kv_heads": 2}])
+@pytest.mark.parametrize("first", [0, 1, 7, 19])
+def test_logits_from_a_position_on_are_those_of_the_whole_pass(shape, first):
+    model = Transformer(ModelConfig(d_model=16, **shape), torch.Generator().manual_seed(0)).double()
+    tokens = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(1))
+    whole = model(tokens)
+    torch.testing.assert_close(model(tokens, first), whole[:, first:], rtol=0, atol=1e-12)
+    select = torch.rand(3, 20 - first, generator=torch.Generator().manual_seed(2)) < 0.5
+    torch.testing.assert_close(model(tokens, first, select), whole[:, first:][select], rtol=0, atol=1e-12)

@@ -359,6 +359,12 @@ def test_a_page_asks_the_network_for_nothing_but_equations(tmp_path, title, netw
 # --- the notebooks of the project
 
 ALL = notebooks.all_notebooks()
+
+
+def test_the_paper_is_all_notebooks_but_the_benchmark():
+    assert {path.stem for path in ALL} - {path.stem for path in notebooks.paper_notebooks()} == {"A2_performance"}
+
+
 each_notebook = pytest.mark.parametrize("path", ALL, ids=[path.stem for path in ALL])
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lib.model import ModelConfig, Transformer
-from lib.optim import OptimConfig, build_optimizers, schedule_factor, set_learning_rate
+from lib.optim import OptimConfig, build_optimizers, orthogonalize, schedule_factor, set_learning_rate
 
 
 def _model() -> Transformer:
@@ -164,3 +164,17 @@ def test_the_cosine_without_warmup_is_that_of_torch(total):
 def test_warmup_rises_by_equal_parts_to_the_peak():
     config = OptimConfig(warmup_steps=4, schedule="constant")
     assert [schedule_factor(config, step, 10) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 32, 8), (2, 8, 32), (1, 1, 5)])
+def test_orthogonalizing_keeps_the_singular_vectors_and_levels_the_values(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
+    levelled = u.mT @ orthogonalize(matrices) @ vt.mT
+    values = levelled.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(levelled, torch.diag_embed(values), rtol=0, atol=1e-9)
+    assert values.min() > 0.4 and values.max() < 1.3
+
+
+def test_a_gradient_of_zero_moves_nothing():
+    assert not orthogonalize(torch.zeros(2, 4, 8)).any()

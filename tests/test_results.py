@@ -132,10 +132,13 @@ def data(tmp_path, monkeypatch) -> Path:
     """An empty paper_data and an empty runs; every plan holds the runs `PLANNED`."""
     monkeypatch.setattr(paths, "PAPER_DATA", tmp_path / "paper_data")
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
-    search = SimpleNamespace(sizes=range(len(PLANNED)), config=lambda size: SimpleNamespace(run_id=PLANNED[size]))
-    monkeypatch.setattr(results, "searches", lambda section, profile: [search])
+    monkeypatch.setattr(results, "searches", lambda section, profile: [_plan(PLANNED)])
     (tmp_path / "paper_data").mkdir()
     return tmp_path / "paper_data"
+
+
+def _plan(run_ids: tuple[str, ...]) -> SimpleNamespace:
+    return SimpleNamespace(sizes=range(len(run_ids)), config=lambda size: SimpleNamespace(run_id=run_ids[size]))
 
 
 def _finish(row: dict, profile: str) -> None:
@@ -173,6 +176,26 @@ def test_publishing_merges_sorted_and_says_how_many_are_new(data):
     table = pd.read_csv(data / "parameter_bounds.csv", dtype={"run_id": str})
     assert [run_id[0] for run_id in table.run_id] == ["a", "c", "b"]
     assert [path.name for path in data.iterdir()] == ["parameter_bounds.csv"]
+
+
+def test_rows_of_an_earlier_plan_do_not_count_and_leave_the_table(data, monkeypatch):
+    for run_id in PLANNED[:2]:
+        _finish(_row(run_id), "laptop")
+    assert results.publish("05_1", "laptop") == 2
+    monkeypatch.setattr(results, "searches", lambda *_: [_plan(PLANNED[1:])])
+    assert list(results.read_rows("05_1", "laptop").run_id) == [PLANNED[1]]
+    _finish(_row(PLANNED[2]), "laptop")
+    assert results.publish("05_1", "laptop") == 1
+    assert set(results.committed_rows("05_1").run_id) == set(PLANNED[1:3])
+
+
+def test_capacity_is_recalled_bits_over_parameters():
+    columns = {"profile": "laptop", "n_people": 10, "n_facts": 40, "alpha": 0.0, "n_params": 1000, "optimizer": "muon"}
+    columns |= {"steps": 1, "stopped": "budget"}
+    rows = pd.DataFrame([_row("a" * 12, mode=mode, **columns) for mode in ("in-weight", "in-tool")])
+    (held,) = results.capacity(rows).itertuples()
+    assert held.bits == pytest.approx(0.5 * 10 * 31.25, rel=1e-3)  # four independent attributes: 31.25 bits a person
+    assert held.bits_per_parameter == pytest.approx(held.bits / 1000)
 
 
 def test_publishing_again_changes_no_byte(data):

@@ -2,10 +2,16 @@
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
+import time
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +24,18 @@ from lib.facts import load_people
 from lib.model import Transformer
 from lib.monitor import read_metrics
 from lib.recall import measure_recall
-from lib.run import _Cell, _git, commit, load_model, resolve_device, run, save_model, write_json
+from lib.run import (
+    _Cell,
+    _git,
+    commit,
+    load_model,
+    resolve_device,
+    run,
+    run_together,
+    save_model,
+    stacked_speedup,
+    write_json,
+)
 from lib.tools import SqlTool
 
 
@@ -143,16 +160,137 @@ def test_a_later_field_does_not_make_a_run_another_one(tmp_path, finished):
     assert run(config, tmp_path / "run")["run_id"] == config.run_id
 
 
+# ---- Several runs as one stack
+
+
+def _group() -> list[RunConfig]:
+    """Runs of one shape and otherwise unlike: in people, rate, batches, measurements, and when they end."""
+    return [
+        _config(),
+        _config(seed=1, facts={"n_people": 5, "seed": 1}, optim__lr=1e-3, evaluation__every=5),
+        _config("in-tool", seed=2, training__steps=7, training__batch_size=5),
+    ]
+
+
+def _folders(root: Path, configs: list[RunConfig]) -> list[Path]:
+    return [root / config.run_id for config in configs]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> list[tuple[Path, dict]]:
+    """The runs of the group, one after the other: folders and rows."""
+    folders = _folders(tmp_path_factory.mktemp("alone"), _group())
+    return [(folder, run(config, folder)) for config, folder in zip(_group(), folders, strict=True)]
+
+
+def _assert_same_row(row: dict, reference: dict) -> None:
+    """Equal but for times, and for how sums were rounded."""
+    assert row.keys() == reference.keys()
+    rest = row.keys() - {"train_seconds", "finished_at", "loss"}
+    assert {name: row[name] for name in rest} == {name: reference[name] for name in rest}
+    assert row["loss"] == pytest.approx(reference["loss"], abs=1e-4)
+
+
+def test_runs_together_leave_what_each_leaves_alone(tmp_path, alone):
+    directories = _folders(tmp_path, _group())
+    rows = run_together(_group(), directories)
+    for config, directory, row, (reference, reference_row) in zip(_group(), directories, rows, alone, strict=True):
+        assert json.loads((directory / "row.json").read_text()) == row
+        _assert_same_row(row, reference_row)
+        assert {path.name for path in directory.iterdir()} == {path.name for path in reference.iterdir()}
+        assert (directory / "config.json").read_bytes() == (reference / "config.json").read_bytes()
+        record, reference_record = (
+            [(line["step"], *sorted(line)) for line in read_metrics(folder)] for folder in (directory, reference)
+        )
+        assert record == reference_record
+        (model, saved), (expected, _) = load_model(directory), load_model(reference)
+        assert saved == config
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter, expected.get_parameter(name), atol=1e-3, rtol=1e-3)
+
+
+def test_a_finished_run_among_those_together_is_left_alone(tmp_path, alone, monkeypatch):
+    directories = _folders(tmp_path, _group())
+    reference, finished_row = alone[1]
+    shutil.copytree(reference, directories[1])
+    before = _snapshot(directories[1])
+    rows = run_together(_group(), directories)
+    assert _snapshot(directories[1]) == before and rows[1] == finished_row
+    for row, (_, reference_row) in zip(rows, alone, strict=True):
+        _assert_same_row(row, reference_row)
+    monkeypatch.setattr("lib.run.Trainer", None)
+    assert run_together(_group(), directories) == rows  # all are finished now
+
+
+def test_runs_together_that_were_killed_go_on_alone_or_together(tmp_path, alone, monkeypatch):
+    directories = _folders(tmp_path, _group())
+    saved = []
+
+    def die_at_the_second(*arguments):
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(save_model(*arguments))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.run.save_model", die_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            run_together(_group(), directories)
+    assert [(directory / "row.json").exists() for directory in directories] == [True, False, False]
+    first = _snapshot(directories[0])
+    rows = [run(_group()[1], directories[1]), *run_together(_group()[::2], directories[::2])]
+    assert _snapshot(directories[0]) == first
+    for row, i in zip(rows, (1, 0, 2), strict=True):
+        _assert_same_row(row, alone[i][1])
+
+
+def test_no_runs_together_are_no_rows():
+    assert run_together([], []) == []
+
+
+def test_the_speedup_of_a_stack_is_positive_and_measuring_it_leaves_nothing(tmp_path, monkeypatch):
+    temporary = SimpleNamespace(TemporaryDirectory=partial(tempfile.TemporaryDirectory, dir=tmp_path))
+    monkeypatch.setattr("lib.run.tempfile", temporary)
+    monkeypatch.chdir(tmp_path)
+    assert 0 < stacked_speedup(_group(), "cpu", steps=1) < float("inf")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("cost", "speedup"), [(lambda n: 1, 3), (lambda n: n, 1), (lambda n: n * n, 1 / 3)])
+def test_the_speedup_is_the_time_alone_over_the_time_together(monkeypatch, cost, speedup):
+    clock = [0.0]
+
+    def step(trainers, gradients):
+        assert len(gradients.models) == len(trainers)
+        clock[0] += cost(len(trainers))
+        return [torch.zeros(())] * len(trainers)
+
+    def seconds(statement, number: int) -> float:
+        start = clock[0]
+        for _ in range(number):
+            statement()
+        return clock[0] - start
+
+    monkeypatch.setattr("lib.run.step_together", step)
+    monkeypatch.setattr("lib.run.timeit", SimpleNamespace(timeit=seconds))
+    assert stacked_speedup(_group(), "cpu") == pytest.approx(speedup)
+
+
 # ---- What is refused, and leaves everything as it was
 
 
-def _refused(config: RunConfig, directory: Path, words: str, **options) -> None:
-    root = directory.parent
+def _assert_refused(configs: list[RunConfig], directories: list[Path], words: str, **options) -> None:
+    root = directories[0].parent
     before = _snapshot(root)
     with pytest.raises(InputError, match=words) as caught:
-        run(config, directory, **options)
+        run_together(configs, directories, **options)
     assert "\n" not in str(caught.value)
     assert _snapshot(root) == before
+
+
+def _refused(config: RunConfig, directory: Path, words: str, **options) -> None:
+    """Alone, and in a group in which nothing is wrong with the first."""
+    _assert_refused([config], [directory], words, **options)
+    _assert_refused([_config(seed=9), config], [directory.parent / "a", directory], words, **options)
 
 
 def test_the_folder_of_another_configuration_is_refused(tmp_path):
@@ -182,7 +320,12 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 
 def test_a_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    _refused(_config(), tmp_path / "file" / "run", "cannot make the folder")
+    _assert_refused([_config()], [tmp_path / "file" / "run"], "cannot make the folder")
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    configs, directories = [_config(), _config(seed=1)], [tmp_path / "run", tmp_path / "up" / ".." / "run"]
+    _assert_refused(configs, directories, "two runs that train together have one folder")
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"config": {"a": 1}, "people_digest": ""}'])
@@ -320,15 +463,31 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == {"a": 3}
 
 
+def _run_group(start, configs: list[dict], directories: list[Path], out: Path) -> None:
+    """In a process: a group of runs, whose locks are taken so slowly that two wrong orders would block each other."""
+    claim = _Cell.claim
+    _Cell.claim = lambda cell: (claim(cell), time.sleep(0.3))
+    start.wait()
+    out.write_text(json.dumps(run_together([RunConfig.parse(config) for config in configs], directories)))
+
+
 @pytest.mark.slow
-def test_two_processes_that_are_given_the_same_cell_produce_it_once(tmp_path):
-    config = _config(training__steps=150)
-    (tmp_path / "config.json").write_text(config.canonical_json())
-    command = [sys.executable, "-m", "lib", "train", "--config", "config.json", "--out", "run"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(paths.ROOT)}
-    start = {"env": environment, "cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, **start) for _ in range(2)]
-    outputs = [process.communicate(timeout=240) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert outputs[0] == outputs[1]  # the same recall, steps and seconds: one row
-    assert [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line] == [50, 100, 150]
+def test_two_processes_with_overlapping_groups_produce_each_cell_once(tmp_path):
+    configs = [_config(seed=seed) for seed in range(4)]
+    directories = _folders(tmp_path, configs)
+    context, groups = get_context("spawn"), ([0, 1, 2], [3, 2, 1])
+    start, processes = context.Barrier(2), []
+    for group in groups:
+        arguments = start, [configs[i].model_dump() for i in group], [directories[i] for i in group]
+        out = tmp_path / f"{group[0]}.json"
+        processes.append(context.Process(target=_run_group, args=(*arguments, out), daemon=True))
+        processes[-1].start()
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    rows = [json.loads((tmp_path / f"{group[0]}.json").read_text()) for group in groups]
+    first, second = (dict(zip(group, of_group, strict=True)) for group, of_group in zip(groups, rows, strict=True))
+    assert (first[1], first[2]) == (second[1], second[2])  # to the second in which they were finished: one run
+    for directory, config in zip(directories, configs, strict=True):
+        assert json.loads((directory / "row.json").read_text())["run_id"] == config.run_id
+        assert [line["step"] for line in read_metrics(directory)] == [12]

@@ -1,4 +1,7 @@
-"""Sweeps: every cell once, nothing repeated, and no cell's failure or death in the way of the others."""
+"""Sweeps: every cell once, nothing repeated, and no cell's failure or death in the way of the others.
+
+And cells that train as one stack end as they do alone.
+"""
 
 import json
 import math
@@ -8,19 +11,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from itertools import cycle
 from multiprocessing import Pipe
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib import experiments, paths, results, sweep
 from lib.base import InputError
 from lib.config import RunConfig
 from lib.experiments import SIZES, Search
+from lib.run import run
 
 
 @pytest.fixture(autouse=True)
@@ -103,11 +109,53 @@ def test_a_failing_cell_is_reported_and_the_others_go_on(runs, monkeypatch):
     assert list(results.read_rows("05_1", "smoke").seed) == [1]
 
 
+def _work_where_wide_models_stack(pipe, device: str) -> None:
+    """The life of a worker on a machine where stacks of models from d_model = 12 on are faster than one by one."""
+    sweep.stacked_speedup = lambda configs, device: 2.0 if configs[0].model.d_model >= 12 else 0.5
+    sweep._work(pipe, device)
+
+
+@pytest.fixture
+def submitted(monkeypatch) -> list[list[RunConfig]]:
+    """The cells that workers of such a machine are given, as they are given them."""
+    groups, submit = [], sweep._Worker.submit
+
+    def record(worker: sweep._Worker, configs: list[RunConfig], directories: list[Path]) -> None:
+        groups.append(configs)
+        submit(worker, configs, directories)
+
+    monkeypatch.setattr(sweep, "_work", _work_where_wide_models_stack)
+    monkeypatch.setattr(sweep._Worker, "submit", record)
+    return groups
+
+
 @pytest.mark.slow
-def test_a_worker_that_is_killed_loses_nothing(runs, monkeypatch):
-    training = {"steps": 120, "checkpoint_every": 10}
-    first, second = _cell(training=training), _cell(seed=1, training=training)
-    _plan(monkeypatch, first, second)
+def test_a_sweep_of_stacks_ends_with_the_rows_of_runs_alone(runs, submitted, monkeypatch):
+    # One person each: few enough to be learned in seconds, so that recalls differ and some runs end before the others.
+    bases = [
+        _base(seed=seed, facts={"n_people": 1, "seed": seed}, training={"steps": 60}, evaluation={"every": 5})
+        for seed in range(3)
+    ]
+    _plan(monkeypatch, *(Search(base, threshold=None, sizes=(8, 32)) for base in bases))
+    report = sweep.sweep("05_1", "smoke", jobs=1)
+    assert (report.done_now, report.missing, report.failed) == (6, [], {})
+    sizes = sorted([config.model.d_model for config in group] for group in submitted)
+    assert sizes == [[8], [8], [8], [8, 8, 8], [32, 32, 32]]
+    rows = results.read_rows("05_1", "smoke")
+    assert len(rows) == 6 and rows.recall.nunique() > 1 and rows.steps.nunique() > 1
+    for row in rows.to_dict("records"):
+        config = RunConfig.parse(json.loads(row["config"]))
+        alone = run(config, runs / "alone" / config.run_id)
+        same = ("run_id", "seed", "d_model", "steps", "stopped", "dialogs_seen", "recall", "people_digest")
+        assert {name: row[name] for name in same} == {name: alone[name] for name in same}
+        assert row["loss"] == pytest.approx(alone["loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_loses_nothing(runs, submitted, monkeypatch):
+    training = {"steps": 60, "checkpoint_every": 5}
+    plan = [Search(_base(seed=seed, training=training), threshold=None, sizes=(12,)) for seed in range(4)]
+    _plan(monkeypatch, *plan)
     killed = []
 
     def kill_one_that_trains() -> None:
@@ -123,8 +171,9 @@ def test_a_worker_that_is_killed_loses_nothing(runs, monkeypatch):
     report = sweep.sweep("05_1", "smoke", jobs=2)
     killer.join(timeout=1)
     assert killed and not report.failed
-    assert report.done_now == 2
-    assert sorted(results.read_rows("05_1", "smoke").seed) == [0, 1]
+    assert report.done_now == 4
+    assert list(map(len, submitted)) == [2, 2, 1, 1]  # two stacks, and the cells of the killed one by one
+    assert sorted(results.read_rows("05_1", "smoke").seed) == [0, 1, 2, 3]
 
 
 def _children(pid: int) -> list[int]:
@@ -168,20 +217,31 @@ def test_workers_do_not_outlive_a_sweep_that_is_killed_or_interrupted(runs, how)
 
 
 class FakeWorkers:
-    """Stands in for `_Worker`: answers at once, and remembers what it was asked."""
+    """Stands in for `_Worker`: answers at once, and remembers what it was asked.
 
-    def __init__(self, answer):
-        self.answer, self.asked, self.busy, self.most_busy, self.closed = answer, [], 0, 0, 0
+    `answer` gives recall or error of one cell; a stack has the first error of its cells. `alone` says which stacks are
+    answered with "faster alone". An error ends the process if `dies` says so.
+    """
+
+    def __init__(self, answer, alone=lambda configs: False, dies=lambda: False):
+        self.answer, self.alone, self.dies = answer, alone, dies
+        self.submitted: list[list[RunConfig]] = []
+        self.asked: list[str] = []  # ids of the cells that ran
+        self.busy, self.most_busy, self.closed = 0, 0, 0
 
     def __call__(self, device: str) -> SimpleNamespace:
         ours, theirs = Pipe()
+        process = SimpleNamespace(is_alive=lambda: process.alive, alive=True)
 
-        def submit(config: RunConfig, directory: Path) -> None:
-            assert directory.name == config.run_id
-            self.asked.append(config.run_id)
+        def submit(configs: list[RunConfig], directories: list[Path]) -> None:
+            assert process.alive
+            assert [directory.name for directory in directories] == [config.run_id for config in configs]
+            self.submitted.append(configs)
             self.busy += 1
             self.most_busy = max(self.busy, self.most_busy)
-            theirs.send(self.answer(config))
+            found, error = self._run(configs)
+            process.alive = not (error and self.dies())
+            theirs.send((found, error))
 
         def result():
             self.busy -= 1
@@ -190,8 +250,16 @@ class FakeWorkers:
         def close() -> None:
             self.closed += 1
 
-        process = SimpleNamespace(is_alive=lambda: True)
         return SimpleNamespace(pipe=ours, process=process, submit=submit, result=result, close=close, theirs=theirs)
+
+    def _run(self, configs: list[RunConfig]) -> tuple[dict[str, float] | None, str | None]:
+        if len(configs) > 1 and self.alone(configs):
+            return None, None
+        ids = [config.run_id for config in configs]
+        self.asked += ids
+        recalls, errors = zip(*map(self.answer, configs), strict=True)
+        error = next(filter(None, errors), None)
+        return (None, error) if error else (dict(zip(ids, recalls, strict=True)), None)
 
 
 def _sweep_with(patch, workers: FakeWorkers, plan: list[Search], **options) -> sweep.Report:
@@ -201,8 +269,12 @@ def _sweep_with(patch, workers: FakeWorkers, plan: list[Search], **options) -> s
     return sweep.sweep("05_1", "smoke", **options)
 
 
-@given(st.lists(st.lists(st.floats(0, 1), min_size=6, max_size=6), min_size=1, max_size=5), st.integers(1, 4))
-def test_any_searches_end_with_every_point_known_and_no_cell_run_twice(tables, jobs):
+@given(
+    st.lists(st.lists(st.floats(0, 1), min_size=6, max_size=6), min_size=1, max_size=5),
+    st.integers(1, 4),
+    st.integers(1, 4),
+)
+def test_any_searches_end_with_every_point_known_and_no_cell_run_twice(tables, jobs, stack):
     sizes = SIZES[:6]
     plan = [Search(_base(seed=seed), start=2, sizes=sizes) for seed in range(len(tables))]
     plan.append(plan[0])  # two searches may share their runs
@@ -212,7 +284,7 @@ def test_any_searches_end_with_every_point_known_and_no_cell_run_twice(tables, j
 
     workers = FakeWorkers(answer)
     with pytest.MonkeyPatch.context() as patch:
-        report = _sweep_with(patch, workers, plan, jobs=jobs)
+        report = _sweep_with(patch, workers, plan, jobs=jobs, stack=stack)
     assert len(workers.asked) == len(set(workers.asked)) == report.done_now
     assert not report.missing and not report.failed and report.runs_ahead == 0
     assert 1 <= workers.most_busy <= jobs
@@ -227,7 +299,7 @@ def test_a_failing_cell_is_tried_twice_and_then_left(runs, monkeypatch):
     plan = [_cell(seed=seed) for seed in range(3)]
     (bad,) = plan[1].pending({})
     workers = FakeWorkers(lambda config: (None, "ValueError: no") if config.run_id == bad.run_id else (0.5, None))
-    report = _sweep_with(monkeypatch, workers, plan, jobs=2)
+    report = _sweep_with(monkeypatch, workers, plan, jobs=2, stack=1)
     assert [workers.asked.count(search.pending({})[0].run_id) for search in plan] == [1, 2, 1]
     assert report.failed == {bad.run_id: "in-weight, 8 facts, d = 4, seed 1: ValueError: no"}
     assert (report.done_now, report.missing) == (2, [bad])
@@ -263,7 +335,8 @@ def test_after_the_time_is_up_no_cell_starts(runs, monkeypatch):
     assert "about 1 runs" in str(report) and "in-weight, 8 facts, d = 4, seed 0" in str(report)
 
 
-def test_what_finishes_in_time_is_kept_when_the_time_is_up(runs, monkeypatch):
+@pytest.mark.parametrize(("stack", "done"), [(1, 2), (4, 4)])
+def test_what_finishes_in_time_is_kept_when_the_time_is_up(runs, monkeypatch, stack, done):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
@@ -271,8 +344,9 @@ def test_what_finishes_in_time_is_kept_when_the_time_is_up(runs, monkeypatch):
         clock.now += 1800
         return 0.5, None
 
-    report = _sweep_with(monkeypatch, FakeWorkers(answer), [_cell(seed=s) for s in range(5)], jobs=1, max_hours=0.9)
-    assert (report.done_now, len(report.missing)) == (2, 3)
+    plan = [_cell(seed=seed) for seed in range(5)]
+    report = _sweep_with(monkeypatch, FakeWorkers(answer), plan, jobs=1, stack=stack, max_hours=0.9)
+    assert (report.done_now, len(report.missing)) == (done, 5 - done)
 
 
 def test_an_interrupted_sweep_ends_its_workers(runs, monkeypatch):
@@ -284,6 +358,118 @@ def test_an_interrupted_sweep_ends_its_workers(runs, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         _sweep_with(monkeypatch, workers, [_cell(), _cell(seed=1)], jobs=2)
     assert workers.closed >= 1
+
+
+# ---- Cells as one stack, without processes
+
+
+def _kind(config: RunConfig) -> tuple:
+    """What cells of one stack have in common: dialogs of like lengths, and all that a step's arithmetic hangs on."""
+    return config.mode, config.model.d_model, config.training.dtype, config.training.grad_accumulation
+
+
+_kinds = st.tuples(
+    st.sampled_from(["in-weight", "in-tool"]),
+    st.sampled_from([4, 8]),
+    st.sampled_from(["float32", "bfloat16"]),
+    st.integers(1, 2),
+)
+
+
+@given(st.lists(_kinds, min_size=1, max_size=12), st.integers(1, 4))
+def test_a_stack_holds_as_many_cells_of_one_kind_as_it_may(kinds, stack):
+    plan = []
+    for seed, (mode, size, dtype, parts) in enumerate(kinds):
+        base = _base(seed=seed, mode=mode, training={"steps": 10, "dtype": dtype, "grad_accumulation": parts})
+        plan.append(Search(base, threshold=None, sizes=(size,)))
+    workers = FakeWorkers(lambda config: (0.5, None))
+    with pytest.MonkeyPatch.context() as patch:
+        report = _sweep_with(patch, workers, plan, jobs=1, stack=stack)
+    assert report.done_now == len(kinds) == len(set(workers.asked)) == len(workers.asked)
+    assert all(len(set(map(_kind, group))) == 1 for group in workers.submitted)
+    assert max(map(len, workers.submitted)) <= stack
+    assert len(workers.submitted) == sum(math.ceil(n / stack) for n in Counter(kinds).values())
+
+
+@pytest.mark.parametrize(("cells", "jobs", "sizes"), [(4, 2, [2, 2]), (5, 2, [3, 2]), (2, 3, [1, 1]), (9, 1, [8, 1])])
+def test_a_stack_leaves_cells_for_the_other_workers(runs, monkeypatch, cells, jobs, sizes):
+    workers = FakeWorkers(lambda config: (0.5, None))
+    _sweep_with(monkeypatch, workers, [_cell(seed=seed) for seed in range(cells)], jobs=jobs)
+    assert list(map(len, workers.submitted)) == sizes
+
+
+def test_models_that_are_faster_alone_are_measured_once_and_each_run_once(runs, monkeypatch):
+    plan = [Search(_base(seed=seed), threshold=None, sizes=(4, 8)) for seed in range(4)]
+    workers = FakeWorkers(lambda config: (0.5, None), alone=lambda configs: configs[0].model.d_model == 4)
+    report = _sweep_with(monkeypatch, workers, plan, jobs=1, stack=3)
+    sizes = [[config.model.d_model for config in group] for group in workers.submitted]
+    assert sorted(sizes, key=str) == sorted([[4] * 3, [4], [4], [4], [4], [8] * 3, [8]], key=str)
+    assert len(workers.asked) == len(set(workers.asked)) == report.done_now == 8
+    assert not report.failed and not report.missing
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_failing_stack_is_tried_again_cell_by_cell(runs, monkeypatch, dies):
+    plan = [_cell(seed=seed) for seed in range(4)]
+    (bad,) = plan[1].pending({})
+
+    def answer(config: RunConfig) -> tuple[float | None, str | None]:
+        return (None, "ValueError: no") if config == bad else (0.5, None)
+
+    workers = FakeWorkers(answer, dies=lambda: dies)
+    report = _sweep_with(monkeypatch, workers, plan, jobs=1)
+    assert list(map(len, workers.submitted)) == [4, 1, 1, 1, 1]
+    assert report.failed == {bad.run_id: "in-weight, 8 facts, d = 4, seed 1: ValueError: no"}
+    assert (report.done_now, report.missing) == (3, [bad])
+
+
+def test_a_cell_that_failed_joins_no_stack_again(runs, monkeypatch):
+    # The first search goes on to the size of the failed cells when these are to be tried again.
+    first = Search(_base(), start=1, sizes=(4, 8))
+    workers = FakeWorkers(lambda config: (None, "ValueError: no") if config.seed else (1.0, None))
+    report = _sweep_with(monkeypatch, workers, [first, _cell(seed=1), _cell(seed=2)], jobs=2)
+    groups = [[(config.seed, config.model.d_model) for config in group] for group in workers.submitted]
+    assert groups[:2] == [[(0, 8)], [(1, 4), (2, 4)]]
+    assert sorted(groups[2:]) == [[(0, 4)], [(1, 4)], [(2, 4)]]
+    assert (report.done_now, len(report.failed)) == (2, 2)
+
+
+_failures = st.sampled_from([0, 0, 0, 0, 1, 2, 3])
+_search = st.tuples(
+    st.sampled_from(["in-weight", "in-tool"]), st.lists(st.tuples(st.floats(0, 1), _failures), min_size=4, max_size=4)
+)
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(_search, min_size=1, max_size=6),
+    st.integers(1, 3),
+    st.integers(2, 5),
+    st.lists(st.booleans(), min_size=1, max_size=5),
+    st.lists(st.booleans(), min_size=1, max_size=5),
+)
+def test_whatever_workers_answer_searches_end_as_with_each_cell_alone(searches, jobs, stack, alone, dies):
+    sizes = SIZES[:4]
+    plan = [Search(_base(seed=i, mode=mode), start=1, sizes=sizes) for i, (mode, _) in enumerate(searches)]
+
+    def end(**options) -> tuple:
+        tries, recalls, alone_, dies_ = Counter(), {}, cycle(alone), cycle(dies)
+
+        def answer(config: RunConfig) -> tuple[float | None, str | None]:
+            recall, failures = searches[config.seed][1][sizes.index(config.model.d_model)]
+            tries[config.run_id] += 1
+            if tries[config.run_id] <= failures:
+                return None, f"OSError: {config.run_id}"
+            recalls[config.run_id] = recall
+            return recall, None
+
+        workers = FakeWorkers(answer, lambda configs: next(alone_), lambda: next(dies_))
+        with pytest.MonkeyPatch.context() as patch:
+            report = _sweep_with(patch, workers, plan, **options)
+        assert max(tries.values()) <= sweep.TRIES
+        return recalls, report.done_now, report.failed, report.missing, report.runs_ahead
+
+    assert end(jobs=jobs, stack=stack) == end(jobs=1, stack=1)
 
 
 # ---- Looking ahead
@@ -322,4 +508,11 @@ def test_a_sweep_on_a_device_that_is_not_there_is_refused_before_anything_starts
 def test_a_sweep_without_a_process_is_refused(runs, jobs):
     with pytest.raises(InputError, match=f"jobs = {jobs}: a sweep takes at least one process"):
         sweep.sweep("05_1", "smoke", jobs=jobs)
+    assert not runs.exists()
+
+
+@pytest.mark.parametrize("stack", [0, -1])
+def test_a_stack_of_no_models_is_refused(runs, stack):
+    with pytest.raises(InputError, match=f"stack = {stack}: give how many models may train as one, 1 for each alone"):
+        sweep.sweep("05_1", "smoke", stack=stack)
     assert not runs.exists()

@@ -360,3 +360,14 @@ def test_a_process_killed_at_random_moments_ends_with_the_same_weights_and_recor
     assert record[0] == record[1], f"killed after the checkpoints of steps {moments}"
     losses = [line["step"] for line in read_metrics(tmp_path / "killed") if "loss" in line]
     assert losses == sorted(set(losses)) and losses[-1] == 200
+
+
+@pytest.mark.parametrize(
+    ("recalls", "steps"),
+    [([0.0, 0.0, 0.5, 0.5, 0.5], 10), ([0.3, 0.2, 0.1, 0.0, 0.5], 6), ([0.5, 0.5, 0.0, 1.0, 1.0], 6)],
+)
+def test_a_hopeless_run_is_given_up_in_the_second_half_of_its_schedule(recalls, steps, data, tmp_path):
+    found = iter(recalls)
+    evaluation = {"every": 2, "give_up_below": 0.2, "stop_at_recall": None}
+    ending = _trainer(data, _config(evaluation=evaluation), tmp_path, lambda _: next(found)).train()
+    assert (ending.steps, ending.stopped) == (steps, "budget" if steps == 10 else "hopeless")
