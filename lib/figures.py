@@ -137,7 +137,8 @@ def recall_against_parameters(
 def _recall_lines(axes, rows: pd.DataFrame | None, mode: str, label: str, **style) -> None:
     if rows is None or not len(rows):
         return
-    lines = list(rows[rows["mode"] == mode].groupby("n_facts"))
+    ended = (rows["mode"] == mode) & (rows.stopped != "hopeless")  # what was given up has no recall at the end
+    lines = list(rows[ended].groupby("n_facts"))
     for shade, (n_facts, runs) in zip(np.linspace(0, 0.85, len(lines)), lines, strict=True):
         recall = runs.groupby("n_params").recall.agg(["mean", "min", "max"])
         bars = [recall["mean"] - recall["min"], recall["max"] - recall["mean"]]
