@@ -118,6 +118,7 @@ def _bounds_laptop() -> Iterator[Search]:
             training = TrainingConfig(steps=max(4000, 300 * n_facts // 64), batch_size=64)
             evaluation = EvaluationConfig(every=training.steps // 40, give_up_below=0.01)
             yield _bounds("in-weight", n_facts, seed, training, evaluation)
+    for seed in range(3):
         for n_facts in (2**k for k in range(6, 16)):
             training = TrainingConfig(steps=2000, batch_size=128)
             yield _bounds("in-tool", n_facts, seed, training, EvaluationConfig(every=100, questions=256))
