@@ -215,7 +215,7 @@ def test_standard_rotary_scores_depend_on_the_distance_alone():
     angles = rotary_angles(config, 300)
     cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
     q, k = torch.randn(2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    scores = rotate(q.expand(300, 32), cos, sin) @ rotate(k.expand(300, 32), cos, sin).T
+    scores = rotate(q.expand(300, 32), (cos, sin), 32) @ rotate(k.expand(300, 32), (cos, sin), 32).T
     for distance in (0, 1, 17, 200):
         diagonal = scores.diagonal(-distance)
         assert torch.allclose(diagonal, diagonal[0].expand_as(diagonal), atol=1e-10)
@@ -229,7 +229,8 @@ def test_the_papers_rotary_leaves_the_first_pair_without_position():
     for rope in ("standard", "paper"):
         angles = rotary_angles(ModelConfig(d_model=16, rope=rope), 200)
         pairs = torch.ones(200, 8, dtype=torch.float64)
-        turned[rope] = rotate(pairs, torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1))
+        table = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
+        turned[rope] = rotate(pairs, table, 8)
     assert torch.allclose(turned["paper"][:, [0, 4]], torch.ones(200, 2, dtype=torch.float64), atol=1e-9)
     assert all((turned["paper"][1:, [k, k + 4]] - 1).abs().amax() > 0.5 for k in (1, 2))
     assert (turned["standard"][1:, [0, 4]] - 1).abs().amin(0).max() > 1e-3
