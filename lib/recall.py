@@ -4,12 +4,14 @@
 counts only if a query that really ran against the database retrieved the value.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from lib.dialogs import (
     Dialog,
@@ -121,25 +123,30 @@ def _expected(fact: Fact, tool: Tool | None) -> Dialog:
     return in_weight_dialog(*fact) if tool is None else in_tool_dialog(*fact)
 
 
+def bits_of_dialogs(model, data: TokenizedDialogs) -> np.ndarray:
+    """Bits (D,) that a dialog costs the model: minus log2 of the probability it gives to what the assistant says.
+
+    Of an answer that is known for sure nothing is left; of one of V values that are all the same to it, log2 V. So the
+    entropy of the answers minus these bits is what the weights hold of them (Section 4's bound is about it).
+    """
+    bits = torch.zeros(len(data), dtype=torch.float64)
+    for rows, mask, logits, target in _teacher_forced(model, data):
+        surprise = F.cross_entropy(logits, target, reduction="none").double() / math.log(2)
+        bits[rows.cpu()] = torch.zeros(mask.shape).double().masked_scatter(mask.cpu(), surprise.cpu()).sum(-1)
+    return bits.numpy()
+
+
 def _verify(model, data: TokenizedDialogs, description: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Where the model leaves each of D dialogs, from one teacher-forced pass.
 
     Returns (D,) how many tokens of the dialog greedy decoding reproduces, or the tool provides, for sure; and (D,)
     whether what follows is surely another token than the dialog's.
     """
-    first = data.first_trained() - 1
-    data = data.to(getattr(model, "device", "cpu"))
-    lengths = data.lengths()
+    lengths = data.lengths().to(getattr(model, "device", "cpu"))
     agreed, refuted = lengths.clone(), torch.zeros_like(lengths, dtype=torch.bool)
-    order = lengths.argsort(stable=True)
-    batch = lengths[order].cumsum(0) // BATCH_TOKENS.get(lengths.device.type, 2048)
-    with torch.inference_mode(), progress(len(data), description) as bar:
-        for rows in order.split(batch.unique_consecutive(return_counts=True)[1].tolist()):
-            tokens, mask = data.batch(rows)
-            targets, mask = tokens[:, 1:], mask[:, 1:]
-            start = int(first[rows.cpu()].min())
-            logits = model(tokens[:, :-1], start, mask[:, start:])  # (N, V)
-            target = targets[mask][:, None]  # (N, 1)
+    with progress(len(data), description) as bar:
+        for rows, mask, logits, target in _teacher_forced(model, data):
+            target = target[:, None]  # (N, 1)
             # By how much the expected token leads the best of the others: negative if it is not the argmax.
             lead = logits.gather(1, target)[:, 0] - logits.scatter(1, target, -torch.inf).amax(1)
             right = torch.ones_like(mask).masked_scatter(mask, lead >= MARGIN)  # (B, S)
@@ -149,3 +156,21 @@ def _verify(model, data: TokenizedDialogs, description: str | None) -> tuple[np.
             refuted[rows] = wrong.gather(1, divergence)[:, 0]
             bar.update(len(rows))
     return agreed.cpu().numpy(), refuted.cpu().numpy()
+
+
+@torch.inference_mode()
+def _teacher_forced(model, data: TokenizedDialogs) -> Iterator[tuple[torch.Tensor, ...]]:
+    """What the model would say at every place where the assistant speaks, for D dialogs, some of a length at a time.
+
+    Yields rows (B,), mask (B, S) of the N tokens to predict (of token 1 on), logits (N, V) and these tokens (N,).
+    """
+    first = data.first_trained() - 1
+    data = data.to(getattr(model, "device", "cpu"))
+    lengths = data.lengths()
+    order = lengths.argsort(stable=True)
+    batch = lengths[order].cumsum(0) // BATCH_TOKENS.get(lengths.device.type, 2048)
+    for rows in order.split(batch.unique_consecutive(return_counts=True)[1].tolist()):
+        tokens, mask = data.batch(rows)
+        start = int(first[rows.cpu()].min())
+        targets, mask = tokens[:, 1:], mask[:, 1:]
+        yield rows, mask, model(tokens[:, :-1], start, mask[:, start:]), targets[mask]

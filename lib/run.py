@@ -27,7 +27,7 @@ from lib.facts import People, load_people, write_database
 from lib.gradients import Gradients
 from lib.model import Transformer
 from lib.monitor import summary_writer
-from lib.recall import Fact, Recall, measure_recall
+from lib.recall import Fact, Recall, bits_of_dialogs, measure_recall
 from lib.tools import SqlTool
 from lib.trainer import Ending, Trainer, join_gradients, step_together, train_together
 
@@ -135,6 +135,7 @@ class _Cell:
             "stopped": ending.stopped,
             "dialogs_seen": ending.dialogs_seen,
             "loss": ending.loss,
+            "nll_bits": float(bits_of_dialogs(self.trainer.model, self.trainer.data).mean()),
             "recall": measured.overall,
             **{f"recall_{attribute}": share for attribute, share in measured.by_attribute().items()},
             "n_questions": len(self.facts),

@@ -1,4 +1,5 @@
 import copy
+import math
 import sqlite3
 from collections.abc import Iterator
 
@@ -11,11 +12,20 @@ from hypothesis import strategies as st
 from scripted import ASSISTANT, DATABASE, END, USER, Scripted, prompt, says, turn
 
 from lib.config import RunConfig, override
-from lib.dialogs import ByteTokenizer, Mode, dialogs, in_tool_dialog, in_weight_dialog, tokenize, tool_call
+from lib.dialogs import (
+    ByteTokenizer,
+    Mode,
+    dialogs,
+    encode_dialog,
+    in_tool_dialog,
+    in_weight_dialog,
+    tokenize,
+    tool_call,
+)
 from lib.facts import People, sample_people, write_database
 from lib.generation import Call, Generation
 from lib.model import ModelConfig, Transformer
-from lib.recall import Recall, is_correct, measure_recall
+from lib.recall import Recall, bits_of_dialogs, is_correct, measure_recall
 from lib.tools import Outcome, Response, SqlTool, Tool, format_request
 from lib.trainer import Trainer
 
@@ -496,3 +506,24 @@ def test_verdicts_do_not_depend_on_the_batches(in_weight):
     facts = list(IN_WEIGHT_PEOPLE.facts())
     verdicts = [measure_recall(in_weight[2], facts, TOKENIZER, batch_size=n).correct for n in (1, 7, 256)]
     assert all(np.array_equal(verdicts[0], other) for other in verdicts[1:])
+
+
+def test_the_bits_of_a_dialog_are_those_of_its_tokens_one_by_one():
+    model = Transformer(ModelConfig(d_model=16), torch.Generator().manual_seed(3))
+    dialogs = [in_tool_dialog("Ann Lee", "occupation", "Baker"), in_weight_dialog("Zoë Oak", "birth_place", "Peru")]
+    expected = []
+    for dialog in dialogs:
+        tokens, mask = encode_dialog(dialog, TOKENIZER)
+        with torch.no_grad():
+            log_p = model(torch.tensor([tokens]))[0].log_softmax(-1).double()
+        expected.append(-sum(log_p[i - 1, tokens[i]].item() for i in range(len(tokens)) if mask[i]) / math.log(2))
+    assert bits_of_dialogs(model, tokenize(dialogs, TOKENIZER)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_a_uniform_model_does_not_know_is_the_whole_answer():
+    def uniform(tokens, first, select):
+        return torch.zeros(int(select.sum()), 512)
+
+    dialog = in_weight_dialog("Ann Lee", "occupation", "Baker")
+    said = len(dialog[-1].text.encode()) + 1  # and the end
+    assert bits_of_dialogs(uniform, tokenize([dialog], TOKENIZER)) == pytest.approx([9 * said])
