@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from lib.base import Config, InputError
 from lib.dialogs import ByteTokenizer
-from lib.facts import FactsConfig
+from lib.facts import MAX_PEOPLE, FactsConfig
 from lib.model import ModelConfig
 from lib.optim import OptimConfig
 
@@ -50,6 +50,8 @@ class EvaluationConfig(Config):
     stop_at_recall: float | None = Field(1.0, gt=0, le=1)
     #: Training ends when a measurement in the second half of the schedule is below this recall; None never gives up.
     give_up_below: float | None = Field(None, gt=0, le=1)
+    #: People of each kind that nobody was trained on who are asked about after the last step (`lib.generalization`).
+    unseen_people: int = Field(0, ge=0, le=10_000)
 
 
 class RunConfig(Config):
@@ -70,6 +72,20 @@ class RunConfig(Config):
             raise ValueError(
                 f"model.vocab_size = {self.model.vocab_size} is too small for bytes and special tokens: "
                 f"give at least {ByteTokenizer.vocab_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _unseen_people_exist(self) -> Self:
+        unseen = self.evaluation.unseen_people
+        if unseen and self.facts.csv is not None:
+            raise ValueError(
+                "evaluation.unseen_people must be 0 where facts.csv gives the people: nobody else is known"
+            )
+        if self.facts.n_people + unseen > MAX_PEOPLE:
+            raise ValueError(
+                f"facts.n_people + evaluation.unseen_people = {self.facts.n_people + unseen:,}: "
+                f"there are {MAX_PEOPLE:,} names"
             )
         return self
 

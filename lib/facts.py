@@ -85,6 +85,11 @@ class People:
     def __getitem__(self, part: slice) -> "People":
         return People(self.names[part], {name: column[part] for name, column in self.columns.items()})
 
+    def __add__(self, other: "People") -> "People":
+        """These people, then the others: all with the same attributes, no name twice."""
+        columns = {name: column + other.columns[name] for name, column in self.columns.items()}
+        return People(self.names + other.names, columns)
+
     def value(self, i: int, attribute: str) -> str:
         return self.columns[attribute][i]
 
@@ -107,6 +112,28 @@ def load_people(config: FactsConfig) -> People:
     if config.csv is not None:
         return read_people_csv(config.csv)
     return sample_people(config.n_people, config.seed, config.alpha)
+
+
+#: People that nobody was trained on, by what is new in their names: the name lists of `sample_people` (Section 5.2).
+UNSEEN: dict[str, dict[str, NameList]] = {
+    "new_pair": {},
+    "new_first": {"first_names": "unseen"},
+    "new_last": {"last_names": "unseen"},
+    "new_both": {"first_names": "unseen", "last_names": "unseen"},
+}
+
+
+def unseen_people(config: FactsConfig, n: int) -> dict[str, People]:
+    """`n` people of each kind of `UNSEEN`, none of them among the sampled people of `config`, nor twice.
+
+    Raises `InputError` for people of a CSV file, whose kind is not known, and where the names run out.
+    """
+    if config.csv is not None:
+        raise InputError(f"the people of {config.csv} are all there are: unseen people exist for sampled ones only")
+    return {
+        kind: sample_people(n, config.seed, config.alpha, start=0 if lists else config.n_people, **lists)
+        for kind, lists in UNSEEN.items()
+    }
 
 
 # ---- Sampling: every draw is one position of a stream of its own, so the first n people are the same whatever n is.

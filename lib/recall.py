@@ -45,6 +45,7 @@ class Recall:
     correct: np.ndarray  # (Q,) bool
     attributes: np.ndarray  # (Q,) str
     decoded: int  # how many questions had to be decoded token by token
+    requests: Sequence[Request | None]  # in-tool: the first that was made for each question, None: none well-formed
 
     @property
     def overall(self) -> float:
@@ -102,7 +103,8 @@ def measure_recall(
     for i, generation in zip(undecided, generations, strict=True):
         correct[i] = is_correct(generation, facts[i], tokenizer, tool)
     decoded = sum(g.tokens != k for g, k in zip(generations, known, strict=True)) if known is not None else len(facts)
-    return Recall(correct, np.array([attribute for _, attribute, _ in facts]), decoded)
+    requests = [parse_request(g.calls[0].turn) if g.calls else None for g in generations] if tool is not None else []
+    return Recall(correct, np.array([attribute for _, attribute, _ in facts]), decoded, requests)
 
 
 def is_correct(generation: Generation, fact: Fact, tokenizer: Tokenizer, tool: Tool | None) -> bool:

@@ -24,6 +24,7 @@ from lib.base import InputError
 from lib.config import RunConfig
 from lib.dialogs import ByteTokenizer, tokenize_people
 from lib.facts import People, load_people, write_database
+from lib.generalization import measure_generalization
 from lib.gradients import Gradients
 from lib.model import Transformer
 from lib.monitor import summary_writer
@@ -125,6 +126,7 @@ class _Cell:
     def finish(self, ending: Ending) -> dict:
         """Measure and save the model; the row."""
         measured = self.recall(self.facts)
+        asks_unseen = self.config.evaluation.unseen_people > 0
         save_model(self.trainer.model, self.directory / MODEL, self.config)
         return {
             "run_id": self.config.run_id,
@@ -139,6 +141,7 @@ class _Cell:
             "recall": measured.overall,
             **{f"recall_{attribute}": share for attribute, share in measured.by_attribute().items()},
             "n_questions": len(self.facts),
+            **(measure_generalization(self.trainer.model, self.config, self.tokenizer) if asks_unseen else {}),
             "train_seconds": round(ending.seconds, 2),
             "people_digest": self.people.digest(),
             **provenance(self.trainer.model.device),
