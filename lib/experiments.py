@@ -111,36 +111,119 @@ def _bounds_quick() -> Iterator[Search]:
         yield _bounds(mode, n_facts, 0, training, evaluation)
 
 
+def _enough_steps(n_facts: int) -> TrainingConfig:
+    """300 passes over the facts, for a fixed number of steps would bend the slope; small databases take more."""
+    return TrainingConfig(steps=max(4000, 300 * n_facts // 64), batch_size=64)
+
+
 def _bounds_laptop() -> Iterator[Search]:
-    """Steps grow with the facts: a fixed number would bend the slope."""
+    """In-weight; in-tool, the runs of 5.2 serve here too (see `results.bounds_rows`)."""
     for seed in range(3):
         for n_facts in (2**k for k in range(6, 14)):
-            training = TrainingConfig(steps=max(4000, 300 * n_facts // 64), batch_size=64)
+            training = _enough_steps(n_facts)
             evaluation = EvaluationConfig(every=training.steps // 40, give_up_below=0.01)
             yield _bounds("in-weight", n_facts, seed, training, evaluation)
-    for seed in range(3):
-        for n_facts in (2**k for k in range(6, 16)):
-            training = TrainingConfig(steps=2000, batch_size=128)
-            yield _bounds("in-tool", n_facts, seed, training, EvaluationConfig(every=100, questions=256))
+
+
+def _published_recipe(mode: str, n_facts: int, seed: int, **evaluation) -> RunConfig:
+    """A run as published: 100,000 steps of 128 dialogs."""
+    return _database(
+        mode,
+        n_facts,
+        seed,
+        model=ModelConfig(rope="paper"),
+        optim=PAPER,
+        training=TrainingConfig(steps=100_000, batch_size=128, checkpoint_every=5000),
+        evaluation=EvaluationConfig(every=5000, stop_at_recall=None, **evaluation),
+    )
 
 
 def _bounds_paper() -> Iterator[Search]:
     """26 sizes, 2 to 32,768 people, 10 seeds, both modes: 7,800 runs of 100,000 steps."""
-    training = TrainingConfig(steps=100_000, batch_size=128, checkpoint_every=5000)
-    evaluation = EvaluationConfig(every=5000, stop_at_recall=None)
     for n_facts in (4 * 2**k for k in range(1, 16)):
         for mode in ("in-weight", "in-tool"):
             for seed in range(10):
-                base = _database(
-                    mode,
-                    n_facts,
-                    seed,
-                    model=ModelConfig(rope="paper"),
-                    optim=PAPER,
-                    training=training,
-                    evaluation=evaluation,
-                )
-                yield Search(base, threshold=None)
+                yield Search(_published_recipe(mode, n_facts, seed), threshold=None)
+
+
+# 5.2 Generalization ---------------------------------------------------------------------------------------------------
+
+
+def _generalization(mode: str, n_facts: int, seed: int, sizes: tuple[int, ...], steps: int, unseen: int) -> Search:
+    """Every run takes all its steps: the rule for copying comes later than the recall of those who were trained on."""
+    training = TrainingConfig(steps=steps, batch_size=64)
+    evaluation = EvaluationConfig(every=500, questions=256, stop_at_recall=None, unseen_people=unseen)
+    base = _database(mode, n_facts, seed, optim=FAST, training=training, evaluation=evaluation)
+    return Search(base, threshold=None, sizes=sizes)
+
+
+def _generalization_smoke() -> Iterator[Search]:
+    for mode in ("in-tool", "in-weight"):
+        yield _generalization(mode, 8, 0, (4,), 20, 2)
+
+
+def _generalization_quick() -> Iterator[Search]:
+    for n_facts in (16, 256):
+        yield _generalization("in-tool", n_facts, 0, (16,), 500, 25)
+    yield _generalization("in-weight", 256, 0, (16,), 500, 25)
+
+
+def _generalization_laptop() -> Iterator[Search]:
+    """One grid for 5.1 and 5.2 in-tool, and some in-weight models as the control."""
+    for seed in range(3):
+        for n_facts, d_model in ((256, 24), (1024, 36), (4096, 56)):
+            yield _generalization("in-weight", n_facts, seed, (d_model,), _enough_steps(n_facts).steps, 1000)
+        for n_facts in (256, 1024, 4096, 8192, 16_384, 32_768):
+            largest = (56,) if n_facts in (256, 4096, 32_768) else ()
+            yield _generalization("in-tool", n_facts, seed, (16, 20, 24, 36, *largest), IN_TOOL_STEPS, 1000)
+
+
+#: Of 64 dialogs each: 768,000 dialogs, whatever the number of facts.
+IN_TOOL_STEPS = 12_000
+
+
+def _generalization_paper() -> Iterator[Search]:
+    """Five sizes, 64 to 32,768 people, both modes, one seed: as published, but 1,000 unseen people of each kind."""
+    for n_facts in (2**k for k in range(8, 18)):
+        for mode in ("in-tool", "in-weight"):
+            yield Search(_published_recipe(mode, n_facts, 0, unseen_people=1000), None, sizes=(24, 36, 56, 96, 128))
+
+
+# 5.3 Compressibility --------------------------------------------------------------------------------------------------
+
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def _correlated(base: RunConfig, alpha: float) -> RunConfig:
+    return base.model_copy(update={"facts": base.facts.model_copy(update={"alpha": alpha})})
+
+
+def _compressibility_smoke() -> Iterator[Search]:
+    base = _database("in-weight", 8, 0, training=TrainingConfig(steps=20), evaluation=EvaluationConfig(every=None))
+    yield Search(_correlated(base, 0.5), threshold=None, sizes=(4,))
+
+
+def _compressibility_quick() -> Iterator[Search]:
+    training, evaluation = TrainingConfig(steps=1000, batch_size=32), EvaluationConfig(every=100)
+    base = _database("in-weight", 128, 0, optim=FAST, training=training, evaluation=evaluation)
+    for alpha in (0.0, 1.0):
+        yield Search(_correlated(base, alpha), threshold=None, sizes=(8, 12, 16))
+
+
+def _compressibility_laptop() -> Iterator[Search]:
+    """4,000 facts; each search begins at the published size."""
+    training = _enough_steps(4000)
+    evaluation = EvaluationConfig(every=training.steps // 40, give_up_below=0.01)
+    for seed in range(3):
+        base = _database("in-weight", 4000, seed, optim=FAST, training=training, evaluation=evaluation)
+        for alpha, size in zip(ALPHAS, (32, 28, 28, 24, 20), strict=True):
+            yield Search(_correlated(base, alpha), start=SIZES.index(size), neighbours=1)
+
+
+def _compressibility_paper() -> Iterator[Search]:
+    for n_facts in (4000, 32_768):
+        for alpha in ALPHAS:
+            yield Search(_correlated(_published_recipe("in-weight", n_facts, 0), alpha), threshold=None)
 
 
 # 00 Quickstart --------------------------------------------------------------------------------------------------------
@@ -165,4 +248,16 @@ def quickstart(profile: str, seed: int = 0) -> dict[str, RunConfig]:
 
 _SECTIONS: dict[str, dict[str, Callable[[], Iterator[Search]]]] = {
     "05_1": {"smoke": _bounds_smoke, "quick": _bounds_quick, "laptop": _bounds_laptop, "paper": _bounds_paper},
+    "05_2": {
+        "smoke": _generalization_smoke,
+        "quick": _generalization_quick,
+        "laptop": _generalization_laptop,
+        "paper": _generalization_paper,
+    },
+    "05_3": {
+        "smoke": _compressibility_smoke,
+        "quick": _compressibility_quick,
+        "laptop": _compressibility_laptop,
+        "paper": _compressibility_paper,
+    },
 }

@@ -189,7 +189,7 @@ _CONTENDERS = {
 
 def _own_rows(profile: str) -> pd.DataFrame | None:
     """The rows of a profile that does not count, for points that show what was just trained."""
-    return None if profile in paths.PUBLISHING else results.read_rows("05_1", profile)
+    return None if profile in paths.PUBLISHING else results.bounds_rows(profile)
 
 
 def _draw_parameter_bounds(profile: str, threshold: float = 0.95) -> Figure:
@@ -199,7 +199,7 @@ def _draw_parameter_bounds(profile: str, threshold: float = 0.95) -> Figure:
     own = _own_rows(profile)
     return parameter_bounds(
         results.published_by_paper("parameter_bounds"),
-        results.minimal_parameters(results.counting_rows("05_1", profile)),
+        results.counting_bounds(profile),
         None if own is None else results.minimal_parameters(own),
         threshold,
     )
@@ -207,7 +207,8 @@ def _draw_parameter_bounds(profile: str, threshold: float = 0.95) -> Figure:
 
 def _draw_recall_against_parameters(profile: str) -> Figure:
     published = results.published_by_paper("recall_vs_parameters_in_weight")
-    return recall_against_parameters(results.counting_rows("05_1", profile), _own_rows(profile), published)
+    rows = results.bounds_rows(results.counting_profile(profile))
+    return recall_against_parameters(rows, _own_rows(profile), published)
 
 
 #: Every figure of the paper that this repository draws, by the name of its files.

@@ -9,12 +9,12 @@ import pandas as pd
 
 from lib import paths
 from lib.base import InputError
-from lib.experiments import SIZES, searches
+from lib.experiments import SIZES, Search, searches
 from lib.facts import entropy_bits_per_person
 from lib.run import ROW, commit
 
 #: How the tables name a section's rows.
-TABLES = {"05_1": "parameter_bounds"}
+TABLES = {"05_1": "parameter_bounds", "05_2": "generalization", "05_3": "compressibility"}
 #: The recalls that the paper counts as knowing.
 THRESHOLDS = (0.5, 0.9, 0.95, 0.99)
 
@@ -48,7 +48,7 @@ def read_rows(section: str, profile: str) -> pd.DataFrame:
 
     A row counts only if today's plan can ask for it; one of an earlier plan stays where it is until rows are published.
     """
-    planned = {search.config(size).run_id for search in searches(section, profile) for size in search.sizes}
+    planned = _run_ids(searches(section, profile))
     found = sorted(sweep_dir(section, profile).glob(f"*/{ROW}"))
     fresh = [json.loads(path.read_text()) for path in found if path.parent.name in planned]
     rows = pd.DataFrame([{"profile": profile, **row} for row in fresh])
@@ -58,9 +58,24 @@ def read_rows(section: str, profile: str) -> pd.DataFrame:
     return rows.drop_duplicates("run_id", keep="first").reset_index(drop=True) if len(rows) else rows
 
 
+def _run_ids(plan: Sequence[Search]) -> set[str]:
+    return {search.config(size).run_id for search in plan for size in search.sizes}
+
+
+def counting_profile(profile: str) -> str:
+    """Which profile's rows a notebook shows as results: its own if it publishes, laptop if not."""
+    return profile if profile in paths.PUBLISHING else "laptop"
+
+
 def counting_rows(section: str, profile: str) -> pd.DataFrame:
-    """The rows that results are shown from: of `profile` if it publishes, of the laptop profile if not."""
-    return read_rows(section, profile if profile in paths.PUBLISHING else "laptop")
+    """The rows that results are shown from, see `counting_profile`."""
+    return read_rows(section, counting_profile(profile))
+
+
+def counting_bounds(profile: str) -> pd.DataFrame:
+    """`minimal_parameters` of the rows that results are shown from."""
+    profile = counting_profile(profile)
+    return minimal_parameters(bounds_rows(profile), bounds_searches(profile))
 
 
 def check_publishes(profile: str) -> None:
@@ -103,10 +118,27 @@ def publish(section: str, profile: str) -> int:
     return len(merged) - len(known.merge(merged[["profile", "run_id"]])) if len(known) else len(merged)
 
 
-def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHOLDS) -> pd.DataFrame:
+def bounds_searches(profile: str) -> list[Search]:
+    """What Section 5.1 shows: its own searches, and where they leave the tool out, the in-tool grid of Section 5.2."""
+    own = searches("05_1", profile)
+    if any(search.base.mode == "in-tool" for search in own):
+        return own
+    return own + [search for search in searches("05_2", profile) if search.base.mode == "in-tool"]
+
+
+def bounds_rows(profile: str) -> pd.DataFrame:
+    """The finished runs of `bounds_searches`."""
+    rows = pd.concat([read_rows(section, profile) for section in ("05_1", "05_2")], ignore_index=True)
+    return rows[rows.run_id.isin(_run_ids(bounds_searches(profile)))].reset_index(drop=True) if len(rows) else rows
+
+
+def minimal_parameters(
+    rows: pd.DataFrame, plan: Sequence[Search] = (), thresholds: Sequence[float] = THRESHOLDS
+) -> pd.DataFrame:
     """Parameters of the smallest model that reaches each recall threshold, over seeds (Section 5.1).
 
-    rows: of one profile, with at most one run per mode, number of facts, seed and size.
+    rows: of one profile, with at most one run per mode, number of facts, seed and size. plan: the searches that asked
+    for them, for the sizes that were to be tried; all of `SIZES` where it says nothing.
 
     A seed counts only where the next smaller size was run and failed: the smallest size that a search has tried so far
     may not be the smallest that would do. A row per (mode, n_facts, recall_threshold): mean, standard deviation,
@@ -115,9 +147,13 @@ def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHO
     """
     if not len(rows):
         return pd.DataFrame(columns=["mode", "n_facts", "recall_threshold", *_STATISTICS.values()])
+    sizes = {(s.base.mode, 4 * s.base.facts.n_people, s.base.seed): s.sizes for s in plan}
     tables = []
     for threshold in thresholds:
-        smallest = rows.groupby(["mode", "n_facts", "seed"]).apply(_smallest, threshold, include_groups=False)
+        smallest = rows.groupby(["mode", "n_facts", "seed"]).apply(
+            lambda runs, threshold=threshold: _smallest(runs, threshold, sizes.get(runs.name, SIZES)),
+            include_groups=False,
+        )
         table = smallest.groupby(["mode", "n_facts"]).agg(list(_STATISTICS)).reset_index()
         tables.append(table.assign(recall_threshold=threshold))
     table = pd.concat(tables).rename(columns=_STATISTICS)
@@ -134,11 +170,11 @@ _STATISTICS = {
 }
 
 
-def _smallest(runs: pd.DataFrame, threshold: float) -> float:
-    """Parameters of the smallest size that reached `threshold` if the next smaller one did not, else NaN."""
+def _smallest(runs: pd.DataFrame, threshold: float, sizes: Sequence[int]) -> float:
+    """Parameters of the smallest size that reached `threshold` if the next smaller of `sizes` did not, else NaN."""
     reached = dict(zip(runs.d_model, runs.recall >= threshold, strict=True))
     enough = min((size for size, yes in reached.items() if yes), default=None)
-    below = max((size for size in SIZES if enough is not None and size < enough), default=None)
+    below = max((size for size in sizes if enough is not None and size < enough), default=None)
     if enough is None or (below is not None and reached.get(below, True)):
         return math.nan
     return float(runs.n_params[runs.d_model == enough].iloc[0])
@@ -165,10 +201,10 @@ def published_by_paper(name: str) -> pd.DataFrame:
     return pd.read_csv(paths.PUBLISHED / f"{name}.csv")
 
 
-def compare_bounds(rows: pd.DataFrame, threshold: float = 0.95) -> pd.DataFrame:
-    """Ours beside the published figure and their ratio, where both have a point at `threshold`."""
-    ours = minimal_parameters(rows, [threshold])
+def compare_bounds(ours: pd.DataFrame, threshold: float = 0.95) -> pd.DataFrame:
+    """Ours (`minimal_parameters`) beside the published figure and their ratio, where both have a point."""
     theirs = published_by_paper("parameter_bounds")
+    theirs = theirs[theirs.recall_threshold == threshold]
     both = ours.merge(theirs, on=["mode", "n_facts", "recall_threshold"], suffixes=("", "_published"))
     both["ratio"] = both.min_params_mean / both.min_params_mean_published
     columns = ["mode", "n_facts", "min_params_mean", "min_params_std", "seeds_reaching_it", "seeds"]

@@ -10,6 +10,7 @@ from lib.base import InputError
 from lib.config import RunConfig
 from lib.experiments import SIZES, Search, quickstart, searches
 from lib.paths import PROFILES
+from lib.results import bounds_searches
 
 THRESHOLD = 0.95
 
@@ -127,8 +128,9 @@ def test_the_paper_profile_is_the_published_grid():
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_every_profile_holds_valid_distinct_runs_of_both_modes(profile):
-    plan = searches("05_1", profile)
+@pytest.mark.parametrize("section", ["05_1", "05_2", "05_3"])
+def test_every_profile_holds_valid_distinct_runs(section, profile):
+    plan = searches(section, profile)
     ids = set()
     for search in plan:
         assert search.start in range(len(search.sizes))
@@ -139,7 +141,26 @@ def test_every_profile_holds_valid_distinct_runs_of_both_modes(profile):
             assert config.model.d_model == size
             ids.add(config.run_id)
     assert len(ids) == sum(len(search.sizes) for search in plan)
-    assert {search.base.mode for search in plan} == {"in-weight", "in-tool"}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_bounds_of_every_profile_are_of_both_modes_and_its_generalization_too(profile):
+    for plan in (bounds_searches(profile), searches("05_2", profile)):
+        assert {search.base.mode for search in plan} == {"in-weight", "in-tool"}
+    assert all(search.base.evaluation.unseen_people for search in searches("05_2", profile))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_compressibility_is_about_the_correlation_alone(profile):
+    plan = searches("05_3", profile)
+    assert {search.base.mode for search in plan} == {"in-weight"}
+    settings = {
+        search.base.model_copy(
+            update={"seed": 0, "facts": search.base.facts.model_copy(update={"alpha": 0, "seed": 0})}
+        )
+        for search in plan
+    }
+    assert len(settings) == len({search.base.facts.n_people for search in plan})
 
 
 def test_laptop_steps_grow_with_the_facts_an_in_weight_model_has_to_learn():
@@ -153,11 +174,12 @@ def test_laptop_steps_grow_with_the_facts_an_in_weight_model_has_to_learn():
 
 
 def test_smaller_profiles_are_smaller():
-    cost = [
-        sum(s.expected_runs() * s.base.training.steps * s.base.facts.n_people for s in searches("05_1", profile))
-        for profile in PROFILES
-    ]
-    assert cost == sorted(cost)
+    for section in ("05_1", "05_2", "05_3"):
+        cost = [
+            sum(s.expected_runs() * s.base.training.steps * s.base.facts.n_people for s in searches(section, profile))
+            for profile in PROFILES
+        ]
+        assert cost == sorted(cost)
 
 
 def test_the_quickstart_trains_one_model_of_each_mode():

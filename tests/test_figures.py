@@ -27,7 +27,8 @@ def places(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(paths, "PAPER_DATA", tmp_path / "root" / "paper_data")
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
     monkeypatch.delenv("ITL_FIGURES", raising=False)
-    search = SimpleNamespace(sizes=range(99), config=lambda size: SimpleNamespace(run_id=f"{size:012d}"))
+    base = SimpleNamespace(mode="in-tool", seed=0, facts=SimpleNamespace(n_people=1))
+    search = SimpleNamespace(base=base, sizes=range(99), config=lambda size: SimpleNamespace(run_id=f"{size:012d}"))
     monkeypatch.setattr(results, "searches", lambda section, profile: [search])
     (tmp_path / "root" / "paper_data").mkdir(parents=True)
     yield tmp_path
@@ -44,7 +45,7 @@ def _rows() -> list[dict]:
                     rows.append({
                         "run_id": f"{len(rows):012d}", "mode": mode, "n_facts": n_facts, "seed": seed,
                         "d_model": d_model, "n_params": ModelConfig(d_model=d_model).n_params,
-                        "recall": 1.0 if d_model >= enough else 0.3,
+                        "recall": 1.0 if d_model >= enough else 0.3, "stopped": "budget",
                         "commit": "a" * 40,
                     })  # fmt: skip
     return rows

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from lib import paths, results
 from lib.base import InputError
-from lib.experiments import SIZES
+from lib.config import RunConfig
+from lib.experiments import SIZES, Search, searches
 from lib.model import ModelConfig
 
 CLEAN = "0123456789" * 4
@@ -87,7 +88,7 @@ def _brute_force(rows: list[dict], threshold: float) -> dict[tuple, dict]:
 
 @given(_runs(), st.sampled_from([0.5, 0.9, 0.95]))
 def test_minimal_parameters_are_those_of_brute_force(rows, threshold):
-    table = results.minimal_parameters(pd.DataFrame(rows), [threshold])
+    table = results.minimal_parameters(pd.DataFrame(rows), thresholds=[threshold])
     assert set(table.recall_threshold) == {threshold}
     found = table.set_index(["mode", "n_facts"]).drop(columns="recall_threshold")
     expected = _brute_force(rows, threshold)
@@ -117,11 +118,11 @@ def test_our_bounds_stand_beside_the_published_ones_where_both_have_a_point():
         _row(n_facts=64, d_model=8, recall=0.3),  # no size that does
         _row(n_facts=33, d_model=4, recall=1.0),  # not published
     ]
-    (row,) = results.compare_bounds(pd.DataFrame(rows)).to_dict("records")
+    (row,) = results.compare_bounds(results.minimal_parameters(pd.DataFrame(rows))).to_dict("records")
     theirs = float(published[published["mode"] == "in-weight"].min_params_mean.iloc[0])
     assert (row["mode"], row["n_facts"], row["min_params_mean"]) == ("in-weight", 32, 6248)
     assert row["min_params_mean_published"] == theirs and row["ratio"] == pytest.approx(6248 / theirs)
-    assert len(results.compare_bounds(pd.DataFrame())) == 0
+    assert len(results.compare_bounds(results.minimal_parameters(pd.DataFrame()))) == 0
 
 
 # ---- Reading and publishing
@@ -267,3 +268,41 @@ def test_publishing_nothing_writes_nothing(data):
 def test_an_unknown_section_is_one_sentence():
     with pytest.raises(InputError, match="there is no table for section 05_9: there are 05_1"):
         results.committed_rows("05_9")
+
+
+# ---- The rows of 5.1, which the laptop profile takes from two sections
+
+
+def test_the_next_smaller_size_is_that_of_the_plan():
+    base = RunConfig.parse({"mode": "in-tool", "facts": {"n_people": 8}})
+    rows = pd.DataFrame([
+        {"mode": "in-tool", "n_facts": n, "seed": 0, "d_model": d, "n_params": 100 * d, "recall": float(d >= 36)}
+        for n in (32, 64) for d in (16, 24, 36)
+    ])  # fmt: skip
+    plan = [Search(base, threshold=None, sizes=(16, 24, 36, 56))]
+    table = results.minimal_parameters(rows, plan, [0.95]).set_index("n_facts")
+    assert table.min_params_mean[32] == 3600
+    assert table.seeds_reaching_it[64] == 0  # of which the plan says nothing: 32 might have been enough
+
+
+def test_bounds_take_in_tool_runs_from_the_grid_of_generalization_and_no_others():
+    bounds, grid = searches("05_1", "laptop"), searches("05_2", "laptop")
+    plan = results.bounds_searches("laptop")
+    assert plan[: len(bounds)] == bounds
+    assert plan[len(bounds) :] == [search for search in grid if search.base.mode == "in-tool"]
+    assert results.bounds_searches("paper") == searches("05_1", "paper")
+
+
+def test_bounds_rows_are_those_of_the_plan(data, monkeypatch):
+    tool, weight = (_plan([run_id]) for run_id in PLANNED[:2])
+    tool.base = SimpleNamespace(mode="in-tool")
+    weight.base = SimpleNamespace(mode="in-weight")
+    control = _plan([PLANNED[2]])
+    control.base = weight.base
+    monkeypatch.setattr(results, "searches", lambda section, _: [weight] if section == "05_1" else [control, tool])
+    for section, run_ids in (("05_1", PLANNED[1:2]), ("05_2", [PLANNED[0], PLANNED[2]])):
+        for run_id in run_ids:
+            folder = results.sweep_dir(section, "laptop") / run_id
+            folder.mkdir(parents=True)
+            (folder / "row.json").write_text(json.dumps(_row(run_id)))
+    assert set(results.bounds_rows("laptop").run_id) == set(PLANNED[:2])
