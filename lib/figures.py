@@ -10,12 +10,17 @@ from matplotlib.figure import Figure
 
 from lib import paths, results
 from lib.base import InputError
+from lib.facts import FactsConfig, unseen_people
+from lib.generalization import best_constant_guess
 
 #: Color-blind safe (Okabe and Ito) and apart in grey; a marker each, so that color is never the only difference.
 STYLES = {
     "in-weight": {"color": "#D55E00", "marker": "o"},
     "in-tool": {"color": "#0072B2", "marker": "s"},
 }
+
+#: How points of a profile that does not publish are told from those that count.
+_HOLLOW = {"markerfacecolor": "white", "markersize": 7, "zorder": 4}
 
 _RC = {
     "figure.figsize": (5.2, 3.6),
@@ -102,7 +107,7 @@ def _points(axes, table: pd.DataFrame, style: dict, label: str, hollow: bool = F
         return
     mean = table.min_params_mean
     bars = [mean - table.min_params_min, table.min_params_max - mean]
-    face = {"markerfacecolor": "white", "zorder": 4, "markersize": 7} if hollow else {"zorder": 3}
+    face = _HOLLOW if hollow else {"zorder": 3}
     axes.errorbar(table.n_facts, mean, yerr=bars, linestyle="none", capsize=2, label=label, **style, **face)
 
 
@@ -127,7 +132,7 @@ def recall_against_parameters(
                     axes.annotate(f"{n_facts:,}", (middle.min_params_mean, middle.recall), **spot)
             axes.set(xscale="log", xlabel="parameters", title=mode, ylim=(-0.03, 1.06))
             if not axes.get_lines():
-                axes.text(0.5, 0.5, f"no {mode} runs yet", transform=axes.transAxes, ha="center", color="#777777")
+                _nothing_yet(axes, mode)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(title="facts", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
         panels[0].set_ylabel("recall at the end of training")
@@ -144,6 +149,181 @@ def _recall_lines(axes, rows: pd.DataFrame | None, mode: str, label: str, **styl
         bars = [recall["mean"] - recall["min"], recall["max"] - recall["mean"]]
         line = {"color": plt.get_cmap("viridis")(shade), "marker": "o", "markersize": 3.5, "capsize": 2}
         axes.errorbar(recall.index, recall["mean"], yerr=bars, label=label.format(n_facts), **line, **style)
+
+
+def bits_stored(held: pd.DataFrame, bits_per_parameter: tuple[float, ...] = (1, 2)) -> Figure:
+    """Bits that in-weight models hold against their parameters (Section 4's bound; not in the paper's Section 5).
+
+    held: as `results.capacity` gives it. Filled points are full of facts: their database holds more bits than they do.
+    """
+    held = held[(held.stopped != "hopeless") & held.stored_bits.gt(0)]
+    with matplotlib.rc_context({**_RC, "figure.figsize": (5.6, 3.8)}):
+        figure, axes = plt.subplots()
+        groups = list(held.groupby("n_facts"))
+        for shade, (n_facts, runs) in zip(np.linspace(0, 0.85, len(groups)), groups, strict=True):
+            color = plt.get_cmap("viridis")(shade)
+            full = runs.stored_bits < 0.95 * runs.entropy_bits
+            for which, face in ((full, color), (~full, "white")):
+                some = runs[which]
+                axes.plot(some.n_params, some.stored_bits, "o", color=color, markerfacecolor=face)
+            axes.plot([], [], "o", color=color, label=f"{n_facts:,}")
+            axes.axhline(runs.entropy_bits.mean(), color=color, linewidth=0.7, linestyle=":")
+        axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="bits stored")
+        low, high = axes.get_xlim()
+        for bits in bits_per_parameter:
+            axes.plot([low, high], [bits * low, bits * high], color="#777777", linewidth=0.9, zorder=1)
+            place = {"xytext": (-2, -3), "textcoords": "offset points", "ha": "right", "va": "top"}
+            text = f"{bits:g} bit{'s' * (bits != 1)} a parameter"
+            axes.annotate(text, (high, bits * high), color="#555555", fontsize=7, **place)
+        axes.set_xlim(low, high)
+        if groups:
+            axes.legend(title="facts", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        else:
+            _nothing_yet(axes, "in-weight")
+    return figure
+
+
+#: What is new in the names of people that nobody was trained on, as a legend says it.
+KINDS = {
+    "trained": "trained people",
+    "new_pair": "seen names, new pair",
+    "new_first": "new first name",
+    "new_last": "new last name",
+    "new_both": "both names new",
+}
+
+
+def generalization(
+    shares: pd.DataFrame,
+    own: pd.DataFrame | None = None,
+    published: pd.DataFrame | None = None,
+    guess: float | None = None,
+) -> Figure:
+    """Recall of people that nobody was trained on against the number of training facts (Section 5.2).
+
+    shares: as `results.unseen_shares` gives them, a line per size, in-tool and, dashed, in-weight; mean over seeds with
+    bars from the smallest to the largest. own: the same of the quick profile, hollow. A panel for each kind of name.
+    published: the paper's points, in grey in the panel where both names are new. guess: recall of the best constant.
+    """
+    kinds = list(KINDS)[1:]
+    with matplotlib.rc_context({**_RC, "figure.figsize": (9.6, 3.1)}):
+        figure, panels = plt.subplots(1, len(kinds), sharey=True, sharex=True)
+        for axes, kind in zip(panels, kinds, strict=True):
+            if published is not None and kind == "new_both":
+                _published_generalization(axes, published)
+            _lines_by_size(axes, shares[(shares.kind == kind) & (shares.measure == "recall")], "{:,}, {}")
+            if own is not None:
+                of_kind = own[(own.kind == kind) & (own.measure == "recall")]
+                _lines_by_size(axes, of_kind, "{:,}, {} (quick)", **_HOLLOW)
+            if guess is not None:
+                axes.axhline(guess, color="#999999", linewidth=0.9, linestyle=":")
+            axes.set(title=KINDS[kind], xlabel="training facts", ylim=(-0.04, 1.06))
+            axes.set_xscale("log", base=2)
+        panels[0].set_ylabel("recall")
+        handles, labels = panels[-1].get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, fontsize=7, loc="outside right center", title="parameters", title_fontsize=7)
+    return figure
+
+
+def _lines_by_size(axes, table: pd.DataFrame, label: str, **face) -> None:
+    """share against n_facts: a line per size, each mode in its color, larger models stronger."""
+    for mode, style in STYLES.items():
+        groups = list(table[table["mode"] == mode].groupby("n_params"))
+        for strength, (n_params, rows) in zip(np.linspace(0.35, 1, len(groups)), groups, strict=True):
+            line = "-" if mode == "in-tool" else "--"
+            _mean_line(axes, rows, alpha=strength, label=label.format(n_params, mode), linestyle=line, **style, **face)
+
+
+def _mean_line(axes, rows: pd.DataFrame, **style) -> None:
+    """share against n_facts: the mean over seeds, with bars from the smallest to the largest."""
+    share = rows.groupby("n_facts").share.agg(["mean", "min", "max"])
+    if len(share):
+        bars = [share["mean"] - share["min"], share["max"] - share["mean"]]
+        axes.errorbar(share.index, share["mean"], yerr=bars, capsize=2, **style)
+
+
+def _published_generalization(axes, published: pd.DataFrame) -> None:
+    for (mode, _), points in published.groupby(["mode", "n_params"]):
+        style = {"color": "#888888", "linewidth": 0.8, "linestyle": "-" if mode == "in-tool" else "--", "zorder": 1}
+        axes.plot(points.n_facts, points.ood_recall, **style)
+    axes.plot([], [], color="#888888", linewidth=0.8, label="published")
+
+
+#: What is right about requests, as a legend says it.
+MEASURES = {
+    "well_formed": {"label": "well-formed", "color": "#000000", "marker": "^", "linestyle": ":"},
+    "right_attribute": {"label": "right attribute", "color": "#009E73", "marker": "D", "linestyle": "--"},
+    "right_name": {"label": "name copied rightly", "color": "#0072B2", "marker": "s", "linestyle": "-"},
+}
+
+
+def tool_calls(shares: pd.DataFrame, d_model: int, own: pd.DataFrame | None = None) -> Figure:
+    """What the first requests of in-tool models of one size are like, against the number of training facts.
+
+    shares: as `results.unseen_shares` gives them; mean over seeds with bars from the smallest to the largest. own: the
+    same of the quick profile, of whatever size, hollow.
+    """
+    shares = shares[(shares.d_model == d_model) & (shares["mode"] == "in-tool")]
+    with matplotlib.rc_context({**_RC, "figure.figsize": (9.6, 2.9)}):
+        figure, panels = plt.subplots(1, len(KINDS), sharey=True, sharex=True)
+        for axes, (kind, title) in zip(panels, KINDS.items(), strict=True):
+            for measure, style in MEASURES.items():
+                _mean_line(axes, shares[(shares.kind == kind) & (shares.measure == measure)], **style)
+                if own is not None:
+                    chosen = (own["mode"] == "in-tool") & (own.kind == kind) & (own.measure == measure)
+                    _mean_line(axes, own[chosen], **{**style, **_HOLLOW, "label": f"{style['label']} (quick)"})
+            axes.set(title=title, xlabel="training facts", ylim=(-0.04, 1.06))
+            axes.set_xscale("log", base=2)
+        panels[0].set_ylabel("share of first requests")
+        handles, labels = panels[0].get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, fontsize=7, loc="outside right center")
+    return figure
+
+
+def compressibility(
+    published: pd.DataFrame, bounds: pd.DataFrame, own: pd.DataFrame | None = None, threshold: float = 0.95
+) -> Figure:
+    """Parameters needed against the correlation of facts, and against the entropy of the database (Section 5.3).
+
+    published: the paper's, a line per number of facts. bounds, own: as `results.compressibility_bounds` gives them;
+    `own` (of the quick profile) is hollow. All with a column entropy_bits.
+    """
+    tables = [(bounds, "this repository", False)] + ([(own, "just trained (quick)", True)] if own is not None else [])
+    with matplotlib.rc_context({**_RC, "figure.figsize": (8.6, 3.4)}):
+        figure, (by_alpha, by_entropy) = plt.subplots(1, 2, sharey=True)
+        published = published[published.recall_threshold == threshold]
+        for (n_facts, points), line in zip(published.groupby("n_facts"), ("-", "--"), strict=False):
+            style = {"color": "#888888", "linestyle": line, "marker": "."}
+            by_alpha.plot(points.alpha, points.min_params, label=f"{n_facts:,} facts, published", **style)
+            by_entropy.plot(points.entropy_bits, points.min_params, **style)
+        for table, name, hollow in tables:
+            if not len(table):
+                continue
+            table = table[table.recall_threshold.eq(threshold) & table.min_params_mean.notna()]
+            face = _HOLLOW if hollow else {}
+            for shade, (n_facts, rows) in enumerate(table.groupby("n_facts")):
+                style = {**STYLES["in-weight"], **face, "alpha": max(0.4, 1 - 0.3 * shade)}
+                bars = [rows.min_params_mean - rows.min_params_min, rows.min_params_max - rows.min_params_mean]
+                label = f"{n_facts:,} facts, {name}"
+                for axes, x in ((by_alpha, rows.alpha), (by_entropy, rows.entropy_bits)):
+                    axes.errorbar(x, rows.min_params_mean, yerr=bars, capsize=2, label=label, **style)
+        by_alpha.set(xlabel="correlation alpha", ylabel=f"parameters needed for {threshold:.0%} recall", yscale="log")
+        by_entropy.set(xlabel="entropy of the database, bits", xscale="log")
+        low, high = by_entropy.get_xlim()
+        for bits in (1, 2):
+            by_entropy.plot([low, high], [low / bits, high / bits], color="#BBBBBB", linewidth=0.9, zorder=1)
+            by_entropy.annotate(
+                f"{bits} bit{'s' * (bits > 1)} a parameter", (low, low / bits), fontsize=7, color="#555555"
+            )
+        by_entropy.set_xlim(low, high)
+        by_alpha.legend(fontsize=7)
+    return figure
+
+
+def _nothing_yet(axes, mode: str) -> None:
+    axes.text(0.5, 0.5, f"no {mode} runs yet", transform=axes.transAxes, ha="center", color="#777777")
 
 
 def performance(training: pd.DataFrame, curve: pd.DataFrame, growth: pd.DataFrame) -> Figure:
@@ -187,32 +367,64 @@ _CONTENDERS = {
 }
 
 
-def _own_rows(profile: str) -> pd.DataFrame | None:
-    """The rows of a profile that does not count, for points that show what was just trained."""
-    return None if profile in paths.PUBLISHING else results.bounds_rows(profile)
-
-
 def _draw_parameter_bounds(profile: str, threshold: float = 0.95) -> Figure:
-    if threshold not in results.THRESHOLDS:
-        known = ", ".join(map(str, results.THRESHOLDS))
-        raise InputError(f"threshold = {threshold}: the published thresholds are {known}")
-    own = _own_rows(profile)
+    _check_threshold(threshold)
     return parameter_bounds(
         results.published_by_paper("parameter_bounds"),
         results.counting_bounds(profile),
-        None if own is None else results.minimal_parameters(own),
+        None if profile in paths.PUBLISHING else results.minimal_parameters(results.bounds_rows(profile)),
         threshold,
     )
 
 
+def _check_threshold(threshold: float) -> None:
+    if threshold not in results.THRESHOLDS:
+        known = ", ".join(map(str, results.THRESHOLDS))
+        raise InputError(f"threshold = {threshold}: the published thresholds are {known}")
+
+
 def _draw_recall_against_parameters(profile: str) -> Figure:
     published = results.published_by_paper("recall_vs_parameters_in_weight")
-    rows = results.bounds_rows(results.counting_profile(profile))
-    return recall_against_parameters(rows, _own_rows(profile), published)
+    own = None if profile in paths.PUBLISHING else results.bounds_rows(profile)
+    return recall_against_parameters(results.bounds_rows(results.counting_profile(profile)), own, published)
+
+
+def _draw_bits_stored(profile: str) -> Figure:
+    return bits_stored(results.capacity(results.counting_rows("05_1", profile)))
+
+
+def _own_shares(profile: str) -> pd.DataFrame | None:
+    return None if profile in paths.PUBLISHING else results.unseen_shares(results.read_rows("05_2", profile))
+
+
+def _draw_generalization(profile: str) -> Figure:
+    shares = results.unseen_shares(results.counting_rows("05_2", profile))
+    guess = best_constant_guess(unseen_people(FactsConfig(n_people=1), 1000)["new_both"])
+    return generalization(shares, _own_shares(profile), results.published_by_paper("generalization"), guess)
+
+
+def _draw_tool_calls(profile: str, d_model: int = 36) -> Figure:
+    return tool_calls(results.unseen_shares(results.counting_rows("05_2", profile)), d_model, _own_shares(profile))
+
+
+def _draw_compressibility(profile: str, threshold: float = 0.95) -> Figure:
+    _check_threshold(threshold)
+    published = results.published_by_paper("compressibility").rename(columns={"correlation_alpha": "alpha"})
+    own = None if profile in paths.PUBLISHING else results.compressibility_bounds(profile)
+    return compressibility(
+        published.assign(entropy_bits=results.entropy_bits(published)),
+        results.compressibility_bounds(results.counting_profile(profile)),
+        own,
+        threshold,
+    )
 
 
 #: Every figure of the paper that this repository draws, by the name of its files.
 FIGURES = {
     "parameter_bounds": _draw_parameter_bounds,
     "recall_vs_parameters": _draw_recall_against_parameters,
+    "bits_stored": _draw_bits_stored,
+    "generalization": _draw_generalization,
+    "tool_calls": _draw_tool_calls,
+    "compressibility": _draw_compressibility,
 }

@@ -38,17 +38,19 @@ class Gradients:
 
     Several models are computed as one batched model, which pays where a device is not busy with one. They stay ordinary
     models: each one's parameters become views of the stacked ones, so that optimizers, evaluation and checkpoints see
-    no difference.
+    no difference. That ends where the parameters get other storage: with `model.to(...)`, or in another stack.
     """
 
     def __init__(self, models: Sequence[Transformer], bfloat16: bool = False, compiled: bool = False):
         """`bfloat16` computes matrix products in that precision; `compiled` has torch.compile fuse elementwise work
-        (not that of stacked models).
+        (not that of stacked models), and leaves it as it is where there is nothing to compile with.
         """
         self.models, self.bfloat16 = list(models), bfloat16
         self._loss_of_batch = _loss_of_batch
         if compiled:
-            torch.compiler.reset()  # what was compiled for models of other shapes counts against a limit
+            torch._dynamo.config.suppress_errors = True  # where code cannot be compiled, run it
+            for model in self.models:  # a table that is built while compiling ties the code to the first batch's length
+                model.rotary(1, torch.float32)
             self._loss_of_batch = torch.compile(_loss_of_batch, dynamic=True)
         if len(self.models) > 1:
             members = [dict(model.named_parameters()) for model in self.models]

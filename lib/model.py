@@ -225,7 +225,7 @@ class Transformer(nn.Module):
         logits are those of its N true positions: (N, V) in row-major order.
         """
         x = self.embedding(tokens)
-        cos, sin = self._rotary(tokens.shape[1], x.dtype)
+        cos, sin = self.rotary(tokens.shape[1], x.dtype)
         rotary = cos[: tokens.shape[1]], sin[: tokens.shape[1]]
         for block in self.blocks[:-1]:
             x = block(x, rotary)
@@ -254,7 +254,7 @@ class Transformer(nn.Module):
             raise ValueError(f"a row of {seen} tokens does not fit into a cache of {cache.capacity}")
         visible = (torch.arange(seen, device=tokens.device) <= positions[:, :, None])[:, None]  # (B, 1, S, seen)
         x = self.embedding(tokens)
-        cos, sin = self._rotary(seen, x.dtype)
+        cos, sin = self.rotary(seen, x.dtype)
         rotary = cos[positions], sin[positions]  # (B, S, D)
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
             cached = keys[:, :, :seen], values[:, :, :seen], positions, visible
@@ -264,7 +264,7 @@ class Transformer(nn.Module):
         last = x[torch.arange(B, device=x.device), appended - 1]
         return self.output(self.norm(last))
 
-    def _rotary(self, n_positions: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary(self, n_positions: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (n_positions or more, D) for `rotate`, from a table that grows by doubling."""
         table = self._rotary_table
         if table is None or len(table[0]) < n_positions or (table[0].dtype, table[0].device) != (dtype, self.device):

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from lib import paths
@@ -137,29 +138,31 @@ def minimal_parameters(
 ) -> pd.DataFrame:
     """Parameters of the smallest model that reaches each recall threshold, over seeds (Section 5.1).
 
-    rows: of one profile, with at most one run per mode, number of facts, seed and size. plan: the searches that asked
-    for them, for the sizes that were to be tried; all of `SIZES` where it says nothing.
+    rows: of one profile, with at most one run per mode, number of facts, correlation, seed and size. plan: the searches
+    that asked for them, for the sizes that were to be tried; all of `SIZES` where it says nothing.
 
     A seed counts only where the next smaller size was run and failed: the smallest size that a search has tried so far
-    may not be the smallest that would do. A row per (mode, n_facts, recall_threshold): mean, standard deviation,
+    may not be the smallest that would do. A row per (mode, n_facts, alpha, recall_threshold): mean, standard deviation,
     minimum and maximum over the `seeds_reaching_it`, of `seeds` that were tried. The columns shared with the published
     table have the published names.
     """
     if not len(rows):
-        return pd.DataFrame(columns=["mode", "n_facts", "recall_threshold", *_STATISTICS.values()])
-    sizes = {(s.base.mode, 4 * s.base.facts.n_people, s.base.seed): s.sizes for s in plan}
+        return pd.DataFrame(columns=[*_POINT, "recall_threshold", *_STATISTICS.values()])
+    sizes = {(s.base.mode, 4 * s.base.facts.n_people, s.base.facts.alpha, s.base.seed): s.sizes for s in plan}
     tables = []
     for threshold in thresholds:
-        smallest = rows.groupby(["mode", "n_facts", "seed"]).apply(
+        smallest = rows.groupby([*_POINT, "seed"]).apply(
             lambda runs, threshold=threshold: _smallest(runs, threshold, sizes.get(runs.name, SIZES)),
             include_groups=False,
         )
-        table = smallest.groupby(["mode", "n_facts"]).agg(list(_STATISTICS)).reset_index()
+        table = smallest.groupby(_POINT).agg(list(_STATISTICS)).reset_index()
         tables.append(table.assign(recall_threshold=threshold))
     table = pd.concat(tables).rename(columns=_STATISTICS)
-    return table.sort_values(["mode", "n_facts", "recall_threshold"], ignore_index=True)
+    return table.sort_values([*_POINT, "recall_threshold"], ignore_index=True)
 
 
+#: What a point of a figure is about.
+_POINT = ["mode", "n_facts", "alpha"]
 _STATISTICS = {
     "mean": "min_params_mean",
     "std": "min_params_std",
@@ -181,19 +184,75 @@ def _smallest(runs: pd.DataFrame, threshold: float, sizes: Sequence[int]) -> flo
 
 
 def capacity(rows: pd.DataFrame) -> pd.DataFrame:
-    """What in-weight models hold: bits of recalled facts a parameter, for every run (Section 4's bound is about these).
+    """What in-weight models hold, in bits, for every run: one overloaded model tells as much as a search for the bound.
 
-    rows: of finished runs. Adds bits, the entropy of the database (31.25 a person where facts are independent) times
-    the recall, and bits_per_parameter; keeps what tells runs apart.
+    rows: of finished runs; given back are those in-weight, with what tells them apart and entropy_bits, the joint
+    entropy of the database given the names; recalled_bits, the recalled share of that; stored_bits, by how much knowing
+    the model shortens a description of the answers (0 at least, nothing where `nll_bits` was not measured); and
+    stored_bits_per_parameter. Section 4's bound is about these.
     """
-    rows = rows[rows["mode"] == "in-weight"]
-    entropy = [
-        n * entropy_bits_per_person(n, seed, alpha)
-        for n, seed, alpha in zip(rows.n_people, rows.seed, rows.alpha, strict=True)
+    columns = ["profile", "optimizer", "n_facts", "alpha", "seed", "d_model", "n_params", "steps", "stopped", "recall"]
+    rows = rows.reindex(columns=["mode", *columns, "nll_bits"])
+    rows = rows[rows["mode"] == "in-weight"].reset_index(drop=True)
+    entropy = entropy_bits(rows)
+    stored = (entropy - rows.nll_bits * rows.n_facts).clip(lower=0)
+    return rows[columns].assign(
+        entropy_bits=entropy,
+        recalled_bits=rows.recall * entropy,
+        stored_bits=stored,
+        stored_bits_per_parameter=stored / rows.n_params,
+    )
+
+
+def entropy_bits(rows: pd.DataFrame) -> pd.Series:
+    """Joint entropy of each row's database (n_facts, alpha) given the names, in bits; of seed 0 if there is none."""
+    seeds = rows.get("seed", pd.Series(0, index=rows.index))
+    bits = [
+        n_facts // 4 * entropy_bits_per_person(n_facts // 4, seed, alpha)
+        for n_facts, seed, alpha in zip(rows.n_facts, seeds, rows.alpha, strict=True)
     ]
-    bits = rows.recall * pd.Series(entropy, index=rows.index, dtype=float)
-    columns = ["profile", "optimizer", "n_facts", "seed", "d_model", "n_params", "steps", "stopped", "recall"]
-    return rows[columns].assign(bits=bits, bits_per_parameter=bits / rows.n_params).reset_index(drop=True)
+    return pd.Series(bits, index=rows.index, dtype=float)
+
+
+def compressibility_bounds(profile: str) -> pd.DataFrame:
+    """`minimal_parameters` of Section 5.3's runs, with the entropy_bits of the databases."""
+    bounds = minimal_parameters(read_rows("05_3", profile), searches("05_3", profile))
+    return bounds.assign(entropy_bits=entropy_bits(bounds))
+
+
+def fit_line(points: pd.DataFrame, resamples: int = 2000) -> dict[str, float]:
+    """Parameters needed as a line in the facts: slope (parameters a fact), its 95% interval, intercept, n_points.
+
+    points: n_facts and min_params_mean, points without a mean left out. The interval is the bootstrap's, over points:
+    it says how much the slope depends on which numbers of facts were tried, and is NaN for fewer than three.
+    """
+    points = points.dropna(subset="min_params_mean")
+    x, y = points.n_facts.to_numpy(float), points.min_params_mean.to_numpy(float)
+    fit = dict.fromkeys(("slope", "low", "high", "intercept"), math.nan) | {"n_points": len(x)}
+    if len(x) < 2:
+        return fit
+    fit["slope"], fit["intercept"] = map(float, np.polyfit(x, y, 1))
+    if len(x) > 2:
+        rng = np.random.default_rng(0)
+        draws = [rng.integers(len(x), size=len(x)) for _ in range(resamples)]
+        slopes = [np.polyfit(x[i], y[i], 1)[0] for i in draws if len(set(i)) > 1]
+        fit["low"], fit["high"] = map(float, np.quantile(slopes, [0.025, 0.975]))
+    return fit
+
+
+def unseen_shares(rows: pd.DataFrame) -> pd.DataFrame:
+    """The columns about unseen people (`lib.generalization`) as a tidy table: a row per run, kind and measure.
+
+    kind: what is new in the names, or `trained`; measure: recall, well_formed, right_attribute or right_name; share.
+    """
+    if not len(rows):
+        return pd.DataFrame(columns=["mode", "n_facts", "n_params", "d_model", "seed", "share", "kind", "measure"])
+    columns = [column for column in rows.columns if column.startswith(("trained_", "new_"))]
+    tidy = rows.melt(["mode", "n_facts", "n_params", "d_model", "seed"], columns, "column", "share").dropna(
+        subset="share"
+    )
+    kind_and_measure = tidy.pop("column").str.extract(r"^(trained|new_[a-z]+?)_(.+)$")
+    return tidy.assign(kind=kind_and_measure[0], measure=kind_and_measure[1]).reset_index(drop=True)
 
 
 def published_by_paper(name: str) -> pd.DataFrame:
@@ -209,3 +268,14 @@ def compare_bounds(ours: pd.DataFrame, threshold: float = 0.95) -> pd.DataFrame:
     both["ratio"] = both.min_params_mean / both.min_params_mean_published
     columns = ["mode", "n_facts", "min_params_mean", "min_params_std", "seeds_reaching_it", "seeds"]
     return both[[*columns, "min_params_mean_published", "ratio"]].dropna(subset="ratio", ignore_index=True)
+
+
+def compare_compressibility(ours: pd.DataFrame, threshold: float = 0.95) -> pd.DataFrame:
+    """Ours (`compressibility_bounds`) beside the published figure and their ratio, where both have a point."""
+    theirs = published_by_paper("compressibility").rename(columns={"correlation_alpha": "alpha"})
+    theirs = theirs[theirs.recall_threshold == threshold]
+    both = ours.merge(theirs, on=["n_facts", "alpha", "recall_threshold"])
+    both = both.rename(columns={"min_params": "min_params_published"})
+    both["ratio"] = both.min_params_mean / both.min_params_published
+    columns = ["n_facts", "alpha", "min_params_mean", "min_params_std", "seeds_reaching_it", "seeds", "entropy_bits"]
+    return both[[*columns, "min_params_published", "ratio"]].dropna(subset="ratio", ignore_index=True)

@@ -58,7 +58,7 @@ def run_together(
     """Several runs as one stack of models (see `train_together` for what they must have in common); returns the rows.
 
     compiled: whether torch.compile fuses a single model's elementwise work; None does where it pays. Raises
-    `InputError` if a directory belongs to another configuration or to other people; then nothing has changed.
+    `InputError` if a directory belongs to another configuration or to other people; then nothing was trained.
     """
     device = resolve_device(device)
     if tensorboard:
@@ -78,7 +78,9 @@ def run_together(
             cell.claim()
         to_do = [cell for cell in cells if not (cell.directory / ROW).exists()]
         if compiled is None:
-            compiled = len(to_do) == 1 and _pays_to_compile(to_do[0].config)
+            compiled = len(to_do) == 1 and _pays_to_compile(to_do[0].config, device)
+        if compiled:
+            torch.compiler.reset()  # what this process compiled for runs of other shapes counts against a limit
         for cell in to_do:
             cell.prepare(locks, device, compiled)
         endings = train_together([cell.trainer for cell in to_do], description, tensorboard)
@@ -162,7 +164,7 @@ def stacked_speedup(configs: Sequence[RunConfig], device: str = "auto", steps: i
         trainers = [cell.trainer for cell in cells]
         alone = sum(
             _seconds([cell.trainer], cell.trainer.gradients, steps)
-            / (COMPILED_SPEEDUP if _pays_to_compile(cell.config) else 1)
+            / (COMPILED_SPEEDUP if _pays_to_compile(cell.config, trainers[0].model.device) else 1)
             for cell in cells
         )
         return alone / _seconds(trainers, join_gradients(trainers), steps)
@@ -170,16 +172,18 @@ def stacked_speedup(configs: Sequence[RunConfig], device: str = "auto", steps: i
 
 def _seconds(trainers: list[Trainer], gradients: Gradients, steps: int) -> float:
     """Seconds of so many steps after a first one."""
-    step_together(trainers, gradients)
+    float(step_together(trainers, gradients)[-1])  # waits for the device
     return timeit.timeit(lambda: float(step_together(trainers, gradients)[-1]), number=steps)
 
 
-def _pays_to_compile(config: RunConfig) -> bool:
+def _pays_to_compile(config: RunConfig, device: torch.device) -> bool:
     """Whether a run is long enough for what torch.compile saves to make up for the 10 to 25 seconds that it takes.
 
-    Eager, a core does some 3e10 floating-point operations a second, so the limit is about two minutes. Needs a C++
-    compiler.
+    Eager, a core does some 3e10 floating-point operations a second, so the limit is about two minutes. On a GPU small
+    models wait for the launch of their kernels: there the number of steps decides (a guess; nobody has measured it).
     """
+    if device.type == "cuda":
+        return config.training.total_steps(4 * config.facts.n_people) > 5000
     return config.flops() > 4e12 and shutil.which("g++") is not None
 
 

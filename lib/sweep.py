@@ -107,7 +107,7 @@ def _execute(
     idle: list[_Worker] = []
     running: dict[Connection, tuple[_Worker, list[RunConfig]]] = {}
     tries: Counter[str] = Counter()
-    faster_alone: set[tuple] = set()  # kinds of cells that were measured
+    faster_alone: set[tuple] = set()  # kinds of cells of which a stack was measured to be slower
     with progress(len(plan), directory.parent.name + " " + directory.name) as bar:
         try:
             while True:

@@ -34,8 +34,8 @@ class Ending:
 class Trainer:
     """Trains a model on a dataset; killed at any moment and started again, it ends with the same weights, bit for bit.
 
-    On the same kind of device, with the same versions and number of threads, that is: sums in another order round
-    differently, and on GPUs some kernels choose their order as they run.
+    Trained alone, on the same kind of device, with the same versions and number of threads, that is: sums in another
+    order round differently, and on GPUs some kernels choose their order as they run.
 
     What a step does depends on the configuration and the step alone (`Batches`, the schedule) and on what a checkpoint
     holds: weights, optimizer state, random state, and the counters below. A step never waits for an accelerator: the
@@ -57,7 +57,8 @@ class Trainer:
         """
         self.model, self.config, self.directory, self.evaluate = model, config, directory, evaluate
         self.data = data.to(model.device)
-        self.lengths, self.first, self.trained = data.lengths(), data.first_trained(), data.trained_counts()
+        self.lengths, self.first_trained = data.lengths().cpu(), data.first_trained()
+        self.n_trained = data.trained_counts()
         self.optimizers = build_optimizers(model, config.optim)
         self.total_steps = config.training.total_steps(len(data))
         self.batches = Batches(self.lengths, config.training.batch_size, config.seed)
@@ -76,12 +77,12 @@ class Trainer:
     def next_batch(self) -> tuple[list[Batch], int]:
         """The parts of this step's batch, and how many tokens are trained in all of them."""
         rows = self.batches[self.counters["step"]]
-        parts = rows.chunk(self.config.training.grad_accumulation)
-        return [self._part(part) for part in parts], int(self.trained[rows].sum())
+        parts = rows.tensor_split(min(self.config.training.grad_accumulation, len(rows)))
+        return [self._part(part) for part in parts], int(self.n_trained[rows].sum())
 
     def _part(self, rows: torch.Tensor) -> Batch:
         device = self.data.values.device
-        length, first = int(self.lengths[rows].max()), int(self.first[rows].min()) - 1
+        length, first = int(self.lengths[rows].max()), int(self.first_trained[rows].min()) - 1
         if device.type == "cuda":
             rows = rows.pin_memory().to(device, non_blocking=True)
         tokens, mask = self.data.batch(rows, length)
@@ -102,7 +103,7 @@ class Trainer:
         self.counters["step"] += 1
 
     def report(self, monitor: Monitor) -> None:
-        """After a step: what is due of metrics, evaluation and checkpoint."""
+        """After a step: what is due of metrics and evaluation."""
         step, counters, evaluation = self.counters["step"], self.counters, self.config.evaluation
         monitor.advance()
         if step % LOG_EVERY == 0 or step == self.total_steps:
@@ -114,8 +115,10 @@ class Trainer:
             counters["reached"] = counters["reached"] + 1 if reached else 0
             late = step >= self.total_steps / 2
             counters["hopeless"] = late and recall < (evaluation.give_up_below or 0.0)
-        if step % self.config.training.checkpoint_every == 0:
-            self.save()
+
+    @property
+    def checkpoint_is_due(self) -> bool:
+        return self.counters["step"] % self.config.training.checkpoint_every == 0
 
     @property
     def stopped(self) -> str | None:
@@ -164,7 +167,7 @@ class Trainer:
         torch.set_rng_state(tensors["random.cpu"])
         if self.model.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.model.device)
-        self.counters = state["counters"]
+        self.counters |= state["counters"]
 
 
 def train_together(
@@ -188,7 +191,7 @@ def train_together(
         while active := [trainer for trainer in trainers if trainer.stopped is None]:
             if len(trainers) == 1:
                 gradients = trainers[0].gradients
-            elif gradients is None or len(gradients.models) > len(active):
+            elif gradients is None or len(gradients.models) != len(active):
                 gradients = join_gradients(active)
             step_together(active, gradients)
             for trainer in active:
@@ -196,6 +199,8 @@ def train_together(
             before, now = now, time.monotonic()
             for trainer in active:
                 trainer.counters["seconds"] += (now - before) / len(active)
+                if trainer.checkpoint_is_due:
+                    trainer.save()
     return [
         Ending(t.counters["step"], t.loss(), t.counters["dialogs_seen"], t.counters["seconds"], t.stopped)
         for t in trainers

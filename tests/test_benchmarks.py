@@ -1,6 +1,6 @@
 """The measurements measure what they say, and the contenders do the same work."""
 
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,23 +14,30 @@ from lib.run import load_model
 from lib.tools import SqlTool
 
 
-def test_contenders_take_turns_and_the_first_round_does_not_count():
-    calls = []
+def test_contenders_take_turns_and_the_first_round_does_not_count(monkeypatch):
+    calls, now = [], [0.0]
+    monkeypatch.setattr(benchmarks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def contender(name: str, seconds: float, units: int):
         def work() -> int:
             calls.append(name)
-            time.sleep(0.2 if len(calls) <= 2 else seconds)  # a slow first round, for compiling say
+            now[0] += 20 if len(calls) <= 2 else seconds * len(calls)  # a slow first round, for compiling say
             return units
 
         return work
 
     table = benchmarks.take_turns({"fast": contender("fast", 0.01, 5), "slow": contender("slow", 0.04, 2)}, rounds=3)
     assert calls == ["fast", "slow"] * 4
-    fast, slow = table.set_index("contender").loc[["fast", "slow"]].itertuples()
-    assert 250 < fast.per_second <= 500 and 25 < slow.per_second <= 50
-    for row in (fast, slow):
-        assert row.least <= row.per_second <= row.most
+    fast, slow = table.itertuples()
+    # Rounds of 3, 5, 7 and 4, 6, 8 times the seconds.
+    assert (fast.contender, fast.most, fast.per_second, fast.least) == (
+        "fast",
+        *(pytest.approx(500 / k) for k in (3, 5, 7)),
+    )
+    assert (slow.contender, slow.most, slow.per_second, slow.least) == (
+        "slow",
+        *(pytest.approx(50 / k) for k in (4, 6, 8)),
+    )
 
 
 def test_training_throughput_counts_dialogs_of_both():

@@ -43,7 +43,7 @@ def _rows() -> list[dict]:
             for seed, enough in ((0, 8), (1, 12)):
                 for d_model in (4, 8, 12):
                     rows.append({
-                        "run_id": f"{len(rows):012d}", "mode": mode, "n_facts": n_facts, "seed": seed,
+                        "run_id": f"{len(rows):012d}", "mode": mode, "n_facts": n_facts, "alpha": 0.0, "seed": seed,
                         "d_model": d_model, "n_params": ModelConfig(d_model=d_model).n_params,
                         "recall": 1.0 if d_model >= enough else 0.3, "stopped": "budget",
                         "commit": "a" * 40,

@@ -187,3 +187,41 @@ def test_stacked_optimizers_step_as_pytorchs_own(tmp_path):
     for model, twin in zip(models, twins, strict=True):
         for a, b in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=4 * 0.02 * 0.03)  # four steps of 0.02, 3 % of each
+
+
+def test_it_is_compiled_once_whatever_the_lengths_of_later_batches(tmp_path):
+    """A second compilation would double the seconds before the first steps."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    trainer = _trainer(_config({"facts": {"n_people": 40}}, 8), tmp_path, torch.float32)
+    trainer.gradients = Gradients([trainer.model], compiled=True)
+    lengths = set()
+    for step in range(8):
+        lengths.add(int(trainer.lengths[trainer.batches[step]].max()))
+        trainer.step()
+    assert len(lengths) > 3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_code_that_cannot_be_compiled_runs_as_it_is(tmp_path, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    trainer = _trainer(_config(VARIANTS[0], 2), tmp_path, torch.float32)
+    trainer.gradients = Gradients([trainer.model], compiled=True)
+    trainer.train()
+    assert trainer.counters["step"] == 2
+
+
+def test_runs_of_uneven_batches_add_up_their_gradients_in_as_many_parts(tmp_path):
+    """20 dialogs in batches of at most 7 are two of 7 and one of 6, in four parts."""
+    variants = [
+        {"facts": {"n_people": 5}, "seed": seed, "training": {"grad_accumulation": 4, "batch_size": 7}}
+        for seed in (0, 1)
+    ]
+    together = [_trainer(_config(v, 12), tmp_path / str(i), torch.float32) for i, v in enumerate(variants)]
+    assert {len(trainer.batches[step]) for trainer in together for step in range(3)} == {6, 7}
+    endings = train_together(together)
+    for i, variant in enumerate(variants):
+        alone = _trainer(_config(variant, 12), tmp_path / f"alone{i}", torch.float32).train()
+        assert endings[i].loss == pytest.approx(alone.loss, abs=1e-4)

@@ -28,6 +28,7 @@ def _row(run_id: str = "a" * 12, **fields) -> dict:
         "run_id": run_id,
         "mode": "in-weight",
         "n_facts": 32,
+        "alpha": 0.0,
         "seed": 0,
         "d_model": d_model,
         "n_params": ModelConfig(d_model=d_model).n_params,
@@ -276,7 +277,7 @@ def test_an_unknown_section_is_one_sentence():
 def test_the_next_smaller_size_is_that_of_the_plan():
     base = RunConfig.parse({"mode": "in-tool", "facts": {"n_people": 8}})
     rows = pd.DataFrame([
-        {"mode": "in-tool", "n_facts": n, "seed": 0, "d_model": d, "n_params": 100 * d, "recall": float(d >= 36)}
+        _row(mode="in-tool", n_facts=n, d_model=d, n_params=100 * d, recall=float(d >= 36))
         for n in (32, 64) for d in (16, 24, 36)
     ])  # fmt: skip
     plan = [Search(base, threshold=None, sizes=(16, 24, 36, 56))]

@@ -301,6 +301,17 @@ def test_the_time_of_all_parts_is_counted(data, tmp_path):
     assert _trainer(data, config, tmp_path).train().seconds > 1000
 
 
+def test_a_checkpoint_from_before_there_was_a_counter_is_resumed(data, tmp_path):
+    config = _config(steps=20, checkpoint_every=10)
+    first = _trainer(data, config, tmp_path)
+    for _ in range(10):
+        first.step()
+    del first.counters["hopeless"]
+    first.save()
+    ending = _trainer(data, config, tmp_path).train()
+    assert (ending.steps, ending.stopped) == (20, "budget")
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(data, tmp_path):
     config = _config(steps=30, checkpoint_every=10)
     whole = _trainer(data, config, tmp_path / "whole")
