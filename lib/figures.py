@@ -203,13 +203,13 @@ def generalization(
 
     shares: as `results.unseen_shares` gives them, a line per size, in-tool and, dashed, in-weight; mean over seeds with
     bars from the smallest to the largest. own: the same of the quick profile, hollow. A panel for each kind of name.
-    published: the paper's points, in grey in the panel where both names are new. guess: recall of the best constant.
+    published: the paper's points, of which we do not know the kind: grey, in every panel. guess: of the best constant.
     """
     kinds = list(KINDS)[1:]
     with matplotlib.rc_context({**_RC, "figure.figsize": (9.6, 3.1)}):
         figure, panels = plt.subplots(1, len(kinds), sharey=True, sharex=True)
         for axes, kind in zip(panels, kinds, strict=True):
-            if published is not None and kind == "new_both":
+            if published is not None:
                 _published_generalization(axes, published)
             _lines_by_size(axes, shares[(shares.kind == kind) & (shares.measure == "recall")], "{:,}, {}")
             if own is not None:
