@@ -2,6 +2,8 @@
 
 import os
 
-# Before torch is imported: a thread that has nothing to do sleeps. By default it spins, and where another process wants
-# the core, a training step takes 5 to 20 times as long (measured: LOG.md).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch is imported: a thread that has nothing to do spins for some ten microseconds, then sleeps. Sleeping at
+# once makes two threads slower than one, for work comes in small pieces; spinning for milliseconds, as is the default,
+# makes a step take ten times as long where another process wants the core (measured: LOG.md).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
