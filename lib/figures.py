@@ -265,7 +265,7 @@ def tool_calls(shares: pd.DataFrame, d_model: int, own: pd.DataFrame | None = No
     same of the quick profile, of whatever size, hollow.
     """
     shares = shares[(shares.d_model == d_model) & (shares["mode"] == "in-tool")]
-    with matplotlib.rc_context({**_RC, "figure.figsize": (9.6, 2.9)}):
+    with matplotlib.rc_context({**_RC, "figure.figsize": (9.6, 3.1)}):
         figure, panels = plt.subplots(1, len(KINDS), sharey=True, sharex=True)
         for axes, (kind, title) in zip(panels, KINDS.items(), strict=True):
             for measure, style in MEASURES.items():

@@ -27,7 +27,7 @@ def places(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(paths, "PAPER_DATA", tmp_path / "root" / "paper_data")
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
     monkeypatch.delenv("ITL_FIGURES", raising=False)
-    base = SimpleNamespace(mode="in-tool", seed=0, facts=SimpleNamespace(n_people=1))
+    base = SimpleNamespace(mode="in-tool", seed=0, facts=SimpleNamespace(n_people=1, alpha=0.0))
     search = SimpleNamespace(base=base, sizes=range(99), config=lambda size: SimpleNamespace(run_id=f"{size:012d}"))
     monkeypatch.setattr(results, "searches", lambda section, profile: [search])
     (tmp_path / "root" / "paper_data").mkdir(parents=True)
@@ -196,6 +196,77 @@ def test_the_published_recall_curves_lie_behind_the_in_weight_panel():
     assert len(right.lines) == 0
     curves = {float(np.nanmax(line.get_xdata())) for line in left.lines}
     assert curves == {float(curve.min_params_mean.max()) for _, curve in published.groupby("n_facts")}
+
+
+def _held(**columns) -> pd.DataFrame:
+    rows = pd.DataFrame([
+        {"n_facts": 64, "n_params": 2000, "stored_bits": 490.0, "entropy_bits": 500.0, "stopped": "recall"},
+        {"n_facts": 256, "n_params": 2000, "stored_bits": 900.0, "entropy_bits": 2000.0, "stopped": "budget"},
+        {"n_facts": 256, "n_params": 4000, "stored_bits": 100.0, "entropy_bits": 2000.0, "stopped": "hopeless"},
+    ])  # fmt: skip
+    return rows.assign(**columns)
+
+
+def test_full_models_are_filled_and_hopeless_ones_are_left_out():
+    (axes,) = figures.bits_stored(_held()).axes
+    drawn = {
+        tuple(point): line.get_markerfacecolor() != "white"
+        for line in axes.lines if line.get_marker() == "o" for point in line.get_xydata()
+    }  # fmt: skip
+    assert drawn == {(2000, 490): False, (2000, 900): True}
+
+
+def test_the_line_of_two_bits_a_parameter_is_where_it_says():
+    (axes,) = figures.bits_stored(_held(), bits_per_parameter=(2,)).axes
+    (line,) = [line for line in axes.lines if line.get_color() == "#777777"]
+    x, y = line.get_data()
+    np.testing.assert_allclose(y, 2 * np.asarray(x))
+
+
+def _shares() -> pd.DataFrame:
+    """Two seeds of an in-tool model that copies pairs of known names only, and an in-weight control."""
+    rows = []
+    for seed in (0, 1):
+        for n_facts in (256, 4096):
+            for kind in figures.KINDS:
+                knows = kind == "trained" or (kind == "new_pair" and n_facts == 4096)
+                point = {"n_facts": n_facts, "n_params": 60_372, "d_model": 36, "seed": seed, "kind": kind}
+                for measure in ("recall", "right_name"):
+                    rows.append({**point, "mode": "in-tool", "measure": measure, "share": knows * (0.8 + 0.2 * seed)})
+                rows.append({**point, "mode": "in-weight", "measure": "recall", "share": 0.0})
+    return pd.DataFrame(rows)
+
+
+def test_recall_of_strangers_is_drawn_by_what_is_new_in_their_names():
+    figure = figures.generalization(_shares(), guess=0.05)
+    assert [axes.get_title() for axes in figure.axes] == list(figures.KINDS.values())[1:]
+    for axes, last in zip(figure.axes, (0.9, 0, 0, 0), strict=True):
+        drawn = _lines(axes)
+        np.testing.assert_allclose(drawn["60,372, in-tool"], [[256, 0], [4096, last]])
+        np.testing.assert_allclose(drawn["60,372, in-weight"], [[256, 0], [4096, 0]])
+
+
+def test_requests_are_drawn_for_models_of_one_size():
+    panels = dict(zip(figures.KINDS, figures.tool_calls(_shares(), 36).axes, strict=True))
+    np.testing.assert_allclose(_lines(panels["trained"])["name copied rightly"], [[256, 0.9], [4096, 0.9]])
+    np.testing.assert_allclose(_lines(panels["new_both"])["name copied rightly"], [[256, 0], [4096, 0]])
+    assert not _lines(figures.tool_calls(_shares(), 56).axes[0])
+    own = figures.tool_calls(_shares(), 56, own=_shares()).axes[0]
+    assert set(_lines(own)) == {"name copied rightly (quick)"}
+
+
+def test_compressibility_is_drawn_against_correlation_and_against_bits():
+    published = pd.DataFrame({
+        "n_facts": [4000, 4000], "alpha": [0.0, 1.0], "recall_threshold": [0.95, 0.95], "min_params": [50_000, 20_000],
+        "entropy_bits": [31_000.0, 20_000.0],
+    })  # fmt: skip
+    ours = published.rename(columns={"min_params": "min_params_mean"}).assign(
+        min_params_min=published.min_params, min_params_max=published.min_params + 5000
+    )
+    by_alpha, by_entropy = figures.compressibility(published, ours).axes
+    for label in ("4,000 facts, published", "4,000 facts, this repository"):
+        np.testing.assert_allclose(_lines(by_alpha)[label], [[0, 50_000], [1, 20_000]])
+    np.testing.assert_allclose(_lines(by_entropy)["4,000 facts, this repository"], [[31_000, 50_000], [20_000, 20_000]])
 
 
 # ---- What is refused

@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -50,21 +51,22 @@ def _runs(draw) -> list[dict]:
     cells = st.tuples(
         st.sampled_from(["in-weight", "in-tool"]),
         st.sampled_from([8, 16]),
+        st.sampled_from([0.0, 0.5]),
         st.integers(0, 2),
         st.sampled_from(SIZES[:6]),
     )
     recalls = draw(st.dictionaries(cells, st.sampled_from([0.0, 0.5, 0.9, 0.95, 1.0]), min_size=1, max_size=30))
     return [
-        _row(mode=mode, n_facts=n_facts, seed=seed, d_model=size, recall=recall)
-        for (mode, n_facts, seed, size), recall in recalls.items()
+        _row(mode=mode, n_facts=n_facts, alpha=alpha, seed=seed, d_model=size, recall=recall)
+        for (mode, n_facts, alpha, seed, size), recall in recalls.items()
     ]
 
 
 def _brute_force(rows: list[dict], threshold: float) -> dict[tuple, dict]:
-    """For each (mode, n_facts): over its seeds, the smallest size that does if the next smaller was seen not to."""
+    """For each (mode, n_facts, alpha), over its seeds: the smallest size that does if the next smaller one does not."""
 
     def cell(row: dict) -> tuple:
-        return row["mode"], row["n_facts"]
+        return row["mode"], row["n_facts"], row["alpha"]
 
     table = {}
     for key in {cell(row) for row in rows}:
@@ -91,7 +93,7 @@ def _brute_force(rows: list[dict], threshold: float) -> dict[tuple, dict]:
 def test_minimal_parameters_are_those_of_brute_force(rows, threshold):
     table = results.minimal_parameters(pd.DataFrame(rows), thresholds=[threshold])
     assert set(table.recall_threshold) == {threshold}
-    found = table.set_index(["mode", "n_facts"]).drop(columns="recall_threshold")
+    found = table.set_index(["mode", "n_facts", "alpha"]).drop(columns="recall_threshold")
     expected = _brute_force(rows, threshold)
     assert set(found.index) == set(expected)
     for key, statistics_ in expected.items():
@@ -192,12 +194,18 @@ def test_rows_of_an_earlier_plan_do_not_count_and_leave_the_table(data, monkeypa
 
 
 def test_capacity_is_recalled_bits_over_parameters():
-    columns = {"profile": "laptop", "n_people": 10, "n_facts": 40, "alpha": 0.0, "n_params": 1000, "optimizer": "muon"}
-    columns |= {"steps": 1, "stopped": "budget"}
+    columns = {"profile": "laptop", "n_facts": 40, "alpha": 0.0, "n_params": 1000, "optimizer": "muon"}
+    columns |= {"steps": 1, "stopped": "budget", "nll_bits": 3.0}
     rows = pd.DataFrame([_row("a" * 12, mode=mode, **columns) for mode in ("in-weight", "in-tool")])
     (held,) = results.capacity(rows).itertuples()
-    assert held.bits == pytest.approx(0.5 * 10 * 31.25, rel=1e-3)  # four independent attributes: 31.25 bits a person
-    assert held.bits_per_parameter == pytest.approx(held.bits / 1000)
+    assert held.entropy_bits == pytest.approx(10 * 31.25, rel=1e-3)  # four independent attributes: 31.25 bits a person
+    assert held.recalled_bits == pytest.approx(0.5 * held.entropy_bits)
+    assert held.stored_bits == pytest.approx(held.entropy_bits - 40 * 3)  # three bits of every answer are left
+    assert held.stored_bits_per_parameter == pytest.approx(held.stored_bits / 1000)
+    (nothing,) = results.capacity(rows.assign(nll_bits=8.0)).stored_bits.unique()
+    assert nothing == 0  # it would be better to know nothing than what this model says
+    assert results.capacity(rows.drop(columns="nll_bits")).stored_bits.isna().all()
+    assert len(results.capacity(pd.DataFrame())) == 0
 
 
 def test_publishing_again_changes_no_byte(data):
@@ -307,3 +315,67 @@ def test_bounds_rows_are_those_of_the_plan(data, monkeypatch):
             folder.mkdir(parents=True)
             (folder / "row.json").write_text(json.dumps(_row(run_id)))
     assert set(results.bounds_rows("laptop").run_id) == set(PLANNED[:2])
+
+
+# ---- Fits and tidy tables
+
+
+@given(st.floats(1, 50), st.floats(-1e4, 1e5), st.lists(st.integers(1, 14), min_size=3, max_size=9, unique=True))
+def test_a_line_is_fitted_as_it_was_drawn(slope, intercept, exponents):
+    points = pd.DataFrame({"n_facts": [2.0**k for k in exponents]})
+    points["min_params_mean"] = slope * points.n_facts + intercept
+    points.loc[len(points)] = [1e6, math.nan]  # a number of facts without a bound
+    fit = results.fit_line(points, resamples=50)
+    assert fit["n_points"] == len(exponents)
+    assert fit["slope"] == pytest.approx(slope, rel=1e-5) and fit["intercept"] == pytest.approx(intercept, abs=1)
+    assert fit["low"] == pytest.approx(slope, rel=1e-5) and fit["high"] == pytest.approx(slope, rel=1e-5)
+
+
+def test_the_interval_of_a_fit_covers_a_noisy_line():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(40):
+        x = np.linspace(1, 100, 25)
+        y = 7 * x + rng.normal(0, 30, 25)
+        fit = results.fit_line(pd.DataFrame({"n_facts": x, "min_params_mean": y}), resamples=300)
+        assert fit["low"] < fit["slope"] < fit["high"]
+        covered += fit["low"] < 7 < fit["high"]
+    assert covered >= 32  # 38 are expected
+
+
+def test_too_few_points_have_no_interval():
+    points = pd.DataFrame({"n_facts": [1.0, 2.0], "min_params_mean": [3.0, 5.0]})
+    assert results.fit_line(points)["slope"] == pytest.approx(2) and math.isnan(results.fit_line(points)["low"])
+    assert math.isnan(results.fit_line(points[:1])["slope"])
+
+
+def test_the_published_slopes_are_those_of_the_published_table():
+    theirs = results.published_by_paper("parameter_bounds")
+    theirs = theirs[(theirs["mode"] == "in-weight") & (theirs.recall_threshold == 0.95)]
+    fits = [results.fit_line(theirs[theirs.n_facts.between(256, last)]) for last in (8192, 65_536)]
+    assert [round(fit["slope"], 1) for fit in fits] == [6.9, 8.1]
+
+
+def test_columns_about_unseen_people_become_rows():
+    rows = pd.DataFrame([
+        _row(new_pair_recall=0.25, new_pair_right_name=0.75, trained_well_formed=1.0, new_both_recall=math.nan),
+    ])  # fmt: skip
+    tidy = results.unseen_shares(rows)
+    assert {(row.kind, row.measure, row.share) for row in tidy.itertuples()} == {
+        ("new_pair", "recall", 0.25),
+        ("new_pair", "right_name", 0.75),
+        ("trained", "well_formed", 1.0),
+    }
+    assert len(results.unseen_shares(pd.DataFrame())) == 0
+
+
+def test_compressibility_stands_beside_the_published_sizes(monkeypatch):
+    rows = pd.DataFrame([
+        _row(n_facts=4000, alpha=alpha, d_model=d, n_params=ModelConfig(d_model=d).n_params, recall=float(d >= enough))
+        for alpha, enough in ((0.0, 32), (1.0, 24)) for d in (20, 24, 28, 32)
+    ])  # fmt: skip
+    monkeypatch.setattr(results, "read_rows", lambda section, profile: rows if section == "05_3" else None)
+    compared = results.compare_compressibility(results.compressibility_bounds("laptop")).set_index("alpha")
+    assert compared.ratio[0.0] == 1.0 and compared.ratio[1.0] == pytest.approx(31_032 / 23_300)
+    assert compared.entropy_bits[0.0] == pytest.approx(31_250, rel=1e-3)
+    assert compared.entropy_bits[1.0] < 0.7 * compared.entropy_bits[0.0]
