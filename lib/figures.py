@@ -341,13 +341,16 @@ def performance(training: pd.DataFrame, curve: pd.DataFrame, growth: pd.DataFram
             share.plot(rows.d_model, rows.share_of_peak, **style)
         speed.set(xscale="log", yscale="log", xlabel="d_model", ylabel="dialogs trained a second", title="throughput")
         share.set(
-            xscale="log", xlabel="d_model", ylabel="share of the peak", title="arithmetic, of matrix products' peak"
+            xscale="log",
+            xlabel="d_model",
+            ylabel="share of the peak",
+            title="the model's arithmetic, of the matrix-product peak",
         )
         share.set_ylim(bottom=0)
         for axes in (speed, share):
             axes.set_xticks(sorted(training.d_model.unique()), sorted(training.d_model.unique()))
             axes.minorticks_off()
-        speed.legend(fontsize=6.5)
+        speed.legend(fontsize=6.5, loc="upper right")
         recall.plot(curve.seconds, curve.recall, color=STYLES["in-weight"]["color"])
         recall.axhline(0.95, color="#999999", linewidth=0.8, linestyle="--")
         recall.set(xlabel="seconds of training", ylabel="recall", ylim=(-0.03, 1.06), title="time to recall, in-weight")
