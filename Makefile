@@ -19,7 +19,7 @@ paper: $(VENV)/core.stamp ## run all notebooks in the quick profile, draw the fi
 test: $(VENV)/extras.stamp ## run the tests, which run every notebook at smoke size
 	@$(RUN) -m lib test
 
-bench: $(VENV)/extras.stamp ## measure speed against Hugging Face (5 minutes; leave the machine alone meanwhile)
+bench: $(VENV)/extras.stamp ## measure speed against Hugging Face (4 minutes; leave the machine alone meanwhile)
 	@$(RUN) -m lib notebooks A2
 
 lab: $(VENV)/core.stamp ## open the notebooks in JupyterLab

@@ -171,8 +171,8 @@ def _generalization_quick() -> Iterator[Search]:
 def _generalization_laptop() -> Iterator[Search]:
     """One grid for 5.1 and 5.2 in-tool, and some in-weight models as the control."""
     for seed in range(3):
-        for n_facts, d_model in ((256, 24), (1024, 36), (4096, 56)):
-            yield _generalization("in-weight", n_facts, seed, (d_model,), _enough_steps(n_facts).steps, 1000)
+        for n_facts in (256, 1024, 4096):
+            yield _generalization("in-weight", n_facts, seed, (36,), _enough_steps(n_facts).steps, 1000)
         for n_facts in (256, 1024, 4096, 8192, 16_384, 32_768):
             largest = (56,) if n_facts in (256, 4096, 32_768) else ()
             yield _generalization("in-tool", n_facts, seed, (16, 20, 24, 36, *largest), IN_TOOL_STEPS, 1000)

@@ -7,7 +7,8 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from functools import cache
+from itertools import chain, islice
 from math import log2
 from operator import itemgetter
 from pathlib import Path
@@ -114,31 +115,9 @@ def load_people(config: FactsConfig) -> People:
     return sample_people(config.n_people, config.seed, config.alpha)
 
 
-#: People that nobody was trained on, by what is new in their names: the name lists of `sample_people` (Section 5.2).
-UNSEEN: dict[str, dict[str, NameList]] = {
-    "new_pair": {},
-    "new_first": {"first_names": "unseen"},
-    "new_last": {"last_names": "unseen"},
-    "new_both": {"first_names": "unseen", "last_names": "unseen"},
-}
-
-
-def unseen_people(config: FactsConfig, n: int) -> dict[str, People]:
-    """`n` people of each kind of `UNSEEN`, none of them among the sampled people of `config`, nor twice.
-
-    Raises `InputError` for people of a CSV file, whose kind is not known, and where the names run out.
-    """
-    if config.csv is not None:
-        raise InputError(f"the people of {config.csv} are all there are: unseen people exist for sampled ones only")
-    return {
-        kind: sample_people(n, config.seed, config.alpha, start=0 if lists else config.n_people, **lists)
-        for kind, lists in UNSEEN.items()
-    }
-
-
 # ---- Sampling: every draw is one position of a stream of its own, so the first n people are the same whatever n is.
 
-_ORDER, _MIDDLE_ORDER, _OWN_VALUE, _FOLLOWS_FAMILY, _FAMILY_VALUE = range(5)
+_ORDER, _MIDDLE_ORDER, _OWN_VALUE, _FOLLOWS_FAMILY, _FAMILY_VALUE, _STRANGERS = range(6)
 
 
 def _uniform(start: int, n: int, seed: int, *stream: int) -> np.ndarray:
@@ -211,6 +190,38 @@ def _decode(values: tuple[str, ...], codes: np.ndarray) -> list[str]:
     return np.array(values, dtype=object)[codes].tolist()
 
 
+# ---- People that nobody was trained on
+
+#: People that nobody was trained on, by what is new in their names: whether first and last name are (Section 5.2).
+UNSEEN = {"new_pair": (False, False), "new_first": (True, False), "new_last": (False, True), "new_both": (True, True)}
+
+
+def unseen_people(config: FactsConfig, n: int) -> dict[str, People]:
+    """`n` people of each kind of `UNSEEN`, or as many as there are; none is among the sampled people of `config`.
+
+    A name that is not new is that of somebody among the people of `config`; a new one stands in no list that is trained
+    on. Their facts are independent draws. Raises `InputError` for people of a CSV file, whose kind is not known.
+    """
+    if config.csv is not None:
+        raise InputError(f"the people of {config.csv} are all there are: unseen people exist for sampled ones only")
+    trained = set(sample_people(config.n_people, config.seed).names)
+    seen_firsts, seen_lasts = (sorted({name.split()[part] for name in trained}) for part in (0, -1))
+    groups = {}
+    for kind, (new_first, new_last) in UNSEEN.items():
+        firsts = FIRST_NAMES["unseen"] if new_first else seen_firsts
+        lasts = LAST_NAMES["unseen"] if new_last else seen_lasts
+        order = np.argsort(_uniform(0, len(firsts) * len(lasts), config.seed, _STRANGERS, new_first, new_last))
+        pairs = (f"{firsts[i // len(lasts)]} {lasts[i % len(lasts)]}" for i in order.tolist())
+        names = list(islice((name for name in pairs if name not in trained), n))
+        columns = {
+            attribute: [values[int(u * len(values))] for u in draws]
+            for k, (attribute, values) in enumerate(VALUES.items())
+            for draws in [_uniform(0, len(names), config.seed, _STRANGERS, new_first, new_last, k).tolist()]
+        }
+        groups[kind] = People(names, columns)
+    return groups
+
+
 # ---- Entropy
 
 
@@ -224,16 +235,24 @@ def entropy_bits_per_person(n_people: int, seed: int = 0, alpha: float = 0.0) ->
 
     Given the names; what the families' values are is not known. Exact for any `alpha`, to about 1e-10.
     """
+    return sum(entropy_bits_by_attribute(n_people, seed, alpha).values())
+
+
+@cache
+def entropy_bits_by_attribute(n_people: int, seed: int = 0, alpha: float = 0.0) -> dict[str, float]:
+    """`entropy_bits_per_person` of each attribute: given the names, attributes are independent of each other."""
     FactsConfig(n_people=n_people, seed=seed, alpha=alpha)
     _, _, last = _name_codes(0, n_people, seed, (0, 0), len(FIRST_NAMES["train"]), len(LAST_NAMES["train"]))
     _, members = np.unique(last, return_counts=True)
     sizes, n_families = np.unique(members, return_counts=True)
-    shared = sum(
-        count * shared_value_entropy(size, len(VALUES[attribute]), alpha)
-        for attribute in SHARED
-        for size, count in zip(sizes.tolist(), n_families.tolist(), strict=True)
-    )
-    return log2(len(VALUES["birth_date"])) + shared / n_people
+    bits = {attribute: log2(len(values)) for attribute, values in VALUES.items()}
+    for attribute in SHARED:
+        families = zip(sizes.tolist(), n_families.tolist(), strict=True)
+        bits[attribute] = (
+            sum(count * shared_value_entropy(size, len(VALUES[attribute]), alpha) for size, count in families)
+            / n_people
+        )
+    return bits
 
 
 # ---- People from a file, people to a database

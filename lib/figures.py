@@ -1,5 +1,6 @@
 """Figures of the paper: one style, one `save`, one function per figure, table in and figure out."""
 
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -154,7 +155,8 @@ def _recall_lines(axes, rows: pd.DataFrame | None, mode: str, label: str, **styl
 def bits_stored(held: pd.DataFrame, bits_per_parameter: tuple[float, ...] = (1, 2)) -> Figure:
     """Bits that in-weight models hold against their parameters (Section 4's bound; not in the paper's Section 5).
 
-    held: as `results.capacity` gives it. Filled points are full of facts: their database holds more bits than they do.
+    held: as `results.capacity` gives it; runs that were given up are left out. Filled points are overloaded models, of
+    recall below 95%.
     """
     held = held[(held.stopped != "hopeless") & held.stored_bits.gt(0)]
     with matplotlib.rc_context({**_RC, "figure.figsize": (5.6, 3.8)}):
@@ -162,8 +164,8 @@ def bits_stored(held: pd.DataFrame, bits_per_parameter: tuple[float, ...] = (1, 
         groups = list(held.groupby("n_facts"))
         for shade, (n_facts, runs) in zip(np.linspace(0, 0.85, len(groups)), groups, strict=True):
             color = plt.get_cmap("viridis")(shade)
-            full = runs.stored_bits < 0.95 * runs.entropy_bits
-            for which, face in ((full, color), (~full, "white")):
+            overloaded = runs.recall < 0.95
+            for which, face in ((overloaded, color), (~overloaded, "white")):
                 some = runs[which]
                 axes.plot(some.n_params, some.stored_bits, "o", color=color, markerfacecolor=face)
             axes.plot([], [], "o", color=color, label=f"{n_facts:,}")
@@ -172,7 +174,7 @@ def bits_stored(held: pd.DataFrame, bits_per_parameter: tuple[float, ...] = (1, 
         low, high = axes.get_xlim()
         for bits in bits_per_parameter:
             axes.plot([low, high], [bits * low, bits * high], color="#777777", linewidth=0.9, zorder=1)
-            place = {"xytext": (-2, -3), "textcoords": "offset points", "ha": "right", "va": "top"}
+            place = {"xytext": (-2, -12), "textcoords": "offset points", "ha": "right", "va": "top"}
             text = f"{bits:g} bit{'s' * (bits != 1)} a parameter"
             axes.annotate(text, (high, bits * high), color="#555555", fontsize=7, **place)
         axes.set_xlim(low, high)
@@ -216,7 +218,7 @@ def generalization(
                 of_kind = own[(own.kind == kind) & (own.measure == "recall")]
                 _lines_by_size(axes, of_kind, "{:,}, {} (quick)", **_HOLLOW)
             if guess is not None:
-                axes.axhline(guess, color="#999999", linewidth=0.9, linestyle=":")
+                axes.axhline(guess, color="#555555", linewidth=0.9, linestyle=":", label="best constant guess")
             axes.set(title=KINDS[kind], xlabel="training facts", ylim=(-0.04, 1.06))
             axes.set_xscale("log", base=2)
         panels[0].set_ylabel("recall")
@@ -294,7 +296,7 @@ def compressibility(
     with matplotlib.rc_context({**_RC, "figure.figsize": (8.6, 3.4)}):
         figure, (by_alpha, by_entropy) = plt.subplots(1, 2, sharey=True)
         published = published[published.recall_threshold == threshold]
-        for (n_facts, points), line in zip(published.groupby("n_facts"), ("-", "--"), strict=False):
+        for (n_facts, points), line in zip(published.groupby("n_facts"), cycle(("-", "--")), strict=False):
             style = {"color": "#888888", "linestyle": line, "marker": "."}
             by_alpha.plot(points.alpha, points.min_params, label=f"{n_facts:,} facts, published", **style)
             by_entropy.plot(points.entropy_bits, points.min_params, **style)
@@ -374,8 +376,8 @@ def _draw_parameter_bounds(profile: str, threshold: float = 0.95) -> Figure:
     _check_threshold(threshold)
     return parameter_bounds(
         results.published_by_paper("parameter_bounds"),
-        results.counting_bounds(profile),
-        None if profile in paths.PUBLISHING else results.minimal_parameters(results.bounds_rows(profile)),
+        results.bounds(results.counting_profile(profile)),
+        None if profile in paths.PUBLISHING else results.bounds(profile),
         threshold,
     )
 

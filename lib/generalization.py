@@ -32,6 +32,8 @@ def measure_generalization(model, config: RunConfig, tokenizer: Tokenizer) -> di
             write_database(reduce(add, unseen.values(), trained), database)
             tool = stack.enter_context(SqlTool(database))
         for kind, people in {"trained": trained[:n], **unseen}.items():
+            if not people.names:  # of one person alone there is no new pair of names
+                continue
             facts = list(people.facts())
             measured = measure_recall(model, facts, tokenizer, tool)
             columns[f"{kind}_recall"] = measured.overall

@@ -48,10 +48,10 @@ class Gradients:
         self.models, self.bfloat16 = list(models), bfloat16
         self._loss_of_batch = _loss_of_batch
         if compiled:
-            torch._dynamo.config.suppress_errors = True  # where code cannot be compiled, run it
             for model in self.models:  # a table that is built while compiling ties the code to the first batch's length
                 model.rotary(1, torch.float32)
-            self._loss_of_batch = torch.compile(_loss_of_batch, dynamic=True)
+            or_as_it_is = torch._dynamo.config.patch(suppress_errors=True)  # with a warning
+            self._loss_of_batch = or_as_it_is(torch.compile(_loss_of_batch, dynamic=True))
         if len(self.models) > 1:
             members = [dict(model.named_parameters()) for model in self.models]
             self.stacked = {

@@ -128,13 +128,14 @@ def _expected(fact: Fact, tool: Tool | None) -> Dialog:
 def bits_of_dialogs(model, data: TokenizedDialogs) -> np.ndarray:
     """Bits (D,) that a dialog costs the model: minus log2 of the probability it gives to what the assistant says.
 
-    Of an answer that is known for sure nothing is left; of one of V values that are all the same to it, log2 V. So the
-    entropy of the answers minus these bits is what the weights hold of them (Section 4's bound is about it).
+    Of an answer that is known for sure nothing is left; of one of V values that are all the same to it, log2 V, if it
+    knows how to say them. So the weights hold at least the entropy of the answers minus these bits (Section 4's bound
+    is about what they hold): a model that cannot spell the values yet is charged for that, too.
     """
     bits = torch.zeros(len(data), dtype=torch.float64)
     for rows, mask, logits, target in _teacher_forced(model, data):
-        surprise = F.cross_entropy(logits, target, reduction="none").double() / math.log(2)
-        bits[rows.cpu()] = torch.zeros(mask.shape).double().masked_scatter(mask.cpu(), surprise.cpu()).sum(-1)
+        surprise = F.cross_entropy(logits, target, reduction="none").cpu().double() / math.log(2)
+        bits[rows.cpu()] = torch.zeros(mask.shape).double().masked_scatter(mask.cpu(), surprise).sum(-1)
     return bits.numpy()
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from lib import paths
 from lib.base import InputError
 from lib.experiments import SIZES, Search, searches
-from lib.facts import entropy_bits_per_person
+from lib.facts import ATTRIBUTES, entropy_bits_by_attribute, entropy_bits_per_person
 from lib.run import ROW, commit
 
 #: How the tables name a section's rows.
@@ -73,9 +73,8 @@ def counting_rows(section: str, profile: str) -> pd.DataFrame:
     return read_rows(section, counting_profile(profile))
 
 
-def counting_bounds(profile: str) -> pd.DataFrame:
-    """`minimal_parameters` of the rows that results are shown from."""
-    profile = counting_profile(profile)
+def bounds(profile: str) -> pd.DataFrame:
+    """`minimal_parameters` of Section 5.1 in a profile."""
     return minimal_parameters(bounds_rows(profile), bounds_searches(profile))
 
 
@@ -113,7 +112,7 @@ def publish(section: str, profile: str) -> int:
             f"only rows that can be traced are published, delete these in {sweep_dir(section, profile)} and sweep again"
         )
     others = known[known.profile != profile] if len(known) else known
-    merged = pd.concat([others, rows]).sort_values(["profile", "mode", "n_facts", "seed", "d_model", "run_id"])
+    merged = pd.concat([others, rows]).sort_values(["profile", "mode", "n_facts", "alpha", "seed", "d_model", "run_id"])
     with paths.replacing(table_path(section)) as temporary:
         merged.to_csv(temporary, index=False, lineterminator="\n")
     return len(merged) - len(known.merge(merged[["profile", "run_id"]])) if len(known) else len(merged)
@@ -178,29 +177,38 @@ def _smallest(runs: pd.DataFrame, threshold: float, sizes: Sequence[int]) -> flo
     reached = dict(zip(runs.d_model, runs.recall >= threshold, strict=True))
     enough = min((size for size, yes in reached.items() if yes), default=None)
     below = max((size for size in sizes if enough is not None and size < enough), default=None)
-    if enough is None or (below is not None and reached.get(below, True)):
+    floor = enough is not None and below is None and enough > SIZES[0]  # nobody was to try smaller ones
+    if enough is None or floor or (below is not None and reached.get(below, True)):
         return math.nan
     return float(runs.n_params[runs.d_model == enough].iloc[0])
 
 
 def capacity(rows: pd.DataFrame) -> pd.DataFrame:
-    """What in-weight models hold, in bits, for every run: one overloaded model tells as much as a search for the bound.
+    """What in-weight models hold at least, in bits, for every run (Section 4's bound is about it).
 
     rows: of finished runs; given back are those in-weight, with what tells them apart and entropy_bits, the joint
-    entropy of the database given the names; recalled_bits, the recalled share of that; stored_bits, by how much knowing
-    the model shortens a description of the answers (0 at least, nothing where `nll_bits` was not measured); and
-    stored_bits_per_parameter. Section 4's bound is about these.
+    entropy of the database given the names; stored_bits, by how much knowing the model shortens a description of the
+    answers for somebody who knows which values there are, added up over attributes where it does; and
+    stored_bits_per_parameter. A lower bound: a model may know facts that it cannot spell yet.
     """
     columns = ["profile", "optimizer", "n_facts", "alpha", "seed", "d_model", "n_params", "steps", "stopped", "recall"]
-    rows = rows.reindex(columns=["mode", *columns, "nll_bits"])
+    nll = {attribute: f"nll_bits_{attribute}" for attribute in ATTRIBUTES}
+    rows = rows.reindex(columns=["mode", *columns, *nll.values()])
     rows = rows[rows["mode"] == "in-weight"].reset_index(drop=True)
-    entropy = entropy_bits(rows)
-    stored = (entropy - rows.nll_bits * rows.n_facts).clip(lower=0)
+    n_people = rows.n_facts.floordiv(4)
+    entropy = pd.DataFrame(
+        [
+            entropy_bits_by_attribute(int(n), int(seed), alpha)
+            for n, seed, alpha in zip(n_people, rows.seed, rows.alpha, strict=True)
+        ],
+        index=rows.index,
+        columns=list(nll),
+    )
+    known = entropy.sub(rows[list(nll.values())].to_numpy(float)).clip(lower=0).sum(axis=1, skipna=False)
     return rows[columns].assign(
-        entropy_bits=entropy,
-        recalled_bits=rows.recall * entropy,
-        stored_bits=stored,
-        stored_bits_per_parameter=stored / rows.n_params,
+        entropy_bits=n_people * entropy.sum(axis=1),
+        stored_bits=n_people * known,
+        stored_bits_per_parameter=n_people * known / rows.n_params,
     )
 
 
@@ -224,7 +232,8 @@ def fit_line(points: pd.DataFrame, resamples: int = 2000) -> dict[str, float]:
     """Parameters needed as a line in the facts: slope (parameters a fact), its 95% interval, intercept, n_points.
 
     points: n_facts and min_params_mean, points without a mean left out. The interval is the bootstrap's, over points:
-    it says how much the slope depends on which numbers of facts were tried, and is NaN for fewer than three.
+    it says how much the slope depends on which numbers of facts were tried. With so few points it is too narrow by a
+    little, and with fewer than five it is not given (NaN).
     """
     points = points.dropna(subset="min_params_mean")
     x, y = points.n_facts.to_numpy(float), points.min_params_mean.to_numpy(float)
@@ -232,7 +241,7 @@ def fit_line(points: pd.DataFrame, resamples: int = 2000) -> dict[str, float]:
     if len(x) < 2:
         return fit
     fit["slope"], fit["intercept"] = map(float, np.polyfit(x, y, 1))
-    if len(x) > 2:
+    if len(x) > 4:
         rng = np.random.default_rng(0)
         draws = [rng.integers(len(x), size=len(x)) for _ in range(resamples)]
         slopes = [np.polyfit(x[i], y[i], 1)[0] for i in draws if len(set(i)) > 1]

@@ -127,7 +127,7 @@ class _Cell:
 
     def finish(self, ending: Ending) -> dict:
         """Measure and save the model; the row."""
-        measured = self.recall(self.facts)
+        measured, bits = self.recall(self.facts), bits_of_dialogs(self.trainer.model, self.trainer.data)
         asks_unseen = self.config.evaluation.unseen_people > 0
         save_model(self.trainer.model, self.directory / MODEL, self.config)
         return {
@@ -139,7 +139,8 @@ class _Cell:
             "stopped": ending.stopped,
             "dialogs_seen": ending.dialogs_seen,
             "loss": ending.loss,
-            "nll_bits": float(bits_of_dialogs(self.trainer.model, self.trainer.data).mean()),
+            "nll_bits": float(bits.mean()),
+            **{f"nll_bits_{a}": float(bits[measured.attributes == a].mean()) for a in self.people.attributes},
             "recall": measured.overall,
             **{f"recall_{attribute}": share for attribute, share in measured.by_attribute().items()},
             "n_questions": len(self.facts),
@@ -183,7 +184,7 @@ def _pays_to_compile(config: RunConfig, device: torch.device) -> bool:
     models wait for the launch of their kernels: there the number of steps decides (a guess; nobody has measured it).
     """
     if device.type == "cuda":
-        return config.training.total_steps(4 * config.facts.n_people) > 5000
+        return config.training.total_steps(4 * config.facts.n_people) > 5000  # of sampled people
     return config.flops() > 4e12 and shutil.which("g++") is not None
 
 

@@ -208,7 +208,9 @@ def _end_with_parent() -> None:
 
 
 def _title(config: RunConfig) -> str:
-    return f"{config.mode}, {4 * config.facts.n_people} facts, d = {config.model.d_model}, seed {config.seed}"
+    correlation = f", alpha {config.facts.alpha:g}" if config.facts.alpha else ""
+    facts = f"{4 * config.facts.n_people} facts{correlation}"
+    return f"{config.mode}, {facts}, d = {config.model.d_model}, seed {config.seed}"
 
 
 def _expected(search: Search, recalls: dict[str, float]) -> list[RunConfig]:

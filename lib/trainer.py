@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lib import checkpoint
+from lib.base import InputError
 from lib.config import RunConfig
 from lib.dialogs import Batches, TokenizedDialogs
 from lib.gradients import IGNORED, Batch, Gradients
@@ -62,6 +63,11 @@ class Trainer:
         self.optimizers = build_optimizers(model, config.optim)
         self.total_steps = config.training.total_steps(len(data))
         self.batches = Batches(self.lengths, config.training.batch_size, config.seed)
+        smallest, n_parts = len(data) // self.batches.per_epoch, config.training.grad_accumulation
+        if smallest < n_parts:
+            raise InputError(
+                f"training.grad_accumulation = {n_parts}, but there are batches of {smallest} dialogs only"
+            )
         self.counters = {"step": 0, "dialogs_seen": 0, "seconds": 0.0, "reached": 0, "hopeless": False}
         self.losses: list[torch.Tensor] = []
         self.gradients = join_gradients([self], compiled)
@@ -77,7 +83,7 @@ class Trainer:
     def next_batch(self) -> tuple[list[Batch], int]:
         """The parts of this step's batch, and how many tokens are trained in all of them."""
         rows = self.batches[self.counters["step"]]
-        parts = rows.tensor_split(min(self.config.training.grad_accumulation, len(rows)))
+        parts = rows.tensor_split(self.config.training.grad_accumulation)
         return [self._part(part) for part in parts], int(self.n_trained[rows].sum())
 
     def _part(self, rows: torch.Tensor) -> Batch:

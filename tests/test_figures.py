@@ -200,11 +200,11 @@ def test_the_published_recall_curves_lie_behind_the_in_weight_panel():
 
 def _held(**columns) -> pd.DataFrame:
     rows = pd.DataFrame([
-        {"n_facts": 64, "n_params": 2000, "stored_bits": 490.0, "entropy_bits": 500.0, "stopped": "recall"},
-        {"n_facts": 256, "n_params": 2000, "stored_bits": 900.0, "entropy_bits": 2000.0, "stopped": "budget"},
-        {"n_facts": 256, "n_params": 4000, "stored_bits": 100.0, "entropy_bits": 2000.0, "stopped": "hopeless"},
+        {"n_facts": 64, "n_params": 2000, "stored_bits": 490.0, "recall": 1.0, "stopped": "recall"},
+        {"n_facts": 256, "n_params": 2000, "stored_bits": 900.0, "recall": 0.5, "stopped": "budget"},
+        {"n_facts": 256, "n_params": 4000, "stored_bits": 100.0, "recall": 0.0, "stopped": "hopeless"},
     ])  # fmt: skip
-    return rows.assign(**columns)
+    return rows.assign(entropy_bits=rows.n_facts * 7.8, **columns)
 
 
 def test_full_models_are_filled_and_hopeless_ones_are_left_out():

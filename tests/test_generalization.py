@@ -8,7 +8,7 @@ from scripted import DATABASE, END, says, turn
 from lib.base import InputError
 from lib.config import RunConfig
 from lib.dialogs import ByteTokenizer, answer, question, tool_call
-from lib.facts import FIRST_NAMES, LAST_NAMES, UNSEEN, FactsConfig, load_people, sample_people, unseen_people
+from lib.facts import FIRST_NAMES, LAST_NAMES, UNSEEN, VALUES, FactsConfig, load_people, sample_people, unseen_people
 from lib.generalization import best_constant_guess, measure_generalization, request_shares
 from lib.recall import Recall
 from lib.run import run
@@ -30,15 +30,32 @@ def test_unseen_people_have_names_of_their_kind_that_nobody_trained_on_has(n_peo
     config = FactsConfig(n_people=n_people, seed=seed)
     trained, groups = load_people(config), unseen_people(config, n)
     names = [name for people in groups.values() for name in people.names]
-    assert len(set(names) | set(trained.names)) == 4 * n + n_people
+    assert len(set(names) | set(trained.names)) == len(names) + n_people
+    firsts, lasts = ({name.split()[part] for name in trained.names} for part in (0, 1))
     for kind, people in groups.items():
+        possible = len(FIRST_NAMES["unseen"] if UNSEEN[kind][0] else firsts)
+        possible *= len(LAST_NAMES["unseen"] if UNSEEN[kind][1] else lasts)
+        assert len(people) == min(n, possible - n_people * (kind == "new_pair"))
         for name in people.names:
-            first, last = name.split()[0], name.split()[-1]
-            assert (first in FIRST_NAMES["unseen"], last in LAST_NAMES["unseen"]) == {
-                "new_pair": (False, False), "new_first": (True, False),
-                "new_last": (False, True), "new_both": (True, True),
-            }[kind]  # fmt: skip
-            assert (first in FIRST_NAMES["train"]) != (first in FIRST_NAMES["unseen"])
+            first, last = name.split()
+            assert (first not in firsts, last not in lasts) == UNSEEN[kind]
+            assert (first in FIRST_NAMES["unseen"], last in LAST_NAMES["unseen"]) == UNSEEN[kind]
+        for attribute, column in people.columns.items():
+            assert len(column) == len(people) and set(column) <= set(VALUES[attribute])
+
+
+def test_unseen_people_are_the_same_every_time_and_their_facts_unlike_those_of_others():
+    config = FactsConfig(n_people=100, seed=4)
+    groups, again = unseen_people(config, 50), unseen_people(config, 50)
+    assert groups == again
+    dates = {kind: tuple(people.columns["birth_date"]) for kind, people in groups.items()}
+    assert len(set(dates.values())) == 4
+    assert unseen_people(config, 20)["new_both"] == groups["new_both"][:20]
+
+
+def test_one_person_alone_has_no_new_pair_of_names_and_is_asked_about_others_all_the_same(tmp_path):
+    row = run(_config(n_people=1), tmp_path / "run")
+    assert "new_pair_recall" not in row and "new_both_recall" in row
 
 
 def test_people_of_a_file_have_no_unseen_ones():

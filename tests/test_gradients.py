@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lib.base import InputError
 from lib.config import RunConfig
 from lib.dialogs import ByteTokenizer, dialogs, tokenize
 from lib.facts import sample_people
@@ -207,6 +208,8 @@ def test_code_that_cannot_be_compiled_runs_as_it_is(tmp_path, monkeypatch):
     torch.compiler.reset()
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(Exception, match="nowhere"):
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(3))
     trainer = _trainer(_config(VARIANTS[0], 2), tmp_path, torch.float32)
     trainer.gradients = Gradients([trainer.model], compiled=True)
     trainer.train()
@@ -214,11 +217,14 @@ def test_code_that_cannot_be_compiled_runs_as_it_is(tmp_path, monkeypatch):
 
 
 def test_runs_of_uneven_batches_add_up_their_gradients_in_as_many_parts(tmp_path):
-    """20 dialogs in batches of at most 7 are two of 7 and one of 6, in four parts."""
+    """20 dialogs in batches of at most 7 are two of 7 and one of 6, in four parts. More parts are refused."""
     variants = [
         {"facts": {"n_people": 5}, "seed": seed, "training": {"grad_accumulation": 4, "batch_size": 7}}
         for seed in (0, 1)
     ]
+    with pytest.raises(InputError, match="grad_accumulation = 7, but there are batches of 6"):
+        variant = {"facts": {"n_people": 5}, "training": {"grad_accumulation": 7, "batch_size": 7}}
+        _trainer(_config(variant, 12), tmp_path, torch.float32)
     together = [_trainer(_config(v, 12), tmp_path / str(i), torch.float32) for i, v in enumerate(variants)]
     assert {len(trainer.batches[step]) for trainer in together for step in range(3)} == {6, 7}
     endings = train_together(together)

@@ -16,6 +16,7 @@ from lib import paths, results
 from lib.base import InputError
 from lib.config import RunConfig
 from lib.experiments import SIZES, Search, searches
+from lib.facts import ATTRIBUTES
 from lib.model import ModelConfig
 
 CLEAN = "0123456789" * 4
@@ -193,18 +194,19 @@ def test_rows_of_an_earlier_plan_do_not_count_and_leave_the_table(data, monkeypa
     assert set(results.committed_rows("05_1").run_id) == set(PLANNED[1:3])
 
 
-def test_capacity_is_recalled_bits_over_parameters():
+def test_capacity_is_by_how_much_a_model_shortens_the_answers():
     columns = {"profile": "laptop", "n_facts": 40, "alpha": 0.0, "n_params": 1000, "optimizer": "muon"}
-    columns |= {"steps": 1, "stopped": "budget", "nll_bits": 3.0}
+    columns |= {"steps": 1, "stopped": "budget", **{f"nll_bits_{a}": 3.0 for a in ATTRIBUTES}}
     rows = pd.DataFrame([_row("a" * 12, mode=mode, **columns) for mode in ("in-weight", "in-tool")])
     (held,) = results.capacity(rows).itertuples()
     assert held.entropy_bits == pytest.approx(10 * 31.25, rel=1e-3)  # four independent attributes: 31.25 bits a person
-    assert held.recalled_bits == pytest.approx(0.5 * held.entropy_bits)
-    assert held.stored_bits == pytest.approx(held.entropy_bits - 40 * 3)  # three bits of every answer are left
+    # Three bits of every answer are left; of a birth place, which has log2 7, they are more than there were.
+    assert held.stored_bits == pytest.approx(10 * (31.25 - 4 * 3 + (3 - math.log2(7))), rel=1e-3)
     assert held.stored_bits_per_parameter == pytest.approx(held.stored_bits / 1000)
-    (nothing,) = results.capacity(rows.assign(nll_bits=8.0)).stored_bits.unique()
-    assert nothing == 0  # it would be better to know nothing than what this model says
-    assert results.capacity(rows.drop(columns="nll_bits")).stored_bits.isna().all()
+    assert results.capacity(rows.assign(nll_bits_birth_date=20.0)).stored_bits[0] == pytest.approx(
+        held.stored_bits - 10 * (math.log2(28 * 12 * 51) - 3)
+    )
+    assert results.capacity(rows.drop(columns="nll_bits_birth_date")).stored_bits.isna().all()
     assert len(results.capacity(pd.DataFrame())) == 0
 
 
@@ -292,6 +294,8 @@ def test_the_next_smaller_size_is_that_of_the_plan():
     table = results.minimal_parameters(rows, plan, [0.95]).set_index("n_facts")
     assert table.min_params_mean[32] == 3600
     assert table.seeds_reaching_it[64] == 0  # of which the plan says nothing: 32 might have been enough
+    table = results.minimal_parameters(rows.assign(recall=1.0), plan, [0.95]).set_index("n_facts")
+    assert table.seeds_reaching_it[32] == 0  # even less than 16 might have been enough
 
 
 def test_bounds_take_in_tool_runs_from_the_grid_of_generalization_and_no_others():
@@ -328,23 +332,23 @@ def test_a_line_is_fitted_as_it_was_drawn(slope, intercept, exponents):
     fit = results.fit_line(points, resamples=50)
     assert fit["n_points"] == len(exponents)
     assert fit["slope"] == pytest.approx(slope, rel=1e-5) and fit["intercept"] == pytest.approx(intercept, abs=1)
-    assert fit["low"] == pytest.approx(slope, rel=1e-5) and fit["high"] == pytest.approx(slope, rel=1e-5)
+    if len(exponents) > 4:
+        assert fit["low"] == pytest.approx(slope, rel=1e-5) and fit["high"] == pytest.approx(slope, rel=1e-5)
 
 
 def test_the_interval_of_a_fit_covers_a_noisy_line():
     rng = np.random.default_rng(1)
     covered = 0
-    for _ in range(40):
-        x = np.linspace(1, 100, 25)
-        y = 7 * x + rng.normal(0, 30, 25)
+    x = 2.0 ** np.arange(6, 14)  # as in the laptop profile
+    for _ in range(60):
+        y = (9000 + 7 * x) * rng.normal(1, 0.15, len(x))
         fit = results.fit_line(pd.DataFrame({"n_facts": x, "min_params_mean": y}), resamples=300)
-        assert fit["low"] < fit["slope"] < fit["high"]
         covered += fit["low"] < 7 < fit["high"]
-    assert covered >= 32  # 38 are expected
+    assert 45 <= covered < 60  # 57 would be right; of so few points it covers a little less
 
 
 def test_too_few_points_have_no_interval():
-    points = pd.DataFrame({"n_facts": [1.0, 2.0], "min_params_mean": [3.0, 5.0]})
+    points = pd.DataFrame({"n_facts": [1.0, 2.0, 3.0, 4.0], "min_params_mean": [3.0, 5.0, 7.0, 9.0]})
     assert results.fit_line(points)["slope"] == pytest.approx(2) and math.isnan(results.fit_line(points)["low"])
     assert math.isnan(results.fit_line(points[:1])["slope"])
 
