@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from lib import checkpoint, paths
+from lib.base import InputError
 from lib.config import RunConfig
 from lib.dialogs import ByteTokenizer, TokenizedDialogs, dialogs, encode_dialog, tokenize
 from lib.facts import sample_people
@@ -90,13 +91,18 @@ def _step_of_plain_descent(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: before[name] - after for name, after in _weights(trainer.model).items()}
 
 
-@pytest.mark.parametrize("parts", [1, 2, 5, 100])
+@pytest.mark.parametrize("parts", [1, 2, 5, 10])
 def test_a_batch_in_parts_gives_the_gradient_of_the_whole(data, tmp_path, parts):
     trainer = _trainer(data, _config(optim={"clip_norm": None}, grad_accumulation=parts), tmp_path)
     loss, expected = _mean_gradient(trainer.model, trainer.batches[0])
     for name, gradient in _step_of_plain_descent(trainer).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
     assert trainer.loss() == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_batch_has_no_more_parts_than_dialogs(data, tmp_path):
+    with pytest.raises(InputError, match="grad_accumulation = 100, but there are batches of 10 dialogs only"):
+        _trainer(data, _config(grad_accumulation=100), tmp_path)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
