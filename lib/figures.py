@@ -52,6 +52,7 @@ def save(figure: Figure, name: str, profile: str) -> list[Path]:
         with paths.replacing(path) as temporary, matplotlib.rc_context(_RC):
             figure.savefig(temporary, format=suffix[1:], metadata=metadata)
         written.append(path)
+    plt.close(figure)  # or a notebook shows it twice: as the cell's value and as an open figure
     return written
 
 
@@ -62,9 +63,7 @@ def draw(name: str, profile: str = "laptop", **options) -> Figure:
     """
     if name not in FIGURES:
         raise InputError(f"there is no figure {name!r}: there are {', '.join(FIGURES)}")
-    figure = FIGURES[name](profile, **options)
-    plt.close(figure)  # or a notebook shows it twice: as the cell's value and as an open figure
-    return figure
+    return FIGURES[name](profile, **options)
 
 
 def parameter_bounds(
@@ -352,7 +351,8 @@ def performance(training: pd.DataFrame, curve: pd.DataFrame, growth: pd.DataFram
         for axes in (speed, share):
             axes.set_xticks(sorted(training.d_model.unique()), sorted(training.d_model.unique()))
             axes.minorticks_off()
-        speed.legend(fontsize=6.5, loc="upper right")
+        speed.set_ylim(top=2.5 * training.most.max())  # room for the legend
+        speed.legend(fontsize=6.5, ncols=2, loc="upper center")
         recall.plot(curve.seconds, curve.recall, color=STYLES["in-weight"]["color"])
         recall.axhline(0.95, color="#999999", linewidth=0.8, linestyle="--")
         recall.set(xlabel="seconds of training", ylabel="recall", ylim=(-0.03, 1.06), title="time to recall, in-weight")
