@@ -118,8 +118,8 @@ def _enough_steps(n_facts: int) -> TrainingConfig:
 
 def _bounds_laptop() -> Iterator[Search]:
     """In-weight; in-tool, the runs of 5.2 serve here too (see `results.bounds_rows`)."""
-    for seed in range(3):
-        for n_facts in (2**k for k in range(6, 14)):
+    for n_facts in (2**k for k in range(6, 14)):  # twice the facts, four times the work: all seeds of few facts first
+        for seed in range(3):
             training = _enough_steps(n_facts)
             evaluation = EvaluationConfig(every=training.steps // 40, give_up_below=0.01)
             yield _bounds("in-weight", n_facts, seed, training, evaluation)
@@ -169,13 +169,16 @@ def _generalization_quick() -> Iterator[Search]:
 
 
 def _generalization_laptop() -> Iterator[Search]:
-    """One grid for 5.1 and 5.2 in-tool, and some in-weight models as the control."""
+    """One grid for 5.1 and 5.2 in-tool, and some in-weight models as the control.
+
+    Size by size: one size shows the transition already.
+    """
     for seed in range(3):
+        for size in (36, 16, 24, 20, 56):
+            for n_facts in (256, 32_768, 4096, 1024, 8192, 16_384) if size < 56 else (256, 4096, 32_768):
+                yield _generalization("in-tool", n_facts, seed, (size,), IN_TOOL_STEPS, 1000)
         for n_facts in (256, 1024, 4096):
             yield _generalization("in-weight", n_facts, seed, (36,), _enough_steps(n_facts).steps, 1000)
-        for n_facts in (256, 1024, 4096, 8192, 16_384, 32_768):
-            largest = (56,) if n_facts in (256, 4096, 32_768) else ()
-            yield _generalization("in-tool", n_facts, seed, (16, 20, 24, 36, *largest), IN_TOOL_STEPS, 1000)
 
 
 #: Of 64 dialogs each: 768,000 dialogs, whatever the number of facts.

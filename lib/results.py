@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -147,7 +148,10 @@ def minimal_parameters(
     """
     if not len(rows):
         return pd.DataFrame(columns=[*_POINT, "recall_threshold", *_STATISTICS.values()])
-    sizes = {(s.base.mode, 4 * s.base.facts.n_people, s.base.facts.alpha, s.base.seed): s.sizes for s in plan}
+    sizes = defaultdict(set)
+    for search in plan:
+        facts = search.base.facts
+        sizes[search.base.mode, 4 * facts.n_people, facts.alpha, search.base.seed] |= set(search.sizes)
     tables = []
     for threshold in thresholds:
         smallest = rows.groupby([*_POINT, "seed"]).apply(
