@@ -202,7 +202,7 @@ def sweep(
     publish: Annotated[bool, typer.Option(help="merge finished rows into paper_data (laptop and paper)")] = False,
 ) -> None:
     """Run all models of a section that are not finished yet."""
-    from lib import results
+    from lib import comparison, results
     from lib import sweep as sweeps
 
     if publish:
@@ -214,8 +214,33 @@ def sweep(
     console.print(str(report))
     if publish and not dry_run:
         console.print(f"{results.publish(section, profile.value)} new rows in {results.table_path(section)}")
+        for compared in comparison.SECTIONS:  # a section's runs may count in another's comparison
+            comparison.write(compared)
     if report.failed:
         raise SystemExit(1)
+
+
+@app.command()
+def compare(
+    section: Section,
+    threshold: Annotated[float, typer.Option(help="recall that counts as knowing: 0.5, 0.9, 0.95 or 0.99")] = 0.95,
+) -> None:
+    """Show our results beside the published ones, and write the table of all of them to paper_data/compared."""
+    from lib import comparison, results
+
+    results.check_threshold(threshold)
+    points = comparison.write(section)
+    if not len(points):
+        console.print("no point of ours has a published one beside it yet")
+        return
+    if "recall_threshold" in points:
+        points = points[points.recall_threshold == threshold].drop(columns="recall_threshold")
+    console.print(points.to_string(index=False, float_format=_rounded, na_rep="-"))
+    console.print(f"all points: {comparison.path(section)}")
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
 @app.command()

@@ -28,6 +28,8 @@ class TrainingConfig(Config):
     steps: int | None = Field(None, ge=1)
     #: Dialogs a step, never more than the dataset holds.
     batch_size: int = Field(64, ge=1)
+    #: Share of the dialogs trained on that are biographies: all that is known of a person in one turn, nobody asking.
+    biographies: float = Field(0.0, ge=0, lt=1)
     #: A step's batch is cut into this many parts whose gradients add up.
     grad_accumulation: int = Field(1, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -96,7 +98,9 @@ class RunConfig(Config):
     def flops(self) -> float:
         """Floating-point operations of the whole training, about: three forward passes a step."""
         n_dialogs = 4 * self.facts.n_people
-        length = 66 if self.mode == "in-weight" else 184  # tokens of a dialog, in the mean
+        share = self.training.biographies
+        # Tokens of a dialog, in the mean.
+        length = round((1 - share) * (66 if self.mode == "in-weight" else 184) + share * 140)
         batch = min(self.training.batch_size, n_dialogs)
         return 3.0 * self.training.total_steps(n_dialogs) * batch * self.model.forward_flops(length, length // 2)
 

@@ -8,7 +8,7 @@ token that follows it, nothing else.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import chain, islice, repeat
+from itertools import accumulate, chain, islice, repeat
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
@@ -241,6 +241,17 @@ class TokenizedDialogs:
         return TokenizedDialogs(self.values.to(device), self.mask.to(device), self.offsets.to(device))
 
 
+def join(parts: Sequence[TokenizedDialogs]) -> TokenizedDialogs:
+    """All dialogs of several datasets, one after the other: the sources of `Batches`."""
+    starts = [0, *accumulate(len(part.values) for part in parts)]
+    ends = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
+    return TokenizedDialogs(
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.mask for part in parts]),
+        torch.cat([torch.zeros(1, dtype=torch.int64), *ends]),
+    )
+
+
 def tokenize(items: Iterable[Dialog], tokenizer: Tokenizer) -> TokenizedDialogs:
     """Tokenize a whole dataset once. An empty dataset is an `InputError`.
 
@@ -327,20 +338,38 @@ def _fill_template(template: list[bytes], people: People) -> bytes:
     return b"".join(chain.from_iterable(zip(*pieces, strict=True)))
 
 
+class Source(NamedTuple):
+    """Some consecutive dialogs of a dataset that are drawn more or less often than others."""
+
+    n_dialogs: int
+    weight: float  # of a dialog that is trained on to be from here, relative to other sources
+
+
 class Batches:
     """The order in which a dataset is trained on: batch `step` for any step, without state.
 
     Every epoch is a fresh seeded shuffle, cut into batches of equal size (give or take one dialog), at most
     `batch_size`. Dialogs of similar length share a batch: each pool of `POOL` batches is sorted by length and cut
     again, then the batches are shuffled.
+
+    With several `sources`, which make up the dataset in their order, an epoch is one pass over the first, and of each
+    other one as many dialogs as its weight asks for: all of them as often as that is, and a random choice of the rest.
     """
 
     POOL = 8
 
-    def __init__(self, lengths: torch.Tensor, batch_size: int, seed: int):
+    def __init__(self, lengths: torch.Tensor, batch_size: int, seed: int, sources: Sequence[Source] = ()):
         self.lengths = lengths.cpu()
         self.seed = seed
-        self.per_epoch = -(-len(lengths) // batch_size)
+        sources = sources or [Source(len(lengths), 1.0)]
+        starts = accumulate((source.n_dialogs for source in sources), initial=0)
+        self._parts = [  # rows and how many of them an epoch takes
+            (np.arange(start, start + n), round(sources[0].n_dialogs * weight / sources[0].weight))
+            for start, (n, weight) in zip(starts, sources, strict=False)
+        ]
+        #: Dialogs an epoch.
+        self.n_dialogs = sum(count for _, count in self._parts)
+        self.per_epoch = -(-self.n_dialogs // batch_size)
         self._epoch: int | None = None
         self._batches: list[torch.Tensor] = []
 
@@ -353,10 +382,18 @@ class Batches:
 
     def _shuffle(self, epoch: int) -> list[torch.Tensor]:
         rng = np.random.default_rng([self.seed, epoch])
-        batches = list(torch.from_numpy(rng.permutation(len(self.lengths))).tensor_split(self.per_epoch))
+        rows = np.concatenate([_take(part, count, rng) for part, count in self._parts])
+        batches = list(torch.from_numpy(rng.permutation(rows)).tensor_split(self.per_epoch))
         for start in range(0, self.per_epoch, self.POOL):
             pool = slice(start, start + self.POOL)
             sizes = [len(batch) for batch in batches[pool]]
             rows = torch.cat(batches[pool])
             batches[pool] = rows[self.lengths[rows].argsort(stable=True)].split(sizes)
         return [batches[i] for i in rng.permutation(self.per_epoch)]
+
+
+def _take(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` of `rows`: all of them as often as that is, and a random choice of the rest."""
+    passes, rest = divmod(count, len(rows))
+    chosen = [rng.choice(rows, rest, replace=False)] if rest else []
+    return np.concatenate([*[rows] * passes, *chosen])

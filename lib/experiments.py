@@ -5,6 +5,8 @@ growing strides to a bracket, then by bisection, then below what it found, for l
 needs next is a function of the finished rows alone, so a sweep of searches resumes from the rows and repeats nothing.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -146,6 +148,45 @@ def _bounds_paper() -> Iterator[Search]:
                 yield Search(_published_recipe(mode, n_facts, seed), threshold=None)
 
 
+# 5.1, biographies as well as questions --------------------------------------------------------------------------------
+
+
+def _with_biographies(search: Search) -> Search:
+    """The same search with a biography of everyone for each time that their four questions are asked.
+
+    A fifth more dialogs, so that the questions are asked as often as without.
+    """
+    base = search.base
+    steps = math.ceil(base.training.total_steps(4 * base.facts.n_people) / (1 - BIOGRAPHIES))
+    training = base.training.model_copy(update={"biographies": BIOGRAPHIES, "steps": steps})
+    return dataclasses.replace(search, base=base.model_copy(update={"training": training}))
+
+
+#: Their share of the dialogs: one biography for every four questions.
+BIOGRAPHIES = 0.2
+
+
+def _biographies_smoke() -> Iterator[Search]:
+    yield from (_with_biographies(search) for search in _bounds_smoke() if search.base.mode == "in-weight")
+
+
+def _biographies_quick() -> Iterator[Search]:
+    yield from (_with_biographies(search) for search in _bounds_quick() if search.base.mode == "in-weight")
+
+
+def _biographies_laptop() -> Iterator[Search]:
+    """Two numbers of facts."""
+    for search in _bounds_laptop():
+        if 4 * search.base.facts.n_people in (512, 1024):
+            yield _with_biographies(search)
+
+
+def _biographies_paper() -> Iterator[Search]:
+    for search in _bounds_paper():
+        if search.base.mode == "in-weight" and 4 * search.base.facts.n_people in (1024, 8192):
+            yield _with_biographies(search)
+
+
 # 5.2 Generalization ---------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +292,12 @@ def quickstart(profile: str, seed: int = 0) -> dict[str, RunConfig]:
 
 _SECTIONS: dict[str, dict[str, Callable[[], Iterator[Search]]]] = {
     "05_1": {"smoke": _bounds_smoke, "quick": _bounds_quick, "laptop": _bounds_laptop, "paper": _bounds_paper},
+    "05_1_biographies": {
+        "smoke": _biographies_smoke,
+        "quick": _biographies_quick,
+        "laptop": _biographies_laptop,
+        "paper": _biographies_paper,
+    },
     "05_2": {
         "smoke": _generalization_smoke,
         "quick": _generalization_quick,

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from lib import paths, results
 from lib.base import InputError
+from lib.comparison import published_by_paper
 from lib.facts import FactsConfig, unseen_people
 from lib.generalization import best_constant_guess
 
@@ -373,23 +374,17 @@ _CONTENDERS = {
 
 
 def _draw_parameter_bounds(profile: str, threshold: float = 0.95) -> Figure:
-    _check_threshold(threshold)
+    results.check_threshold(threshold)
     return parameter_bounds(
-        results.published_by_paper("parameter_bounds"),
+        published_by_paper("parameter_bounds"),
         results.bounds(results.counting_profile(profile)),
         None if profile in paths.PUBLISHING else results.bounds(profile),
         threshold,
     )
 
 
-def _check_threshold(threshold: float) -> None:
-    if threshold not in results.THRESHOLDS:
-        known = ", ".join(map(str, results.THRESHOLDS))
-        raise InputError(f"threshold = {threshold}: the published thresholds are {known}")
-
-
 def _draw_recall_against_parameters(profile: str) -> Figure:
-    published = results.published_by_paper("recall_vs_parameters_in_weight")
+    published = published_by_paper("recall_vs_parameters_in_weight")
     own = None if profile in paths.PUBLISHING else results.bounds_rows(profile)
     return recall_against_parameters(results.bounds_rows(results.counting_profile(profile)), own, published)
 
@@ -405,7 +400,7 @@ def _own_shares(profile: str) -> pd.DataFrame | None:
 def _draw_generalization(profile: str) -> Figure:
     shares = results.unseen_shares(results.counting_rows("05_2", profile))
     guess = best_constant_guess(unseen_people(FactsConfig(n_people=1), 1000)["new_both"])
-    return generalization(shares, _own_shares(profile), results.published_by_paper("generalization"), guess)
+    return generalization(shares, _own_shares(profile), published_by_paper("generalization"), guess)
 
 
 def _draw_tool_calls(profile: str, d_model: int = 36) -> Figure:
@@ -413,8 +408,8 @@ def _draw_tool_calls(profile: str, d_model: int = 36) -> Figure:
 
 
 def _draw_compressibility(profile: str, threshold: float = 0.95) -> Figure:
-    _check_threshold(threshold)
-    published = results.published_by_paper("compressibility").rename(columns={"correlation_alpha": "alpha"})
+    results.check_threshold(threshold)
+    published = published_by_paper("compressibility").rename(columns={"correlation_alpha": "alpha"})
     own = None if profile in paths.PUBLISHING else results.compressibility_bounds(profile)
     return compressibility(
         published.assign(entropy_bits=results.entropy_bits(published)),

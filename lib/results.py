@@ -16,9 +16,21 @@ from lib.facts import ATTRIBUTES, entropy_bits_by_attribute, entropy_bits_per_pe
 from lib.run import ROW, commit
 
 #: How the tables name a section's rows.
-TABLES = {"05_1": "parameter_bounds", "05_2": "generalization", "05_3": "compressibility"}
+TABLES = {
+    "05_1": "parameter_bounds",
+    "05_1_biographies": "biographies",
+    "05_2": "generalization",
+    "05_3": "compressibility",
+}
 #: The recalls that the paper counts as knowing.
 THRESHOLDS = (0.5, 0.9, 0.95, 0.99)
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise `InputError` for a recall that the paper does not count as knowing."""
+    if threshold not in THRESHOLDS:
+        known = ", ".join(map(str, THRESHOLDS))
+        raise InputError(f"threshold = {threshold}: the published thresholds are {known}")
 
 
 def sweep_dir(section: str, profile: str) -> Path:
@@ -232,6 +244,20 @@ def compressibility_bounds(profile: str) -> pd.DataFrame:
     return bounds.assign(entropy_bits=entropy_bits(bounds))
 
 
+def biographies_bounds(profile: str, threshold: float = 0.95) -> pd.DataFrame:
+    """Parameters needed without and with biographies among the training text, and their ratio, where both are known.
+
+    A row per number of facts; means over the seeds that reached the threshold, whose numbers stand beside them.
+    """
+    without = minimal_parameters(bounds_rows(profile), bounds_searches(profile), [threshold])
+    plan = searches("05_1_biographies", profile)
+    with_them = minimal_parameters(read_rows("05_1_biographies", profile), plan, [threshold])
+    both = without.merge(with_them, on=["mode", "n_facts", "alpha"], suffixes=("_without", "_with"))
+    both["ratio"] = both.min_params_mean_with / both.min_params_mean_without
+    columns = [f"{name}_{which}" for which in ("without", "with") for name in ("min_params_mean", "seeds_reaching_it")]
+    return both[["n_facts", *columns, "ratio"]].dropna(subset="ratio", ignore_index=True)
+
+
 def fit_line(points: pd.DataFrame, resamples: int = 2000) -> dict[str, float]:
     """Parameters needed as a line in the facts: slope (parameters a fact), its 95% interval, intercept, n_points.
 
@@ -266,29 +292,3 @@ def unseen_shares(rows: pd.DataFrame) -> pd.DataFrame:
     )
     kind_and_measure = tidy.pop("column").str.extract(r"^(trained|new_[a-z]+?)_(.+)$")
     return tidy.assign(kind=kind_and_measure[0], measure=kind_and_measure[1]).reset_index(drop=True)
-
-
-def published_by_paper(name: str) -> pd.DataFrame:
-    """A table of paper_data/published: the paper's own numbers (CC BY-NC 4.0)."""
-    return pd.read_csv(paths.PUBLISHED / f"{name}.csv")
-
-
-def compare_bounds(ours: pd.DataFrame, threshold: float = 0.95) -> pd.DataFrame:
-    """Ours (`minimal_parameters`) beside the published figure and their ratio, where both have a point."""
-    theirs = published_by_paper("parameter_bounds")
-    theirs = theirs[theirs.recall_threshold == threshold]
-    both = ours.merge(theirs, on=["mode", "n_facts", "recall_threshold"], suffixes=("", "_published"))
-    both["ratio"] = both.min_params_mean / both.min_params_mean_published
-    columns = ["mode", "n_facts", "min_params_mean", "min_params_std", "seeds_reaching_it", "seeds"]
-    return both[[*columns, "min_params_mean_published", "ratio"]].dropna(subset="ratio", ignore_index=True)
-
-
-def compare_compressibility(ours: pd.DataFrame, threshold: float = 0.95) -> pd.DataFrame:
-    """Ours (`compressibility_bounds`) beside the published figure and their ratio, where both have a point."""
-    theirs = published_by_paper("compressibility").rename(columns={"correlation_alpha": "alpha"})
-    theirs = theirs[theirs.recall_threshold == threshold]
-    both = ours.merge(theirs, on=["n_facts", "alpha", "recall_threshold"])
-    both = both.rename(columns={"min_params": "min_params_published"})
-    both["ratio"] = both.min_params_mean / both.min_params_published
-    columns = ["n_facts", "alpha", "min_params_mean", "min_params_std", "seeds_reaching_it", "seeds", "entropy_bits"]
-    return both[[*columns, "min_params_published", "ratio"]].dropna(subset="ratio", ignore_index=True)

@@ -22,7 +22,7 @@ from filelock import FileLock
 from lib import checkpoint, paths
 from lib.base import InputError
 from lib.config import RunConfig
-from lib.dialogs import ByteTokenizer, tokenize_people
+from lib.dialogs import ByteTokenizer, Source, join, tokenize_people
 from lib.facts import People, load_people, write_database
 from lib.generalization import measure_generalization
 from lib.gradients import Gradients
@@ -113,13 +113,20 @@ class _Cell:
         self.tokenizer = ByteTokenizer()
         self.facts = list(self.people.facts())
         probe = self.facts[: self.config.evaluation.questions]
+        self.questions = tokenize_people(self.people, self.config.mode, self.tokenizer)
+        data, sources, share = self.questions, [], self.config.training.biographies
+        if share:
+            biographies = tokenize_people(self.people, "biography", self.tokenizer)
+            data = join([data, biographies])
+            sources = [Source(len(self.questions), 1 - share), Source(len(biographies), share)]
         self.trainer = Trainer(
             Transformer(self.config.model, torch.Generator().manual_seed(self.config.seed)).to(device),
-            tokenize_people(self.people, self.config.mode, self.tokenizer),
+            data,
             self.config,
             self.directory,
             lambda _: self.recall(probe).overall,
             compiled,
+            sources,
         )
 
     def recall(self, questions: list[Fact]) -> Recall:
@@ -127,7 +134,7 @@ class _Cell:
 
     def finish(self, ending: Ending) -> dict:
         """Measure and save the model; the row."""
-        measured, bits = self.recall(self.facts), bits_of_dialogs(self.trainer.model, self.trainer.data)
+        measured, bits = self.recall(self.facts), bits_of_dialogs(self.trainer.model, self.questions)
         asks_unseen = self.config.evaluation.unseen_people > 0
         save_model(self.trainer.model, self.directory / MODEL, self.config)
         return {

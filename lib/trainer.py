@@ -11,7 +11,7 @@ import torch
 from lib import checkpoint
 from lib.base import InputError
 from lib.config import RunConfig
-from lib.dialogs import Batches, TokenizedDialogs
+from lib.dialogs import Batches, Source, TokenizedDialogs
 from lib.gradients import IGNORED, Batch, Gradients
 from lib.model import Transformer
 from lib.monitor import Monitor
@@ -51,8 +51,10 @@ class Trainer:
         directory: Path,
         evaluate: Callable[[Transformer], float] | None = None,
         compiled: bool = False,
+        sources: Sequence[Source] = (),
     ):
-        """`evaluate` returns a recall in [0, 1]; `directory` receives checkpoints and metrics.
+        """`evaluate` returns a recall in [0, 1]; `directory` receives checkpoints and metrics; `sources`
+        are those of `Batches`.
 
         `compiled` has torch.compile fuse a step's elementwise work: seconds at the start (see `lib.run`).
         """
@@ -61,9 +63,9 @@ class Trainer:
         self.lengths, self.first_trained = data.lengths().cpu(), data.first_trained()
         self.n_trained = data.trained_counts()
         self.optimizers = build_optimizers(model, config.optim)
-        self.total_steps = config.training.total_steps(len(data))
-        self.batches = Batches(self.lengths, config.training.batch_size, config.seed)
-        smallest, n_parts = len(data) // self.batches.per_epoch, config.training.grad_accumulation
+        self.batches = Batches(self.lengths, config.training.batch_size, config.seed, sources)
+        self.total_steps = config.training.total_steps(self.batches.n_dialogs)
+        smallest, n_parts = self.batches.n_dialogs // self.batches.per_epoch, config.training.grad_accumulation
         if smallest < n_parts:
             raise InputError(
                 f"training.grad_accumulation = {n_parts}, but there are batches of {smallest} dialogs only"

@@ -11,6 +11,7 @@ from lib.dialogs import (
     Batches,
     ByteTokenizer,
     Role,
+    Source,
     Turn,
     answer,
     biography,
@@ -19,6 +20,7 @@ from lib.dialogs import (
     encode_prompt,
     in_tool_dialog,
     in_weight_dialog,
+    join,
     question,
     tokenize,
     tokenize_people,
@@ -371,3 +373,46 @@ def test_little_of_a_batch_is_padding(mode, at_most):
     batches = [lengths[rows] for rows in map(torch.tensor, _epoch(Batches(lengths, 128, seed=0)))]
     padded = sum(len(batch) * int(batch.max()) for batch in batches)
     assert 1 - int(lengths.sum()) / padded < at_most
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.floats(0.05, 4)), min_size=1, max_size=4),
+    st.integers(1, 16),
+    st.integers(0, 3),
+)
+def test_an_epoch_takes_of_every_source_what_its_weight_asks_for(sources, batch_size, epoch):
+    sources = [Source(*source) for source in sources]
+    lengths = torch.arange(sum(source.n_dialogs for source in sources))
+    batches = Batches(lengths, batch_size, 7, sources)
+    rows = [row for batch in _epoch(batches, epoch) for row in batch]
+    counts = np.bincount(rows, minlength=len(lengths))
+    first = sources[0]
+    start = 0
+    for n_dialogs, weight in sources:
+        part = counts[start : start + n_dialogs]
+        assert part.max() - part.min() <= 1  # every dialog as often as any other, as nearly as can be
+        assert part.sum() == round(first.n_dialogs * weight / first.weight)
+        start += n_dialogs
+    assert counts[: first.n_dialogs].tolist() == [1] * first.n_dialogs and len(rows) == batches.n_dialogs
+
+
+def test_one_source_is_the_dataset_itself():
+    lengths = torch.arange(50)
+    plain, one = Batches(lengths, 8, 3), Batches(lengths, 8, 3, [Source(50, 0.3)])
+    assert _epoch(plain, 2) == _epoch(one, 2)
+
+
+def test_the_random_rest_of_a_source_changes_from_epoch_to_epoch():
+    batches = Batches(torch.ones(40), 8, 0, [Source(20, 1.0), Source(20, 0.5)])
+    seen = [{row for batch in _epoch(batches, epoch) for row in batch if row >= 20} for epoch in range(10)]
+    assert all(len(rows) == 10 for rows in seen) and set.union(*seen) == set(range(20, 40))
+
+
+def test_datasets_are_joined_one_after_the_other():
+    people = sample_people(5)
+    parts = [tokenize_people(people, mode, TOKENIZER) for mode in ("in-weight", "biography")]
+    whole = join(parts)
+    expected = [dialog for part in parts for dialog in map(part.__getitem__, range(len(part)))]
+    assert len(whole) == len(expected) == 25
+    for i, (values, mask) in enumerate(expected):
+        assert torch.equal(whole[i][0], values) and torch.equal(whole[i][1], mask)

@@ -15,9 +15,10 @@ from matplotlib import pyplot as plt
 
 from lib import figures, paths, results
 from lib.base import InputError
+from lib.comparison import published_by_paper
 from lib.model import ModelConfig
 
-PUBLISHED = results.published_by_paper("parameter_bounds")
+PUBLISHED = published_by_paper("parameter_bounds")
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +192,7 @@ def test_recall_is_drawn_against_parameters_as_measured():
 
 
 def test_the_published_recall_curves_lie_behind_the_in_weight_panel():
-    published = results.published_by_paper("recall_vs_parameters_in_weight")
+    published = published_by_paper("recall_vs_parameters_in_weight")
     left, right = figures.draw("recall_vs_parameters").axes
     assert len(right.lines) == 0
     curves = {float(np.nanmax(line.get_xdata())) for line in left.lines}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lib import paths, results
 from lib.base import InputError
+from lib.comparison import published_by_paper
 from lib.config import RunConfig
 from lib.experiments import SIZES, Search, searches
 from lib.facts import ATTRIBUTES
@@ -108,25 +109,10 @@ def test_minimal_parameters_of_nothing_is_a_table_of_nothing():
 
 def test_the_table_of_our_points_has_the_columns_of_the_published_one():
     ours = results.minimal_parameters(pd.DataFrame([_row()]))
-    published = results.published_by_paper("parameter_bounds")
+    published = published_by_paper("parameter_bounds")
     shared = {"mode", "n_facts", "recall_threshold", "min_params_mean", "min_params_std"}
     assert shared <= set(ours.columns) & set(published.columns)
     assert set(ours.recall_threshold) == set(published.recall_threshold)
-
-
-def test_our_bounds_stand_beside_the_published_ones_where_both_have_a_point():
-    published = results.published_by_paper("parameter_bounds").query("recall_threshold == 0.95 and n_facts == 32")
-    rows = [
-        _row(n_facts=32, d_model=4, recall=0.2),
-        _row(n_facts=32, d_model=8, recall=1.0),
-        _row(n_facts=64, d_model=8, recall=0.3),  # no size that does
-        _row(n_facts=33, d_model=4, recall=1.0),  # not published
-    ]
-    (row,) = results.compare_bounds(results.minimal_parameters(pd.DataFrame(rows))).to_dict("records")
-    theirs = float(published[published["mode"] == "in-weight"].min_params_mean.iloc[0])
-    assert (row["mode"], row["n_facts"], row["min_params_mean"]) == ("in-weight", 32, 6248)
-    assert row["min_params_mean_published"] == theirs and row["ratio"] == pytest.approx(6248 / theirs)
-    assert len(results.compare_bounds(results.minimal_parameters(pd.DataFrame()))) == 0
 
 
 # ---- Reading and publishing
@@ -354,7 +340,7 @@ def test_too_few_points_have_no_interval():
 
 
 def test_the_published_slopes_are_those_of_the_published_table():
-    theirs = results.published_by_paper("parameter_bounds")
+    theirs = published_by_paper("parameter_bounds")
     theirs = theirs[(theirs["mode"] == "in-weight") & (theirs.recall_threshold == 0.95)]
     fits = [results.fit_line(theirs[theirs.n_facts.between(256, last)]) for last in (8192, 65_536)]
     assert [round(fit["slope"], 1) for fit in fits] == [6.9, 8.1]
@@ -373,13 +359,13 @@ def test_columns_about_unseen_people_become_rows():
     assert len(results.unseen_shares(pd.DataFrame())) == 0
 
 
-def test_compressibility_stands_beside_the_published_sizes(monkeypatch):
-    rows = pd.DataFrame([
-        _row(n_facts=4000, alpha=alpha, d_model=d, n_params=ModelConfig(d_model=d).n_params, recall=float(d >= enough))
-        for alpha, enough in ((0.0, 32), (1.0, 24)) for d in (20, 24, 28, 32)
-    ])  # fmt: skip
-    monkeypatch.setattr(results, "read_rows", lambda section, profile: rows if section == "05_3" else None)
-    compared = results.compare_compressibility(results.compressibility_bounds("laptop")).set_index("alpha")
-    assert compared.ratio[0.0] == 1.0 and compared.ratio[1.0] == pytest.approx(31_032 / 23_300)
-    assert compared.entropy_bits[0.0] == pytest.approx(31_250, rel=1e-3)
-    assert compared.entropy_bits[1.0] < 0.7 * compared.entropy_bits[0.0]
+def test_biographies_are_weighed_against_the_same_facts_without_them(monkeypatch):
+    plain = pd.DataFrame(_row(n_facts=512, d_model=d, recall=float(d >= 20)) for d in (12, 16, 20))
+    more = pd.DataFrame(_row(n_facts=512, d_model=d, recall=float(d >= 16)) for d in (8, 12, 16))
+    more = pd.concat([more, pd.DataFrame([_row(n_facts=1024, d_model=8, recall=1.0)])])  # nothing smaller was tried
+    monkeypatch.setattr(results, "bounds_rows", lambda profile: plain)
+    monkeypatch.setattr(results, "read_rows", lambda section, profile: more)
+    (row,) = results.biographies_bounds("laptop").to_dict("records")
+    sizes = [ModelConfig(d_model=d).n_params for d in (20, 16)]
+    assert [row["min_params_mean_without"], row["min_params_mean_with"]] == sizes
+    assert row["ratio"] == pytest.approx(sizes[1] / sizes[0]) and row["seeds_reaching_it_with"] == 1

@@ -1,0 +1,80 @@
+"""Our results beside the paper's own, point by point."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from lib import paths, results
+from lib.base import InputError
+
+#: What a published point of a section is about.
+_POINTS = {
+    "05_1": ["mode", "n_facts", "recall_threshold"],
+    "05_2": ["mode", "n_facts", "n_params"],
+    "05_3": ["n_facts", "alpha", "recall_threshold"],
+}
+_OURS = ["ours", "ours_std", "seeds_reaching_it", "seeds"]
+
+
+def published_by_paper(name: str) -> pd.DataFrame:
+    """A table of paper_data/published: the paper's own numbers (CC BY-NC 4.0)."""
+    return pd.read_csv(paths.PUBLISHED / f"{name}.csv")
+
+
+def compare(section: str, profile: str) -> pd.DataFrame:
+    """Ours, the published figure and their ratio (ours / published), where both have a point.
+
+    In Sections 5.1 and 5.3 the figure is the parameters of the smallest model that reaches a recall threshold, ours in
+    the mean of the `seeds_reaching_it`; in 5.2 it is the recall of people whose names are wholly new, who are the
+    nearest to the paper's (what is new in their names is not published). A row per point: what it is about, ours,
+    ours_std, seeds_reaching_it, seeds, published, ratio. A section without published points is an `InputError`.
+    """
+    if section not in _POINTS:
+        raise InputError(f"nothing is published to compare section {section} with: there are {', '.join(_POINTS)}")
+    ours, published = _OF_SECTION[section](profile)
+    both = ours.merge(published, on=_POINTS[section])
+    both = both.assign(ratio=both.ours / both.published).dropna(subset="ratio")
+    return both[[*_POINTS[section], *_OURS, "published", "ratio"]].reset_index(drop=True)
+
+
+def _bounds(profile: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    published = published_by_paper("parameter_bounds").rename(columns={"min_params_mean": "published"})
+    return _minimal(results.bounds(profile)), published.drop(columns="min_params_std")
+
+
+def _compressibility(profile: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    published = published_by_paper("compressibility")
+    published = published.rename(columns={"correlation_alpha": "alpha", "min_params": "published"})
+    return _minimal(results.compressibility_bounds(profile)), published
+
+
+def _minimal(bounds: pd.DataFrame) -> pd.DataFrame:
+    return bounds.rename(columns={"min_params_mean": "ours", "min_params_std": "ours_std"})
+
+
+def _generalization(profile: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    rows = results.read_rows("05_2", profile).reindex(columns=[*_POINTS["05_2"], "new_both_recall"])
+    grouped = rows.groupby(_POINTS["05_2"]).new_both_recall
+    ours = grouped.agg(ours="mean", ours_std="std", seeds_reaching_it="count", seeds="size").reset_index()
+    return ours, published_by_paper("generalization").rename(columns={"ood_recall": "published"})
+
+
+SECTIONS = tuple(_POINTS)
+_OF_SECTION = {"05_1": _bounds, "05_2": _generalization, "05_3": _compressibility}
+
+
+def path(section: str) -> Path:
+    """Where a section's comparison is committed: paper_data/compared/<table>.csv."""
+    return paths.PAPER_DATA / "compared" / results.table_path(section).name
+
+
+def write(section: str) -> pd.DataFrame:
+    """Write `compare` of all profiles that publish, with a column `profile`, to `path`; returns the table."""
+    tables = [compare(section, profile).assign(profile=profile) for profile in paths.PUBLISHING]
+    table = pd.concat(tables).set_index("profile").reset_index()  # the profile first
+    if not len(table):
+        return table
+    path(section).parent.mkdir(exist_ok=True)
+    with paths.replacing(path(section)) as temporary:
+        table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.6g")
+    return table
