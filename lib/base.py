@@ -13,6 +13,15 @@ class InputError(ValueError):
     """
 
 
+class WorkError(RuntimeError):
+    """Good input, but the work could not be done: a full disk, a process that died.
+
+    The message is one sentence that says what to do. The command line prints it and exits with `exit_code`.
+    """
+
+    exit_code = 1
+
+
 class Config(BaseModel):
     """A frozen, typed group of settings; unknown keys and impossible values raise `InputError`."""
 

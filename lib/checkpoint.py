@@ -1,7 +1,8 @@
 """Checkpoints: tensors as safetensors, the rest as JSON, nothing that could run code.
 
 A checkpoint is a folder. It is written under a temporary name, its completeness marker last, and then renamed, so a
-folder with a marker is whole; the marker holds a checksum of every file, so damage is noticed, not loaded.
+folder with a marker is whole; the marker holds a checksum of every file, so damage is noticed, not loaded. Ranks that
+share the weights out write a file each; any number of ranks, one of them too, reads them again.
 """
 
 import hashlib
@@ -9,13 +10,21 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
-from lib.base import InputError
+from lib.base import InputError, WorkError
+from lib.distributed import ALONE, Ranks
+
+# A process on its own is what it says it assumes; every checkpoint would say so.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 TENSORS, STATE, MARKER = "tensors.safetensors", "state.json", "COMPLETE.json"
 
@@ -25,33 +34,61 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
 
     What a crashed writer left is cleared away by the next one; there must be only one at a time.
     """
-    temporary, replaced = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
-    for leftover in (temporary, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = _begin(folder)
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
-    (temporary / STATE).write_text(json.dumps(state))
-    sums = {name: _checksum(temporary / name) for name in (TENSORS, STATE)}
+    _commit(temporary, folder, json.dumps(state))
+
+
+def _begin(folder: Path) -> Path:
+    """An empty folder to write into."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    for leftover in (temporary, _replaced(folder)):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True, exist_ok=True)  # another rank may be as fast
+    return temporary
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _commit(temporary: Path, folder: Path, state: str) -> None:
+    """Make the tensors in `temporary` a whole checkpoint and give it its name."""
+    (temporary / STATE).write_text(state)
+    sums = {path.name: _checksum(path) for path in sorted(temporary.iterdir())}
     for name in sums:
         _flush_to_disk(temporary / name)
     (temporary / MARKER).write_text(json.dumps(sums))
     _flush_to_disk(temporary / MARKER)
     if folder.exists():
-        folder.rename(replaced)  # in one step: deleting takes several
+        folder.rename(_replaced(folder))  # in one step: deleting takes several
     temporary.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(_replaced(folder), ignore_errors=True)
 
 
-def load(folder: Path, device: torch.device | str = "cpu") -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and state of a checkpoint; an `InputError` says what is missing or damaged."""
+def load(
+    folder: Path,
+    like: Callable[[str, torch.Size, torch.dtype], torch.Tensor] = lambda _, shape, dtype: torch.empty(
+        shape, dtype=dtype
+    ),
+    ranks: Ranks = ALONE,
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and state of a checkpoint; an `InputError` says what is missing or damaged.
+
+    like: makes the tensor to read into from its name, shape and type, where a rank wants a part of it only.
+    """
     if not folder.is_dir():
         raise InputError(f"there is no checkpoint at {folder}")
     problem = damage(folder)
     if problem:
         raise InputError(f"the checkpoint {folder} {problem}: use an earlier one or train again")
     try:
-        return load_file(folder / TENSORS, device=str(device)), json.loads((folder / STATE).read_text())
-    except (SafetensorError, ValueError) as error:
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        found = reader.read_metadata().state_dict_metadata
+        tensors = {name: like(name, entry.size, entry.properties.dtype) for name, entry in found.items()}
+        dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
+        return tensors, json.loads((folder / STATE).read_text())
+    except (SafetensorError, CheckpointException, ValueError) as error:
         raise InputError(f"the checkpoint {folder} cannot be read: {error}") from None
 
 
@@ -59,12 +96,14 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None if it is whole."""
     try:
         sums = json.loads((folder / MARKER).read_text())
-        expected = {name: sums[name] for name in (TENSORS, STATE)}
+        names = set(sums) - {STATE}
+        if STATE not in sums or not names or not all(Path(name).name == name for name in names):
+            raise ValueError
     except OSError:
         return f"is incomplete ({MARKER} is missing)"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, TypeError):
         return f"is damaged ({MARKER} is not readable)"
-    for name, checksum in expected.items():
+    for name, checksum in sums.items():
         if not (folder / name).is_file():
             return f"is damaged ({name} is missing)"
         if _checksum(folder / name) != checksum:
@@ -72,11 +111,45 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def save_step(root: Path, step: int, tensors: dict[str, torch.Tensor], state: dict, keep: int) -> None:
-    """Write the checkpoint of one step below `root` and delete all but the latest `keep`."""
-    save(root / f"step_{step:08d}", tensors, state)
-    for old in _steps(root)[:-keep]:
-        shutil.rmtree(old)
+class _StepWriter(dcp.HuggingFaceStorageWriter):
+    """Every rank writes a file; when all are there, the first makes them a whole checkpoint and deletes old ones."""
+
+    def __init__(self, folder: Path, state: str, keep: int):
+        super().__init__(str(folder.with_name(f".{folder.name}.tmp")), save_distributed=True)
+        self.folder, self.state, self.keep = folder, state, keep
+
+    def set_up_storage_writer(self, is_coordinator: bool, *arguments, **options) -> None:
+        super().set_up_storage_writer(is_coordinator, *arguments, **options)
+        if is_coordinator:  # before any rank writes, for they wait for the coordinator's plan
+            _begin(self.folder)
+
+    def finish(self, metadata, results) -> None:
+        _commit(Path(self.path), self.folder, self.state)
+        for old in _steps(self.folder.parent)[: -self.keep]:
+            shutil.rmtree(old)
+
+
+def save_step(
+    root: Path, step: int, tensors: dict[str, torch.Tensor], state: dict, keep: int, ranks: Ranks = ALONE
+) -> Future:
+    """Begin to write the checkpoint of one step below `root`, after which all but the latest `keep` are deleted.
+
+    Tensors and state are copied at once and may change then; `finish` waits for the rest.
+    """
+    writer = _StepWriter(root / f"step_{step:08d}", json.dumps(state), keep)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    return dcp.async_save(tensors, storage_writer=writer, process_group=ranks.saving_group, no_dist=ranks.size == 1)
+
+
+def finish(saving: Future) -> None:
+    """Wait for `save_step`; a disk that is full, say, is a `WorkError`. What was written before is still there."""
+    try:
+        saving.result()
+    except CheckpointException as error:
+        (cause, *_) = (failure[0] for failure in error.failures.values())
+        raise WorkError(
+            f"a checkpoint could not be written ({cause}): see to it, the same command goes on from the one before"
+        ) from error
 
 
 def latest(root: Path) -> Path | None:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from lib import paths
-from lib.base import InputError
+from lib.base import InputError, WorkError
 
 app = typer.Typer(
     help="In-tool and in-weight learning: train, ask, sweep, draw.",
@@ -30,6 +30,8 @@ def main() -> None:
         code = app(standalone_mode=False)
     except InputError as error:
         sys.exit(_complain(str(error), 2))
+    except WorkError as error:
+        sys.exit(_complain(str(error), error.exit_code))
     except typer.TyperException as error:  # an unknown option, a value of the wrong type; no words after the bare help
         sys.exit(_complain(error.format_message(), 2) if error.format_message() else 2)
     if code == 130:  # what typer makes of Ctrl-C
@@ -86,10 +88,18 @@ def train(
     out: Annotated[Path | None, typer.Option(help="folder of the run [default: runs/train/<run id>]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     tensorboard: Annotated[bool, typer.Option(help="also log for TensorBoard")] = False,
+    sharded: Annotated[bool, typer.Option(help="under torchrun: share the weights out over processes (FSDP)")] = False,
+    tensor: Annotated[int, typer.Option(help="under torchrun: so many processes split each matrix")] = 1,
 ) -> None:
-    """Train one model and measure its recall. The same command goes on where it was interrupted."""
+    """Train one model and measure its recall. The same command goes on where it was interrupted.
+
+    Started by torchrun, several processes train it together, each on its part of every batch.
+    """
     from lib.config import RunConfig, override, read_config
+    from lib.distributed import is_first
     from lib.run import run
+
+    console.quiet = not is_first()
 
     if people is not None and csv is not None:
         raise InputError("--people and --csv exclude each other: the file says how many there are")
@@ -105,7 +115,15 @@ def train(
     cell = override(read_config(config) if config else RunConfig(), given)
     directory = out or paths.runs() / "train" / cell.run_id
     console.print(f"run {cell.run_id}: {cell.mode}, d_model {cell.model.d_model}, {cell.model.n_params:,} parameters")
-    row = run(cell, directory, device=device, description="training", tensorboard=tensorboard)
+    row = run(
+        cell,
+        directory,
+        device=device,
+        description="training" if is_first() else None,
+        tensorboard=tensorboard,
+        sharded=sharded,
+        tensor=tensor,
+    )
     console.print(
         f"recall {row['recall']:.4f} on {row['n_questions']:,} questions after {row['steps']:,} steps "
         f"and {row['train_seconds']:.0f} s (stopped by {row['stopped']})"

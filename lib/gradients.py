@@ -1,13 +1,16 @@
 """Loss and gradients of one model, or of several of the same shape in one pass."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lib.distributed import ALONE, Ranks, gradients_stay_here
 from lib.model import Transformer
 
 #: A target that has no loss.
@@ -29,7 +32,7 @@ def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def _loss_of_batch(model: Transformer, batch: Batch) -> torch.Tensor:
+def _loss_of_batch(model: nn.Module, batch: Batch) -> torch.Tensor:
     return summed_loss(model(batch.tokens, batch.first), batch.targets)
 
 
@@ -41,11 +44,19 @@ class Gradients:
     no difference. That ends where the parameters get other storage: with `model.to(...)`, or in another stack.
     """
 
-    def __init__(self, models: Sequence[Transformer], bfloat16: bool = False, compiled: bool = False):
+    def __init__(
+        self,
+        models: Sequence[Transformer],
+        bfloat16: bool = False,
+        compiled: bool = False,
+        ranks: Ranks = ALONE,
+    ):
         """`bfloat16` computes matrix products in that precision; `compiled` has torch.compile fuse elementwise work
-        (not that of stacked models), and leaves it as it is where there is nothing to compile with.
+        (not that of stacked models), and leaves it as it is where there is nothing to compile with. A single model may
+        be trained by several `ranks`, each on its part of a batch.
         """
-        self.models, self.bfloat16 = list(models), bfloat16
+        self.models, self.bfloat16, self.ranks = list(models), bfloat16, ranks
+        self.called = [ranks.wrap(model) for model in self.models]
         self._loss_of_batch = _loss_of_batch
         if compiled:
             for model in self.models:  # a table that is built while compiling ties the code to the first batch's length
@@ -62,18 +73,23 @@ class Gradients:
                     parameter.data = self.stacked[name].data[i]
             self._members = members
 
-    def accumulate(self, batches: Sequence[Batch], n_trained: Sequence[int]) -> list[torch.Tensor]:
+    def accumulate(self, batches: Sequence[Batch], n_trained: Sequence[int], last: bool = True) -> list[torch.Tensor]:
         """Add the gradients of each model's loss on its batch: the sum over targets, divided by `n_trained`.
 
-        Returns these losses (scalars).
+        Ranks exchange gradients with the `last` part of a step's batch. Returns the losses (scalars) in this rank; they
+        add up over data ranks.
         """
+        with nullcontext() if last else gradients_stay_here(self.called[0]):
+            return self._accumulate(batches, n_trained)
+
+    def _accumulate(self, batches: Sequence[Batch], n_trained: Sequence[int]) -> list[torch.Tensor]:
         with torch.autocast(self.models[0].device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
             if len(self.models) == 1:
-                sums = [self._loss_of_batch(self.models[0], batches[0])]
+                sums = [self._loss_of_batch(self.called[0], batches[0])]
             else:
                 sums = self._stacked_losses(batches)
         losses = [total / n for total, n in zip(sums, n_trained, strict=True)]
-        sum(losses).backward()
+        (self.ranks.data_size * sum(losses)).backward()  # ranks take the mean of their gradients
         if len(self.models) > 1:
             for name, stacked in self.stacked.items():
                 for member, gradient in zip(self._members, stacked.grad, strict=True):

@@ -129,7 +129,7 @@ class Attention(nn.Module):
         `rotary`: cos and sin (..., S, D) for `rotate`. `cached`: the layer's keys and values (B, K, T, E), the
         positions (B, S) where this step's are written, and which of the T are visible (B, 1, S, T).
         """
-        B, S, D = x.shape
+        B, S, _ = x.shape
         E = self.config.head_dim
         cos, sin = rotary
         q = rotate(self.q_proj(x[:, first:]), (cos[..., first:, :], sin[..., first:, :]), E)
@@ -152,7 +152,7 @@ class Attention(nn.Module):
                 y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
         else:
             y = F.scaled_dot_product_attention(q, k, v, **options)
-        return self.o_proj(y.transpose(1, 2).reshape(B, S - first, D))
+        return self.o_proj(y.transpose(1, 2).reshape(B, S - first, -1))
 
 
 class SwiGLU(nn.Module):

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
@@ -119,6 +120,17 @@ class Monitor:
         self.bar.close()
         if self.writer:
             self.writer.close()
+
+
+class SilentMonitor(nullcontext):
+    """What the other ranks of a run have in place of a `Monitor`: the first speaks for all."""
+
+    def __enter__(self):
+        return self
+
+    def log(self, step: int, **metrics: float) -> None: ...
+
+    def advance(self) -> None: ...
 
 
 def _step_of(line: str) -> float:

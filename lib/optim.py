@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import nn
 
 from lib.base import Config
+from lib.distributed import part_like, whole
 
 
 class OptimConfig(Config):
@@ -66,13 +67,13 @@ def _update_matrices(optimizers: Sequence[Muon]) -> None:
                     alike = stacks.setdefault((parameter.shape, group["momentum"]), [])
                     alike.append((parameter, group, state["momentum_buffer"]))
     for ((rows, columns), momentum), alike in stacks.items():
-        gradients = torch.stack([parameter.grad for parameter, _, _ in alike])
-        moments = torch.stack([moment for _, _, moment in alike]).lerp_(gradients, 1 - momentum)
-        updates = orthogonalize(gradients.lerp_(moments, momentum))
-        for (parameter, group, moment), new_moment, update in zip(alike, moments, updates, strict=True):
-            moment.copy_(new_moment)
+        gradients, moments = [parameter.grad for parameter, _, _ in alike], [moment for _, _, moment in alike]
+        torch._foreach_lerp_(moments, gradients, 1 - momentum)
+        torch._foreach_lerp_(gradients, moments, momentum)
+        updates = orthogonalize(torch.stack([whole(gradient) for gradient in gradients]))
+        for (parameter, group, _), update in zip(alike, updates, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+            parameter.add_(part_like(parameter, update), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
@@ -127,6 +128,13 @@ def schedule_factor(config: OptimConfig, step: int, total_steps: int) -> float:
         return 1.0
     progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """Scale all gradients down to at most `max_norm`, the norm of all of them together, over all ranks."""
+    parameters = list(parameters)
+    norm = whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:

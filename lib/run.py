@@ -4,14 +4,15 @@ The folder of a run holds `config.json`, `people.sqlite`, `metrics.jsonl`, `chec
 `model/` (weights alone) and `row.json`. A finished run is never repeated; one that was killed goes on.
 """
 
+import errno
 import json
 import platform
 import shutil
 import subprocess
 import tempfile
 import timeit
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -20,13 +21,14 @@ import torch
 from filelock import FileLock
 
 from lib import checkpoint, paths
-from lib.base import InputError
+from lib.base import InputError, WorkError
 from lib.config import RunConfig
 from lib.dialogs import ByteTokenizer, Source, join, tokenize_people
+from lib.distributed import ALONE, Ranks, connect, world_size
 from lib.facts import People, load_people, write_database
 from lib.generalization import measure_generalization
 from lib.gradients import Gradients
-from lib.model import Transformer
+from lib.model import ModelConfig, Transformer
 from lib.monitor import summary_writer
 from lib.recall import Fact, Recall, bits_of_dialogs, measure_recall
 from lib.tools import SqlTool
@@ -54,40 +56,65 @@ def run_together(
     description: str | None = None,
     tensorboard: bool = False,
     compiled: bool | None = None,
+    sharded: bool = False,
+    tensor: int = 1,
 ) -> list[dict]:
     """Several runs as one stack of models (see `train_together` for what they must have in common); returns the rows.
 
-    compiled: whether torch.compile fuses a single model's elementwise work; None does where it pays. Raises
-    `InputError` if a directory belongs to another configuration or to other people; then nothing was trained.
+    compiled: whether torch.compile fuses a single model's elementwise work; None does where it pays. A single run may
+    be trained by several processes, which all call this: sharded and tensor say how (`lib.distributed.connect`). Raises
+    `InputError` if a directory belongs to another configuration or to other people; then nothing was trained; and
+    `WorkError`, `Preempted` among them, if training could not go on: the same call does from where it was.
     """
     device = resolve_device(device)
     if tensorboard:
         summary_writer()
     commit()  # remembers the code that was imported, whatever is committed while the runs go on
     cells = [_Cell(config, Path(directory)) for config, directory in zip(configs, directories, strict=True)]
-    folders = {cell.directory.resolve(): cell for cell in cells}
-    if len(folders) < len(cells):
+    if len({cell.directory.resolve() for cell in cells}) < len(cells):
         raise InputError("two runs that train together have one folder: give each its own")
-    with ExitStack() as locks:
-        for _, cell in sorted(folders.items()):  # one order for all: no two processes wait for each other
-            try:
-                cell.directory.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"cannot make the folder {cell.directory}: {error.strerror}") from None
-            locks.enter_context(FileLock(cell.directory / ".lock"))  # a second process waits and finds the row
-            cell.claim()
-        to_do = [cell for cell in cells if not (cell.directory / ROW).exists()]
+    if world_size() > 1 and len(cells) != 1:
+        raise InputError(f"{len(cells)} runs and {world_size()} processes: several processes train one run at a time")
+    with (
+        connect(device, configs[0].model if configs else ModelConfig(), sharded, tensor) as ranks,
+        ExitStack() as stack,
+    ):
+        missing = ranks.first_does(lambda: _claim(cells, stack))
+        to_do = [cells[i] for i in missing]
         if compiled is None:
-            compiled = len(to_do) == 1 and _pays_to_compile(to_do[0].config, device)
+            compiled = len(to_do) == 1 and ranks.size == 1 and _pays_to_compile(to_do[0].config, device)
         if compiled:
             torch.compiler.reset()  # what this process compiled for runs of other shapes counts against a limit
-        for cell in to_do:
-            cell.prepare(locks, device, compiled)
-        endings = train_together([cell.trainer for cell in to_do], description, tensorboard)
-        for cell, ending in zip(to_do, endings, strict=True):
-            write_json(cell.directory / ROW, cell.finish(ending))
-            shutil.rmtree(cell.directory / "checkpoints", ignore_errors=True)  # the model is kept, the way to it is not
-        return [json.loads((cell.directory / ROW).read_text()) for cell in cells]
+        with _full_disks_told():
+            for cell in to_do:
+                cell.prepare(stack, device, compiled, ranks)
+            endings = train_together([cell.trainer for cell in to_do], description, tensorboard)
+            for cell, ending in zip(to_do, endings, strict=True):
+                cell.finish(ending)
+        return ranks.first_does(lambda: [json.loads((cell.directory / ROW).read_text()) for cell in cells])
+
+
+def _claim(cells: "list[_Cell]", locks: ExitStack) -> list[int]:
+    """Lock and claim the folders of all cells; the places of those that have no row yet."""
+    for cell in sorted(cells, key=lambda cell: cell.directory.resolve()):  # no two processes wait for each other
+        try:
+            cell.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the folder {cell.directory}: {error.strerror}") from None
+        locks.enter_context(FileLock(cell.directory / ".lock"))  # a second process waits and finds the row
+        cell.claim()
+    return [i for i, cell in enumerate(cells) if not (cell.directory / ROW).exists()]
+
+
+@contextmanager
+def _full_disks_told() -> Iterator[None]:
+    """A disk that takes no more is no mistake in the code."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise WorkError(f"there is no room left ({error}): make some, the same command goes on from there") from error
 
 
 class _Cell:
@@ -105,11 +132,14 @@ class _Cell:
             claim = {"config": self.config.model_dump(mode="json"), "people_digest": self.people.digest()}
             write_json(self.directory / CLAIM, claim)
 
-    def prepare(self, stack: ExitStack, device: torch.device, compiled: bool) -> None:
+    def prepare(self, stack: ExitStack, device: torch.device, compiled: bool, ranks: Ranks = ALONE) -> None:
         """Make the database, open until `stack` closes, and the trainer."""
-        write_database(self.people, self.directory / DATABASE)
-        database = stack.enter_context(SqlTool(self.directory / DATABASE))
-        self.tool = database if self.config.mode == "in-tool" else None
+        self.ranks = ranks
+        self.tool = None
+        if ranks.is_first:  # who asks the questions
+            write_database(self.people, self.directory / DATABASE)
+            database = stack.enter_context(SqlTool(self.directory / DATABASE))
+            self.tool = database if self.config.mode == "in-tool" else None
         self.tokenizer = ByteTokenizer()
         self.facts = list(self.people.facts())
         probe = self.facts[: self.config.evaluation.questions]
@@ -124,19 +154,26 @@ class _Cell:
             data,
             self.config,
             self.directory,
-            lambda _: self.recall(probe).overall,
+            lambda model: self.recall(model, probe).overall,
             compiled,
             sources,
+            ranks,
         )
 
-    def recall(self, questions: list[Fact]) -> Recall:
-        return measure_recall(self.trainer.model, questions, self.tokenizer, self.tool)
+    def recall(self, model: Transformer, questions: list[Fact]) -> Recall:
+        return measure_recall(model, questions, self.tokenizer, self.tool)
 
-    def finish(self, ending: Ending) -> dict:
-        """Measure and save the model; the row."""
-        measured, bits = self.recall(self.facts), bits_of_dialogs(self.trainer.model, self.questions)
+    def finish(self, ending: Ending) -> None:
+        """Measure and save the model, and write the row."""
+        model = self.ranks.whole(self.trainer.model)
+        self.ranks.first_does(lambda: write_json(self.directory / ROW, self._row(model, ending)))
+        if self.ranks.is_first:  # the model is kept, the way to it is not
+            shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)
+
+    def _row(self, model: Transformer, ending: Ending) -> dict:
+        measured, bits = self.recall(model, self.facts), bits_of_dialogs(model, self.questions)
         asks_unseen = self.config.evaluation.unseen_people > 0
-        save_model(self.trainer.model, self.directory / MODEL, self.config)
+        save_model(model, self.directory / MODEL, self.config)
         return {
             "run_id": self.config.run_id,
             **_configuration_columns(self.config, self.people),
@@ -151,10 +188,10 @@ class _Cell:
             "recall": measured.overall,
             **{f"recall_{attribute}": share for attribute, share in measured.by_attribute().items()},
             "n_questions": len(self.facts),
-            **(measure_generalization(self.trainer.model, self.config, self.tokenizer) if asks_unseen else {}),
+            **(measure_generalization(model, self.config, self.tokenizer) if asks_unseen else {}),
             "train_seconds": round(ending.seconds, 2),
             "people_digest": self.people.digest(),
-            **provenance(self.trainer.model.device),
+            **provenance(model.device),
             "config": self.config.canonical_json(),
         }
 

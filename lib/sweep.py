@@ -20,6 +20,7 @@ from tqdm import tqdm
 from lib import results
 from lib.base import InputError
 from lib.config import RunConfig
+from lib.distributed import Preempted
 from lib.experiments import Search, searches
 from lib.monitor import progress
 from lib.run import resolve_device, run_together, stacked_speedup
@@ -198,6 +199,8 @@ def _work(pipe: Connection, device: str) -> None:
                     continue
                 rows = run_together(configs, directories, device=device)
                 pipe.send(({row["run_id"]: row["recall"] for row in rows}, None))
+            except Preempted:  # the sweep is ending, and the cell goes on with the next one
+                return
             except Exception as error:
                 pipe.send((None, f"{type(error).__name__}: {error}"))
 

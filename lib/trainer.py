@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from lib import checkpoint
 from lib.base import InputError
 from lib.config import RunConfig
 from lib.dialogs import Batches, Source, TokenizedDialogs
+from lib.distributed import ALONE, Preempted, Ranks, asked_to_leave
 from lib.gradients import IGNORED, Batch, Gradients
 from lib.model import Transformer
-from lib.monitor import Monitor
-from lib.optim import build_optimizers, schedule_factor, set_learning_rate, step_all
+from lib.monitor import Monitor, SilentMonitor
+from lib.optim import build_optimizers, clip_gradients, schedule_factor, set_learning_rate, step_all
 
 #: Steps between two lines of metrics.
 LOG_EVERY = 50
@@ -52,13 +54,16 @@ class Trainer:
         evaluate: Callable[[Transformer], float] | None = None,
         compiled: bool = False,
         sources: Sequence[Source] = (),
+        ranks: Ranks = ALONE,
     ):
         """`evaluate` returns a recall in [0, 1]; `directory` receives checkpoints and metrics; `sources`
-        are those of `Batches`.
+        are those of `Batches`. `ranks` train the model together; the first of them evaluates and writes.
 
         `compiled` has torch.compile fuse a step's elementwise work: seconds at the start (see `lib.run`).
         """
         self.model, self.config, self.directory, self.evaluate = model, config, directory, evaluate
+        self.ranks = ranks
+        self.gradients = Gradients([model], config.training.dtype == "bfloat16", compiled, ranks)
         self.data = data.to(model.device)
         self.lengths, self.first_trained = data.lengths().cpu(), data.first_trained()
         self.n_trained = data.trained_counts()
@@ -66,13 +71,14 @@ class Trainer:
         self.batches = Batches(self.lengths, config.training.batch_size, config.seed, sources)
         self.total_steps = config.training.total_steps(self.batches.n_dialogs)
         smallest, n_parts = self.batches.n_dialogs // self.batches.per_epoch, config.training.grad_accumulation
-        if smallest < n_parts:
+        if smallest < n_parts * ranks.data_size:
+            each = f" on {ranks.data_size} processes" if ranks.data_size > 1 else ""
             raise InputError(
-                f"training.grad_accumulation = {n_parts}, but there are batches of {smallest} dialogs only"
+                f"training.grad_accumulation = {n_parts}{each}, but there are batches of {smallest} dialogs only"
             )
         self.counters = {"step": 0, "dialogs_seen": 0, "seconds": 0.0, "reached": 0, "hopeless": False}
         self.losses: list[torch.Tensor] = []
-        self.gradients = join_gradients([self], compiled)
+        self._saving: Future | None = None
 
     def train(self, description: str | None = None, tensorboard: bool = False) -> Ending:
         """Train from the latest checkpoint in `directory`, or from the start, to the end."""
@@ -83,9 +89,13 @@ class Trainer:
         step_together([self], self.gradients)
 
     def next_batch(self) -> tuple[list[Batch], int]:
-        """The parts of this step's batch, and how many tokens are trained in all of them."""
+        """This rank's parts of the step's batch, and how many tokens are trained in all parts of all ranks."""
         rows = self.batches[self.counters["step"]]
-        parts = rows.tensor_split(self.config.training.grad_accumulation)
+        parts = [
+            # Every so many rows: they come sorted by length, and no rank should get all the long ones.
+            part[self.ranks.data_rank :: self.ranks.data_size]
+            for part in rows.tensor_split(self.config.training.grad_accumulation)
+        ]
         return [self._part(part) for part in parts], int(self.n_trained[rows].sum())
 
     def _part(self, rows: torch.Tensor) -> Batch:
@@ -101,7 +111,7 @@ class Trainer:
         """Clip the gradients and set this step's learning rate."""
         optim = self.config.optim
         if optim.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip_norm)
+            clip_gradients(self.model.parameters(), optim.clip_norm)
         set_learning_rate(self.optimizers, schedule_factor(optim, self.counters["step"], self.total_steps))
 
     def count_step(self, loss: torch.Tensor) -> None:
@@ -117,7 +127,8 @@ class Trainer:
         if step % LOG_EVERY == 0 or step == self.total_steps:
             monitor.log(step, loss=self.loss())
         if self.evaluate and evaluation.every and step % evaluation.every == 0:
-            recall = self.evaluate(self.model)
+            model = self.ranks.whole(self.model)
+            recall = self.ranks.first_does(lambda: self.evaluate(model))
             monitor.log(step, recall=recall)
             reached = recall >= (evaluation.stop_at_recall or float("inf"))
             counters["reached"] = counters["reached"] + 1 if reached else 0
@@ -138,11 +149,15 @@ class Trainer:
         return "hopeless" if self.counters["hopeless"] else None
 
     def loss(self) -> float:
-        """Mean loss of the last steps, in nats per trained token."""
-        return float(torch.stack(self.losses).mean()) if self.losses else float("nan")
+        """Mean loss of the last steps, in nats per trained token; every rank has to ask."""
+        return float(self._all_losses().mean()) if self.losses else float("nan")
+
+    def _all_losses(self) -> torch.Tensor:
+        return self.ranks.sum(torch.stack(self.losses))
 
     def save(self) -> None:
-        """Write a checkpoint of everything that the next step depends on."""
+        """Begin to write a checkpoint of everything that the next step depends on; `finish_saving` waits for it."""
+        self.finish_saving()
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         groups = []
         for i, optimizer in enumerate(self.optimizers):
@@ -150,20 +165,27 @@ class Trainer:
             groups.append(state["param_groups"])
             for parameter, slots in state["state"].items():
                 tensors |= {f"optim.{i}.{parameter}.{slot}": value for slot, value in slots.items()}
-        tensors["losses"] = torch.stack(self.losses)
+        tensors["losses"] = self._all_losses()
         tensors["random.cpu"] = torch.get_rng_state()
         if self.model.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.model.device)
         state = {"config": self.config.model_dump(), "counters": self.counters, "param_groups": groups}
         keep = self.config.training.keep_checkpoints
-        checkpoint.save_step(self.directory / "checkpoints", self.counters["step"], tensors, state, keep)
+        root = self.directory / "checkpoints"
+        self._saving = checkpoint.save_step(root, self.counters["step"], tensors, state, keep, self.ranks)
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint that is being written is whole."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            checkpoint.finish(saving)
 
     def resume(self) -> None:
         """Continue from the latest whole checkpoint in `directory`, if there is one."""
-        folder = checkpoint.latest(self.directory / "checkpoints")
+        folder = self.ranks.first_does(lambda: checkpoint.latest(self.directory / "checkpoints"))
         if folder is None:
             return
-        tensors, state = checkpoint.load(folder)
+        tensors, state = checkpoint.load(folder, self._empty_like, self.ranks)
         self.model.load_state_dict(_below("model.", tensors))
         for i, (optimizer, groups) in enumerate(zip(self.optimizers, state["param_groups"], strict=True)):
             slots: dict[int, dict[str, torch.Tensor]] = {}
@@ -171,11 +193,24 @@ class Trainer:
                 parameter, slot = name.split(".")
                 slots.setdefault(int(parameter), {})[slot] = tensor.clone()  # not the file, which retention deletes
             optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        self.losses = list(tensors["losses"].to(self.model.device))
+        self.losses = list(tensors["losses"].to(self.model.device) / self.ranks.data_size)
         torch.set_rng_state(tensors["random.cpu"])
         if self.model.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.model.device)
         self.counters |= state["counters"]
+
+    def _empty_like(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """What a tensor of a checkpoint is read into: like the weight that it is or belongs to, if it has its shape."""
+        weight = None
+        if name.startswith("model."):
+            weight = self.model.get_parameter(name.removeprefix("model."))
+        elif name.startswith("optim."):
+            _, i, parameter, _ = name.split(".")
+            groups = self.optimizers[int(i)].param_groups
+            weight = [p for group in groups for p in group["params"]][int(parameter)]
+        if weight is not None and weight.shape == shape:
+            return torch.empty_like(weight, dtype=dtype, requires_grad=False)
+        return torch.empty(shape, dtype=dtype)
 
 
 def train_together(
@@ -188,13 +223,16 @@ def train_together(
     """
     if len({stack_key(trainer.config) for trainer in trainers}) > 1:
         raise ValueError("runs that train together need the same model, dtype and grad_accumulation")
-    with ExitStack() as stack:
+    with asked_to_leave() as asked, ExitStack() as stack:
         monitors = {}
         for trainer in trainers:
             trainer.resume()
             monitors[trainer] = stack.enter_context(
                 Monitor(trainer.directory, trainer.total_steps, trainer.counters["step"], description, tensorboard)
+                if trainer.ranks.is_first
+                else SilentMonitor()
             )
+            stack.callback(trainer.finish_saving)
         gradients, now = None, time.monotonic()
         while active := [trainer for trainer in trainers if trainer.stopped is None]:
             if len(trainers) == 1:
@@ -207,8 +245,12 @@ def train_together(
             before, now = now, time.monotonic()
             for trainer in active:
                 trainer.counters["seconds"] += (now - before) / len(active)
-                if trainer.checkpoint_is_due:
+            leaving = trainers[0].ranks.any(asked.is_set())
+            for trainer in active:
+                if trainer.checkpoint_is_due or leaving:
                     trainer.save()
+            if leaving and any(trainer.stopped is None for trainer in active):
+                raise Preempted("asked to leave: the same command goes on from here")
     return [
         Ending(t.counters["step"], t.loss(), t.counters["dialogs_seen"], t.counters["seconds"], t.stopped)
         for t in trainers
@@ -220,16 +262,20 @@ def stack_key(config: RunConfig) -> tuple:
     return config.model, config.training.dtype, config.training.grad_accumulation
 
 
-def join_gradients(trainers: Sequence[Trainer], compiled: bool = False) -> Gradients:
+def join_gradients(trainers: Sequence[Trainer]) -> Gradients:
     """The gradients of the trainers' models, which become one stack if they are several."""
     bfloat16 = trainers[0].config.training.dtype == "bfloat16"
-    return Gradients([trainer.model for trainer in trainers], bfloat16, compiled)
+    return Gradients([trainer.model for trainer in trainers], bfloat16)
 
 
 def step_together(trainers: Sequence[Trainer], gradients: Gradients) -> list[torch.Tensor]:
     """One update of the weights of every trainer's model; returns their losses (scalars)."""
     parts, n_trained = zip(*(trainer.next_batch() for trainer in trainers), strict=True)
-    losses = [gradients.accumulate(batches, n_trained) for batches in zip(*parts, strict=True)]
+    n_parts = len(parts[0])
+    losses = [
+        gradients.accumulate(batches, n_trained, last=i == n_parts)
+        for i, batches in enumerate(zip(*parts, strict=True), start=1)
+    ]
     for trainer in trainers:
         trainer.prepare_update()
     step_all([optimizer for trainer in trainers for optimizer in trainer.optimizers])

@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent whatever happens while they are written, and never loaded damaged."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,9 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from lib import checkpoint
-from lib.base import InputError
+from lib.base import InputError, WorkError
 
 FILES = (checkpoint.TENSORS, checkpoint.STATE, checkpoint.MARKER)
 STATE = {"step": 10, "lr": 0.1 + 0.2, "betas": [0.9, 0.95], "name": "é", "none": None}
@@ -105,8 +107,14 @@ def crash_at(monkeypatch):
         for file in sorted(path.glob("*"))[:1]:
             file.unlink()
 
-    save_file = checkpoint.save_file
+    def half_write(writer, *arguments):
+        write_data(writer, *arguments)
+        for path in Path(writer.path).glob("*.safetensors"):
+            os.truncate(path, path.stat().st_size // 2)
+
+    save_file, write_data = checkpoint.save_file, HuggingFaceStorageWriter.write_data
     monkeypatch.setattr(checkpoint, "save_file", crashing(save_file, half_tensors))
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", crashing(write_data, half_write))
     monkeypatch.setattr(Path, "write_text", crashing(Path.write_text, half_text))
     monkeypatch.setattr(Path, "mkdir", crashing(Path.mkdir))
     monkeypatch.setattr(Path, "rename", crashing(Path.rename))
@@ -138,10 +146,10 @@ def _until_it_succeeds(crash_at, action, torn: bool):
 def test_after_a_crash_anywhere_the_latest_checkpoint_is_the_old_or_the_new_one(tmp_path, crash_at, torn):
     reference = tmp_path / "reference"
     for seed in (1, 2):
-        checkpoint.save_step(reference, seed, _tensors(seed), STATE | {"seed": seed}, keep=2)
+        _save_step(reference, seed, keep=2)
 
     def third() -> None:
-        checkpoint.save_step(root, 3, _tensors(3), STATE | {"seed": 3}, keep=2)
+        _save_step(root, 3, keep=2)
 
     root = tmp_path / "run"
     shutil.copytree(reference, root)
@@ -250,7 +258,21 @@ def test_a_missing_folder_and_a_file_in_its_place_are_noticed(tmp_path):
 
 def _save_steps(root: Path, *steps: int, keep: int = 10) -> None:
     for step in steps:
-        checkpoint.save_step(root, step, _tensors(step), STATE | {"seed": step}, keep)
+        _save_step(root, step, keep)
+
+
+def _save_step(root: Path, step: int, keep: int) -> None:
+    saving = checkpoint.save_step(root, step, _tensors(step), STATE | {"seed": step}, keep)
+    try:
+        checkpoint.finish(saving)
+    except WorkError as error:
+        raise _cause(error) from None
+
+
+def _cause(error: WorkError) -> BaseException:
+    """What went wrong in the thread that writes."""
+    ((cause, _),) = error.__cause__.failures.values()
+    return cause
 
 
 def test_the_latest_checkpoint_is_that_of_the_greatest_step(tmp_path):
@@ -264,7 +286,8 @@ def test_the_latest_checkpoint_is_that_of_the_greatest_step(tmp_path):
 def test_incomplete_and_damaged_checkpoints_are_skipped_with_a_warning(tmp_path):
     _save_steps(tmp_path, 10, 20, 30)
     (tmp_path / "step_00000030" / checkpoint.MARKER).unlink()
-    os.truncate(tmp_path / "step_00000020" / checkpoint.TENSORS, 100)
+    (tensors,) = (tmp_path / "step_00000020").glob("*.safetensors")
+    os.truncate(tensors, 100)
     (tmp_path / "step_00000040").write_text("not a folder")
     with pytest.warns(UserWarning) as caught:
         assert checkpoint.latest(tmp_path).name == "step_00000010"
@@ -282,3 +305,26 @@ def test_only_the_latest_few_are_kept(tmp_path, keep):
     _save_steps(tmp_path, 1, 2, 3, 4, keep=keep)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{n:08d}" for n in range(5 - keep, 5)]
     assert _is(checkpoint.latest(tmp_path), 4)
+
+
+# ---- Written while the work goes on
+
+
+def test_what_changes_after_a_save_began_is_saved_as_it_was(tmp_path):
+    tensors, state = {"weights": torch.zeros(1000, 1000)}, {"seed": 0, "counters": {"step": 1}}
+    saving = checkpoint.save_step(tmp_path, 1, tensors, state, keep=2)
+    tensors["weights"].fill_(1.0)
+    state["counters"]["step"] = 2
+    checkpoint.finish(saving)
+    found, state = checkpoint.load(tmp_path / "step_00000001")
+    assert not found["weights"].any() and state["counters"] == {"step": 1}
+
+
+def test_a_disk_that_takes_no_more_is_one_sentence_and_earlier_checkpoints_stay(tmp_path, monkeypatch):
+    _save_steps(tmp_path, 1)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(WorkError) as caught:
+        checkpoint.finish(checkpoint.save_step(tmp_path, 2, _tensors(), STATE, keep=1))
+    assert "No space left on device" in str(caught.value) and "\n" not in str(caught.value)
+    assert _is(checkpoint.latest(tmp_path), 1)
