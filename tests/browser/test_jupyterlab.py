@@ -146,6 +146,7 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
         **os.environ,
         "ITL_RUNS": str(folder / "runs"),
         "ITL_PROGRESS": "",
+        "TMPDIR": str(folder),  # Chromium leaves folders there
         "PYTHONPATH": str(paths.ROOT),
         **{f"JUPYTER_{kind}_DIR": str(folder / "jupyter" / kind) for kind in ("CONFIG", "DATA", "RUNTIME")},
     }
