@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
-from tqdm.auto import tqdm as tqdm_auto
 
 from lib.base import InputError
 from lib.paths import replacing
@@ -73,7 +72,29 @@ def progress(total: int, description: str | None, initial: int = 0):
         return tqdm(total=total, disable=True)
     if asked == "lines" or not (_in_kernel() or sys.stderr.isatty()):
         return _Lines(total, description, initial)
-    return tqdm_auto(total=total, desc=description, initial=initial, leave=False)
+    if _in_kernel():
+        return _widget(total, description, initial)
+    return tqdm(total=total, desc=description, initial=initial, leave=False)
+
+
+def _widget(total: int, description: str, initial: int) -> tqdm:
+    """tqdm's bar for JupyterLab, gone from the notebook once it is closed.
+
+    Left to itself a closed bar leaves an output that reads "Error displaying widget" when the notebook is opened again,
+    and one that was closed before its end, as early stopping does, turns red and stays.
+    """
+    from IPython.display import display
+    from tqdm.notebook import tqdm as tqdm_notebook  # brings all of IPython and the widgets
+
+    class Widget(tqdm_notebook):
+        def close(self):
+            if not self.disable:
+                super().close()
+                shown.update({"text/plain": ""}, raw=True)
+
+    bar = Widget(total=total, desc=description, initial=initial, leave=False, display=False)
+    shown = display(bar.container, display_id=True)
+    return bar
 
 
 class Monitor:

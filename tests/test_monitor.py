@@ -5,14 +5,16 @@ import json
 import sys
 from types import SimpleNamespace
 
+import nbformat
 import pytest
+from nbconvert.preprocessors import ExecutePreprocessor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
-from tqdm.auto import tqdm as tqdm_auto
 
 from lib import monitor
 from lib.base import InputError
 from lib.monitor import Monitor, progress, read_metrics
+from lib.paths import ROOT
 
 
 class Terminal(io.StringIO):
@@ -47,11 +49,13 @@ def test_a_terminal_gets_a_bar(monkeypatch):
         assert "training" in sys.stderr.getvalue()
 
 
-def test_a_kernel_gets_a_widget(monkeypatch):
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=object())))
-    bar = progress(4, "training")
-    assert isinstance(bar, tqdm_auto) and not bar.disable
-    bar.close()
+def test_a_kernel_gets_a_widget_that_leaves_nothing_in_the_notebook():
+    cells = ["from lib.monitor import progress; bar = progress(4, 'open')", "with progress(4, 'x') as b: b.update(3)"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    ExecutePreprocessor(kernel_name="python3").preprocess(notebook, {"metadata": {"path": str(ROOT)}})
+    (still_open,), (closed,) = (cell.outputs for cell in notebook.cells)
+    assert "application/vnd.jupyter.widget-view+json" in still_open.data
+    assert closed.data == {"text/plain": ""}
 
 
 @pytest.mark.parametrize("shell", [None, SimpleNamespace()])

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib import notebooks, paths
+from lib import figures, notebooks, paths
 from lib.base import InputError
 from lib.notebooks import NotebookError
 
@@ -400,3 +400,19 @@ def test_notebook_runs_at_smoke_size(path):
     declared = nbformat.read(path, as_version=4).metadata.itl.produces
     assert {product.name for product in result.products} >= set(declared)
     assert all(product.stat().st_size for product in result.products)
+
+
+@pytest.mark.slow
+def test_without_recompute_the_figures_are_drawn_from_paper_data_and_nothing_is_trained(runs):
+    sections = [path for path in ALL if path.stem.startswith("05_")]
+    command = [sys.executable, "-m", "lib", "notebooks", *[path.stem for path in sections], "-p", "recompute=False"]
+    subprocess.run(command, cwd=paths.ROOT, check=True)
+
+    produced = [name for path in sections for name in nbformat.read(path, as_version=4).metadata.itl.produces]
+    pages = [f"{path.stem}.{kind}" for path in sections for kind in ("ipynb", "html")]
+    assert len(sections) == 3 and set(files(runs)) == {f"quick/figures/{name}" for name in produced} | {
+        f"quick/notebooks/{name}" for name in pages
+    }
+    for name in {Path(name).stem for name in produced}:  # nothing of the quick profile is in them
+        figures.save(figures.draw(name, "laptop"), name, "smoke")
+        assert (runs / f"quick/figures/{name}.png").read_bytes() == (runs / f"smoke/figures/{name}.png").read_bytes()
