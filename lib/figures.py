@@ -123,8 +123,10 @@ def recall_against_parameters(
     with matplotlib.rc_context({**_RC, "figure.figsize": (8.6, 3.4)}):
         figure, panels = plt.subplots(1, 2, sharey=True, sharex=True)
         for axes, mode in zip(panels, STYLES, strict=True):
-            _recall_lines(axes, laptop, mode, "{:,}")
-            _recall_lines(axes, quick, mode, "{:,} (quick)", linestyle="--", markerfacecolor="white")
+            counts = {n for rows in (laptop, quick) if rows is not None and len(rows) for n in rows.n_facts}
+            shades = dict(zip(sorted(counts), np.linspace(0, 0.85, len(counts)), strict=True))
+            _recall_lines(axes, laptop, mode, shades, "{:,}")
+            _recall_lines(axes, quick, mode, shades, "{:,} (quick)", linestyle="--", markerfacecolor="white")
             if mode == "in-weight" and published is not None:
                 for n_facts, curve in published.groupby("n_facts"):
                     axes.plot(curve.min_params_mean, curve.recall, color="#999999", linewidth=1, zorder=1)
@@ -140,15 +142,14 @@ def recall_against_parameters(
     return figure
 
 
-def _recall_lines(axes, rows: pd.DataFrame | None, mode: str, label: str, **style) -> None:
+def _recall_lines(axes, rows: pd.DataFrame | None, mode: str, shades: dict[int, float], label: str, **style) -> None:
     if rows is None or not len(rows):
         return
     ended = (rows["mode"] == mode) & (rows.stopped != "hopeless")  # what was given up has no recall at the end
-    lines = list(rows[ended].groupby("n_facts"))
-    for shade, (n_facts, runs) in zip(np.linspace(0, 0.85, len(lines)), lines, strict=True):
+    for n_facts, runs in rows[ended].groupby("n_facts"):
         recall = runs.groupby("n_params").recall.agg(["mean", "min", "max"])
         bars = [recall["mean"] - recall["min"], recall["max"] - recall["mean"]]
-        line = {"color": plt.get_cmap("viridis")(shade), "marker": "o", "markersize": 3.5, "capsize": 2}
+        line = {"color": plt.get_cmap("viridis")(shades[n_facts]), "marker": "o", "markersize": 3.5, "capsize": 2}
         axes.errorbar(recall.index, recall["mean"], yerr=bars, label=label.format(n_facts), **line, **style)
 
 
@@ -174,9 +175,7 @@ def bits_stored(held: pd.DataFrame, bits_per_parameter: tuple[float, ...] = (1, 
         low, high = axes.get_xlim()
         for bits in bits_per_parameter:
             axes.plot([low, high], [bits * low, bits * high], color="#777777", linewidth=0.9, zorder=1)
-            place = {"xytext": (-2, -12), "textcoords": "offset points", "ha": "right", "va": "top"}
-            text = f"{bits:g} bit{'s' * (bits != 1)} a parameter"
-            axes.annotate(text, (high, bits * high), color="#555555", fontsize=7, **place)
+            _name_line(axes, bits, (high, bits * high), xytext=(-2, 3), ha="right", va="bottom")
         axes.set_xlim(low, high)
         if groups:
             axes.legend(title="facts", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
@@ -275,12 +274,15 @@ def tool_calls(shares: pd.DataFrame, d_model: int, own: pd.DataFrame | None = No
                 if own is not None:
                     chosen = (own["mode"] == "in-tool") & (own.kind == kind) & (own.measure == measure)
                     _mean_line(axes, own[chosen], **{**style, **_HOLLOW, "label": f"{style['label']} (quick)"})
-            axes.set(title=title, xlabel="training facts", ylim=(-0.04, 1.06))
+            axes.set(xlabel="training facts", ylim=(-0.04, 1.06))
+            axes.set_title(title, fontsize=8)
             axes.set_xscale("log", base=2)
+            if not axes.get_lines():
+                _nothing_yet(axes, "in-tool")
         panels[0].set_ylabel("share of first requests")
         handles, labels = panels[0].get_legend_handles_labels()
         if handles:
-            figure.legend(handles, labels, fontsize=7, loc="outside right center")
+            figure.legend(handles, labels, fontsize=7, loc="outside lower center", ncols=len(handles))
     return figure
 
 
@@ -316,12 +318,18 @@ def compressibility(
         low, high = by_entropy.get_xlim()
         for bits in (1, 2):
             by_entropy.plot([low, high], [low / bits, high / bits], color="#BBBBBB", linewidth=0.9, zorder=1)
-            by_entropy.annotate(
-                f"{bits} bit{'s' * (bits > 1)} a parameter", (low, low / bits), fontsize=7, color="#555555"
-            )
+            _name_line(by_entropy, bits, (high, high / bits), xytext=(3, 0), ha="left", va="center")
         by_entropy.set_xlim(low, high)
+        by_entropy.xaxis.set_major_formatter("{x:,.0f}")
+        by_entropy.xaxis.set_minor_formatter(lambda x, _: f"{x:,.0f}" if f"{x:e}"[0] in "25" else "")
         by_alpha.legend(fontsize=7)
     return figure
+
+
+def _name_line(axes, bits: float, end: tuple[float, float], **place) -> None:
+    """Write at the right end of a line how many bits a parameter it stands for."""
+    text = f"{bits:g} bit{'s' * (bits != 1)} a parameter"
+    axes.annotate(text, end, color="#555555", fontsize=7, textcoords="offset points", annotation_clip=False, **place)
 
 
 def _nothing_yet(axes, mode: str) -> None:
