@@ -493,8 +493,10 @@ def test_hours_ahead_follow_the_speed_of_the_rows_there_are(smoke, monkeypatch):
     monkeypatch.setenv("ITL_RUNS", str(smoke[0]))
     rows = results.read_rows("05_1", "smoke")
     again = [RunConfig.parse(json.loads(config)) for config in rows.config]
-    assert 3600 * sweep._hours(again, rows) == pytest.approx(rows.train_seconds.sum())  # they take as long as they took
-    assert sweep._hours(again * 3, rows) == pytest.approx(3 * sweep._hours(again, rows))
+    assert 3600 * sweep._hours(again, sweep._speed(rows)) == pytest.approx(
+        rows.train_seconds.sum()
+    )  # they take as long as they took
+    assert sweep._hours(again * 3, speed) == pytest.approx(3 * sweep._hours(again, speed))
 
 
 def test_a_sweep_on_a_device_that_is_not_there_is_refused_before_anything_starts(runs, monkeypatch):
