@@ -8,13 +8,11 @@ for _ in $(seq 100); do
     [ -z "$(squeue --noheader 2>/dev/null)" ] && break
     sleep 0.1
 done
-for file in "$1"/slurmd-*.pid "$1"/slurmctld.pid "$1"/munged.pid; do
-    pid=$(cat "$file" 2>/dev/null) || continue
-    kill "$pid" 2>/dev/null
-    for _ in $(seq 100); do
-        kill -0 "$pid" 2>/dev/null || break
-        sleep 0.1
-    done
-    kill -KILL "$pid" 2>/dev/null
+daemons=$(cat "$1"/slurmd-*.pid "$1"/slurmctld.pid "$1"/munged.pid 2>/dev/null)
+alive() { for pid in $daemons; do kill -0 "$pid" 2>/dev/null && echo "$pid"; done; }
+kill $daemons 2>/dev/null
+for _ in $(seq 100); do
+    [ -z "$(alive)" ] && exit 0
+    sleep 0.1
 done
-exit 0
+kill -KILL $(alive)
