@@ -115,7 +115,7 @@ def fill(resources: Resources, kinds: Sequence[NodeKind]) -> Resources:
     partition = resources.partition or next((k for k in fitting if k.is_default), fitting[0]).partition
     fitting = [kind for kind in fitting if kind.partition in partition.split(",")]
     kind = min(fitting, key=lambda kind: kind.megabytes)  # what fits there fits on any of them
-    time = str(min(kind.minutes or LONGEST_MINUTES, LONGEST_MINUTES))
+    time = str(min(LONGEST_MINUTES, *(kind.minutes or LONGEST_MINUTES for kind in fitting)))
     gpu_share = resources.gpus / kind.gpus if resources.gpus else 0
     cpus = resources.cpus or max(1, int(kind.cpus * gpu_share / resources.tasks))
     share = max(gpu_share, cpus * resources.tasks / kind.cpus)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import Checkout, processes, wait_for
+from checkout import Checkout, processes, wait_for
 from safetensors.numpy import load_file
 
 from lib import slurm, submissions
