@@ -208,14 +208,14 @@ class Submission:
         return self.folder / "logs"
 
     def write(self) -> None:
-        """Write `submission.json`."""
+        """Write `submission.json`, without what is at its default: the copied code, which reads it, may be older."""
         record = {
             "kind": self.tasks[0].kind,
-            "resources": self.resources.model_dump(),
+            "resources": self.resources.model_dump(exclude_defaults=True),
             "parallel": self.parallel,
             "submitted_at": self.submitted_at,
             "jobs": self.jobs,
-            "tasks": [task.model_dump() for task in self.tasks],
+            "tasks": [task.model_dump(exclude_defaults=True) for task in self.tasks],
         }
         write_json(self.folder / RECORD, record)
 

@@ -6,15 +6,18 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import jobs
 import pytest
 from checkout import Checkout, processes, wait_for
 from safetensors.numpy import load_file
 
 from lib import slurm, submissions
 from lib.checkpoint import TENSORS, latest
+from lib.paths import ROOT
 from lib.slurm import Job, Resources
 
 STEPS, CHECKPOINT_EVERY = 500, 20
@@ -188,48 +191,16 @@ def test_a_job_that_fails_is_failed_and_says_why(checkout):
 
 # ---- Jobs of several tasks, and runs that end themselves when they are asked to
 
-MODULE = """
-import json, os, signal, time
-from pathlib import Path
-import torch.distributed
-from lib.distributed import Preempted
-
-def add_ranks(folder):
-    torch.distributed.init_process_group("gloo")
-    total = torch.tensor(10 + torch.distributed.get_rank())
-    torch.distributed.all_reduce(total)
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NODEID")
-    found = {"sum": int(total), **{name: int(os.environ[name]) for name in names}}
-    Path(folder, f"rank{found['RANK']}.json").write_text(json.dumps(found))
-
-def run_until_asked(folder):
-    if (Path(folder) / "checkpoint").exists():
-        (Path(folder) / "row").touch()
-        return
-    asked = []
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, lambda *_: asked.append(1))
-    (Path(folder) / "started").touch()
-    while not asked:
-        time.sleep(0.05)
-    (Path(folder) / "checkpoint").touch()
-    raise Preempted
-"""
-
 
 @pytest.fixture
-def hand_over(tmp_path, monkeypatch):
-    """Submits a function of MODULE, whose argument is the test's folder; the id of its job."""
-    (tmp_path / "module_of_jobs.py").write_text(MODULE)
-    monkeypatch.syspath_prepend(tmp_path)
+def hand_over(tmp_path):
+    """Submits a function of the module `jobs`, whose argument is the test's folder; the id of its job."""
 
-    def hand_over(function: str, **resources) -> str:
-        import module_of_jobs
-
-        path = os.pathsep.join([str(tmp_path), str(slurm.__file__).removesuffix("/lib/slurm.py")])
+    def hand_over(function: Callable[[str], None], **resources: int) -> str:
+        environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
         filled = slurm.fill_here(Resources(**resources))
-        executor = slurm.executor(tmp_path / "logs", "test", filled, {"PYTHONPATH": path}, 1)
-        (job,) = slurm.submit(executor, [Job(getattr(module_of_jobs, function), str(tmp_path))])
+        executor = slurm.executor(tmp_path / "logs", "test", filled, environment, 1)
+        (job,) = slurm.submit(executor, [Job(function, str(tmp_path))])
         return job
 
     return hand_over
@@ -237,16 +208,18 @@ def hand_over(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_processes_on_two_nodes_find_each_other(tmp_path, hand_over):
-    job = hand_over("add_ranks", nodes=2)
+    job = hand_over(jobs.add_ranks, nodes=2)
     wait_for(lambda: not squeue(f"--jobs={job}"))
     found = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank*.json"))]
     expected = {"sum": 21, "WORLD_SIZE": 2, "LOCAL_RANK": 0}
-    assert found == [expected | {"RANK": rank, "SLURM_NODEID": rank} for rank in (0, 1)], slurm.error(tmp_path, job)
+    assert found == [expected | {"RANK": rank, "SLURM_NODEID": rank} for rank in (0, 1)], slurm.error(
+        tmp_path / "logs", job
+    )
 
 
 @pytest.mark.slow
 def test_a_run_that_ends_itself_before_the_time_limit_comes_back(tmp_path, hand_over):
-    job = hand_over("run_until_asked")
+    job = hand_over(jobs.run_until_asked)
     wait_for((tmp_path / "started").exists)
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     wait_for((tmp_path / "row").exists)
@@ -256,7 +229,7 @@ def test_a_run_that_ends_itself_before_the_time_limit_comes_back(tmp_path, hand_
 
 @pytest.mark.slow
 def test_a_run_that_ends_itself_when_it_is_cancelled_stays_so(tmp_path, hand_over):
-    job = hand_over("run_until_asked")
+    job = hand_over(jobs.run_until_asked)
     wait_for((tmp_path / "started").exists)
     subprocess.run(["scancel", job], check=True)
     wait_for(lambda: not squeue(f"--jobs={job}"))
