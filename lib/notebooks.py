@@ -156,8 +156,8 @@ def _type_name(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
 
 
-def _checked(path: Path, profile: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
-    """All values that are handed to the notebook, or InputError."""
+def checked(path: Path, profile: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
+    """All values that a run would hand to the notebook, or InputError."""
     if profile not in paths.PROFILES:
         raise InputError(f"unknown profile {profile!r}: it is one of {', '.join(paths.PROFILES)}")
     if "profile" in (values or {}):
@@ -195,7 +195,7 @@ def run(
     the notebook fails: then the executed copy is kept as NAME.failed.ipynb and nothing else has changed.
     """
     source = find(name)
-    values = _checked(source, profile, parameters)
+    values = checked(source, profile, parameters)
     if reuse and is_current(source, profile, parameters, html=html):
         _say(f"{label}{source.stem}: up to date")
         result = _published(source, profile, html)
@@ -217,7 +217,7 @@ def run_many(
     """
     sources = [find(name) for name in names]
     for source in sources:
-        _checked(source, profile, parameters)
+        checked(source, profile, parameters)
     results, failures = [], []
     for number, source in enumerate(sources, start=1):
         try:
@@ -235,7 +235,7 @@ def is_current(
 ) -> bool:
     """Whether a run would only repeat what is there: same cells, parameters, `lib` and paper_data, and all outputs."""
     source = find(name)
-    values = _checked(source, profile, parameters)
+    values = checked(source, profile, parameters)
     earlier = _published(source, profile, html)
     outputs = [earlier.executed, *earlier.products, *([earlier.html] if earlier.html else [])]
     if not all(path.is_file() for path in outputs):

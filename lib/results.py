@@ -57,12 +57,13 @@ def committed_rows(section: str) -> pd.DataFrame:
 _TEXT = ("run_id", "people_digest", "commit", "python", "torch")
 
 
-def read_rows(section: str, profile: str) -> pd.DataFrame:
+def read_rows(section: str, profile: str, plan: Sequence[Search] | None = None) -> pd.DataFrame:
     """One row per finished run of a section in a profile: those in paper_data and those still in runs.
 
-    A row counts only if today's plan can ask for it; one of an earlier plan stays where it is until rows are published.
+    A row counts only if `plan`, or else today's, can ask for it; one of an earlier plan stays where it is until rows
+    are published.
     """
-    planned = _run_ids(searches(section, profile))
+    planned = _run_ids(searches(section, profile) if plan is None else plan)
     found = sorted(sweep_dir(section, profile).glob(f"*/{ROW}"))
     fresh = [json.loads(path.read_text()) for path in found if path.parent.name in planned]
     rows = pd.DataFrame([{"profile": profile, **row} for row in fresh])

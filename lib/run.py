@@ -37,6 +37,8 @@ from lib.trainer import Ending, Trainer, join_gradients, step_together, train_to
 #: How many times as fast a compiled step is, about (notebooks/A2_performance measures it).
 COMPILED_SPEEDUP = 1.4
 CLAIM, DATABASE, ROW, MODEL = "config.json", "people.sqlite", "row.json", "model"
+#: In the root of a copy of the code: the commit it was copied from.
+COMMIT = "COMMIT"
 
 
 def run(config: RunConfig, directory: Path, **options) -> dict:
@@ -316,7 +318,12 @@ def provenance(device: torch.device) -> dict:
 
 @cache
 def commit() -> str:
-    """The commit of the code, marked `-dirty` if lib differs from it; `unknown` outside a git checkout."""
+    """The commit of the code, marked `-dirty` if lib differs from it; `unknown` outside a git checkout.
+
+    A copy of the code (`lib.submissions.snapshot`) has a file that says what it was copied from.
+    """
+    if (paths.ROOT / COMMIT).exists():
+        return (paths.ROOT / COMMIT).read_text().strip()
     try:
         head = _git("rev-parse", "HEAD")
         return f"{head}-dirty" if _git("status", "--porcelain", "--", "lib") else head

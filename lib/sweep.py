@@ -6,9 +6,10 @@ import os
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing import get_context, parent_process
+from multiprocessing import Pipe, current_process, get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from threading import RLock, Thread
@@ -63,69 +64,100 @@ def sweep(
     max_hours: float = math.inf,
     device: str = "auto",
     stack: int = 8,
+    plan: Sequence[Search] | None = None,
+    in_process: bool = False,
 ) -> Report:
     """Run all that a section needs in a profile and that has no row yet, in `jobs` processes.
 
-    By default that is one a core, or one on a GPU. Up to `stack` models of one shape train as one if that turns out to
-    be faster on this machine. A failing cell is tried once more, then reported; other searches go on. After `max_hours`
-    no new cell starts. With `dry_run` nothing runs and the report says what is ahead.
+    By default that is one a core, or one a GPU: of several GPUs each process gets its own (see `assign_devices`). Up to
+    `stack` models of one shape train as one if that turns out to be faster on this machine. A failing cell is tried
+    once more, then reported; other searches go on. After `max_hours` no new cell starts. With `dry_run` nothing runs
+    and the report says what is ahead. `plan`: searches of the section, in place of all. `in_process`: here, one cell or
+    stack after the other, without processes; raises `Preempted`.
     """
     if jobs is not None and jobs < 1:
         raise InputError(f"jobs = {jobs}: a sweep takes at least one process")
     if stack < 1:
         raise InputError(f"stack = {stack}: give how many models may train as one, 1 for each alone")
-    default_jobs = 1 if resolve_device(device).type == "cuda" else os.cpu_count() or 1
-    plan = searches(section, profile)
-    rows = results.read_rows(section, profile)
-    recalls = dict(zip(rows.run_id, rows.recall, strict=True)) if len(rows) else {}
+    n_gpus = torch.cuda.device_count() if resolve_device(device).type == "cuda" else 0
+    devices = [device] if in_process else assign_devices(device, jobs, n_gpus, os.cpu_count() or 1)
+    plan = searches(section, profile) if plan is None else plan
+    rows, recalls = _known(section, profile, plan)
     report = Report(done_before=len(recalls))
     if not dry_run and _pending(plan, recalls):
         directory = results.sweep_dir(section, profile)
         deadline = time.monotonic() + 3600 * max_hours
-        _execute(plan, recalls, report, directory, device, jobs or default_jobs, stack, deadline)
+        make = _Here if in_process else _Worker
+        _execute(plan, recalls, report, directory, make, devices, stack, deadline)
     report.missing = _pending(plan, recalls)
     ahead = [config for search in plan for config in _expected(search, recalls)]
-    report.runs_ahead, report.hours_ahead = len(ahead), _hours(ahead, rows)
+    report.runs_ahead, report.hours_ahead = len(ahead), _hours(ahead, _speed(rows))
     return report
 
 
-def _pending(plan: list[Search], recalls: dict[str, float]) -> list[RunConfig]:
+def hours_ahead(section: str, profile: str, plan: Sequence[Search]) -> list[float]:
+    """About how many hours each search of a plan still takes one process; 0 for one that is over."""
+    rows, recalls = _known(section, profile, plan)
+    speed = _speed(rows)
+    return [_hours(_expected(search, recalls), speed) for search in plan]
+
+
+def assign_devices(device: str, jobs: int | None, n_gpus: int, n_cores: int) -> list[str]:
+    """The device of each of `jobs` processes; of GPUs that nobody has chosen among, each in turn.
+
+    n_gpus: 0 where `device` is none. Without `jobs`, one process a GPU or core.
+    """
+    if not n_gpus:
+        return [device] * (jobs or n_cores)
+    if device in ("auto", "cuda"):
+        return [f"cuda:{i % n_gpus}" for i in range(jobs or n_gpus)]
+    return [device] * (jobs or 1)
+
+
+def _known(section: str, profile: str, plan: Sequence[Search]) -> tuple[pd.DataFrame, dict[str, float]]:
+    """The rows that a plan can use, and their recall by run id."""
+    rows = results.read_rows(section, profile, plan)
+    return rows, dict(zip(rows.run_id, rows.recall, strict=True)) if len(rows) else {}
+
+
+def _pending(plan: Sequence[Search], recalls: dict[str, float]) -> list[RunConfig]:
     """The cells that can start now, each once, in the order of the plan."""
     return list({config.run_id: config for search in plan for config in search.pending(recalls)}.values())
 
 
 def _execute(
-    plan: list[Search],
+    plan: Sequence[Search],
     recalls: dict[str, float],
     report: Report,
     directory: Path,
-    device: str,
-    jobs: int,
+    make: Callable[[str], "_Worker | _Here"],
+    devices: list[str],
     stack: int,
     deadline: float,
 ) -> None:
-    """Keep `jobs` workers busy until nothing can start any more, adding to `recalls` and `report`."""
-    idle: list[_Worker] = []
-    running: dict[Connection, tuple[_Worker, list[RunConfig]]] = {}
+    """Keep a worker on each of `devices` busy until nothing can start any more, adding to `recalls` and `report`."""
+    idle: list[tuple[str, _Worker | _Here | None]] = [(device, None) for device in reversed(devices)]
+    running: dict[Connection, tuple[str, _Worker | _Here, list[RunConfig]]] = {}
     tries: Counter[str] = Counter()
     faster_alone: set[tuple] = set()  # kinds of cells of which a stack was measured to be slower
     with progress(len(plan), directory.parent.name + " " + directory.name) as bar:
         try:
             while True:
-                busy = {config.run_id for _, configs in running.values() for config in configs}
+                busy = {config.run_id for *_, configs in running.values() for config in configs}
                 ready = [c for c in _pending(plan, recalls) if c.run_id not in busy | report.failed.keys()]
-                while ready and len(running) < jobs and time.monotonic() < deadline:
+                while ready and idle and time.monotonic() < deadline:
                     alone = tries[ready[0].run_id] or _kind(ready[0]) in faster_alone
-                    share = math.ceil(len(ready) / (jobs - len(running)))  # a stack leaves cells for the other workers
+                    share = math.ceil(len(ready) / len(idle))  # a stack leaves cells for the other workers
                     configs = ready[:1] if alone else _alike(ready, tries)[: min(stack, share)]
                     ready = [config for config in ready if config not in configs]
-                    worker = idle.pop() if idle else _Worker(device)
+                    device, worker = idle.pop()
+                    worker = worker or make(device)
+                    running[worker.pipe] = device, worker, configs
                     worker.submit(configs, [directory / config.run_id for config in configs])
-                    running[worker.pipe] = worker, configs
                 if not running:
                     return
                 for pipe in wait(list(running)):
-                    worker, configs = running.pop(pipe)
+                    device, worker, configs = running.pop(pipe)
                     found, error = worker.result()
                     if error is None and found is None:
                         faster_alone.add(_kind(configs[0]))
@@ -138,13 +170,13 @@ def _execute(
                         tries[config.run_id] += 1  # from now on alone: one failing cell fails no other
                         if tries[config.run_id] >= TRIES:
                             report.failed[config.run_id] = f"{_title(config)}: {error}"
-                    if worker.process.is_alive():
-                        idle.append(worker)
+                    idle.append((device, worker if worker.process.is_alive() else None))
                 closed = sum(not search.pending(recalls) for search in plan)
                 bar.update(closed - bar.n)
         finally:
-            for worker in [*idle, *(worker for worker, _ in running.values())]:
-                worker.close()
+            for _, worker, *_ in [*idle, *running.values()]:
+                if worker:
+                    worker.close()
 
 
 def _alike(ready: list[RunConfig], tries: Counter[str]) -> list[RunConfig]:
@@ -189,20 +221,41 @@ def _work(pipe: Connection, device: str) -> None:
     Thread(target=_end_with_parent, daemon=True).start()
     tqdm.set_lock(RLock())  # its default is a semaphore, which Python reports as leaked when a worker is ended
     torch.set_num_threads(1)  # small models gain little from a second thread, and wait for it where cores are busy
-    with suppress(EOFError):
+    with suppress(EOFError, Preempted):
         while True:
-            configs, directories = pipe.recv()
-            try:
-                configs = [RunConfig.parse(config) for config in configs]
-                if len(configs) > 1 and stacked_speedup(configs[:2], device) < 1:  # if two gain nothing, nor do more
-                    pipe.send((None, None))
-                    continue
-                rows = run_together(configs, directories, device=device)
-                pipe.send(({row["run_id"]: row["recall"] for row in rows}, None))
-            except Preempted:  # the sweep is ending, and the cell goes on with the next one
-                return
-            except Exception as error:
-                pipe.send((None, f"{type(error).__name__}: {error}"))
+            pipe.send(_answer(*pipe.recv(), device))
+
+
+def _answer(configs: list[dict], directories: list[Path], device: str) -> tuple[dict[str, float] | None, str | None]:
+    """What a worker says about cells; see `_Worker.result`."""
+    try:
+        configs = [RunConfig.parse(config) for config in configs]
+        if len(configs) > 1 and stacked_speedup(configs[:2], device) < 1:  # if two gain nothing, nor do more
+            return None, None
+        rows = run_together(configs, directories, device=device)
+        return {row["run_id"]: row["recall"] for row in rows}, None
+    except Preempted:
+        raise
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+class _Here:
+    """Takes the place of a worker process: runs the cells in this one, while they are handed over."""
+
+    def __init__(self, device: str):
+        self.device, self.process = device, current_process()
+        self.pipe, self.theirs = Pipe()
+
+    def submit(self, configs: list[RunConfig], directories: list[Path]) -> None:
+        self.theirs.send(_answer([config.model_dump() for config in configs], directories, self.device))
+
+    def result(self) -> tuple[dict[str, float] | None, str | None]:
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.theirs.close()
 
 
 def _end_with_parent() -> None:
@@ -225,13 +278,14 @@ def _expected(search: Search, recalls: dict[str, float]) -> list[RunConfig]:
     return pending * max(1, search.expected_runs() - done)
 
 
-def _hours(configs: list[RunConfig], rows: pd.DataFrame) -> float:
-    """Hours that runs take one process: their arithmetic, at the speed of the rows there are or a guess."""
-    flops = sum(config.flops() for config in configs)
-    speed = 1.5e10  # a core of a laptop, small matrices
-    if len(rows):
-        done = [
-            RunConfig.parse(json.loads(row.config)).flops() * row.steps / row.steps_budget for row in rows.itertuples()
-        ]
-        speed = sum(done) / rows.train_seconds.sum()
-    return flops / speed / 3600
+def _hours(configs: list[RunConfig], speed: float) -> float:
+    """Hours that runs take one process of so many floating-point operations a second."""
+    return sum(config.flops() for config in configs) / speed / 3600
+
+
+def _speed(rows: pd.DataFrame) -> float:
+    """Floating-point operations a second of the rows there are, or a guess."""
+    if not len(rows):
+        return 1.5e10  # a core of a laptop, small matrices
+    done = [RunConfig.parse(json.loads(row.config)).flops() * row.steps / row.steps_budget for row in rows.itertuples()]
+    return sum(done) / rows.train_seconds.sum()

@@ -89,7 +89,7 @@ def test_lib_imports_only_declared_packages_and_at_module_level_only_the_core():
 
 
 def test_tests_import_only_declared_packages():
-    local = {path.stem for path in (ROOT / "tests").glob("*.py")}
+    local = {path.stem for path in (ROOT / "tests").rglob("*.py")}
     for path in sorted((ROOT / "tests").rglob("*.py")):
         assert undeclared(third_party_imports(path) - local, ALL) == set(), path
 
@@ -97,7 +97,7 @@ def test_tests_import_only_declared_packages():
 def test_every_core_dependency_is_used_or_is_an_application():
     used = set().union(*(third_party_imports(path) for path in (ROOT / "lib").rglob("*.py")))
     used_distributions = set().union(*map(distributions, used))
-    assert CORE.keys() - used_distributions <= {"jupyterlab", "ipywidgets", "submitit"}
+    assert CORE.keys() - used_distributions <= {"jupyterlab", "ipywidgets"}
 
 
 def test_the_command_itl_is_the_main_of_lib_cli():

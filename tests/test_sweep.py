@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from lib import experiments, paths, results, sweep
 from lib.base import InputError
 from lib.config import RunConfig
+from lib.distributed import Preempted
 from lib.experiments import SIZES, Search
 from lib.run import run
 
@@ -472,6 +473,66 @@ def test_whatever_workers_answer_searches_end_as_with_each_cell_alone(searches, 
     assert end(jobs=jobs, stack=stack) == end(jobs=1, stack=1)
 
 
+# ---- In this process, and on GPUs
+
+
+@pytest.mark.slow
+def test_a_plan_is_done_in_this_process(runs, monkeypatch):
+    monkeypatch.setattr(sweep, "_Worker", None)
+    plan, other = [_cell(seed=1), _cell(facts={"csv": "nobody.csv"}), _cell(seed=2)], _cell(seed=3)
+    _plan(monkeypatch, *plan, other)
+    report = sweep.sweep("05_1", "smoke", plan=plan, in_process=True)
+    (bad,) = plan[1].pending({})
+    assert report.done_now == 2 and list(report.failed) == [bad.run_id] and report.missing == [bad]
+    assert sorted(results.read_rows("05_1", "smoke").seed) == [1, 2]
+    assert sweep.hours_ahead("05_1", "smoke", plan)[::2] == [0, 0] < sweep.hours_ahead("05_1", "smoke", [other])
+
+
+def test_a_preempted_run_ends_a_sweep_in_this_process(runs, monkeypatch):
+    asked = []
+
+    def preempt(configs, directories, **options):
+        asked.append(configs)
+        raise Preempted
+
+    monkeypatch.setattr(sweep, "run_together", preempt)
+    with pytest.raises(Preempted):
+        sweep.sweep("05_1", "smoke", plan=[_cell(), _cell(seed=1)], in_process=True, stack=1)
+    assert len(asked) == 1
+
+
+@given(st.sampled_from(["auto", "cuda"]), st.none() | st.integers(1, 20), st.integers(1, 8), st.integers(1, 64))
+def test_processes_share_the_gpus_evenly(device, jobs, n_gpus, n_cores):
+    devices = sweep.assign_devices(device, jobs, n_gpus, n_cores)
+    assert len(devices) == (jobs or n_gpus)
+    counts = Counter(devices)
+    assert counts.keys() <= {f"cuda:{i}" for i in range(n_gpus)}
+    assert len(counts) == min(len(devices), n_gpus) and max(counts.values()) - min(counts.values()) <= 1
+
+
+@given(st.none() | st.integers(1, 20), st.integers(1, 8), st.integers(1, 64))
+def test_a_device_that_was_named_is_everyones(jobs, n_gpus, n_cores):
+    assert sweep.assign_devices("cuda:1", jobs, n_gpus, n_cores) == ["cuda:1"] * (jobs or 1)
+    assert sweep.assign_devices("cpu", jobs, 0, n_cores) == ["cpu"] * (jobs or n_cores)
+    assert sweep.assign_devices("auto", jobs, 0, n_cores) == ["auto"] * (jobs or n_cores)
+
+
+def test_each_worker_keeps_its_device_and_so_does_its_successor(runs, monkeypatch):
+    devices, answers = [], iter([(None, "died"), *[(0.5, None)] * 9])
+    workers = FakeWorkers(lambda config: next(answers), dies=lambda: True)
+
+    def make(device: str):
+        devices.append(device)
+        return workers(device)
+
+    monkeypatch.setenv("ITL_PROGRESS", "off")
+    monkeypatch.setattr(sweep, "_Worker", make)
+    monkeypatch.setattr(sweep, "assign_devices", lambda *_: ["cuda:0", "cuda:1"])
+    _plan(monkeypatch, *(_cell(seed=seed) for seed in range(6)))
+    assert sweep.sweep("05_1", "smoke", stack=1).done_now == 6
+    assert sorted(devices) == ["cuda:0", "cuda:0", "cuda:1"]
+
+
 # ---- Looking ahead
 
 
@@ -493,8 +554,11 @@ def test_hours_ahead_follow_the_speed_of_the_rows_there_are(smoke, monkeypatch):
     monkeypatch.setenv("ITL_RUNS", str(smoke[0]))
     rows = results.read_rows("05_1", "smoke")
     again = [RunConfig.parse(json.loads(config)) for config in rows.config]
-    assert 3600 * sweep._hours(again, rows) == pytest.approx(rows.train_seconds.sum())  # they take as long as they took
-    assert sweep._hours(again * 3, rows) == pytest.approx(3 * sweep._hours(again, rows))
+    speed = sweep._speed(rows)
+    assert 3600 * sweep._hours(again, speed) == pytest.approx(
+        rows.train_seconds.sum()
+    )  # they take as long as they took
+    assert sweep._hours(again * 3, speed) == pytest.approx(3 * sweep._hours(again, speed))
 
 
 def test_a_sweep_on_a_device_that_is_not_there_is_refused_before_anything_starts(runs, monkeypatch):

@@ -1,0 +1,97 @@
+"""A checkout of the project that tests may change, and `itl` run in it; waiting, and finding processes."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lib.paths import ROOT
+
+#: Appended to the checkout's modules. Each step takes a while and says so in the job's log.
+SLOW_STEPS = """
+def _slow(self, advance=Monitor.advance):
+    time.sleep(float(os.environ.get("STEP_SECONDS", 0)))
+    print("a step", flush=True)
+    advance(self)
+
+Monitor.advance = _slow
+"""
+TWELVE_CELLS = """
+def _twelve_cells():
+    for seed in range(12):
+        training = TrainingConfig(steps=20)
+        yield Search(_database("in-weight", 8, seed, training=training), threshold=None, sizes=(4,))
+
+_SECTIONS["05_3"]["smoke"] = _twelve_cells
+"""
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
+    """What `condition` returns as soon as it is true."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds} seconds"
+        time.sleep(0.2)
+    return value
+
+
+def processes(variable: str) -> list[int]:
+    """The processes with `NAME=value` in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if variable.encode() in environment:
+            found.append(int(folder.name))
+    return found
+
+
+class Checkout:
+    """A git checkout of the project, its results, and `itl` run in it."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.runs = folder / "project", folder / "runs"
+        for name in ("lib", "notebooks", "paper_data"):
+            shutil.copytree(ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        self.append("monitor", SLOW_STEPS)
+        self.append("experiments", TWELVE_CELLS)
+        self.git("init", "--quiet")
+        self.git("add", "--all")
+        self.git("-c", "user.name=A Test", "-c", "user.email=test@localhost", "commit", "--quiet", "--message=A test")
+
+    def append(self, module: str, code: str) -> None:
+        with (self.folder / "lib" / f"{module}.py").open("a") as file:
+            file.write(code)
+
+    @contextmanager
+    def edited(self, module: str, code: str) -> Iterator[None]:
+        """For a while the repository is another one."""
+        self.append(module, code)
+        try:
+            yield
+        finally:
+            self.git("checkout", "--quiet", "lib")
+
+    def git(self, *arguments: str) -> str:
+        command = ["git", "-C", str(self.folder), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def itl(self, *arguments: Any, step_seconds: float = 0) -> str:
+        """What `itl` prints; a failure fails the test."""
+        environment = {**os.environ, "PYTHONPATH": str(self.folder), "ITL_RUNS": str(self.runs)}
+        environment |= {"STEP_SECONDS": str(step_seconds), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "lib", *map(str, arguments)]
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def submit(self, *arguments: Any, **options: Any) -> str:
+        """Name of the submission that `itl submit` made."""
+        return self.itl("submit", *arguments, **options).split()[1].rstrip(":")
