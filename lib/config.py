@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -30,11 +30,27 @@ class TrainingConfig(Config):
     batch_size: int = Field(64, ge=1)
     #: Share of the dialogs trained on that are biographies: all that is known of a person in one turn, nobody asking.
     biographies: float = Field(0.0, ge=0, lt=1)
+    #: Files of dialogs (`lib.shards`), and the share of the dialogs trained on that comes from each.
+    files: dict[str, Annotated[float, Field(gt=0, lt=1)]] = {}
     #: A step's batch is cut into this many parts whose gradients add up.
     grad_accumulation: int = Field(1, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _something_is_left_for_questions(self) -> Self:
+        others = self.biographies + sum(self.files.values())
+        if others >= 1:
+            raise ValueError(
+                f"training.files and training.biographies take {others:g} of the dialogs, which must be less than 1"
+            )
+        return self
+
+    @property
+    def questions(self) -> float:
+        """Share of the dialogs trained on that are questions about the people."""
+        return 1 - self.biographies - sum(self.files.values())
 
     def total_steps(self, n_dialogs: int) -> int:
         """Steps of the schedule on a dataset of `n_dialogs`."""
@@ -99,7 +115,7 @@ class RunConfig(Config):
         """Floating-point operations of the whole training, about: three forward passes a step."""
         n_dialogs = 4 * self.facts.n_people
         share = self.training.biographies
-        # Tokens of a dialog, in the mean.
+        # Tokens of a dialog, in the mean; those of files are taken for questions.
         length = round((1 - share) * (66 if self.mode == "in-weight" else 184) + share * 140)
         batch = min(self.training.batch_size, n_dialogs)
         return 3.0 * self.training.total_steps(n_dialogs) * batch * self.model.forward_flops(length, length // 2)

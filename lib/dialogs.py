@@ -8,6 +8,7 @@ token that follows it, nothing else.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from itertools import accumulate, chain, islice, repeat
 from typing import Literal, NamedTuple, Protocol, get_args
 
@@ -122,6 +123,7 @@ def dialogs(people: People, mode: Mode) -> Iterator[Dialog]:
 class Tokenizer(Protocol):
     """What the rest of the library asks of a tokenizer: text to ids and back, and one id for each role and the end."""
 
+    name: str  # tells its tokens from those of any other
     vocab_size: int
     role_ids: dict[Role, int]
     end: int
@@ -134,6 +136,7 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """UTF-8 bytes and four special tokens: 256 user, 257 assistant, 258 database, 259 end of dialog."""
 
+    name = "bytes"
     vocab_size = 260
     role_ids = {Role.USER: 256, Role.ASSISTANT: 257, Role.DATABASE: 258}
     end = 259
@@ -228,6 +231,7 @@ class TokenizedDialogs:
         Finding the longest makes the host wait for an accelerator; `length`, if given, is taken for S instead. It
         must be at least the longest, which is not checked: longer dialogs would be cut.
         """
+        rows = send(rows, self.values.device)
         starts, ends = self.offsets[rows], self.offsets[rows + 1]
         if length is None:
             length = int((ends - starts).max())
@@ -241,8 +245,17 @@ class TokenizedDialogs:
         return TokenizedDialogs(self.values.to(device), self.mask.to(device), self.offsets.to(device))
 
 
+def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """`tensor` on `device`; the host does not wait for a GPU to take it."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def join(parts: Sequence[TokenizedDialogs]) -> TokenizedDialogs:
     """All dialogs of several datasets, one after the other: the sources of `Batches`."""
+    if len(parts) == 1:
+        return parts[0]
     starts = [0, *accumulate(len(part.values) for part in parts)]
     ends = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
     return TokenizedDialogs(
@@ -363,26 +376,24 @@ class Batches:
         self.seed = seed
         sources = sources or [Source(len(lengths), 1.0)]
         starts = accumulate((source.n_dialogs for source in sources), initial=0)
-        self._parts = [  # rows and how many of them an epoch takes
-            (np.arange(start, start + n), round(sources[0].n_dialogs * weight / sources[0].weight))
+        self._parts = [  # first row, how many there are, and how many of them an epoch takes
+            (start, n, round(sources[0].n_dialogs * weight / sources[0].weight))
             for start, (n, weight) in zip(starts, sources, strict=False)
         ]
         #: Dialogs an epoch.
-        self.n_dialogs = sum(count for _, count in self._parts)
+        self.n_dialogs = sum(count for *_, count in self._parts)
         self.per_epoch = -(-self.n_dialogs // batch_size)
-        self._epoch: int | None = None
-        self._batches: list[torch.Tensor] = []
+        #: Of two epochs, for who reads ahead may have begun the next.
+        self._batches = lru_cache(maxsize=2)(self._shuffle)
 
     def __getitem__(self, step: int) -> torch.Tensor:
         """Rows (B,) of the dataset that make the batch of `step`, counted from 0."""
         epoch, batch = divmod(step, self.per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._batches = epoch, self._shuffle(epoch)
-        return self._batches[batch]
+        return self._batches(epoch)[batch]
 
     def _shuffle(self, epoch: int) -> list[torch.Tensor]:
         rng = np.random.default_rng([self.seed, epoch])
-        rows = np.concatenate([_take(part, count, rng) for part, count in self._parts])
+        rows = np.concatenate([start + _take(n, count, rng) for start, n, count in self._parts])
         batches = list(torch.from_numpy(rng.permutation(rows)).tensor_split(self.per_epoch))
         for start in range(0, self.per_epoch, self.POOL):
             pool = slice(start, start + self.POOL)
@@ -392,8 +403,7 @@ class Batches:
         return [batches[i] for i in rng.permutation(self.per_epoch)]
 
 
-def _take(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` of `rows`: all of them as often as that is, and a random choice of the rest."""
-    passes, rest = divmod(count, len(rows))
-    chosen = [rng.choice(rows, rest, replace=False)] if rest else []
-    return np.concatenate([*[rows] * passes, *chosen])
+def _take(n: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` of the numbers below `n`: all of them as often as that is, and a random choice of the rest."""
+    passes, rest = divmod(count, n)
+    return np.concatenate([*[np.arange(n)] * passes, rng.choice(n, rest, replace=False)])

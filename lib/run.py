@@ -23,7 +23,7 @@ from filelock import FileLock
 from lib import checkpoint, paths
 from lib.base import InputError, WorkError
 from lib.config import RunConfig
-from lib.dialogs import ByteTokenizer, Source, join, tokenize_people
+from lib.dialogs import ByteTokenizer, Source, TokenizedDialogs, join, tokenize_people
 from lib.distributed import ALONE, Ranks, connect, world_size
 from lib.facts import People, load_people, write_database
 from lib.generalization import measure_generalization
@@ -31,6 +31,7 @@ from lib.gradients import Gradients
 from lib.model import ModelConfig, Transformer
 from lib.monitor import summary_writer
 from lib.recall import Fact, Recall, bits_of_dialogs, measure_recall
+from lib.shards import ConcatDialogs, open_dialogs, tokenize_file
 from lib.tools import SqlTool
 from lib.trainer import Ending, Trainer, join_gradients, step_together, train_together
 
@@ -65,7 +66,7 @@ def run_together(
 
     compiled: whether torch.compile fuses a single model's elementwise work; None does where it pays. A single run may
     be trained by several processes, which all call this: sharded and tensor say how (`lib.distributed.connect`). Raises
-    `InputError` if a directory belongs to another configuration or to other people; then nothing was trained; and
+    `InputError` if a directory belongs to another configuration, people or files; then nothing was trained; and
     `WorkError`, `Preempted` among them, if training could not go on: the same call does from where it was.
     """
     device = resolve_device(device)
@@ -123,15 +124,28 @@ class _Cell:
     """One run: its folder, and while it goes on, its people, database, model and trainer."""
 
     def __init__(self, config: RunConfig, directory: Path):
-        """Raises `InputError` unless `directory` is this run's, or free."""
+        """Raises `InputError` unless `directory` is this run's, or free, and its people and dialogs can be read."""
         self.config, self.directory, self.people = config, directory, load_people(config.facts)
-        _check_claim(directory, config, self.people)
+        for path, share in config.training.files.items():
+            if round(self.people.n_facts * share / config.training.questions) == 0:
+                raise InputError(
+                    f"training.files: {path} takes {share:g} of the dialogs, "
+                    f"less than one in a pass over the {self.people.n_facts} questions: give it a larger share"
+                )
+        self.tokenizer = ByteTokenizer()
+        with _full_disks_told():
+            #: The folders with the tokens of the files of dialogs, by path.
+            self.files = {path: tokenize_file(path, self.tokenizer) for path in sorted(config.training.files)}
+        #: What tells this run from any other, files by what they hold.
+        self.identity = config, self.people.digest(), {path: folder.name for path, folder in self.files.items()}
+        _check_claim(directory, self.identity)
 
     def claim(self) -> None:
         """Write into the folder whose it is, unless that is done."""
-        _check_claim(self.directory, self.config, self.people)
+        _check_claim(self.directory, self.identity)
         if not (self.directory / CLAIM).exists():
-            claim = {"config": self.config.model_dump(mode="json"), "people_digest": self.people.digest()}
+            config, people, files = self.identity
+            claim = {"config": config.model_dump(mode="json"), "people_digest": people, "files": files}
             write_json(self.directory / CLAIM, claim)
 
     def prepare(self, stack: ExitStack, device: torch.device, compiled: bool, ranks: Ranks = ALONE) -> None:
@@ -142,15 +156,10 @@ class _Cell:
             write_database(self.people, self.directory / DATABASE)
             database = stack.enter_context(SqlTool(self.directory / DATABASE))
             self.tool = database if self.config.mode == "in-tool" else None
-        self.tokenizer = ByteTokenizer()
         self.facts = list(self.people.facts())
         probe = self.facts[: self.config.evaluation.questions]
         self.questions = tokenize_people(self.people, self.config.mode, self.tokenizer)
-        data, sources, share = self.questions, [], self.config.training.biographies
-        if share:
-            biographies = tokenize_people(self.people, "biography", self.tokenizer)
-            data = join([data, biographies])
-            sources = [Source(len(self.questions), 1 - share), Source(len(biographies), share)]
+        data, sources = self._dataset()
         self.trainer = Trainer(
             Transformer(self.config.model, torch.Generator().manual_seed(self.config.seed)).to(device),
             data,
@@ -161,6 +170,19 @@ class _Cell:
             sources,
             ranks,
         )
+
+    def _dataset(self) -> tuple[TokenizedDialogs | ConcatDialogs, list[Source]]:
+        """Everything that is trained on: the people's questions, their biographies, and what the files hold."""
+        training = self.config.training
+        parts, shares = [self.questions], [training.questions]
+        if training.biographies:
+            parts.append(tokenize_people(self.people, "biography", self.tokenizer))
+            shares.append(training.biographies)
+        for path, folder in self.files.items():
+            parts.append(open_dialogs(folder))
+            shares.append(training.files[path])
+        sources = [Source(len(part), share) for part, share in zip(parts, shares, strict=True)]
+        return ConcatDialogs(parts) if self.files else join(parts), sources
 
     def recall(self, model: Transformer, questions: list[Fact]) -> Recall:
         return measure_recall(model, questions, self.tokenizer, self.tool)
@@ -250,22 +272,27 @@ def _configuration_columns(config: RunConfig, people: People) -> dict:
     }
 
 
-def _check_claim(directory: Path, config: RunConfig, people: People) -> None:
-    """Raise `InputError` unless `directory` is this run's, or free: what begins with a dot does not count."""
+_Identity = tuple[RunConfig, str, dict[str, str]]  # configuration, digest of the people, tokens of the files by path
+
+
+def _check_claim(directory: Path, identity: _Identity) -> None:
+    """Raise `InputError` unless `directory` is that run's, or free: what begins with a dot does not count."""
     if (directory / CLAIM).exists():
-        if _read_claim(directory) != (config, people.digest()):
-            raise InputError(f"{directory} holds a run of another configuration or other people: give another folder")
+        if _read_claim(directory) != identity:
+            raise InputError(
+                f"{directory} holds a run of another configuration or other people or dialogs: give another folder"
+            )
     elif directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file: give a new folder")
     elif directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
         raise InputError(f"{directory} is not empty and holds no run: give a new folder")
 
 
-def _read_claim(directory: Path) -> tuple[RunConfig, str]:
-    """The configuration and the people's digest that a run's folder was claimed with."""
+def _read_claim(directory: Path) -> _Identity:
+    """What a run's folder was claimed with."""
     try:
         claim = json.loads((directory / CLAIM).read_text())
-        return RunConfig.parse(claim["config"]), claim["people_digest"]
+        return RunConfig.parse(claim["config"]), claim["people_digest"], claim.get("files", {})
     except (OSError, ValueError, KeyError, TypeError):  # `InputError` among them: fields of another version
         raise InputError(f"{directory} is not the folder of a run ({CLAIM} is missing or not readable)") from None
 

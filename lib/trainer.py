@@ -18,6 +18,7 @@ from lib.gradients import IGNORED, Batch, Gradients
 from lib.model import Transformer
 from lib.monitor import Monitor, SilentMonitor
 from lib.optim import build_optimizers, clip_gradients, schedule_factor, set_learning_rate, step_all
+from lib.shards import ConcatDialogs, ReadAhead
 
 #: Steps between two lines of metrics.
 LOG_EVERY = 50
@@ -42,13 +43,13 @@ class Trainer:
 
     What a step does depends on the configuration and the step alone (`Batches`, the schedule) and on what a checkpoint
     holds: weights, optimizer state, random state, and the counters below. A step never waits for an accelerator: the
-    data lies on it, and what the host must know of a batch, its lengths, the host keeps.
+    data lies on it, or is read ahead, and what the host must know of a batch, its lengths, the host keeps.
     """
 
     def __init__(
         self,
         model: Transformer,
-        data: TokenizedDialogs,
+        data: TokenizedDialogs | ConcatDialogs,
         config: RunConfig,
         directory: Path,
         evaluate: Callable[[Transformer], float] | None = None,
@@ -69,6 +70,8 @@ class Trainer:
         self.n_trained = data.trained_counts()
         self.optimizers = build_optimizers(model, config.optim)
         self.batches = Batches(self.lengths, config.training.batch_size, config.seed, sources)
+        # A thread costs more than it saves where nothing has to be read.
+        self._ahead = ReadAhead(self._make_batch) if isinstance(data, ConcatDialogs) else None
         self.total_steps = config.training.total_steps(self.batches.n_dialogs)
         smallest, n_parts = self.batches.n_dialogs // self.batches.per_epoch, config.training.grad_accumulation
         if smallest < n_parts * ranks.data_size:
@@ -90,7 +93,10 @@ class Trainer:
 
     def next_batch(self) -> tuple[list[Batch], int]:
         """This rank's parts of the step's batch, and how many tokens are trained in all parts of all ranks."""
-        rows = self.batches[self.counters["step"]]
+        return (self._ahead or self._make_batch)(self.counters["step"])
+
+    def _make_batch(self, step: int) -> tuple[list[Batch], int]:
+        rows = self.batches[step]
         parts = [
             # Every so many rows: they come sorted by length, and no rank should get all the long ones.
             part[self.ranks.data_rank :: self.ranks.data_size]
@@ -99,10 +105,7 @@ class Trainer:
         return [self._part(part) for part in parts], int(self.n_trained[rows].sum())
 
     def _part(self, rows: torch.Tensor) -> Batch:
-        device = self.data.values.device
         length, first = int(self.lengths[rows].max()), int(self.first_trained[rows].min()) - 1
-        if device.type == "cuda":
-            rows = rows.pin_memory().to(device, non_blocking=True)
         tokens, mask = self.data.batch(rows, length)
         targets = tokens.masked_fill(~mask, IGNORED)
         return Batch(tokens[:, :-1], targets[:, first + 1 :], first)
