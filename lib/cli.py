@@ -88,6 +88,11 @@ def train(
     out: Annotated[Path | None, typer.Option(help="folder of the run [default: runs/train/<run id>]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     tensorboard: Annotated[bool, typer.Option(help="also log for TensorBoard")] = False,
+    wandb: Annotated[str | None, typer.Option(help="also log to this project of Weights & Biases")] = None,
+    profile_steps: Annotated[int, typer.Option(help="profile so many steps, into profile/")] = 0,
+    probe_every: Annotated[
+        int | None, typer.Option(help="write moments of activations and gradients every so many steps; never compiles")
+    ] = None,
     sharded: Annotated[bool, typer.Option(help="under torchrun: share the weights out over processes (FSDP)")] = False,
     tensor: Annotated[int, typer.Option(help="under torchrun: so many processes split each matrix")] = 1,
 ) -> None:
@@ -97,6 +102,7 @@ def train(
     """
     from lib.config import RunConfig, override, read_config
     from lib.distributed import is_first
+    from lib.monitor import Observers
     from lib.run import run
 
     console.quiet = not is_first()
@@ -114,13 +120,14 @@ def train(
     given = {name: value for name, value in fields.items() if value is not None} | dict(map(_assignment, set_))
     cell = override(read_config(config) if config else RunConfig(), given)
     directory = out or paths.runs() / "train" / cell.run_id
+    observers = Observers(tensorboard=tensorboard, wandb=wandb, profile_steps=profile_steps, probe_every=probe_every)
     console.print(f"run {cell.run_id}: {cell.mode}, d_model {cell.model.d_model}, {cell.model.n_params:,} parameters")
     row = run(
         cell,
         directory,
         device=device,
         description="training" if is_first() else None,
-        tensorboard=tensorboard,
+        observers=observers,
         sharded=sharded,
         tensor=tensor,
     )
@@ -164,6 +171,20 @@ def recall(folder: RunFolder, database: Database = None, device: str = "auto") -
     console.print(f"recall {measured.overall:.4f} on {len(facts):,} questions{queries}")
     for attribute, share in measured.by_attribute().items():
         console.print(f"  {attribute:<16} {share:.4f}")
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="folder of a run that is training, or has been")],
+    watch: Annotated[bool, typer.Option(help="go on with what comes until the run is finished")] = False,
+    device: str = "auto",
+) -> None:
+    """Measure the recall of every checkpoint of a run, beside the process that trains it; none of them twice."""
+    from lib.evaluation import evaluate_checkpoints
+
+    for line in evaluate_checkpoints(folder, device, watch):
+        console.print(f"step {line['step']:,}: recall {line['recall']:.4f}, {line['nll_bits']:.2f} bits a question")
+    console.print(f"all that was measured is in {folder / 'evaluations.jsonl'}")
 
 
 @app.command()

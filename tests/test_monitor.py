@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lib import monitor
 from lib.base import InputError
-from lib.monitor import Monitor, progress, read_metrics
+from lib.monitor import Monitor, Observers, progress, read_metrics
 from lib.paths import ROOT
 
 
@@ -166,12 +166,12 @@ def _scalars(folder) -> list[tuple[int, float]]:
 
 
 def test_tensorboard_sees_the_same_numbers_without_what_a_kill_made_void(tmp_path):
-    with Monitor(tmp_path, total=4, tensorboard=True) as record:
+    with Monitor(tmp_path, total=4, observers=Observers(tensorboard=True)) as record:
         record.log(1, loss=0.5)
         record.log(2, loss=0.75)
         record.log(3, loss=4.0)
     assert _scalars(tmp_path) == [(1, 0.5), (2, 0.75), (3, 4.0)]
-    with Monitor(tmp_path, total=4, step=1, tensorboard=True) as record:
+    with Monitor(tmp_path, total=4, step=1, observers=Observers(tensorboard=True)) as record:
         record.log(2, loss=0.25)
     assert _scalars(tmp_path) == [(1, 0.5), (2, 0.25)]
 
@@ -185,5 +185,5 @@ def test_tensorboard_is_not_written_unasked(tmp_path):
 def test_without_tensorboard_the_wish_for_it_is_one_sentence_and_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(InputError, match=r"not installed: pip install -e '\.\[monitor\]'"):
-        Monitor(tmp_path / "run", total=4, tensorboard=True)
+        Monitor(tmp_path / "run", total=4, observers=Observers(tensorboard=True))
     assert list(tmp_path.iterdir()) == []
