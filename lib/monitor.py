@@ -270,7 +270,7 @@ def _wandb_refusing() -> Iterator[None]:
     try:
         yield
     except wandb.Error as error:
-        raise InputError(f"Weights & Biases: {error} Without an account, set WANDB_MODE=offline") from None
+        raise InputError(f"Weights & Biases: {str(error).rstrip('.')} (WANDB_MODE=offline takes no account)") from None
 
 
 def _wandb_run(project: str, directory: Path):
