@@ -393,12 +393,17 @@ def probes(rows: list[dict], tensors: list[str] | None = None) -> Figure:
                     chosen = table[(table.tensor == name) & (table.of == of)]
                     style = {"color": plt.get_cmap("viridis")(shade), "marker": marker, "linewidth": 1}
                     axes.plot(chosen.step, chosen[moment].astype(float), label=name, **style)
-                axes.set(yscale="log" if moment == "std" else "linear", title=f"{moment} of the {of}")
+                axes.set(yscale=_SCALES[moment])
+                axes.set_title(f"{moment} of the {of}", fontsize=9)
         for axes in panels[-1]:
             axes.set_xlabel("steps")
         if len(names):
             figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
     return figure
+
+
+#: The tails of gradients span orders of magnitude; near zero "symlog" is linear.
+_SCALES = {"mean": "linear", "std": "log", "skew": "linear", "kurtosis": "symlog"}
 
 
 def _draw_parameter_bounds(profile: str, threshold: float = 0.95) -> Figure:
