@@ -91,7 +91,10 @@ def train(
     wandb: Annotated[str | None, typer.Option(help="also log to this project of Weights & Biases")] = None,
     profile_steps: Annotated[int, typer.Option(help="profile so many steps, into profile/")] = 0,
     probe_every: Annotated[
-        int | None, typer.Option(help="write moments of activations and gradients every so many steps; never compiles")
+        int | None,
+        typer.Option(
+            help="moments of activations and gradients every so many steps, into probes.jsonl; without torch.compile"
+        ),
     ] = None,
     sharded: Annotated[bool, typer.Option(help="under torchrun: share the weights out over processes (FSDP)")] = False,
     tensor: Annotated[int, typer.Option(help="under torchrun: so many processes split each matrix")] = 1,

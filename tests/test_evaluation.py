@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lib import checkpoint, paths
+from lib import checkpoint, evaluation, paths
 from lib.base import InputError
 from lib.config import RunConfig, override
 from lib.evaluation import evaluate_checkpoints
@@ -96,6 +96,18 @@ def test_without_watching_what_is_there_is_measured_and_a_second_time_nothing_is
     assert _steps(read_record(stopped / "evaluations.jsonl")) == [30, 60, 90]
 
 
+def test_a_run_that_is_finished_right_after_a_look_is_looked_at_once_more(stopped, monkeypatch):
+    shutil.rmtree(stopped / "checkpoints" / "step_00000090")
+    look = evaluation._not_yet
+
+    def finish_after(directory, *arguments):
+        yield from look(directory, *arguments)
+        run(_config(), directory)
+
+    monkeypatch.setattr(evaluation, "_not_yet", finish_after)
+    assert _steps(evaluate_checkpoints(stopped, watch=True)) == [30, 60, 90]
+
+
 def test_of_a_finished_run_the_model_is_measured(tmp_path):
     row = run(_config(steps=20), tmp_path / "run")
     assert list(evaluate_checkpoints(tmp_path / "run", watch=True)) == [{"step": 20, **_columns(row)}]
@@ -113,9 +125,9 @@ def test_an_evaluation_that_was_killed_goes_on_after_its_last_whole_line(stopped
 
 
 def test_one_that_is_left_alone_after_a_checkpoint_goes_on_with_the_next(stopped):
-    evaluation = evaluate_checkpoints(stopped)
-    assert next(evaluation)["step"] == 30
-    evaluation.close()
+    lines = evaluate_checkpoints(stopped)
+    assert next(lines)["step"] == 30
+    lines.close()
     assert _steps(evaluate_checkpoints(stopped)) == [60, 90]
 
 
