@@ -104,9 +104,11 @@ def damage(folder: Path) -> str | None:
     except (ValueError, TypeError):
         return f"is damaged ({MARKER} is not readable)"
     for name, checksum in sums.items():
-        if not (folder / name).is_file():
+        try:
+            found = _checksum(folder / name)
+        except OSError:  # it may be deleted just now
             return f"is damaged ({name} is missing)"
-        if _checksum(folder / name) != checksum:
+        if found != checksum:
             return f"is damaged ({name} has changed since it was written)"
     return None
 
@@ -125,7 +127,7 @@ class _StepWriter(dcp.HuggingFaceStorageWriter):
 
     def finish(self, metadata, results) -> None:
         _commit(Path(self.path), self.folder, self.state)
-        for old in _steps(self.folder.parent)[: -self.keep]:
+        for old in steps(self.folder.parent)[: -self.keep]:
             shutil.rmtree(old)
 
 
@@ -154,7 +156,7 @@ def finish(saving: Future) -> None:
 
 def latest(root: Path) -> Path | None:
     """The latest whole checkpoint below `root`; what is incomplete or damaged is skipped with a warning."""
-    for folder in reversed(_steps(root)):
+    for folder in reversed(steps(root)):
         problem = damage(folder)
         if problem is None:
             return folder
@@ -162,7 +164,8 @@ def latest(root: Path) -> Path | None:
     return None
 
 
-def _steps(root: Path) -> list[Path]:
+def steps(root: Path) -> list[Path]:
+    """The checkpoints of `save_step` below `root`, oldest first, whole or not; none without such a folder."""
     return sorted(root.glob("step_*"))
 
 

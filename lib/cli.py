@@ -130,20 +130,34 @@ def _cell(
 
 Out = Annotated[Path | None, typer.Option(help="folder of the run [default: runs/train/<run id>]")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
-TensorBoard = Annotated[bool, typer.Option(help="also log for TensorBoard")]
-
-
 Sharded = Annotated[bool, typer.Option(help="several processes share the weights out (FSDP)")]
 Tensor = Annotated[int, typer.Option(help="so many of several processes split each matrix")]
 
 
+def _observers(
+    tensorboard: Annotated[bool, typer.Option(help="also log for TensorBoard")] = False,
+    wandb: Annotated[str | None, typer.Option(help="also log to this project of Weights & Biases")] = None,
+    profile_steps: Annotated[int, typer.Option(help="profile so many steps, into profile/")] = 0,
+    probe_every: Annotated[
+        int | None,
+        typer.Option(
+            help="moments of activations and gradients every so many steps, into probes.jsonl; without torch.compile"
+        ),
+    ] = None,
+):
+    """What else watches a run."""
+    from lib.monitor import Observers
+
+    return Observers(tensorboard=tensorboard, wandb=wandb, profile_steps=profile_steps, probe_every=probe_every)
+
+
 @app.command()
-@_with(cell=_cell)
+@_with(cell=_cell, observers=_observers)
 def train(
     cell,
+    observers,
     out: Out = None,
     device: Device = "auto",
-    tensorboard: TensorBoard = False,
     sharded: Sharded = False,
     tensor: Tensor = 1,
 ) -> None:
@@ -162,7 +176,7 @@ def train(
         directory,
         device=device,
         description="training" if is_first() else None,
-        tensorboard=tensorboard,
+        observers=observers,
         sharded=sharded,
         tensor=tensor,
     )
@@ -210,6 +224,20 @@ def recall(folder: RunFolder, database: Database = None, device: str = "auto") -
     console.print(f"recall {measured.overall:.4f} on {len(facts):,} questions{queries}")
     for attribute, share in measured.by_attribute().items():
         console.print(f"  {attribute:<16} {share:.4f}")
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="folder of a run that is training, or has been")],
+    watch: Annotated[bool, typer.Option(help="go on with what comes until the run is finished")] = False,
+    device: str = "auto",
+) -> None:
+    """Measure the recall of every checkpoint of a run, beside the process that trains it; none of them twice."""
+    from lib.evaluation import evaluate_checkpoints
+
+    for line in evaluate_checkpoints(folder, device, watch):
+        console.print(f"step {line['step']:,}: recall {line['recall']:.4f}, {line['nll_bits']:.2f} bits a question")
+    console.print(f"all that was measured is in {folder / 'evaluations.jsonl'}")
 
 
 @app.command()
@@ -391,13 +419,13 @@ Script = Annotated[bool, typer.Option("--dry-run", help="only print the script t
 
 
 @submit.command("train")
-@_with(cell=_cell, resources=_resources)
+@_with(cell=_cell, observers=_observers, resources=_resources)
 def submit_train(
     cell,
+    observers,
     resources,
     out: Out = None,
     device: Device = "auto",
-    tensorboard: TensorBoard = False,
     sharded: Sharded = False,
     tensor: Tensor = 1,
     dry_run: Script = False,
@@ -405,7 +433,8 @@ def submit_train(
     """Train one model, with one process a GPU (without GPUs, one a node). It goes on after a time limit."""
     from lib import submissions
 
-    options = {"device": device, "tensorboard": tensorboard, "sharded": sharded, "tensor": tensor}
+    watching = observers.model_dump(exclude_defaults=True)
+    options = {"device": device, "observers": watching, "sharded": sharded, "tensor": tensor}
     task = submissions.train_task(cell, _run_folder(cell, out), **options)
     _submit(f"train-{cell.run_id}", [task], resources.model_copy(update={"tasks": max(1, resources.gpus)}), dry_run)
 

@@ -14,6 +14,7 @@ from lib.base import InputError
 from lib.comparison import published_by_paper
 from lib.facts import FactsConfig, unseen_people
 from lib.generalization import best_constant_guess
+from lib.probes import MOMENTS
 
 #: Color-blind safe (Okabe and Ito) and apart in grey; a marker each, so that color is never the only difference.
 STYLES = {
@@ -379,6 +380,38 @@ _CONTENDERS = {
     "ours, compiled": {"linestyle": "-"},
     "Hugging Face": {"linestyle": ":", "markerfacecolor": "white"},
 }
+
+
+def probes(rows: list[dict], tensors: list[str] | None = None) -> Figure:
+    """Moments of activations (above) and of the loss's gradient there (below) over steps, a line per tensor.
+
+    rows: what a run wrote to probes.jsonl. tensors: which; by default the residual stream and what is read from it:
+    the embedding, the sum after each block, the last norm and the logits. One that is not there is an `InputError`.
+    """
+    table = pd.DataFrame(rows, columns=["step", "tensor", "of", *MOMENTS])
+    known = table.tensor.unique()
+    names = tensors or [name for name in known if name.count(".") <= 1]
+    if missing := [name for name in names if name not in known]:
+        raise InputError(f"there are no probes of {missing[0]!r}: there are {', '.join(known)}")
+    with matplotlib.rc_context({**_RC, "figure.figsize": (9.6, 4.2), "lines.markersize": 3}):
+        figure, panels = plt.subplots(2, len(MOMENTS), sharex=True)
+        for of, line in zip(("output", "gradient"), panels, strict=True):
+            for moment, axes in zip(MOMENTS, line, strict=True):
+                for shade, marker, name in zip(np.linspace(0, 0.85, len(names)), cycle("osD^v"), names, strict=False):
+                    chosen = table[(table.tensor == name) & (table.of == of)]
+                    style = {"color": plt.get_cmap("viridis")(shade), "marker": marker, "linewidth": 1}
+                    axes.plot(chosen.step, chosen[moment].astype(float), label=name, **style)
+                axes.set(yscale=_SCALES[moment])
+                axes.set_title(f"{moment} of the {of}", fontsize=9)
+        for axes in panels[-1]:
+            axes.set_xlabel("steps")
+        if len(names):
+            figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
+    return figure
+
+
+#: The tails of gradients span orders of magnitude; near zero "symlog" is linear.
+_SCALES = {"mean": "linear", "std": "log", "skew": "linear", "kurtosis": "symlog"}
 
 
 def _draw_parameter_bounds(profile: str, threshold: float = 0.95) -> Figure:

@@ -1,16 +1,23 @@
-"""What a run shows and writes down while it trains: progress, metrics as JSON lines, TensorBoard if asked."""
+"""What a run shows and writes down while it trains: progress and metrics as JSON lines always, the rest on request."""
 
 import json
 import os
 import sys
 import time
-from contextlib import nullcontext
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from math import inf
 from pathlib import Path
 
+from pydantic import Field
+from torch import nn
 from tqdm import tqdm
 
-from lib.base import InputError
+from lib.base import Config, InputError
 from lib.paths import replacing
+from lib.probes import probe
+from lib.profiling import profiled
 
 #: Seconds between two lines of progress where nobody watches.
 LINE_INTERVAL = 10.0
@@ -97,50 +104,117 @@ def _widget(total: int, description: str, initial: int) -> tqdm:
     return bar
 
 
-class Monitor:
-    """The record of one run: `metrics.jsonl` in `directory` always, TensorBoard on request, progress in steps.
+class Observers(Config):
+    """What else watches a run. It decides nothing of what is learned, so it is no part of a `RunConfig`."""
 
-    A resumed run continues the record at `step`: lines that a killed run wrote after its last checkpoint are dropped.
-    """
+    tensorboard: bool = False  # metrics, into tensorboard/
+    wandb: str | None = Field(None, min_length=1)  # metrics, to this project of Weights & Biases
+    profile_steps: int = Field(0, ge=0)  # so many steps near the start, into profile/ (see `lib.profiling`)
+    probe_every: int | None = Field(None, ge=1)  # steps from one reading of `lib.probes` to the next, into probes.jsonl
 
-    def __init__(
-        self, directory: Path, total: int, step: int = 0, description: str | None = None, tensorboard: bool = False
-    ):
-        # A resumed run's purge_step hides what TensorBoard was told after the last checkpoint.
-        self.writer = summary_writer()(directory / "tensorboard", purge_step=step + 1) if tensorboard else None
-        directory.mkdir(parents=True, exist_ok=True)
-        self.path = directory / "metrics.jsonl"
-        self._truncate_after(step)
-        self.file = self.path.open("a")
-        self.bar = progress(total, description, initial=step)
+    def check(self) -> None:
+        """Raise `InputError` if something that is needed is not installed, or has no account."""
+        if self.tensorboard:
+            summary_writer()
+        if self.wandb:
+            wandb = _wandb()
+            with _wandb_refusing():
+                wandb.Settings(project=self.wandb)
+                wandb.login()
 
-    def _truncate_after(self, step: int) -> None:
-        if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
-            with replacing(self.path) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in kept))
 
-    def log(self, step: int, **metrics: float) -> None:
-        """Write down the metrics after `step` steps."""
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+#: A run as it is by default.
+UNOBSERVED = Observers()
+
+
+class Record:
+    """Lines of JSON about steps, as {"step": 50, "loss": 2.5}: readable while they are written, and after a kill."""
+
+    def __init__(self, path: Path, last: float = inf):
+        """Goes on with what is there, less a half-written line and those about steps after `last`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_record(path) if line["step"] <= last] if path.exists() else []
+        with replacing(path) as temporary:
+            temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+        self.steps = {line["step"] for line in kept}
+        self.file = path.open("a")
+
+    def write(self, step: int, **values) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        if self.writer:
-            for name, value in metrics.items():
-                self.writer.add_scalar(name, value, step)
-        self.bar.set_postfix_str(" ".join(f"{name}={value:.4g}" for name, value in metrics.items()), refresh=False)
-
-    def advance(self) -> None:
-        """One step is done."""
-        self.bar.update(1)
+        self.steps.add(step)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.file.close()
-        self.bar.close()
-        if self.writer:
-            self.writer.close()
+
+
+class Monitor:
+    """The record of one run: `metrics.jsonl` in `directory` always, progress in steps, and what `observers` ask for.
+
+    A resumed run continues the record at `step`: lines that a killed run wrote after its last checkpoint are dropped.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        total: int,
+        step: int = 0,
+        description: str | None = None,
+        observers: Observers = UNOBSERVED,
+    ):
+        self.step, self.probe_every = step, observers.probe_every
+        with ExitStack() as stack:
+            self.tensorboard = self.wandb = None
+            if observers.tensorboard:
+                # purge_step hides what TensorBoard was told after the last checkpoint.
+                writer = summary_writer()(directory / "tensorboard", purge_step=step + 1)
+                self.tensorboard = stack.enter_context(writer)
+            self.metrics = stack.enter_context(Record(directory / "metrics.jsonl", step))
+            if observers.wandb:
+                self.wandb = stack.enter_context(_wandb_run(observers.wandb, directory))
+            if observers.probe_every:  # a reading at `step` is of the step that comes next
+                self.probes = stack.enter_context(Record(directory / "probes.jsonl", step - 1))
+            self.bar = stack.enter_context(progress(total, description, initial=step))
+            self._end_step = lambda: None
+            if observers.profile_steps:
+                self._end_step = stack.enter_context(profiled(directory / "profile", observers.profile_steps))
+            self._stack = stack.pop_all()
+
+    def log(self, step: int, **metrics: float) -> None:
+        """Write down the metrics after `step` steps."""
+        self.metrics.write(step, **metrics)
+        if self.tensorboard:
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+        self.bar.set_postfix_str(" ".join(f"{name}={value:.4g}" for name, value in metrics.items()), refresh=False)
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Within, the next training step of `model`: its activations are probed when that is due."""
+        if self.probe_every and self.step % self.probe_every == 0:
+            with probe(model) as rows:
+                yield
+            for row in rows:
+                self.probes.write(self.step, **row)
+        else:
+            yield
+
+    def advance(self) -> None:
+        """One step is done."""
+        self.step += 1
+        self.bar.update(1)
+        self._end_step()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return self._stack.__exit__(*error)
 
 
 class SilentMonitor(nullcontext):
@@ -151,14 +225,24 @@ class SilentMonitor(nullcontext):
 
     def log(self, step: int, **metrics: float) -> None: ...
 
+    def watching(self, model: nn.Module) -> nullcontext:
+        return nullcontext()
+
     def advance(self) -> None: ...
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # the half-written last line of a run that was killed, or is being written
+def read_record(path: Path) -> list[dict]:
+    """All whole lines that a `Record` wrote, oldest first."""
+    lines = []
+    for line in path.read_text().splitlines():
+        with suppress(ValueError):  # the half-written last line of a process that was killed, or is writing
+            lines.append(json.loads(line))
+    return lines
+
+
+def read_metrics(directory: Path) -> list[dict]:
+    """The metrics that a `Monitor` wrote to `directory`, oldest first."""
+    return read_record(directory / "metrics.jsonl")
 
 
 def summary_writer() -> type:
@@ -170,7 +254,39 @@ def summary_writer() -> type:
     return SummaryWriter
 
 
-def read_metrics(directory: Path) -> list[dict]:
-    """All whole lines that a `Monitor` wrote to `directory`, oldest first."""
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
+def _wandb():
+    """The package of Weights & Biases, or an `InputError` if it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("Weights & Biases was asked for but is not installed: pip install -e '.[monitor]'") from None
+    return wandb
+
+
+@contextmanager
+def _wandb_refusing() -> Iterator[None]:
+    """What Weights & Biases refuses becomes an `InputError`."""
+    wandb = _wandb()
+    try:
+        yield
+    except wandb.Error as error:
+        raise InputError(f"Weights & Biases: {str(error).rstrip('.')} (WANDB_MODE=offline takes no account)") from None
+
+
+def _wandb_run(project: str, directory: Path):
+    """The run of Weights & Biases that belongs to `directory`: one that was interrupted goes on as the same."""
+    name = directory / "wandb" / "id"
+    if not name.exists():
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.write_text(uuid.uuid4().hex)
+    wandb = _wandb()
+    with _wandb_refusing():
+        return wandb.init(
+            project=project,
+            name=directory.resolve().name,
+            id=name.read_text(),
+            resume="allow",
+            dir=directory,
+            reinit="create_new",  # beside those of other runs of this process
+            settings=wandb.Settings(console="off"),  # a progress bar is no metric
+        )

@@ -1,7 +1,8 @@
 """`run(config, directory) -> row`: one cell from facts to result, what every launcher calls.
 
 The folder of a run holds `config.json`, `people.sqlite`, `metrics.jsonl`, `checkpoints/`, and once it is finished
-`model/` (weights alone) and `row.json`. A finished run is never repeated; one that was killed goes on.
+`model/` (weights alone) and `row.json`; beside them, what observers write (`lib.monitor.Observers`) and
+`evaluations.jsonl` (`lib.evaluation`). A finished run is never repeated; one that was killed goes on.
 """
 
 import errno
@@ -29,7 +30,7 @@ from lib.facts import People, load_people, write_database
 from lib.generalization import measure_generalization
 from lib.gradients import Gradients
 from lib.model import ModelConfig, Transformer
-from lib.monitor import summary_writer
+from lib.monitor import UNOBSERVED, Observers
 from lib.recall import Fact, Recall, bits_of_dialogs, measure_recall
 from lib.shards import ConcatDialogs, open_dialogs, tokenize_file
 from lib.tools import SqlTool
@@ -57,21 +58,26 @@ def run_together(
     *,
     device: str = "auto",
     description: str | None = None,
-    tensorboard: bool = False,
+    observers: Observers = UNOBSERVED,
     compiled: bool | None = None,
     sharded: bool = False,
     tensor: int = 1,
 ) -> list[dict]:
     """Several runs as one stack of models (see `train_together` for what they must have in common); returns the rows.
 
-    compiled: whether torch.compile fuses a single model's elementwise work; None does where it pays. A single run may
-    be trained by several processes, which all call this: sharded and tensor say how (`lib.distributed.connect`). Raises
-    `InputError` if a directory belongs to another configuration, people or files; then nothing was trained; and
-    `WorkError`, `Preempted` among them, if training could not go on: the same call does from where it was.
+    compiled: whether torch.compile fuses a single model's elementwise work; None does where it pays, and where nothing
+    is probed. observers: what else watches, without changing what is learned. A single run may be trained by several
+    processes, which all call this: sharded and tensor say how (`lib.distributed.connect`).
+
+    Raises `InputError` if a directory belongs to another configuration, people or files; then nothing was trained;
+    and `WorkError`, `Preempted` among them, if training could not go on: the same call does from where it was.
     """
     device = resolve_device(device)
-    if tensorboard:
-        summary_writer()
+    observers.check()
+    if (observers.probe_every or observers.profile_steps) and len(configs) > 1:
+        raise InputError("probes and the profiler watch one run at a time: give each a call of its own")
+    if observers.probe_every and (compiled or world_size() > 1):
+        raise InputError("probes watch a model that is not compiled, in a single process")
     commit()  # remembers the code that was imported, whatever is committed while the runs go on
     cells = [_Cell(config, Path(directory)) for config, directory in zip(configs, directories, strict=True)]
     if len({cell.directory.resolve() for cell in cells}) < len(cells):
@@ -84,14 +90,14 @@ def run_together(
     ):
         missing = ranks.first_does(lambda: _claim(cells, stack))
         to_do = [cells[i] for i in missing]
-        if compiled is None:
+        if compiled is None and not observers.probe_every:  # hooks would be compiled away
             compiled = len(to_do) == 1 and ranks.size == 1 and _pays_to_compile(to_do[0].config, device)
         if compiled:
             torch.compiler.reset()  # what this process compiled for runs of other shapes counts against a limit
         with _full_disks_told():
             for cell in to_do:
                 cell.prepare(stack, device, compiled, ranks)
-            endings = train_together([cell.trainer for cell in to_do], description, tensorboard)
+            endings = train_together([cell.trainer for cell in to_do], description, observers)
             for cell, ending in zip(to_do, endings, strict=True):
                 cell.finish(ending)
         return ranks.first_does(lambda: [json.loads((cell.directory / ROW).read_text()) for cell in cells])
@@ -278,7 +284,7 @@ _Identity = tuple[RunConfig, str, dict[str, str]]  # configuration, digest of th
 def _check_claim(directory: Path, identity: _Identity) -> None:
     """Raise `InputError` unless `directory` is that run's, or free: what begins with a dot does not count."""
     if (directory / CLAIM).exists():
-        if _read_claim(directory) != identity:
+        if read_claim(directory) != identity:
             raise InputError(
                 f"{directory} holds a run of another configuration or other people or dialogs: give another folder"
             )
@@ -288,7 +294,7 @@ def _check_claim(directory: Path, identity: _Identity) -> None:
         raise InputError(f"{directory} is not empty and holds no run: give a new folder")
 
 
-def _read_claim(directory: Path) -> _Identity:
+def read_claim(directory: Path) -> _Identity:
     """What a run's folder was claimed with."""
     try:
         claim = json.loads((directory / CLAIM).read_text())

@@ -21,6 +21,7 @@ from lib import sweep as sweeps
 from lib.base import Config, InputError
 from lib.config import RunConfig
 from lib.experiments import Search, searches
+from lib.monitor import Observers
 from lib.run import COMMIT, ROW, commit, run, write_json
 from lib.slurm import Resources
 
@@ -42,13 +43,14 @@ class Train(Config):
     config: dict[str, Any]
     directory: str
     device: str = "auto"
-    tensorboard: bool = False
+    observers: dict[str, Any] = {}
     sharded: bool = False
     tensor: int = 1
 
     def __call__(self) -> None:
-        options = {name: getattr(self, name) for name in ("device", "tensorboard", "sharded", "tensor")}
-        run(RunConfig.parse(self.config), Path(self.directory), description="training", **options)
+        options = {name: getattr(self, name) for name in ("device", "sharded", "tensor")}
+        observers = Observers.parse(self.observers)
+        run(RunConfig.parse(self.config), Path(self.directory), description="training", observers=observers, **options)
 
     @classmethod
     def done(cls, tasks: "Sequence[Train]", since: float) -> list[bool]:

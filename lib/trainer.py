@@ -16,7 +16,7 @@ from lib.dialogs import Batches, Source, TokenizedDialogs
 from lib.distributed import ALONE, Preempted, Ranks, asked_to_leave
 from lib.gradients import IGNORED, Batch, Gradients
 from lib.model import Transformer
-from lib.monitor import Monitor, SilentMonitor
+from lib.monitor import UNOBSERVED, Monitor, Observers, SilentMonitor
 from lib.optim import build_optimizers, clip_gradients, schedule_factor, set_learning_rate, step_all
 from lib.shards import ConcatDialogs, ReadAhead
 
@@ -83,9 +83,9 @@ class Trainer:
         self.losses: list[torch.Tensor] = []
         self._saving: Future | None = None
 
-    def train(self, description: str | None = None, tensorboard: bool = False) -> Ending:
+    def train(self, description: str | None = None, observers: Observers = UNOBSERVED) -> Ending:
         """Train from the latest checkpoint in `directory`, or from the start, to the end."""
-        return train_together([self], description, tensorboard)[0]
+        return train_together([self], description, observers)[0]
 
     def step(self) -> None:
         """One update of the weights."""
@@ -189,10 +189,10 @@ class Trainer:
         if folder is None:
             return
         tensors, state = checkpoint.load(folder, self._empty_like, self.ranks)
-        self.model.load_state_dict(_below("model.", tensors))
+        self.model.load_state_dict(below("model.", tensors))
         for i, (optimizer, groups) in enumerate(zip(self.optimizers, state["param_groups"], strict=True)):
             slots: dict[int, dict[str, torch.Tensor]] = {}
-            for name, tensor in _below(f"optim.{i}.", tensors).items():
+            for name, tensor in below(f"optim.{i}.", tensors).items():
                 parameter, slot = name.split(".")
                 slots.setdefault(int(parameter), {})[slot] = tensor.clone()  # not the file, which retention deletes
             optimizer.load_state_dict({"state": slots, "param_groups": groups})
@@ -217,7 +217,7 @@ class Trainer:
 
 
 def train_together(
-    trainers: Sequence[Trainer], description: str | None = None, tensorboard: bool = False
+    trainers: Sequence[Trainer], description: str | None = None, observers: Observers = UNOBSERVED
 ) -> list[Ending]:
     """Train several runs to their ends, one step of each at a time. Each ends as it would alone, to rounding.
 
@@ -231,7 +231,7 @@ def train_together(
         for trainer in trainers:
             trainer.resume()
             monitors[trainer] = stack.enter_context(
-                Monitor(trainer.directory, trainer.total_steps, trainer.counters["step"], description, tensorboard)
+                Monitor(trainer.directory, trainer.total_steps, trainer.counters["step"], description, observers)
                 if trainer.ranks.is_first
                 else SilentMonitor()
             )
@@ -242,7 +242,8 @@ def train_together(
                 gradients = trainers[0].gradients
             elif gradients is None or len(gradients.models) != len(active):
                 gradients = join_gradients(active)
-            step_together(active, gradients)
+            with monitors[active[0]].watching(active[0].model):  # the only one, if its activations are probed
+                step_together(active, gradients)
             for trainer in active:
                 trainer.report(monitors[trainer])
             before, now = now, time.monotonic()
@@ -288,6 +289,6 @@ def step_together(trainers: Sequence[Trainer], gradients: Gradients) -> list[tor
     return losses
 
 
-def _below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors whose names start with `prefix`, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -255,6 +255,11 @@ BAD = {
     ),
     # Devices and options
     "an unknown device": Bad("train --device abacus", ("no device 'abacus'", "auto or cpu")),
+    "an evaluation of a folder without a run": Bad("evaluate .", ("is not the folder of a run", "config.json")),
+    "an evaluation on a device that is not there": Bad("evaluate in-weight --device abacus", ("no device 'abacus'",)),
+    "negative steps to profile": Bad("train --profile-steps -1", ("observers.profile_steps", "-1")),
+    "probes every zero steps": Bad("train --probe-every 0", ("observers.probe_every", "0")),
+    "half a step between probes": Bad("train --probe-every 0.5", ("--probe-every", "integer")),
     "an unknown device for questions": Bad("recall in-weight --device abacus", ("no device 'abacus'", "auto or cpu")),
     "a negative temperature": Bad("chat in-weight Hello? --temperature -1", ("--temperature", "0")),
     "an unknown option": Bad("train --epochs 3", ("No such option", "--epochs")),
@@ -324,6 +329,22 @@ def test_tensorboard_that_is_not_installed_is_answered_with_one_sentence(here, i
     assert list(here.iterdir()) == []
 
 
+def test_weights_and_biases_that_is_not_installed_is_answered_with_one_sentence(here, itl, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    _assert_one_sentence(itl("train", *TINY, "--wandb", "p"), ("Weights & Biases", "not installed", "[monitor]"))
+    assert list(here.iterdir()) == []
+
+
+def test_weights_and_biases_without_an_account_says_how_to_do_without(here):
+    """In a process of its own: the package remembers how it was set up first."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"PYTHONPATH": str(paths.ROOT), "HOME": str(here / "home"), "ITL_RUNS": str(here / "runs")}
+    command = [sys.executable, "-m", "lib", "train", *TINY, "--wandb", "p"]
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    _assert_one_sentence(Answer(done.returncode, done.stdout, done.stderr), ("API key", "WANDB_MODE=offline"))
+    assert not (here / "runs").exists()
+
+
 def test_an_interrupted_command_says_how_to_go_on(here, itl, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -378,6 +399,30 @@ def test_the_same_command_does_not_train_again(here, itl, monkeypatch):
     first = itl("train", *TINY, "--out", "run")
     monkeypatch.setattr("lib.run.Trainer", None)
     assert itl("train", *TINY, "--out", "run") == first
+
+
+def test_what_watches_a_run_writes_into_its_folder_and_changes_neither_its_id_nor_its_weights(here, itl, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HOME", str(here / "home"))
+    watched = itl(*"train --profile-steps 2 --probe-every 4 --tensorboard --wandb facts --out watched".split(), *TINY)
+    plain = itl("train", *TINY, "--out", "plain")
+    assert (watched.code, plain.code) == (0, 0)
+    assert watched.out.splitlines()[0] == plain.out.splitlines()[0]  # its id
+    weights = [(here / name / "model" / checkpoint.TENSORS).read_bytes() for name in ("watched", "plain")]
+    assert weights[0] == weights[1]
+    added = {path.name for path in (here / "watched").iterdir()} - {path.name for path in (here / "plain").iterdir()}
+    assert added == {"profile", "probes.jsonl", "tensorboard", "wandb"}
+
+
+def test_evaluate_measures_what_a_run_left_once_and_says_where_it_is(here, trained, itl):
+    shutil.copytree(trained / "in-tool", here / "run")
+    row = json.loads((here / "run" / "row.json").read_text())
+    first = itl("evaluate", "run", "--watch")
+    assert first.out.splitlines() == [
+        f"step 8: recall {row['recall']:.4f}, {row['nll_bits']:.2f} bits a question",
+        "all that was measured is in run/evaluations.jsonl",
+    ]
+    assert itl("evaluate", "run").out.splitlines() == first.out.splitlines()[1:]
 
 
 def test_options_and_files_make_the_same_configuration(here, itl):
@@ -521,7 +566,7 @@ def test_paper_runs_every_notebook_and_says_where_everything_is(here, itl, monke
 def test_help_lists_the_commands_and_nothing_at_all_shows_it(itl):
     answer = itl("--help")
     assert answer.code == 0
-    for command in ("data", "train", "recall", "chat", "sweep", "figures", "notebooks", "paper", "test"):
+    for command in ("data", "train", "recall", "evaluate", "chat", "sweep", "figures", "notebooks", "paper", "test"):
         assert command in answer.out
     bare = itl()
     assert bare.code == 2 and "Usage" in bare.out + bare.err and "itl: \n" not in bare.err

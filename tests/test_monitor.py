@@ -2,19 +2,25 @@
 
 import io
 import json
+import re
+import struct
 import sys
 from types import SimpleNamespace
 
 import nbformat
 import pytest
+import ranks
+import torch
 from nbconvert.preprocessors import ExecutePreprocessor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
+from wandb.proto.wandb_internal_pb2 import Record
 
 from lib import monitor
 from lib.base import InputError
-from lib.monitor import Monitor, progress, read_metrics
+from lib.monitor import UNOBSERVED, Monitor, Observers, progress, read_metrics
 from lib.paths import ROOT
+from lib.profiling import WAIT, WARM_UP, summary
 
 
 class Terminal(io.StringIO):
@@ -166,12 +172,12 @@ def _scalars(folder) -> list[tuple[int, float]]:
 
 
 def test_tensorboard_sees_the_same_numbers_without_what_a_kill_made_void(tmp_path):
-    with Monitor(tmp_path, total=4, tensorboard=True) as record:
+    with Monitor(tmp_path, total=4, observers=Observers(tensorboard=True)) as record:
         record.log(1, loss=0.5)
         record.log(2, loss=0.75)
         record.log(3, loss=4.0)
     assert _scalars(tmp_path) == [(1, 0.5), (2, 0.75), (3, 4.0)]
-    with Monitor(tmp_path, total=4, step=1, tensorboard=True) as record:
+    with Monitor(tmp_path, total=4, step=1, observers=Observers(tensorboard=True)) as record:
         record.log(2, loss=0.25)
     assert _scalars(tmp_path) == [(1, 0.5), (2, 0.25)]
 
@@ -185,5 +191,150 @@ def test_tensorboard_is_not_written_unasked(tmp_path):
 def test_without_tensorboard_the_wish_for_it_is_one_sentence_and_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(InputError, match=r"not installed: pip install -e '\.\[monitor\]'"):
-        Monitor(tmp_path / "run", total=4, tensorboard=True)
+        Monitor(tmp_path / "run", total=4, observers=Observers(tensorboard=True))
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- Weights & Biases
+
+
+def _history(folder) -> list[dict]:
+    """What the package wrote down offline: a log in the format of LevelDB, of protobuf records."""
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    content, at, record, history = path.read_bytes(), 7, b"", []  # after the file's own header
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:  # no room for a header left in this block
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            parsed, record = Record.FromString(record), b""
+            if parsed.WhichOneof("record_type") == "history":
+                items = parsed.history.item
+                history.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
+    return history
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+
+
+def test_weights_and_biases_gets_the_same_metrics_offline_and_without_an_account(tmp_path, offline):
+    observers = Observers(wandb="facts")
+    observers.check()
+    with Monitor(tmp_path / "run", total=4, observers=observers) as record:
+        record.log(1, loss=0.1 + 0.2)
+        record.log(2, loss=0.75)
+        record.log(2, recall=1.0)
+    found = [{k: v for k, v in line.items() if k in ("_step", "loss", "recall")} for line in _history(tmp_path / "run")]
+    assert found == [{"_step": 1, "loss": 0.1 + 0.2}, {"_step": 2, "loss": 0.75, "recall": 1.0}]
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 2]
+
+
+def test_an_interrupted_run_goes_on_as_the_same_run_of_weights_and_biases(tmp_path, offline):
+    for folder, step in (("one", 0), ("one", 2), ("other", 0)):
+        with Monitor(tmp_path / folder, total=4, step=step, observers=Observers(wandb="facts")) as record:
+            assert record.wandb.name == folder and record.wandb.project == "facts"
+            record.log(step + 2, loss=0.5)
+    ids = [{path.stem for path in (tmp_path / folder).glob("wandb/*/*.wandb")} for folder in ("one", "other")]
+    assert len(ids[0]) == len(ids[1]) == 1 and ids[0] != ids[1]
+
+
+def test_a_project_that_cannot_be_is_one_sentence(offline):
+    with pytest.raises(InputError, match="Weights & Biases: Invalid project name 'a/b'"):
+        Observers(wandb="a/b").check()
+
+
+def test_without_the_package_the_wish_for_weights_and_biases_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r"not installed: pip install -e '\.\[monitor\]'"):
+        Observers(wandb="facts").check()
+
+
+# ---- Profiles
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    """The folder of a run of which three steps were profiled, its weights, and those of one that was not."""
+    folder, weights = tmp_path_factory.mktemp("profiled"), []
+    for name, observers in (("run", Observers(profile_steps=3)), ("other", UNOBSERVED)):
+        trainer = ranks.trainer(ranks.config(steps=12, grad_accumulation=1), folder / name)
+        trainer.train(observers=observers)
+        weights.append(list(trainer.model.parameters()))
+    return folder / "run" / "profile", *weights
+
+
+def test_a_trace_holds_the_matrix_products_of_as_many_steps_as_were_asked_for(profile):
+    events = json.loads((profile[0] / "trace.json").read_text())["traceEvents"]
+    steps = [event["name"] for event in events if event["name"].startswith("ProfilerStep")]
+    assert steps == [f"ProfilerStep#{WAIT + WARM_UP + i}" for i in range(3)]
+    products = [event for event in events if event["name"] == "aten::mm"]
+    # Each of 2 layers' 7 matrices and the output: forward, gradient of the input, gradient of the weights.
+    assert len(products) == 3 * 3 * (2 * 7 + 1)
+    inner = [event["args"]["Input Dims"] for event in products]
+    assert all(one[1] == other[0] for one, other in inner) and any(other == [16, 260] for _, other in inner)
+    assert all(event["dur"] > 0 for event in products)
+
+
+def test_a_summary_names_the_operators_and_the_memory(profile):
+    text = (profile[0] / "summary.txt").read_text()
+    assert "aten::mm" in text and "3 steps of " in text
+    peak = float(re.search(r"peak memory, CPU: ([\d.]+) MB", text)[1])
+    assert peak > 4 * 260 * 16 * 60 / 1e6  # more than the gradient of the logits of a batch takes
+
+
+def test_profiled_training_ends_with_the_same_weights_bit_for_bit(profile):
+    _, profiled, plain = profile
+    assert all(map(torch.equal, profiled, plain))
+
+
+def test_training_that_ends_too_early_is_told_to_have_no_profile(tmp_path):
+    with pytest.warns(UserWarning, match="nothing was profiled"):
+        with Monitor(tmp_path, total=3, observers=Observers(profile_steps=3)) as record:
+            record.advance()
+    assert not (tmp_path / "profile").exists()
+
+
+def test_a_gpu_is_busy_while_anything_runs_on_it():
+    def work(cat: str, ts: float, dur: float, device: int = 0) -> dict:
+        return {"ph": "X", "cat": cat, "name": cat, "ts": ts, "dur": dur, "args": {"device": device}}
+
+    def memory(device: int, kind: int, total: int) -> dict:
+        return {
+            "ph": "i",
+            "name": "[memory]",
+            "args": {"Device Type": kind, "Device Id": device, "Total Allocated": total},
+        }
+
+    steps = [
+        {"name": f"ProfilerStep#{i}", "cat": "user_annotation", "ts": 100.0 * i, "dur": 100.0, "args": {}}
+        for i in (1, 2)
+    ]
+    text = summary({
+        "traceEvents": [
+            {"name": "process_name", "ph": "M", "args": {"name": "python"}},
+            *steps,
+            {**steps[0], "cat": "gpu_user_annotation", "ts": 0.0, "dur": 900.0},
+            work("kernel", 90, 20),  # half of it before the first step
+            work("kernel", 150, 40),
+            work("gpu_memcpy", 160, 50),  # half of it at the same time
+            work("kernel", 165, 5),
+            work("gpu_memset", 295, 50),  # most of it after the last step
+            work("kernel", 120, 10, device=1),
+            memory(0, 1, 5_000_000), memory(0, 1, 2_000_000), memory(1, 1, 1_000_000), memory(-1, 0, 3_500_000),
+        ]
+    })  # fmt: skip
+    assert text.splitlines() == [
+        "2 steps of 0.10 ms",
+        "peak memory, GPU 0: 5.00 MB",
+        "peak memory, GPU 1: 1.00 MB",
+        "peak memory, CPU: 3.50 MB",
+        "GPU 0 was busy 38% of the time",  # 10 + 60 + 5 of 200
+        "GPU 1 was busy 5% of the time",
+    ]

@@ -22,7 +22,7 @@ from lib.config import RunConfig, override
 from lib.dialogs import ByteTokenizer
 from lib.facts import ATTRIBUTES, load_people
 from lib.model import Transformer
-from lib.monitor import read_metrics
+from lib.monitor import Observers, read_metrics
 from lib.recall import measure_recall
 from lib.run import (
     _Cell,
@@ -344,7 +344,7 @@ def test_missing_people_are_refused(tmp_path):
 
 def test_tensorboard_that_is_not_installed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    _refused(_config(), tmp_path / "run", "TensorBoard", tensorboard=True)
+    _refused(_config(), tmp_path / "run", "TensorBoard", observers=Observers(tensorboard=True))
 
 
 @pytest.mark.parametrize("device", ["nonsense", "", "meta", "cpu:x", "cuda:99"])

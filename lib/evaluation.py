@@ -1,0 +1,84 @@
+"""Recall along the way, measured by a job of its own from the checkpoints that a training job writes meanwhile."""
+
+import json
+import time
+from collections.abc import Collection, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+from filelock import FileLock
+
+from lib import checkpoint
+from lib.base import InputError
+from lib.config import RunConfig
+from lib.dialogs import ByteTokenizer, tokenize_people
+from lib.facts import People, load_people
+from lib.model import Transformer
+from lib.monitor import Record
+from lib.recall import bits_of_dialogs, measure_recall
+from lib.run import DATABASE, ROW, load_model, read_claim, resolve_device
+from lib.tools import SqlTool
+from lib.trainer import below
+
+#: Seconds from one look for new checkpoints to the next.
+POLL_INTERVAL = 1.0
+
+
+def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = False) -> Iterator[dict]:
+    """Measure every whole checkpoint of a run, and the model of a finished one, over all facts; none of them twice.
+
+    Yields {"step", "recall", "recall_ATTRIBUTE" for each, "nll_bits"}, which a row has too, and appends it to
+    evaluations.jsonl in the run's folder. With `watch` it goes on until the run has its row. Checkpoints that are
+    incomplete or damaged are left out, and so are those that retention deletes before they are read. Raises
+    `InputError` if the folder holds no run, or the file of its people has changed.
+    """
+    directory, device = Path(directory), resolve_device(device)
+    config, digest, _ = read_claim(directory)
+    people = load_people(config.facts)
+    if people.digest() != digest:
+        raise InputError(f"{config.facts.csv} holds other people now than the run in {directory} is about: restore it")
+    with (
+        FileLock(directory / ".evaluations.lock"),  # a second process waits and finds everything measured
+        Record(directory / "evaluations.jsonl") as record,
+    ):
+        while True:
+            finished = (directory / ROW).exists()  # asked first: then there is nothing new after what is found
+            for step, model in _not_yet(directory, config, record.steps):
+                measured = _measure(model.to(device), people, config, directory)
+                record.write(step, **measured)
+                yield {"step": step, **measured}
+            if finished or not watch:
+                return
+            time.sleep(POLL_INTERVAL)
+
+
+def _not_yet(directory: Path, config: RunConfig, measured: Collection[int]) -> Iterator[tuple[int, Transformer]]:
+    """The models of a run after the steps that are not among those measured."""
+    for folder in checkpoint.steps(directory / "checkpoints"):
+        step = int(folder.name.removeprefix("step_"))
+        if step in measured:
+            continue
+        try:
+            tensors, _ = checkpoint.load(folder)
+        except (InputError, OSError):
+            if checkpoint.damage(folder):  # or deleted by now
+                continue
+            raise
+        model = Transformer(config.model)
+        model.load_state_dict(below("model.", tensors))
+        yield step, model
+    if (directory / ROW).exists():  # then there may be no checkpoints any more
+        step = json.loads((directory / ROW).read_text())["steps"]
+        if step not in measured:
+            yield step, load_model(directory)[0]
+
+
+def _measure(model: Transformer, people: People, config: RunConfig, directory: Path) -> dict[str, float]:
+    with SqlTool(directory / DATABASE) if config.mode == "in-tool" else nullcontext() as tool:
+        measured = measure_recall(model, list(people.facts()), ByteTokenizer(), tool)
+    bits = bits_of_dialogs(model, tokenize_people(people, config.mode, ByteTokenizer()))
+    return {
+        "recall": measured.overall,
+        **{f"recall_{attribute}": share for attribute, share in measured.by_attribute().items()},
+        "nll_bits": float(bits.mean()),
+    }
