@@ -5,6 +5,7 @@ import json
 import re
 import struct
 import sys
+import time
 from types import SimpleNamespace
 
 import nbformat
@@ -198,8 +199,16 @@ def test_without_tensorboard_the_wish_for_it_is_one_sentence_and_nothing_is_writ
 # ---- Weights & Biases
 
 
-def _history(folder) -> list[dict]:
-    """What the package wrote down offline: a log in the format of LevelDB, of protobuf records."""
+def _history(folder, n_lines: int) -> list[dict]:
+    """What the package wrote down offline, once it has: its own process may still be at it."""
+    deadline = time.monotonic() + 60
+    while len(history := _read_history(folder)) < n_lines and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return history
+
+
+def _read_history(folder) -> list[dict]:
+    """A log in the format of LevelDB, of protobuf records."""
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     content, at, record, history = path.read_bytes(), 7, b"", []  # after the file's own header
     while at + 7 <= len(content):
@@ -231,7 +240,8 @@ def test_weights_and_biases_gets_the_same_metrics_offline_and_without_an_account
         record.log(1, loss=0.1 + 0.2)
         record.log(2, loss=0.75)
         record.log(2, recall=1.0)
-    found = [{k: v for k, v in line.items() if k in ("_step", "loss", "recall")} for line in _history(tmp_path / "run")]
+    lines = _history(tmp_path / "run", 2)
+    found = [{k: v for k, v in line.items() if k in ("_step", "loss", "recall")} for line in lines]
     assert found == [{"_step": 1, "loss": 0.1 + 0.2}, {"_step": 2, "loss": 0.75, "recall": 1.0}]
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 2]
 
