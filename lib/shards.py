@@ -6,6 +6,7 @@ after what the file holds, so that a file that changes is tokenized anew and one
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, filterwarnings
 
-import numpy as np
 import torch
 from filelock import FileLock
 
@@ -63,7 +63,7 @@ def tokenize_file(path: str | Path, tokenizer: Tokenizer) -> Path:
 
 
 def _write_tokens(file, path: str | Path, tokenizer: Tokenizer, folder: Path, digest: str) -> None:
-    """One flat file for each tensor of a `TokenizedDialogs`, its type in its name."""
+    """One flat file for each tensor of `MappedDialogs`, its type in its name."""
     read, n_dialogs, n_tokens = hashlib.sha256(), 0, 0
     folder.mkdir()
     with ExitStack() as stack:
@@ -81,6 +81,7 @@ def _write_tokens(file, path: str | Path, tokenizer: Tokenizer, folder: Path, di
             read.update(b"".join(lines))
             block = tokenize((_parse(line, path, i) for i, line in enumerate(lines, n_dialogs + 1)), tokenizer)
             append(values=block.values, mask=block.mask, offsets=block.offsets[1:] + n_tokens)
+            append(n_trained=block.trained_counts(), first=block.first_trained())
             n_dialogs, n_tokens = n_dialogs + len(block), n_tokens + len(block.values)
         if n_dialogs == 0:
             raise InputError(f"{path} holds no dialog: {_ACCEPTED}")
@@ -115,25 +116,46 @@ def _parse(line: bytes, path: str | Path, number: int) -> Dialog:
     raise InputError(f"{path}, line {number}: {problem}: {_ACCEPTED}")
 
 
-def open_dialogs(folder: Path) -> TokenizedDialogs:
-    """The dialogs that `tokenize_file` wrote, mapped: a page is read where it is touched, and memory holds no copy.
+@dataclass(frozen=True)
+class MappedDialogs(TokenizedDialogs):
+    """Dialogs whose tensors lie in files: a page is read where it is touched, and memory holds no copy.
 
-    Read-only: a file larger than memory can be mapped in no other way on every system. A folder with a file missing or
-    cut short is an `InputError`.
+    What a pass over all masks would find lies there, too.
     """
+
+    n_trained: torch.Tensor  # (D,) int64
+    first: torch.Tensor  # (D,) int64
+
+    def trained_counts(self) -> torch.Tensor:
+        """As of any `TokenizedDialogs`."""
+        return self.n_trained
+
+    def first_trained(self) -> torch.Tensor:
+        """As of any `TokenizedDialogs`."""
+        return self.first
+
+
+def open_dialogs(folder: Path) -> MappedDialogs:
+    """The dialogs that `tokenize_file` wrote. A file that is missing or cut short is an `InputError`."""
     try:
-        with catch_warnings():
-            filterwarnings("ignore", "The given NumPy array is not writable")  # nor is a dataset ever written to
-            tensors = {
-                file.stem: torch.from_numpy(np.memmap(file, file.suffix.removeprefix("."), mode="r"))
-                for file in folder.iterdir()
-            }
-        data = TokenizedDialogs(**tensors)
-        if not len(data.values) == len(data.mask) == data.offsets[-1]:
+        data = MappedDialogs(**{file.stem: _map(file) for file in folder.glob("[a-z]*.*")})
+        of_tokens, of_dialogs = (data.values, data.mask), (data.n_trained, data.first)
+        if {*map(len, of_tokens)} != {int(data.offsets[-1])} or {*map(len, of_dialogs)} != {len(data)}:
             raise ValueError
     except (OSError, TypeError, ValueError):
         raise InputError(f"the tokens in {folder} are damaged: delete the folder, they are made again") from None
     return data
+
+
+def _map(file: Path) -> torch.Tensor:
+    """A flat file as a tensor that is only read: one that could be written would have to fit into memory."""
+    with file.open("rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    if file.stem in ("values", "mask") and hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_RANDOM)  # or each row would bring its neighbourhood, 13 times what a step needs
+    with catch_warnings():
+        filterwarnings("ignore", "The given buffer is not writable")
+        return torch.frombuffer(mapped, dtype=getattr(torch, file.suffix.removeprefix(".")))
 
 
 @dataclass(frozen=True)

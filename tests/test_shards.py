@@ -53,6 +53,8 @@ def _assert_same(found: TokenizedDialogs, expected: TokenizedDialogs) -> None:
     for name in ("values", "mask", "offsets"):
         one, other = getattr(found, name), getattr(expected, name)
         assert one.dtype == other.dtype and torch.equal(one, other), name
+    assert torch.equal(found.trained_counts(), expected.trained_counts())
+    assert torch.equal(found.first_trained(), expected.first_trained())
 
 
 def _folders() -> set[str]:
@@ -244,7 +246,7 @@ def test_processes_that_want_the_same_tokens_make_them_once(tmp_path):
     assert sorted(process.communicate()[0].strip() for process in processes) == ["0", "0", "1"]
 
 
-@pytest.mark.parametrize("name", ["values.int16", "mask.bool", "offsets.int64"])
+@pytest.mark.parametrize("name", ["values.int16", "mask.bool", "offsets.int64", "n_trained.int64", "first.int64"])
 @pytest.mark.parametrize("damage", [os.unlink, lambda file: os.truncate(file, file.stat().st_size - 8)])
 def test_damaged_tokens_are_noticed(tmp_path, name, damage):
     folder = tokenize_file(_write(tmp_path / "d.jsonl", list(dialogs(sample_people(2), "in-weight"))), TOKENIZER)
