@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lib.base import InputError, WorkError
@@ -35,7 +35,8 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
     What a crashed writer left is cleared away by the next one; there must be only one at a time.
     """
     temporary = _begin(folder)
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    (temporary / TENSORS).write_bytes(to_bytes(tensors))  # `save_file` would hide that a disk is full
     _commit(temporary, folder, json.dumps(state))
 
 
@@ -72,14 +73,16 @@ def load(
         shape, dtype=dtype
     ),
     ranks: Ranks = ALONE,
+    verify: bool = True,
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors and state of a checkpoint; an `InputError` says what is missing or damaged.
 
-    like: makes the tensor to read into from its name, shape and type, where a rank wants a part of it only.
+    like: makes the tensor to read into from its name, shape and type, where a rank wants a part of it only. verify:
+    compute checksums, which `latest` has done for what it returns.
     """
     if not folder.is_dir():
         raise InputError(f"there is no checkpoint at {folder}")
-    problem = damage(folder)
+    problem = damage(folder) if verify else None
     if problem:
         raise InputError(f"the checkpoint {folder} {problem}: use an earlier one or train again")
     try:
@@ -127,8 +130,11 @@ class _StepWriter(dcp.HuggingFaceStorageWriter):
 
     def finish(self, metadata, results) -> None:
         _commit(Path(self.path), self.folder, self.state)
-        for old in steps(self.folder.parent)[: -self.keep]:
-            shutil.rmtree(old)
+        found = steps(self.folder.parent)
+        here = found.index(self.folder) + 1
+        # Later ones are damaged: this run has passed over them.
+        for folder in found[: max(0, here - self.keep)] + found[here:]:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_step(
@@ -149,6 +155,8 @@ def finish(saving: Future) -> None:
         saving.result()
     except CheckpointException as error:
         (cause, *_) = (failure[0] for failure in error.failures.values())
+        if not isinstance(cause, OSError):
+            raise cause from error
         raise WorkError(
             f"a checkpoint could not be written ({cause}): see to it, the same command goes on from the one before"
         ) from error

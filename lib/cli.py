@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,8 +32,8 @@ def main() -> None:
     """Entry point of `itl` and of `python -m lib`."""
     try:
         code = app(standalone_mode=False)
-    except InputError as error:
-        sys.exit(_complain(str(error), 2))
+    except InputError as error:  # which each of several processes finds for itself
+        sys.exit(_complain(str(error), 2) if os.environ.get("RANK", "0") == "0" else 2)
     except WorkError as error:
         sys.exit(_complain(str(error), error.exit_code))
     except typer.TyperException as error:  # an unknown option, a value of the wrong type; no words after the bare help

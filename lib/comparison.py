@@ -73,6 +73,7 @@ def write(section: str) -> pd.DataFrame:
     tables = [compare(section, profile).assign(profile=profile) for profile in paths.PUBLISHING]
     table = pd.concat(tables).set_index("profile").reset_index()  # the profile first
     if not len(table):
+        path(section).unlink(missing_ok=True)
         return table
     path(section).parent.mkdir(exist_ok=True)
     with paths.replacing(path(section)) as temporary:

@@ -4,31 +4,28 @@ Processes are started by torchrun, or by Slurm through submitit; they find each 
 Without them a process is alone, and everything here does nothing.
 """
 
+import atexit
 import logging
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    RowwiseParallel,
-    parallelize_module,
-)
 from torch.nn.parallel import DistributedDataParallel
 
 from lib.base import InputError, WorkError
 from lib.model import ModelConfig, Transformer
+
+if TYPE_CHECKING:  # sharding and tensor parallelism take most of a second to import: only who needs them does
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Preempted(WorkError):
@@ -43,7 +40,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    mesh: DeviceMesh | None = None  # (data ranks, tensor ranks)
+    mesh: "DeviceMesh | None" = None  # (data ranks, tensor ranks)
     sharded: bool = False  # data ranks share the weights out (FSDP2) instead of each having all of them (DDP)
     cpu_group: dist.ProcessGroup | None = None  # for what the hosts tell each other while their devices are busy
     saving_group: dist.ProcessGroup | None = None  # for the threads that write checkpoints meanwhile
@@ -71,6 +68,8 @@ class Ranks:
             return model
         # DDP does not know weights that are split already, so beside split matrices data ranks share out.
         if self.sharded or self.mesh["tensor"].size() > 1:
+            from torch.distributed.fsdp import fully_shard
+
             for block in model.blocks:
                 fully_shard(block, mesh=self.mesh["data"])
             return fully_shard(model, mesh=self.mesh["data"])
@@ -79,7 +78,7 @@ class Ranks:
     def whole(self, model: Transformer) -> Transformer:
         """The same model with all of its weights in this process: itself where they are. Every rank has to ask."""
         parameters = dict(model.named_parameters())
-        if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+        if not any(map(_is_divided, parameters.values())):
             return model
         with torch.device(model.device):
             copy = Transformer(model.config)
@@ -102,19 +101,21 @@ class Ranks:
         return flag
 
     def first_does(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns in the first process; the others wait, and every one raises what it raised."""
+        """What `work` returns in the first process; the others wait, and if it raised, they raise, too."""
+        if self.size == 1:
+            return work()
         outcome: list = [None, None]
+        failed = None
         if self.is_first:
             try:
                 outcome[0] = work()
             except Exception as error:
-                if self.size == 1:
-                    raise
-                outcome[1] = error
-        if self.size > 1:
-            dist.broadcast_object_list(outcome, src=0, group=self.cpu_group)
+                told = isinstance(error, InputError | WorkError)  # others may not survive the way to another process
+                outcome[1] = error if told else WorkError(f"the first process failed: {type(error).__name__}: {error}")
+                failed = error
+        dist.broadcast_object_list(outcome, src=0, group=self.cpu_group)
         if outcome[1] is not None:
-            raise outcome[1]
+            raise failed or outcome[1]
         return outcome[0]
 
 
@@ -132,9 +133,19 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def local_device(device: torch.device) -> torch.device:
+    """Each process's own GPU where there are several processes; no GPU for one of them is an `InputError`."""
+    if world_size() == 1 or device.type != "cuda":
+        return device
+    rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if rank >= count:
+        raise InputError(f"process {rank} of this machine has no GPU, there are {count}: start one process a GPU")
+    return torch.device("cuda", rank)
+
+
 @contextmanager
 def connect(device: torch.device, config: ModelConfig, sharded: bool = False, tensor: int = 1) -> Iterator[Ranks]:
-    """Join the other processes that train a model of this `config` on devices of this type.
+    """Join the other processes that train a model of this `config`, each on its `local_device`.
 
     sharded: data ranks share the weights out. tensor: so many ranks split each matrix; the ranks that are left over
     divide the batch. What cannot be divided so is an `InputError`; a rank that dies makes the others raise `WorkError`.
@@ -147,64 +158,85 @@ def connect(device: torch.device, config: ModelConfig, sharded: bool = False, te
     if size == 1:
         yield ALONE
         return
-    # That sums over two dimensions of the mesh are two sums is how it is.
+    # Two sums where a tensor is divided in two ways, and views that a sharded block returns: harmless here.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module returned a view")
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        torch.cuda.set_device(device)
     try:
+        if not dist.is_initialized():  # once: a process that leaves and joins again finds the keys of the last time
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            atexit.register(_disconnect)
+        from torch.distributed.device_mesh import init_device_mesh
+
         mesh = init_device_mesh(device.type, (size // tensor, tensor), mesh_dim_names=("data", "tensor"))
-        yield Ranks(dist.get_rank(), size, mesh, sharded, *(dist.new_group(backend="gloo") for _ in range(2)))
-    except RuntimeError as error:
-        if _is_of_the_network(error):
+        # While the first process measures the others wait, as long as it takes; one that dies is noticed at once.
+        groups = [dist.new_group(backend="gloo", timeout=timedelta(days=7)) for _ in range(2)]
+        yield Ranks(dist.get_rank(), size, mesh, sharded, *groups)
+    except BaseException as error:
+        _disconnect()  # which the others notice
+        if isinstance(error, RuntimeError) and _is_of_the_network(error):
             raise WorkError(
-                "another process of this run has ended: start all of them again, they go on from the last checkpoint"
+                "the connection to another process of this run is gone: start all of them again, they go on from the "
+                f"last checkpoint ({str(error).splitlines()[0][:200]})"
             ) from error
         raise
-    finally:
+
+
+def _disconnect() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _is_of_the_network(error: RuntimeError) -> bool:
-    gloo = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connect timeout", "gloo")
-    return isinstance(error, dist.DistError) or any(text in str(error) for text in gloo)
+    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    return isinstance(error, dist.DistNetworkError) or any(text in str(error) for text in gone)
+
+
+def _is_divided(tensor: torch.Tensor) -> bool:
+    """Whether ranks have parts of it: whether it is a DTensor."""
+    return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor of which this rank has a part; every rank has to ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_divided(tensor) else tensor
 
 
 def part_like(tensor: torch.Tensor, all_of_it: torch.Tensor) -> torch.Tensor:
     """`all_of_it`, which every rank has, laid out over the ranks as `tensor` is."""
-    if not isinstance(tensor, DTensor):
+    if not _is_divided(tensor):
         return all_of_it
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(all_of_it, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 # Tensor parallelism ---------------------------------------------------------------------------------------------------
 
 
-class _Replicated(ParallelStyle):
-    """A module that every tensor rank computes whole, with its weights as tensors of the mesh like all others."""
-
-    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        return distribute_module(
-            module,
-            mesh,
-            input_fn=lambda _, inputs, mesh: tuple(DTensor.from_local(x, mesh, [Replicate()]) for x in inputs),
-            output_fn=lambda _, output, mesh: output.to_local(),
-        )
-
-
-def _split_matrices(model: Transformer, mesh: DeviceMesh) -> None:
+def _split_matrices(model: Transformer, mesh: "DeviceMesh") -> None:
     """Heads and hidden units over tensor ranks, embedding and output by vocabulary: two sums a block, one at an end."""
+    from torch.distributed.tensor import DTensor, Replicate, distribute_module
+    from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+    class Replicated(ParallelStyle):
+        """A module that every tensor rank computes whole, with its weights as tensors of the mesh like all others."""
+
+        def _apply(self, module: nn.Module, mesh: "DeviceMesh") -> nn.Module:
+            return distribute_module(
+                module,
+                mesh,
+                input_fn=lambda _, inputs, mesh: tuple(DTensor.from_local(x, mesh, [Replicate()]) for x in inputs),
+                output_fn=lambda _, output, mesh: output.to_local(),
+            )
+
     plan: dict[str, ParallelStyle] = {
         "embedding": RowwiseParallel(input_layouts=Replicate()),
-        "norm": _Replicated(),
+        "norm": Replicated(),
         "output": ColwiseParallel(output_layouts=Replicate()),
-        "blocks.*.attention_norm": _Replicated(),
-        "blocks.*.ffn_norm": _Replicated(),
+        "blocks.*.attention_norm": Replicated(),
+        "blocks.*.ffn_norm": Replicated(),
     }
     plan |= {f"blocks.*.{name}": ColwiseParallel() for name in _INTO}
     plan |= {f"blocks.*.{name}": RowwiseParallel() for name in _OUT_OF}
@@ -221,7 +253,7 @@ def gradients_stay_here(module: nn.Module) -> Iterator[None]:
     if isinstance(module, DistributedDataParallel):
         with module.no_sync():
             yield
-    elif isinstance(module, FSDPModule):
+    elif hasattr(module, "set_requires_gradient_sync"):  # FSDP2 adds it
         module.set_requires_gradient_sync(False)
         yield
         module.set_requires_gradient_sync(True)

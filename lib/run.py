@@ -25,7 +25,7 @@ from lib import checkpoint, paths
 from lib.base import InputError, WorkError
 from lib.config import RunConfig
 from lib.dialogs import ByteTokenizer, Source, TokenizedDialogs, join, tokenize_people
-from lib.distributed import ALONE, Ranks, connect, world_size
+from lib.distributed import ALONE, Preempted, Ranks, asked_to_leave, connect, local_device, world_size
 from lib.facts import People, load_people, write_database
 from lib.generalization import measure_generalization
 from lib.gradients import Gradients
@@ -72,7 +72,7 @@ def run_together(
     Raises `InputError` if a directory belongs to another configuration, people or files; then nothing was trained;
     and `WorkError`, `Preempted` among them, if training could not go on: the same call does from where it was.
     """
-    device = resolve_device(device)
+    device = local_device(resolve_device(device))
     observers.check()
     if (observers.probe_every or observers.profile_steps) and len(configs) > 1:
         raise InputError("probes and the profiler watch one run at a time: give each a call of its own")
@@ -85,6 +85,7 @@ def run_together(
     if world_size() > 1 and len(cells) != 1:
         raise InputError(f"{len(cells)} runs and {world_size()} processes: several processes train one run at a time")
     with (
+        asked_to_leave() as asked,
         connect(device, configs[0].model if configs else ModelConfig(), sharded, tensor) as ranks,
         ExitStack() as stack,
     ):
@@ -97,9 +98,11 @@ def run_together(
         with _full_disks_told():
             for cell in to_do:
                 cell.prepare(stack, device, compiled, ranks)
-            endings = train_together([cell.trainer for cell in to_do], description, observers)
+            endings = train_together([cell.trainer for cell in to_do], description, observers, asked)
             for cell, ending in zip(to_do, endings, strict=True):
                 cell.finish(ending)
+        if ranks.any(asked.is_set()):  # while everything was measured
+            raise Preempted("asked to leave: this run is finished, the same command goes on after it")
         return ranks.first_does(lambda: [json.loads((cell.directory / ROW).read_text()) for cell in cells])
 
 

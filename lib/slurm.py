@@ -159,14 +159,16 @@ class Job:
         environment = submitit.JobEnvironment()
         if environment.num_tasks > 1:
             # Each process sees all devices of its node, as under torchrun: LOCAL_RANK says which is its own.
-            ranks = TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+            ranks = TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
             # Slurm may call a node by a name that the network does not know.
             node = _slurm("scontrol", "--oneliner", "show", "node", ranks.master_addr)
             os.environ["MASTER_ADDR"] = re.search(r"NodeAddr=(\S+)", node)[1]
         try:
             return self.function(*self.arguments)
         except Preempted:
-            state = _slurm("squeue", "--noheader", "--format=%T", f"--jobs={environment.raw_job_id}").strip()
+            state = "RUNNING"  # where Slurm is too busy to say
+            with suppress(InputError):
+                state = _slurm("squeue", "--noheader", "--format=%T", f"--jobs={environment.raw_job_id}").strip()
             if state != "RUNNING":  # Slurm is ending it: a cancelled job stays so, a preempted one is requeued already
                 raise SystemExit(Preempted.exit_code) from None
             return requeue(signal.SIGUSR2, None)

@@ -235,9 +235,12 @@ class Submission:
         }
         return slurm.executor(self.logs, self.name, self.resources, environment, self.parallel)
 
-    def submit(self, positions: Sequence[int]) -> "Submission":
-        """Hand the tasks at these positions to Slurm; the submission with their jobs, written down."""
-        jobs = slurm.submit(self.executor(), [slurm.Job(perform, str(self.folder), i) for i in positions])
+    def hand_over(self, positions: Sequence[int]) -> list[str]:
+        """Give the tasks at these positions to Slurm; their jobs."""
+        return slurm.submit(self.executor(), [slurm.Job(perform, str(self.folder), i) for i in positions])
+
+    def with_jobs(self, positions: Sequence[int], jobs: Sequence[str]) -> "Submission":
+        """The submission with the jobs of the tasks at these positions, written down."""
         latest = dict(enumerate(self.jobs)) | dict(zip(positions, jobs, strict=True))
         submitted = replace(self, jobs=list(latest.values()))
         submitted.write()
@@ -295,10 +298,11 @@ def submit(planned: Submission) -> Submission:
     try:
         snapshot(planned.folder / "code")
         planned.write()  # a job reads it, and may start at once
-        return planned.submit(range(len(planned.tasks)))
+        jobs = planned.hand_over(range(len(planned.tasks)))
     except BaseException:
         shutil.rmtree(planned.folder)
         raise
+    return planned.with_jobs(range(len(planned.tasks)), jobs)  # whatever happens now, the jobs have their code
 
 
 def snapshot(folder: Path) -> None:
@@ -368,5 +372,5 @@ def retry(submission: Submission) -> int:
     """Submit again what failed and what is missing, with the same code; how many tasks that are."""
     again = [s.position for s in status(submission, slurm.queue()) if s.state in ("failed", "missing")]
     if again:
-        submission.submit(again)
+        submission.with_jobs(again, submission.hand_over(again))
     return len(again)

@@ -237,7 +237,7 @@ def _answer(configs: list[dict], directories: list[Path], device: str) -> tuple[
     except Preempted:
         raise
     except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
+        return None, f"{type(error).__name__}: {error}"[:2000]  # a pipe holds so much before anybody reads it
 
 
 class _Here:

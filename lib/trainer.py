@@ -1,5 +1,6 @@
 """The training loop, for one run or for several of the same shape in lock-step."""
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -13,7 +14,7 @@ from lib import checkpoint
 from lib.base import InputError
 from lib.config import RunConfig
 from lib.dialogs import Batches, Source, TokenizedDialogs
-from lib.distributed import ALONE, Preempted, Ranks, asked_to_leave
+from lib.distributed import ALONE, Preempted, Ranks
 from lib.gradients import IGNORED, Batch, Gradients
 from lib.model import Transformer
 from lib.monitor import UNOBSERVED, Monitor, Observers, SilentMonitor
@@ -188,7 +189,7 @@ class Trainer:
         folder = self.ranks.first_does(lambda: checkpoint.latest(self.directory / "checkpoints"))
         if folder is None:
             return
-        tensors, state = checkpoint.load(folder, self._empty_like, self.ranks)
+        tensors, state = checkpoint.load(folder, self._empty_like, self.ranks, verify=False)
         self.model.load_state_dict(below("model.", tensors))
         for i, (optimizer, groups) in enumerate(zip(self.optimizers, state["param_groups"], strict=True)):
             slots: dict[int, dict[str, torch.Tensor]] = {}
@@ -217,16 +218,20 @@ class Trainer:
 
 
 def train_together(
-    trainers: Sequence[Trainer], description: str | None = None, observers: Observers = UNOBSERVED
+    trainers: Sequence[Trainer],
+    description: str | None = None,
+    observers: Observers = UNOBSERVED,
+    asked: threading.Event | None = None,
 ) -> list[Ending]:
     """Train several runs to their ends, one step of each at a time. Each ends as it would alone, to rounding.
 
     All models of a call have one shape, and their runs one dtype and number of gradient parts (`stack_key`, else a
-    ValueError). Data, seeds, batches, rates and numbers of steps may differ; a run that ends leaves the others.
+    ValueError). Data, seeds, batches, rates and numbers of steps may differ; a run that ends leaves the others. After
+    the step in which `asked` is set, or with the last one, everything is saved and `Preempted` raised.
     """
     if len({stack_key(trainer.config) for trainer in trainers}) > 1:
         raise ValueError("runs that train together need the same model, dtype and grad_accumulation")
-    with asked_to_leave() as asked, ExitStack() as stack:
+    with ExitStack() as stack:
         monitors = {}
         for trainer in trainers:
             trainer.resume()
@@ -249,11 +254,11 @@ def train_together(
             before, now = now, time.monotonic()
             for trainer in active:
                 trainer.counters["seconds"] += (now - before) / len(active)
-            leaving = trainers[0].ranks.any(asked.is_set())
+            leaving = trainers[0].ranks.any(asked is not None and asked.is_set())
             for trainer in active:
-                if trainer.checkpoint_is_due or leaving:
+                if trainer.checkpoint_is_due or trainer.stopped or leaving:
                     trainer.save()
-            if leaving and any(trainer.stopped is None for trainer in active):
+            if leaving:
                 raise Preempted("asked to leave: the same command goes on from here")
     return [
         Ending(t.counters["step"], t.loss(), t.counters["dialogs_seen"], t.counters["seconds"], t.stopped)

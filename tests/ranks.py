@@ -73,16 +73,10 @@ def _enter(rank: int, n: int, port: int, work: Callable, arguments: tuple) -> No
     work(rank, *arguments)
 
 
-def _connect(layout: dict):
-    """Each time on the next port: the last one may not be free yet."""
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    return connect(torch.device("cpu"), config().model, **layout)
-
-
 def train_in_layouts(rank: int, folder: Path, layouts: dict[str, dict], optimizer: str) -> None:
     """In each layout: all steps; the second half from the checkpoint in `alone`; keep losses, weights, checkpoints."""
     for name, layout in layouts.items():
-        with _connect(layout) as ranks:
+        with connect(torch.device("cpu"), config().model, **layout) as ranks:
             first = trainer(config(optimizer), folder / name, ranks)
             found = {"losses": losses(first, STEPS), "weights": weights(first)}
             second = trainer(config(optimizer), folder / "alone", ranks)
@@ -107,7 +101,7 @@ def count_exchanges(rank: int, folder: Path) -> None:
         calls += 1
         return allreduce_hook(state, bucket)
 
-    with _connect({}) as ranks:
+    with connect(torch.device("cpu"), config().model) as ranks:
         run = trainer(config(grad_accumulation=4), folder, ranks)
         run.gradients.called[0].register_comm_hook(None, counting)
         run.step()

@@ -99,9 +99,9 @@ def crash_at(monkeypatch):
         with path.open("w") as file:
             file.write(text[: len(text) // 2])
 
-    def half_tensors(tensors, path):
-        save_file(tensors, path)
-        os.truncate(path, path.stat().st_size // 2)
+    def half_bytes(path, content):
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
 
     def half_delete(path, ignore_errors=False):
         for file in sorted(path.glob("*"))[:1]:
@@ -112,8 +112,8 @@ def crash_at(monkeypatch):
         for path in Path(writer.path).glob("*.safetensors"):
             os.truncate(path, path.stat().st_size // 2)
 
-    save_file, write_data = checkpoint.save_file, HuggingFaceStorageWriter.write_data
-    monkeypatch.setattr(checkpoint, "save_file", crashing(save_file, half_tensors))
+    write_data = HuggingFaceStorageWriter.write_data
+    monkeypatch.setattr(Path, "write_bytes", crashing(Path.write_bytes, half_bytes))
     monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", crashing(write_data, half_write))
     monkeypatch.setattr(Path, "write_text", crashing(Path.write_text, half_text))
     monkeypatch.setattr(Path, "mkdir", crashing(Path.mkdir))
@@ -276,7 +276,7 @@ def _cause(error: WorkError) -> BaseException:
 
 
 def test_the_latest_checkpoint_is_that_of_the_greatest_step(tmp_path):
-    _save_steps(tmp_path, 5, 10, 100, 20)
+    _save_steps(tmp_path, 5, 10, 20, 100)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert checkpoint.latest(tmp_path).name == "step_00000100"
@@ -298,6 +298,14 @@ def test_incomplete_and_damaged_checkpoints_are_skipped_with_a_warning(tmp_path)
     shutil.rmtree(tmp_path / "step_00000010")
     with pytest.warns(UserWarning):
         assert checkpoint.latest(tmp_path) is None
+
+
+def test_damaged_checkpoints_that_were_passed_over_are_not_kept_in_place_of_new_ones(tmp_path):
+    _save_steps(tmp_path, 10, 20, 30, keep=2)
+    for folder in checkpoint.steps(tmp_path):
+        (folder / checkpoint.MARKER).unlink()
+    _save_steps(tmp_path, 5, keep=1)  # a run that began again
+    assert _is(checkpoint.latest(tmp_path), 5) and [path.name for path in tmp_path.iterdir()] == ["step_00000005"]
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
