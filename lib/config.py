@@ -78,6 +78,8 @@ class RunConfig(Config):
     mode: Literal["in-weight", "in-tool"] = "in-weight"
     #: Seeds the initialization and the order of the data; `facts.seed` draws the people.
     seed: int = Field(0, ge=0, lt=2**63)
+    #: "bytes", or a file with a vocabulary (`lib.tokenizers`), whose size `model.vocab_size` must then be.
+    tokenizer: str = "bytes"
     facts: FactsConfig = FactsConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
@@ -86,7 +88,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _tokens_fit(self) -> Self:
-        if self.model.vocab_size < ByteTokenizer.vocab_size:
+        if self.tokenizer == "bytes" and self.model.vocab_size < ByteTokenizer.vocab_size:
             raise ValueError(
                 f"model.vocab_size = {self.model.vocab_size} is too small for bytes and special tokens: "
                 f"give at least {ByteTokenizer.vocab_size}"
@@ -115,7 +117,7 @@ class RunConfig(Config):
         """Floating-point operations of the whole training, about: three forward passes a step."""
         n_dialogs = 4 * self.facts.n_people
         share = self.training.biographies
-        # Tokens of a dialog, in the mean; those of files are taken for questions.
+        # Tokens of a dialog, in the mean, if they are bytes; those of files are taken for questions.
         length = round((1 - share) * (66 if self.mode == "in-weight" else 184) + share * 140)
         batch = min(self.training.batch_size, n_dialogs)
         return 3.0 * self.training.total_steps(n_dialogs) * batch * self.model.forward_flops(length, length // 2)

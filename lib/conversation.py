@@ -7,11 +7,12 @@ from pathlib import Path
 
 from lib.base import InputError
 from lib.config import RunConfig
-from lib.dialogs import ByteTokenizer, Role, question
+from lib.dialogs import Role, Tokenizer, question
 from lib.facts import load_people
 from lib.generation import chat
 from lib.model import Transformer
 from lib.run import DATABASE, load_model
+from lib.tokenizers import run_tokenizer
 from lib.tools import SqlTool
 
 
@@ -21,7 +22,7 @@ class Conversation:
 
     model: Transformer
     config: RunConfig
-    tokenizer: ByteTokenizer
+    tokenizer: Tokenizer
     tool: SqlTool | None
     database: Path | None
 
@@ -44,11 +45,12 @@ def open_conversation(folder: Path, database: Path | None = None, device: str = 
     """
     folder = Path(folder)
     model, config = load_model(folder, device)
+    tokenizer = run_tokenizer(config)
     if config.mode == "in-weight":
         if database:
             raise InputError(f"the model in {folder} is in-weight and asks no database: leave {database} out")
-        yield Conversation(model, config, ByteTokenizer(), None, None)
+        yield Conversation(model, config, tokenizer, None, None)
         return
     database = Path(database) if database else folder / DATABASE
     with SqlTool(database) as tool:
-        yield Conversation(model, config, ByteTokenizer(), tool, database)
+        yield Conversation(model, config, tokenizer, tool, database)

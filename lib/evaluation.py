@@ -11,12 +11,13 @@ from filelock import FileLock
 from lib import checkpoint
 from lib.base import InputError
 from lib.config import RunConfig
-from lib.dialogs import ByteTokenizer, tokenize_people
+from lib.dialogs import tokenize_people
 from lib.facts import People, load_people
 from lib.model import Transformer
 from lib.monitor import Record
 from lib.recall import bits_of_dialogs, measure_recall
 from lib.run import DATABASE, ROW, load_model, read_claim, resolve_device
+from lib.tokenizers import run_tokenizer
 from lib.tools import SqlTool
 from lib.trainer import below
 
@@ -33,7 +34,7 @@ def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = Fa
     `InputError` if the folder holds no run, or the file of its people has changed.
     """
     directory, device = Path(directory), resolve_device(device)
-    config, digest, _ = read_claim(directory)
+    config, digest, *_ = read_claim(directory)
     people = load_people(config.facts)
     if people.digest() != digest:
         raise InputError(f"{config.facts.csv} holds other people now than the run in {directory} is about: restore it")
@@ -74,9 +75,10 @@ def _not_yet(directory: Path, config: RunConfig, measured: Collection[int]) -> I
 
 
 def _measure(model: Transformer, people: People, config: RunConfig, directory: Path) -> dict[str, float]:
+    tokenizer = run_tokenizer(config)
     with SqlTool(directory / DATABASE) if config.mode == "in-tool" else nullcontext() as tool:
-        measured = measure_recall(model, list(people.facts()), ByteTokenizer(), tool)
-    bits = bits_of_dialogs(model, tokenize_people(people, config.mode, ByteTokenizer()))
+        measured = measure_recall(model, list(people.facts()), tokenizer, tool)
+    bits = bits_of_dialogs(model, tokenize_people(people, config.mode, tokenizer))
     return {
         "recall": measured.overall,
         **{f"recall_{attribute}": share for attribute, share in measured.by_attribute().items()},

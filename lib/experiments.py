@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from lib.base import InputError
-from lib.config import EvaluationConfig, RunConfig, TrainingConfig
+from lib.config import EvaluationConfig, RunConfig, TrainingConfig, override
 from lib.facts import FactsConfig
 from lib.model import ModelConfig
 from lib.optim import OptimConfig
+from lib.paths import PUBLISHING
+from lib.tokenizers import load_tokenizer
 
 #: The 26 sizes of Section 5, 2,612 to 591,488 parameters.
 SIZES = (*range(4, 81, 4), *range(88, 129, 8))
@@ -64,12 +66,21 @@ class Search:
         return len(self.sizes) if self.threshold is None else min(2 + self.neighbours, len(self.sizes))
 
 
-def searches(section: str, profile: str) -> list[Search]:
-    """All searches of a section in a profile, in the order in which they are worth doing."""
+def searches(section: str, profile: str, tokenizer: str = "bytes") -> list[Search]:
+    """All searches of a section in a profile, in the order in which they are worth doing.
+
+    tokenizer: as `RunConfig.tokenizer`, for profiles that do not publish; what is published is of bytes.
+    """
     if profile not in _SECTIONS.get(section, ()):
         known = ", ".join(f"{name} ({', '.join(profiles)})" for name, profiles in _SECTIONS.items())
         raise InputError(f"there is no experiment {section} in the profile {profile}: there are {known}")
-    return list(_SECTIONS[section][profile]())
+    plan = list(_SECTIONS[section][profile]())
+    if tokenizer == "bytes":
+        return plan
+    if profile in PUBLISHING:
+        raise InputError(f"tokenizer = {tokenizer!r} in the profile {profile}, which publishes: its runs are of bytes")
+    fields = {"tokenizer": tokenizer, "model.vocab_size": load_tokenizer(tokenizer).vocab_size}
+    return [dataclasses.replace(search, base=override(search.base, fields)) for search in plan]
 
 
 # Recipes --------------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def save(figure: Figure, name: str, profile: str) -> list[Path]:
 def draw(name: str, profile: str = "laptop", **options) -> Figure:
     """One of `FIGURES` from paper_data; profiles that do not publish add their own rows. Write it with `save`.
 
-    options: of the figure, `threshold` for parameter_bounds say.
+    options: of the figure, `threshold` for parameter_bounds say, and `tokenizer` for whose own rows to add.
     """
     if name not in FIGURES:
         raise InputError(f"there is no figure {name!r}: there are {', '.join(FIGURES)}")
@@ -414,19 +414,19 @@ def probes(rows: list[dict], tensors: list[str] | None = None) -> Figure:
 _SCALES = {"mean": "linear", "std": "log", "skew": "linear", "kurtosis": "symlog"}
 
 
-def _draw_parameter_bounds(profile: str, threshold: float = 0.95) -> Figure:
+def _draw_parameter_bounds(profile: str, threshold: float = 0.95, tokenizer: str = "bytes") -> Figure:
     results.check_threshold(threshold)
     return parameter_bounds(
         published_by_paper("parameter_bounds"),
         results.bounds(results.counting_profile(profile)),
-        None if profile in paths.PUBLISHING else results.bounds(profile),
+        None if profile in paths.PUBLISHING else results.bounds(profile, tokenizer),
         threshold,
     )
 
 
-def _draw_recall_against_parameters(profile: str) -> Figure:
+def _draw_recall_against_parameters(profile: str, tokenizer: str = "bytes") -> Figure:
     published = published_by_paper("recall_vs_parameters_in_weight")
-    own = None if profile in paths.PUBLISHING else results.bounds_rows(profile)
+    own = None if profile in paths.PUBLISHING else results.bounds_rows(profile, tokenizer)
     return recall_against_parameters(results.bounds_rows(results.counting_profile(profile)), own, published)
 
 

@@ -14,6 +14,7 @@ from lib.base import InputError
 from lib.experiments import SIZES, Search, searches
 from lib.facts import ATTRIBUTES, entropy_bits_by_attribute, entropy_bits_per_person
 from lib.run import ROW, commit
+from lib.tokenizers import load_tokenizer
 
 #: How the tables name a section's rows.
 TABLES = {
@@ -60,12 +61,14 @@ _TEXT = ("run_id", "people_digest", "commit", "python", "torch")
 def read_rows(section: str, profile: str, plan: Sequence[Search] | None = None) -> pd.DataFrame:
     """One row per finished run of a section in a profile: those in paper_data and those still in runs.
 
-    A row counts only if `plan`, or else today's, can ask for it; one of an earlier plan stays where it is until rows
-    are published.
+    A row counts only if `plan`, or else today's, can ask for it, and its tokenizer's file is what it was; one of an
+    earlier plan stays where it is until rows are published.
     """
-    planned = _run_ids(searches(section, profile) if plan is None else plan)
+    plan = searches(section, profile) if plan is None else plan
+    planned, tokenizers = _run_ids(plan), {load_tokenizer(spec).name for spec in {s.base.tokenizer for s in plan}}
     found = sorted(sweep_dir(section, profile).glob(f"*/{ROW}"))
     fresh = [json.loads(path.read_text()) for path in found if path.parent.name in planned]
+    fresh = [row for row in fresh if row.get("tokenizer", "bytes") in tokenizers]
     rows = pd.DataFrame([{"profile": profile, **row} for row in fresh])
     known = committed_rows(section)
     if len(known):
@@ -87,9 +90,9 @@ def counting_rows(section: str, profile: str) -> pd.DataFrame:
     return read_rows(section, counting_profile(profile))
 
 
-def bounds(profile: str) -> pd.DataFrame:
+def bounds(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
     """`minimal_parameters` of Section 5.1 in a profile."""
-    return minimal_parameters(bounds_rows(profile), bounds_searches(profile))
+    return minimal_parameters(bounds_rows(profile, tokenizer), bounds_searches(profile, tokenizer))
 
 
 def check_publishes(profile: str) -> None:
@@ -132,18 +135,21 @@ def publish(section: str, profile: str) -> int:
     return len(merged) - len(known.merge(merged[["profile", "run_id"]])) if len(known) else len(merged)
 
 
-def bounds_searches(profile: str) -> list[Search]:
+def bounds_searches(profile: str, tokenizer: str = "bytes") -> list[Search]:
     """What Section 5.1 shows: its own searches, and where they leave the tool out, the in-tool grid of Section 5.2."""
-    own = searches("05_1", profile)
+    own = searches("05_1", profile, tokenizer)
     if any(search.base.mode == "in-tool" for search in own):
         return own
-    return own + [search for search in searches("05_2", profile) if search.base.mode == "in-tool"]
+    return own + [search for search in searches("05_2", profile, tokenizer) if search.base.mode == "in-tool"]
 
 
-def bounds_rows(profile: str) -> pd.DataFrame:
+def bounds_rows(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
     """The finished runs of `bounds_searches`."""
-    rows = pd.concat([read_rows(section, profile) for section in ("05_1", "05_2")], ignore_index=True)
-    return rows[rows.run_id.isin(_run_ids(bounds_searches(profile)))].reset_index(drop=True) if len(rows) else rows
+    plans = {section: searches(section, profile, tokenizer) for section in ("05_1", "05_2")}
+    rows = pd.concat([read_rows(section, profile, plan) for section, plan in plans.items()], ignore_index=True)
+    if not len(rows):
+        return rows
+    return rows[rows.run_id.isin(_run_ids(bounds_searches(profile, tokenizer)))].reset_index(drop=True)
 
 
 def minimal_parameters(

@@ -24,7 +24,7 @@ from filelock import FileLock
 from lib import checkpoint, paths
 from lib.base import InputError, WorkError
 from lib.config import RunConfig
-from lib.dialogs import ByteTokenizer, Source, TokenizedDialogs, join, tokenize_people
+from lib.dialogs import Source, TokenizedDialogs, join, tokenize_people
 from lib.distributed import ALONE, Preempted, Ranks, asked_to_leave, connect, local_device, world_size
 from lib.facts import People, load_people, write_database
 from lib.generalization import measure_generalization
@@ -33,6 +33,7 @@ from lib.model import ModelConfig, Transformer
 from lib.monitor import UNOBSERVED, Observers
 from lib.recall import Fact, Recall, bits_of_dialogs, measure_recall
 from lib.shards import ConcatDialogs, open_dialogs, tokenize_file
+from lib.tokenizers import run_tokenizer
 from lib.tools import SqlTool
 from lib.trainer import Ending, Trainer, join_gradients, step_together, train_together
 
@@ -69,8 +70,8 @@ def run_together(
     is probed. observers: what else watches, without changing what is learned. A single run may be trained by several
     processes, which all call this: sharded and tensor say how (`lib.distributed.connect`).
 
-    Raises `InputError` if a directory belongs to another configuration, people or files; then nothing was trained;
-    and `WorkError`, `Preempted` among them, if training could not go on: the same call does from where it was.
+    Raises `InputError` if a directory belongs to another configuration, people, tokens or files; then nothing was
+    trained; and `WorkError`, `Preempted` among them, if training could not go on: the same call does from where it was.
     """
     device = local_device(resolve_device(device))
     observers.check()
@@ -141,21 +142,22 @@ class _Cell:
                     f"training.files: {path} takes {share:g} of the dialogs, "
                     f"less than one in a pass over the {self.people.n_facts} questions: give it a larger share"
                 )
-        self.tokenizer = ByteTokenizer()
+        self.tokenizer = run_tokenizer(config)
         with _full_disks_told():
             #: The folders with the tokens of the files of dialogs, by path.
             self.files = {path: tokenize_file(path, self.tokenizer) for path in sorted(config.training.files)}
         #: What tells this run from any other, files by what they hold.
-        self.identity = config, self.people.digest(), {path: folder.name for path, folder in self.files.items()}
+        files = {path: folder.name for path, folder in self.files.items()}
+        self.identity = config, self.people.digest(), files, self.tokenizer.name
         _check_claim(directory, self.identity)
 
     def claim(self) -> None:
         """Write into the folder whose it is, unless that is done."""
         _check_claim(self.directory, self.identity)
         if not (self.directory / CLAIM).exists():
-            config, people, files = self.identity
+            config, people, files, tokenizer = self.identity
             claim = {"config": config.model_dump(mode="json"), "people_digest": people, "files": files}
-            write_json(self.directory / CLAIM, claim)
+            write_json(self.directory / CLAIM, {**claim, "tokenizer": tokenizer})
 
     def prepare(self, stack: ExitStack, device: torch.device, compiled: bool, ranks: Ranks = ALONE) -> None:
         """Make the database, open until `stack` closes, and the trainer."""
@@ -206,7 +208,7 @@ class _Cell:
     def _row(self, model: Transformer, ending: Ending) -> dict:
         measured, bits = self.recall(model, self.facts), bits_of_dialogs(model, self.questions)
         asks_unseen = self.config.evaluation.unseen_people > 0
-        save_model(model, self.directory / MODEL, self.config)
+        save_model(model, self.directory / MODEL, self.config, self.tokenizer.name)
         return {
             "run_id": self.config.run_id,
             **_configuration_columns(self.config, self.people),
@@ -224,6 +226,7 @@ class _Cell:
             **(measure_generalization(model, self.config, self.tokenizer) if asks_unseen else {}),
             "train_seconds": round(ending.seconds, 2),
             "people_digest": self.people.digest(),
+            **({} if self.config.tokenizer == "bytes" else {"tokenizer": self.tokenizer.name}),
             **provenance(model.device),
             "config": self.config.canonical_json(),
         }
@@ -281,7 +284,8 @@ def _configuration_columns(config: RunConfig, people: People) -> dict:
     }
 
 
-_Identity = tuple[RunConfig, str, dict[str, str]]  # configuration, digest of the people, tokens of the files by path
+#: Configuration, digest of the people, tokens of the files by path, name of the tokenizer.
+_Identity = tuple[RunConfig, str, dict[str, str], str]
 
 
 def _check_claim(directory: Path, identity: _Identity) -> None:
@@ -289,7 +293,8 @@ def _check_claim(directory: Path, identity: _Identity) -> None:
     if (directory / CLAIM).exists():
         if read_claim(directory) != identity:
             raise InputError(
-                f"{directory} holds a run of another configuration or other people or dialogs: give another folder"
+                f"{directory} holds a run of another configuration or other people or dialogs or another tokenizer: "
+                "give another folder"
             )
     elif directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file: give a new folder")
@@ -301,14 +306,15 @@ def read_claim(directory: Path) -> _Identity:
     """What a run's folder was claimed with."""
     try:
         claim = json.loads((directory / CLAIM).read_text())
-        return RunConfig.parse(claim["config"]), claim["people_digest"], claim.get("files", {})
+        config = RunConfig.parse(claim["config"])
+        return config, claim["people_digest"], claim.get("files", {}), claim.get("tokenizer", "bytes")
     except (OSError, ValueError, KeyError, TypeError):  # `InputError` among them: fields of another version
         raise InputError(f"{directory} is not the folder of a run ({CLAIM} is missing or not readable)") from None
 
 
-def save_model(model: Transformer, folder: Path, config: RunConfig) -> None:
-    """Write the weights alone, with the configuration that made them."""
-    checkpoint.save(folder, model.state_dict(), {"config": config.model_dump(mode="json")})
+def save_model(model: Transformer, folder: Path, config: RunConfig, tokenizer: str = "bytes") -> None:
+    """Write the weights alone, with the configuration that made them and the name of its tokenizer."""
+    checkpoint.save(folder, model.state_dict(), {"config": config.model_dump(mode="json"), "tokenizer": tokenizer})
 
 
 def load_model(folder: Path, device: str = "auto") -> tuple[Transformer, RunConfig]:
@@ -319,6 +325,8 @@ def load_model(folder: Path, device: str = "auto") -> tuple[Transformer, RunConf
     device = resolve_device(device)
     tensors, state = checkpoint.load(folder)
     config = RunConfig.parse(state["config"])
+    if run_tokenizer(config).name != state.get("tokenizer", "bytes"):
+        raise InputError(f"{config.tokenizer} is not what the model in {folder} was trained with: give that file again")
     model = Transformer(config.model)
     try:
         model.load_state_dict(tensors)

@@ -28,9 +28,9 @@ def places(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(paths, "PAPER_DATA", tmp_path / "root" / "paper_data")
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
     monkeypatch.delenv("ITL_FIGURES", raising=False)
-    base = SimpleNamespace(mode="in-tool", seed=0, facts=SimpleNamespace(n_people=1, alpha=0.0))
+    base = SimpleNamespace(mode="in-tool", seed=0, tokenizer="bytes", facts=SimpleNamespace(n_people=1, alpha=0.0))
     search = SimpleNamespace(base=base, sizes=range(99), config=lambda size: SimpleNamespace(run_id=f"{size:012d}"))
-    monkeypatch.setattr(results, "searches", lambda section, profile: [search])
+    monkeypatch.setattr(results, "searches", lambda section, profile, tokenizer="bytes": [search])
     (tmp_path / "root" / "paper_data").mkdir(parents=True)
     yield tmp_path
     plt.close("all")

@@ -129,7 +129,8 @@ def data(tmp_path, monkeypatch) -> Path:
 
 
 def _plan(run_ids: tuple[str, ...]) -> SimpleNamespace:
-    return SimpleNamespace(sizes=range(len(run_ids)), config=lambda size: SimpleNamespace(run_id=run_ids[size]))
+    base, config = SimpleNamespace(tokenizer="bytes"), lambda size: SimpleNamespace(run_id=run_ids[size])
+    return SimpleNamespace(base=base, sizes=range(len(run_ids)), config=config)
 
 
 def _finish(row: dict, profile: str) -> None:
@@ -294,11 +295,11 @@ def test_bounds_take_in_tool_runs_from_the_grid_of_generalization_and_no_others(
 
 def test_bounds_rows_are_those_of_the_plan(data, monkeypatch):
     tool, weight = (_plan([run_id]) for run_id in PLANNED[:2])
-    tool.base = SimpleNamespace(mode="in-tool")
-    weight.base = SimpleNamespace(mode="in-weight")
+    tool.base = SimpleNamespace(mode="in-tool", tokenizer="bytes")
+    weight.base = SimpleNamespace(mode="in-weight", tokenizer="bytes")
     control = _plan([PLANNED[2]])
     control.base = weight.base
-    monkeypatch.setattr(results, "searches", lambda section, _: [weight] if section == "05_1" else [control, tool])
+    monkeypatch.setattr(results, "searches", lambda section, *_: [weight] if section == "05_1" else [control, tool])
     for section, run_ids in (("05_1", PLANNED[1:2]), ("05_2", [PLANNED[0], PLANNED[2]])):
         for run_id in run_ids:
             folder = results.sweep_dir(section, "laptop") / run_id

@@ -1,0 +1,160 @@
+"""The facts of Section 5 as conversations for chat models, and what of them is trained.
+
+A conversation is a list of messages in the form that Hugging Face's chat templates know. In-weight, the assistant
+answers from memory. In-tool, it calls the function `find`, which `tools` describes; in-tool-text, for models without
+such calls, it writes the paper's request, FIND ... FOR ..., and reads the answer as the user's next turn.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Literal, get_args
+
+from datasets import Dataset, Features, Json, List, Value
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from lib.base import InputError
+from lib.dialogs import answer, question, tool_call
+from lib.facts import ATTRIBUTES, MAX_PEOPLE, People, sample_people
+
+ChatMode = Literal["in-weight", "in-tool", "in-tool-text"]
+
+#: How many facts the paper fine-tunes on: four a person.
+N_FACTS = (500, 1_000, 5_000, 10_000, 50_000)
+#: What a label says of a token that is not trained: `torch.nn.functional.cross_entropy` passes it over.
+IGNORED = -100
+#: Names a call, so that its result can say whose it is. Some templates insist on nine letters and digits.
+CALL_ID = "find00000"
+
+
+def people_of(n_facts: int, seed: int = 0) -> People:
+    """The sampled people who have `n_facts` in all; a number that is no multiple of four is an `InputError`."""
+    n_people, rest = divmod(n_facts, len(ATTRIBUTES))
+    if rest or not 1 <= n_people <= MAX_PEOPLE:
+        raise InputError(
+            f"n_facts = {n_facts}: people have {len(ATTRIBUTES)} facts each, so give a multiple of that up to "
+            f"{len(ATTRIBUTES) * MAX_PEOPLE:,}; the paper takes {', '.join(f'{n:,}' for n in N_FACTS)}"
+        )
+    return sample_people(n_people, seed)
+
+
+def find_tool(attributes: Iterable[str]) -> dict:
+    """The function that the assistant calls, as a JSON schema."""
+    parameters = {
+        "attribute": {"type": "string", "enum": list(attributes), "description": "What to look up."},
+        "name": {"type": "string", "description": "The person's full name."},
+    }
+    return {
+        "type": "function",
+        "function": {
+            "name": "find",
+            "description": "Look up one attribute of a person in the database.",
+            "parameters": {"type": "object", "properties": parameters, "required": list(parameters)},
+        },
+    }
+
+
+def chats(people: People, mode: ChatMode) -> Iterator[dict]:
+    """A row a fact, person by person: `messages` and, in-tool, `tools`. An unknown mode is an `InputError`."""
+    if mode not in get_args(ChatMode):
+        raise InputError(f"unknown mode {mode!r} of chats: there are {', '.join(get_args(ChatMode))}")
+    tools = {"tools": [find_tool(people.attributes)]} if mode == "in-tool" else {}
+    for name, attribute, value in people.facts():
+        middle = _exchange(name, attribute, value, mode)
+        first, last = {"role": "user", "content": question(name, attribute)}, answer(name, attribute, value)
+        yield {"messages": [first, *middle, {"role": "assistant", "content": last}], **tools}
+
+
+def _exchange(name: str, attribute: str, value: str, mode: ChatMode) -> list[dict]:
+    """What stands between question and answer: the call and its result."""
+    if mode == "in-weight":
+        return []
+    if mode == "in-tool-text":  # the user speaks for the database: every template takes turns of two
+        return [{"role": "assistant", "content": tool_call(name, attribute)}, {"role": "user", "content": value}]
+    function = {"name": "find", "arguments": {"attribute": attribute, "name": name}}
+    call = {"id": CALL_ID, "type": "function", "function": function}
+    return [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": CALL_ID, "name": "find", "content": value},
+    ]
+
+
+def chat_dataset(rows: Iterable[dict]) -> Dataset:
+    """Conversations as a dataset whose rows are what was given, key by key.
+
+    Left alone, Arrow gives every message the keys of all others, null where they had none, and a template then writes
+    them: kept as JSON, they stay apart. Only `tools` is None where some rows have tools and others have not.
+    """
+    rows = list(rows)
+    if not rows:
+        raise InputError("there is no conversation: give at least one person with one attribute")
+    columns = dict.fromkeys(column for row in rows for column in row)
+    whole = [dict.fromkeys(columns) | row for row in rows]
+    return Dataset.from_list(whole, features=Features({column: List(Json()) for column in columns}))
+
+
+def tokenize_chats(chats: Iterable[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Conversations as `input_ids` and `labels`, a row each, in their order.
+
+    tokenizer: with a chat template. Trained is what the assistant says and the special token that ends its turn, as it
+    would be generated: what the template writes before (who speaks) and after is not; its labels are `IGNORED`. No row
+    is cut or left out: one of more than `max_length` tokens is an `InputError`, and so is a template that cannot write
+    a message, leaves out what it says, writes it in another way once others follow, or never ends a turn.
+    """
+    features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+    rows = []
+    for number, chat in enumerate(chats, start=1):
+        try:
+            tokens, labels = _encode_chat(chat["messages"], chat.get("tools"), tokenizer)
+        except (TemplateError, ValueError, TypeError) as error:
+            raise InputError(f"conversation {number} does not fit the tokenizer's chat template: {error}") from None
+        if len(tokens) > max_length:
+            raise InputError(
+                f"conversation {number} has {len(tokens)} tokens, more than max_length = {max_length}: give at least "
+                "as many, for nothing is cut"
+            )
+        rows.append({"input_ids": tokens, "labels": labels})
+    if not rows:
+        raise InputError("there is no conversation to tokenize: give at least one")
+    return Dataset.from_list(rows, features=features)
+
+
+def _encode_chat(
+    messages: list[dict], tools: list[dict] | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Tokens of one conversation and their labels, or a ValueError that says why the template has none."""
+
+    def render(n: int, **options):
+        return tokenizer.apply_chat_template(messages[:n], tools=tools, return_dict=False, **options)
+
+    tokens, text = render(len(messages), tokenize=True), render(len(messages), tokenize=False)
+    special, labels = set(tokenizer.all_special_ids), [IGNORED] * len(tokens)
+    for i, message in enumerate(messages):
+        written = text
+        if message["role"] == "assistant":
+            start = render(i, tokenize=True, add_generation_prompt=True)
+            turn = render(i + 1, tokenize=True)
+            if tokens[: len(turn)] != turn or turn[: len(start)] != start:
+                raise ValueError(
+                    f"it writes message {i + 1} in another way than it is generated; take one made for training"
+                )
+            ends = [place for place in range(len(start), len(turn)) if turn[place] in special]
+            if not ends:
+                raise ValueError(f"no special token ends message {i + 1}, so that a model would never stop")
+            spoken = slice(len(start), ends[-1] + 1)
+            labels[spoken], written = tokens[spoken], tokenizer.decode(tokens[spoken])
+        for piece in _said(message):
+            if piece not in written and json.dumps(piece, ensure_ascii=False)[1:-1] not in written:
+                raise ValueError(f"it leaves out {piece!r}")
+            if of_piece := [token for token in tokenizer.all_special_tokens if token in piece]:
+                raise ValueError(f"{piece!r} would write the special token {of_piece[0]}")
+    return tokens, labels
+
+
+def _said(message: dict) -> Iterator[str]:
+    """All that a template must not leave out of a message."""
+    yield message["content"]
+    for call in message.get("tool_calls", ()):
+        yield call["function"]["name"]
+        for argument in call["function"]["arguments"].values():
+            yield argument if isinstance(argument, str) else json.dumps(argument, ensure_ascii=False)
