@@ -1,21 +1,33 @@
 """`itl`: a thin door to the library. Bad input ends in one sentence and exit code 2, failed work in exit code 1."""
 
-import functools
-import inspect
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from lib import paths
+from lib import cli_slurm, paths
 from lib.base import InputError, WorkError
+from lib.options import (
+    Device,
+    Mode,
+    Out,
+    Parameters,
+    Profile,
+    ProfileOption,
+    Section,
+    Sharded,
+    Stack,
+    Tensor,
+    cell,
+    console,
+    observers,
+    run_folder,
+    with_options,
+)
 
 app = typer.Typer(
     help="In-tool and in-weight learning: train, ask, sweep, draw.",
@@ -23,9 +35,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Profile = StrEnum("Profile", {name: name for name in paths.PROFILES})
-Mode = StrEnum("Mode", {"in_weight": "in-weight", "in_tool": "in-tool"})
-console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def main() -> None:
@@ -80,80 +89,8 @@ def _write_lines(path: Path, lines) -> None:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _with(**groups: Callable) -> Callable[[Callable], Callable]:
-    """Gives a command options that it shares with others.
-
-    `_with(cell=_cell)`: the options of the function `_cell`, and what it makes of them as the argument `cell`.
-    """
-    options = {name: inspect.signature(make).parameters for name, make in groups.items()}
-
-    def decorate(command: Callable) -> Callable:
-        @functools.wraps(command)
-        def wrapper(**given):
-            made = {name: make(**{key: given.pop(key) for key in options[name]}) for name, make in groups.items()}
-            return command(**given, **made)
-
-        own = [p for p in inspect.signature(command).parameters.values() if p.name not in groups]
-        shared = [parameter for group in options.values() for parameter in group.values()]
-        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *shared)]
-        wrapper.__signature__ = inspect.Signature(parameters)
-        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return wrapper
-
-    return decorate
-
-
-def _cell(
-    mode: Annotated[Mode | None, typer.Option(help="where the facts are to be")] = None,
-    people: Annotated[int | None, typer.Option(help="how many people to learn")] = None,
-    d_model: Annotated[int | None, typer.Option(help="width of the model")] = None,
-    seed: Annotated[int | None, typer.Option(help="of the people, the initialization and the data order")] = None,
-    csv: Annotated[str | None, typer.Option(help="learn the people of this CSV file instead")] = None,
-    config: Annotated[Path | None, typer.Option(help="JSON file to start from")] = None,
-    set_: Annotated[list[str], typer.Option("--set", help="any other field, as training.steps=500")] = [],  # noqa: B006
-):
-    """The configuration of one run."""
-    from lib.config import RunConfig, override, read_config
-
-    if people is not None and csv is not None:
-        raise InputError("--people and --csv exclude each other: the file says how many there are")
-    fields = {
-        "mode": mode and mode.value,
-        "facts.n_people": people,
-        "model.d_model": d_model,
-        "facts.csv": csv,
-        "seed": seed,
-        "facts.seed": seed,
-    }
-    given = {name: value for name, value in fields.items() if value is not None} | dict(map(_assignment, set_))
-    return override(read_config(config) if config else RunConfig(), given)
-
-
-Out = Annotated[Path | None, typer.Option(help="folder of the run [default: runs/train/<run id>]")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
-Sharded = Annotated[bool, typer.Option(help="several processes share the weights out (FSDP)")]
-Tensor = Annotated[int, typer.Option(help="so many of several processes split each matrix")]
-
-
-def _observers(
-    tensorboard: Annotated[bool, typer.Option(help="also log for TensorBoard")] = False,
-    wandb: Annotated[str | None, typer.Option(help="also log to this project of Weights & Biases")] = None,
-    profile_steps: Annotated[int, typer.Option(help="profile so many steps, into profile/")] = 0,
-    probe_every: Annotated[
-        int | None,
-        typer.Option(
-            help="moments of activations and gradients every so many steps, into probes.jsonl; without torch.compile"
-        ),
-    ] = None,
-):
-    """What else watches a run."""
-    from lib.monitor import Observers
-
-    return Observers(tensorboard=tensorboard, wandb=wandb, profile_steps=profile_steps, probe_every=probe_every)
-
-
 @app.command()
-@_with(cell=_cell, observers=_observers)
+@with_options(cell=cell, observers=observers)
 def train(
     cell,
     observers,
@@ -170,7 +107,7 @@ def train(
     from lib.run import run
 
     console.quiet = not is_first()
-    directory = _run_folder(cell, out)
+    directory = run_folder(cell, out)
     console.print(f"run {cell.run_id}: {cell.mode}, d_model {cell.model.d_model}, {cell.model.n_params:,} parameters")
     row = run(
         cell,
@@ -186,21 +123,6 @@ def train(
         f"and {row['train_seconds']:.0f} s (stopped by {row['stopped']})"
     )
     console.print(f"all of it is in {directory}; talk to the model: itl chat {directory}")
-
-
-def _run_folder(cell, out: Path | None) -> Path:
-    return out or paths.runs() / "train" / cell.run_id
-
-
-def _assignment(text: str) -> tuple[str, object]:
-    """`training.steps=500` as a pair; the value is JSON, or else a string."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise InputError(f"--set takes field=value, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 RunFolder = Annotated[Path, typer.Argument(help="folder of a run, or of a committed checkpoint")]
@@ -277,15 +199,6 @@ def _read_line() -> str:
         return ""
 
 
-Section = Annotated[str, typer.Argument(help="section of the paper, as 05_1")]
-ProfileOption = Annotated[
-    Profile, typer.Option(help="smoke: seconds, for tests; quick: minutes; laptop: days of a core; paper: a cluster")
-]
-
-
-Stack = Annotated[int, typer.Option(help="models of one shape that train as one where that is faster")]
-
-
 @app.command()
 def sweep(
     section: Section,
@@ -353,9 +266,6 @@ def figures(
             console.print(str(path))
 
 
-Parameters = Annotated[list[str], typer.Option("-p", help="name=value")]
-
-
 @app.command()
 def notebooks(
     names: Annotated[list[str] | None, typer.Argument(help="which, as 05_1 [default: all]")] = None,
@@ -392,145 +302,9 @@ def _run_notebooks(names, profile: str, assignments: list[str], *, in_place: boo
 
 # On Slurm -------------------------------------------------------------------------------------------------------------
 
-submit = typer.Typer(help="Train, sweep or run a notebook on Slurm.", no_args_is_help=True)
-app.add_typer(submit, name="submit")
-
-
-def _resources(
-    partition: Annotated[str | None, typer.Option(help="[default: the cluster's]")] = None,
-    time: Annotated[
-        str | None, typer.Option(help="minutes, or D-HH:MM:SS [default: the partition's, up to 1-0]")
-    ] = None,
-    nodes: Annotated[int, typer.Option(help="of a training")] = 1,
-    gpus: Annotated[int, typer.Option(help="of each node")] = 0,
-    cpus: Annotated[int | None, typer.Option(help="of each process [default: 1, or those of its GPU]")] = None,
-    mem: Annotated[str | None, typer.Option(help="of each node, as 16G [default: a share of it]")] = None,
-    account: str | None = None,
-    qos: str | None = None,
-    constraint: Annotated[str | None, typer.Option(help="features of the nodes")] = None,
-):
-    """What a job gets."""
-    options = dict(locals())
-    from lib.slurm import Resources
-
-    return Resources(**options)
-
-
-Script = Annotated[bool, typer.Option("--dry-run", help="only print the script that sbatch would get")]
-
-
-@submit.command("train")
-@_with(cell=_cell, observers=_observers, resources=_resources)
-def submit_train(
-    cell,
-    observers,
-    resources,
-    out: Out = None,
-    device: Device = "auto",
-    sharded: Sharded = False,
-    tensor: Tensor = 1,
-    dry_run: Script = False,
-) -> None:
-    """Train one model, with one process a GPU (without GPUs, one a node). It goes on after a time limit."""
-    from lib import submissions
-
-    watching = observers.model_dump(exclude_defaults=True)
-    options = {"device": device, "observers": watching, "sharded": sharded, "tensor": tensor}
-    task = submissions.train_task(cell, _run_folder(cell, out), **options)
-    _submit(f"train-{cell.run_id}", [task], resources.model_copy(update={"tasks": max(1, resources.gpus)}), dry_run)
-
-
-@submit.command("sweep")
-@_with(resources=_resources)
-def submit_sweep(
-    section: Section,
-    resources,
-    profile: ProfileOption = Profile.quick,
-    jobs: Annotated[int, typer.Option(help="jobs at a time")] = 16,
-    hours: Annotated[float, typer.Option(min=0, help="pack searches into one job up to so many hours")] = 1.0,
-    device: Device = "auto",
-    stack: Stack = 8,
-    dry_run: Script = False,
-) -> None:
-    """Run all models of a section that are not finished yet, as a job array."""
-    from lib import submissions
-
-    if resources.nodes > 1 or resources.gpus > 1:
-        raise InputError("each job of a sweep takes one node and at most one GPU: --jobs says how many run at a time")
-    tasks = submissions.sweep_tasks(section, profile.value, hours, device, stack)
-    if tasks:
-        _submit(f"sweep-{section}-{profile.value}", tasks, resources, dry_run, jobs)
-    else:
-        console.print("nothing is missing")
-
-
-@submit.command("notebook")
-@_with(resources=_resources)
-def submit_notebook(
-    name: Annotated[str, typer.Argument(help="which, as 05_1")],
-    resources,
-    profile: ProfileOption = Profile.quick,
-    parameter: Parameters = [],  # noqa: B006
-    dry_run: Script = False,
-) -> None:
-    """Run a notebook and render it to HTML."""
-    from lib import submissions
-
-    if resources.nodes > 1:
-        raise InputError("a notebook runs on one node: leave out --nodes")
-    task = submissions.notebook_task(name, profile.value, parameter)
-    _submit(f"notebook-{Path(task.name).stem}", [task], resources, dry_run)
-
-
-def _submit(name: str, tasks, resources, dry_run: bool, parallel: int = 1) -> None:
-    from lib import slurm, submissions
-
-    planned = submissions.plan(name, tasks, resources, parallel)
-    if dry_run:
-        print(slurm.script(planned.executor(), len(tasks)))
-        return
-    done = submissions.submit(planned)
-    jobs = f"job {done.jobs[0]}" if len(tasks) == 1 else f"jobs {done.jobs[0]} to {done.jobs[-1]}, {parallel} at a time"
-    console.print(f"submitted {done.name}: {jobs}; itl status {done.name} says how it stands")
-
-
-Submitted = Annotated[str, typer.Argument(help="name of a submission, as itl status lists them")]
-
-
-@app.command()
-def status(name: Annotated[str | None, typer.Argument(help="of a submission [default: all]")] = None) -> None:
-    """Say what of the submissions to Slurm is queued, running, done, failed or missing, and why."""
-    from lib import slurm, submissions
-
-    queue = slurm.queue()
-    chosen = [submissions.find(name)] if name else submissions.everything()
-    if not chosen:
-        console.print("nothing was submitted")
-    for submission in chosen:
-        standings = submissions.status(submission, queue)
-        console.print(f"{submission.name}: {submissions.summary(standings)}")
-        for standing in standings:
-            if name or standing.state in ("running", "failed", "missing"):
-                reason = f" ({standing.reason})" if standing.reason else ""
-                console.print(f"  {standing.job or '-'} {standing.state}{reason}: {standing.task}")
-                if standing.last_line:
-                    console.print(f"    {standing.last_line}")
-
-
-@app.command()
-def cancel(name: Submitted) -> None:
-    """End the jobs of a submission. What they finished stays, and itl retry goes on from there."""
-    from lib import submissions
-
-    console.print(f"{submissions.cancel(submissions.find(name))} jobs cancelled")
-
-
-@app.command()
-def retry(name: Submitted) -> None:
-    """Submit again what failed or is missing, with the code of the submission."""
-    from lib import submissions
-
-    console.print(f"{submissions.retry(submissions.find(name))} tasks submitted again")
+app.add_typer(cli_slurm.submit, name="submit")
+for command in (cli_slurm.status, cli_slurm.cancel, cli_slurm.retry):
+    app.command()(command)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
