@@ -325,3 +325,38 @@ def to_llama(model: Transformer):
     )
     llama.load_state_dict({_llama_name(name): tensor for name, tensor in model.state_dict().items()})
     return llama.eval()
+
+
+def from_llama(llama) -> Transformer:
+    """A `LlamaForCausalLM` of this architecture as our model; logits agree.
+
+    What ours cannot be is an `InputError`: another width of the feed-forward, biases, tied embeddings, scaled rotary.
+    """
+    c = llama.config
+    rope = c.rope_parameters
+    ours = {
+        "intermediate_size": (c.intermediate_size, 4 * c.hidden_size),
+        "hidden_act": (c.hidden_act, "silu"),
+        "head_dim": (c.head_dim, c.hidden_size // c.num_attention_heads),
+        "attention_bias": (c.attention_bias, False),
+        "mlp_bias": (c.mlp_bias, False),
+        "tie_word_embeddings": (c.tie_word_embeddings, False),
+        "rope_type": (rope["rope_type"], "default"),
+    }
+    for name, (theirs, needed) in ours.items():
+        if theirs != needed:
+            raise InputError(
+                f"a Llama with {name} = {theirs!r} is no model of this kind: only {needed!r} can be loaded"
+            )
+    config = ModelConfig(
+        d_model=c.hidden_size,
+        n_layers=c.num_hidden_layers,
+        n_heads=c.num_attention_heads,
+        n_kv_heads=None if c.num_key_value_heads == c.num_attention_heads else c.num_key_value_heads,
+        vocab_size=c.vocab_size,
+        rope_theta=float(rope["rope_theta"]),
+        norm_eps=c.rms_norm_eps,
+    )
+    model, theirs = Transformer(config), llama.state_dict()
+    model.load_state_dict({name: theirs[_llama_name(name)] for name in model.state_dict()})
+    return model

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from lib import checkpoint, paths
 from lib.base import InputError
 from lib.distributed import asked_to_leave, connect
-from lib.model import ModelConfig, Transformer, to_llama
+from lib.model import ModelConfig, Transformer, from_llama, to_llama
 
 LAYOUTS = [*ranks.LAYOUTS, "replicated or sharded x tensor"]
 
@@ -126,6 +126,7 @@ def test_a_model_of_several_ranks_goes_to_llama_and_back(trained):
     tokens = torch.randint(0, 260, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         torch.testing.assert_close(to_llama(model)(tokens).logits, model(tokens), rtol=1e-4, atol=1e-4)
+        assert torch.equal(from_llama(to_llama(model))(tokens), model(tokens))
 
 
 # ---- Real processes
