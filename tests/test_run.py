@@ -132,7 +132,9 @@ def test_a_run_that_was_killed_goes_on_in_its_folder(tmp_path, finished, monkeyp
         patch.setattr("lib.run.save_model", die)  # after training, before the row
         with pytest.raises(KeyboardInterrupt):
             run(config, tmp_path / "run")
-    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step_00000005", "step_00000010"}
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"step_00000010", "step_00000012"}  # at the end, too
+    shutil.rmtree(checkpoints / "step_00000012")  # as if it had died before
     again = run(config, tmp_path / "run")
     measured = ("loss", "recall", "steps", "dialogs_seen", "run_id", "people_digest")
     assert {name: again[name] for name in measured} == {name: row[name] for name in measured}
