@@ -157,7 +157,7 @@ def test_compressibility_is_about_the_correlation_alone(profile):
     settings = {
         search.base.model_copy(
             update={"seed": 0, "facts": search.base.facts.model_copy(update={"alpha": 0, "seed": 0})}
-        )
+        ).canonical_json()
         for search in plan
     }
     assert len(settings) == len({search.base.facts.n_people for search in plan})

@@ -10,7 +10,7 @@ from checkout import Checkout, processes, wait_for
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Path]:
     """The cluster's folder; the tests' processes talk to it."""
     folder = tmp_path_factory.mktemp("cluster")
@@ -29,6 +29,6 @@ def cluster(tmp_path_factory) -> Iterator[Path]:
     wait_for(lambda: not processes(f"SLURM_CONF={folder}/slurm.conf"), 30)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Checkout:
     return Checkout(tmp_path_factory.mktemp("checkout"))

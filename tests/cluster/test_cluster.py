@@ -32,14 +32,14 @@ def where(cluster: Path, checkout: Checkout, monkeypatch) -> None:
     monkeypatch.setenv("ITL_RUNS", str(checkout.runs))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def out_of_time(cluster: Path, checkout: Checkout) -> str:
     """A training that takes longer than its minute: submitted before the other tests, looked at after them."""
     arguments = ["train", *CELL, "--out", checkout.runs / "out_of_time", "--time", 1]
     return checkout.submit(*arguments, step_seconds=50 / STEPS)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def undisturbed(checkout: Checkout, out_of_time: str) -> dict:
     """The weights of the same run that nobody disturbs, here and without Slurm."""
     checkout.itl("train", *CELL, "--out", checkout.runs / "undisturbed")
