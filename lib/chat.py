@@ -1,5 +1,6 @@
 """Two models side by side in a notebook: asked the same, one of them with a database that can be changed in between."""
 
+from asyncio import TimerHandle, get_running_loop
 from collections.abc import Sequence
 from contextlib import ExitStack
 from html import escape
@@ -18,10 +19,14 @@ from lib.facts import VALUES, People, load_people
 
 #: What a turn can be, and its color: all dark enough for white letters on them.
 COLORS = {"question": "#595959", "tool call": "#0072B2", "database": "#8F3D77", "reply": "#00734F"}
-_BOX = "border-left: 4px solid {0}; padding: 2px 8px; margin: 6px 0"
+_BOX = "border-left: 4px solid {0}; padding: 2px 8px; margin: 6px 0; line-height: 1.4"
 _LABEL = "background: {0}; color: white; padding: 0 6px; border-radius: 3px; font-size: 85%"
 _TEXT = "display: block; white-space: pre-wrap; overflow-wrap: anywhere"
 _COLUMNS = "display: grid; grid-template-columns: repeat({0}, minmax(0, 1fr)); gap: 0 16px"
+#: A window that shows the end of what is in it.
+_WINDOW = "display: flex; flex-direction: column-reverse; max-height: 32em; overflow-y: auto"
+#: How long the text of a question may take to follow the Enter key.
+_ENTER_SECONDS = 0.2
 #: Values of an attribute that are suggested: not the 17,136 dates.
 _MAX_SUGGESTED = 300
 
@@ -127,14 +132,19 @@ class Chat:
     def widget(self) -> ipywidgets.Widget:
         """The chat window: what was said, a field to ask, and fields to change a fact of the database."""
         log, told = ipywidgets.HTML(), ipywidgets.HTML()
+
+        def update(sentence: str) -> None:
+            log.value, told.value = f'<div tabindex="0" style="{_WINDOW}">{self.html()}</div>', sentence
+
         known = load_people(self._talks["in-weight"].config.facts).names[:3]
         names = [name for name in dict.fromkeys([*self.people.names, *known]) if self.tool.facts(name)]
         name = _field(ipywidgets.Dropdown, "who", options=names)
         attribute = _field(ipywidgets.Dropdown, "fact", options=self.tool.attributes)
         value = _field(ipywidgets.Combobox, "new value")
-        text = _field(ipywidgets.Text, "question")
+        text = _field(ipywidgets.Text, "question", width="32em", continuous_update=False)
         ask = ipywidgets.Button(description="Ask both", button_style="primary")
-        change = ipywidgets.Button(description="Change the database")
+        change = ipywidgets.Button(description="Change the database", layout={"width": "auto"})
+        entered: list[TimerHandle] = []
 
         def choose(_=None) -> None:
             now, suggested = self.tool.facts(name.value)[attribute.value], VALUES.get(attribute.value, ())
@@ -145,7 +155,7 @@ class Chat:
         def do_ask(_=None) -> None:
             if text.value.strip():
                 self.ask(text.value.strip())
-                log.value, told.value = self.html(), ""
+                update("")
 
         def do_change(_=None) -> None:
             try:
@@ -153,19 +163,31 @@ class Chat:
             except InputError as error:
                 told.value = f'<span role="alert">{escape(str(error))}</span>'
                 return
-            log.value, told.value = self.html(), "Ask again: does the answer change?"
+            update("Ask again: does the answer change?")
             choose()
+
+        def do_enter(_=None) -> None:
+            if entered:
+                entered.pop().cancel()
+                do_ask()
+
+        def on_enter(_, content: dict, __) -> None:
+            # The text follows in a message of its own, unless it is what it was before.
+            if content.get("event") == "submit" and not entered:
+                entered.append(get_running_loop().call_later(_ENTER_SECONDS, do_enter))
 
         for chosen in (name, attribute):
             chosen.observe(choose, "value")
+        text.on_msg(on_enter)
+        text.observe(do_enter, "value")
         ask.on_click(do_ask)
         change.on_click(do_change)
-        text.on_msg(lambda _, content, __: content.get("event") == "submit" and do_ask())  # the Enter key
-        log.value = self.html()
+        update("")
         choose()
         rows = [[text, ask], [name, attribute, value, change]]
-        return ipywidgets.VBox([log, *map(ipywidgets.HBox, rows), told])
+        wrapping = [ipywidgets.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows]
+        return ipywidgets.VBox([log, *wrapping, told])
 
 
-def _field(kind: type[ipywidgets.Widget], name: str, **options) -> ipywidgets.Widget:
-    return kind(description=name, style={"description_width": "5em"}, **options)
+def _field(kind: type[ipywidgets.Widget], name: str, width: str = "auto", **options) -> ipywidgets.Widget:
+    return kind(description=name, style={"description_width": "initial"}, layout={"width": width}, **options)

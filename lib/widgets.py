@@ -28,14 +28,15 @@ _HIDE = "<style>.jp-OutputArea-child:has(+ .jp-OutputArea-child .itl-live) { dis
 def show(widget: ipywidgets.Widget, still: Any) -> None:
     """Display `still` and, where somebody is there to use it, `widget` in its place.
 
-    Both are outputs of the cell. The first is all that is seen on GitHub, in HTML and after the kernel is gone: the
-    second has no other form than the widget, and only while that lives it hides the first.
+    Both are outputs of the cell, so that the first is saved with the notebook, and seen on GitHub, in HTML and after the
+    kernel is gone. Only while the widget lives it hides the first.
     """
     display(still)
     if is_watched():
         live = ipywidgets.VBox([ipywidgets.HTML(_HIDE), widget])
         live.add_class("itl-live")
-        display({_VIEW: {"version_major": 2, "version_minor": 0, "model_id": live.model_id}}, raw=True)
+        view = {"version_major": 2, "version_minor": 0, "model_id": live.model_id}
+        display({_VIEW: view, "text/plain": "Run this cell in JupyterLab to use it."}, raw=True)
 
 
 def explore(draw: Callable[..., Figure], **controls: ipywidgets.Widget) -> None:
@@ -74,7 +75,7 @@ def smallest_model(bits: float, bits_per_parameter: float) -> tuple[int, int] | 
 
 
 def _named(model: tuple[int, int] | None) -> str:
-    return "d = {}, {:,} parameters".format(*model) if model else "none of the paper's sizes"
+    return "the smallest model is d = {} ({:,} parameters)".format(*model) if model else "no model is large enough"
 
 
 def explore_capacity(profile: str, threshold: float = 0.95) -> None:
@@ -87,7 +88,7 @@ def explore_capacity(profile: str, threshold: float = 0.95) -> None:
         (axes,) = figure.axes
         held = facts / 4 * bits_per_person()
         _mark(axes, (counts, counts / 4 * bits_per_person() / bits), (facts, held / bits), bits)
-        axes.set_title(f"{facts:,} facts hold {held:,.0f} bits: {_named(smallest_model(held, bits))}", fontsize=9)
+        axes.set_title(f"{facts:,} facts, {held:,.0f} bits: {_named(smallest_model(held, bits))}", fontsize=9)
         return figure
 
     explore(draw, facts=_choice("facts", counts.tolist(), 4096), bits=_slider("bits a parameter", 2, (0.25, 4, 0.25)))
@@ -104,15 +105,13 @@ def explore_correlation(profile: str, threshold: float = 0.95) -> None:
         alphas = np.union1d(ALPHAS, alpha)
         held = np.array([facts // 4 * entropy_bits_per_person(facts // 4, alpha=float(a)) for a in alphas])
         now = float(held[alphas == alpha][0])
-        figure = figures.compressibility(
-            *(table[table.n_facts == facts] for table in (published, ours)), None, threshold
-        )
+        figure = figures.compressibility(published, ours, None, threshold)
         by_alpha, by_entropy = figure.axes
         _mark(by_alpha, (alphas, held / bits), (alpha, now / bits), bits)
         _mark(by_entropy, (held, held / bits), (now, now / bits), bits)
         by_alpha.legend(fontsize=7)
         figure.suptitle(
-            f"alpha = {alpha:g}: {4 * now / facts:.1f} bits a person, {now:,.0f} in all: "
+            f"{facts:,} facts, alpha = {alpha:g}: {4 * now / facts:.1f} bits a person, {now:,.0f} in all: "
             f"{_named(smallest_model(now, bits))}",
             fontsize=9,
         )
@@ -145,4 +144,4 @@ def _slider(name: str, value: float, span: tuple[float, float, float]) -> ipywid
 
 
 #: A figure takes a fifth of a second: it is drawn when the slider is let go.
-_LOOK = {"continuous_update": False, "style": {"description_width": "8em"}, "layout": {"width": "28em"}}
+_LOOK = {"continuous_update": False, "style": {"description_width": "9em"}, "layout": {"width": "30em"}}
