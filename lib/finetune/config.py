@@ -18,8 +18,10 @@ class FinetuneConfig(Identified):
     #: trivia: the questions of `lib.finetune.triviaqa`.
     task: Literal["facts", "hybrid", "trivia"] = "facts"
     mode: ChatMode = "in-weight"
-    #: Four a person; of trivia, how many questions.
+    #: Four a person; of trivia, how many questions at most.
     n_facts: int = Field(500, ge=1)
+    #: Where trivia comes from: `lib.finetune.triviaqa.load_questions`.
+    source: str = "trivia"
     #: Draws the people and the order of the data.
     seed: int = Field(0, ge=0, lt=2**31)
     #: Train matrices of low rank beside the model's own (LoRA); None trains all weights.
@@ -42,9 +44,12 @@ class FinetuneConfig(Identified):
     #: Trained facts that a checkpoint is asked about, and people it has not seen (Section 6: 300 and 100).
     questions: int = Field(300, ge=1)
     unseen_people: int = Field(100, ge=0)
-    #: Prompts on which the distance to the base is measured, and items of the capability test (None: all).
-    prompts: int | None = Field(None, ge=1)
-    items: int | None = Field(None, ge=1)
+    #: Prompts on which the distance to the base is measured.
+    prompts: int = Field(100, ge=1)
+    #: The capability test: HellaSwag, or what the embedded model was trained to do; None: as the base is.
+    capability: Literal["hellaswag", "skills", "none"] | None = None
+    #: How many items of `skills` are asked.
+    items: int = Field(400, ge=1)
     #: Tokens of a conversation at most. Nothing is cut: a longer one is an error.
     max_length: int = Field(512, ge=8)
 
@@ -54,6 +59,8 @@ class FinetuneConfig(Identified):
             raise ValueError(f"grad_accumulation = {self.grad_accumulation} does not divide the {self.batch_size}")
         if self.task == "hybrid" and self.mode != "in-tool":
             raise ValueError("task = hybrid takes mode = in-tool: what is rare is looked up")
+        if self.task == "trivia" and self.mode != "in-weight":
+            raise ValueError("task = trivia takes mode = in-weight: in-tool, models are prompted (itl trivia)")
         return self
 
     def total_steps(self, n_conversations: int) -> int:
