@@ -243,7 +243,7 @@ def evaluate(
 
     checkpoint, base: whatever `load_model` takes. Measured are recall of `n_recall` of the trained facts, drawn by
     `seed`; recall of all facts of people with new names (`new_both` of `lib.facts.unseen_people`), who in-tool are in
-    the database with the others; capability in `task`; and the distances of `Divergence`. Each comes with its `_stderr`.
+    the database with the others; capability in `task`; and the distances of `Divergence`. Each has its `_stderr`.
     n_recall and n_unseen count the facts asked for; evaluation_seconds is the time of all measurements.
 
     Every part is written to `record` (evaluation.json in the checkpoint's folder) once it is measured, and not measured
