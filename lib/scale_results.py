@@ -1,8 +1,11 @@
 """Section 6 as tidy tables: fine-tuned chat models, ours beside the published, over seeds. Takes no model libraries.
 
-Our rows are one per evaluated checkpoint: run_id, profile, base, mode, adaptation ("full" or "lora"), n_facts, seed,
-step, final (is it the run's last?), capability_task; recall, capability, capability_base, tv, kl, each with _stderr.
+Our rows are one per evaluated checkpoint: run_id, profile, base, task ("facts", "hybrid" or "trivia"), mode, adaptation
+("full" or "lora"), n_facts, seed, step, final (is it the run's last?), capability_task; recall, capability,
+capability_base, tv and kl, each with its _stderr.
 """
+
+from ast import literal_eval
 
 import numpy as np
 import pandas as pd
@@ -18,6 +21,15 @@ POINT = ["source", "model", "base", "adaptation", "mode", "n_facts", "capability
 
 _HELLASWAG_QUESTIONS = 10_042  # in the validation split; the published standard errors follow from it
 _RECALL_QUESTIONS = 300
+#: What the published table calls the models.
+_BASES = {
+    "Smol135M": "SmolLM-135M",
+    "Smol360M": "SmolLM-360M",
+    "Smol1.7B": "SmolLM-1.7B",
+    "Lam1B": "Llama-3.2-1B",
+    "Lam3B": "Llama-3.2-3B",
+    "Lam8B": "Llama-3.1-8B",
+}
 
 
 def comparable(rows: pd.DataFrame, with_published: bool = True, threshold: float = 0.95) -> pd.DataFrame:
@@ -110,15 +122,22 @@ ASKED = ("call_share", "accuracy", "accuracy_of_calls")
 
 
 def hybrid(rows: pd.DataFrame) -> pd.DataFrame:
-    """How often a hybrid calls the tool and how often it is right, over seeds: a row per frequency.
+    """How often hybrids call the tool and how often they are right, over seeds: a row per frequency in training.
 
-    rows: one per frequency and seed, with `n` questions and the shares `ASKED`; all of one model, or an `InputError`.
-    The columns are as in `comparable`; a share's own error is that of n questions, or as many as were looked up.
+    rows: as above, possibly none; the last checkpoints of hybrids count, whose `by_frequency` (a list, or its text in a
+    file) holds, for each frequency, `n` questions and the shares `ASKED`. All of one setting, or an `InputError`. The
+    columns are as in `comparable`; a share's own error is that of n questions, or as many as were looked up.
     """
-    rows = rows.reindex(columns=["frequency", "seed", "n", *ASKED])
-    asked = {"call_share": rows.n, "accuracy": rows.n, "accuracy_of_calls": (rows.n * rows.call_share).round()}
-    errors = {f"{share}_stderr": _share_stderr(rows[share], n) for share, n in asked.items()}
-    return _over_seeds(rows.assign(**errors), ["frequency"], ASKED).sort_values("frequency", ignore_index=True)
+    last = rows[rows.final & rows.task.eq("hybrid")] if len(rows) else rows
+    table = [
+        {**entry, "seed": run.seed}
+        for run in last.itertuples()
+        for entry in (literal_eval(run.by_frequency) if isinstance(run.by_frequency, str) else run.by_frequency)
+    ]
+    table = pd.DataFrame(table, columns=["frequency", "seed", "n", *ASKED], dtype=float)
+    asked = {"call_share": table.n, "accuracy": table.n, "accuracy_of_calls": (table.n * table.call_share).round()}
+    errors = {f"{share}_stderr": _share_stderr(table[share], n) for share, n in asked.items()}
+    return _over_seeds(table.assign(**errors), ["frequency"], ASKED).sort_values("frequency", ignore_index=True)
 
 
 def _over_seeds(runs: pd.DataFrame, point: list[str], metrics: tuple[str, ...]) -> pd.DataFrame:
@@ -139,14 +158,15 @@ def _over_seeds(runs: pd.DataFrame, point: list[str], metrics: tuple[str, ...]) 
 
 
 def _last_checkpoints(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    """Our runs: a row each, with all of `METRICS`."""
+    """Our runs on facts: a row each, with all of `METRICS`; what hybrids learn is a mode of its own."""
     metrics = ("recall", "capability", "capability_base", "tv", "kl")
     measured = [f"{metric}{suffix}" for metric in metrics for suffix in ("", "_stderr")]
     rows = rows.reset_index(drop=True).reindex(columns=rows.columns.union([*measured, "capability_task"]))
-    last = rows[rows.final & rows.step.gt(0)].astype({"n_facts": int})
+    last = rows[rows.final & rows.step.gt(0) & rows.task.ne("trivia")].astype({"n_facts": int})
     lora = last.adaptation.eq("lora").map({True: ", LoRA", False: ""})
     last = last.assign(
         source=last.profile,
+        mode=last["mode"].where(last.task != "hybrid", "hybrid"),
         model=last.base + lora + " (" + last.profile + ")",
         steps=last.step,
         capability_task=last.capability_task.fillna(last.groupby("base").capability_task.transform("first")),
@@ -162,7 +182,7 @@ def _published(threshold: float) -> pd.DataFrame:
     table = published_by_paper("large_scale_final")
     table = table.rename(columns={"recall_max": "recall", "hellaswag_absolute": "capability"})
     table.columns = table.columns.str.replace("hellaswag", "capability")
-    base = table.base.replace({r"^Lam": "Llama ", r"^Smol": "SmolLM "}, regex=True)
+    base = table.base.map(_BASES)
     return table.assign(
         source="published",
         base=base,

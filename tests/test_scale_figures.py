@@ -10,6 +10,8 @@ from lib import figures, paths, scale_figures, scale_results
 
 PUBLISHED = pd.read_csv(paths.PUBLISHED / "large_scale_final.csv")
 PUBLISHED["n_facts"] = PUBLISHED.n_facts.map({"500": 500, "1k": 1_000, "5k": 5_000, "10k": 10_000, "50k": 50_000})
+NAMES = {"Lam1B": "Llama-3.2-1B", "Lam3B": "Llama-3.2-3B", "Lam8B": "Llama-3.1-8B"}
+NAMES |= {"Smol135M": "SmolLM-135M", "Smol360M": "SmolLM-360M", "Smol1.7B": "SmolLM-1.7B"}
 AGAINST_FACTS = ("capability", "total_variation", "total_variation_against_steps", "steps_to_recall", "forgetting")
 
 
@@ -30,13 +32,15 @@ def rows(profile="laptop", seeds=(0, 1), **columns) -> pd.DataFrame:
         for mode in ("in-weight", "in-tool") for n_facts in (100, 1000) for seed in seeds for step in (0, 20, 40)
     ])  # fmt: skip
     errors = {f"{name}_stderr": 0.02 for name in ("tv", "recall", "capability", "capability_base")}
-    fixed = {"profile": profile, "base": "embedded", "adaptation": "full", "capability_task": "skills"}
+    fixed = {"profile": profile, "task": "facts", "base": "embedded", "adaptation": "full", "capability_task": "skills"}
     return table.assign(**{**errors, **fixed, "capability_base": 0.8, **columns})
 
 
-def hybrid_rows(frequencies) -> pd.DataFrame:
-    shares = {"call_share": 0.5, "accuracy": 0.8, "accuracy_of_calls": 0.9, "n": 50, "seed": 0}
-    return pd.DataFrame({"frequency": frequencies}).assign(**shares)
+def hybrid(frequencies) -> pd.DataFrame:
+    shares = {"call_share": 0.5, "accuracy": 0.8, "accuracy_of_calls": 0.9, "n": 50}
+    asked = [{"frequency": frequency, **shares} for frequency in frequencies]
+    run = {"task": "hybrid", "seed": 0, "final": True, "by_frequency": asked}
+    return scale_results.hybrid(pd.DataFrame([run]))
 
 
 def tables() -> dict[str, pd.DataFrame]:
@@ -89,7 +93,7 @@ def test_published_points_are_where_the_table_has_them(name, panel, x, y):
     lines = _lines(axes)
     assert len(lines) == len(measured.groupby(["base", "mode"]))
     for (base, mode), points in measured.groupby(["base", "mode"]):
-        label = f"{base.replace('Lam', 'Llama ').replace('Smol', 'SmolLM ')} (published), {mode}"
+        label = f"{NAMES[base]} (published), {mode}"
         points = points.sort_values("n_facts")
         np.testing.assert_array_equal(_points(lines[label]), points[[x, y]])
         if f"{y}_stderr" in points:
@@ -121,7 +125,7 @@ def test_a_thin_line_per_run_leads_to_the_last_checkpoints():
 
 @pytest.mark.parametrize(("frequencies", "scale"), [([0, 2, 8], "symlog"), ([1, 10], "log"), ([0], "symlog")])
 def test_a_hybrid_is_drawn_against_frequency_and_facts_never_seen_have_their_place(frequencies, scale):
-    calls, right = scale_figures.hybrid(scale_results.hybrid(hybrid_rows(frequencies))).axes
+    calls, right = scale_figures.hybrid(hybrid(frequencies)).axes
     assert (calls.get_xscale(), right.get_xscale()) == (scale, scale)
     assert ("linear below" in calls.get_xlabel()) == (scale == "symlog")
     drawn = {label: _points(line)[:, 1] for label, line in _lines(right).items()}
@@ -187,7 +191,7 @@ def test_models_modes_and_sources_differ_by_more_than_color():
 @pytest.mark.parametrize("name", ["forgetting", "hybrid"])
 def test_files_are_whole_and_the_same_a_second_time(name, tmp_path, monkeypatch):
     monkeypatch.setenv("ITL_FIGURES", str(tmp_path))
-    table = scale_results.hybrid(hybrid_rows([0, 1])) if name == "hybrid" else tables()["both"]
+    table = hybrid([0, 1]) if name == "hybrid" else tables()["both"]
     pdf, png = figures.save(getattr(scale_figures, name)(table), name, "laptop")
     first = pdf.read_bytes(), png.read_bytes()
     assert first[0].startswith(b"%PDF-") and first[0].rstrip().endswith(b"%%EOF") and b"/Type3" not in first[0]

@@ -15,8 +15,8 @@ from lib import paths, scale_results
 from lib.base import InputError
 
 PUBLISHED = pd.read_csv(paths.PUBLISHED / "large_scale_final.csv")
-NAMES = {"Lam1B": "Llama 1B", "Lam3B": "Llama 3B", "Lam8B": "Llama 8B"}
-NAMES |= {"Smol135M": "SmolLM 135M", "Smol360M": "SmolLM 360M", "Smol1.7B": "SmolLM 1.7B"}
+NAMES = {"Lam1B": "Llama-3.2-1B", "Lam3B": "Llama-3.2-3B", "Lam8B": "Llama-3.1-8B"}
+NAMES |= {"Smol135M": "SmolLM-135M", "Smol360M": "SmolLM-360M", "Smol1.7B": "SmolLM-1.7B"}
 FACTS = {"500": 500, "1k": 1_000, "5k": 5_000, "10k": 10_000, "50k": 50_000}
 NOTHING = pd.DataFrame()
 
@@ -24,10 +24,16 @@ NOTHING = pd.DataFrame()
 def run(recalls=(0.0, 0.5, 1.0), every=10, **columns) -> pd.DataFrame:
     """The rows of one run, evaluated `every` so many steps from step 0."""
     columns = {"base": "embedded", "mode": "in-weight", "adaptation": "full", "n_facts": 64, "seed": 0} | columns
-    columns = {"profile": "laptop", "capability_task": "skills", "capability": 0.6, "capability_base": 0.8} | columns
+    columns = {
+        "profile": "laptop",
+        "task": "facts",
+        "capability_task": "skills",
+        "capability": 0.6,
+        "capability_base": 0.8,
+    } | columns
     columns = {"capability_stderr": 0.03, "capability_base_stderr": 0.02, "tv": 0.1, "tv_stderr": 0.004} | columns
     rows = pd.DataFrame({"recall": recalls, "recall_stderr": 0.01, "kl": 0.2, "kl_stderr": 0.01}).assign(**columns)
-    setting = [columns[name] for name in ("profile", "base", "mode", "adaptation", "n_facts", "seed")]
+    setting = [columns[name] for name in ("profile", "base", "task", "mode", "adaptation", "n_facts", "seed")]
     rows["run_id"], rows["step"] = "/".join(map(str, setting)), every * np.arange(len(rows))
     return rows.assign(final=rows.index == len(rows) - 1)
 
@@ -112,9 +118,9 @@ def test_models_are_told_apart_by_what_was_trained_and_by_profile_smaller_ones_f
     rows = runs(*({"base": base} for base in ("Big-1.5B-Instruct", "embedded", "Small-135M")), {"adaptation": "lora"})
     table = scale_results.comparable(pd.concat([rows, run(profile="quick")]))
     assert list(table.model.unique()) == [
-        *(f"{name} (published)" for name in ("SmolLM 135M", "SmolLM 360M", "Llama 1B", "SmolLM 1.7B", "Llama 3B")),
-        "Llama 8B (published)", "embedded (laptop)", "embedded (quick)", "embedded, LoRA (laptop)",
-        "Small-135M (laptop)", "Big-1.5B-Instruct (laptop)",
+        *(f"{name} (published)" for name in ("SmolLM-135M", "SmolLM-360M", "Llama-3.2-1B", "SmolLM-1.7B")),
+        "Llama-3.2-3B (published)", "Llama-3.1-8B (published)", "embedded (laptop)", "embedded (quick)",
+        "embedded, LoRA (laptop)", "Small-135M (laptop)", "Big-1.5B-Instruct (laptop)",
     ]  # fmt: skip
 
 
@@ -226,20 +232,40 @@ def test_growth_per_decade_is_that_of_an_exact_law():
 # ---- Hybrids
 
 
-def test_shares_of_a_hybrid_are_averaged_over_seeds_with_the_error_of_what_was_asked():
-    rows = pd.DataFrame({
-        "frequency": [8, 0, 0], "seed": [0, 0, 1], "call_share": [0.25, 1.0, 0.9], "accuracy": [0.5, 0.9, 0.7],
-        "accuracy_of_calls": [0.8, 0.9, 0.7], "n": 41,
-    })  # fmt: skip
-    never, often = scale_results.hybrid(rows).itertuples()
-    assert (never.frequency, never.seeds, often.frequency, often.seeds) == (0, 2, 8, 1)
+def hybrid_run(seed: int, **by_frequency: dict) -> pd.DataFrame:
+    rows = run(seed=seed, task="hybrid", mode="in-tool")
+    asked = [{"frequency": int(frequency[1:]), "n": 41, **shares} for frequency, shares in by_frequency.items()]
+    return rows.assign(by_frequency=[[], [], asked])
+
+
+def test_shares_of_hybrids_are_averaged_over_seeds_with_the_error_of_what_was_asked(tmp_path):
+    often = {"call_share": 0.25, "accuracy": 0.5, "accuracy_of_calls": 0.8}
+    always = {"call_share": 0.0, "accuracy": 0.5, "accuracy_of_calls": None}
+    seeds = [
+        hybrid_run(0, _64=always, _8=often, _0={"call_share": 1.0, "accuracy": 0.9, "accuracy_of_calls": 0.9}),
+        hybrid_run(1, _0={"call_share": 0.9, "accuracy": 0.7, "accuracy_of_calls": 0.7}),
+    ]
+    rows = pd.concat([*seeds, run(mode="in-tool")])  # a run that is no hybrid
+    never, often, always = scale_results.hybrid(rows).itertuples()
+    assert [row.frequency for row in (never, often, always)] == [0, 8, 64]
+    assert (never.seeds, often.seeds) == (2, 1)
     assert never.accuracy == pytest.approx(0.8) and never.accuracy_std == pytest.approx(statistics.stdev([0.9, 0.7]))
     assert never.accuracy_stderr == pytest.approx(0.1)
     assert often.accuracy_stderr == pytest.approx((0.5 * 0.5 / 40) ** 0.5)
     assert often.accuracy_of_calls_stderr == pytest.approx((0.8 * 0.2 / 9) ** 0.5)  # 10 of 41 were looked up
-    with pytest.raises(InputError, match="two runs of frequency 8"):
-        scale_results.hybrid(pd.concat([rows, rows[:1]]))
+    assert always.call_share == 0 and np.isnan(always.accuracy_of_calls)
+
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    read = scale_results.hybrid(pd.read_csv(tmp_path / "rows.csv"))
+    pd.testing.assert_frame_equal(read, scale_results.hybrid(rows))
+    with pytest.raises(InputError, match=r"two runs of frequency 64"):
+        scale_results.hybrid(pd.concat([*seeds, seeds[0]]))
     assert not len(scale_results.hybrid(NOTHING))
+
+
+def test_hybrids_are_a_mode_of_their_own_and_trivia_is_no_recall_of_facts():
+    rows = runs({"mode": "in-tool"}, {"mode": "in-tool", "task": "hybrid"}, {"task": "trivia"})
+    assert list(ours(rows)["mode"]) == ["hybrid", "in-tool"]
 
 
 def test_nothing_here_needs_the_models_of_others():
