@@ -42,7 +42,7 @@ def capability(table: pd.DataFrame) -> Figure:
     """
     tasks = list(table.dropna(subset="capability").capability_task.unique()) or ["hellaswag"]
     with _style(3.1 * (len(tasks) + 1) + 1.6):
-        figure, panels = plt.subplots(1, len(tasks) + 1)
+        figure, panels = plt.subplots(1, len(tasks) + 1, sharex=True)
         for axes, task in zip(panels, tasks, strict=False):
             _against_facts(axes, table[table.capability_task == task], "capability", _looks(table))
             axes.set_ylabel(_TASKS.get(task, task))
@@ -59,7 +59,7 @@ def total_variation(table: pd.DataFrame) -> Figure:
     with _style(5.8):
         figure, axes = plt.subplots()
         _against_facts(axes, table, "tv", _looks(table))
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
         _legend(figure, table)
     return figure
 
@@ -78,7 +78,7 @@ def total_variation_against_steps(table: pd.DataFrame, rows: pd.DataFrame | None
         _lines(axes, table, "steps", "tv", _looks(table))
         axes.set(xscale="log", xlabel="steps of fine-tuning", ylabel=_LABELS["tv"])
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
         _legend(figure, table)
     return figure
 
@@ -100,11 +100,11 @@ def steps_to_recall(table: pd.DataFrame, threshold: float = 0.95) -> Figure:
 def forgetting(table: pd.DataFrame) -> Figure:
     """Recall, relative capability and total variation side by side, against facts (Section 6, main figure)."""
     with _style(10.6):
-        figure, panels = plt.subplots(1, 3)
+        figure, panels = plt.subplots(1, 3, sharex=True)
         for axes, metric in zip(panels, ("recall", "capability_relative", "tv"), strict=True):
             _against_facts(axes, table, metric, _looks(table))
-        panels[0].set_ylim(0, 1.06)
-        panels[2].set_ylim(bottom=0)
+        panels[0].set_ylim(-0.04, 1.06)
+        _from_zero(panels[2])
         _legend(figure, table)
     return figure
 
@@ -187,6 +187,11 @@ def _lines(axes, table: pd.DataFrame, x: str, y: str, looks: dict) -> None:
         axes.errorbar(points[x], points[y], label=f"{model}, {mode}", **bars, **looks[model, mode])
     if not axes.get_lines():
         nothing_yet(axes, "fine-tuned")
+
+
+def _from_zero(axes) -> None:
+    """Zero, and room for half a marker below it."""
+    axes.set_ylim(bottom=-0.03 * axes.get_ylim()[1])
 
 
 def _dotted(axes, y: float) -> None:

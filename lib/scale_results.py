@@ -162,6 +162,7 @@ def _last_checkpoints(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
     metrics = ("recall", "capability", "capability_base", "tv", "kl")
     measured = [f"{metric}{suffix}" for metric in metrics for suffix in ("", "_stderr")]
     rows = rows.reset_index(drop=True).reindex(columns=rows.columns.union([*measured, "capability_task"]))
+    rows = rows.astype(dict.fromkeys(measured, float))  # a column may be None throughout
     last = rows[rows.final & rows.step.gt(0) & rows.task.ne("trivia")].astype({"n_facts": int})
     lora = last.adaptation.eq("lora").map({True: ", LoRA", False: ""})
     last = last.assign(

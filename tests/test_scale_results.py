@@ -112,6 +112,9 @@ def test_what_was_not_measured_is_nan_and_does_not_take_part():
     (row,) = ours(rows.drop(columns=["kl", "kl_stderr"])).itertuples()
     assert (row.seeds, row.capability, row.capability_seeds, row.kl_seeds) == (2, 0.6, 1, 0)
     assert np.isnan(row.kl) and np.isnan(row.kl_stderr)
+    never = dict.fromkeys(["capability", "capability_stderr", "capability_base", "capability_base_stderr"])
+    (row,) = ours(run(**never, capability_task=None)).itertuples()
+    assert np.isnan(row.capability_relative) and row.capability_relative_seeds == 0 and row.tv == 0.1
 
 
 def test_models_are_told_apart_by_what_was_trained_and_by_profile_smaller_ones_first():
