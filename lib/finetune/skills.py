@@ -232,7 +232,13 @@ def _plural(r: Random) -> Item:
     """Wrong is what another rule would make of the word."""
     key, answer = r.choice(list(_PLURALS.items()))
     question = r.choice(
-        ["Plural of {}?", "One {}, two", "Name the plural of {}.", "How do you write more than one {}?", "Many of {} are"]
+        [
+            "Plural of {}?",
+            "One {}, two",
+            "Name the plural of {}.",
+            "How do you write more than one {}?",
+            "Many of {} are",
+        ]
     )
     regular = {key, key + "s", key + "es", key[:-1] + "ies", key[:-1] + "ves", key + "en"}
     return Item(question.format(key), answer, sorted(regular - {answer}))
