@@ -15,6 +15,7 @@ is the identity where one coordinate is a huge constant, silu(64 z) / 64 is max(
 of frequency 1e-12 or less do not turn. float32 carries some 1,000 tokens of dialog; float16 carries none.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -61,8 +62,14 @@ def phrases(attribute: str) -> Phrases:
     """Cut the templates of one attribute; one that holds name or value more than once is an `InputError`."""
     texts = question("\0", attribute), tool_call("\0", attribute), answer("\0", attribute, "\1")
     if [re.sub("[^\0\1]", "", text) for text in texts] != ["\0", "\0", "\0\1"]:
-        raise InputError(f"the templates of {attribute!r} must hold the name once, and in the answer then the value once")
+        raise InputError(f"the templates of {attribute!r} must hold the name once, and the answer then the value")
     return Phrases(*(part.encode() for text in texts for part in re.split("[\0\1]", text)))
+
+
+def made_up_attributes(n: int) -> list[str]:
+    """Names of `n` attributes, eight letters each: the same first ones whatever n is."""
+    digests = (hashlib.sha256(str(i).encode()).hexdigest()[:8] for i in range(n))
+    return [digest.translate(str.maketrans("0123456789", "ghijklmnop")) for digest in digests]
 
 
 def telling_places(befores: Sequence[bytes]) -> list[int]:
@@ -255,7 +262,7 @@ class Circuit:
         return np.array([number(each) for each in self.phrases]) @ self.axes["attribute"]
 
     def _pointer(self, to: np.ndarray, bonus: np.ndarray | float = 0.0) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Query and key of a head that attends to position `to` or, with a bonus of keys, to the nearest that has it."""
+        """Query and key of a head that attends to position `to` or the nearest with the bonus of a key."""
         return [2 * _SHARP * to, _SHARP * self.axes["one"]], [self.axes["position"], bonus - self.axes["square"]]
 
     def _rectified(self, form: np.ndarray, to: np.ndarray) -> _Unit:
