@@ -519,9 +519,9 @@ def _draw_compressibility(profile: str, threshold: float = 0.95) -> Figure:
 #: Every figure of the paper that this repository draws, by the name of its files.
 FIGURES = {
     "parameter_bounds": _draw_parameter_bounds,
-    "lower_bound": _draw_lower_bound,
     "recall_vs_parameters": _draw_recall_against_parameters,
     "bits_stored": _draw_bits_stored,
+    "lower_bound": _draw_lower_bound,
     "generalization": _draw_generalization,
     "tool_calls": _draw_tool_calls,
     "compressibility": _draw_compressibility,

@@ -173,7 +173,7 @@ class Circuit:
                 _put(projection, range(len(units)), [getattr(unit, name) for unit in units])
             _put(block.ffn.down_proj.weight.T, range(len(units)), [unit.to for unit in units])
         model.norm.weight.fill_(_ANCHOR / root)
-        model.blocks[0].attention_norm.weight.fill_(_NORM / root)
+        model.blocks[0].attention_norm.weight.fill_((_NORM**2 / self.config.d_model + self.config.norm_eps) ** 0.5)
         model.blocks[0].ffn_norm.weight.fill_(_COUNT / root)
         return model
 

@@ -24,7 +24,9 @@ def attention_maps(model: Transformer, fact: Fact, heads: dict[str, tuple[int, i
     with style(**{"figure.figsize": (11, 3.1 * n_rows), "font.size": 7, "axes.grid": False}):
         figure, panels = plt.subplots(n_rows, min(4, len(heads)), squeeze=False, sharey=True)
         for axes, (title, (block, head)) in zip(panels.flat, heads.items(), strict=False):
-            axes.imshow(weights[block, head], cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+            axes.imshow(
+                weights[block, head].numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto"
+            )
             axes.set_title(f"{title}\n(block {block + 1}, head {head + 1})")
             axes.set_xticks(starts, names, rotation=90)
             axes.set_yticks(starts, names)
@@ -43,7 +45,7 @@ def copying_maps(heads: dict[str, tuple[Transformer, int, int]], fact: Fact) -> 
         figure, panels = plt.subplots(1, len(heads), squeeze=False)
         for axes, (title, (model, block, head)) in zip(panels.flat, heads.items(), strict=True):
             weights = attention_weights(model, dialog_tokens(fact).to(model.device))[block, 0, head].cpu()
-            shown = weights[said.start - 1 : said.stop - 1, source.start : source.stop]
+            shown = weights[said.start - 1 : said.stop - 1, source.start : source.stop].numpy()
             axes.imshow(shown, cmap="Blues", vmin=0, vmax=1)
             axes.set_title(f"{title}\n(block {block + 1}, head {head + 1})", fontsize=8)
             axes.set_xticks(range(len(letters)), letters)
