@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lib import cli_slurm, paths
+from lib import cli_scale, cli_slurm, paths
 from lib.base import InputError, WorkError
 from lib.options import (
     Device,
@@ -211,6 +211,8 @@ def sweep(
     publish: Annotated[bool, typer.Option(help="merge finished rows into paper_data (laptop and paper)")] = False,
 ) -> None:
     """Run all models of a section that are not finished yet."""
+    if section == "06":
+        return cli_scale.sweep(profile.value, jobs, dry_run, max_hours, device, publish)
     from lib import comparison, results
     from lib import sweep as sweeps
 
@@ -283,10 +285,21 @@ def paper(profile: ProfileOption = Profile.quick) -> None:
     """Run the notebooks of the paper, draw its figures, render everything to HTML; what is up to date is re-used."""
     from lib import notebooks as runner
 
-    _run_notebooks(runner.paper_notebooks(), profile.value, [], in_place=False, reuse=True)
-    folder = paths.profile_dir(profile.value)
-    console.print(f"figures:   {paths.figures(profile.value)}")
-    console.print(f"notebooks: {folder / 'notebooks'} (open the .html files)")
+    _run_all(runner.paper_notebooks(), profile.value)
+
+
+@app.command()
+def scale(profile: ProfileOption = Profile.quick) -> None:
+    """The same for Section 6 and the appendix on TriviaQA: large models, fine-tuned (extra `[scale]`)."""
+    from lib import notebooks as runner
+
+    _run_all(runner.scale_notebooks(), profile.value)
+
+
+def _run_all(names, profile: str) -> None:
+    _run_notebooks(names, profile, [], in_place=False, reuse=True)
+    console.print(f"figures:   {paths.figures(profile)}")
+    console.print(f"notebooks: {paths.profile_dir(profile) / 'notebooks'} (open the .html files)")
 
 
 def _run_notebooks(names, profile: str, assignments: list[str], *, in_place: bool, reuse: bool) -> None:
@@ -299,6 +312,8 @@ def _run_notebooks(names, profile: str, assignments: list[str], *, in_place: boo
     except runner.NotebookError as error:
         raise SystemExit(_complain(str(error), 1)) from None
 
+
+app.command()(cli_scale.finetune)
 
 # On Slurm -------------------------------------------------------------------------------------------------------------
 
