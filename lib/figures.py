@@ -1,5 +1,7 @@
 """Figures of the paper: one style, one `save`, one function per figure, table in and figure out."""
 
+import sys
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -45,6 +47,35 @@ RC = {
     "pdf.fonttype": 42,  # text stays text
     "savefig.dpi": 200,
 }
+
+
+def alt_text(figure: Figure) -> str:
+    """What a figure shows, for who cannot see it: its label (`figure.set_label`) or else what its axes say.
+
+    For each panel what is drawn against what, with its title, and the legend; for one without labels, its words.
+    """
+    if figure.get_label():
+        return figure.get_label()
+    panels, legends = [], [figure.legends]
+    for axes in figure.axes:
+        legends.append([axes.get_legend()] if axes.get_legend() else [])
+        drawn = " against ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
+        words = drawn or " ".join(text.get_text() for text in axes.texts)
+        panels.append(": ".join(filter(None, (axes.get_title(), words))))
+    labels = dict.fromkeys(text.get_text() for legend in sum(legends, []) for text in legend.get_texts())
+    parts = [figure.get_suptitle(), "; ".join(filter(None, panels)), f"Shown: {'; '.join(labels)}" if labels else ""]
+    return f"Figure: {'. '.join(filter(None, parts))}."
+
+
+def _describe_in_notebooks() -> None:
+    """From now on a notebook's outputs hold the alternative text of every figure, as metadata of the picture."""
+    if ipython := sys.modules.get("IPython"):
+        if shell := ipython.get_ipython():
+            describe = lambda figure, **_: ({}, {"image/png": {"alt": alt_text(figure)}})  # noqa: E731
+            shell.display_formatter.mimebundle_formatter.for_type(Figure, describe)
+
+
+_describe_in_notebooks()
 
 
 def save(figure: Figure, name: str, profile: str) -> list[Path]:
@@ -456,6 +487,28 @@ def probes(rows: list[dict], tensors: list[str] | None = None) -> Figure:
             figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
     return figure
 
+
+def trained_characters(tokens: Sequence[int], trained: Sequence[bool], width: int = 46) -> Figure:
+    """A dialog of bytes, a character a cell, special tokens as U, A, D and E; what is trained is colored.
+
+    tokens, trained: as `dialogs.encode_dialog` gives them for the byte tokenizer; of ASCII text.
+    """
+    shown = [_SPECIAL_TOKENS.get(token) or chr(token).replace("\n", "\u21b5") for token in tokens]
+    with matplotlib.rc_context({**_RC, "figure.figsize": (9, 0.26 * (len(tokens) // width + 1))}):
+        figure, axes = plt.subplots()
+        for i, (character, is_trained) in enumerate(zip(shown, trained, strict=True)):
+            box = {"facecolor": "#F0B48A" if is_trained else "#EEEEEE", "edgecolor": "none", "pad": 2}
+            axes.text(i % width, -(i // width), character, family="monospace", fontsize=9, bbox=box, ha="center")
+        axes.set(xlim=(-1, width), ylim=(-(len(tokens) // width) - 0.5, 0.8))
+        axes.axis("off")
+    marked = zip(trained, [False, *trained], shown, strict=False)
+    text = "".join(("" if now == before else "[" if now else "]") + character for now, before, character in marked)
+    text += "]" * trained[-1]
+    figure.set_label(f"A dialog, a character a cell; colored, here in brackets, is what is trained: {text}")
+    return figure
+
+
+_SPECIAL_TOKENS = {256: "U", 257: "A", 258: "D", 259: "E"}
 
 #: The tails of gradients span orders of magnitude; near zero "symlog" is linear.
 _SCALES = {"mean": "linear", "std": "log", "skew": "linear", "kurtosis": "symlog"}
