@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lib import cli_slurm, paths
+from lib import cli_scale, cli_slurm, paths
 from lib.base import InputError, WorkError
 from lib.options import (
     Device,
@@ -305,6 +305,10 @@ def _run_notebooks(names, profile: str, assignments: list[str], *, in_place: boo
 app.add_typer(cli_slurm.submit, name="submit")
 for command in (cli_slurm.status, cli_slurm.cancel, cli_slurm.retry):
     app.command()(command)
+
+# Large models ---------------------------------------------------------------------------------------------------------
+
+app.command()(cli_scale.trivia)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
 from openai import AsyncOpenAI, OpenAIError
 from pydantic import Field
 
@@ -151,17 +150,17 @@ async def _ask(
             results = [NO_RESULT if query is None else look_up(query) for query in queries]
             record |= {"query": queries[-1], "result": results[-1]}
             messages += _exchange(message, queries, results, endpoint.protocol)
-    except (OpenAIError, ValueError) as error:
+    except (OpenAIError, json.JSONDecodeError) as error:
         record["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return record
 
 
 def _message(completion: Any):
-    """What the model said; a ValueError if the server answered with something else than a chat completion."""
+    """What the model said; an OpenAIError if the server answered with something else than a chat completion."""
     choices = getattr(completion, "choices", None)
     message = getattr(choices[0], "message", None) if choices else None
     if message is None:
-        raise ValueError("the server answered with something else than a chat completion")
+        raise OpenAIError("the server answered with something else than a chat completion")
     return message
 
 
@@ -203,12 +202,13 @@ def accuracy(records: Sequence[dict]) -> dict[str, float]:
     Also `looked_up`, the share of questions for which the model asked the tool, and `n_errors`. Without an answer all
     shares are NaN.
     """
-    answered = pd.DataFrame([record for record in records if record["error"] is None], columns=["correct", "query"])
-    share = answered["correct"].astype(float).mean()
+    answered = [record for record in records if record["error"] is None]
+    n = len(answered) or float("nan")
+    share = sum(record["correct"] for record in answered) / n
     return {
         "accuracy": share,
-        "standard_error": (share * (1 - share) / len(answered)) ** 0.5 if len(answered) else float("nan"),
-        "looked_up": answered["query"].notna().mean(),
+        "standard_error": (share * (1 - share) / n) ** 0.5,
+        "looked_up": sum(record["query"] is not None for record in answered) / n,
         "n_questions": len(answered),
         "n_errors": len(records) - len(answered),
     }
