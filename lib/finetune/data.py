@@ -54,10 +54,15 @@ def find_tool(attributes: Iterable[str]) -> dict:
     }
 
 
-def chats(people: People, mode: ChatMode) -> Iterator[dict]:
-    """A row a fact, person by person: `messages` and, in-tool, `tools`. An unknown mode is an `InputError`."""
+def check_mode(mode: str) -> None:
+    """Raise `InputError` for a mode that there is not."""
     if mode not in get_args(ChatMode):
         raise InputError(f"unknown mode {mode!r} of chats: there are {', '.join(get_args(ChatMode))}")
+
+
+def chats(people: People, mode: ChatMode) -> Iterator[dict]:
+    """A row a fact, person by person: `messages` and, in-tool, `tools`. An unknown mode is an `InputError`."""
+    check_mode(mode)
     tools = {"tools": [find_tool(people.attributes)]} if mode == "in-tool" else {}
     for name, attribute, value in people.facts():
         middle = _exchange(name, attribute, value, mode)
@@ -71,11 +76,15 @@ def _exchange(name: str, attribute: str, value: str, mode: ChatMode) -> list[dic
         return []
     if mode == "in-tool-text":  # the user speaks for the database: every template takes turns of two
         return [{"role": "assistant", "content": tool_call(name, attribute)}, {"role": "user", "content": value}]
-    function = {"name": "find", "arguments": {"attribute": attribute, "name": name}}
+    return call_and_result({"name": "find", "arguments": {"attribute": attribute, "name": name}}, value)
+
+
+def call_and_result(function: dict, result: str) -> list[dict]:
+    """The assistant's call of a function, `name` and `arguments`, and what the function gave back."""
     call = {"id": CALL_ID, "type": "function", "function": function}
     return [
         {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": CALL_ID, "name": "find", "content": value},
+        {"role": "tool", "tool_call_id": CALL_ID, "name": function["name"], "content": result},
     ]
 
 

@@ -1,0 +1,53 @@
+"""Chat models and their tokenizers from a folder or from the Hugging Face hub."""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lib.base import InputError
+from lib.run import resolve_device
+
+
+def load_model(source: str | Path, device: str = "auto", dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """A causal language model, ready to be asked.
+
+    source: a folder that `save_pretrained` wrote, or a model's name on the hub. A folder with an adapter alone (LoRA)
+    is loaded onto the base that it names. dtype: "auto" is what the weights were saved in. Raises `InputError` where
+    there is no such model, or weights are missing: transformers alone would draw them at random.
+    """
+    device = resolve_device(device)
+    model, loaded = _load(AutoModelForCausalLM, "model", source, dtype=dtype, output_loading_info=True)
+    if missing := sorted(loaded["missing_keys"]):
+        raise InputError(
+            f"cannot load a model from {source}: it lacks the weights {missing[0]} and {len(missing) - 1} more"
+        )
+    return model.to(device).eval()
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, from its folder or by its name on the hub; raises `InputError` where there is none."""
+    return _load(AutoTokenizer, "tokenizer", source)
+
+
+def _load(kind: type, what: str, source: str | Path, **options):
+    try:
+        return kind.from_pretrained(str(source), **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"cannot load a {what} from {source}: {_advice(Path(source), error)}") from None
+
+
+def _advice(source: Path, error: Exception) -> str:
+    """What to do about an error of `from_pretrained`, whose own words are many and seldom about that."""
+    said = str(error)
+    if "gated repo" in said:
+        return "it is gated, so ask for access on its page on the hub and log in (hf auth login)"
+    if "couldn't connect" in said:  # also where a folder's adapter names a base
+        offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+        cause = "HF_HUB_OFFLINE forbids to fetch it" if offline else "the hub cannot be reached"
+        return f"there is no such folder, it was never downloaded, and {cause}"
+    if source.is_dir():
+        return f"it takes a folder that save_pretrained wrote ({said.splitlines()[0]})"
+    return "there is no such folder, nor such a name on the hub (owner/name)"
