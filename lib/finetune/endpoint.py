@@ -188,11 +188,12 @@ def _exchange(message: Any, queries: list[str | None], results: list[str], proto
     if protocol == "text":  # without what the model said beyond its request, a result of its own invention perhaps
         said, told = write_query(queries[0]), write_result(results[0])
         return [{"role": "assistant", "content": said}, {"role": "user", "content": told}]
-    calls = [call.model_dump(include={"id", "type", "function"}) for call in message.tool_calls]
-    answers = [
-        {"role": "tool", "tool_call_id": call["id"], "content": result}
-        for call, result in zip(calls, results, strict=True)
-    ]
+    calls, answers = [], []
+    for call, query, result in zip(message.tool_calls, queries, results, strict=True):
+        # Servers read the arguments again, and some break over what is no JSON.
+        function = {"name": call.function.name, "arguments": "{}" if query is None else call.function.arguments}
+        calls.append({"id": call.id, "type": "function", "function": function})
+        answers.append({"role": "tool", "tool_call_id": call.id, "content": result})
     return [{"role": "assistant", "content": message.content or "", "tool_calls": calls}, *answers]
 
 
