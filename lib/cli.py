@@ -211,6 +211,8 @@ def sweep(
     publish: Annotated[bool, typer.Option(help="merge finished rows into paper_data (laptop and paper)")] = False,
 ) -> None:
     """Run all models of a section that are not finished yet."""
+    if section == "06":
+        return cli_scale.sweep(profile.value, jobs, dry_run, max_hours, device, publish)
     from lib import comparison, results
     from lib import sweep as sweeps
 
@@ -283,10 +285,21 @@ def paper(profile: ProfileOption = Profile.quick) -> None:
     """Run the notebooks of the paper, draw its figures, render everything to HTML; what is up to date is re-used."""
     from lib import notebooks as runner
 
-    _run_notebooks(runner.paper_notebooks(), profile.value, [], in_place=False, reuse=True)
-    folder = paths.profile_dir(profile.value)
-    console.print(f"figures:   {paths.figures(profile.value)}")
-    console.print(f"notebooks: {folder / 'notebooks'} (open the .html files)")
+    _run_all(runner.paper_notebooks(), profile.value)
+
+
+@app.command()
+def scale(profile: ProfileOption = Profile.quick) -> None:
+    """The same for Section 6 and the appendix on TriviaQA: large models, fine-tuned (extra `[scale]`)."""
+    from lib import notebooks as runner
+
+    _run_all(runner.scale_notebooks(), profile.value)
+
+
+def _run_all(names, profile: str) -> None:
+    _run_notebooks(names, profile, [], in_place=False, reuse=True)
+    console.print(f"figures:   {paths.figures(profile)}")
+    console.print(f"notebooks: {paths.profile_dir(profile) / 'notebooks'} (open the .html files)")
 
 
 def _run_notebooks(names, profile: str, assignments: list[str], *, in_place: bool, reuse: bool) -> None:
@@ -300,15 +313,14 @@ def _run_notebooks(names, profile: str, assignments: list[str], *, in_place: boo
         raise SystemExit(_complain(str(error), 1)) from None
 
 
+for command in (cli_scale.finetune, cli_scale.trivia):
+    app.command()(command)
+
 # On Slurm -------------------------------------------------------------------------------------------------------------
 
 app.add_typer(cli_slurm.submit, name="submit")
 for command in (cli_slurm.status, cli_slurm.cancel, cli_slurm.retry):
     app.command()(command)
-
-# Large models ---------------------------------------------------------------------------------------------------------
-
-app.command()(cli_scale.trivia)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -71,6 +71,11 @@ def paper_notebooks() -> list[Path]:
     return [path for path in all_notebooks() if _read(path).metadata.get("itl", {}).get("paper", True)]
 
 
+def scale_notebooks() -> list[Path]:
+    """Those that `itl scale` runs: their metadata say `{"itl": {"paper": false, "scale": true}}`."""
+    return [path for path in all_notebooks() if _read(path).metadata.get("itl", {}).get("scale", False)]
+
+
 def find(name: str | Path) -> Path:
     """The notebook called `name`: a path, a full name, or its number ("05_1" finds 05_1_parameter_bounds).
 

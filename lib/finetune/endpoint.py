@@ -151,8 +151,15 @@ async def _ask(
             record |= {"query": queries[-1], "result": results[-1]}
             messages += _exchange(message, queries, results, endpoint.protocol)
     except (OpenAIError, json.JSONDecodeError) as error:
-        record["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        record["error"] = _reason(error)
     return record
+
+
+def _reason(error: Exception) -> str:
+    """One line: the kind of error, what it says, and what the server said of it, if that is not in it."""
+    body = getattr(error, "body", None)
+    said = "" if isinstance(body, dict) and "message" in body else f" {body or ''}"
+    return " ".join(f"{type(error).__name__}: {error}{said}".split())[:300]
 
 
 def _message(completion: Any):
