@@ -2,8 +2,8 @@
 
 import asyncio
 import json
-import os
 import re
+import resource
 import socket
 import threading
 import time
@@ -324,12 +324,19 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, text):
     assert out.read_text(encoding="latin-1") == text
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-def test_a_full_disk_ends_in_one_sentence(server, tmp_path):
-    out = tmp_path / "r.jsonl"
-    out.symlink_to("/dev/full")
-    with pytest.raises(WorkError, match="cannot write records to .*r.jsonl: No space left on device"):
-        ask(server(right), out)
+def test_a_full_disk_ends_in_one_sentence_and_what_fits_is_kept(server, tmp_path):
+    play, out = server(right), tmp_path / "r.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
+    try:
+        with pytest.raises(WorkError, match="cannot write records to .*r.jsonl: File too large"):
+            ask(play, out, concurrency=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    kept = out.read_bytes().count(b"\n")
+    play.requests.clear()
+    assert 0 < kept < len(QUESTIONS) and all(record["correct"] for record in ask(play, out))
+    assert len(play.requests) == len(QUESTIONS) - kept
 
 
 def test_a_broken_table_is_no_failure_of_the_model(server, tmp_path):
@@ -408,46 +415,49 @@ def overfitted(tmp_path_factory) -> Path:
     return _overfitted(tmp_path_factory.mktemp("model"), QUESTIONS[:2])
 
 
+@pytest.fixture(scope="module")
+def served(overfitted) -> Iterator[str]:
+    with serve(overfitted) as url:
+        yield url
+    with socket.socket() as probe:  # it is gone
+        assert probe.connect_ex(("127.0.0.1", int(url.split(":")[2].split("/")[0]))) != 0
+
+
 @pytest.mark.slow
-def test_a_served_model_answers_by_every_protocol(overfitted, tmp_path):
-    asked = [*QUESTIONS[:2], Question("Why?", "So", ("So",))]
+def test_a_served_model_answers_by_every_protocol(overfitted, served, tmp_path):
+    asked = QUESTIONS[:2]
     store = tmp_path / "q.sqlite"
     write_store([question._replace(answer=f"not {question.answer}") for question in asked], store)
-    with serve(overfitted) as url, Store(store) as look_up:
-
-        def records(protocol):
-            endpoint = EndpointConfig(
-                base_url=url, model=str(overfitted), protocol=protocol, system="", max_tokens=60, retries=0
-            )
-            return asyncio.run(ask_all(asked, endpoint, look_up, tmp_path / "r.jsonl"))[:2]
-
-        for record in records("closed-book"):
-            assert record["correct"] and record["n_turns"] == 1, record
-        for protocol in ("text", "tools"):
-            for record in records(protocol):
-                assert record["error"] is None and record["n_turns"] == 2, record
-                assert record["query"] == record["question"]
-                assert record["result"] == f"not {ANSWERS[record['question']]}"
-        port = int(url.split(":")[2].split("/")[0])
-    with socket.socket() as probe:  # the server is gone
-        assert probe.connect_ex(("127.0.0.1", port)) != 0
+    settings = {"base_url": served, "model": str(overfitted), "system": "", "max_tokens": 60, "retries": 0}
+    with Store(store) as look_up:
+        for protocol in ("closed-book", "text", "tools"):
+            endpoint = EndpointConfig(protocol=protocol, **settings)
+            for record in asyncio.run(ask_all(asked, endpoint, look_up, tmp_path / "r.jsonl")):
+                assert record["error"] is None, record
+                if protocol == "closed-book":
+                    assert record["correct"] and (record["query"], record["n_turns"]) == (None, 1)
+                else:  # it asks for what it was asked, and is told what the table has
+                    assert record["query"] == record["question"] and record["n_turns"] == 2
+                    assert record["result"] == f"not {ANSWERS[record['question']]}"
+        other = EndpointConfig(**settings | {"model": "other"})
+        (record,) = asyncio.run(ask_all(asked[:1], other, look_up, tmp_path / "r.jsonl"))
+        assert "BadRequestError" in record["error"] and "pinned" in record["error"]  # what the server said of it
 
 
 @pytest.mark.slow
-def test_the_command_serves_a_folder_asks_and_tells(overfitted, tmp_path, monkeypatch, capsys):
+def test_the_command_asks_and_tells(overfitted, served, tmp_path, monkeypatch, capsys):
     source = tmp_path / "mine.jsonl"
-    answers = [{"value": question.answer, "aliases": []} for question in QUESTIONS[:2]]
-    records = [{"question": q.text, "answer": a} for q, a in zip(QUESTIONS, answers, strict=False)]
+    records = [{"question": q.text, "answer": {"value": q.answer, "aliases": []}} for q in QUESTIONS[:2]]
     source.write_text("".join(f"{json.dumps(record)}\n" for record in records))
     command = ["itl", "trivia", "--model", str(overfitted), "--source", str(source), "--system", "", "--retries", "0"]
 
-    def run(*more: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", [*command, *more])
+    def run(url: str, *more: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", [*command, "--base-url", url, *more])
         with pytest.raises(SystemExit) as exit_:
             cli.main()
         return exit_.value.code or 0, *capsys.readouterr()
 
-    code, out, _ = run()
+    code, out, _ = run(served)
     table = [line.split() for line in out.splitlines()[:4]]
     assert code == 0 and table[0] == ["protocol", "accuracy", "looked", "up", "questions", "failed"]
     assert table[1:] == [
@@ -459,13 +469,12 @@ def test_the_command_serves_a_folder_asks_and_tells(overfitted, tmp_path, monkey
     assert f"all records are in {records}" in out and len(lines(records)) == 6
 
     # Nobody needs to be there for what was asked before; what was not fails, and the exit code says so.
-    code, again, _ = run("--base-url", "http://127.0.0.1:9/v1")
-    assert code == 0 and again == out
-    away = ["--base-url", "http://127.0.0.1:9/v1", "--protocol", "text", "--out", str(tmp_path / "new.jsonl")]
-    code, out, _ = run(*away)
+    nobody = "http://127.0.0.1:9/v1"
+    assert run(nobody) == (0, out, "")
+    code, out, _ = run(nobody, "--protocol", "text", "--out", str(tmp_path / "new.jsonl"))
     assert code == 1 and out.splitlines()[1].split()[-2:] == ["0", "2"]
     assert "2 questions failed, the same command asks them again; the first: APIConnectionError" in out
-    code, _, err = run("--base-url", "127.0.0.1:9")
+    code, _, err = run("127.0.0.1:9")
     assert code == 2 and err.startswith("itl: endpoint.base_url:") and err.count("\n") == 1
 
 
@@ -478,4 +487,3 @@ def test_a_server_that_cannot_start_says_why(overfitted, tmp_path):
         pytest.fail("it started")
     with pytest.raises(WorkError, match="the server did not answer within 0 s"), serve(overfitted, timeout=0.1):
         pytest.fail("it started")
-    assert not [path for path in os.listdir(tmp_path) if path != "config.json"]

@@ -2,8 +2,6 @@
 
 import json
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +23,6 @@ from lib.finetune.triviaqa import (
     trivia_chats,
     write_store,
 )
-from lib.paths import ROOT
 
 CLIFF = Question("Who hung from the clock?", "The Safety Man", ("The Safety Man", "Harold Lloyd", "H. Lloyd (actor)"))
 
@@ -176,12 +173,13 @@ def test_the_hub_is_asked_for_triviaqa_without_documents(tmp_path, monkeypatch):
     assert load_questions("hub", limit=1) == [Question("Why 0?", "Because", ("Because", "So"))]
 
 
-def test_without_the_hub_one_sentence_says_what_to_do():
-    code = "from lib.finetune.triviaqa import load_questions; load_questions('hub')"
-    environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "PATH": "", "HF_HOME": "/nonexistent"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True)
-    last = run.stderr.strip().splitlines()[-1]
-    assert last.startswith("lib.base.InputError: the hub has not got TriviaQA (") and "'trivia' for the shipped" in last
+def test_without_the_hub_one_sentence_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(InputError, match=r"the hub has not got TriviaQA \(.*\): give a file, or 'trivia' for the ship"):
+        load_questions("hub")
 
 
 # ---- The table

@@ -85,20 +85,20 @@ async def ask_all(
     async def work() -> None:
         for question in waiting:  # which the workers share: each takes the next
             record = done[question.text] = await _ask(client, endpoint, question, look_up)
-            try:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                file.flush()
-            except OSError as error:
-                raise WorkError(f"cannot write records to {out}: {error.strerror}") from None
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
             bar.update(1)
 
-    with out.open("a", encoding="utf-8") as file, progress(len(missing), description) as bar:
-        try:
+    try:
+        with out.open("a", encoding="utf-8") as file, progress(len(missing), description) as bar:
             async with client, asyncio.TaskGroup() as group:
                 for _ in range(min(endpoint.concurrency, len(missing))):
                     group.create_task(work())
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+    except (ExceptionGroup, OSError) as failure:
+        first = failure.exceptions[0] if isinstance(failure, ExceptionGroup) else failure
+        if isinstance(first, OSError):
+            first = WorkError(f"cannot write records to {out}: {first.strerror}")
+        raise first from None
     return [done[question.text] for question in questions]
 
 
