@@ -64,11 +64,10 @@ def finetune(
     directory = finetune_folder(config, out)
     console.print(f"run {config.run_id}: {title(config)}")
     rows = run(config, directory, device=device, description="fine-tuning" if is_first() else None)
+    columns = {"recall": "recall", "recall_unseen": "of unseen", "capability": "capability", "tv": "total variation"}
     for row in rows:
-        console.print(
-            f"step {row['step']:>6,}: recall {row['recall']:.3f}, of unseen people {row['recall_unseen']:.3f}, "
-            f"capability {row['capability']:.3f}, total variation {row['tv']:.3f}"
-        )
+        measured = [f"{said} {row[name]:.3f}" for name, said in columns.items() if row[name] is not None]
+        console.print(f"step {row['step']:>6,}: {', '.join(measured)}")
     console.print(f"model and rows: {directory}")
 
 

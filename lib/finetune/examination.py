@@ -9,8 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.finetune.bases import EMBEDDED, load_base
 from lib.finetune.config import FinetuneConfig
-from lib.finetune.embedded import multiple_choice_task
-from lib.finetune.evaluation import kept_answers, measure_capability, measure_divergence
+from lib.finetune.evaluation import _digest, _kept_answers, measure_capability, measure_divergence
 from lib.finetune.lessons import Lesson
 from lib.finetune.prompts import PROMPTS
 from lib.finetune.skills import prompts as skill_prompts
@@ -43,7 +42,11 @@ class Examination:
     def _capability(self, model: PreTrainedModel) -> dict:
         if self.capability == "none":
             return {"capability": None, "capability_stderr": None, "capability_task": None}
-        task = "hellaswag" if self.capability == "hellaswag" else multiple_choice_task(self.tokenizer, self.config.items)
+        from lib.finetune.embedded import multiple_choice_task
+
+        task = (
+            "hellaswag" if self.capability == "hellaswag" else multiple_choice_task(self.tokenizer, self.config.items)
+        )
         found = measure_capability(model, self.tokenizer, task)
         return {**found.columns("capability"), "capability_task": self.capability}
 
@@ -51,7 +54,7 @@ class Examination:
         if self._base is None:
             self._base, _ = load_base(self.config.base)
             self._base.to(model.device).eval()
-        answers = kept_answers(self._base, self.tokenizer, self.prompts, self.config.base)
+        answers = _kept_answers(self._base, self.tokenizer, self.prompts, _digest(self.config.base, self.prompts), None)
         found = measure_divergence(model, self._base, self.tokenizer, self.prompts, answers=answers)
         return {key: value for name in found._fields for key, value in getattr(found, name).columns(name).items()}
 
@@ -59,6 +62,8 @@ class Examination:
     def prompts(self) -> list[str]:
         """Of each category as many, in turns."""
         if self.of_skills:
-            return [row["messages"][-1]["content"] for _, row in skill_prompts(self.config.prompts, 0)]
+            drawn = (row for _, row in skill_prompts(4 * self.config.prompts, seed=0))
+            plain = (row["messages"] for row in drawn if len(row["messages"]) == 1 and "tools" not in row)
+            return [message["content"] for (message,) in islice(plain, self.config.prompts)]
         in_turns = chain.from_iterable(zip(*PROMPTS.values(), strict=True))
         return list(islice(in_turns, self.config.prompts))
