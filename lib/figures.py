@@ -23,9 +23,9 @@ STYLES = {
 }
 
 #: How points of a profile that does not publish are told from those that count.
-_HOLLOW = {"markerfacecolor": "white", "markersize": 7, "zorder": 4}
+HOLLOW = {"markerfacecolor": "white", "markersize": 7, "zorder": 4}
 
-_RC = {
+RC = {
     "figure.figsize": (5.2, 3.6),
     "figure.constrained_layout.use": True,
     "figure.dpi": 110,
@@ -51,7 +51,7 @@ def save(figure: Figure, name: str, profile: str) -> list[Path]:
     for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
         path = folder / f"{name}{suffix}"
         # The context once more: resolution and fonts are asked for only now.
-        with paths.replacing(path) as temporary, matplotlib.rc_context(_RC):
+        with paths.replacing(path) as temporary, matplotlib.rc_context(RC):
             figure.savefig(temporary, format=suffix[1:], metadata=metadata)
         written.append(path)
     plt.close(figure)  # or a notebook shows it twice: as the cell's value and as an open figure
@@ -76,7 +76,7 @@ def parameter_bounds(
     Tables as `results.minimal_parameters` gives them. Published points lie behind as lines with a band of one standard
     deviation, ours in front with bars from the smallest to the largest seed; `quick` points are hollow.
     """
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(RC):
         figure, axes = plt.subplots()
         for mode, style in STYLES.items():
             theirs = _at(published, mode, threshold)
@@ -109,7 +109,7 @@ def _points(axes, table: pd.DataFrame, style: dict, label: str, hollow: bool = F
         return
     mean = table.min_params_mean
     bars = [mean - table.min_params_min, table.min_params_max - mean]
-    face = _HOLLOW if hollow else {"zorder": 3}
+    face = HOLLOW if hollow else {"zorder": 3}
     axes.errorbar(table.n_facts, mean, yerr=bars, linestyle="none", capsize=2, label=label, **style, **face)
 
 
@@ -121,7 +121,7 @@ def recall_against_parameters(
     laptop, quick: rows of finished runs; those of `quick` are dashed, with hollow points. published:
     paper_data/published/recall_vs_parameters_in_weight, drawn behind.
     """
-    with matplotlib.rc_context({**_RC, "figure.figsize": (8.6, 3.4)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (8.6, 3.4)}):
         figure, panels = plt.subplots(1, 2, sharey=True, sharex=True)
         for axes, mode in zip(panels, STYLES, strict=True):
             counts = {n for rows in (laptop, quick) if rows is not None and len(rows) for n in rows.n_facts}
@@ -136,7 +136,7 @@ def recall_against_parameters(
                     axes.annotate(f"{n_facts:,}", (middle.min_params_mean, middle.recall), **spot)
             axes.set(xscale="log", xlabel="parameters", title=mode, ylim=(-0.03, 1.06))
             if not axes.get_lines():
-                _nothing_yet(axes, mode)
+                nothing_yet(axes, mode)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(title="facts", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
         panels[0].set_ylabel("recall at the end of training")
@@ -161,7 +161,7 @@ def bits_stored(held: pd.DataFrame, bits_per_parameter: tuple[float, ...] = (1, 
     recall below 95%.
     """
     held = held[(held.stopped != "hopeless") & held.stored_bits.gt(0)]
-    with matplotlib.rc_context({**_RC, "figure.figsize": (5.6, 3.8)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (5.6, 3.8)}):
         figure, axes = plt.subplots()
         groups = list(held.groupby("n_facts"))
         for shade, (n_facts, runs) in zip(np.linspace(0, 0.85, len(groups)), groups, strict=True):
@@ -181,7 +181,7 @@ def bits_stored(held: pd.DataFrame, bits_per_parameter: tuple[float, ...] = (1, 
         if groups:
             axes.legend(title="facts", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
         else:
-            _nothing_yet(axes, "in-weight")
+            nothing_yet(axes, "in-weight")
     return figure
 
 
@@ -208,7 +208,7 @@ def generalization(
     published: the paper's points, of which we do not know the kind: grey, in every panel. guess: of the best constant.
     """
     kinds = list(KINDS)[1:]
-    with matplotlib.rc_context({**_RC, "figure.figsize": (9.6, 3.1)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (9.6, 3.1)}):
         figure, panels = plt.subplots(1, len(kinds), sharey=True, sharex=True)
         for axes, kind in zip(panels, kinds, strict=True):
             if published is not None:
@@ -216,7 +216,7 @@ def generalization(
             _lines_by_size(axes, shares[(shares.kind == kind) & (shares.measure == "recall")], "{:,}, {}")
             if own is not None:
                 of_kind = own[(own.kind == kind) & (own.measure == "recall")]
-                _lines_by_size(axes, of_kind, "{:,}, {} (quick)", **_HOLLOW)
+                _lines_by_size(axes, of_kind, "{:,}, {} (quick)", **HOLLOW)
             if guess is not None:
                 axes.axhline(guess, color="#555555", linewidth=0.9, linestyle=":", label="best constant guess")
             axes.set(title=KINDS[kind], xlabel="training facts", ylim=(-0.04, 1.06))
@@ -267,19 +267,19 @@ def tool_calls(shares: pd.DataFrame, d_model: int, own: pd.DataFrame | None = No
     same of the quick profile, of whatever size, hollow.
     """
     shares = shares[(shares.d_model == d_model) & (shares["mode"] == "in-tool")]
-    with matplotlib.rc_context({**_RC, "figure.figsize": (9.6, 3.1)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (9.6, 3.1)}):
         figure, panels = plt.subplots(1, len(KINDS), sharey=True, sharex=True)
         for axes, (kind, title) in zip(panels, KINDS.items(), strict=True):
             for measure, style in MEASURES.items():
                 _mean_line(axes, shares[(shares.kind == kind) & (shares.measure == measure)], **style)
                 if own is not None:
                     chosen = (own["mode"] == "in-tool") & (own.kind == kind) & (own.measure == measure)
-                    _mean_line(axes, own[chosen], **{**style, **_HOLLOW, "label": f"{style['label']} (quick)"})
+                    _mean_line(axes, own[chosen], **{**style, **HOLLOW, "label": f"{style['label']} (quick)"})
             axes.set(xlabel="training facts", ylim=(-0.04, 1.06))
             axes.set_title(title, fontsize=8)
             axes.set_xscale("log", base=2)
             if not axes.get_lines():
-                _nothing_yet(axes, "in-tool")
+                nothing_yet(axes, "in-tool")
         panels[0].set_ylabel("share of first requests")
         handles, labels = panels[0].get_legend_handles_labels()
         if handles:
@@ -296,7 +296,7 @@ def compressibility(
     `own` (of the quick profile) is hollow. All with a column entropy_bits.
     """
     tables = [(bounds, "this repository", False)] + ([(own, "just trained (quick)", True)] if own is not None else [])
-    with matplotlib.rc_context({**_RC, "figure.figsize": (8.6, 3.4)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (8.6, 3.4)}):
         figure, (by_alpha, by_entropy) = plt.subplots(1, 2, sharey=True)
         published = published[published.recall_threshold == threshold]
         for (n_facts, points), line in zip(published.groupby("n_facts"), cycle(("-", "--")), strict=False):
@@ -307,7 +307,7 @@ def compressibility(
             if not len(table):
                 continue
             table = table[table.recall_threshold.eq(threshold) & table.min_params_mean.notna()]
-            face = _HOLLOW if hollow else {}
+            face = HOLLOW if hollow else {}
             for shade, (n_facts, rows) in enumerate(table.groupby("n_facts")):
                 style = {**STYLES["in-weight"], **face, "alpha": max(0.4, 1 - 0.3 * shade)}
                 bars = [rows.min_params_mean - rows.min_params_min, rows.min_params_max - rows.min_params_mean]
@@ -333,7 +333,7 @@ def _name_line(axes, bits: float, end: tuple[float, float], **place) -> None:
     axes.annotate(text, end, color="#555555", fontsize=7, textcoords="offset points", annotation_clip=False, **place)
 
 
-def _nothing_yet(axes, mode: str) -> None:
+def nothing_yet(axes, mode: str) -> None:
     axes.text(0.5, 0.5, f"no {mode} runs yet", transform=axes.transAxes, ha="center", color="#777777")
 
 
@@ -343,7 +343,7 @@ def performance(training: pd.DataFrame, curve: pd.DataFrame, growth: pd.DataFram
     Tables as `lib.benchmarks` gives them: training (those of `training_throughput`, concatenated), curve
     (`learning_curve`), growth (`growth`). Bars go from the slowest to the fastest round.
     """
-    with matplotlib.rc_context({**_RC, "figure.figsize": (8.6, 6.2)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (8.6, 6.2)}):
         figure, ((speed, share), (recall, cost)) = plt.subplots(2, 2)
         for (mode, contender), rows in training[training.dtype == "float32"].groupby(["mode", "contender"]):
             style = {**STYLES[mode], **_CONTENDERS[contender]}
@@ -393,7 +393,7 @@ def probes(rows: list[dict], tensors: list[str] | None = None) -> Figure:
     names = tensors or [name for name in known if name.count(".") <= 1]
     if missing := [name for name in names if name not in known]:
         raise InputError(f"there are no probes of {missing[0]!r}: there are {', '.join(known)}")
-    with matplotlib.rc_context({**_RC, "figure.figsize": (9.6, 4.2), "lines.markersize": 3}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (9.6, 4.2), "lines.markersize": 3}):
         figure, panels = plt.subplots(2, len(MOMENTS), sharex=True)
         for of, line in zip(("output", "gradient"), panels, strict=True):
             for moment, axes in zip(MOMENTS, line, strict=True):
