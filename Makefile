@@ -8,13 +8,16 @@ RUN := $(VENV)/bin/python
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help paper test bench lab clean
+.PHONY: help paper scale test bench lab clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 paper: $(VENV)/core.stamp ## run all notebooks in the quick profile, draw the figures, render them to HTML
 	@$(RUN) -m lib paper
+
+scale: $(VENV)/scale.stamp ## the same for Section 6 and TriviaQA: large models, fine-tuned
+	@$(RUN) -m lib scale
 
 test: $(VENV)/extras.stamp ## run the tests, which run every notebook at smoke size
 	@$(RUN) -m lib test
@@ -43,6 +46,10 @@ $(RUN):
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt | $(RUN)
 	$(call install,the core$(comma) with JupyterLab (a few minutes$(comma) 1.2 GB),-c constraints.txt -e .)
+	@touch $@
+
+$(VENV)/scale.stamp: $(VENV)/core.stamp
+	$(call install,what Section 6 takes,-c constraints.txt -e ".[scale]")
 	@touch $@
 
 $(VENV)/extras.stamp: $(VENV)/core.stamp

@@ -1,5 +1,7 @@
 """What every module stands on: how bad input is reported, and the strict base of all configurations."""
 
+import hashlib
+import json
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -58,3 +60,21 @@ class Config(BaseModel):
         if problem["type"] == "extra_forbidden":
             return f"unknown configuration key {field!r}: accepted are {', '.join(cls.model_fields)}"
         return f"{field}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+
+
+class Identified(Config):
+    """Everything that decides the outcome of one run.
+
+    Its canonical JSON leaves out what is at its default, so that a later field changes no id, and hashes to the run's
+    id. A default is therefore never changed once there are rows: that would give old ids another meaning. Add a field,
+    or set the value where it is used.
+    """
+
+    def canonical_json(self) -> str:
+        """What differs from the defaults, keys sorted, without spaces."""
+        return json.dumps(self.model_dump(exclude_defaults=True), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def run_id(self) -> str:
+        """12 hexadecimal digits that name this configuration."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:12]

@@ -1,11 +1,8 @@
 """`RunConfig`: everything that decides the outcome of one run, in one object.
 
-The same object is built by a notebook cell, the command line, a sweep and a cluster job. Its canonical JSON leaves out
-what is at its default, so that a later field changes no id, and hashes to the run's id. A default is therefore never
-changed once there are rows: that would give old ids another meaning. Add a field, or set the value where it is used.
+The same object is built by a notebook cell, the command line, a sweep and a cluster job.
 """
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -13,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lib.base import Config, InputError
+from lib.base import Config, Identified, InputError
 from lib.dialogs import ByteTokenizer
 from lib.facts import MAX_PEOPLE, FactsConfig
 from lib.model import ModelConfig
@@ -72,7 +69,7 @@ class EvaluationConfig(Config):
     unseen_people: int = Field(0, ge=0, le=10_000)
 
 
-class RunConfig(Config):
+class RunConfig(Identified):
     """One run: facts + model + optimizer + training + evaluation."""
 
     mode: Literal["in-weight", "in-tool"] = "in-weight"
@@ -109,10 +106,6 @@ class RunConfig(Config):
             )
         return self
 
-    def canonical_json(self) -> str:
-        """What differs from the defaults, keys sorted, without spaces."""
-        return json.dumps(self.model_dump(exclude_defaults=True), sort_keys=True, separators=(",", ":"))
-
     def flops(self) -> float:
         """Floating-point operations of the whole training, about: three forward passes a step."""
         n_dialogs = 4 * self.facts.n_people
@@ -121,11 +114,6 @@ class RunConfig(Config):
         length = round((1 - share) * (66 if self.mode == "in-weight" else 184) + share * 140)
         batch = min(self.training.batch_size, n_dialogs)
         return 3.0 * self.training.total_steps(n_dialogs) * batch * self.model.forward_flops(length, length // 2)
-
-    @property
-    def run_id(self) -> str:
-        """12 hexadecimal digits that name this configuration."""
-        return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:12]
 
 
 def read_config(path: Path) -> RunConfig:

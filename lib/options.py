@@ -64,7 +64,7 @@ def cell(
         "seed": seed,
         "facts.seed": seed,
     }
-    given = {name: value for name, value in fields.items() if value is not None} | dict(map(_assignment, set_))
+    given = {name: value for name, value in fields.items() if value is not None} | dict(map(assignment, set_))
     return override(read_config(config) if config else RunConfig(), given)
 
 
@@ -95,7 +95,7 @@ def run_folder(cell, out: Path | None) -> Path:
     return out or paths.runs() / "train" / cell.run_id
 
 
-def _assignment(text: str) -> tuple[str, object]:
+def assignment(text: str) -> tuple[str, object]:
     """`training.steps=500` as a pair; the value is JSON, or else a string."""
     name, equals, value = text.partition("=")
     if not equals:

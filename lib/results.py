@@ -103,11 +103,11 @@ def check_publishes(profile: str) -> None:
 
 def check_traceable() -> None:
     """Raise `InputError` if rows made now could not be published: no commit holds the code."""
-    if not _is_clean(commit()):
+    if not is_clean(commit()):
         raise InputError(f"lib in {paths.ROOT} is not as in a commit: only rows that can be traced are published")
 
 
-def _is_clean(commit: str) -> bool:
+def is_clean(commit: str) -> bool:
     return commit != "unknown" and not commit.endswith("-dirty")
 
 
@@ -122,7 +122,7 @@ def publish(section: str, profile: str) -> int:
     rows, known = read_rows(section, profile), committed_rows(section)
     if not len(rows):
         return 0
-    bad = rows[~rows.commit.map(_is_clean)]
+    bad = rows[~rows.commit.map(is_clean)]
     if len(bad):
         raise InputError(
             f"{len(bad)} rows were not made by a clean commit (run {bad.run_id.iloc[0]}, commit {bad.commit.iloc[0]}): "

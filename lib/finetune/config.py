@@ -1,0 +1,72 @@
+"""`FinetuneConfig`: everything that decides the outcome of one fine-tuning, in one object."""
+
+import math
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from lib.base import Identified
+from lib.finetune.data import ChatMode
+
+
+class FinetuneConfig(Identified):
+    """One fine-tuning: base model, what it is to learn, how long, and what is asked of its checkpoints (Section 6)."""
+
+    #: A name of `lib.finetune.models.BASES`, a folder in the form of Hugging Face, or a name on its hub.
+    base: str = "embedded"
+    #: facts: of people, in one of the modes. hybrid: those that are frequent in weights, the others by tool.
+    #: trivia: the questions of `lib.finetune.triviaqa`.
+    task: Literal["facts", "hybrid", "trivia"] = "facts"
+    mode: ChatMode = "in-weight"
+    #: Four a person; of trivia, how many questions at most.
+    n_facts: int = Field(500, ge=1)
+    #: Where trivia comes from: `lib.finetune.triviaqa.load_questions`.
+    source: str = "trivia"
+    #: Draws the people and the order of the data.
+    seed: int = Field(0, ge=0, lt=2**31)
+    #: Train matrices of low rank beside the model's own (LoRA); None trains all weights.
+    lora_rank: int | None = Field(None, ge=1)
+    #: None takes the published rate of the base, or one for models nobody published a rate of.
+    lr: float | None = Field(None, gt=0)
+    #: Constant after a warm-up over this share of the steps, or going down to zero.
+    schedule: Literal["constant_with_warmup", "cosine"] = "constant_with_warmup"
+    warmup: float = Field(0.05, ge=0, lt=1)
+    #: Conversations a step, over all processes.
+    batch_size: int = Field(128, ge=1)
+    #: A step's batch is cut into this many parts whose gradients add up.
+    grad_accumulation: int = Field(1, ge=1)
+    #: At most; None: 100 passes over the conversations, and at least 60.
+    steps: int | None = Field(None, ge=1)
+    #: Steps between two checkpoints, each of which is evaluated; None makes about ten.
+    checkpoint_every: int | None = Field(None, ge=1)
+    #: Training ends when a checkpoint recalls this share of what was trained; None trains to the last step.
+    stop_at_recall: float | None = Field(0.99, gt=0, le=1)
+    #: Trained facts that a checkpoint is asked about, and people it has not seen (Section 6: 300 and 100).
+    questions: int = Field(300, ge=1)
+    unseen_people: int = Field(100, ge=0)
+    #: Prompts on which the distance to the base is measured.
+    prompts: int = Field(100, ge=1)
+    #: The capability test: HellaSwag, or what the embedded model was trained to do; None: as the base is.
+    capability: Literal["hellaswag", "skills", "none"] | None = None
+    #: How many items of `skills` are asked.
+    items: int = Field(400, ge=1)
+    #: Tokens of a conversation at most. Nothing is cut: a longer one is an error.
+    max_length: int = Field(512, ge=8)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.batch_size % self.grad_accumulation:
+            raise ValueError(f"grad_accumulation = {self.grad_accumulation} does not divide the {self.batch_size}")
+        if self.task == "hybrid" and self.mode != "in-tool":
+            raise ValueError("task = hybrid takes mode = in-tool: what is rare is looked up")
+        if self.task == "trivia" and self.mode != "in-weight":
+            raise ValueError("task = trivia takes mode = in-weight: in-tool, models are prompted (itl trivia)")
+        return self
+
+    def total_steps(self, n_conversations: int) -> int:
+        """Steps of the schedule, for so many conversations."""
+        return self.steps or max(60, math.ceil(100 * n_conversations / self.batch_size))
+
+    def interval(self, n_conversations: int) -> int:
+        """Steps between two checkpoints."""
+        return self.checkpoint_every or max(1, self.total_steps(n_conversations) // 10)

@@ -1,0 +1,272 @@
+"""A chat model behind a server, asked many questions at a time; and a server for a model of one's own.
+
+Any server will do that speaks OpenAI's protocol for chat completions: hosted ones, vLLM, `transformers serve`.
+"""
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from openai import AsyncOpenAI, OpenAIError
+from pydantic import Field
+
+from lib.base import Config, InputError, WorkError
+from lib.finetune.data import ChatMode
+from lib.finetune.protocol import read_query, write_query, write_result
+from lib.finetune.triviaqa import NO_RESULT, Question, exact_match, opening
+from lib.monitor import progress
+
+Protocol = Literal["closed-book", "text", "tools"]
+
+#: Without a tool, looking up by the words of `lib.finetune.protocol`, or by calls that the server knows.
+PROTOCOLS: dict[Protocol, ChatMode] = {"closed-book": "in-weight", "text": "in-tool-text", "tools": "in-tool"}
+
+
+class EndpointConfig(Config):
+    """Which model, behind which server, and how it is asked.
+
+    A request is tried again `retries` times if the connection fails or is silent for `timeout` seconds, and if the
+    server says that it is busy or broken (408, 409, 429, 500 and above): after half a second, then twice as long each
+    time, up to eight, or when the server says. What else it refuses would be refused again.
+    """
+
+    base_url: str = Field(pattern=r"^https?://\S+$")
+    model: str = Field(min_length=1)
+    api_key: str = Field("none", min_length=1, repr=False)
+    protocol: Protocol = "tools"
+    system: str = "Answer in a few words, without a sentence around them."  # "" for none; the text protocol has its own
+    max_tokens: int = Field(128, ge=1)  # of one turn
+    max_turns: int = Field(4, ge=1)  # of the model, for one question
+    concurrency: int = Field(8, ge=1)
+    timeout: float = Field(60.0, gt=0)
+    retries: int = Field(5, ge=0)
+
+
+# ---- Asking
+
+
+async def ask_all(
+    questions: Sequence[Question],
+    endpoint: EndpointConfig,
+    look_up: Callable[[str], str],
+    out: str | Path,
+    description: str | None = None,
+) -> list[dict]:
+    """Ask all questions, `endpoint.concurrency` at a time, and return a record of each, in their order.
+
+    A record says `question`, `model`, `protocol`; the last `query` and its `result`, None without one; `answer`, the
+    last thing said; whether it is `correct`; `n_turns`, how often the model spoke; and `error`, None if all went well.
+
+    look_up: answers a query, as a `Store` does. out: a file of JSON lines to which each record is added as it comes.
+    A question that it has a record of without an error, of the same model and protocol, is not asked again. Raises
+    `InputError` if that file is something else or cannot be written. description: of the progress shown, if any.
+    """
+    out = Path(out)
+    done = _finished(out, endpoint)
+    missing = {question.text: question for question in questions if question.text not in done}
+    waiting = iter(missing.values())
+    client = AsyncOpenAI(
+        base_url=endpoint.base_url,
+        api_key=endpoint.api_key,
+        timeout=endpoint.timeout,
+        max_retries=endpoint.retries,
+    )
+
+    async def work() -> None:
+        for question in waiting:  # which the workers share: each takes the next
+            record = done[question.text] = await _ask(client, endpoint, question, look_up)
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(1)
+
+    try:
+        with out.open("a", encoding="utf-8") as file, progress(len(missing), description) as bar:
+            async with client, asyncio.TaskGroup() as group:
+                for _ in range(min(endpoint.concurrency, len(missing))):
+                    group.create_task(work())
+    except (ExceptionGroup, OSError) as failure:
+        first = failure.exceptions[0] if isinstance(failure, ExceptionGroup) else failure
+        if isinstance(first, OSError):
+            first = WorkError(f"cannot write records to {out}: {first.strerror}")
+        raise first from None
+    return [done[question.text] for question in questions]
+
+
+def _finished(out: Path, endpoint: EndpointConfig) -> dict[str, dict]:
+    """The records without an error of this model and protocol, by question; a last line that was cut off is removed."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        text = out.read_bytes() if out.exists() else b""
+        whole, newline, rest = text.rpartition(b"\n")
+        records = [json.loads(line) for line in whole.splitlines()]
+        finished = {
+            record["question"]: record
+            for record in records
+            if record["error"] is None and (record["model"], record["protocol"]) == (endpoint.model, endpoint.protocol)
+        }
+        begun = b'{"question": '
+        if not rest.startswith(begun[: len(rest)]):
+            raise ValueError
+        if rest:
+            os.truncate(out, len(whole + newline))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{out} holds other lines than records of questions: name a new file") from None
+    except OSError as error:
+        raise InputError(f"cannot write records to {out}: {error.strerror}") from None
+    return finished
+
+
+async def _ask(
+    client: AsyncOpenAI, endpoint: EndpointConfig, question: Question, look_up: Callable[[str], str]
+) -> dict[str, Any]:
+    """The record of one question."""
+    record = {"question": question.text, "model": endpoint.model, "protocol": endpoint.protocol}
+    record |= {"query": None, "result": None, "answer": None, "correct": False, "n_turns": 0, "error": None}
+    request = opening(question.text, PROTOCOLS[endpoint.protocol])
+    messages = request["messages"]
+    if endpoint.system and endpoint.protocol != "text":
+        messages.insert(0, {"role": "system", "content": endpoint.system})
+    try:
+        while record["n_turns"] < endpoint.max_turns:
+            completion = await client.chat.completions.create(
+                model=endpoint.model, temperature=0, max_completion_tokens=endpoint.max_tokens, **request
+            )
+            message = _message(completion)
+            record["n_turns"] += 1
+            record["answer"] = message.content or ""
+            if not (queries := _queries(message, endpoint.protocol)):
+                record["correct"] = exact_match(record["answer"], question)
+                break
+            results = [NO_RESULT if query is None else look_up(query) for query in queries]
+            record |= {"query": queries[-1], "result": results[-1]}
+            messages += _exchange(message, queries, results, endpoint.protocol)
+    except (OpenAIError, json.JSONDecodeError) as error:
+        record["error"] = _reason(error)
+    return record
+
+
+def _reason(error: Exception) -> str:
+    """One line: the kind of error, what it says, and what the server said of it, if that is not in it."""
+    body = getattr(error, "body", None)
+    said = "" if isinstance(body, dict) and "message" in body else f" {body or ''}"
+    return " ".join(f"{type(error).__name__}: {error}{said}".split())[:300]
+
+
+def _message(completion: Any):
+    """What the model said; an OpenAIError if the server answered with something else than a chat completion."""
+    choices = getattr(completion, "choices", None)
+    message = getattr(choices[0], "message", None) if choices else None
+    if message is None:
+        raise OpenAIError("the server answered with something else than a chat completion")
+    return message
+
+
+def _queries(message: Any, protocol: Protocol) -> list[str | None]:
+    """What a model asks for; None stands for a call that is none of `SEARCH`."""
+    if protocol == "tools":
+        return [_query_of_call(call.function) for call in message.tool_calls or ()]
+    query = read_query(message.content or "") if protocol == "text" else None
+    return [] if query is None else [query]
+
+
+def _query_of_call(function: Any) -> str | None:
+    try:
+        arguments = json.loads(function.arguments)
+    except ValueError:
+        return None
+    match function.name, arguments:
+        case "search", {"query": str(query)}:
+            return query
+    return None
+
+
+def _exchange(message: Any, queries: list[str | None], results: list[str], protocol: Protocol) -> list[dict]:
+    """The model's look-ups and their results, as the next turns of the conversation."""
+    if protocol == "text":  # without what the model said beyond its request, a result of its own invention perhaps
+        said, told = write_query(queries[0]), write_result(results[0])
+        return [{"role": "assistant", "content": said}, {"role": "user", "content": told}]
+    calls, answers = [], []
+    for call, query, result in zip(message.tool_calls, queries, results, strict=True):
+        # Servers read the arguments again, and some break over what is no JSON.
+        function = {"name": call.function.name, "arguments": "{}" if query is None else call.function.arguments}
+        calls.append({"id": call.id, "type": "function", "function": function})
+        answers.append({"role": "tool", "tool_call_id": call.id, "content": result})
+    return [{"role": "assistant", "content": message.content or "", "tool_calls": calls}, *answers]
+
+
+def accuracy(records: Sequence[dict]) -> dict[str, float]:
+    """Of one model and protocol: the share of correct answers and its standard error, over `n_questions` without error.
+
+    Also `looked_up`, the share of questions for which the model asked the tool, and `n_errors`. Without an answer all
+    shares are NaN.
+    """
+    answered = [record for record in records if record["error"] is None]
+    n = len(answered) or float("nan")
+    share = sum(record["correct"] for record in answered) / n
+    return {
+        "accuracy": share,
+        "standard_error": (share * (1 - share) / n) ** 0.5,
+        "looked_up": sum(record["query"] is not None for record in answered) / n,
+        "n_questions": len(answered),
+        "n_errors": len(records) - len(answered),
+    }
+
+
+# ---- A server of one's own
+
+
+@contextmanager
+def serve(folder: str | Path, timeout: float = 300.0) -> Iterator[str]:
+    """Serve the model in a Hugging Face folder on this machine, by `transformers serve`, and end the server after.
+
+    Gives the server's base URL; the model's name is `str(folder)`. Nothing is asked of the hub. One conversation is
+    answered at a time. Raises `InputError` if the folder holds no model, and `WorkError` if the server ends, or does
+    not answer within `timeout` seconds.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise InputError(f"{folder} holds no model: a folder that `save_pretrained` wrote is expected")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    with tempfile.TemporaryFile() as log:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        server = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+        try:
+            _wait_until_healthy(server, f"http://127.0.0.1:{port}/health", log, timeout)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            server.terminate()
+            try:
+                server.wait(10)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def _wait_until_healthy(server: subprocess.Popen, url: str, log, timeout: float) -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            log.seek(0)
+            lines = log.read().decode(errors="replace").split("\n")
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "without a word")
+            raise WorkError(f"the server ended with exit code {server.returncode}: {last}")
+        try:
+            opener.open(url, timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise WorkError(f"the server did not answer within {timeout:.0f} s")

@@ -1,0 +1,162 @@
+"""Section 6 as data: a profile gives fine-tunings, which are run one after the other, and their rows as one table."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from lib import paths
+from lib.base import InputError
+from lib.finetune.bases import PUBLISHED
+from lib.finetune.config import FinetuneConfig
+from lib.finetune.data import N_FACTS
+from lib.finetune.train import ROWS, finetune
+from lib.monitor import progress
+from lib.results import check_publishes, counting_profile, is_clean
+
+SECTION = "06"
+
+
+def plan(profile: str) -> list[FinetuneConfig]:
+    """The fine-tunings of a profile, in the order in which they are worth doing."""
+    paths.profile_dir(profile)  # an unknown profile is an `InputError`
+    return list(_PLANS[profile]())
+
+
+def _smoke() -> Iterator[FinetuneConfig]:
+    for mode in ("in-weight", "in-tool"):
+        yield FinetuneConfig(base="embedded-smoke", mode=mode, n_facts=8, steps=4, checkpoint_every=2, questions=4,
+                             unseen_people=4, prompts=4, items=8)  # fmt: skip
+
+
+def _quick() -> Iterator[FinetuneConfig]:
+    for mode in ("in-weight", "in-tool"):
+        yield FinetuneConfig(base="embedded-quick", mode=mode, questions=100, unseen_people=20, prompts=40, items=100)
+
+
+def _laptop() -> Iterator[FinetuneConfig]:
+    """On the embedded model, three seeds; what appears often in weights, and the rest by tool, as well."""
+    for seed in range(3):
+        for n_facts in (500, 1_000, 5_000):
+            for mode in ("in-tool", "in-weight"):
+                yield FinetuneConfig(mode=mode, n_facts=n_facts, seed=seed)
+        yield FinetuneConfig(task="hybrid", mode="in-tool", seed=seed)
+
+
+def _paper() -> Iterator[FinetuneConfig]:
+    """As published: six models, five numbers of facts in weights, 500 by tool."""
+    for base in PUBLISHED:
+        yield FinetuneConfig(base=base, mode="in-tool")
+        for n_facts in N_FACTS:
+            yield FinetuneConfig(base=base, n_facts=n_facts)
+
+
+_PLANS = {"smoke": _smoke, "quick": _quick, "laptop": _laptop, "paper": _paper}
+
+
+def folder(config: FinetuneConfig, profile: str) -> Path:
+    """Where a fine-tuning of a profile is kept."""
+    return paths.profile_dir(profile) / SECTION / config.run_id
+
+
+def missing(profile: str) -> list[FinetuneConfig]:
+    """The fine-tunings of a profile that have no rows yet."""
+    done = set(rows(profile).get("run_id", ()))
+    return [config for config in plan(profile) if config.run_id not in done]
+
+
+def sweep(profile: str, *, device: str = "auto", max_hours: float = math.inf) -> int:
+    """Run all that is missing in a profile; returns how many were run.
+
+    Call it in several processes: each takes what no other is at. After `max_hours` nothing new is started.
+    """
+    todo, deadline, done = missing(profile), time.monotonic() + 3600 * max_hours, 0
+    with progress(len(todo), f"Section 6, {profile}") as bar:
+        for config in todo:
+            directory = folder(config, profile)
+            if time.monotonic() >= deadline:
+                break
+            if not _is_taken(directory):
+                finetune(config, directory, device=device, description=title(config))
+                done += 1
+            bar.update(1)
+    return done
+
+
+def _is_taken(directory: Path) -> bool:
+    """Whether another process is at a run."""
+    if not directory.exists():
+        return False
+    try:
+        with FileLock(directory / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def title(config: FinetuneConfig) -> str:
+    """A run in a few words."""
+    what = config.task if config.task != "facts" else config.mode
+    return f"{config.base}, {what}, {config.n_facts:,} facts, seed {config.seed}"
+
+
+def rows(profile: str) -> pd.DataFrame:
+    """A row a checkpoint of all finished runs of today's plan: those in paper_data, and those still in runs."""
+    planned = {config.run_id for config in plan(profile)}
+    known = committed_rows()
+    tables = [known[(known.profile == profile) & known.run_id.isin(planned)]] if len(known) else []
+    done = set(tables[0].run_id) if tables else set()
+    for run_id in sorted(planned - done):
+        path = paths.profile_dir(profile) / SECTION / run_id / ROWS
+        if path.exists():
+            tables.append(pd.DataFrame(json.loads(path.read_text())).assign(profile=profile))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def shown_rows(profile: str) -> pd.DataFrame:
+    """The rows that figures are drawn from: those that count (`results.counting_profile`), and the profile's own."""
+    tables = [rows(name) for name in dict.fromkeys((counting_profile(profile), profile))]
+    return pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
+
+
+def hybrid_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """What finished hybrid runs do by how often a fact was seen in training: a row per run and frequency."""
+    final = rows[rows["mode"].eq("hybrid") & rows.final] if len(rows) else rows
+    tables = [pd.DataFrame(json.loads(row.by_frequency)).assign(seed=row.seed) for row in final.itertuples()]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["frequency", "seed", "n"])
+
+
+def table_path() -> Path:
+    """Where the rows are committed."""
+    return paths.PAPER_DATA / "scale.csv"
+
+
+def committed_rows() -> pd.DataFrame:
+    """The rows in paper_data, of all profiles; empty before anything was published."""
+    if not table_path().exists():
+        return pd.DataFrame()
+    return pd.read_csv(table_path(), dtype=dict.fromkeys(("run_id", "commit", "python", "torch"), str))
+
+
+def publish(profile: str) -> int:
+    """Merge the finished runs of a profile into paper_data; returns how many rows are new.
+
+    Only profiles that count publish, and only rows of a clean commit: others are an `InputError`.
+    """
+    check_publishes(profile)
+    found, known = rows(profile), committed_rows()
+    if not len(found):
+        return 0
+    if len(bad := found[~found.commit.map(is_clean)]):
+        raise InputError(
+            f"{len(bad)} rows were not made by a clean commit (run {bad.run_id.iloc[0]}): delete them and run again"
+        )
+    others = known[known.profile != profile] if len(known) else known
+    merged = pd.concat([others, found]).sort_values(["profile", "base", "mode", "n_facts", "seed", "step"])
+    with paths.replacing(table_path()) as temporary:
+        merged.to_csv(temporary, index=False, lineterminator="\n")
+    return len(merged) - len(known)

@@ -1,0 +1,150 @@
+"""What a model is to learn (`FinetuneConfig.task`): its conversations, and how much of it a checkpoint knows."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+from random import Random
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lib.dialogs import question
+from lib.facts import FactsConfig, People, unseen_people, write_database
+from lib.finetune.config import FinetuneConfig
+from lib.finetune.data import chats, find_tool, people_of
+from lib.finetune.evaluation import FACT_TOKENS, estimate, measure_recall, says
+from lib.finetune.generation import answer_with_tool, reply_all
+from lib.finetune.triviaqa import exact_match, load_questions, opening, trivia_chats
+from lib.run import DATABASE
+from lib.tools import SqlTool
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Conversations to train on, and the columns that say how much of them a model knows, `recall` among them."""
+
+    conversations: list[dict]
+    measure: Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict]
+
+
+@contextmanager
+def lesson(config: FinetuneConfig, directory: Path | None) -> Iterator[Lesson]:
+    """What a run learns. directory: where its database goes, open meanwhile; None where nobody will measure."""
+    if config.task == "trivia":
+        yield _trivia(config)
+        return
+    people = people_of(config.n_facts, config.seed)
+    strangers = reduce(add, _strangers(config).values())
+    tool = None
+    if directory is not None and config.mode != "in-weight":
+        write_database(people + strangers, directory / DATABASE)
+        tool = SqlTool(directory / DATABASE)
+    make = _hybrid if config.task == "hybrid" else _facts
+    try:
+        yield make(config, people, strangers, tool)
+    finally:
+        if tool is not None:
+            tool.close()
+
+
+def _strangers(config: FinetuneConfig) -> dict[str, People]:
+    """People nobody is trained on, as many of each kind: names that are new in part, in all, or as a pair."""
+    kinds = unseen_people(FactsConfig(n_people=config.n_facts // 4, seed=config.seed), config.unseen_people)
+    return {kind: people[i :: len(kinds)] for i, (kind, people) in enumerate(kinds.items())}
+
+
+# ---- Facts
+
+
+def _facts(config: FinetuneConfig, people: People, strangers: People, tool: SqlTool | None) -> Lesson:
+    trained, unseen = _sample(people, config.questions, config.seed), list(strangers.facts())
+
+    def measure(model, tokenizer) -> dict:
+        columns = {}
+        for name, facts in (("recall", trained), ("recall_unseen", unseen)):
+            columns |= measure_recall(model, tokenizer, facts, config.mode, tool).columns(name)
+            columns[f"n_{name.removeprefix('recall_')}"] = len(facts)
+        return columns
+
+    return Lesson(list(chats(people, config.mode)), measure)
+
+
+def _sample(people: People, n: int, seed: int) -> list[tuple[str, str, str]]:
+    """`n` of the facts, or all if there are no more, in their order."""
+    facts = list(people.facts())
+    return [facts[i] for i in sorted(Random(seed).sample(range(len(facts)), min(n, len(facts))))]
+
+
+# ---- What is frequent in weights, the rest by tool
+
+#: How often a fact is in the training data: person by person in turn.
+FREQUENCIES = (1, 2, 4, 8, 16, 32, 64)
+#: From here on the data answer at once; what is rarer is looked up in them.
+KNOWN_FROM = 8
+
+
+def _hybrid(config: FinetuneConfig, people: People, strangers: People, tool: SqlTool | None) -> Lesson:
+    """Conversations of both kinds, all offering the tool: nothing in a question says whether it is needed."""
+    groups = {f: people[i :: len(FREQUENCIES)] for i, f in enumerate(FREQUENCIES)}
+    offer = {"tools": [find_tool(people.attributes)]}
+    conversations = [
+        chat | offer
+        for frequency, group in groups.items()
+        for chat in chats(group, "in-weight" if frequency >= KNOWN_FROM else "in-tool")
+        for _ in range(frequency)
+    ]
+    asked = {f: _sample(group, config.questions, config.seed) for f, group in {0: strangers, **groups}.items() if group}
+
+    def measure(model, tokenizer) -> dict:
+        table = [{"frequency": f, **_calls(model, tokenizer, facts, tool)} for f, facts in asked.items()]
+        trained = [row for row in table if row["frequency"]]
+        total = sum(row["n"] for row in trained)
+        recall = sum(row["accuracy"] * row["n"] for row in trained) / total
+        return {
+            "recall": recall,
+            "recall_stderr": (recall * (1 - recall) / total) ** 0.5,
+            "recall_unseen": table[0]["accuracy"],
+            "by_frequency": json.dumps(table),
+        }
+
+    return Lesson(conversations, measure)
+
+
+def _calls(model, tokenizer, facts: Sequence[tuple[str, str, str]], tool: SqlTool) -> dict[str, float]:
+    """How often a model calls the tool, and is right: by a call, if it made one, that really found the value."""
+    questions = [question(name, attribute) for name, attribute, _ in facts]
+    answers = answer_with_tool(model, tokenizer, questions, "in-tool", tool, max_new_tokens=FACT_TOKENS)
+    called = [answer.response is not None for answer in answers]
+    right = [
+        says(answer.reply, value) and (answer.response is None or answer.response.text == value)
+        for answer, (*_, value) in zip(answers, facts, strict=True)
+    ]
+    by_call = [yes for yes, call in zip(right, called, strict=True) if call]
+    return {
+        "n": len(facts),
+        "call_share": sum(called) / len(facts),
+        "accuracy": sum(right) / len(facts),
+        "accuracy_of_calls": sum(by_call) / len(by_call) if by_call else None,
+    }
+
+
+# ---- Trivia
+
+
+def _trivia(config: FinetuneConfig) -> Lesson:
+    trained = load_questions(config.source, "train", config.n_facts)
+    others = load_questions(config.source, "validation", config.questions)
+
+    def measure(model, tokenizer) -> dict:
+        columns = {}
+        for name, questions in (("recall", trained[: config.questions]), ("recall_unseen", others)):
+            asked = [opening(each.text, config.mode)["messages"] for each in questions]
+            replies = reply_all(model, tokenizer, asked, max_new_tokens=FACT_TOKENS)
+            right = (exact_match(reply, each) for reply, each in zip(replies, questions, strict=True))
+            columns |= estimate(right).columns(name) | {f"n_{name.removeprefix('recall_')}": len(questions)}
+        return columns
+
+    return Lesson(list(trivia_chats(trained, config.mode)), measure)

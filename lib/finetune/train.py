@@ -1,0 +1,287 @@
+"""`finetune(config, directory) -> rows`: a base model that is taught facts, and every checkpoint on the way evaluated.
+
+Training is trl's `SFTTrainer` on conversations that have their labels already (`lib.finetune.data`). The folder of a
+run holds `config.json`, `checkpoints/`, `evaluations/` (a row a checkpoint, as it was measured), and once it is
+finished `model/` and `rows.json`. A finished run is never repeated; one that was killed goes on exactly.
+"""
+
+import json
+import math
+import shutil
+import sys
+import threading
+import time
+import zipfile
+from contextlib import ExitStack
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from filelock import FileLock
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from lib.base import InputError
+from lib.distributed import Preempted, asked_to_leave
+from lib.finetune.bases import learning_rate, load_base
+from lib.finetune.config import FinetuneConfig
+from lib.finetune.data import tokenize_chats
+from lib.finetune.examination import Examination
+from lib.finetune.lessons import lesson
+from lib.finetune.models import load_model
+from lib.monitor import progress
+from lib.paths import replacing
+from lib.run import CLAIM, MODEL, provenance, resolve_device, write_json
+
+ROWS = "rows.json"
+#: In a checkpoint: its step, and how training went until then.
+STATE = "training.json"
+_FOLDERS = ("checkpoints", "evaluations")
+#: Above so many parameters a GPU does not keep activations, but computes them again.
+RECOMPUTES_ABOVE = 1_000_000_000
+#: What a checkpoint holds only to go on from it.
+_FOR_TRAINING = (STATE, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin")
+
+
+def finetune(
+    config: FinetuneConfig, directory: Path, *, device: str = "auto", description: str | None = "fine-tuning"
+) -> list[dict]:
+    """Fine-tune one model; returns a row for the base and for each checkpoint (columns: `paper_data/README.md`).
+
+    Started by torchrun or accelerate, several processes train it together, each on its part of every batch.
+
+    Raises `InputError` if the base or the data cannot be used, or if `directory` belongs to another run; and
+    `Preempted` if a signal asks the process to leave: the same call goes on from where it was.
+    """
+    directory, state = Path(directory), PartialState(cpu=resolve_device(device).type == "cpu")
+    with asked_to_leave() as asked, ExitStack() as stack:
+        if state.is_main_process:
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(directory / ".lock"))  # a second call waits and finds the rows
+        state.wait_for_everyone()
+        _check_claim(config, directory)
+        state.wait_for_everyone()
+        if state.is_main_process and not (directory / CLAIM).exists():
+            write_json(directory / CLAIM, config.model_dump(mode="json"))
+        if not (directory / ROWS).exists():
+            _Run(config, directory, state, asked, stack).complete(description)
+        state.wait_for_everyone()
+        return json.loads((directory / ROWS).read_text())
+
+
+def read_claim(directory: Path) -> FinetuneConfig:
+    """The configuration that a run's folder was claimed with, or an `InputError`."""
+    try:
+        return FinetuneConfig.parse(json.loads((Path(directory) / CLAIM).read_text()))
+    except (OSError, ValueError):  # `InputError` among them: fields of another version
+        raise InputError(
+            f"{directory} is not the folder of a fine-tuning ({CLAIM} is missing or not readable)"
+        ) from None
+
+
+def _check_claim(config: FinetuneConfig, directory: Path) -> None:
+    if (directory / CLAIM).exists():
+        if read_claim(directory) != config:
+            raise InputError(f"{directory} holds a fine-tuning of another configuration: give another folder")
+    elif any(not path.name.startswith(".") for path in directory.iterdir()):
+        raise InputError(f"{directory} is not empty and holds no fine-tuning: give a new folder")
+
+
+class _Run:
+    """One fine-tuning: its conversations, what is asked of its checkpoints, and where it stands."""
+
+    def __init__(
+        self, config: FinetuneConfig, directory: Path, state: PartialState, asked: threading.Event, stack: ExitStack
+    ):
+        self.config, self.state, self.asked = config, state, asked
+        self.directory, self.checkpoints, self.evaluations = (directory / name for name in ("", *_FOLDERS))
+        with state.main_process_first():  # the others find what the first had to make or to fetch
+            self.model, self.tokenizer = load_base(config.base)
+        self.lesson = stack.enter_context(lesson(config, directory if state.is_main_process else None))
+        self.data = tokenize_chats(self.lesson.conversations, self.tokenizer, config.max_length)
+        self.examination = Examination(config, self.lesson, self.tokenizer)
+        self.total, self.interval = config.total_steps(len(self.data)), config.interval(len(self.data))
+
+    def complete(self, description: str | None) -> None:
+        """Train to the end, evaluate every checkpoint, and write the rows."""
+        newest = newest_checkpoint(self.checkpoints)
+        if self.state.is_main_process:
+            self._catch_up(newest)
+        self.state.wait_for_everyone()
+        if not self.stopped():
+            self._trainer(description).train(resume_from_checkpoint=str(newest) if newest else None)
+            self.state.wait_for_everyone()
+        if not self.stopped():
+            raise Preempted("asked to leave: the same command goes on from the checkpoint that was written")
+        if self.state.is_main_process:
+            self._finish()
+
+    def rows(self) -> list[dict]:
+        """What was evaluated so far, by step."""
+        return sorted(
+            (json.loads(path.read_text()) for path in self.evaluations.glob("*.json")), key=lambda row: row["step"]
+        )
+
+    def stopped(self) -> str | None:
+        """Why training is over; None if it is not."""
+        last = self.rows()[-1]
+        if last["step"] and last["recall"] >= (self.config.stop_at_recall or math.inf):
+            return "recall"
+        return "steps" if last["step"] >= self.total else None
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint of this step is evaluated; the others are only there to go on from."""
+        return step % self.interval == 0 or step == self.total
+
+    def evaluate(self, model: PreTrainedModel, state: dict) -> None:
+        """Write the row of a checkpoint. state: its step, and how training went until then."""
+        self.evaluations.mkdir(exist_ok=True)
+        found = self.examination(model, self.evaluations / f"{state['step']}.parts")
+        write_json(self.evaluations / f"{state['step']}.json", state | found)
+
+    def _catch_up(self, newest: Path | None) -> None:
+        """Evaluate the base, and what was saved last, if training was interrupted before that."""
+        state = json.loads((newest / STATE).read_text()) if newest else {"step": 0}
+        done = {row["step"] for row in self.rows()}
+        for step in done:
+            if step > state["step"]:  # its checkpoint is gone: it will be made again
+                (self.evaluations / f"{step}.json").unlink()
+        if 0 not in done:
+            self.evaluate(self.model, {"step": 0, "loss": None, "train_seconds": 0.0})
+        if state["step"] not in done | {0} and self.is_due(state["step"]):
+            self.evaluate(load_model(newest), state)
+
+    def _trainer(self, description: str | None) -> SFTTrainer:
+        config, on_gpu = self.config, self.state.device.type == "cuda"
+        share, rest = divmod(config.batch_size, config.grad_accumulation * self.state.num_processes)
+        if rest:
+            raise InputError(
+                f"batch_size = {config.batch_size} cannot be divided among {self.state.num_processes} processes "
+                f"in grad_accumulation = {config.grad_accumulation} parts: give a multiple"
+            )
+        arguments = SFTConfig(
+            output_dir=str(self.checkpoints),
+            seed=config.seed,
+            learning_rate=learning_rate(config),
+            lr_scheduler_type=config.schedule,
+            warmup_steps=config.warmup,
+            per_device_train_batch_size=share,
+            gradient_accumulation_steps=config.grad_accumulation,
+            max_steps=self.total,
+            max_length=None,  # `tokenize_chats` has checked: nothing is cut
+            save_strategy="steps",
+            save_steps=self.interval,
+            save_total_limit=2,
+            logging_steps=max(1, self.interval // 5),
+            bf16=on_gpu,
+            use_cpu=not on_gpu,
+            dataloader_pin_memory=on_gpu,
+            activation_checkpointing=on_gpu and self.model.num_parameters() > RECOMPUTES_ABOVE,
+            ddp_find_unused_parameters=False,
+            ddp_timeout=7 * 24 * 3600,  # the others wait while the first evaluates
+            disable_tqdm=True,
+            report_to="none",
+        )
+        adapter = None
+        if config.lora_rank:
+            adapter = LoraConfig(
+                r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+            )
+        trainer = SFTTrainer(
+            self.model, arguments, train_dataset=self.data, processing_class=self.tokenizer, peft_config=adapter
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_Watch(self, description if self.state.is_main_process else None))
+        return trainer
+
+    def _finish(self) -> None:
+        """Keep the last model, and the rows with what they have in common; the way to it is not kept."""
+        rows, config = self.rows(), self.config
+        last = self.checkpoints / f"checkpoint-{rows[-1]['step']}"
+        shutil.rmtree(self.directory / MODEL, ignore_errors=True)
+        shutil.copytree(last, self.directory / MODEL, ignore=shutil.ignore_patterns(*_FOR_TRAINING))
+        common = {
+            "run_id": config.run_id,
+            **config.model_dump(include={"base", "n_facts", "seed", "batch_size"}),
+            "mode": config.mode if config.task == "facts" else config.task,
+            "adaptation": "lora" if config.lora_rank else "full",
+            "lr": learning_rate(config),
+            "n_params": self.model.num_parameters(),
+            "n_conversations": len(self.data),
+            "steps_budget": self.total,
+        }
+        base = {f"capability_base{suffix}": rows[0][f"capability{suffix}"] for suffix in ("", "_stderr")}
+        endings = [{"final": False, "stopped": None}] * (len(rows) - 1) + [{"final": True, "stopped": self.stopped()}]
+        origin = {**provenance(self.state.device), "config": config.canonical_json()}
+        table = [common | row | base | ending | origin for row, ending in zip(rows, endings, strict=True)]
+        with replacing(self.directory / ROWS) as temporary:
+            temporary.write_text(json.dumps(table, indent=1))
+        shutil.rmtree(self.checkpoints)
+
+
+class _Watch(TrainerCallback):
+    """Shows progress, evaluates what is saved, and ends training when it is enough or when somebody asks."""
+
+    def __init__(self, run: _Run, description: str | None):
+        self.run, self.description = run, description
+
+    def on_train_begin(self, args, state, control, **_):
+        done = [row["train_seconds"] for row in self.run.rows() if row["step"] <= state.global_step]
+        self.seconds, self.since = max(done, default=0.0), time.perf_counter()
+        self.bar = progress(state.max_steps, self.description, state.global_step)
+
+    def on_step_end(self, args, state, control, **_):
+        self.bar.update(1)
+        if any(gather_object([self.run.asked.is_set()])):
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, model=None, **_):
+        self.seconds += time.perf_counter() - self.since
+        reached = [None]
+        if self.run.state.is_main_process:
+            loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
+            training = {"step": state.global_step, "loss": loss, "train_seconds": round(self.seconds, 2)}
+            # Last of all files: a checkpoint without it was cut off.
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE, training)
+            if self.run.is_due(state.global_step) and not self.run.asked.is_set():
+                self.run.evaluate(model, training)
+                model.train()
+                self.bar.set_postfix_str(f"recall {self.run.rows()[-1]['recall']:.2f}", refresh=False)
+            reached = [self.run.stopped()]
+        if broadcast_object_list(reached)[0]:
+            control.should_training_stop = True
+        self.since = time.perf_counter()
+
+    def on_train_end(self, args, state, control, **_):
+        self.bar.close()
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the most steps that is whole; damaged ones are passed over with a sentence."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        if damage := _damage(path):
+            print(f"{path} is damaged ({damage}): going on from the one before it", file=sys.stderr)
+        else:
+            return path
+    return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, None if nothing is."""
+    if not (checkpoint / STATE).exists():
+        return "it was cut off"
+    for path in checkpoint.rglob("*"):
+        try:
+            if path.suffix == ".safetensors":
+                safe_open(path, "pt")  # compares the size of the file with what its header says
+            elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+                return f"{path.name} is not whole"
+            elif path.suffix == ".json":
+                json.loads(path.read_text())
+        except (SafetensorError, ValueError, OSError) as error:
+            return f"{path.name}: {error}"
+    return None
