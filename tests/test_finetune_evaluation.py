@@ -22,6 +22,7 @@ from lib.finetune.evaluation import (
     divergences,
     estimate,
     evaluate,
+    kept_answers,
     measure_capability,
     measure_divergence,
     measure_recall,
@@ -177,6 +178,21 @@ def test_a_model_is_at_no_distance_from_itself_and_others_are_where_brute_force_
         assert n == 3
         assert mean == pytest.approx(values.mean(), rel=1e-4)
         assert stderr == pytest.approx(values.std(ddof=1) / math.sqrt(3), rel=1e-3)
+
+
+def test_a_bases_answers_are_kept_for_as_long_as_it_is_the_same(tmp_path, monkeypatch, calls):
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
+
+    def kept(base, prompts=SHORT) -> tuple[list[list[int]], int]:
+        calls.clear()
+        base.save_pretrained(tmp_path / "base")
+        return kept_answers(base, tokenizer(), prompts, tmp_path / "base"), len(calls)
+
+    first, second = random_model(0), random_model(1)
+    expected, others = (base_answers(base, tokenizer(), SHORT) for base in (first, second))
+    assert kept(first) == (expected, 1) and kept(first) == (expected, 0)
+    assert kept(second) == (others, 1) and others != expected  # trained anew, in the same folder
+    assert kept(first) == (expected, 0) and kept(first, SHORT[:1]) == (expected[:1], 1)
 
 
 def test_parts_of_an_answer_make_the_whole(monkeypatch):

@@ -160,6 +160,23 @@ def base_answers(
     return generate_tokens(base, tokenizer, asked, max_new_tokens=PROMPT_TOKENS, description=description)
 
 
+def kept_answers(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    source: str | Path,
+    *,
+    description: str | None = None,
+) -> list[list[int]]:
+    """`base_answers`, made once for all checkpoints of a base; source: where it was loaded from, which tells it."""
+    key = _digest(_fingerprint(source), str(base.dtype), prompts, PROMPT_TOKENS)
+    path = runs() / "base_answers" / f"{key}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"answers": base_answers(base, tokenizer, prompts, description=description)})
+    return json.loads(path.read_text())["answers"]
+
+
 def _asked(prompts: Sequence[str]) -> list[list[dict]]:
     return [[{"role": "user", "content": prompt}] for prompt in prompts]
 
@@ -199,6 +216,7 @@ def measure_capability(
 
     No chat template is applied, which is how HellaSwag is usually reported. It seeds torch's, NumPy's and Python's
     global random states, as lm-eval does.
+
     Raises `InputError` for an unknown task, one without `acc`, and one whose data cannot be loaded.
     """
     name = task if isinstance(task, str) else task["task"]
@@ -285,20 +303,18 @@ def evaluate(
     def divergence() -> dict:
         model, _ = loaded(checkpoint)
         original, tokenizer = loaded(base)
-        key = _digest(base_print, dtype, prompts, PROMPT_TOKENS)
-        answers = _kept_answers(original, tokenizer, prompts, key, told("base's answers"))
+        answers = kept_answers(original, tokenizer, prompts, base, description=told("base's answers"))
         measured = measure_divergence(
             model, original, tokenizer, prompts, answers=answers, seed=seed, description=told("divergence")
         )
         return {key: value for name in measured._fields for key, value in getattr(measured, name).columns(name).items()}
 
-    base_print = _fingerprint(base)
     recalled = (mode, asked, everybody.digest(), FACT_TOKENS)
     parts: dict[str, tuple[tuple, Callable[[], dict]]] = {
         "recall": (recalled, lambda: recall_of(asked, "recall")),
         "recall_unseen": (recalled, lambda: recall_of(list(unseen.facts()), "recall_unseen")),
         "capability": ((task,), capability),
-        "divergence": ((base_print, prompts, PROMPT_TOKENS, seed), divergence),
+        "divergence": ((_fingerprint(base), prompts, PROMPT_TOKENS, seed), divergence),
     }
     of_all = (_fingerprint(checkpoint), dtype)
     with ExitStack() as stack:
@@ -328,18 +344,6 @@ def _measured_once(record: Path, name: str, digest: str, measure: Callable[[], d
 
 def _read(record: Path) -> dict:
     return json.loads(record.read_text()) if record.exists() else {}
-
-
-def _kept_answers(
-    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], key: str, description: str | None
-) -> list[list[int]]:
-    """`base_answers`, made once for all checkpoints of a base."""
-    path = runs() / "base_answers" / f"{key}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        answers = base_answers(base, tokenizer, prompts, description=description)
-        write_json(path, {"answers": answers})
-    return json.loads(path.read_text())["answers"]
 
 
 def _digest(*settings) -> str:

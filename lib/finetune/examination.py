@@ -7,10 +7,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.finetune.bases import EMBEDDED, load_base
+from lib.finetune.bases import EMBEDDED, base_source, load_base
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.embedded import multiple_choice_task
-from lib.finetune.evaluation import _digest, _kept_answers, measure_capability, measure_divergence
+from lib.finetune.evaluation import kept_answers, measure_capability, measure_divergence
 from lib.finetune.lessons import Lesson
 from lib.finetune.prompts import PROMPTS
 from lib.finetune.skills import prompts as skill_prompts
@@ -53,7 +53,7 @@ class Examination:
         if self._base is None:
             self._base, _ = load_base(self.config.base)
             self._base.to(model.device).eval()
-        answers = _kept_answers(self._base, self.tokenizer, self.prompts, _digest(self.config.base, self.prompts), None)
+        answers = kept_answers(self._base, self.tokenizer, self.prompts, base_source(self.config.base))
         found = measure_divergence(model, self._base, self.tokenizer, self.prompts, answers=answers)
         return {key: value for name in found._fields for key, value in getattr(found, name).columns(name).items()}
 
