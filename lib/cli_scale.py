@@ -97,7 +97,7 @@ Protocol = StrEnum("Protocol", {"closed_book": "closed-book", "text": "text", "t
 
 
 def trivia(
-    model: Annotated[str, typer.Option(help="its name at the server, or the folder of a model to serve here")],
+    model: Annotated[str, typer.Option(help="its name at the server; without one, a folder or a name on the hub")],
     base_url: Annotated[
         str | None,
         typer.Option(help="an OpenAI-compatible server, as http://localhost:8000/v1 [default: serve --model]"),

@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from lib import paths
 from lib.figures import HOLLOW, RC, STYLES, nothing_yet
@@ -138,6 +139,39 @@ def hybrid(table: pd.DataFrame) -> Figure:
         panels[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
+
+def trivia(table: pd.DataFrame) -> Figure:
+    """How many questions of general knowledge are answered rightly, by each of `WAYS` (the appendix on TriviaQA).
+
+    table: a row for each `way` and kind of `questions`, with `accuracy` and `standard_error`. A way that is not among
+    them is left out, a missing kind leaves a gap.
+    """
+    ways, hatches = [way for way in WAYS if way in set(table.way)], ("", "///", "...")
+    looks = dict(zip(table.questions.unique(), hatches, strict=False))
+    width = 0.8 / max(1, len(looks))
+    with _style(7.8):
+        figure, axes = plt.subplots()
+        for i, (kind, hatch) in enumerate(looks.items()):
+            bars = table[table.questions == kind].set_index("way").reindex(ways)
+            places = np.arange(len(ways)) + width * (i - (len(looks) - 1) / 2)
+            look = {"color": [WAYS[way] for way in ways], "hatch": hatch, "edgecolor": "white", "ecolor": "black"}
+            axes.bar(places, bars.accuracy, width, yerr=bars.standard_error, capsize=2, **look)
+        axes.set_xticks(range(len(ways)), ways)
+        axes.set(ylabel="share answered rightly", ylim=(0, 1.06))
+        handles = [
+            Patch(facecolor="#444444", edgecolor="white", hatch=look, label=kind) for kind, look in looks.items()
+        ]
+        figure.legend(handles=handles, fontsize=7, loc="outside right center")
+    return figure
+
+
+#: How questions can be answered, and its color.
+WAYS = {
+    "closed-book": "#999999",
+    "in-weight": MODES["in-weight"]["color"],
+    "in-tool, text": MODES["in-tool-text"]["color"],
+    "in-tool, native": MODES["in-tool"]["color"],
+}
 
 _ASKED = {
     "call_share": {"color": STYLES["in-tool"]["color"], "marker": "s"},

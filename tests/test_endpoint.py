@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import resource
+import shutil
 import socket
 import threading
 import time
@@ -480,10 +481,11 @@ def test_the_command_asks_and_tells(overfitted, served, tmp_path, monkeypatch, c
 
 @pytest.mark.slow
 def test_a_server_that_cannot_start_says_why(overfitted, tmp_path):
-    with pytest.raises(InputError, match="holds no model: a folder that `save_pretrained` wrote"), serve(tmp_path):
-        pytest.fail("it started")
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(WorkError, match="the server ended with exit code 1: .*model"), serve(tmp_path):
+    for nothing in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(InputError, match=f"cannot load a tokenizer from {nothing}"), serve(nothing):
+            pytest.fail("it started")
+    broken = shutil.copytree(overfitted, tmp_path / "broken", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(WorkError, match="the server ended with exit code 1: .*model.safetensors"), serve(broken):
         pytest.fail("it started")
     with pytest.raises(WorkError, match="the server did not answer within 0 s"), serve(overfitted, timeout=0.1):
         pytest.fail("it started")

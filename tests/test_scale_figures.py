@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
+from matplotlib.container import BarContainer
 
 from lib import figures, paths, scale_figures, scale_results
 
@@ -198,3 +199,25 @@ def test_files_are_whole_and_the_same_a_second_time(name, tmp_path, monkeypatch)
     assert first[1].startswith(b"\x89PNG\r\n\x1a\n") and first[1].endswith(b"IEND\xaeB`\x82")
     figures.save(getattr(scale_figures, name)(table), name, "laptop")
     assert (pdf.read_bytes(), png.read_bytes()) == first
+
+
+def test_trivia_has_a_bar_for_each_way_and_kind_of_questions_with_its_error():
+    ways, kinds = ["in-tool, native", "in-weight", "closed-book"], ["trained on", "held out"]
+    table = pd.DataFrame(
+        [{"way": way, "questions": kind, "accuracy": 0.1 * i + 0.05 * j, "standard_error": 0.01 * (i + 1)}
+         for i, way in enumerate(ways) for j, kind in enumerate(kinds)]
+    )  # fmt: skip
+    figure = scale_figures.trivia(table)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["closed-book", "in-weight", "in-tool, native"]
+    bars = [container for container in axes.containers if isinstance(container, BarContainer)]
+    for j, container in enumerate(bars):
+        assert [bar.get_height() for bar in container] == pytest.approx([0.2 + 0.05 * j, 0.1 + 0.05 * j, 0.05 * j])
+        segments = container.errorbar.lines[2][0].get_segments()
+        assert [high - low for (_, low), (_, high) in segments] == pytest.approx([0.06, 0.04, 0.02])
+    corners = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for container in bars for bar in container)
+    assert len(corners) == 6 and all(
+        end <= start + 1e-9 for (_, end), (start, _) in zip(corners, corners[1:], strict=False)
+    )
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == kinds
+    assert len({bar.get_hatch() for container in bars for bar in container}) == 2

@@ -22,6 +22,7 @@ from pydantic import Field
 
 from lib.base import Config, InputError, WorkError
 from lib.finetune.data import ChatMode
+from lib.finetune.models import load_tokenizer
 from lib.finetune.protocol import read_query, write_query, write_result
 from lib.finetune.triviaqa import NO_RESULT, Question, exact_match, opening
 from lib.monitor import progress
@@ -226,22 +227,22 @@ def accuracy(records: Sequence[dict]) -> dict[str, float]:
 
 
 @contextmanager
-def serve(folder: str | Path, timeout: float = 300.0) -> Iterator[str]:
-    """Serve the model in a Hugging Face folder on this machine, by `transformers serve`, and end the server after.
+def serve(source: str | Path, timeout: float = 300.0) -> Iterator[str]:
+    """Serve a model on this machine, by `transformers serve`, and end the server after.
 
-    Gives the server's base URL; the model's name is `str(folder)`. Nothing is asked of the hub. One conversation is
-    answered at a time. Raises `InputError` if the folder holds no model, and `WorkError` if the server ends, or does
-    not answer within `timeout` seconds.
+    source: a folder that `save_pretrained` wrote, or a name on the hub; for the server, `str(source)` is the
+    model's name. Gives the server's base URL. One request is answered at a time, whoever asks. Raises `InputError` if
+    there is no such model, and `WorkError` if the server ends, or does not answer within `timeout` seconds.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise InputError(f"{folder} holds no model: a folder that `save_pretrained` wrote is expected")
+    load_tokenizer(source)  # says in one sentence what the server would take longer and more for
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder)]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(source)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryFile() as log:
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        offline = {"HF_HUB_OFFLINE": "1"} if Path(source).exists() else {}
+        environment = os.environ | offline
         server = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
         try:
             _wait_until_healthy(server, f"http://127.0.0.1:{port}/health", log, timeout)

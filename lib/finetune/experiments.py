@@ -123,13 +123,6 @@ def shown_rows(profile: str) -> pd.DataFrame:
     return pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
 
 
-def hybrid_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """What finished hybrid runs do by how often a fact was seen in training: a row per run and frequency."""
-    final = rows[rows["mode"].eq("hybrid") & rows.final] if len(rows) else rows
-    tables = [pd.DataFrame(json.loads(row.by_frequency)).assign(seed=row.seed) for row in final.itertuples()]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["frequency", "seed", "n"])
-
-
 def table_path() -> Path:
     """Where the rows are committed."""
     return paths.PAPER_DATA / "scale.csv"
@@ -156,7 +149,7 @@ def publish(profile: str) -> int:
             f"{len(bad)} rows were not made by a clean commit (run {bad.run_id.iloc[0]}): delete them and run again"
         )
     others = known[known.profile != profile] if len(known) else known
-    merged = pd.concat([others, found]).sort_values(["profile", "base", "mode", "n_facts", "seed", "step"])
+    merged = pd.concat([others, found]).sort_values(["profile", "base", "task", "mode", "n_facts", "seed", "step"])
     with paths.replacing(table_path()) as temporary:
         merged.to_csv(temporary, index=False, lineterminator="\n")
     return len(merged) - len(known)

@@ -1,6 +1,5 @@
 """What a model is to learn (`FinetuneConfig.task`): its conversations, and how much of it a checkpoint knows."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,7 +106,7 @@ def _hybrid(config: FinetuneConfig, people: People, strangers: People, tool: Sql
             "recall": recall,
             "recall_stderr": (recall * (1 - recall) / total) ** 0.5,
             "recall_unseen": table[0]["accuracy"],
-            "by_frequency": json.dumps(table),
+            "by_frequency": table,
         }
 
     return Lesson(conversations, measure)

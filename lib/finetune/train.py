@@ -205,8 +205,7 @@ class _Run:
         shutil.copytree(last, self.directory / MODEL, ignore=shutil.ignore_patterns(*_FOR_TRAINING))
         common = {
             "run_id": config.run_id,
-            **config.model_dump(include={"base", "n_facts", "seed", "batch_size"}),
-            "mode": config.mode if config.task == "facts" else config.task,
+            **config.model_dump(include={"base", "task", "mode", "n_facts", "seed", "batch_size"}),
             "adaptation": "lora" if config.lora_rank else "full",
             "lr": learning_rate(config),
             "n_params": self.model.num_parameters(),
