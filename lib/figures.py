@@ -494,7 +494,7 @@ def trained_characters(tokens: Sequence[int], trained: Sequence[bool], width: in
     tokens, trained: as `dialogs.encode_dialog` gives them for the byte tokenizer; of ASCII text.
     """
     shown = [_SPECIAL_TOKENS.get(token) or chr(token).replace("\n", "\u21b5") for token in tokens]
-    with matplotlib.rc_context({**_RC, "figure.figsize": (9, 0.26 * (len(tokens) // width + 1))}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (9, 0.26 * (len(tokens) // width + 1))}):
         figure, axes = plt.subplots()
         for i, (character, is_trained) in enumerate(zip(shown, trained, strict=True)):
             box = {"facecolor": "#F0B48A" if is_trained else "#EEEEEE", "edgecolor": "none", "pad": 2}
