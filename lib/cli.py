@@ -312,7 +312,8 @@ def _run_notebooks(names, profile: str, assignments: list[str], *, in_place: boo
         raise SystemExit(_complain(str(error), 1)) from None
 
 
-app.command()(cli_scale.finetune)
+for command in (cli_scale.finetune, cli_scale.trivia):
+    app.command()(command)
 
 # On Slurm -------------------------------------------------------------------------------------------------------------
 

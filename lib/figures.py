@@ -14,9 +14,11 @@ from matplotlib.figure import Figure
 from lib import paths, results
 from lib.base import InputError
 from lib.comparison import published_by_paper
-from lib.facts import FactsConfig, unseen_people
+from lib.facts import VALUES, FactsConfig, unseen_people
 from lib.generalization import best_constant_guess
 from lib.probes import MOMENTS
+from lib.theory.bounds import MEASURED_BITS, bits_at_recall, parameters_needed
+from lib.theory.circuit import Circuit
 
 #: Color-blind safe (Okabe and Ito) and apart in grey; a marker each, so that color is never the only difference.
 STYLES = {
@@ -25,9 +27,11 @@ STYLES = {
 }
 
 #: How points of a profile that does not publish are told from those that count.
-_HOLLOW = {"markerfacecolor": "white", "markersize": 7, "zorder": 4}
+HOLLOW = {"markerfacecolor": "white", "markersize": 7, "zorder": 4}
 
-_RC = {
+_BY_HAND = {"color": "#009E73", "linestyle": "-.", "linewidth": 1.4, "label": "constructed by hand (Section 4)"}
+
+RC = {
     "figure.figsize": (5.2, 3.6),
     "figure.constrained_layout.use": True,
     "figure.dpi": 110,
@@ -83,7 +87,7 @@ def save(figure: Figure, name: str, profile: str) -> list[Path]:
     for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
         path = folder / f"{name}{suffix}"
         # The context once more: resolution and fonts are asked for only now.
-        with paths.replacing(path) as temporary, matplotlib.rc_context(_RC):
+        with paths.replacing(path) as temporary, matplotlib.rc_context(RC):
             figure.savefig(temporary, format=suffix[1:], metadata=metadata)
         written.append(path)
     plt.close(figure)  # or a notebook shows it twice: as the cell's value and as an open figure
@@ -100,15 +104,25 @@ def draw(name: str, profile: str = "laptop", **options) -> Figure:
     return FIGURES[name](profile, **options)
 
 
+def style(**changes):
+    """The context in which every figure is drawn; `changes` are entries of matplotlib's rcParams."""
+    return matplotlib.rc_context({**RC, **changes})
+
+
 def parameter_bounds(
-    published: pd.DataFrame, laptop: pd.DataFrame, quick: pd.DataFrame | None = None, threshold: float = 0.95
+    published: pd.DataFrame,
+    laptop: pd.DataFrame,
+    quick: pd.DataFrame | None = None,
+    threshold: float = 0.95,
+    by_hand: int | None = None,
 ) -> Figure:
     """Parameters needed to reach a recall `threshold` against the number of facts (Section 5.1, main figure).
 
     Tables as `results.minimal_parameters` gives them. Published points lie behind as lines with a band of one standard
-    deviation, ours in front with bars from the smallest to the largest seed; `quick` points are hollow.
+    deviation, ours in front with bars from the smallest to the largest seed; `quick` points are hollow. `by_hand`:
+    parameters of the model of `lib.theory.circuit`, a line, for it recalls any number of facts.
     """
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(RC):
         figure, axes = plt.subplots()
         for mode, style in STYLES.items():
             theirs = _at(published, mode, threshold)
@@ -118,6 +132,8 @@ def parameter_bounds(
             _points(axes, _at(laptop, mode, threshold), style, f"{mode}, this repository")
             if quick is not None:
                 _points(axes, _at(quick, mode, threshold), style, f"{mode}, just trained (quick)", hollow=True)
+        if by_hand:
+            axes.axhline(by_hand, **_BY_HAND)
         axes.set(
             xscale="log",
             yscale="log",
@@ -141,8 +157,39 @@ def _points(axes, table: pd.DataFrame, style: dict, label: str, hollow: bool = F
         return
     mean = table.min_params_mean
     bars = [mean - table.min_params_min, table.min_params_max - mean]
-    face = _HOLLOW if hollow else {"zorder": 3}
+    face = HOLLOW if hollow else {"zorder": 3}
     axes.errorbar(table.n_facts, mean, yerr=bars, linestyle="none", capsize=2, label=label, **style, **face)
+
+
+def lower_bound(
+    published: pd.DataFrame, laptop: pd.DataFrame, marks: dict[str, float], by_hand: int, threshold: float = 0.95
+) -> Figure:
+    """Parameters of the smallest in-weight models against what they have to know, and Section 4's bounds.
+
+    Tables as `results.minimal_parameters` gives them. A line P = bits / b for each of `marks`: b bits a parameter, by
+    who measured that. Below one, models that recall a share `threshold` of the facts would hold more. `by_hand`:
+    parameters that are enough with a tool.
+    """
+    bits_per_fact = bits_at_recall(threshold) / len(VALUES)
+    with style():
+        figure, axes = plt.subplots()
+        color = STYLES["in-weight"]["color"]
+        theirs, ours = (_at(table, "in-weight", threshold) for table in (published, laptop))
+        label = "smallest in-weight models"
+        x = theirs.n_facts * bits_per_fact
+        axes.plot(x, theirs.min_params_mean, color=color, alpha=0.45, label=f"{label}, published")
+        if len(ours):
+            shown = ours.assign(n_facts=ours.n_facts * bits_per_fact)
+            _points(axes, shown, STYLES["in-weight"], f"{label}, this repository")
+        bits = x.min(), x.max()
+        for (who, per_parameter), line in zip(marks.items(), cycle(("--", ":")), strict=False):
+            bound = [parameters_needed(each, per_parameter) for each in bits]
+            axes.plot(bits, bound, color="#555555", linestyle=line, label=f"{per_parameter:g} bits a parameter ({who})")
+        axes.axhline(by_hand, **_BY_HAND)
+        axes.set(xscale="log", yscale="log", ylabel="parameters")
+        axes.set_xlabel(f"bits that recalling {threshold:.0%} of the facts takes")
+        axes.legend(fontsize=7)
+    return figure
 
 
 def recall_against_parameters(
@@ -153,7 +200,7 @@ def recall_against_parameters(
     laptop, quick: rows of finished runs; those of `quick` are dashed, with hollow points. published:
     paper_data/published/recall_vs_parameters_in_weight, drawn behind.
     """
-    with matplotlib.rc_context({**_RC, "figure.figsize": (8.6, 3.4)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (8.6, 3.4)}):
         figure, panels = plt.subplots(1, 2, sharey=True, sharex=True)
         for axes, mode in zip(panels, STYLES, strict=True):
             counts = {n for rows in (laptop, quick) if rows is not None and len(rows) for n in rows.n_facts}
@@ -168,7 +215,7 @@ def recall_against_parameters(
                     axes.annotate(f"{n_facts:,}", (middle.min_params_mean, middle.recall), **spot)
             axes.set(xscale="log", xlabel="parameters", title=mode, ylim=(-0.03, 1.06))
             if not axes.get_lines():
-                _nothing_yet(axes, mode)
+                nothing_yet(axes, mode)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(title="facts", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
         panels[0].set_ylabel("recall at the end of training")
@@ -193,7 +240,7 @@ def bits_stored(held: pd.DataFrame, bits_per_parameter: tuple[float, ...] = (1, 
     recall below 95%.
     """
     held = held[(held.stopped != "hopeless") & held.stored_bits.gt(0)]
-    with matplotlib.rc_context({**_RC, "figure.figsize": (5.6, 3.8)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (5.6, 3.8)}):
         figure, axes = plt.subplots()
         groups = list(held.groupby("n_facts"))
         for shade, (n_facts, runs) in zip(np.linspace(0, 0.85, len(groups)), groups, strict=True):
@@ -213,7 +260,7 @@ def bits_stored(held: pd.DataFrame, bits_per_parameter: tuple[float, ...] = (1, 
         if groups:
             axes.legend(title="facts", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
         else:
-            _nothing_yet(axes, "in-weight")
+            nothing_yet(axes, "in-weight")
     return figure
 
 
@@ -240,7 +287,7 @@ def generalization(
     published: the paper's points, of which we do not know the kind: grey, in every panel. guess: of the best constant.
     """
     kinds = list(KINDS)[1:]
-    with matplotlib.rc_context({**_RC, "figure.figsize": (9.6, 3.1)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (9.6, 3.1)}):
         figure, panels = plt.subplots(1, len(kinds), sharey=True, sharex=True)
         for axes, kind in zip(panels, kinds, strict=True):
             if published is not None:
@@ -248,7 +295,7 @@ def generalization(
             _lines_by_size(axes, shares[(shares.kind == kind) & (shares.measure == "recall")], "{:,}, {}")
             if own is not None:
                 of_kind = own[(own.kind == kind) & (own.measure == "recall")]
-                _lines_by_size(axes, of_kind, "{:,}, {} (quick)", **_HOLLOW)
+                _lines_by_size(axes, of_kind, "{:,}, {} (quick)", **HOLLOW)
             if guess is not None:
                 axes.axhline(guess, color="#555555", linewidth=0.9, linestyle=":", label="best constant guess")
             axes.set(title=KINDS[kind], xlabel="training facts", ylim=(-0.04, 1.06))
@@ -299,19 +346,19 @@ def tool_calls(shares: pd.DataFrame, d_model: int, own: pd.DataFrame | None = No
     same of the quick profile, of whatever size, hollow.
     """
     shares = shares[(shares.d_model == d_model) & (shares["mode"] == "in-tool")]
-    with matplotlib.rc_context({**_RC, "figure.figsize": (9.6, 3.1)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (9.6, 3.1)}):
         figure, panels = plt.subplots(1, len(KINDS), sharey=True, sharex=True)
         for axes, (kind, title) in zip(panels, KINDS.items(), strict=True):
             for measure, style in MEASURES.items():
                 _mean_line(axes, shares[(shares.kind == kind) & (shares.measure == measure)], **style)
                 if own is not None:
                     chosen = (own["mode"] == "in-tool") & (own.kind == kind) & (own.measure == measure)
-                    _mean_line(axes, own[chosen], **{**style, **_HOLLOW, "label": f"{style['label']} (quick)"})
+                    _mean_line(axes, own[chosen], **{**style, **HOLLOW, "label": f"{style['label']} (quick)"})
             axes.set(xlabel="training facts", ylim=(-0.04, 1.06))
             axes.set_title(title, fontsize=8)
             axes.set_xscale("log", base=2)
             if not axes.get_lines():
-                _nothing_yet(axes, "in-tool")
+                nothing_yet(axes, "in-tool")
         panels[0].set_ylabel("share of first requests")
         handles, labels = panels[0].get_legend_handles_labels()
         if handles:
@@ -328,7 +375,7 @@ def compressibility(
     `own` (of the quick profile) is hollow. All with a column entropy_bits.
     """
     tables = [(bounds, "this repository", False)] + ([(own, "just trained (quick)", True)] if own is not None else [])
-    with matplotlib.rc_context({**_RC, "figure.figsize": (8.6, 3.4)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (8.6, 3.4)}):
         figure, (by_alpha, by_entropy) = plt.subplots(1, 2, sharey=True)
         published = published[published.recall_threshold == threshold]
         for (n_facts, points), line in zip(published.groupby("n_facts"), cycle(("-", "--")), strict=False):
@@ -339,7 +386,7 @@ def compressibility(
             if not len(table):
                 continue
             table = table[table.recall_threshold.eq(threshold) & table.min_params_mean.notna()]
-            face = _HOLLOW if hollow else {}
+            face = HOLLOW if hollow else {}
             for shade, (n_facts, rows) in enumerate(table.groupby("n_facts")):
                 style = {**STYLES["in-weight"], **face, "alpha": max(0.4, 1 - 0.3 * shade)}
                 bars = [rows.min_params_mean - rows.min_params_min, rows.min_params_max - rows.min_params_mean]
@@ -365,7 +412,7 @@ def _name_line(axes, bits: float, end: tuple[float, float], **place) -> None:
     axes.annotate(text, end, color="#555555", fontsize=7, textcoords="offset points", annotation_clip=False, **place)
 
 
-def _nothing_yet(axes, mode: str) -> None:
+def nothing_yet(axes, mode: str) -> None:
     axes.text(0.5, 0.5, f"no {mode} runs yet", transform=axes.transAxes, ha="center", color="#777777")
 
 
@@ -375,7 +422,7 @@ def performance(training: pd.DataFrame, curve: pd.DataFrame, growth: pd.DataFram
     Tables as `lib.benchmarks` gives them: training (those of `training_throughput`, concatenated), curve
     (`learning_curve`), growth (`growth`). Bars go from the slowest to the fastest round.
     """
-    with matplotlib.rc_context({**_RC, "figure.figsize": (8.6, 6.2)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (8.6, 6.2)}):
         figure, ((speed, share), (recall, cost)) = plt.subplots(2, 2)
         for (mode, contender), rows in training[training.dtype == "float32"].groupby(["mode", "contender"]):
             style = {**STYLES[mode], **_CONTENDERS[contender]}
@@ -425,7 +472,7 @@ def probes(rows: list[dict], tensors: list[str] | None = None) -> Figure:
     names = tensors or [name for name in known if name.count(".") <= 1]
     if missing := [name for name in names if name not in known]:
         raise InputError(f"there are no probes of {missing[0]!r}: there are {', '.join(known)}")
-    with matplotlib.rc_context({**_RC, "figure.figsize": (9.6, 4.2), "lines.markersize": 3}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (9.6, 4.2), "lines.markersize": 3}):
         figure, panels = plt.subplots(2, len(MOMENTS), sharex=True)
         for of, line in zip(("output", "gradient"), panels, strict=True):
             for moment, axes in zip(MOMENTS, line, strict=True):
@@ -448,7 +495,7 @@ def trained_characters(tokens: Sequence[int], trained: Sequence[bool], width: in
     tokens, trained: as `dialogs.encode_dialog` gives them for the byte tokenizer; of ASCII text.
     """
     shown = [_SPECIAL_TOKENS.get(token) or chr(token).replace("\n", "\u21b5") for token in tokens]
-    with matplotlib.rc_context({**_RC, "figure.figsize": (9, 0.26 * (len(tokens) // width + 1))}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (9, 0.26 * (len(tokens) // width + 1))}):
         figure, axes = plt.subplots()
         for i, (character, is_trained) in enumerate(zip(shown, trained, strict=True)):
             box = {"facecolor": "#F0B48A" if is_trained else "#EEEEEE", "edgecolor": "none", "pad": 2}
@@ -468,14 +515,23 @@ _SPECIAL_TOKENS = {256: "U", 257: "A", 258: "D", 259: "E"}
 _SCALES = {"mean": "linear", "std": "log", "skew": "linear", "kurtosis": "symlog"}
 
 
-def _draw_parameter_bounds(profile: str, threshold: float = 0.95, tokenizer: str = "bytes") -> Figure:
+def _draw_parameter_bounds(
+    profile: str, threshold: float = 0.95, tokenizer: str = "bytes", by_hand: bool = False
+) -> Figure:
     results.check_threshold(threshold)
     return parameter_bounds(
         published_by_paper("parameter_bounds"),
         results.bounds(results.counting_profile(profile)),
         None if profile in paths.PUBLISHING else results.bounds(profile, tokenizer),
         threshold,
+        Circuit().n_params if by_hand else None,
     )
+
+
+def _draw_lower_bound(profile: str, threshold: float = 0.95) -> Figure:
+    results.check_threshold(threshold)
+    laptop = results.bounds(results.counting_profile(profile))
+    return lower_bound(published_by_paper("parameter_bounds"), laptop, MEASURED_BITS, Circuit().n_params, threshold)
 
 
 def _draw_recall_against_parameters(profile: str, tokenizer: str = "bytes") -> Figure:
@@ -519,6 +575,7 @@ FIGURES = {
     "parameter_bounds": _draw_parameter_bounds,
     "recall_vs_parameters": _draw_recall_against_parameters,
     "bits_stored": _draw_bits_stored,
+    "lower_bound": _draw_lower_bound,
     "generalization": _draw_generalization,
     "tool_calls": _draw_tool_calls,
     "compressibility": _draw_compressibility,

@@ -29,7 +29,7 @@ from lib.distributed import Preempted, asked_to_leave
 from lib.finetune.bases import learning_rate, load_base
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import tokenize_chats
-from lib.finetune.evaluation import evaluate
+from lib.finetune.examination import Examination
 from lib.finetune.lessons import lesson
 from lib.finetune.models import load_model
 from lib.monitor import progress
@@ -102,6 +102,7 @@ class _Run:
             self.model, self.tokenizer = load_base(config.base)
         self.lesson = stack.enter_context(lesson(config, directory if state.is_main_process else None))
         self.data = tokenize_chats(self.lesson.conversations, self.tokenizer, config.max_length)
+        self.examination = Examination(config, self.lesson, self.tokenizer)
         self.total, self.interval = config.total_steps(len(self.data)), config.interval(len(self.data))
 
     def complete(self, description: str | None) -> None:
@@ -138,7 +139,7 @@ class _Run:
     def evaluate(self, model: PreTrainedModel, state: dict) -> None:
         """Write the row of a checkpoint. state: its step, and how training went until then."""
         self.evaluations.mkdir(exist_ok=True)
-        found = evaluate(model, self.tokenizer, self.config, self.lesson)
+        found = self.examination(model, self.evaluations / f"{state['step']}.parts")
         write_json(self.evaluations / f"{state['step']}.json", state | found)
 
     def _catch_up(self, newest: Path | None) -> None:
@@ -178,7 +179,8 @@ class _Run:
             bf16=on_gpu,
             use_cpu=not on_gpu,
             dataloader_pin_memory=on_gpu,
-            gradient_checkpointing=on_gpu and self.model.num_parameters() > RECOMPUTES_ABOVE,
+            activation_checkpointing=on_gpu and self.model.num_parameters() > RECOMPUTES_ABOVE,
+            ddp_find_unused_parameters=False,
             ddp_timeout=7 * 24 * 3600,  # the others wait while the first evaluates
             disable_tqdm=True,
             report_to="none",
@@ -210,7 +212,7 @@ class _Run:
             "n_conversations": len(self.data),
             "steps_budget": self.total,
         }
-        base = {f"{name}_base": rows[0][name] for name in ("capability", "capability_stderr")}
+        base = {f"capability_base{suffix}": rows[0][f"capability{suffix}"] for suffix in ("", "_stderr")}
         endings = [{"final": False, "stopped": None}] * (len(rows) - 1) + [{"final": True, "stopped": self.stopped()}]
         origin = {**provenance(self.state.device), "config": config.canonical_json()}
         table = [common | row | base | ending | origin for row, ending in zip(rows, endings, strict=True)]

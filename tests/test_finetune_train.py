@@ -1,0 +1,191 @@
+"""Fine-tuning through trl: what is learnt and written, and that an interruption changes nothing. No hub is asked."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lib import cli
+from lib.base import InputError
+from lib.distributed import Preempted
+from lib.finetune import train
+from lib.finetune.bases import EMBEDDED_LR, PUBLISHED, learning_rate, load_base
+from lib.finetune.config import FinetuneConfig
+from lib.finetune.models import load_model
+from lib.finetune.train import finetune, newest_checkpoint
+from lib.paths import ROOT
+
+SMALL = {"base": "embedded-smoke", "n_facts": 8, "steps": 6, "checkpoint_every": 2, "batch_size": 8, "questions": 4,
+         "unseen_people": 2, "prompts": 2, "items": 4, "capability": "none"}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _offline():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+def _weights(directory: Path) -> dict[str, torch.Tensor]:
+    (path,) = (directory / "model").glob("*.safetensors")
+    return load_file(path)
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module", params=[None, 2])
+def undisturbed(request, tmp_path_factory) -> tuple[FinetuneConfig, Path, list[dict]]:
+    """A small run from start to end, in-tool, of all weights and of adapters."""
+    config = FinetuneConfig(**SMALL, lora_rank=request.param, mode="in-tool")
+    directory = tmp_path_factory.mktemp(f"rank-{request.param}")
+    return config, directory, finetune(config, directory, description=None)
+
+
+def test_every_checkpoint_has_its_row(undisturbed):
+    config, directory, rows = undisturbed
+    assert [row["step"] for row in rows] == [0, 2, 4, 6]
+    assert [row["final"] for row in rows] == [False, False, False, True] and rows[-1]["stopped"] == "steps"
+    assert rows[0]["tv"] == rows[0]["kl"] == 0 and all(row["tv"] > 0 for row in rows[1:])  # it has left its base
+    assert {row["run_id"] for row in rows} == {config.run_id}
+    assert [row["n_recall"] for row in rows] == [4] * 4 and rows[0]["n_unseen"] == 8
+    assert all(row["loss"] > 0 for row in rows[1:]) and rows[1]["train_seconds"] <= rows[3]["train_seconds"]
+    assert not (directory / "checkpoints").exists()
+
+
+def test_a_finished_run_is_not_repeated(undisturbed, monkeypatch):
+    config, directory, rows = undisturbed
+    monkeypatch.setattr(train, "_Run", None)
+    assert finetune(config, directory) == rows
+
+
+def test_the_model_that_is_kept_is_the_one_that_was_trained(undisturbed):
+    config, directory, _ = undisturbed
+    model, (base, _) = load_model(directory / "model"), load_base(config.base)
+    tokens = torch.arange(5)[None]
+    assert not torch.allclose(model(tokens).logits, base(tokens).logits)
+    named = _weights(directory)
+    if config.lora_rank:
+        assert all("lora_" in name for name in named)
+    else:
+        assert set(named) <= set(model.state_dict())
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize("damage", [None, "*.safetensors", "optimizer.pt", train.STATE])
+def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(
+    undisturbed, tmp_path, monkeypatch, capsys, damage
+):
+    """It dies while its checkpoint of step 4 is evaluated; then a file of that checkpoint is damaged."""
+    config, directory, rows = undisturbed
+    if config.lora_rank and damage != "*.safetensors":
+        return  # one kind of damage will do for adapters
+    evaluate = train._Run.evaluate
+
+    def dies(run, model, state):
+        if state["step"] == 4:
+            raise KeyboardInterrupt
+        evaluate(run, model, state)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train._Run, "evaluate", dies)
+        finetune(config, tmp_path, description=None)
+    newest = newest_checkpoint(tmp_path / "checkpoints")
+    assert newest.name == "checkpoint-4"
+    if damage == train.STATE:
+        (newest / damage).unlink()
+    elif damage:
+        (path,) = newest.glob(damage)
+        _cut(path)
+    again = finetune(config, tmp_path, description=None)
+    assert ("is damaged" in capsys.readouterr().err) == (damage is not None)
+    assert _same(_weights(tmp_path), _weights(directory))
+    measured = ("step", "recall", "recall_unseen", "tv", "kl", "loss", "final")
+    assert [[row[name] for name in measured] for row in again] == [[row[name] for name in measured] for row in rows]
+
+
+def test_who_is_asked_to_leave_writes_a_checkpoint_and_comes_back(undisturbed, tmp_path, monkeypatch):
+    config, directory, _ = undisturbed
+    on_step_end = train._Watch.on_step_end
+
+    def asked(watch, args, state, control, **options):
+        if state.global_step == 3:
+            watch.run.asked.set()
+        on_step_end(watch, args, state, control, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="goes on from"):
+        patch.setattr(train._Watch, "on_step_end", asked)
+        finetune(config, tmp_path, description=None)
+    assert newest_checkpoint(tmp_path / "checkpoints").name == "checkpoint-3"
+    assert [row["step"] for row in finetune(config, tmp_path, description=None)] == [0, 2, 4, 6]
+    assert _same(_weights(tmp_path), _weights(directory))
+
+
+def test_training_ends_when_enough_is_recalled(tmp_path):
+    """Eight facts in weights are learnt by heart, and by then no more is trained."""
+    config = FinetuneConfig(**SMALL | {"steps": 400, "checkpoint_every": 50, "lr": 1e-2, "stop_at_recall": 1.0})
+    rows = finetune(config, tmp_path, description=None)
+    assert rows[-1]["stopped"] == "recall" and rows[-1]["recall"] == 1.0 and rows[-1]["step"] < 400
+    assert all(row["recall"] < 1.0 for row in rows[:-1]) and rows[-1]["recall_unseen"] < 0.5
+
+
+def test_the_folder_of_another_run_is_refused(undisturbed, tmp_path):
+    config, directory, _ = undisturbed
+    with pytest.raises(InputError, match="another configuration"):
+        finetune(config.model_copy(update={"seed": 1}), directory)
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        finetune(config, tmp_path)
+
+
+def test_rates_are_those_of_the_base_unless_given():
+    assert learning_rate(FinetuneConfig(base="SmolLM-360M")) == PUBLISHED["SmolLM-360M"].lr == 1e-3
+    assert learning_rate(FinetuneConfig(base="Llama-3.1-8B")) == 2e-5
+    assert learning_rate(FinetuneConfig()) == EMBEDDED_LR
+    assert learning_rate(FinetuneConfig(base="SmolLM-360M", lr=3e-5)) == 3e-5
+    assert learning_rate(FinetuneConfig(lora_rank=4)) > learning_rate(FinetuneConfig())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "nobody/nothing"], "no such folder"),
+        (["--facts", "7"], "multiple"),
+        (["--mode", "in-air"], "mode"),
+        (["--set", "task=hybrid"], "in-tool"),
+        (["--set", "batch_size=8", "--set", "grad_accumulation=3"], "divide"),
+        (["--set", "colour=blue"], "unknown configuration key"),
+    ],
+)
+def test_a_wrong_command_says_so_in_a_sentence(arguments, words, tmp_path, monkeypatch, capsys):
+    base = [] if "--model" in arguments else ["--model", "embedded-smoke"]
+    monkeypatch.setattr(sys, "argv", ["itl", "finetune", *base, *arguments, "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and said.startswith("itl: ") and words in said and said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path):
+    """A folder as anybody has it, by its path, through torchrun; the losses are those of a single process."""
+    model, tokenizer = load_base("embedded-smoke")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    settings = [f"--set={name}={json.dumps(value)}" for name, value in SMALL.items() if name != "base"]
+    command = ["-m", "lib", "finetune", "--model", str(tmp_path / "base"), *settings, "--device", "cpu"]
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    losses = {}
+    for n, launcher in {1: [], 2: together}.items():
+        out = tmp_path / str(n)
+        subprocess.run([sys.executable, *launcher, *command, "--out", str(out)], cwd=ROOT, check=True)
+        losses[n] = [row["loss"] for row in json.loads((out / "rows.json").read_text())[1:]]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
