@@ -65,7 +65,7 @@ def alt_text(figure: Figure) -> str:
         labels = "; ".join(text.get_text() for text in legend.get_texts())
         shown.append(": ".join(filter(None, (legend.get_title().get_text(), labels))))
     told = [figure.get_suptitle(), "; ".join(filter(None, panels)), *dict.fromkeys(f"Shown: {one}" for one in shown)]
-    return f"Figure: {'. '.join(filter(None, told))}."
+    return " ".join(f"Figure: {'. '.join(filter(None, told))}.".split())
 
 
 def _describe_in_notebooks() -> None:

@@ -315,7 +315,7 @@ def test_a_threshold_without_published_points_is_refused():
 
 def test_a_figure_says_in_words_what_is_in_it():
     figure, (left, right) = plt.subplots(1, 2)
-    figure.suptitle("Two")
+    figure.suptitle("Two\nlines")
     left.plot([1], label="a")
     left.set(title="L", xlabel="steps", ylabel="loss")
     right.plot([1], label="b")
@@ -323,7 +323,8 @@ def test_a_figure_says_in_words_what_is_in_it():
     left.legend()
     right.legend(title="size")
     assert (
-        figures.alt_text(figure) == "Figure: Two. L: loss against steps; loss against facts. Shown: a. Shown: size: b."
+        figures.alt_text(figure)
+        == "Figure: Two lines. L: loss against steps; loss against facts. Shown: a. Shown: size: b."
     )
     figure.set_label("a curve")
     assert figures.alt_text(figure) == "a curve"
