@@ -55,7 +55,7 @@ def save(figure: Figure, name: str, profile: str) -> list[Path]:
     for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
         path = folder / f"{name}{suffix}"
         # The context once more: resolution and fonts are asked for only now.
-        with paths.replacing(path) as temporary, matplotlib.rc_context(_RC):
+        with paths.replacing(path) as temporary, house_style():
             figure.savefig(temporary, format=suffix[1:], metadata=metadata)
         written.append(path)
     plt.close(figure)  # or a notebook shows it twice: as the cell's value and as an open figure
@@ -72,7 +72,7 @@ def draw(name: str, profile: str = "laptop", **options) -> Figure:
     return FIGURES[name](profile, **options)
 
 
-def style(**changes):
+def house_style(**changes):
     """The context in which every figure is drawn; `changes` are entries of matplotlib's rcParams."""
     return matplotlib.rc_context({**_RC, **changes})
 
@@ -90,7 +90,7 @@ def parameter_bounds(
     deviation, ours in front with bars from the smallest to the largest seed; `quick` points are hollow. `by_hand`:
     parameters of the model of `lib.theory.circuit`, a line, for it recalls any number of facts.
     """
-    with matplotlib.rc_context(_RC):
+    with house_style():
         figure, axes = plt.subplots()
         for mode, style in STYLES.items():
             theirs = _at(published, mode, threshold)
@@ -139,7 +139,7 @@ def lower_bound(
     parameters that are enough with a tool.
     """
     bits_per_fact = bits_at_recall(threshold) / len(VALUES)
-    with style():
+    with house_style():
         figure, axes = plt.subplots()
         color = STYLES["in-weight"]["color"]
         theirs, ours = (_at(table, "in-weight", threshold) for table in (published, laptop))
@@ -168,7 +168,7 @@ def recall_against_parameters(
     laptop, quick: rows of finished runs; those of `quick` are dashed, with hollow points. published:
     paper_data/published/recall_vs_parameters_in_weight, drawn behind.
     """
-    with matplotlib.rc_context({**_RC, "figure.figsize": (8.6, 3.4)}):
+    with house_style(**{"figure.figsize": (8.6, 3.4)}):
         figure, panels = plt.subplots(1, 2, sharey=True, sharex=True)
         for axes, mode in zip(panels, STYLES, strict=True):
             counts = {n for rows in (laptop, quick) if rows is not None and len(rows) for n in rows.n_facts}
@@ -208,7 +208,7 @@ def bits_stored(held: pd.DataFrame, bits_per_parameter: tuple[float, ...] = (1, 
     recall below 95%.
     """
     held = held[(held.stopped != "hopeless") & held.stored_bits.gt(0)]
-    with matplotlib.rc_context({**_RC, "figure.figsize": (5.6, 3.8)}):
+    with house_style(**{"figure.figsize": (5.6, 3.8)}):
         figure, axes = plt.subplots()
         groups = list(held.groupby("n_facts"))
         for shade, (n_facts, runs) in zip(np.linspace(0, 0.85, len(groups)), groups, strict=True):
@@ -255,7 +255,7 @@ def generalization(
     published: the paper's points, of which we do not know the kind: grey, in every panel. guess: of the best constant.
     """
     kinds = list(KINDS)[1:]
-    with matplotlib.rc_context({**_RC, "figure.figsize": (9.6, 3.1)}):
+    with house_style(**{"figure.figsize": (9.6, 3.1)}):
         figure, panels = plt.subplots(1, len(kinds), sharey=True, sharex=True)
         for axes, kind in zip(panels, kinds, strict=True):
             if published is not None:
@@ -314,7 +314,7 @@ def tool_calls(shares: pd.DataFrame, d_model: int, own: pd.DataFrame | None = No
     same of the quick profile, of whatever size, hollow.
     """
     shares = shares[(shares.d_model == d_model) & (shares["mode"] == "in-tool")]
-    with matplotlib.rc_context({**_RC, "figure.figsize": (9.6, 3.1)}):
+    with house_style(**{"figure.figsize": (9.6, 3.1)}):
         figure, panels = plt.subplots(1, len(KINDS), sharey=True, sharex=True)
         for axes, (kind, title) in zip(panels, KINDS.items(), strict=True):
             for measure, style in MEASURES.items():
@@ -343,7 +343,7 @@ def compressibility(
     `own` (of the quick profile) is hollow. All with a column entropy_bits.
     """
     tables = [(bounds, "this repository", False)] + ([(own, "just trained (quick)", True)] if own is not None else [])
-    with matplotlib.rc_context({**_RC, "figure.figsize": (8.6, 3.4)}):
+    with house_style(**{"figure.figsize": (8.6, 3.4)}):
         figure, (by_alpha, by_entropy) = plt.subplots(1, 2, sharey=True)
         published = published[published.recall_threshold == threshold]
         for (n_facts, points), line in zip(published.groupby("n_facts"), cycle(("-", "--")), strict=False):
@@ -390,7 +390,7 @@ def performance(training: pd.DataFrame, curve: pd.DataFrame, growth: pd.DataFram
     Tables as `lib.benchmarks` gives them: training (those of `training_throughput`, concatenated), curve
     (`learning_curve`), growth (`growth`). Bars go from the slowest to the fastest round.
     """
-    with matplotlib.rc_context({**_RC, "figure.figsize": (8.6, 6.2)}):
+    with house_style(**{"figure.figsize": (8.6, 6.2)}):
         figure, ((speed, share), (recall, cost)) = plt.subplots(2, 2)
         for (mode, contender), rows in training[training.dtype == "float32"].groupby(["mode", "contender"]):
             style = {**STYLES[mode], **_CONTENDERS[contender]}
@@ -440,7 +440,7 @@ def probes(rows: list[dict], tensors: list[str] | None = None) -> Figure:
     names = tensors or [name for name in known if name.count(".") <= 1]
     if missing := [name for name in names if name not in known]:
         raise InputError(f"there are no probes of {missing[0]!r}: there are {', '.join(known)}")
-    with matplotlib.rc_context({**_RC, "figure.figsize": (9.6, 4.2), "lines.markersize": 3}):
+    with house_style(**{"figure.figsize": (9.6, 4.2), "lines.markersize": 3}):
         figure, panels = plt.subplots(2, len(MOMENTS), sharex=True)
         for of, line in zip(("output", "gradient"), panels, strict=True):
             for moment, axes in zip(MOMENTS, line, strict=True):
