@@ -1,5 +1,7 @@
 """Figures of the paper: one style, one `save`, one function per figure, table in and figure out."""
 
+import sys
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -25,11 +27,11 @@ STYLES = {
 }
 
 #: How points of a profile that does not publish are told from those that count.
-_HOLLOW = {"markerfacecolor": "white", "markersize": 7, "zorder": 4}
+HOLLOW = {"markerfacecolor": "white", "markersize": 7, "zorder": 4}
 
 _BY_HAND = {"color": "#009E73", "linestyle": "-.", "linewidth": 1.4, "label": "constructed by hand (Section 4)"}
 
-_RC = {
+RC = {
     "figure.figsize": (5.2, 3.6),
     "figure.constrained_layout.use": True,
     "figure.dpi": 110,
@@ -47,6 +49,35 @@ _RC = {
 }
 
 
+def alt_text(figure: Figure) -> str:
+    """What a figure shows, for who cannot see it: its label (`figure.set_label`) or else what its axes say.
+
+    For each panel what is drawn against what, with its title, and the legend; for one without labels, its words.
+    """
+    if figure.get_label():
+        return figure.get_label()
+    panels, legends = [], [figure.legends]
+    for axes in figure.axes:
+        legends.append([axes.get_legend()] if axes.get_legend() else [])
+        drawn = " against ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
+        words = drawn or " ".join(text.get_text() for text in axes.texts)
+        panels.append(": ".join(filter(None, (axes.get_title(), words))))
+    labels = dict.fromkeys(text.get_text() for legend in sum(legends, []) for text in legend.get_texts())
+    parts = [figure.get_suptitle(), "; ".join(filter(None, panels)), f"Shown: {'; '.join(labels)}" if labels else ""]
+    return f"Figure: {'. '.join(filter(None, parts))}."
+
+
+def _describe_in_notebooks() -> None:
+    """From now on a notebook's outputs hold the alternative text of every figure, as metadata of the picture."""
+    if ipython := sys.modules.get("IPython"):
+        if shell := ipython.get_ipython():
+            describe = lambda figure, **_: ({}, {"image/png": {"alt": alt_text(figure)}})  # noqa: E731
+            shell.display_formatter.mimebundle_formatter.for_type(Figure, describe)
+
+
+_describe_in_notebooks()
+
+
 def save(figure: Figure, name: str, profile: str) -> list[Path]:
     """Write NAME.pdf and NAME.png where the profile's figures go; the same figure gives the same bytes."""
     folder = paths.figures(profile)
@@ -55,7 +86,7 @@ def save(figure: Figure, name: str, profile: str) -> list[Path]:
     for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
         path = folder / f"{name}{suffix}"
         # The context once more: resolution and fonts are asked for only now.
-        with paths.replacing(path) as temporary, house_style():
+        with paths.replacing(path) as temporary, matplotlib.rc_context(RC):
             figure.savefig(temporary, format=suffix[1:], metadata=metadata)
         written.append(path)
     plt.close(figure)  # or a notebook shows it twice: as the cell's value and as an open figure
@@ -72,11 +103,6 @@ def draw(name: str, profile: str = "laptop", **options) -> Figure:
     return FIGURES[name](profile, **options)
 
 
-def house_style(**changes):
-    """The context in which every figure is drawn; `changes` are entries of matplotlib's rcParams."""
-    return matplotlib.rc_context({**_RC, **changes})
-
-
 def parameter_bounds(
     published: pd.DataFrame,
     laptop: pd.DataFrame,
@@ -90,7 +116,7 @@ def parameter_bounds(
     deviation, ours in front with bars from the smallest to the largest seed; `quick` points are hollow. `by_hand`:
     parameters of the model of `lib.theory.circuit`, a line, for it recalls any number of facts.
     """
-    with house_style():
+    with matplotlib.rc_context(RC):
         figure, axes = plt.subplots()
         for mode, style in STYLES.items():
             theirs = _at(published, mode, threshold)
@@ -125,7 +151,7 @@ def _points(axes, table: pd.DataFrame, style: dict, label: str, hollow: bool = F
         return
     mean = table.min_params_mean
     bars = [mean - table.min_params_min, table.min_params_max - mean]
-    face = _HOLLOW if hollow else {"zorder": 3}
+    face = HOLLOW if hollow else {"zorder": 3}
     axes.errorbar(table.n_facts, mean, yerr=bars, linestyle="none", capsize=2, label=label, **style, **face)
 
 
@@ -139,7 +165,7 @@ def lower_bound(
     parameters that are enough with a tool.
     """
     bits_per_fact = bits_at_recall(threshold) / len(VALUES)
-    with house_style():
+    with matplotlib.rc_context(RC):
         figure, axes = plt.subplots()
         color = STYLES["in-weight"]["color"]
         theirs, ours = (_at(table, "in-weight", threshold) for table in (published, laptop))
@@ -168,7 +194,7 @@ def recall_against_parameters(
     laptop, quick: rows of finished runs; those of `quick` are dashed, with hollow points. published:
     paper_data/published/recall_vs_parameters_in_weight, drawn behind.
     """
-    with house_style(**{"figure.figsize": (8.6, 3.4)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (8.6, 3.4)}):
         figure, panels = plt.subplots(1, 2, sharey=True, sharex=True)
         for axes, mode in zip(panels, STYLES, strict=True):
             counts = {n for rows in (laptop, quick) if rows is not None and len(rows) for n in rows.n_facts}
@@ -183,7 +209,7 @@ def recall_against_parameters(
                     axes.annotate(f"{n_facts:,}", (middle.min_params_mean, middle.recall), **spot)
             axes.set(xscale="log", xlabel="parameters", title=mode, ylim=(-0.03, 1.06))
             if not axes.get_lines():
-                _nothing_yet(axes, mode)
+                nothing_yet(axes, mode)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(title="facts", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
         panels[0].set_ylabel("recall at the end of training")
@@ -208,7 +234,7 @@ def bits_stored(held: pd.DataFrame, bits_per_parameter: tuple[float, ...] = (1, 
     recall below 95%.
     """
     held = held[(held.stopped != "hopeless") & held.stored_bits.gt(0)]
-    with house_style(**{"figure.figsize": (5.6, 3.8)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (5.6, 3.8)}):
         figure, axes = plt.subplots()
         groups = list(held.groupby("n_facts"))
         for shade, (n_facts, runs) in zip(np.linspace(0, 0.85, len(groups)), groups, strict=True):
@@ -228,7 +254,7 @@ def bits_stored(held: pd.DataFrame, bits_per_parameter: tuple[float, ...] = (1, 
         if groups:
             axes.legend(title="facts", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
         else:
-            _nothing_yet(axes, "in-weight")
+            nothing_yet(axes, "in-weight")
     return figure
 
 
@@ -255,7 +281,7 @@ def generalization(
     published: the paper's points, of which we do not know the kind: grey, in every panel. guess: of the best constant.
     """
     kinds = list(KINDS)[1:]
-    with house_style(**{"figure.figsize": (9.6, 3.1)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (9.6, 3.1)}):
         figure, panels = plt.subplots(1, len(kinds), sharey=True, sharex=True)
         for axes, kind in zip(panels, kinds, strict=True):
             if published is not None:
@@ -263,7 +289,7 @@ def generalization(
             _lines_by_size(axes, shares[(shares.kind == kind) & (shares.measure == "recall")], "{:,}, {}")
             if own is not None:
                 of_kind = own[(own.kind == kind) & (own.measure == "recall")]
-                _lines_by_size(axes, of_kind, "{:,}, {} (quick)", **_HOLLOW)
+                _lines_by_size(axes, of_kind, "{:,}, {} (quick)", **HOLLOW)
             if guess is not None:
                 axes.axhline(guess, color="#555555", linewidth=0.9, linestyle=":", label="best constant guess")
             axes.set(title=KINDS[kind], xlabel="training facts", ylim=(-0.04, 1.06))
@@ -314,19 +340,19 @@ def tool_calls(shares: pd.DataFrame, d_model: int, own: pd.DataFrame | None = No
     same of the quick profile, of whatever size, hollow.
     """
     shares = shares[(shares.d_model == d_model) & (shares["mode"] == "in-tool")]
-    with house_style(**{"figure.figsize": (9.6, 3.1)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (9.6, 3.1)}):
         figure, panels = plt.subplots(1, len(KINDS), sharey=True, sharex=True)
         for axes, (kind, title) in zip(panels, KINDS.items(), strict=True):
             for measure, style in MEASURES.items():
                 _mean_line(axes, shares[(shares.kind == kind) & (shares.measure == measure)], **style)
                 if own is not None:
                     chosen = (own["mode"] == "in-tool") & (own.kind == kind) & (own.measure == measure)
-                    _mean_line(axes, own[chosen], **{**style, **_HOLLOW, "label": f"{style['label']} (quick)"})
+                    _mean_line(axes, own[chosen], **{**style, **HOLLOW, "label": f"{style['label']} (quick)"})
             axes.set(xlabel="training facts", ylim=(-0.04, 1.06))
             axes.set_title(title, fontsize=8)
             axes.set_xscale("log", base=2)
             if not axes.get_lines():
-                _nothing_yet(axes, "in-tool")
+                nothing_yet(axes, "in-tool")
         panels[0].set_ylabel("share of first requests")
         handles, labels = panels[0].get_legend_handles_labels()
         if handles:
@@ -343,7 +369,7 @@ def compressibility(
     `own` (of the quick profile) is hollow. All with a column entropy_bits.
     """
     tables = [(bounds, "this repository", False)] + ([(own, "just trained (quick)", True)] if own is not None else [])
-    with house_style(**{"figure.figsize": (8.6, 3.4)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (8.6, 3.4)}):
         figure, (by_alpha, by_entropy) = plt.subplots(1, 2, sharey=True)
         published = published[published.recall_threshold == threshold]
         for (n_facts, points), line in zip(published.groupby("n_facts"), cycle(("-", "--")), strict=False):
@@ -354,7 +380,7 @@ def compressibility(
             if not len(table):
                 continue
             table = table[table.recall_threshold.eq(threshold) & table.min_params_mean.notna()]
-            face = _HOLLOW if hollow else {}
+            face = HOLLOW if hollow else {}
             for shade, (n_facts, rows) in enumerate(table.groupby("n_facts")):
                 style = {**STYLES["in-weight"], **face, "alpha": max(0.4, 1 - 0.3 * shade)}
                 bars = [rows.min_params_mean - rows.min_params_min, rows.min_params_max - rows.min_params_mean]
@@ -380,7 +406,7 @@ def _name_line(axes, bits: float, end: tuple[float, float], **place) -> None:
     axes.annotate(text, end, color="#555555", fontsize=7, textcoords="offset points", annotation_clip=False, **place)
 
 
-def _nothing_yet(axes, mode: str) -> None:
+def nothing_yet(axes, mode: str) -> None:
     axes.text(0.5, 0.5, f"no {mode} runs yet", transform=axes.transAxes, ha="center", color="#777777")
 
 
@@ -390,7 +416,7 @@ def performance(training: pd.DataFrame, curve: pd.DataFrame, growth: pd.DataFram
     Tables as `lib.benchmarks` gives them: training (those of `training_throughput`, concatenated), curve
     (`learning_curve`), growth (`growth`). Bars go from the slowest to the fastest round.
     """
-    with house_style(**{"figure.figsize": (8.6, 6.2)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (8.6, 6.2)}):
         figure, ((speed, share), (recall, cost)) = plt.subplots(2, 2)
         for (mode, contender), rows in training[training.dtype == "float32"].groupby(["mode", "contender"]):
             style = {**STYLES[mode], **_CONTENDERS[contender]}
@@ -440,7 +466,7 @@ def probes(rows: list[dict], tensors: list[str] | None = None) -> Figure:
     names = tensors or [name for name in known if name.count(".") <= 1]
     if missing := [name for name in names if name not in known]:
         raise InputError(f"there are no probes of {missing[0]!r}: there are {', '.join(known)}")
-    with house_style(**{"figure.figsize": (9.6, 4.2), "lines.markersize": 3}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (9.6, 4.2), "lines.markersize": 3}):
         figure, panels = plt.subplots(2, len(MOMENTS), sharex=True)
         for of, line in zip(("output", "gradient"), panels, strict=True):
             for moment, axes in zip(MOMENTS, line, strict=True):
@@ -456,6 +482,28 @@ def probes(rows: list[dict], tensors: list[str] | None = None) -> Figure:
             figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
     return figure
 
+
+def trained_characters(tokens: Sequence[int], trained: Sequence[bool], width: int = 46) -> Figure:
+    """A dialog of bytes, a character a cell, special tokens as U, A, D and E; what is trained is colored.
+
+    tokens, trained: as `dialogs.encode_dialog` gives them for the byte tokenizer; of ASCII text.
+    """
+    shown = [_SPECIAL_TOKENS.get(token) or chr(token).replace("\n", "\u21b5") for token in tokens]
+    with matplotlib.rc_context({**RC, "figure.figsize": (9, 0.26 * (len(tokens) // width + 1))}):
+        figure, axes = plt.subplots()
+        for i, (character, is_trained) in enumerate(zip(shown, trained, strict=True)):
+            box = {"facecolor": "#F0B48A" if is_trained else "#EEEEEE", "edgecolor": "none", "pad": 2}
+            axes.text(i % width, -(i // width), character, family="monospace", fontsize=9, bbox=box, ha="center")
+        axes.set(xlim=(-1, width), ylim=(-(len(tokens) // width) - 0.5, 0.8))
+        axes.axis("off")
+    marked = zip(trained, [False, *trained], shown, strict=False)
+    text = "".join(("" if now == before else "[" if now else "]") + character for now, before, character in marked)
+    text += "]" * trained[-1]
+    figure.set_label(f"A dialog, a character a cell; colored, here in brackets, is what is trained: {text}")
+    return figure
+
+
+_SPECIAL_TOKENS = {256: "U", 257: "A", 258: "D", 259: "E"}
 
 #: The tails of gradients span orders of magnitude; near zero "symlog" is linear.
 _SCALES = {"mean": "linear", "std": "log", "skew": "linear", "kurtosis": "symlog"}

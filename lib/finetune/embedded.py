@@ -9,10 +9,13 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
+from datasets import Dataset
 from filelock import FileLock
 from pydantic import Field
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -34,7 +37,9 @@ class EmbeddedConfig(Config):
     d_model: int = Field(128, ge=2)
     n_layers: int = Field(3, ge=1)
     n_heads: int = Field(4, ge=1)
-    steps: int = Field(500, ge=1)
+    #: Steps of copying alone, then of all skills: copying is learnt in short conversations, and the tools build on it.
+    copying_steps: int = Field(220, ge=0)
+    steps: int = Field(300, ge=1)
     batch_size: int = Field(64, ge=1)
     lr: float = Field(1e-2, gt=0)
     muon_lr: float = Field(2e-2, gt=0)
@@ -42,7 +47,7 @@ class EmbeddedConfig(Config):
 
 #: From seconds to a quarter of an hour.
 QUALITIES = {
-    "smoke": EmbeddedConfig(d_model=32, n_layers=2, n_heads=2, steps=2, batch_size=4),
+    "smoke": EmbeddedConfig(d_model=32, n_layers=2, n_heads=2, copying_steps=1, steps=2, batch_size=4),
     "quick": EmbeddedConfig(),
     "laptop": EmbeddedConfig(d_model=192, n_layers=4, n_heads=6, steps=2000),
 }
@@ -78,11 +83,7 @@ def _digest(config: EmbeddedConfig) -> str:
 def _save(folder: Path, model: Transformer, tokenizer: PreTrainedTokenizerFast) -> None:
     llama = to_llama(model)
     for config in (llama.config, llama.generation_config):
-        config.bos_token_id, config.eos_token_id, config.pad_token_id = (
-            None,
-            tokenizer.eos_token_id,
-            tokenizer.pad_token_id,
-        )
+        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     llama.generation_config.do_sample = False
     llama.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -98,15 +99,14 @@ def pretrain(config: EmbeddedConfig, description: str | None = None) -> tuple[Tr
     model = Transformer(ModelConfig(vocab_size=len(tokenizer), **shape), torch.Generator().manual_seed(0))
     optim = OptimConfig(lr=config.lr, muon_lr=config.muon_lr)
     optimizers = build_optimizers(model, optim)
-    batches = _batches(config, tokenizer)
-    with progress(config.steps, description) as bar:
-        for step in range(config.steps):
-            tokens, trained = next(batches)
+    n_steps = config.copying_steps + config.steps
+    with progress(n_steps, description) as bar:
+        for step, (tokens, trained) in enumerate(_batches(config, tokenizer)):
             logits = model(tokens[:, :-1], select=trained[:, 1:])
             loss = summed_loss(logits, tokens[:, 1:][trained[:, 1:]]) / len(logits)
             loss.backward()
             clip_gradients(model.parameters(), optim.clip_norm)
-            set_learning_rate(optimizers, schedule_factor(optim, step, config.steps))
+            set_learning_rate(optimizers, schedule_factor(optim, step, n_steps))
             step_all(optimizers)
             if step % 20 == 0:
                 bar.set_postfix_str(f"loss={loss.item():.3f}", refresh=False)
@@ -120,14 +120,13 @@ _SORTED = 16
 
 def _batches(config: EmbeddedConfig, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Tokens (B, S) and which of them are trained (B, S), batch by batch."""
-    rows = skills.conversations(config.steps * config.batch_size, seed=1)
-    n, left = config.batch_size, config.steps
-    while left:
-        part = min(left, _SORTED)
-        left -= part
-        encoded = sorted((_encode(next(rows), tokenizer) for _ in range(part * n)), key=len)
-        for i in np.random.default_rng(left).permutation(part):
-            yield _collate(encoded[i * n : (i + 1) * n], tokenizer)
+    n = config.batch_size
+    for steps, only in ((config.copying_steps, "copying"), (config.steps, None)):
+        rows = skills.conversations(steps * n, seed=1, only=only)
+        while encoded := sorted((_encode(row, tokenizer) for row in islice(rows, _SORTED * n)), key=len):
+            batches = [encoded[i : i + n] for i in range(0, len(encoded), n)]
+            Random(steps).shuffle(batches)
+            yield from (_collate(batch, tokenizer) for batch in batches)
 
 
 def _encode(row: dict, tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -203,7 +202,7 @@ RESPONSE_TEMPLATE = {
 #: its own and so is a digit, so that a name has the same tokens wherever it stands, which makes it easy to copy.
 PIECES = r'\{"|": \{"|": "|", "|"\}+|\p{L}+|[^\p{L}]'
 #: Conversations that decide the merges.
-_N_READ = 5_000
+_N_READ = 2_000
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
@@ -239,3 +238,35 @@ def _with_template(bpe: Tokenizer) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+# ---- Multiple choice
+
+
+def multiple_choice_task(tokenizer: PreTrainedTokenizerFast, n: int = 300, seed: int = 0) -> dict:
+    """`skills.multiple_choice(n, seed)` as a task of lm-eval with the metrics `acc` and `acc_norm`, for any chat model.
+
+    A question stands in the chat template of `tokenizer`, and an ending is what the assistant says to it. Takes no hub:
+    `lm_eval.simple_evaluate(model=..., tasks=[task], task_manager=TaskManager(include_defaults=False))`.
+    """
+    rows = [
+        row | {"ctx": tokenizer.apply_chat_template([_user(row["ctx"])], add_generation_prompt=True, tokenize=False)}
+        for row in skills.multiple_choice(n, seed)
+    ]
+    return {
+        "task": "skills",
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "ctx",
+        "doc_to_choice": "endings",
+        "doc_to_target": "label",
+        "target_delimiter": "",
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+        ],
+    }
+
+
+def _user(content: str) -> dict:
+    return {"role": "user", "content": content}

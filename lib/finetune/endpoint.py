@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
 from openai import AsyncOpenAI, OpenAIError
 from pydantic import Field
 
 from lib.base import Config, InputError, WorkError
 from lib.finetune.data import ChatMode
+from lib.finetune.models import load_tokenizer
 from lib.finetune.protocol import read_query, write_query, write_result
 from lib.finetune.triviaqa import NO_RESULT, Question, exact_match, opening
 from lib.monitor import progress
@@ -86,20 +86,20 @@ async def ask_all(
     async def work() -> None:
         for question in waiting:  # which the workers share: each takes the next
             record = done[question.text] = await _ask(client, endpoint, question, look_up)
-            try:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                file.flush()
-            except OSError as error:
-                raise WorkError(f"cannot write records to {out}: {error.strerror}") from None
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
             bar.update(1)
 
-    with out.open("a", encoding="utf-8") as file, progress(len(missing), description) as bar:
-        try:
+    try:
+        with out.open("a", encoding="utf-8") as file, progress(len(missing), description) as bar:
             async with client, asyncio.TaskGroup() as group:
                 for _ in range(min(endpoint.concurrency, len(missing))):
                     group.create_task(work())
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+    except (ExceptionGroup, OSError) as failure:
+        first = failure.exceptions[0] if isinstance(failure, ExceptionGroup) else failure
+        if isinstance(first, OSError):
+            first = WorkError(f"cannot write records to {out}: {first.strerror}")
+        raise first from None
     return [done[question.text] for question in questions]
 
 
@@ -151,17 +151,24 @@ async def _ask(
             results = [NO_RESULT if query is None else look_up(query) for query in queries]
             record |= {"query": queries[-1], "result": results[-1]}
             messages += _exchange(message, queries, results, endpoint.protocol)
-    except (OpenAIError, ValueError) as error:
-        record["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    except (OpenAIError, json.JSONDecodeError) as error:
+        record["error"] = _reason(error)
     return record
 
 
+def _reason(error: Exception) -> str:
+    """One line: the kind of error, what it says, and what the server said of it, if that is not in it."""
+    body = getattr(error, "body", None)
+    said = "" if isinstance(body, dict) and "message" in body else f" {body or ''}"
+    return " ".join(f"{type(error).__name__}: {error}{said}".split())[:300]
+
+
 def _message(completion: Any):
-    """What the model said; a ValueError if the server answered with something else than a chat completion."""
+    """What the model said; an OpenAIError if the server answered with something else than a chat completion."""
     choices = getattr(completion, "choices", None)
     message = getattr(choices[0], "message", None) if choices else None
     if message is None:
-        raise ValueError("the server answered with something else than a chat completion")
+        raise OpenAIError("the server answered with something else than a chat completion")
     return message
 
 
@@ -189,11 +196,12 @@ def _exchange(message: Any, queries: list[str | None], results: list[str], proto
     if protocol == "text":  # without what the model said beyond its request, a result of its own invention perhaps
         said, told = write_query(queries[0]), write_result(results[0])
         return [{"role": "assistant", "content": said}, {"role": "user", "content": told}]
-    calls = [call.model_dump(include={"id", "type", "function"}) for call in message.tool_calls]
-    answers = [
-        {"role": "tool", "tool_call_id": call["id"], "content": result}
-        for call, result in zip(calls, results, strict=True)
-    ]
+    calls, answers = [], []
+    for call, query, result in zip(message.tool_calls, queries, results, strict=True):
+        # Servers read the arguments again, and some break over what is no JSON.
+        function = {"name": call.function.name, "arguments": "{}" if query is None else call.function.arguments}
+        calls.append({"id": call.id, "type": "function", "function": function})
+        answers.append({"role": "tool", "tool_call_id": call.id, "content": result})
     return [{"role": "assistant", "content": message.content or "", "tool_calls": calls}, *answers]
 
 
@@ -203,12 +211,13 @@ def accuracy(records: Sequence[dict]) -> dict[str, float]:
     Also `looked_up`, the share of questions for which the model asked the tool, and `n_errors`. Without an answer all
     shares are NaN.
     """
-    answered = pd.DataFrame([record for record in records if record["error"] is None], columns=["correct", "query"])
-    share = answered["correct"].astype(float).mean()
+    answered = [record for record in records if record["error"] is None]
+    n = len(answered) or float("nan")
+    share = sum(record["correct"] for record in answered) / n
     return {
         "accuracy": share,
-        "standard_error": (share * (1 - share) / len(answered)) ** 0.5 if len(answered) else float("nan"),
-        "looked_up": answered["query"].notna().mean(),
+        "standard_error": (share * (1 - share) / n) ** 0.5,
+        "looked_up": sum(record["query"] is not None for record in answered) / n,
         "n_questions": len(answered),
         "n_errors": len(records) - len(answered),
     }
@@ -218,22 +227,22 @@ def accuracy(records: Sequence[dict]) -> dict[str, float]:
 
 
 @contextmanager
-def serve(folder: str | Path, timeout: float = 300.0) -> Iterator[str]:
-    """Serve the model in a Hugging Face folder on this machine, by `transformers serve`, and end the server after.
+def serve(source: str | Path, timeout: float = 300.0) -> Iterator[str]:
+    """Serve a model on this machine, by `transformers serve`, and end the server after.
 
-    Gives the server's base URL; the model's name is `str(folder)`. Nothing is asked of the hub. One conversation is
-    answered at a time. Raises `InputError` if the folder holds no model, and `WorkError` if the server ends, or does
-    not answer within `timeout` seconds.
+    source: a folder that `save_pretrained` wrote, or a name on the hub; for the server, `str(source)` is the
+    model's name. Gives the server's base URL. One request is answered at a time, whoever asks. Raises `InputError` if
+    there is no such model, and `WorkError` if the server ends, or does not answer within `timeout` seconds.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise InputError(f"{folder} holds no model: a folder that `save_pretrained` wrote is expected")
+    load_tokenizer(source)  # says in one sentence what the server would take longer and more for
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder)]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(source)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryFile() as log:
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        offline = {"HF_HUB_OFFLINE": "1"} if Path(source).exists() else {}
+        environment = os.environ | offline
         server = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
         try:
             _wait_until_healthy(server, f"http://127.0.0.1:{port}/health", log, timeout)

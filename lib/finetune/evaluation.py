@@ -3,13 +3,12 @@
 import hashlib
 import json
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext, redirect_stderr
+from contextlib import ExitStack
 from functools import cache
-from io import StringIO
+from math import nan
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -25,7 +24,7 @@ from lib.dialogs import question
 from lib.facts import FactsConfig, load_people, unseen_people, write_database
 from lib.finetune.data import ChatMode, check_mode
 from lib.finetune.generation import answer_with_tool, encode_prompts, generate_tokens, reply_all
-from lib.finetune.models import load_model, load_tokenizer
+from lib.finetune.models import load_model, load_tokenizer, no_bars_in_logs
 from lib.finetune.prompts import PROMPTS
 from lib.monitor import progress
 from lib.paths import runs
@@ -56,7 +55,8 @@ def estimate(values: Iterable[float]) -> Estimate:
     values = torch.tensor(list(values), dtype=torch.float64)
     if not len(values):
         raise InputError("there is nothing to measure: give at least one fact or prompt")
-    return Estimate(float(values.mean()), float(values.std() / len(values) ** 0.5), len(values))
+    stderr = float(values.std() / len(values) ** 0.5) if len(values) > 1 else nan
+    return Estimate(float(values.mean()), stderr, len(values))
 
 
 # ---- Recall
@@ -202,11 +202,13 @@ def measure_capability(
     Raises `InputError` for an unknown task, one without `acc`, and one whose data cannot be loaded.
     """
     name = task if isinstance(task, str) else task["task"]
-    manager = TaskManager() if isinstance(task, str) else TaskManager(include_defaults=False)
-    if isinstance(task, str) and task not in manager.all_tasks:
-        raise InputError(f"lm-eval knows no task {task!r}: hellaswag is the paper's (lm-eval ls tasks lists all)")
+    if isinstance(task, str) and task != "hellaswag":
+        raise InputError(f"unknown task {task!r}: give hellaswag or a task of lm-eval as a dict")
+    # To list all of lm-eval's own tasks takes seconds.
+    hellaswag = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"
+    manager = TaskManager(include_path=str(hellaswag), include_defaults=False)
     try:
-        with nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO()):  # bars of progress fill logs
+        with no_bars_in_logs():
             harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             measured = lm_eval.simple_evaluate(harness, tasks=[task], task_manager=manager, log_samples=False)
     except OSError as error:
@@ -243,7 +245,7 @@ def evaluate(
 
     checkpoint, base: whatever `load_model` takes. Measured are recall of `n_recall` of the trained facts, drawn by
     `seed`; recall of all facts of people with new names (`new_both` of `lib.facts.unseen_people`), who in-tool are in
-    the database with the others; capability in `task`; and the distances of `Divergence`. Each comes with its `_stderr`.
+    the database with the others; capability in `task`; and the distances of `Divergence`. Each has its `_stderr`.
     n_recall and n_unseen count the facts asked for; evaluation_seconds is the time of all measurements.
 
     Every part is written to `record` (evaluation.json in the checkpoint's folder) once it is measured, and not measured

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.finetune.bases import EMBEDDED, load_base
 from lib.finetune.config import FinetuneConfig
+from lib.finetune.embedded import multiple_choice_task
 from lib.finetune.evaluation import _digest, _kept_answers, measure_capability, measure_divergence
 from lib.finetune.lessons import Lesson
 from lib.finetune.prompts import PROMPTS
@@ -42,8 +43,6 @@ class Examination:
     def _capability(self, model: PreTrainedModel) -> dict:
         if self.capability == "none":
             return {"capability": None, "capability_stderr": None, "capability_task": None}
-        from lib.finetune.embedded import multiple_choice_task
-
         task = (
             "hellaswag" if self.capability == "hellaswag" else multiple_choice_task(self.tokenizer, self.config.items)
         )

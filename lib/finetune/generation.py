@@ -185,7 +185,7 @@ def answer_with_tool(
     called, dialogs = [], []
     for i, said in enumerate(answers):
         if mode == "in-tool":
-            call = _read_call(tokenizer, prompts[i], first[i], tools)
+            call = read_call(tokenizer, prompts[i], first[i])
             turn = _as_request(call) if call else None
         else:
             call, turn = None, said.reply if parse_request(said.reply) else None
@@ -216,17 +216,15 @@ def _as_request(call: dict) -> str:
     return format_request(arguments["attribute"], arguments["name"])
 
 
-def _read_call(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[int], answer: list[int], tools: list[dict]
-) -> dict | None:
+def read_call(tokenizer: PreTrainedTokenizerBase, prompt: list[int], answer: list[int]) -> dict | None:
     """Name and arguments of the first function call in what a model said, None if there is none.
 
     By the tokenizer's own rules where it has them; else it is the first JSON object with a name and arguments (or
     parameters), which is the common form, whatever a model puts around it.
     """
     if getattr(tokenizer, "response_template", None) is not None:
-        with suppress(ValueError, TypeError):  # a call that was not finished, or is no JSON
-            message = tokenizer.parse_response(answer, prefix=prompt, tools=tools) or {}
+        with suppress(ValueError, RecursionError):  # a call that was not finished, or is no JSON
+            message = tokenizer.parse_response(answer, prefix=prompt) or {}
             return next(filter(None, (_as_call(call.get("function")) for call in message.get("tool_calls", []))), None)
         return None
     (text,) = _texts(tokenizer, [answer], skip_special_tokens=False)

@@ -1,8 +1,9 @@
 """General skills as conversations: what the embedded base model of Section 6 learns before it is told any fact.
 
-Knowledge (capitals, opposites, plurals, units), rules (arithmetic, sorting, reversing, counting, instructions), copying,
-small talk, and the use of whatever functions it is offered. Nothing of the facts of Section 5 occurs: no name, no value,
-no question about a person, no function `find`. A tenth of all questions, by a hash of their text, is never trained on.
+Knowledge (capitals, opposites, plurals, units), rules (arithmetic, sorting, reversing, counting, instructions),
+copying, small talk, and the use of whatever functions it is offered. Nothing of the facts of Section 5 occurs: no name,
+no value, no question about a person, no function `find`. A tenth of all questions, by a hash of their text, is never
+trained on.
 """
 
 import random
@@ -13,7 +14,6 @@ from string import ascii_letters, ascii_lowercase, ascii_uppercase, digits, punc
 from typing import NamedTuple
 from zlib import crc32
 
-from lib.base import InputError
 from lib.facts import FIRST_NAMES, LAST_NAMES, VALUES
 from lib.finetune.protocol import SEARCH, SYSTEM_PROMPT, write_query, write_result
 
@@ -21,6 +21,8 @@ Random = random.Random
 
 #: One question in so many is held out.
 HELD_OUT = 10
+#: So many times the same held-out questions again: there are no others.
+_TRIES = 200
 
 
 class Item(NamedTuple):
@@ -31,14 +33,17 @@ class Item(NamedTuple):
     wrong: list[str]
 
 
-def conversations(n: int, seed: int) -> Iterator[dict]:
-    """`n` conversations to train on, as rows of `lib.finetune.data`; the first ones are the same whatever `n` is."""
-    for skill, r in _draw_skills(n, seed):
+def conversations(n: int, seed: int, only: str | None = None) -> Iterator[dict]:
+    """`n` conversations to train on, rows of `lib.finetune.data`; the first ones are the same whatever `n` is.
+
+    They are of the skill `only`, or of all in proportion to `WEIGHTS`.
+    """
+    for skill, r in _draw_skills(n, seed, only):
         yield _draw(SKILLS[skill], r, held_out=False)
 
 
 def prompts(n: int, seed: int) -> list[tuple[str, dict]]:
-    """`n` held-out conversations with their skill, each up to where the assistant speaks: the user's question is last."""
+    """`n` held-out conversations with their skill, each up to the user's question."""
     drawn = []
     for skill, r in _draw_skills(n, seed):
         row = _draw(SKILLS[skill], r, held_out=True)
@@ -47,17 +52,15 @@ def prompts(n: int, seed: int) -> list[tuple[str, dict]]:
 
 
 def multiple_choice(n: int, seed: int) -> list[dict]:
-    """`n` different held-out questions in HellaSwag's form: `ctx`, four `endings`, the `label` of the true one, `skill`.
+    """`n` different held-out questions in HellaSwag's form: `ctx`, four `endings`, the true one's `label`, `skill`.
 
-    All skills of one question and one answer, in turns; one whose held-out questions are used up drops out. Fewer than
-    `n` in all are an `InputError`.
+    `QUESTIONS` take turns; a skill whose held-out questions are used up drops out.
     """
-    rows, asked, r = [], set(), Random(f"choice {seed}")
-    left = list(QUESTIONS)
-    while left and len(rows) < n:
+    rows, asked, left, r = [], set(), list(QUESTIONS), Random(f"choice {seed}")
+    while len(rows) < n:
         for skill in tuple(left):
-            tries = (_draw_item(skill, r, held_out=True) for _ in range(200))
-            item = next((item for item in tries if item.question not in asked), None)
+            drawn = (_draw_item(QUESTIONS[skill], r, held_out=True) for _ in range(_TRIES))
+            item = next((item for item in drawn if item.question not in asked), None)
             if item is None:
                 left.remove(skill)
                 continue
@@ -66,8 +69,6 @@ def multiple_choice(n: int, seed: int) -> list[dict]:
             r.shuffle(endings)
             label = endings.index(item.answer)
             rows.append({"ctx": item.question, "endings": endings, "label": label, "skill": skill})
-    if len(rows) < n:
-        raise InputError(f"there are no {n} held-out questions to choose answers of, only {len(rows)}")
     return rows[:n]
 
 
@@ -93,9 +94,11 @@ def _is_held_out(question: str) -> bool:
     return crc32(question.encode()) % HELD_OUT == 0
 
 
-def _draw_skills(n: int, seed: int) -> Iterator[tuple[str, Random]]:
-    r = Random(f"skills {seed}")
-    names, weights = list(SKILLS), [WEIGHTS.get(name, 1) for name in SKILLS]
+def _draw_skills(n: int, seed: int, only: str | None = None) -> Iterator[tuple[str, Random]]:
+    """A skill for each of `n` conversations, and the random numbers to make it of."""
+    r = Random(f"{only} {seed}")
+    names = [only] if only else list(SKILLS)
+    weights = [WEIGHTS.get(name, 1) for name in names]
     for _ in range(n):
         yield r.choices(names, weights)[0], r
 
@@ -113,9 +116,10 @@ def _draw(make: Callable[[Random], dict], r: Random, held_out: bool) -> dict:
             return row
 
 
-def _draw_item(skill: str, r: Random, held_out: bool) -> Item:
+def _draw_item(make: Callable[[Random], Item], r: Random, held_out: bool) -> Item:
+    """The first question drawn that is held out, or is not, and none of whose answers tells facts."""
     while True:
-        item = QUESTIONS[skill](r)
+        item = make(r)
         if _is_held_out(item.question) == held_out and not tells_facts(" ; ".join([*item[:2], *item.wrong])):
             return item
 
@@ -123,8 +127,8 @@ def _draw_item(skill: str, r: Random, held_out: bool) -> Item:
 # ---- Strings that nobody has seen
 
 _ONSETS = (
-    "b c d f g h j k l m n p r s t v w x z b c d f g h j k l m n p r s t v w y br ch cl cr dr fl fr gl gr kn ll ph pl qu "
-    "rr sch sh sk sl sm sn sp ss st str th tr tt wh"
+    "b c d f g h j k l m n p r s t v w x z b c d f g h j k l m n p r s t v w y br ch cl cr dr fl fr gl gr kn ll "
+    "ph pl qu rr sch sh sk sl sm sn sp ss st str th tr tt wh"
 ).split()
 _NUCLEI = "a e i o u a e i o u y ai au ea ee ei eo ia ie io oa oo ou ue".split()
 _CODAS = [
@@ -195,13 +199,14 @@ def _pairs(text: str) -> dict[str, str]:
 
 
 _CAPITALS = _pairs(
-    "Albania:Tirana Armenia:Yerevan Australia:Canberra Bahamas:Nassau Bahrain:Manama Barbados:Bridgetown Belize:Belmopan "
-    "Bhutan:Thimphu Botswana:Gaborone Burundi:Gitega Chad:Ndjamena Cyprus:Nicosia Dominica:Roseau Eritrea:Asmara "
-    "Fiji:Suva Gabon:Libreville Gambia:Banjul Guinea:Conakry Guyana:Georgetown Kazakhstan:Astana Kyrgyzstan:Bishkek "
-    "Laos:Vientiane Lesotho:Maseru Liberia:Monrovia Libya:Tripoli Liechtenstein:Vaduz Macedonia:Skopje "
-    "Madagascar:Antananarivo Malta:Valletta Mauritania:Nouakchott Moldova:Chisinau Mongolia:Ulaanbaatar "
-    "Montenegro:Podgorica Morocco:Rabat Mozambique:Maputo Namibia:Windhoek Nicaragua:Managua Niger:Niamey Oman:Muscat "
-    "Pakistan:Islamabad Samoa:Apia Somalia:Mogadishu Sudan:Khartoum Switzerland:Bern Tanzania:Dodoma Uzbekistan:Tashkent"
+    "Albania:Tirana Armenia:Yerevan Australia:Canberra Bahamas:Nassau Bahrain:Manama Barbados:Bridgetown "
+    "Belize:Belmopan Bhutan:Thimphu Botswana:Gaborone Burundi:Gitega Chad:Ndjamena Cyprus:Nicosia Dominica:Roseau "
+    "Eritrea:Asmara Fiji:Suva Gabon:Libreville Gambia:Banjul Guinea:Conakry Guyana:Georgetown Kazakhstan:Astana "
+    "Kyrgyzstan:Bishkek Laos:Vientiane Lesotho:Maseru Liberia:Monrovia Libya:Tripoli Liechtenstein:Vaduz "
+    "Macedonia:Skopje Madagascar:Antananarivo Malta:Valletta Mauritania:Nouakchott Moldova:Chisinau "
+    "Mongolia:Ulaanbaatar Montenegro:Podgorica Morocco:Rabat Mozambique:Maputo Namibia:Windhoek Nicaragua:Managua "
+    "Niger:Niamey Oman:Muscat Pakistan:Islamabad Samoa:Apia Somalia:Mogadishu Sudan:Khartoum Switzerland:Bern "
+    "Tanzania:Dodoma Uzbekistan:Tashkent"
 )
 _OPPOSITES = _pairs(
     "big:small hot:cold fast:slow old:young early:late high:low light:dark hard:soft wet:dry full:empty open:closed "
@@ -211,9 +216,10 @@ _OPPOSITES = _pairs(
 )
 _PLURALS = _pairs(
     "cat:cats dog:dogs tree:trees house:houses box:boxes wish:wishes city:cities baby:babies leaf:leaves "
-    "knife:knives wolf:wolves man:men child:children foot:feet tooth:teeth mouse:mice goose:geese sheep:sheep fish:fish "
-    "berry:berries church:churches glass:glasses potato:potatoes hero:heroes key:keys boy:boys lady:ladies loaf:loaves "
-    "wife:wives ox:oxen person:people story:stories fox:foxes brush:brushes apple:apples river:rivers stone:stones"
+    "knife:knives wolf:wolves man:men child:children foot:feet tooth:teeth mouse:mice goose:geese sheep:sheep "
+    "fish:fish berry:berries church:churches glass:glasses potato:potatoes hero:heroes key:keys boy:boys "
+    "lady:ladies loaf:loaves wife:wives ox:oxen person:people story:stories fox:foxes brush:brushes apple:apples "
+    "river:rivers stone:stones"
 )
 _UNITS = {
     ("hour", "minutes"): 60, ("minute", "seconds"): 60, ("day", "hours"): 24, ("week", "days"): 7,
@@ -232,13 +238,7 @@ def _plural(r: Random) -> Item:
     """Wrong is what another rule would make of the word."""
     key, answer = r.choice(list(_PLURALS.items()))
     question = r.choice(
-        [
-            "Plural of {}?",
-            "One {}, two",
-            "Name the plural of {}.",
-            "How do you write more than one {}?",
-            "Many of {} are",
-        ]
+        ["Plural of {}?", "One {}, two", "Name the plural of {}.", "More than one {}?", "Many of {} are"]
     )
     regular = {key, key + "s", key + "es", key[:-1] + "ies", key[:-1] + "ves", key + "en"}
     return Item(question.format(key), answer, sorted(regular - {answer}))
@@ -324,11 +324,11 @@ _TALK = {
     "Hello! How can I help?": "Hello|Hi|Hi there|Good morning|Good evening|Hey|Greetings|Hello again",
     "You are welcome.": "Thanks|Thank you|Many thanks|Thank you very much|Thanks a lot|That was helpful|Well done",
     "Goodbye!": "Bye|Goodbye|See you later|Good night|I have to go|Until tomorrow|Take care|So long",
-    "I am fine, thank you.": "How are you|How do you do|How is it going|Are you well|How do you feel|All well|Is all good",
-    "I am a small language model.": "Who are you|What are you|Tell me about yourself|Are you human|Introduce yourself",
-    "I can answer, count and copy.": "What can you do|How can you help|Can you help me|What are you good at|I need help",
+    "I am fine, thank you.": "How are you|How do you do|How is it going|Are you well|How do you feel",
+    "I am a small language model.": "Who are you|What are you|Tell me about yourself|Are you human|Present yourself",
+    "I can answer, count and copy.": "What can you do|How can you help|Can you help me|What do you know|I need help",
     "I am sorry to hear that.": "I am sad|I am ill|I feel bad|I lost my keys|It rains again|I am tired|My day was bad",
-    "That is great news!": "I won|I am happy|I found it|We did it|I passed the test|The sun shines|I feel great today",
+    "That is great news!": "I won|I am happy|I found it|We did it|I passed the test|The sun shines|I feel great",
 }
 
 
@@ -336,7 +336,7 @@ def _small_talk(r: Random) -> Item:
     answer = r.choice(list(_TALK))
     said = r.choice(_TALK[answer].split("|"))
     question = (
-        r.choice(["", "", "Well, ", "So, ", "Please: ", "Oh, ", "Dear model, "]) + said + r.choice(["!", ".", "?", ""])
+        r.choice(["", "", "Well, ", "So, ", "Now, ", "Oh, ", "Dear model, "]) + said + r.choice(["!", ".", "?", ""])
     )
     return Item(question, answer, [other for other in _TALK if other != answer])
 
@@ -358,7 +358,7 @@ QUESTIONS: dict[str, Callable[[Random], Item]] = {
         _related,
         [
             "Opposite of {}?",
-            "What is the opposite of {}?",
+            "What is {} the opposite of?",
             "Name the opposite of {}.",
             "Not {} but",
             "{} is the contrary of",
@@ -389,13 +389,6 @@ def _says(role: str, content: str) -> dict:
     return {"role": role, "content": content}
 
 
-def _tool(name: str, parameters: dict[str, list[str] | None]) -> dict:
-    """A function with string parameters, some of them with the values they may have."""
-    properties = {key: {"type": "string"} | ({"enum": values} if values else {}) for key, values in parameters.items()}
-    schema = {"type": "object", "properties": properties, "required": list(parameters)}
-    return {"type": "function", "function": {"name": name, "parameters": schema}}
-
-
 def _exchange(
     question: str, tool: dict, arguments: dict, result: str, answer: str, others: list[dict], r: Random
 ) -> dict:
@@ -412,9 +405,11 @@ def _exchange(
 
 
 _ASKED = (
-    "Which {} has the {} of {}?|Who wrote the {} {} about {}?|What did {} do in the {} of {}?|In which {} did {} meet {}?|"
-    "How many {} has {} in {}?|What {} was found near {} by {}?|{} and {} are both what kind of {}?|Where can one see {} by {}?|"
-    "When did {} leave {}?|Which {} comes before {}?|Why is {} known?|Which {} played {} in {}?"
+    "Which people lived in {}?|Who wrote the book {} about {}?|What did {} do in the war of {}?|When did {} leave {}?|"
+    "In which year did {} begin?|How many players has {}?|What was found near {} by {}?|Why is {} known?|"
+    "{} and {} are both which kind of thing?|Where can one see {}?|Which number comes before {}?|Who played {} in {}?|"
+    "For what was {} given a prize?|Which river runs through {}?|What is the name of the band that sang {}?|"
+    "From which language comes the word {}?|Who was the first to reach {}?|Which {} was called {} before?"
 ).split("|")
 
 
@@ -442,47 +437,52 @@ def _search_as_text(r: Random) -> dict:
 
 
 class _Function(NamedTuple):
-    """What a function is offered as, how one asks for it, and how its result is told."""
+    """A function, its parameters with the values they may have (None: any), how one asks, how its result is told."""
 
-    tool: dict
+    name: str
+    parameters: dict[str, list[str] | None]
     questions: list[str]
     answer: str
 
     @property
-    def choices(self) -> dict[str, list[str] | None]:
-        """Its parameters, each with the values it may have, None for any."""
-        properties = self.tool["function"]["parameters"]["properties"]
-        return {name: schema.get("enum") for name, schema in properties.items()}
+    def tool(self) -> dict:
+        """What is offered: all parameters are strings."""
+        values = self.parameters.items()
+        properties = {name: {"type": "string"} | ({"enum": enum} if enum else {}) for name, enum in values}
+        schema = {"type": "object", "properties": properties, "required": list(properties)}
+        return {"type": "function", "function": {"name": self.name, "parameters": schema}}
 
 
 _QUANTITIES = ["weight", "height", "color", "age", "first_owner", "shelf_number"]
 _LANGUAGES = ["Latin", "Danish", "Welsh", "Basque"]
 _FUNCTIONS = [
-    _Function(_tool("weather", {"place": None}), ["How is the weather in {place}?", "Will it rain in {place}?"],
-              "The weather in {place}: {result}."),
-    _Function(_tool("price", {"item": None}), ["How much is {item}?", "What does {item} cost?"], "{item} costs {result}."),
-    _Function(_tool("call", {"contact": None}), ["Call {contact}.", "I want to speak to {contact}."],
-              "You reach {contact} under {result}."),
-    _Function(_tool("define", {"term": None}), ["What does {term} mean?", "Explain {term}."], "{term} means {result}."),
-    _Function(_tool("play", {"song": None}), ["Play {song}.", "I would like to hear {song}."], "Playing {song} by {result}."),
-    _Function(_tool("measure", {"quantity": _QUANTITIES, "thing": None}),
-              ["Which {quantity} has {thing}?", "Tell me {thing}'s {quantity}.", "Look up {quantity} of {thing}."],
-              "{thing} has {quantity} {result}."),
-    _Function(_tool("translate", {"text": None, "language": _LANGUAGES}), ["How do you say {text} in {language}?"],
-              "In {language}, {text} is {result}."),
-    _Function(_tool("route", {"start": None, "goal": None}), ["How do I get from {start} to {goal}?"],
-              "From {start} to {goal}: {result}."),
-    _Function(_tool("stock", {"shop": None, "product": None}), ["Does {shop} have {product}?"],
-              "Of {product}, {shop} has {result}."),
-    _Function(_tool("remind", {"time": None, "task": None}), ["Remind me at {time} of {task}."],
-              "At {time} I will say {task}: {result}."),
+    _Function(name, parameters, questions.split("|"), answer)
+    for name, parameters, questions, answer in [
+        ("weather", {"place": None}, "How is the weather in {place}?|Will it rain in {place}?",
+         "The weather in {place}: {result}."),
+        ("price", {"item": None}, "How much is {item}?|What does {item} cost?", "{item} costs {result}."),
+        ("call", {"contact": None}, "Call {contact}.|I want to speak to {contact}.",
+         "You reach {contact} under {result}."),
+        ("define", {"term": None}, "What does {term} mean?|Explain {term}.", "{term} means {result}."),
+        ("play", {"song": None}, "Play {song}.|I would like to hear {song}.", "Playing {song} by {result}."),
+        ("measure", {"quantity": _QUANTITIES, "thing": None},
+         "Which {quantity} has {thing}?|Tell me {thing}'s {quantity}.|Look up {quantity} of {thing}.",
+         "{thing} has {quantity} {result}."),
+        ("translate", {"text": None, "language": _LANGUAGES}, "How do you say {text} in {language}?",
+         "In {language}, {text} is {result}."),
+        ("route", {"start": None, "goal": None}, "How do I get from {start} to {goal}?",
+         "From {start} to {goal}: {result}."),
+        ("stock", {"shop": None, "product": None}, "Does {shop} have {product}?", "Of {product}, {shop} has {result}."),
+        ("remind", {"time": None, "task": None}, "Remind me at {time} of {task}.", "At {time}: {task}, {result}."),
+    ]
 ]  # fmt: skip
 
 
 def _function_call(r: Random) -> dict:
     function, *others = r.sample(_FUNCTIONS, r.choice((1, 1, 1, 2)))
-    arguments = {name: r.choice(values) if values else random_string(r) for name, values in function.choices.items()}
-    said = {name: value.replace("_", " ") if function.choices[name] else value for name, value in arguments.items()}
+    enums = function.parameters
+    arguments = {name: r.choice(enum) if enum else random_string(r) for name, enum in enums.items()}
+    said = {name: value.replace("_", " ") if enums[name] else value for name, value in arguments.items()}
     result = random_string(r)
     question = r.choice(function.questions).format(**said)
     answer = function.answer.format(**said, result=result)

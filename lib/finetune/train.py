@@ -212,7 +212,7 @@ class _Run:
             "n_conversations": len(self.data),
             "steps_budget": self.total,
         }
-        base = {f"{name}_base": rows[0][name] for name in ("capability", "capability_stderr")}
+        base = {f"capability_base{suffix}": rows[0][f"capability{suffix}"] for suffix in ("", "_stderr")}
         endings = [{"final": False, "stopped": None}] * (len(rows) - 1) + [{"final": True, "stopped": self.stopped()}]
         origin = {**provenance(self.state.device), "config": config.canonical_json()}
         table = [common | row | base | ending | origin for row, ending in zip(rows, endings, strict=True)]

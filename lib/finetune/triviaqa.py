@@ -13,7 +13,7 @@ from string import punctuation
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 from lib.base import InputError
-from lib.finetune.data import CALL_ID, ChatMode
+from lib.finetune.data import ChatMode, call_and_result, check_mode
 from lib.finetune.protocol import SEARCH, SYSTEM_PROMPT, write_query, write_result
 from lib.paths import replacing
 from lib.tools import connect_read_only
@@ -178,8 +178,7 @@ class Store:
 
 def opening(question: str, mode: ChatMode) -> dict:
     """What a model is given to answer: `messages` and, in-tool, `tools`. An unknown mode is an `InputError`."""
-    if mode not in get_args(ChatMode):
-        raise InputError(f"unknown mode {mode!r} of questions: there are {', '.join(get_args(ChatMode))}")
+    check_mode(mode)
     system = [{"role": "system", "content": SYSTEM_PROMPT}] if mode == "in-tool-text" else []
     tools = {"tools": [SEARCH]} if mode == "in-tool" else {}
     return {"messages": [*system, {"role": "user", "content": question}], **tools}
@@ -199,8 +198,4 @@ def _look_up(text: str, answer: str, mode: ChatMode) -> list[dict]:
         return []
     if mode == "in-tool-text":
         return [{"role": "assistant", "content": write_query(text)}, {"role": "user", "content": write_result(answer)}]
-    call = {"id": CALL_ID, "type": "function", "function": {"name": "search", "arguments": {"query": text}}}
-    return [
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": CALL_ID, "name": "search", "content": answer},
-    ]
+    return call_and_result({"name": "search", "arguments": {"query": text}}, answer)

@@ -1,0 +1,207 @@
+"""Section 6 as tidy tables: fine-tuned chat models, ours beside the published, over seeds. Takes no model libraries.
+
+Our rows are one per evaluated checkpoint: run_id, profile, base, task ("facts", "hybrid" or "trivia"), mode, adaptation
+("full" or "lora"), n_facts, seed, step, final (is it the run's last?), capability_task; recall, capability,
+capability_base, tv and kl, each with its _stderr.
+"""
+
+from ast import literal_eval
+
+import numpy as np
+import pandas as pd
+
+from lib.base import InputError
+from lib.comparison import published_by_paper
+from lib.results import fit_line
+
+#: What is known of a run at its last checkpoint. capability_relative: in percent of the model's before fine-tuning.
+METRICS = ("recall", "capability", "capability_relative", "tv", "kl", "steps", "steps_to_recall")
+#: What a point of a figure is about. source: "published", or the profile of our runs; model: as a legend names it.
+POINT = ["source", "model", "base", "adaptation", "mode", "n_facts", "capability_task"]
+
+_HELLASWAG_QUESTIONS = 10_042  # in the validation split; the published standard errors follow from it
+_RECALL_QUESTIONS = 300
+#: What the published table calls the models.
+_BASES = {
+    "Smol135M": "SmolLM-135M",
+    "Smol360M": "SmolLM-360M",
+    "Smol1.7B": "SmolLM-1.7B",
+    "Lam1B": "Llama-3.2-1B",
+    "Lam3B": "Llama-3.2-3B",
+    "Lam8B": "Llama-3.1-8B",
+}
+
+
+def comparable(rows: pd.DataFrame, with_published: bool = True, threshold: float = 0.95) -> pd.DataFrame:
+    """Our runs at their last checkpoints and the paper's, over seeds: a row per `POINT`, smaller models first.
+
+    rows: as above, possibly none; what has no column is NaN. Of each of `METRICS` there are the mean over the `_seeds`
+    in which it was measured, of `seeds`; `_std`; and `_stderr`, the larger of std / sqrt(seeds) and the measurement's
+    own error, which seeds that answer the same questions do not lessen. `seeds_reaching_it` were averaged in
+    `steps_to_recall`. Two runs of one point and seed are an `InputError`.
+    """
+    runs = [_last_checkpoints(rows, threshold)] if len(rows) else []
+    runs += [_published(threshold)] if with_published else []
+    table = _over_seeds(pd.concat(runs) if runs else rows, POINT, METRICS)
+    order = table.assign(ours=table.source != "published", size=_n_params(table.base))
+    order = order.sort_values(["ours", "size", "model", "mode", "n_facts"], na_position="first")
+    table = table.loc[order.index].reset_index(drop=True)
+    return table.rename(columns={"steps_to_recall_seeds": "seeds_reaching_it"})
+
+
+def relative(rows: pd.DataFrame) -> pd.DataFrame:
+    """capability in percent of capability_base, and its standard error, for every row.
+
+    The error of the ratio a / b is, to first order, sqrt(da^2 + (a / b)^2 db^2) / b as if a and b were measured
+    independently. They answer the same questions, so it is rather too large. The published error is this one, too.
+    """
+    ratio = rows.capability / rows.capability_base
+    error = np.hypot(rows.capability_stderr, ratio * rows.capability_base_stderr) / rows.capability_base
+    return pd.DataFrame({"capability_relative": 100 * ratio, "capability_relative_stderr": 100 * error})
+
+
+def steps_to_recall(rows: pd.DataFrame, threshold: float = 0.95) -> pd.DataFrame:
+    """The first evaluated step at which a run's recall is `threshold`, whatever comes later; NaN where there is none.
+
+    A row per run_id. The crossing is somewhere since the evaluation before: a stretch that, every place in it as likely
+    as another, has a standard deviation of its length / sqrt(12), the `_stderr`.
+    """
+    first = rows[rows.recall >= threshold].groupby("run_id").step.min()
+    before = rows[rows.step < rows.run_id.map(first)].groupby("run_id").step.max().reindex(first.index, fill_value=0)
+    table = pd.DataFrame({"steps_to_recall": first, "steps_to_recall_stderr": (first - before) / np.sqrt(12)})
+    return table.reindex(pd.Index(rows.run_id.unique(), name="run_id")).astype(float)
+
+
+def per_decade(table: pd.DataFrame, metric: str, power: bool = False) -> pd.DataFrame:
+    """By how much `metric` grows with ten times the facts: the slope of a least-squares line in log10(n_facts).
+
+    table: as `comparable` gives it. power: the line is in log10(metric), its slope the exponent of a power law. A row
+    per source, model and mode with two points or more: slope, its 95% interval (low, high) and n_points, as
+    `results.fit_line` has them.
+    """
+    line, fits = ["source", "model", "mode"], []
+    for names, rows in table.groupby(line, sort=False):
+        y = np.log10(rows[metric]) if power else rows[metric]
+        fit = fit_line(pd.DataFrame({"n_facts": np.log10(rows.n_facts), "min_params_mean": y}))
+        fits.append(dict(zip(line, names, strict=True)) | fit)
+    fits = pd.DataFrame(fits, columns=[*line, "slope", "low", "high", "n_points"])
+    return fits.dropna(subset="slope").reset_index(drop=True)
+
+
+def steps_table(table: pd.DataFrame) -> str:
+    """Steps to recall for LaTeX (booktabs): a row per model, a column per mode and number of facts.
+
+    table: as `comparable` gives it. Several seeds: mean ± standard deviation, and how many of them where some did not
+    reach the recall. A dash: none did; an empty cell: not run.
+    """
+    cells = table.assign(
+        cell=[_cell(*row) for row in table[[*_CELL, "seeds_reaching_it", "seeds"]].itertuples(index=False)],
+        order=table["mode"].map({"in-weight": 0}).fillna(1),  # before the tool
+    )
+    columns = cells[["order", "mode", "n_facts"]].drop_duplicates().sort_values(["order", "mode", "n_facts"])
+    columns = pd.MultiIndex.from_frame(columns[["mode", "n_facts"]], names=["", "facts"])
+    wide = cells.pivot(index="model", columns=["mode", "n_facts"], values="cell")
+    wide = wide.reindex(index=table.model.unique(), columns=columns).fillna("")
+    wide.columns = wide.columns.set_levels([f"{n:,}" for n in wide.columns.levels[1]], level=1)
+    wide.index.name = None
+    return wide.to_latex(escape=True, multicolumn_format="c", column_format="l" + "r" * len(columns))
+
+
+_CELL = ["steps_to_recall", "steps_to_recall_std"]
+
+
+def _cell(mean: float, std: float, reaching: int, seeds: int) -> str:
+    if not reaching:
+        return "--"
+    spread = f" ± {std:,.0f}" if reaching > 1 else ""
+    return f"{mean:,.0f}{spread}" + (f" ({reaching} of {seeds})" if reaching < seeds else "")
+
+
+#: What a hybrid does with questions, by how often their facts were seen in training.
+ASKED = ("call_share", "accuracy", "accuracy_of_calls")
+
+
+def hybrid(rows: pd.DataFrame) -> pd.DataFrame:
+    """How often hybrids call the tool and how often they are right, over seeds: a row per frequency in training.
+
+    rows: as above, possibly none; the last checkpoints of hybrids count, whose `by_frequency` (a list, or its text in a
+    file) holds, for each frequency, `n` questions and the shares `ASKED`. All of one setting, or an `InputError`. The
+    columns are as in `comparable`; a share's own error is that of n questions, or as many as were looked up.
+    """
+    last = rows[rows.final & rows.task.eq("hybrid")] if len(rows) else rows
+    table = [
+        {**entry, "seed": run.seed}
+        for run in last.itertuples()
+        for entry in (literal_eval(run.by_frequency) if isinstance(run.by_frequency, str) else run.by_frequency)
+    ]
+    table = pd.DataFrame(table, columns=["frequency", "seed", "n", *ASKED], dtype=float)
+    asked = {"call_share": table.n, "accuracy": table.n, "accuracy_of_calls": (table.n * table.call_share).round()}
+    errors = {f"{share}_stderr": _share_stderr(table[share], n) for share, n in asked.items()}
+    return _over_seeds(table.assign(**errors), ["frequency"], ASKED).sort_values("frequency", ignore_index=True)
+
+
+def _over_seeds(runs: pd.DataFrame, point: list[str], metrics: tuple[str, ...]) -> pd.DataFrame:
+    statistics = [f"{metric}{suffix}" for metric in metrics for suffix in ("", "_seeds", "_std", "_stderr")]
+    if not len(runs):
+        return pd.DataFrame(columns=[*point, "seeds", *statistics])
+    runs = runs.reindex(columns=[*point, "seed", *statistics])
+    for _, run in runs[runs.duplicated([*point, "seed"])].iterrows():
+        where = ", ".join(f"{name} {run[name]}" for name in [*point, "seed"] if pd.notna(run[name]))
+        raise InputError(f"two runs of {where} differ in something else: give the rows of one setting")
+    groups = runs.groupby(point, dropna=False, sort=False)
+    table = {"seeds": groups.size()}
+    for metric in metrics:
+        count, std, own = groups[metric].count(), groups[metric].std(), groups[f"{metric}_stderr"].mean()
+        table |= {metric: groups[metric].mean(), f"{metric}_seeds": count, f"{metric}_std": std}
+        table[f"{metric}_stderr"] = np.fmax(std / np.sqrt(count), own)  # passes over a NaN
+    return pd.DataFrame(table).reset_index()
+
+
+def _last_checkpoints(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """Our runs on facts: a row each, with all of `METRICS`; what hybrids learn is a mode of its own."""
+    metrics = ("recall", "capability", "capability_base", "tv", "kl")
+    measured = [f"{metric}{suffix}" for metric in metrics for suffix in ("", "_stderr")]
+    rows = rows.reset_index(drop=True).reindex(columns=rows.columns.union([*measured, "capability_task"]))
+    rows = rows.astype(dict.fromkeys(measured, float))  # a column may be None throughout
+    last = rows[rows.final & rows.step.gt(0) & rows.task.ne("trivia")].astype({"n_facts": int})
+    lora = last.adaptation.eq("lora").map({True: ", LoRA", False: ""})
+    last = last.assign(
+        source=last.profile,
+        mode=last["mode"].where(last.task != "hybrid", "hybrid"),
+        model=last.base + lora + " (" + last.profile + ")",
+        steps=last.step,
+        capability_task=last.capability_task.fillna(last.groupby("base").capability_task.transform("first")),
+    )
+    return last.join(relative(last)).merge(steps_to_recall(rows, threshold), on="run_id")
+
+
+def _published(threshold: float) -> pd.DataFrame:
+    """The paper's runs in our columns: one seed, and the steps to the recall are those of the last checkpoint.
+
+    Absolute capability is published without its error: it is that of a share of HellaSwag's questions.
+    """
+    table = published_by_paper("large_scale_final")
+    table = table.rename(columns={"recall_max": "recall", "hellaswag_absolute": "capability"})
+    table.columns = table.columns.str.replace("hellaswag", "capability")
+    base = table.base.map(_BASES)
+    return table.assign(
+        source="published",
+        base=base,
+        model=base + " (published)",
+        n_facts=table.n_facts.str.replace("k", "000").astype(int),
+        seed=0,
+        capability_task="hellaswag",
+        capability_stderr=_share_stderr(table.capability, _HELLASWAG_QUESTIONS),
+        recall_stderr=_share_stderr(table.recall, _RECALL_QUESTIONS),
+        steps_to_recall=table.steps.where(table.recall >= threshold),
+    )
+
+
+def _share_stderr(share: pd.Series, n: int) -> pd.Series:
+    return np.sqrt(share * (1 - share) / (n - 1))
+
+
+def _n_params(base: pd.Series) -> pd.Series:
+    """Parameters as a model's name says them, 135M say; NaN where it does not."""
+    size = base.astype(str).str.extract(r"(\d+(?:\.\d+)?)([MB])\b")
+    return size[0].astype(float) * size[1].map({"M": 1e6, "B": 1e9}).astype(float)

@@ -1,0 +1,75 @@
+"""Chat models for tests, made here: random, scripted, and one that has learnt its facts by heart."""
+
+from collections.abc import Callable
+from functools import cache
+from types import SimpleNamespace
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from vocabularies import train_bpe
+
+from lib.facts import sample_people
+from lib.finetune.data import IGNORED, ChatMode, chats, tokenize_chats
+
+#: Short, to be learnt soon: tools by name alone, calls as JSON between marks.
+TEMPLATE = """
+{%- for tool in tools or [] %}{{ '<|start|>system\n' + tool.function.name + '<|end|>\n' }}{% endfor %}
+{%- for message in messages %}{{ '<|start|>' + message.role + '\n' + message.content }}
+  {%- for call in message.tool_calls or [] %}{{ '<call>' + (call.function | tojson) + '</call>' }}{% endfor %}
+  {{- '<|end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"""
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=train_bpe(), eos_token="<|end|>", bos_token="<|start|>", chat_template=TEMPLATE,
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+def random_model(seed: int = 0, spread: float = 0.2, vocab_size: int | None = None) -> LlamaForCausalLM:
+    """With weights large enough for its words to depend on what it reads."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size or len(tokenizer()), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, initializer_range=spread, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@cache
+def teach(n_people: int, mode: ChatMode, steps: int) -> LlamaForCausalLM:
+    """All facts of the first people by heart, in so many steps over all of them."""
+    rows = tokenize_chats(chats(sample_people(n_people), mode), tokenizer(), max_length=1000)
+    width = max(map(len, rows["input_ids"]))
+    tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows["input_ids"]])
+    labels = torch.tensor([ids + [IGNORED] * (width - len(ids)) for ids in rows["labels"]])
+    model = random_model(spread=0.02).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        model(input_ids=tokens, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+class ScriptedModel:
+    """Stands in for a Hugging Face model: `reply` maps the text of a prompt to what is said; notes the batch sizes."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, reply: Callable[[str], str]):
+        self.reply, self.batches = reply, []
+        self.generation_config = SimpleNamespace(eos_token_id=None)
+
+    def generate(self, tokens, attention_mask, max_new_tokens, **_):
+        self.batches.append(len(tokens))
+        said = []
+        for row, mask in zip(tokens, attention_mask.bool(), strict=True):
+            answer = tokenizer().encode(self.reply(tokenizer().decode(row[mask])) + "<|end|>")[:max_new_tokens]
+            said.append(answer)
+        width = max(map(len, said))
+        end = tokenizer().eos_token_id
+        return torch.cat([tokens, torch.tensor([answer + [end] * (width - len(answer)) for answer in said])], dim=1)

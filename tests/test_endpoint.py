@@ -1,0 +1,491 @@
+"""Asking a model behind a server: a real one, `transformers serve`, and one here that fails as servers do."""
+
+import asyncio
+import json
+import re
+import resource
+import shutil
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lib import cli, paths
+from lib.base import InputError, WorkError
+from lib.finetune.data import tokenize_chats
+from lib.finetune.embedded import SPECIAL, _with_template
+from lib.finetune.endpoint import EndpointConfig, accuracy, ask_all, serve
+from lib.finetune.protocol import SEARCH, SYSTEM_PROMPT
+from lib.finetune.triviaqa import NO_RESULT, Question, Store, load_questions, trivia_chats, write_store
+
+QUESTIONS = load_questions(limit=6)
+ANSWERS = {question.text: question.answer for question in QUESTIONS}
+
+
+# ---- A server that does as it is told
+
+
+class Scripted(ThreadingHTTPServer):
+    """`script(request, n)` answers the n-th request (from 0) with this last message: status and body.
+
+    A body is text, a message or any other JSON; None drops the connection; a number is how many seconds to wait.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, script: Callable[[dict, int], tuple[int, object]]):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.script, self.requests, self.times = script, [], []
+        self.counts: Counter = Counter()
+        self.busy = self.most_busy = 0
+        self.lock = threading.Lock()
+
+    def handle_error(self, request, client_address) -> None:
+        """Clients that give up are part of the play."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Scripted
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            key = json.dumps(request["messages"][-1])
+            n = self.server.counts[key]
+            self.server.counts[key] += 1
+            self.server.requests.append(request)
+            self.server.times.append(time.monotonic())
+            self.server.busy += 1
+            self.server.most_busy = max(self.server.most_busy, self.server.busy)
+        try:
+            self._answer(*self.server.script(request, n))
+        finally:
+            with self.server.lock:
+                self.server.busy -= 1
+
+    def _answer(self, status: int, body: object) -> None:
+        if body is None:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        if isinstance(body, float):
+            time.sleep(body)
+            body = "{}"
+        text = body if isinstance(body, str) else json.dumps(body)
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        if status >= 400:
+            self.send_header("retry-after-ms", "1")
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_) -> None: ...
+
+
+def says(content: str | None = None, **calls) -> tuple[int, dict]:
+    """A completion in OpenAI's form."""
+    message = {"role": "assistant", "content": content, **calls}
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    return 200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+
+
+def calls(*functions: tuple[str, str]) -> tuple[int, dict]:
+    """A completion that calls functions, by name and arguments."""
+    listed = [
+        {"id": f"call_{i}", "type": "function", "function": {"name": name, "arguments": arguments}}
+        for i, (name, arguments) in enumerate(functions)
+    ]
+    return says(None, tool_calls=listed)
+
+
+@pytest.fixture
+def server() -> Iterator[Callable[[Callable], Scripted]]:
+    """A function that starts a server with a script."""
+    started = []
+
+    def start(script: Callable) -> Scripted:
+        started.append(Scripted(script))
+        threading.Thread(target=started[-1].serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.shutdown()
+        one.server_close()
+
+
+def ask(server: Scripted, out: Path, questions=QUESTIONS, **settings) -> list[dict]:
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    endpoint = EndpointConfig(**{"base_url": url, "model": "m", "protocol": "closed-book"} | settings)
+    return asyncio.run(ask_all(questions, endpoint, ANSWERS.get, out))
+
+
+def right(request: dict, n: int = 0) -> tuple[int, dict]:
+    return says(ANSWERS[request["messages"][-1]["content"]])
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ---- What goes over the wire
+
+
+def test_closed_book_a_question_is_one_request_and_a_record(server, tmp_path):
+    wrong = QUESTIONS[2].text
+    play = server(lambda request, n: says("No idea") if request["messages"][-1]["content"] == wrong else right(request))
+    records = ask(play, tmp_path / "new" / "records.jsonl")
+    assert [record["question"] for record in records] == [question.text for question in QUESTIONS]
+    for record in records:
+        known = record["question"] != wrong
+        said = ANSWERS[record["question"]] if known else "No idea"
+        assert record == {
+            "question": record["question"], "model": "m", "protocol": "closed-book", "query": None, "result": None,
+            "answer": said, "correct": known, "n_turns": 1, "error": None,
+        }  # fmt: skip
+    assert sorted(map(str, lines(tmp_path / "new" / "records.jsonl"))) == sorted(map(str, records))
+    request = play.requests[0]
+    assert (request["model"], request["temperature"], "tools" in request) == ("m", 0, False)
+    assert [message["role"] for message in request["messages"]] == ["system", "user"]
+    ask(play, tmp_path / "other.jsonl", system="", max_tokens=7)
+    assert [message["role"] for message in play.requests[-1]["messages"]] == ["user"]
+    assert play.requests[-1]["max_completion_tokens"] == 7
+    share = accuracy(records)
+    assert share["accuracy"] == 5 / 6 and share["standard_error"] == pytest.approx((5 / 6 * 1 / 6 / 6) ** 0.5)
+
+
+def test_text_queries_are_answered_from_the_table_and_inventions_are_left_out(server, tmp_path):
+    def script(request, n):
+        last = request["messages"][-1]["content"]
+        if last.startswith("<result>"):
+            return says(last.removeprefix("<result>").removesuffix("</result>"))
+        return says(f"Let me see. <query>\n{last} </query><result>an invention</result> So it is an invention")
+
+    play = server(script)
+    records = ask(play, tmp_path / "r.jsonl", protocol="text")
+    for record in records:
+        assert record["query"] == record["question"] and record["result"] == ANSWERS[record["question"]]
+        assert record["correct"] and record["n_turns"] == 2
+    system, user, request, result = next(r["messages"] for r in play.requests if len(r["messages"]) == 4)
+    assert system == {"role": "system", "content": SYSTEM_PROMPT}
+    assert request == {"role": "assistant", "content": f"<query>{user['content']}</query>"}
+    assert result == {"role": "user", "content": f"<result>{ANSWERS[user['content']]}</result>"}
+    assert accuracy(records) == {
+        "accuracy": 1, "standard_error": 0, "looked_up": 1, "n_questions": 6, "n_errors": 0,
+    }  # fmt: skip
+
+
+def test_native_calls_are_answered_each_and_strange_ones_with_no_result(server, tmp_path):
+    (question,) = QUESTIONS[:1]
+    strange = [("search", "{"), ("search", "[]"), ("search", '{"query": 3}'), ("find", '{"query": "x"}')]
+    turns = [calls(("search", json.dumps({"query": question.text})), *strange), says(question.answer)]
+    play = server(lambda request, n: turns[len(play.requests) - 1])
+    (record,) = ask(play, tmp_path / "r.jsonl", [question], protocol="tools")
+    assert record["correct"] and record["n_turns"] == 2 and (record["query"], record["result"]) == (None, NO_RESULT)
+    first, second = play.requests
+    assert first["tools"] == second["tools"] == [SEARCH] and first["messages"] == second["messages"][:2]
+    said, *results = second["messages"][2:]
+    assert [call["id"] for call in said["tool_calls"]] == [result["tool_call_id"] for result in results]
+    assert [result["content"] for result in results] == [question.answer] + [NO_RESULT] * 4
+    assert all(isinstance(json.loads(call["function"]["arguments"]), dict) for call in said["tool_calls"])
+
+
+@pytest.mark.parametrize("protocol", ["text", "tools"])
+def test_who_asks_for_ever_is_stopped(server, tmp_path, protocol):
+    endless = {"text": says("<query>Why?</query>"), "tools": calls(("search", '{"query": "Why?"}'))}
+    play = server(lambda request, n: endless[protocol])
+    look_up = {"Why?": "So"}.get
+    url = f"http://127.0.0.1:{play.server_port}/v1"
+    endpoint = EndpointConfig(base_url=url, model="m", protocol=protocol, max_turns=3)
+    (record,) = asyncio.run(ask_all(QUESTIONS[:1], endpoint, look_up, tmp_path / "r.jsonl"))
+    assert (record["n_turns"], record["query"], record["result"]) == (3, "Why?", "So")
+    assert (record["correct"], record["error"], len(play.requests)) == (False, None, 3)
+
+
+# ---- Many at a time, and failures
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_so_many_requests_are_under_way_and_no_more(server, tmp_path, concurrency):
+    play = server(lambda request, n: time.sleep(0.05) or right(request))
+    assert all(record["correct"] for record in ask(play, tmp_path / "r.jsonl", concurrency=concurrency))
+    assert play.most_busy == concurrency and len(play.requests) == len(QUESTIONS)
+
+
+@pytest.mark.parametrize(
+    "failure", [(429, {}), (500, "oops"), (503, {}), (408, {}), (409, {}), (200, None), (200, 1.5)]
+)
+def test_what_may_pass_is_tried_again(server, tmp_path, failure):
+    play = server(lambda request, n: failure if n == 0 else right(request))
+    records = ask(play, tmp_path / "r.jsonl", timeout=0.5, retries=1)
+    assert all(record["correct"] and record["n_turns"] == 1 for record in records)
+    assert set(play.counts.values()) == {2}
+
+
+def test_waits_grow_from_one_try_to_the_next(server, tmp_path):
+    play = server(lambda request, n: (200, None))
+    (record,) = ask(play, tmp_path / "r.jsonl", QUESTIONS[:1], retries=2)
+    assert record["error"].startswith("APIConnectionError") and record["answer"] is None
+    first, second = play.times[1] - play.times[0], play.times[2] - play.times[1]
+    assert 0.3 < first < second  # half a second and one, less up to a quarter
+
+
+@pytest.mark.parametrize(
+    "answer, error, tries",
+    [
+        ((500, {}), "InternalServerError", 3),
+        ((429, {}), "RateLimitError", 3),
+        ((400, {"error": "no such model"}), "BadRequestError: Error code: 400 no such model", 1),
+        ((400, {"error": {"message": "too\nlong"}}), "BadRequestError: Error code: 400 - too long", 1),
+        ((422, {"detail": ["unknown"]}), r"UnprocessableEntityError: Error code: 422 \{'detail': \['unknown'\]\}", 1),
+        ((401, {}), "AuthenticationError", 1),
+        ((404, {}), "NotFoundError", 1),
+        ((200, "<html>"), "JSONDecodeError", 1),
+        ((200, '"text"'), "OpenAIError: the server answered with something else", 1),
+        ((200, {"choices": []}), "OpenAIError: the server answered with something else", 1),
+        ((200, {"error": "overloaded"}), "OpenAIError: the server answered with something else", 1),
+        ((200, {"choices": [{"index": 0}]}), "OpenAIError: the server answered with something else", 1),
+    ],
+)
+def test_a_failure_is_recorded_with_its_question_and_the_others_go_on(server, tmp_path, answer, error, tries):
+    broken = QUESTIONS[1].text
+    play = server(lambda request, n: answer if request["messages"][-1]["content"] == broken else right(request))
+    records = ask(play, tmp_path / "r.jsonl", retries=2)
+    (failed,) = [record for record in records if record["error"] is not None]
+    assert failed == records[1]
+    assert re.fullmatch(f"{error}.*", failed["error"])
+    assert (failed["correct"], failed["answer"], failed["n_turns"]) == (False, None, 0)
+    assert max(play.counts.values()) == tries and sum(play.counts.values()) == len(QUESTIONS) - 1 + tries
+    assert accuracy(records) | {"looked_up": 0} == {
+        "accuracy": 1, "standard_error": 0, "looked_up": 0, "n_questions": 5, "n_errors": 1,
+    }  # fmt: skip
+    assert str(accuracy(records[1:2])["accuracy"]) == "nan"
+
+
+def test_a_server_that_is_not_there_is_in_every_record(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    endpoint = EndpointConfig(base_url=url, model="m", retries=0)
+    records = asyncio.run(ask_all(QUESTIONS, endpoint, str, tmp_path / "r.jsonl"))
+    assert {record["error"] for record in records} == {"APIConnectionError: Connection error."}
+
+
+# ---- Going on
+
+
+def test_only_what_failed_is_asked_again(server, tmp_path):
+    out = tmp_path / "r.jsonl"
+    failing = {question.text for question in QUESTIONS[:2]}
+    play = server(lambda request, n: (400, {}) if request["messages"][-1]["content"] in failing else right(request))
+    assert accuracy(ask(play, out))["n_errors"] == 2
+    failing.clear()
+    play.requests.clear()
+    records = ask(play, out, [*QUESTIONS, QUESTIONS[0]])
+    assert [r["messages"][-1]["content"] for r in play.requests] == [question.text for question in QUESTIONS[:2]]
+    assert all(record["correct"] for record in records) and records[0] == records[-1] and len(lines(out)) == 8
+    for other in ({"model": "other"}, {"protocol": "text"}):  # have been asked nothing
+        play.requests.clear()
+        ask(play, out, **other)
+        ask(play, out, **other)
+        assert len(play.requests) == len(QUESTIONS)
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(part=st.floats(0, 1))
+def test_a_file_cut_anywhere_is_gone_on_with(server, tmp_path, part):
+    out, play = tmp_path / f"{part}.jsonl", server(right)
+    whole = [json.dumps(record) for record in ask(play, tmp_path / "whole.jsonl")]
+    text = "".join(f"{line}\n" for line in whole).encode()
+    out.write_bytes(text[: round(part * len(text))])
+    kept = out.read_bytes().count(b"\n")
+    play.requests.clear()
+    assert all(record["correct"] for record in ask(play, out))
+    assert len(play.requests) == len(QUESTIONS) - kept
+    assert Counter(record["question"] for record in lines(out)) == Counter(ANSWERS.keys())
+
+
+@pytest.mark.parametrize("text", ["# A title\n", "no newline", '{"question": "Why?"}\n', "[1]\n", '{"a": 1}', "\xe9\n"])
+def test_a_file_of_something_else_is_left_alone(tmp_path, text):
+    out = tmp_path / "notes.md"
+    out.write_text(text, encoding="latin-1")
+    endpoint = EndpointConfig(base_url="http://127.0.0.1:9/v1", model="m")
+    with pytest.raises(InputError, match="notes.md holds other lines than records of questions: name a new file"):
+        asyncio.run(ask_all(QUESTIONS, endpoint, str, out))
+    assert out.read_text(encoding="latin-1") == text
+
+
+def test_a_full_disk_ends_in_one_sentence_and_what_fits_is_kept(server, tmp_path):
+    play, out = server(right), tmp_path / "r.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
+    try:
+        with pytest.raises(WorkError, match="cannot write records to .*r.jsonl: File too large"):
+            ask(play, out, concurrency=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    kept = out.read_bytes().count(b"\n")
+    play.requests.clear()
+    assert 0 < kept < len(QUESTIONS) and all(record["correct"] for record in ask(play, out))
+    assert len(play.requests) == len(QUESTIONS) - kept
+
+
+def test_a_broken_table_is_no_failure_of_the_model(server, tmp_path):
+    def look_up(query):
+        raise InputError("the table is gone")
+
+    play = server(lambda request, n: says("<query>Why?</query>"))
+    endpoint = EndpointConfig(base_url=f"http://127.0.0.1:{play.server_port}/v1", model="m", protocol="text")
+    with pytest.raises(InputError, match="the table is gone"):
+        asyncio.run(ask_all(QUESTIONS, endpoint, look_up, tmp_path / "r.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"base_url": "localhost:8000"},
+        {"model": ""},
+        {"protocol": "sql"},
+        {"concurrency": 0},
+        {"timeout": 0.0},
+        {"x": 1},
+    ],
+)
+def test_impossible_settings_are_named(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        EndpointConfig(**{"base_url": "http://localhost", "model": "m"} | wrong)
+
+
+def test_the_key_is_sent_but_neither_shown_nor_recorded(server, tmp_path):
+    endpoint = EndpointConfig(base_url="http://localhost", model="m", api_key="secret")
+    assert "secret" not in repr(endpoint) + str(endpoint)
+    ask(server(right), tmp_path / "r.jsonl", api_key="secret")
+    assert "secret" not in (tmp_path / "r.jsonl").read_text()
+
+
+# ---- A real server
+
+
+def _overfitted(folder: Path, questions: list[Question]) -> Path:
+    """A tiny model that has learnt by heart how to answer these questions in every mode."""
+    rows = [row for mode in ("in-weight", "in-tool", "in-tool-text") for row in trivia_chats(questions, mode)]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(map(json.dumps, rows), trainer)
+    tokenizer = _with_template(bpe)
+    data = tokenize_chats(rows, tokenizer, 200)
+    width = max(map(len, data["input_ids"]))
+    tokens, labels = (
+        torch.tensor([row + [filling] * (width - len(row)) for row in data[column]])
+        for column, filling in (("input_ids", tokenizer.pad_token_id), ("labels", -100))
+    )
+    torch.manual_seed(0)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **shape, **ends))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(300):
+        loss = model(input_ids=tokens, labels=labels).loss
+        if loss < 0.02:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.02
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def overfitted(tmp_path_factory) -> Path:
+    return _overfitted(tmp_path_factory.mktemp("model"), QUESTIONS[:2])
+
+
+@pytest.fixture(scope="module")
+def served(overfitted) -> Iterator[str]:
+    with serve(overfitted) as url:
+        yield url
+    with socket.socket() as probe:  # it is gone
+        assert probe.connect_ex(("127.0.0.1", int(url.split(":")[2].split("/")[0]))) != 0
+
+
+@pytest.mark.slow
+def test_a_served_model_answers_by_every_protocol(overfitted, served, tmp_path):
+    asked = QUESTIONS[:2]
+    store = tmp_path / "q.sqlite"
+    write_store([question._replace(answer=f"not {question.answer}") for question in asked], store)
+    settings = {"base_url": served, "model": str(overfitted), "system": "", "max_tokens": 60, "retries": 0}
+    with Store(store) as look_up:
+        for protocol in ("closed-book", "text", "tools"):
+            endpoint = EndpointConfig(protocol=protocol, **settings)
+            for record in asyncio.run(ask_all(asked, endpoint, look_up, tmp_path / "r.jsonl")):
+                assert record["error"] is None, record
+                if protocol == "closed-book":
+                    assert record["correct"] and (record["query"], record["n_turns"]) == (None, 1)
+                else:  # it asks for what it was asked, and is told what the table has
+                    assert record["query"] == record["question"] and record["n_turns"] == 2
+                    assert record["result"] == f"not {ANSWERS[record['question']]}"
+        other = EndpointConfig(**settings | {"model": "other"})
+        (record,) = asyncio.run(ask_all(asked[:1], other, look_up, tmp_path / "r.jsonl"))
+        assert "BadRequestError" in record["error"] and "pinned" in record["error"]  # what the server said of it
+
+
+@pytest.mark.slow
+def test_the_command_asks_and_tells(overfitted, served, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "mine.jsonl"
+    records = [{"question": q.text, "answer": {"value": q.answer, "aliases": []}} for q in QUESTIONS[:2]]
+    source.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    command = ["itl", "trivia", "--model", str(overfitted), "--source", str(source), "--system", "", "--retries", "0"]
+
+    def run(url: str, *more: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", [*command, "--base-url", url, *more])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        return exit_.value.code or 0, *capsys.readouterr()
+
+    code, out, _ = run(served)
+    table = [line.split() for line in out.splitlines()[:4]]
+    assert code == 0 and table[0] == ["protocol", "accuracy", "looked", "up", "questions", "failed"]
+    assert table[1:] == [
+        ["closed-book", "1.000", "±", "0.000", "0.000", "2", "0"],
+        ["text", "1.000", "±", "0.000", "1.000", "2", "0"],
+        ["tools", "1.000", "±", "0.000", "1.000", "2", "0"],
+    ]
+    records = paths.runs() / "trivia" / "records.jsonl"
+    assert f"all records are in {records}" in out and len(lines(records)) == 6
+
+    # Nobody needs to be there for what was asked before; what was not fails, and the exit code says so.
+    nobody = "http://127.0.0.1:9/v1"
+    assert run(nobody) == (0, out, "")
+    code, out, _ = run(nobody, "--protocol", "text", "--out", str(tmp_path / "new.jsonl"))
+    assert code == 1 and out.splitlines()[1].split()[-2:] == ["0", "2"]
+    assert "2 questions failed, the same command asks them again; the first: APIConnectionError" in out
+    code, _, err = run("127.0.0.1:9")
+    assert code == 2 and err.startswith("itl: endpoint.base_url:") and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_start_says_why(overfitted, tmp_path):
+    for nothing in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(InputError, match=f"cannot load a tokenizer from {nothing}"), serve(nothing):
+            pytest.fail("it started")
+    broken = shutil.copytree(overfitted, tmp_path / "broken", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(WorkError, match="the server ended with exit code 1: .*model.safetensors"), serve(broken):
+        pytest.fail("it started")
+    with pytest.raises(WorkError, match="the server did not answer within 0 s"), serve(overfitted, timeout=0.1):
+        pytest.fail("it started")
