@@ -2,10 +2,8 @@
 
 import json
 import math
-from itertools import product
 
 import numpy as np
-import peft
 import pytest
 import torch
 from chat_models import ScriptedModel, random_model, teach, tokenizer
@@ -15,13 +13,13 @@ from hypothesis.extra import numpy as arrays
 
 from lib.base import InputError
 from lib.dialogs import answer, question
-from lib.facts import FactsConfig, People, sample_people, unseen_people, write_database
+from lib.facts import People, sample_people, write_database
 from lib.finetune import evaluation
 from lib.finetune.evaluation import (
     base_answers,
     divergences,
     estimate,
-    evaluate,
+    kept_answers,
     measure_capability,
     measure_divergence,
     measure_recall,
@@ -120,7 +118,7 @@ def test_divergences_are_their_sums_and_obey_their_inequalities(base, model):
     expected_tv, expected_kl = _brute_force(base, model)
     np.testing.assert_allclose(tv, expected_tv, atol=1e-5)
     np.testing.assert_allclose(kl, expected_kl, atol=1e-4, rtol=1e-4)
-    assert (tv <= np.sqrt(np.maximum(kl, 0) / 2) + 1e-4).all()  # Pinsker
+    assert (tv**2 <= kl / 2 + 1e-6).all()  # Pinsker
     assert (tv >= 0).all() and (tv <= 1 + 1e-5).all() and (k2 >= 0).all() and (k3 >= -1e-5).all()
     np.testing.assert_allclose(k2, k1**2 / 2, rtol=1e-4)
     np.testing.assert_allclose(k3, np.exp(-k1) - 1 + k1, rtol=1e-3, atol=1e-4)
@@ -177,6 +175,30 @@ def test_a_model_is_at_no_distance_from_itself_and_others_are_where_brute_force_
         assert n == 3
         assert mean == pytest.approx(values.mean(), rel=1e-4)
         assert stderr == pytest.approx(values.std(ddof=1) / math.sqrt(3), rel=1e-3)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """Notes when a base is really asked. Replies are short."""
+    monkeypatch.setattr(evaluation, "PROMPT_TOKENS", 20)
+    noted, real = [], evaluation.base_answers
+    monkeypatch.setattr(evaluation, "base_answers", lambda *a, **k: noted.append("base_answers") or real(*a, **k))
+    return noted
+
+
+def test_a_bases_answers_are_kept_for_as_long_as_it_is_the_same(tmp_path, monkeypatch, calls):
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
+
+    def kept(base, prompts=SHORT) -> tuple[list[list[int]], int]:
+        calls.clear()
+        base.save_pretrained(tmp_path / "base")
+        return kept_answers(base, tokenizer(), prompts, tmp_path / "base"), len(calls)
+
+    first, second = random_model(0), random_model(1)
+    expected, others = (base_answers(base, tokenizer(), SHORT) for base in (first, second))
+    assert kept(first) == (expected, 1) and kept(first) == (expected, 0)
+    assert kept(second) == (others, 1) and others != expected  # trained anew, in the same folder
+    assert kept(first) == (expected, 0) and kept(first, SHORT[:1]) == (expected[:1], 1)
 
 
 def test_parts_of_an_answer_make_the_whole(monkeypatch):
@@ -243,137 +265,6 @@ def test_a_task_that_cannot_be_had_is_one_sentence(task, monkeypatch):
         measure_capability(random_model(), tokenizer(), "hellaswagg")
     with pytest.raises(InputError, match="the task colors has no metric acc: give a multiple-choice task"):
         measure_capability(random_model(), tokenizer(), task | {"metric_list": [{"metric": "acc_norm"}]})
-
-
-# ---- All of it, kept
-
-
-FACTS = FactsConfig(n_people=1)
-COLUMNS = {
-    *(f"{name}{end}" for name, end in product(
-        ("recall", "recall_unseen", "capability", "tv", "kl", "k1", "k2", "k3"), ("", "_stderr")
-    )),
-    "n_recall", "n_unseen", "capability_task", "evaluation_seconds",
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A base, a checkpoint that learnt to ask a database about one person, and an adapter on the base."""
-    folder = tmp_path_factory.mktemp("models")
-    base = random_model(0)
-    for name, model in (("base", base), ("checkpoint", teach(1, "in-tool-text", steps=130))):
-        model.save_pretrained(folder / name)
-        tokenizer().save_pretrained(folder / name)
-    adapter = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    adapter.base_model.model.name_or_path = adapter.peft_config["default"].base_model_name_or_path = str(
-        folder / "base"
-    )
-    adapter.save_pretrained(folder / "adapter")
-    tokenizer().save_pretrained(folder / "adapter")
-    return folder
-
-
-@pytest.fixture
-def calls(monkeypatch) -> list[str]:
-    """Notes what is really measured. Replies are short."""
-    monkeypatch.setattr(evaluation, "PROMPT_TOKENS", 20)
-    monkeypatch.setattr(evaluation, "FACT_TOKENS", 60)
-    noted = []
-    for name in ("measure_recall", "measure_capability", "base_answers", "measure_divergence"):
-        real = getattr(evaluation, name)
-        monkeypatch.setattr(evaluation, name, lambda *a, n=name, r=real, **k: noted.append(n) or r(*a, **k))
-    return noted
-
-
-ALL = ["measure_recall", "measure_recall", "measure_capability", "base_answers", "measure_divergence"]
-
-
-def test_every_part_is_measured_once_and_again_only_if_it_would_change(folders, task, calls, tmp_path, monkeypatch):
-    monkeypatch.setenv("ITL_RUNS", str(tmp_path))
-
-    def run(facts=FACTS, mode="in-tool-text", base="base", **options) -> tuple[dict, list[str]]:
-        calls.clear()
-        options = {"task": task, "prompts": SHORT, "n_unseen_people": 5, "device": "cpu"} | options
-        return evaluate(folders / "checkpoint", folders / base, facts, mode, **options), calls[:]
-
-    # A stop in the middle loses nothing that was measured.
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(evaluation, "measure_capability", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        run()
-    row, made = run()
-    assert made == ALL[2:]
-    assert set(row) == COLUMNS
-    assert row["recall"] == 1 and row["n_recall"] == 4 and row["n_unseen"] == 20
-    assert row["recall_unseen"] < 0.5 and row["capability_task"] == "colors" and row["tv"] > 0.1
-    assert all(math.isfinite(value) for key, value in row.items() if key != "capability_task")
-    assert 0 < row["evaluation_seconds"] < 60
-    kept = json.loads((folders / "checkpoint" / "evaluation.json").read_text())
-    assert sum(part["seconds"] for part in kept.values()) == pytest.approx(row["evaluation_seconds"], abs=0.01)
-
-    assert run() == (row, [])
-    assert run(task=task | {"description": "others"})[1] == ["measure_capability"]
-    assert run(prompts=SHORT[:2], task=task)[1] == ["measure_capability", "base_answers", "measure_divergence"]
-    again, made = run()  # the base's answers to these are still there
-    assert made == ["measure_divergence"]
-    assert {key: value for key, value in again.items() if key != "evaluation_seconds"} == {
-        key: value for key, value in row.items() if key != "evaluation_seconds"
-    }
-    assert run(facts=FactsConfig(n_people=1, seed=1))[1] == run(mode="in-tool")[1] == ALL[:2]
-
-    (folders / "checkpoint" / "generation_config.json").write_text("{}")  # another model, perhaps
-    assert run()[1] == [name for name in ALL if name != "base_answers"]
-
-
-def test_an_adapter_is_measured_on_its_base(folders, task, calls, tmp_path, monkeypatch):
-    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
-    options = {"task": task, "prompts": SHORT, "n_unseen_people": 1, "device": "cpu"}
-    row = evaluate(folders / "adapter", folders / "base", FACTS, "in-weight", **options)
-    assert (folders / "adapter" / "evaluation.json").exists() and calls == ALL
-    # Against peft's own way to load it.
-    base = random_model(0)
-    model = peft.PeftModel.from_pretrained(random_model(0), folders / "adapter").eval()
-    assert row["kl"] == pytest.approx(measure_divergence(model, base, tokenizer(), SHORT).kl.mean, rel=1e-4)
-    assert row["tv"] > 0.01
-    calls.clear()
-    # The base itself, its record elsewhere: at no distance.
-    row = evaluate(folders / "base", folders / "base", FACTS, "in-weight", record=tmp_path / "base.json", **options)
-    assert row["tv"] == row["kl"] == row["k1"] == 0 and (tmp_path / "base.json").exists()
-    assert calls == [name for name in ALL if name != "base_answers"]
-
-
-def test_the_facts_asked_for_are_a_fixed_sample_and_the_unseen_are_in_the_database(
-    monkeypatch, folders, tmp_path, task
-):
-    asked = []
-
-    def spy(model, tokenizer, facts, mode, tool, **_):
-        asked.append(facts)
-        assert all(tool(request).text == value for request, value in map(_request, facts))
-        return estimate([0.0, 1.0])
-
-    monkeypatch.setattr(evaluation, "measure_recall", spy)
-    monkeypatch.setattr(evaluation, "measure_capability", lambda *_: estimate([1.0]))
-    facts = FactsConfig(n_people=200, seed=3)
-    options = {"task": task, "prompts": SHORT[:1], "device": "cpu"}
-    for n in range(2):
-        evaluate(folders / "base", folders / "base", facts, "in-tool", record=tmp_path / f"{n}.json", **options)
-    trained, unseen, again, _ = asked
-    assert trained == again and len(trained) == len(set(trained)) == 300
-    assert set(trained) < set(sample_people(200, 3).facts())
-    assert unseen == list(unseen_people(facts, 100)["new_both"].facts()) and len(unseen) == 400
-    assert sum(attribute == "birth_date" for _, attribute, _ in trained) == pytest.approx(75, abs=25)
-
-
-def _request(fact) -> tuple[str, str]:
-    name, attribute, value = fact
-    return f"```sql\nFIND {attribute} FOR {name}\n```", value
-
-
-def test_a_checkpoint_that_is_not_there_is_one_sentence(folders):
-    with pytest.raises(InputError, match="cannot write .*nowhere/evaluation.json: give a record in a folder"):
-        evaluate(folders / "nowhere", folders / "base", FACTS, "in-weight")
-    assert not (folders / "nowhere").exists()
 
 
 # ---- Prompts
