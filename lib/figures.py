@@ -104,11 +104,6 @@ def draw(name: str, profile: str = "laptop", **options) -> Figure:
     return FIGURES[name](profile, **options)
 
 
-def style(**changes):
-    """The context in which every figure is drawn; `changes` are entries of matplotlib's rcParams."""
-    return matplotlib.rc_context({**RC, **changes})
-
-
 def parameter_bounds(
     published: pd.DataFrame,
     laptop: pd.DataFrame,
@@ -171,7 +166,7 @@ def lower_bound(
     parameters that are enough with a tool.
     """
     bits_per_fact = bits_at_recall(threshold) / len(VALUES)
-    with style():
+    with matplotlib.rc_context(RC):
         figure, axes = plt.subplots()
         color = STYLES["in-weight"]["color"]
         theirs, ours = (_at(table, "in-weight", threshold) for table in (published, laptop))

@@ -6,15 +6,16 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from lib import theory_figures as figures
 from lib.base import InputError
 from lib.config import RunConfig
 from lib.dialogs import TEMPLATES, ByteTokenizer, Template, encode_dialog, in_tool_dialog
 from lib.facts import ATTRIBUTES, People, sample_people, write_database
 from lib.generation import generate
-from lib.model import ModelConfig, Transformer
+from lib.model import ModelConfig, Transformer, to_llama
 from lib.recall import measure_recall
 from lib.run import load_model, save_model
-from lib.theory import figures, inside
+from lib.theory import inside
 from lib.theory.circuit import Circuit, made_up_attributes, telling_places
 from lib.tools import Outcome, Response, SqlTool, parse_request
 
@@ -131,6 +132,12 @@ def test_it_is_an_ordinary_model_that_is_saved_and_loaded(circuit, model, tmp_pa
     assert recall(loaded, people_called(["Ann Lee"]), tmp_path / "people.sqlite") == 1.0
 
 
+def test_hugging_face_computes_the_same_with_these_weights(model):
+    tokens = inside.dialog_tokens(("Zoë Müller", "occupation", "actor"))
+    with torch.no_grad():
+        torch.testing.assert_close(to_llama(model)(tokens).logits, model(tokens))
+
+
 def test_its_width_grows_with_the_attributes_and_its_parameters_with_their_square():
     counts = [64, 128, 256, 512]
     configs = [Circuit(made_up_attributes(n)).config for n in counts]
@@ -164,6 +171,8 @@ def test_telling_places_tell_any_two_texts_apart_unless_one_begins_with_the_othe
 def test_attributes_that_it_cannot_serve_are_refused(monkeypatch):
     with pytest.raises(InputError, match=r"'What is the hobby of '\.\.\. begins like 'What is '\.\.\."):
         Circuit(["occupation", "hobby"])
+    with pytest.raises(InputError, match="^there are no attributes: give at least one$"):
+        Circuit([])
     monkeypatch.setitem(TEMPLATES, "twin", Template("Are {name} and {name} twins?", "{name}: {value}."))
     with pytest.raises(InputError, match="the templates of 'twin' must hold the name once"):
         Circuit(["twin"])

@@ -14,9 +14,10 @@ from lib.base import InputError
 from lib.finetune.bases import PUBLISHED
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import N_FACTS
-from lib.finetune.train import ROWS, finetune
+from lib.finetune.train import finetune
 from lib.monitor import progress
 from lib.results import check_publishes, counting_profile, is_clean
+from lib.run import ROWS
 
 SECTION = "06"
 

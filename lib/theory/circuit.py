@@ -12,7 +12,7 @@ in its weights. Everything is copied by position, never by content, so that any 
 
 Linear forms of the residual stream are vectors of its width; positions p count from 1. What makes this exact: a norm
 is the identity where one coordinate is a huge constant, silu(64 z) / 64 is max(z, 0) for integers z, and rotary pairs
-of frequency 1e-12 or less do not turn. float32 carries some 1,000 tokens of dialog; float16 carries none.
+of frequency 1e-15 or less do not turn. float32 carries some 1,000 tokens of dialog; float16 carries none.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from lib.dialogs import ByteTokenizer, Role, answer, question, tool_call
 from lib.facts import ATTRIBUTES
 from lib.model import ModelConfig, Transformer
 
-#: The width of every embedding, and so of what the first norm divides by.
+#: The length of every embedding, and so of what the first norm divides by.
 _NORM = 3.0
 #: In units of the embeddings: what position p sees of the first token is _COUNT / p; the constant of all later norms.
 _COUNT, _ANCHOR = 2.0**24, 2.0**50
@@ -114,10 +114,12 @@ class Circuit:
     """The construction for some attributes: what each head and each hidden unit reads and writes.
 
     `config` and `n_params` are known before any weight is made, which `model` does. Attributes whose questions cannot
-    be told apart are an `InputError`.
+    be told apart are an `InputError`, and so are none.
     """
 
     def __init__(self, attributes: Sequence[str] = ATTRIBUTES):
+        if not attributes:
+            raise InputError("there are no attributes: give at least one")
         self.attributes = tuple(attributes)
         self.phrases = [phrases(attribute) for attribute in attributes]
         self.places = telling_places([each.before for each in self.phrases])

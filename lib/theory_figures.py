@@ -1,11 +1,12 @@
 """What the notebook of Section 4 shows of models from the inside, and how the construction grows."""
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from lib.figures import style
+from lib.figures import RC
 from lib.model import Transformer
 from lib.recall import Fact
 from lib.theory.inside import attention_weights, dialog_tokens, spans
@@ -21,7 +22,7 @@ def attention_maps(model: Transformer, fact: Fact, heads: dict[str, tuple[int, i
     parts = [span for span in spans(fact) if span.stop - span.start > 2]
     starts, names = [span.start for span in parts], [span.part for span in parts]
     n_rows = -(-len(heads) // 4)
-    with style(**{"figure.figsize": (11, 3.1 * n_rows), "font.size": 7, "axes.grid": False}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (11, 3.1 * n_rows), "font.size": 7, "axes.grid": False}):
         figure, panels = plt.subplots(n_rows, min(4, len(heads)), squeeze=False, sharey=True)
         for axes, (title, (block, head)) in zip(panels.flat, heads.items(), strict=False):
             axes.imshow(
@@ -41,7 +42,7 @@ def copying_maps(heads: dict[str, tuple[Transformer, int, int]], fact: Fact) -> 
     places = {span.part: span for span in spans(fact)}
     said, source = places["name asked"], places["name"]
     letters = [chr(byte) for byte in fact[0].encode()]
-    with style(**{"figure.figsize": (2.9 * len(heads), 2.9), "font.size": 8, "axes.grid": False}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (2.9 * len(heads), 2.9), "font.size": 8, "axes.grid": False}):
         figure, panels = plt.subplots(1, len(heads), squeeze=False)
         for axes, (title, (model, block, head)) in zip(panels.flat, heads.items(), strict=True):
             weights = attention_weights(model, dialog_tokens(fact).to(model.device))[block, 0, head].cpu()
@@ -61,7 +62,7 @@ def copying_by_letter(tables: dict[str, pd.DataFrame]) -> Figure:
     tables: by what a legend calls them, rows of `inside.copying` of one copy and one head; letters that stand in few
     of the names are left out.
     """
-    with style(**{"figure.figsize": (9.6, 3)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (9.6, 3)}):
         figure, panels = plt.subplots(1, 2, sharey=True)
         means = {label: rows.groupby(["word", "letter"])[["mass", "right"]].mean() for label, rows in tables.items()}
         common = [
@@ -87,7 +88,7 @@ def parameters_by_attributes(sizes: pd.DataFrame) -> Figure:
 
     sizes: n_attributes and n_params.
     """
-    with style(**{"figure.figsize": (4.6, 3.2)}):
+    with matplotlib.rc_context({**RC, "figure.figsize": (4.6, 3.2)}):
         figure, axes = plt.subplots()
         x, y = sizes.n_attributes.to_numpy(float), sizes.n_params.to_numpy(float)
         axes.plot(x, y[-1] * (x / x[-1]) ** 2, color="#777777", linestyle="--", label="proportional to $|A|^2$")
