@@ -200,6 +200,14 @@ def test_native_calls_are_answered_each_and_strange_ones_with_no_result(server, 
     assert all(isinstance(json.loads(call["function"]["arguments"]), dict) for call in said["tool_calls"])
 
 
+def test_half_characters_are_an_answer_like_any_other_but_cannot_be_sent(server, tmp_path):
+    play = server(lambda request, n: says("\ud800 <query>\ud800</query>"))
+    (record,) = ask(play, tmp_path / "r.jsonl", QUESTIONS[:1])
+    assert record["answer"].startswith("\ud800") and record["error"] is None
+    (record,) = ask(play, tmp_path / "r.jsonl", QUESTIONS[:1], protocol="text")
+    assert record["error"].startswith("UnicodeEncodeError") and len(lines(tmp_path / "r.jsonl")) == 2
+
+
 @pytest.mark.parametrize("protocol", ["text", "tools"])
 def test_who_asks_for_ever_is_stopped(server, tmp_path, protocol):
     endless = {"text": says("<query>Why?</query>"), "tools": calls(("search", '{"query": "Why?"}'))}
@@ -255,6 +263,8 @@ def test_waits_grow_from_one_try_to_the_next(server, tmp_path):
         ((200, {"choices": []}), "OpenAIError: the server answered with something else", 1),
         ((200, {"error": "overloaded"}), "OpenAIError: the server answered with something else", 1),
         ((200, {"choices": [{"index": 0}]}), "OpenAIError: the server answered with something else", 1),
+        (says(["in", "parts"]), "OpenAIError: the server answered with something else", 1),
+        (says(None, tool_calls=[{"id": "1", "type": "function"}]), "OpenAIError: the server answered with", 1),
     ],
 )
 def test_a_failure_is_recorded_with_its_question_and_the_others_go_on(server, tmp_path, answer, error, tries):

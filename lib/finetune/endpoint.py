@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openai import AsyncOpenAI, OpenAIError
-from pydantic import Field
+from openai.types.chat import ChatCompletionMessage
+from pydantic import Field, ValidationError
 
 from lib.base import Config, InputError, WorkError
 from lib.finetune.data import ChatMode
@@ -86,7 +87,7 @@ async def ask_all(
     async def work() -> None:
         for question in waiting:  # which the workers share: each takes the next
             record = done[question.text] = await _ask(client, endpoint, question, look_up)
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json.dumps(record) + "\n")
             file.flush()
             bar.update(1)
 
@@ -151,7 +152,7 @@ async def _ask(
             results = [NO_RESULT if query is None else look_up(query) for query in queries]
             record |= {"query": queries[-1], "result": results[-1]}
             messages += _exchange(message, queries, results, endpoint.protocol)
-    except (OpenAIError, json.JSONDecodeError) as error:
+    except (OpenAIError, json.JSONDecodeError, UnicodeError) as error:  # a reply can hold half a character, a request cannot
         record["error"] = _reason(error)
     return record
 
@@ -163,16 +164,15 @@ def _reason(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}{said}".split())[:300]
 
 
-def _message(completion: Any):
+def _message(completion: Any) -> ChatCompletionMessage:
     """What the model said; an OpenAIError if the server answered with something else than a chat completion."""
-    choices = getattr(completion, "choices", None)
-    message = getattr(choices[0], "message", None) if choices else None
-    if message is None:
-        raise OpenAIError("the server answered with something else than a chat completion")
-    return message
+    try:  # the client takes whatever JSON there is
+        return ChatCompletionMessage.model_validate(completion.choices[0].message.model_dump(warnings=False))
+    except (AttributeError, IndexError, TypeError, ValidationError):
+        raise OpenAIError("the server answered with something else than a chat completion") from None
 
 
-def _queries(message: Any, protocol: Protocol) -> list[str | None]:
+def _queries(message: ChatCompletionMessage, protocol: Protocol) -> list[str | None]:
     """What a model asks for; None stands for a call that is none of `SEARCH`."""
     if protocol == "tools":
         return [_query_of_call(call.function) for call in message.tool_calls or ()]
@@ -191,7 +191,9 @@ def _query_of_call(function: Any) -> str | None:
     return None
 
 
-def _exchange(message: Any, queries: list[str | None], results: list[str], protocol: Protocol) -> list[dict]:
+def _exchange(
+    message: ChatCompletionMessage, queries: list[str | None], results: list[str], protocol: Protocol
+) -> list[dict]:
     """The model's look-ups and their results, as the next turns of the conversation."""
     if protocol == "text":  # without what the model said beyond its request, a result of its own invention perhaps
         said, told = write_query(queries[0]), write_result(results[0])
