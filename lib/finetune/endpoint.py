@@ -152,7 +152,7 @@ async def _ask(
             results = [NO_RESULT if query is None else look_up(query) for query in queries]
             record |= {"query": queries[-1], "result": results[-1]}
             messages += _exchange(message, queries, results, endpoint.protocol)
-    except (OpenAIError, json.JSONDecodeError, UnicodeError) as error:  # a reply can hold half a character, a request cannot
+    except (OpenAIError, json.JSONDecodeError, UnicodeError) as error:  # of half a character
         record["error"] = _reason(error)
     return record
 
