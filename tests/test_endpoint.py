@@ -6,6 +6,8 @@ import re
 import resource
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -426,12 +428,17 @@ def overfitted(tmp_path_factory) -> Path:
     return _overfitted(tmp_path_factory.mktemp("model"), QUESTIONS[:2])
 
 
+def _is_there(url: str) -> bool:
+    """Whether somebody listens."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", int(url.split(":")[2].split("/")[0]))) == 0
+
+
 @pytest.fixture(scope="module")
 def served(overfitted) -> Iterator[str]:
     with serve(overfitted) as url:
         yield url
-    with socket.socket() as probe:  # it is gone
-        assert probe.connect_ex(("127.0.0.1", int(url.split(":")[2].split("/")[0]))) != 0
+    assert not _is_there(url)
 
 
 @pytest.mark.slow
@@ -499,3 +506,17 @@ def test_a_server_that_cannot_start_says_why(overfitted, tmp_path):
         pytest.fail("it started")
     with pytest.raises(WorkError, match="the server did not answer within 0 s"), serve(overfitted, timeout=0.1):
         pytest.fail("it started")
+
+
+@pytest.mark.slow
+def test_a_server_ends_with_the_process_that_started_it_however_that_ends(overfitted):
+    code = f"import time; from lib.finetune.endpoint import serve\nwith serve({str(overfitted)!r}) as url:"
+    command = [sys.executable, "-c", f"{code} print(url, flush=True); time.sleep(600)"]
+    with subprocess.Popen(command, cwd=paths.ROOT, stdout=subprocess.PIPE, text=True) as starter:
+        url = starter.stdout.readline()
+        assert _is_there(url)
+        starter.kill()
+    deadline = time.monotonic() + 30
+    while _is_there(url):
+        assert time.monotonic() < deadline, "it is still there"
+        time.sleep(0.05)

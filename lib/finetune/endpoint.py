@@ -228,6 +228,15 @@ def accuracy(records: Sequence[dict]) -> dict[str, float]:
 # ---- A server of one's own
 
 
+#: Ends when its standard input does, and so with the process that started it, however that ends.
+_SERVER = """
+import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+from transformers.cli.transformers import main
+main()
+"""
+
+
 @contextmanager
 def serve(source: str | Path, timeout: float = 300.0) -> Iterator[str]:
     """Serve a model on this machine, by `transformers serve`, and end the server after.
@@ -240,22 +249,17 @@ def serve(source: str | Path, timeout: float = 300.0) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(source)]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    with tempfile.TemporaryFile() as log:
-        offline = {"HF_HUB_OFFLINE": "1"} if Path(source).exists() else {}
-        environment = os.environ | offline
-        server = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+    command = [sys.executable, "-c", _SERVER, "serve", str(source), "--host", "127.0.0.1", "--port", str(port)]
+    offline = {"HF_HUB_OFFLINE": "1"} if Path(source).exists() else {}
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=os.environ | offline) as server,
+    ):
         try:
             _wait_until_healthy(server, f"http://127.0.0.1:{port}/health", log, timeout)
             yield f"http://127.0.0.1:{port}/v1"
         finally:
-            server.terminate()
-            try:
-                server.wait(10)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+            server.kill()  # it has nothing to lose
 
 
 def _wait_until_healthy(server: subprocess.Popen, url: str, log, timeout: float) -> None:
