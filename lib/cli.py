@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from lib import cli_scale, cli_slurm, paths
 from lib.base import InputError, WorkError
@@ -168,33 +170,30 @@ def chat(
     folder: RunFolder,
     question: Annotated[str | None, typer.Argument(help="one question; without it, a conversation")] = None,
     database: Database = None,
+    beside: Annotated[Path | None, typer.Option(help="folder of another run, to answer the same questions")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
     device: str = "auto",
 ) -> None:
-    """Talk to a trained model and watch it call its tool."""
-    from lib.conversation import open_conversation
-    from lib.dialogs import Role
+    """Talk to a trained model and watch it call its tool; in a conversation, /help lists commands.
 
-    colors = {Role.ASSISTANT: "green", Role.DATABASE: "magenta"}
-    with open_conversation(folder, database, device) as talk:
+    /set changes a fact in a copy of the database: the model answers with what it says now.
+    """
+    from lib import terminal
+    from lib.conversation import open_conversation
+
+    with ExitStack() as stack:
+        runs = [(folder, database), *([(beside, None)] if beside else [])]
+        talks = [stack.enter_context(open_conversation(*run, device, editable=question is None)) for run in runs]
         if question is None:
-            console.print(f"Ask about a person, {talk.example!r} say. An empty line ends the conversation.")
-        while line := question or _read_line():
-            speaker = None
-            for role, piece in talk.ask(line, temperature=temperature):
-                if role != speaker:
-                    console.print(f"{'' if speaker is None else chr(10)}{role}: ", end="", style="bold")
-                    speaker = role
-                console.print(piece, end="", style=colors[role])
-            console.print()
-            if question is not None:
-                return
+            terminal.converse(console, talks, _read_line, temperature=temperature)
+        else:
+            terminal.answer(console, talks, question, temperature=temperature)
 
 
 def _read_line() -> str:
     """What the user says next; nothing at the end of the input."""
     try:
-        return console.input("you: ").strip()
+        return console.input(Text("you: ", style="bold cyan")).strip()
     except EOFError:
         return ""
 

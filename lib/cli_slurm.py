@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lib.base import InputError
+from lib.cli_scale import finetune_folder, finetuning
 from lib.options import (
     Device,
     Out,
@@ -68,6 +69,19 @@ def submit_train(
     options = {"device": device, "observers": watching, "sharded": sharded, "tensor": tensor}
     task = submissions.train_task(cell, run_folder(cell, out), **options)
     _submit(f"train-{cell.run_id}", [task], resources.model_copy(update={"tasks": max(1, resources.gpus)}), dry_run)
+
+
+@submit.command("finetune")
+@with_options(config=finetuning, resources=_resources)
+def submit_finetune(config, resources, out: Out = None, device: Device = "auto", dry_run: Script = False) -> None:
+    """Fine-tune one model, with one process a GPU (without GPUs, one a node). It goes on after a time limit."""
+    from lib import submissions
+
+    values = config.model_dump(mode="json", exclude_defaults=True)
+    folder = str(finetune_folder(config, out).resolve())
+    task = submissions.Finetune(config=values, directory=folder, device=device)
+    tasks = max(1, resources.gpus)
+    _submit(f"finetune-{config.run_id}", [task], resources.model_copy(update={"tasks": tasks}), dry_run)
 
 
 @submit.command("sweep")

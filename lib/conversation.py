@@ -3,17 +3,19 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from lib.base import InputError
 from lib.config import RunConfig
-from lib.dialogs import Role, Tokenizer, question
-from lib.facts import load_people
+from lib.dialogs import Role, Tokenizer, Turn, question
+from lib.facts import People, load_people, unseen_people
 from lib.generation import chat
 from lib.model import Transformer
 from lib.run import DATABASE, load_model
 from lib.tokenizers import run_tokenizer
-from lib.tools import SqlTool
+from lib.tools import EditableTool, SqlTool
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Conversation:
     model: Transformer
     config: RunConfig
     tokenizer: Tokenizer
-    tool: SqlTool | None
+    tool: SqlTool | EditableTool | None
     database: Path | None
 
     @property
@@ -32,16 +34,29 @@ class Conversation:
         name, attribute, _ = next(load_people(self.config.facts).facts())
         return question(name, attribute)
 
+    def strangers(self, n: int = 3) -> People:
+        """People whom the model was not trained on, first and last names known to it; nobody if it learned a file."""
+        facts = self.config.facts
+        return unseen_people(facts, n)["new_pair"] if facts.csv is None else People([], {})
+
     def ask(self, text: str, **options) -> Iterator[tuple[Role, str]]:
         """The answer, streamed as `generation.chat` does; `options` are those of `generation.stream`."""
         return chat(self.model, text, self.tokenizer, self.tool, **options)
 
+    def turns(self, text: str, **options) -> list[Turn]:
+        """The question and what follows it, turn by turn; `options` as for `ask`."""
+        answer = groupby(self.ask(text, **options), key=itemgetter(0))
+        return [Turn(Role.USER, text), *(Turn(role, "".join(piece for _, piece in said)) for role, said in answer)]
+
 
 @contextmanager
-def open_conversation(folder: Path, database: Path | None = None, device: str = "auto") -> Iterator[Conversation]:
+def open_conversation(
+    folder: Path, database: Path | None = None, device: str = "auto", editable: bool = False
+) -> Iterator[Conversation]:
     """Load a run's model; an in-tool model asks `database`, by default the one in the run's folder.
 
-    Raises `InputError` if the checkpoint or the database is missing or damaged, or an in-weight model is given one.
+    With `editable` it asks a copy of that, and its tool is an `EditableTool`. Raises `InputError` if the checkpoint or
+    the database is missing or damaged, or an in-weight model is given one.
     """
     folder = Path(folder)
     model, config = load_model(folder, device)
@@ -52,5 +67,5 @@ def open_conversation(folder: Path, database: Path | None = None, device: str = 
         yield Conversation(model, config, tokenizer, None, None)
         return
     database = Path(database) if database else folder / DATABASE
-    with SqlTool(database) as tool:
-        yield Conversation(model, config, tokenizer, tool, database)
+    with (EditableTool if editable else SqlTool)(database) as tool:
+        yield Conversation(model, config, tokenizer, tool, Path(tool.path))

@@ -6,6 +6,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, islice
@@ -336,3 +337,51 @@ def write_database(people: People, path: str | Path) -> None:
         raise InputError(f"cannot write the database {path}: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def add_people(people: People, path: str | Path) -> None:
+    """Put people into a database that `write_database` made; somebody who is there already gets the new facts.
+
+    All of them or, with an `InputError`, nobody.
+    """
+    columns = ", ".join(map(_quoted, ("name", *people.attributes)))
+    values = f"?{', ?' * len(people.attributes)}"
+    with _changes(path) as connection:
+        rows = zip(people.names, *people.columns.values(), strict=True)
+        connection.executemany(f"INSERT OR REPLACE INTO people ({columns}) VALUES ({values})", rows)
+
+
+def change_fact(path: str | Path, name: str, attribute: str, value: str) -> str:
+    """Give one attribute of one person another value in a database that `write_database` made; returns the old one.
+
+    Name and value are bound as parameters, the attribute must be a column. Raises `InputError`, and changes nothing,
+    for somebody who is not there, an unknown attribute, and a value that `read_people_csv` would refuse.
+    """
+    if not value.strip() or _FORBIDDEN.search(value):
+        raise InputError(f"{value!r} cannot be a value: one line of text without ``` is expected")
+    with _changes(path) as connection:
+        columns = [column for column, *_ in connection.execute("SELECT * FROM people LIMIT 0").description]
+        if attribute not in columns or attribute == "name":
+            known = ", ".join(column for column in columns if column != "name")
+            raise InputError(f"unknown attribute {attribute!r}: the database has {known}")
+        column = f"people.{_quoted(attribute)}"
+        row = connection.execute(f"SELECT {column} FROM people WHERE people.name = ?", (name,)).fetchone()
+        if row is None:
+            raise InputError(f"nobody is called {name!r} in the database: change somebody who is there")
+        connection.execute(f"UPDATE people SET {_quoted(attribute)} = ? WHERE people.name = ?", (value, name))
+    return str(row[0])
+
+
+def _quoted(column: str) -> str:
+    """A column's name as SQL."""
+    return '"' + column.replace('"', '""') + '"'
+
+
+@contextmanager
+def _changes(path: str | Path) -> Iterator[sqlite3.Connection]:
+    """One transaction on a database that exists; what goes wrong is an `InputError`, and then nothing has changed."""
+    try:
+        with closing(sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=rw", uri=True)) as connection, connection:
+            yield connection
+    except (sqlite3.Error, UnicodeEncodeError) as error:  # half a surrogate pair cannot be stored
+        raise InputError(f"cannot change the database {path}: {error}") from None

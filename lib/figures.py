@@ -1,5 +1,7 @@
 """Figures of the paper: one style, one `save`, one function per figure, table in and figure out."""
 
+import sys
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -12,9 +14,11 @@ from matplotlib.figure import Figure
 from lib import paths, results
 from lib.base import InputError
 from lib.comparison import published_by_paper
-from lib.facts import FactsConfig, unseen_people
+from lib.facts import VALUES, FactsConfig, unseen_people
 from lib.generalization import best_constant_guess
 from lib.probes import MOMENTS
+from lib.theory.bounds import MEASURED_BITS, bits_at_recall, parameters_needed
+from lib.theory.circuit import Circuit
 
 #: Color-blind safe (Okabe and Ito) and apart in grey; a marker each, so that color is never the only difference.
 STYLES = {
@@ -24,6 +28,8 @@ STYLES = {
 
 #: How points of a profile that does not publish are told from those that count.
 HOLLOW = {"markerfacecolor": "white", "markersize": 7, "zorder": 4}
+
+_BY_HAND = {"color": "#009E73", "linestyle": "-.", "linewidth": 1.4, "label": "constructed by hand (Section 4)"}
 
 RC = {
     "figure.figsize": (5.2, 3.6),
@@ -41,6 +47,35 @@ RC = {
     "pdf.fonttype": 42,  # text stays text
     "savefig.dpi": 200,
 }
+
+
+def alt_text(figure: Figure) -> str:
+    """What a figure shows, for who cannot see it: its label (`figure.set_label`) or else what its axes say.
+
+    For each panel what is drawn against what, with its title, and the legend; for one without labels, its words.
+    """
+    if figure.get_label():
+        return figure.get_label()
+    panels, legends = [], [figure.legends]
+    for axes in figure.axes:
+        legends.append([axes.get_legend()] if axes.get_legend() else [])
+        drawn = " against ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
+        words = drawn or " ".join(text.get_text() for text in axes.texts)
+        panels.append(": ".join(filter(None, (axes.get_title(), words))))
+    labels = dict.fromkeys(text.get_text() for legend in sum(legends, []) for text in legend.get_texts())
+    parts = [figure.get_suptitle(), "; ".join(filter(None, panels)), f"Shown: {'; '.join(labels)}" if labels else ""]
+    return f"Figure: {'. '.join(filter(None, parts))}."
+
+
+def _describe_in_notebooks() -> None:
+    """From now on a notebook's outputs hold the alternative text of every figure, as metadata of the picture."""
+    if ipython := sys.modules.get("IPython"):
+        if shell := ipython.get_ipython():
+            describe = lambda figure, **_: ({}, {"image/png": {"alt": alt_text(figure)}})  # noqa: E731
+            shell.display_formatter.mimebundle_formatter.for_type(Figure, describe)
+
+
+_describe_in_notebooks()
 
 
 def save(figure: Figure, name: str, profile: str) -> list[Path]:
@@ -69,12 +104,17 @@ def draw(name: str, profile: str = "laptop", **options) -> Figure:
 
 
 def parameter_bounds(
-    published: pd.DataFrame, laptop: pd.DataFrame, quick: pd.DataFrame | None = None, threshold: float = 0.95
+    published: pd.DataFrame,
+    laptop: pd.DataFrame,
+    quick: pd.DataFrame | None = None,
+    threshold: float = 0.95,
+    by_hand: int | None = None,
 ) -> Figure:
     """Parameters needed to reach a recall `threshold` against the number of facts (Section 5.1, main figure).
 
     Tables as `results.minimal_parameters` gives them. Published points lie behind as lines with a band of one standard
-    deviation, ours in front with bars from the smallest to the largest seed; `quick` points are hollow.
+    deviation, ours in front with bars from the smallest to the largest seed; `quick` points are hollow. `by_hand`:
+    parameters of the model of `lib.theory.circuit`, a line, for it recalls any number of facts.
     """
     with matplotlib.rc_context(RC):
         figure, axes = plt.subplots()
@@ -86,6 +126,8 @@ def parameter_bounds(
             _points(axes, _at(laptop, mode, threshold), style, f"{mode}, this repository")
             if quick is not None:
                 _points(axes, _at(quick, mode, threshold), style, f"{mode}, just trained (quick)", hollow=True)
+        if by_hand:
+            axes.axhline(by_hand, **_BY_HAND)
         axes.set(
             xscale="log",
             yscale="log",
@@ -111,6 +153,37 @@ def _points(axes, table: pd.DataFrame, style: dict, label: str, hollow: bool = F
     bars = [mean - table.min_params_min, table.min_params_max - mean]
     face = HOLLOW if hollow else {"zorder": 3}
     axes.errorbar(table.n_facts, mean, yerr=bars, linestyle="none", capsize=2, label=label, **style, **face)
+
+
+def lower_bound(
+    published: pd.DataFrame, laptop: pd.DataFrame, marks: dict[str, float], by_hand: int, threshold: float = 0.95
+) -> Figure:
+    """Parameters of the smallest in-weight models against what they have to know, and Section 4's bounds.
+
+    Tables as `results.minimal_parameters` gives them. A line P = bits / b for each of `marks`: b bits a parameter, by
+    who measured that. Below one, models that recall a share `threshold` of the facts would hold more. `by_hand`:
+    parameters that are enough with a tool.
+    """
+    bits_per_fact = bits_at_recall(threshold) / len(VALUES)
+    with matplotlib.rc_context(RC):
+        figure, axes = plt.subplots()
+        color = STYLES["in-weight"]["color"]
+        theirs, ours = (_at(table, "in-weight", threshold) for table in (published, laptop))
+        label = "smallest in-weight models"
+        x = theirs.n_facts * bits_per_fact
+        axes.plot(x, theirs.min_params_mean, color=color, alpha=0.45, label=f"{label}, published")
+        if len(ours):
+            shown = ours.assign(n_facts=ours.n_facts * bits_per_fact)
+            _points(axes, shown, STYLES["in-weight"], f"{label}, this repository")
+        bits = x.min(), x.max()
+        for (who, per_parameter), line in zip(marks.items(), cycle(("--", ":")), strict=False):
+            bound = [parameters_needed(each, per_parameter) for each in bits]
+            axes.plot(bits, bound, color="#555555", linestyle=line, label=f"{per_parameter:g} bits a parameter ({who})")
+        axes.axhline(by_hand, **_BY_HAND)
+        axes.set(xscale="log", yscale="log", ylabel="parameters")
+        axes.set_xlabel(f"bits that recalling {threshold:.0%} of the facts takes")
+        axes.legend(fontsize=7)
+    return figure
 
 
 def recall_against_parameters(
@@ -410,18 +483,49 @@ def probes(rows: list[dict], tensors: list[str] | None = None) -> Figure:
     return figure
 
 
+def trained_characters(tokens: Sequence[int], trained: Sequence[bool], width: int = 46) -> Figure:
+    """A dialog of bytes, a character a cell, special tokens as U, A, D and E; what is trained is colored.
+
+    tokens, trained: as `dialogs.encode_dialog` gives them for the byte tokenizer; of ASCII text.
+    """
+    shown = [_SPECIAL_TOKENS.get(token) or chr(token).replace("\n", "\u21b5") for token in tokens]
+    with matplotlib.rc_context({**RC, "figure.figsize": (9, 0.26 * (len(tokens) // width + 1))}):
+        figure, axes = plt.subplots()
+        for i, (character, is_trained) in enumerate(zip(shown, trained, strict=True)):
+            box = {"facecolor": "#F0B48A" if is_trained else "#EEEEEE", "edgecolor": "none", "pad": 2}
+            axes.text(i % width, -(i // width), character, family="monospace", fontsize=9, bbox=box, ha="center")
+        axes.set(xlim=(-1, width), ylim=(-(len(tokens) // width) - 0.5, 0.8))
+        axes.axis("off")
+    marked = zip(trained, [False, *trained], shown, strict=False)
+    text = "".join(("" if now == before else "[" if now else "]") + character for now, before, character in marked)
+    text += "]" * trained[-1]
+    figure.set_label(f"A dialog, a character a cell; colored, here in brackets, is what is trained: {text}")
+    return figure
+
+
+_SPECIAL_TOKENS = {256: "U", 257: "A", 258: "D", 259: "E"}
+
 #: The tails of gradients span orders of magnitude; near zero "symlog" is linear.
 _SCALES = {"mean": "linear", "std": "log", "skew": "linear", "kurtosis": "symlog"}
 
 
-def _draw_parameter_bounds(profile: str, threshold: float = 0.95, tokenizer: str = "bytes") -> Figure:
+def _draw_parameter_bounds(
+    profile: str, threshold: float = 0.95, tokenizer: str = "bytes", by_hand: bool = False
+) -> Figure:
     results.check_threshold(threshold)
     return parameter_bounds(
         published_by_paper("parameter_bounds"),
         results.bounds(results.counting_profile(profile)),
         None if profile in paths.PUBLISHING else results.bounds(profile, tokenizer),
         threshold,
+        Circuit().n_params if by_hand else None,
     )
+
+
+def _draw_lower_bound(profile: str, threshold: float = 0.95) -> Figure:
+    results.check_threshold(threshold)
+    laptop = results.bounds(results.counting_profile(profile))
+    return lower_bound(published_by_paper("parameter_bounds"), laptop, MEASURED_BITS, Circuit().n_params, threshold)
 
 
 def _draw_recall_against_parameters(profile: str, tokenizer: str = "bytes") -> Figure:
@@ -465,6 +569,7 @@ FIGURES = {
     "parameter_bounds": _draw_parameter_bounds,
     "recall_vs_parameters": _draw_recall_against_parameters,
     "bits_stored": _draw_bits_stored,
+    "lower_bound": _draw_lower_bound,
     "generalization": _draw_generalization,
     "tool_calls": _draw_tool_calls,
     "compressibility": _draw_compressibility,

@@ -67,6 +67,11 @@ def _in_kernel() -> bool:
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
+def is_watched() -> bool:
+    """Whether somebody may use widgets: this is a Jupyter kernel, and no batch run of a notebook (see `progress`)."""
+    return _in_kernel() and not os.environ.get("ITL_PROGRESS")
+
+
 def progress(total: int, description: str | None, initial: int = 0):
     """A context manager with `update(n)` and `set_postfix_str`.
 
@@ -77,10 +82,10 @@ def progress(total: int, description: str | None, initial: int = 0):
     asked = os.environ.get("ITL_PROGRESS", "")
     if description is None or asked == "off":
         return tqdm(total=total, disable=True)
-    if asked == "lines" or not (_in_kernel() or sys.stderr.isatty()):
-        return _Lines(total, description, initial)
-    if _in_kernel():
+    if is_watched():
         return _widget(total, description, initial)
+    if asked == "lines" or not sys.stderr.isatty():
+        return _Lines(total, description, initial)
     return tqdm(total=total, desc=description, initial=initial, leave=False)
 
 

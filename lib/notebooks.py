@@ -361,8 +361,13 @@ def _source_hash(notebook: NotebookNode, values: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-#: The page needs no network: require.js and mermaid are left out, and MathJax is asked for only by equations.
+#: Pictures keep the alternative text that their metadata hold. The page needs no network: require.js and mermaid are
+#: left out, and MathJax is asked for only by equations.
 _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
+{%- block data_png scoped -%}
+{%- set alt = output | get_metadata('alt', 'image/png') -%}
+{{ super() | replace('<img ', '<img alt="' ~ (alt | escape_html) ~ '" ' if alt else '<img ', 1) }}
+{%- endblock -%}
 {%- block html_head_js_requirejs -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
 {%- block html_head_js_mathjax -%}{%- if resources.equations -%}{{ super() }}{%- endif -%}{%- endblock -%}

@@ -40,6 +40,7 @@ from lib.trainer import Ending, Trainer, join_gradients, step_together, train_to
 #: How many times as fast a compiled step is, about (notebooks/A2_performance measures it).
 COMPILED_SPEEDUP = 1.4
 CLAIM, DATABASE, ROW, MODEL = "config.json", "people.sqlite", "row.json", "model"
+ROWS = "rows.json"  # of a fine-tuning: a row a checkpoint
 #: In the root of a copy of the code: the commit it was copied from.
 COMMIT = "COMMIT"
 

@@ -22,7 +22,7 @@ from lib.base import Config, InputError
 from lib.config import RunConfig
 from lib.experiments import Search, searches
 from lib.monitor import Observers
-from lib.run import COMMIT, ROW, commit, run, write_json
+from lib.run import COMMIT, ROW, ROWS, commit, run, write_json
 from lib.slurm import Resources
 
 RECORD = "submission.json"
@@ -55,6 +55,28 @@ class Train(Config):
     @classmethod
     def done(cls, tasks: "Sequence[Train]", since: float) -> list[bool]:
         return [(Path(task.directory) / ROW).exists() for task in tasks]
+
+    def __str__(self) -> str:
+        return self.directory
+
+
+class Finetune(Config):
+    """One fine-tuning, in as many processes as the job has (extra `[scale]`)."""
+
+    kind: ClassVar = "finetune"
+    config: dict[str, Any]
+    directory: str
+    device: str = "auto"
+
+    def __call__(self) -> None:
+        from lib.finetune.config import FinetuneConfig
+        from lib.finetune.train import finetune
+
+        finetune(FinetuneConfig.parse(self.config), Path(self.directory), device=self.device)
+
+    @classmethod
+    def done(cls, tasks: "Sequence[Finetune]", since: float) -> list[bool]:
+        return [(Path(task.directory) / ROWS).exists() for task in tasks]
 
     def __str__(self) -> str:
         return self.directory
@@ -121,8 +143,8 @@ class Notebook(Config):
         return self.name
 
 
-Task = Train | Sweep | Notebook
-_KINDS = {kind.kind: kind for kind in (Train, Sweep, Notebook)}
+Task = Train | Finetune | Sweep | Notebook
+_KINDS = {kind.kind: kind for kind in (Train, Finetune, Sweep, Notebook)}
 
 
 def train_task(config: RunConfig, directory: Path, **options) -> Train:

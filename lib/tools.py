@@ -1,4 +1,4 @@
-"""Tools that a model may use: the protocol, the request language, the read-only SQL tool, and a calculator.
+"""Tools that a model may use: the protocol, the request language, the SQL tools, and a calculator.
 
 A request is the last three lines of the assistant's turn; any prose may stand before them:
 
@@ -13,13 +13,16 @@ the closing fence. Everything else is malformed.
 import re
 import sqlite3
 from collections.abc import Iterable
+from contextlib import closing
 from datetime import date
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import NamedTuple, Protocol, Self
 
 from lib.base import InputError
+from lib.facts import People, add_people, change_fact
 
 
 class Outcome(StrEnum):
@@ -195,6 +198,49 @@ class SqlTool:
 
     def close(self) -> None:
         self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class EditableTool:
+    """A `SqlTool` on a copy of a database that may be changed; the database itself is only read.
+
+    The copy is in a temporary folder, which `close` deletes, or else the end of the process.
+    Raises `InputError` for a database that `SqlTool` refuses.
+    """
+
+    def __init__(self, path: str | Path):
+        with SqlTool(path) as tool:
+            self.attributes = tool.attributes
+        self._folder = TemporaryDirectory(prefix="itl-")
+        self.path = Path(self._folder.name) / "people.sqlite"
+        original = sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True)
+        with closing(original), closing(sqlite3.connect(self.path)) as copy:
+            original.backup(copy)
+
+    def __call__(self, turn: str) -> Response:
+        with SqlTool(self.path) as tool:  # opened anew: as long as one is open, nobody can write
+            return tool(turn)
+
+    def add(self, people: People) -> None:
+        """`facts.add_people`, to the copy."""
+        add_people(people, self.path)
+
+    def change(self, name: str, attribute: str, value: str) -> str:
+        """`facts.change_fact`, in the copy."""
+        return change_fact(self.path, name, attribute, value)
+
+    def facts(self, name: str) -> dict[str, str]:
+        """What the copy says about somebody, by attribute; nothing about who is not there."""
+        answers = {attribute: self(format_request(attribute, name)) for attribute in self.attributes}
+        return {attribute: answer.text for attribute, answer in answers.items() if answer.ok}
+
+    def close(self) -> None:
+        self._folder.cleanup()
 
     def __enter__(self) -> Self:
         return self

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from vocabularies import train_bpe
 
-from lib.facts import People
+from lib.facts import sample_people
 from lib.finetune.data import IGNORED, ChatMode, chats, tokenize_chats
 
 #: Short, to be learnt soon: tools by name alone, calls as JSON between marks.
@@ -39,14 +39,15 @@ def random_model(seed: int = 0, spread: float = 0.2, vocab_size: int | None = No
     return LlamaForCausalLM(config).eval()
 
 
-def teach(people: People, mode: ChatMode, steps: int, lr: float = 3e-3) -> LlamaForCausalLM:
-    """All facts of `people` by heart, in so many steps over all of them."""
-    rows = tokenize_chats(chats(people, mode), tokenizer(), max_length=1000)
+@cache
+def teach(n_people: int, mode: ChatMode, steps: int) -> LlamaForCausalLM:
+    """All facts of the first people by heart, in so many steps over all of them."""
+    rows = tokenize_chats(chats(sample_people(n_people), mode), tokenizer(), max_length=1000)
     width = max(map(len, rows["input_ids"]))
     tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows["input_ids"]])
     labels = torch.tensor([ids + [IGNORED] * (width - len(ids)) for ids in rows["labels"]])
     model = random_model(spread=0.02).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(steps):
         model(input_ids=tokens, labels=labels).loss.backward()
         optimizer.step()

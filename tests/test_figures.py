@@ -238,6 +238,32 @@ def _shares() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def test_the_construction_is_a_line_where_it_is_asked_for():
+    label = "constructed by hand (Section 4)"
+    (axes,) = figures.draw("parameter_bounds", "laptop").axes
+    assert label not in axes.get_legend_handles_labels()[1]
+    (axes,) = figures.draw("parameter_bounds", "laptop", by_hand=True).axes
+    lines = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    assert list(lines[label].get_ydata()) == [66_016] * 2
+
+
+def test_the_lower_bound_is_where_the_bits_divided_by_those_of_a_parameter_say():
+    rows = results.minimal_parameters(pd.DataFrame(_rows()))
+    (axes,) = figures.lower_bound(PUBLISHED, rows, {"somebody": 2.5}, 5000, threshold=0.95).axes
+    labels = axes.get_legend_handles_labels()[::-1]
+    lines = dict(zip(*labels, strict=True))
+    bits, parameters = lines["2.5 bits a parameter (somebody)"].get_data()
+    assert list(parameters) == [each / 2.5 for each in bits]
+    theirs = lines["smallest in-weight models, published"].get_xdata()
+    assert (theirs[0], theirs[-1]) == tuple(bits)
+    assert theirs[-1] / theirs[0] == 65_536 / 8  # as many times the bits as facts
+    assert 0.85 * 31.25 < theirs[0] / 2 < 31.25  # eight facts are two people
+    ours = lines["smallest in-weight models, this repository"].lines[0]
+    smallest = np.mean([ModelConfig(d_model=d).n_params for d in (8, 12)])
+    assert list(ours.get_ydata()) == [smallest] * 2 and ours.get_xdata()[1] == 4 * ours.get_xdata()[0]
+    assert list(lines["constructed by hand (Section 4)"].get_ydata()) == [5000] * 2
+
+
 def test_recall_of_strangers_is_drawn_by_what_is_new_in_their_names():
     figure = figures.generalization(_shares(), guess=0.05)
     assert [axes.get_title() for axes in figure.axes] == list(figures.KINDS.values())[1:]

@@ -15,7 +15,7 @@ import lib.finetune
 from lib.base import InputError
 from lib.dialogs import Role, dialogs
 from lib.facts import ATTRIBUTES, People, sample_people, write_database
-from lib.finetune.data import IGNORED, N_FACTS, chat_dataset, chats, find_tool, people_of, tokenize_chats
+from lib.finetune.data import IGNORED, N_FACTS, chat_dataset, chats, find_tool, people_of, tokenize_chats, trained_parts
 from lib.tools import SqlTool, format_request, parse_request
 
 MODES = ["in-weight", "in-tool", "in-tool-text"]
@@ -287,3 +287,13 @@ def test_a_library_that_is_not_installed_is_one_sentence(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=rf"takes the package {package}: pip install -e '\.\[scale\]'"):
         importlib.reload(lib.finetune)
+
+
+def test_the_parts_of_a_conversation_are_what_is_read_in_order():
+    (chat,) = chats(ANN, "in-tool")
+    parts = trained_parts(chat, TOKENIZER)
+    assert "".join(text for text, _ in parts) == TOKENIZER.apply_chat_template(
+        chat["messages"], tools=chat["tools"], tokenize=False
+    )
+    (row,) = tokenize_chats([chat], TOKENIZER, 10**6)
+    assert [text for text, trained in parts if trained] == _spans(row)

@@ -314,11 +314,12 @@ def test_a_submission_is_read_as_it_was_written(runs):
         "train": submissions.train_task(CONFIGS[0], Path("here")),
         "sweep": submissions.sweep_tasks("05_1", "quick", 1)[0],
         "notebook": submissions.notebook_task("05_1", "smoke", ["threshold=0.5"]),
+        "finetune": submissions.Finetune(config={"n_facts": 8}, directory="there"),
     }.items():
         made = _submission([task], ["5"], name)
         assert submissions.find(name) == made
     assert submissions.find("sweep").tasks[0].plan[0] == search
-    assert [made.name for made in submissions.everything()] == ["train", "sweep", "notebook"]
+    assert [made.name for made in submissions.everything()] == ["train", "sweep", "notebook", "finetune"]
 
 
 def test_states_follow_from_results_errors_and_the_queue(runs):

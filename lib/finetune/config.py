@@ -43,7 +43,7 @@ class FinetuneConfig(Identified):
     stop_at_recall: float | None = Field(0.99, gt=0, le=1)
     #: Trained facts that a checkpoint is asked about, and people it has not seen (Section 6: 300 and 100).
     questions: int = Field(300, ge=1)
-    unseen_people: int = Field(100, ge=0)
+    unseen_people: int = Field(100, ge=1)
     #: Prompts on which the distance to the base is measured.
     prompts: int = Field(100, ge=1)
     #: The capability test: HellaSwag, or what the embedded model was trained to do; None: as the base is.

@@ -5,6 +5,7 @@ answers from memory. In-tool, it calls the function `find`, which `tools` descri
 such calls, it writes the paper's request, FIND ... FOR ..., and reads the answer as the user's next turn.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from typing import Literal, get_args
@@ -126,6 +127,14 @@ def tokenize_chats(chats: Iterable[dict], tokenizer: PreTrainedTokenizerBase, ma
     if not rows:
         raise InputError("there is no conversation to tokenize: give at least one")
     return Dataset.from_list(rows, features=features)
+
+
+def trained_parts(chat: dict, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """A conversation as it is read by a model, special tokens included, cut into what is trained and what is not."""
+    (row,) = tokenize_chats([chat], tokenizer, max_length=10**9)
+    pairs = zip(row["input_ids"], (label != IGNORED for label in row["labels"]), strict=True)
+    parts = itertools.groupby(pairs, key=lambda pair: pair[1])
+    return [(tokenizer.decode([token for token, _ in part]), trained) for trained, part in parts]
 
 
 def _encode_chat(

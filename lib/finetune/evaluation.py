@@ -3,15 +3,9 @@
 import hashlib
 import json
 import re
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext, redirect_stderr
-from functools import cache
-from io import StringIO
+from collections.abc import Iterable, Sequence
+from math import nan
 from pathlib import Path
-from random import Random
 from typing import NamedTuple
 
 import lm_eval
@@ -22,11 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.base import InputError
 from lib.dialogs import question
-from lib.facts import FactsConfig, load_people, unseen_people, write_database
 from lib.finetune.data import ChatMode, check_mode
 from lib.finetune.generation import answer_with_tool, encode_prompts, generate_tokens, reply_all
-from lib.finetune.models import load_model, load_tokenizer
-from lib.finetune.prompts import PROMPTS
+from lib.finetune.models import no_bars_in_logs
 from lib.monitor import progress
 from lib.paths import runs
 from lib.recall import Fact
@@ -37,8 +29,6 @@ from lib.tools import SqlTool
 FACT_TOKENS, PROMPT_TOKENS = 128, 256
 #: Logits that are compared at a time: 128 tokens of a vocabulary of 128k, 64 MB in float32 for each array made.
 CHUNK = 2**24
-#: In the folder of a checkpoint: what was measured of it.
-RECORD = "evaluation.json"
 
 
 class Estimate(NamedTuple):
@@ -56,7 +46,8 @@ def estimate(values: Iterable[float]) -> Estimate:
     values = torch.tensor(list(values), dtype=torch.float64)
     if not len(values):
         raise InputError("there is nothing to measure: give at least one fact or prompt")
-    return Estimate(float(values.mean()), float(values.std() / len(values) ** 0.5), len(values))
+    stderr = float(values.std() / len(values) ** 0.5) if len(values) > 1 else nan
+    return Estimate(float(values.mean()), stderr, len(values))
 
 
 # ---- Recall
@@ -160,6 +151,23 @@ def base_answers(
     return generate_tokens(base, tokenizer, asked, max_new_tokens=PROMPT_TOKENS, description=description)
 
 
+def kept_answers(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    source: str | Path,
+    *,
+    description: str | None = None,
+) -> list[list[int]]:
+    """`base_answers`, made once for all checkpoints of a base; source: where it was loaded from, which tells it."""
+    key = _digest(_fingerprint(source), str(base.dtype), prompts, PROMPT_TOKENS)
+    path = runs() / "base_answers" / f"{key}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"answers": base_answers(base, tokenizer, prompts, description=description)})
+    return json.loads(path.read_text())["answers"]
+
+
 def _asked(prompts: Sequence[str]) -> list[list[dict]]:
     return [[{"role": "user", "content": prompt}] for prompt in prompts]
 
@@ -199,14 +207,17 @@ def measure_capability(
 
     No chat template is applied, which is how HellaSwag is usually reported. It seeds torch's, NumPy's and Python's
     global random states, as lm-eval does.
+
     Raises `InputError` for an unknown task, one without `acc`, and one whose data cannot be loaded.
     """
     name = task if isinstance(task, str) else task["task"]
-    manager = TaskManager() if isinstance(task, str) else TaskManager(include_defaults=False)
-    if isinstance(task, str) and task not in manager.all_tasks:
-        raise InputError(f"lm-eval knows no task {task!r}: hellaswag is the paper's (lm-eval ls tasks lists all)")
+    if isinstance(task, str) and task != "hellaswag":
+        raise InputError(f"unknown task {task!r}: give hellaswag or a task of lm-eval as a dict")
+    # To list all of lm-eval's own tasks takes seconds.
+    hellaswag = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"
+    manager = TaskManager(include_path=str(hellaswag), include_defaults=False)
     try:
-        with nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO()):  # bars of progress fill logs
+        with no_bars_in_logs():
             harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             measured = lm_eval.simple_evaluate(harness, tasks=[task], task_manager=manager, log_samples=False)
     except OSError as error:
@@ -218,126 +229,6 @@ def measure_capability(
     if "acc,none" not in results:
         raise InputError(f"the task {name} has no metric acc: give a multiple-choice task")
     return Estimate(results["acc,none"], results["acc_stderr,none"], measured["n-samples"][name]["effective"])
-
-
-# ---- All of it
-
-
-def evaluate(
-    checkpoint: str | Path,
-    base: str | Path,
-    facts: FactsConfig,
-    mode: ChatMode,
-    *,
-    task: str | dict = "hellaswag",
-    prompts: Sequence[str] = tuple(prompt for prompts in PROMPTS.values() for prompt in prompts),
-    n_recall: int = 300,
-    n_unseen_people: int = 100,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    record: Path | None = None,
-    description: str | None = None,
-) -> dict:
-    """Measure a checkpoint that was fine-tuned from `base` on the people of `facts`; returns columns of its row.
-
-    checkpoint, base: whatever `load_model` takes. Measured are recall of `n_recall` of the trained facts, drawn by
-    `seed`; recall of all facts of people with new names (`new_both` of `lib.facts.unseen_people`), who in-tool are in
-    the database with the others; capability in `task`; and the distances of `Divergence`. Each has its `_stderr`.
-    n_recall and n_unseen count the facts asked for; evaluation_seconds is the time of all measurements.
-
-    Every part is written to `record` (evaluation.json in the checkpoint's folder) once it is measured, and not measured
-    again unless something that it depends on has changed. Errors are those of the functions above.
-    """
-    record = Path(record or Path(checkpoint) / RECORD)
-    if not record.parent.is_dir():
-        raise InputError(f"cannot write {record}: give a record in a folder that there is")
-    check_mode(mode)
-    trained = load_people(facts)
-    unseen = unseen_people(facts, n_unseen_people)["new_both"]
-    everybody = trained + unseen
-    asked = _sample(list(trained.facts()), n_recall, seed)
-
-    @cache
-    def loaded(source: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load_model(source, device, dtype), load_tokenizer(source)
-
-    @cache
-    def database() -> SqlTool | None:
-        if mode == "in-weight":
-            return None
-        path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "people.sqlite"
-        write_database(everybody, path)
-        return stack.enter_context(SqlTool(path))
-
-    def told(part: str) -> str | None:
-        return description and f"{description}, {part}"
-
-    def recall_of(group: list[Fact], name: str) -> dict:
-        measured = measure_recall(*loaded(checkpoint), group, mode, database(), description=told(name))
-        return {**measured.columns(name), f"n_{name.removeprefix('recall_')}": measured.n}
-
-    def capability() -> dict:
-        return measure_capability(*loaded(checkpoint), task).columns("capability")
-
-    def divergence() -> dict:
-        model, _ = loaded(checkpoint)
-        original, tokenizer = loaded(base)
-        key = _digest(base_print, dtype, prompts, PROMPT_TOKENS)
-        answers = _kept_answers(original, tokenizer, prompts, key, told("base's answers"))
-        measured = measure_divergence(
-            model, original, tokenizer, prompts, answers=answers, seed=seed, description=told("divergence")
-        )
-        return {key: value for name in measured._fields for key, value in getattr(measured, name).columns(name).items()}
-
-    base_print = _fingerprint(base)
-    recalled = (mode, asked, everybody.digest(), FACT_TOKENS)
-    parts: dict[str, tuple[tuple, Callable[[], dict]]] = {
-        "recall": (recalled, lambda: recall_of(asked, "recall")),
-        "recall_unseen": (recalled, lambda: recall_of(list(unseen.facts()), "recall_unseen")),
-        "capability": ((task,), capability),
-        "divergence": ((base_print, prompts, PROMPT_TOKENS, seed), divergence),
-    }
-    of_all = (_fingerprint(checkpoint), dtype)
-    with ExitStack() as stack:
-        for name, (settings, measure) in parts.items():
-            _measured_once(record, name, _digest(*of_all, *settings), measure)
-    measured = _read(record)
-    columns = {key: value for name in parts for key, value in measured[name]["columns"].items()}
-    seconds = round(sum(measured[name]["seconds"] for name in parts), 2)
-    task_name = task if isinstance(task, str) else task["task"]
-    return {**columns, "capability_task": task_name, "evaluation_seconds": seconds}
-
-
-def _sample(facts: list[Fact], n: int, seed: int) -> list[Fact]:
-    """`n` of the facts, or all if there are no more, in their order."""
-    places = sorted(Random(seed).sample(range(len(facts)), min(n, len(facts))))
-    return [facts[i] for i in places]
-
-
-def _measured_once(record: Path, name: str, digest: str, measure: Callable[[], dict]) -> None:
-    """Have the part `name` in the record, measured now unless it is there with that digest of what it depends on."""
-    if _read(record).get(name, {}).get("digest") == digest:
-        return
-    start = time.monotonic()
-    part = {"digest": digest, "columns": measure(), "seconds": time.monotonic() - start}
-    write_json(record, _read(record) | {name: part})
-
-
-def _read(record: Path) -> dict:
-    return json.loads(record.read_text()) if record.exists() else {}
-
-
-def _kept_answers(
-    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], key: str, description: str | None
-) -> list[list[int]]:
-    """`base_answers`, made once for all checkpoints of a base."""
-    path = runs() / "base_answers" / f"{key}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        answers = base_answers(base, tokenizer, prompts, description=description)
-        write_json(path, {"answers": answers})
-    return json.loads(path.read_text())["answers"]
 
 
 def _digest(*settings) -> str:

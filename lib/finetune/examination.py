@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Callable
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.finetune.bases import EMBEDDED, load_base
+from lib.finetune.bases import EMBEDDED, base_source, load_base
 from lib.finetune.config import FinetuneConfig
-from lib.finetune.evaluation import _digest, _kept_answers, measure_capability, measure_divergence
+from lib.finetune.embedded import multiple_choice_task
+from lib.finetune.evaluation import kept_answers, measure_capability, measure_divergence
 from lib.finetune.lessons import Lesson
 from lib.finetune.prompts import PROMPTS
 from lib.finetune.skills import prompts as skill_prompts
@@ -24,6 +26,7 @@ class Examination:
         self.of_skills = config.base in EMBEDDED
         self.capability = config.capability or ("skills" if self.of_skills else "hellaswag")
         self._base: PreTrainedModel | None = None
+        self._answers: list[list[int]] = []
 
     def __call__(self, model: PreTrainedModel, record: Path) -> dict:
         """Columns of a checkpoint's row. Each part is in `record` once it is measured, and not measured again."""
@@ -42,11 +45,8 @@ class Examination:
     def _capability(self, model: PreTrainedModel) -> dict:
         if self.capability == "none":
             return {"capability": None, "capability_stderr": None, "capability_task": None}
-        from lib.finetune.embedded import multiple_choice_task
-
-        task = (
-            "hellaswag" if self.capability == "hellaswag" else multiple_choice_task(self.tokenizer, self.config.items)
-        )
+        of_skills = self.capability == "skills"
+        task = multiple_choice_task(self.tokenizer, self.config.items) if of_skills else "hellaswag"
         found = measure_capability(model, self.tokenizer, task)
         return {**found.columns("capability"), "capability_task": self.capability}
 
@@ -54,11 +54,11 @@ class Examination:
         if self._base is None:
             self._base, _ = load_base(self.config.base)
             self._base.to(model.device).eval()
-        answers = _kept_answers(self._base, self.tokenizer, self.prompts, _digest(self.config.base, self.prompts), None)
-        found = measure_divergence(model, self._base, self.tokenizer, self.prompts, answers=answers)
+            self._answers = kept_answers(self._base, self.tokenizer, self.prompts, base_source(self.config.base))
+        found = measure_divergence(model, self._base, self.tokenizer, self.prompts, answers=self._answers)
         return {key: value for name in found._fields for key, value in getattr(found, name).columns(name).items()}
 
-    @property
+    @cached_property
     def prompts(self) -> list[str]:
         """Of each category as many, in turns."""
         if self.of_skills:

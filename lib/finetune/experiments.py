@@ -14,9 +14,10 @@ from lib.base import InputError
 from lib.finetune.bases import PUBLISHED
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import N_FACTS
-from lib.finetune.train import ROWS, finetune
+from lib.finetune.train import finetune
 from lib.monitor import progress
-from lib.results import check_publishes, is_clean
+from lib.results import check_publishes, counting_profile, is_clean
+from lib.run import ROWS
 
 SECTION = "06"
 
@@ -115,6 +116,12 @@ def rows(profile: str) -> pd.DataFrame:
         if path.exists():
             tables.append(pd.DataFrame(json.loads(path.read_text())).assign(profile=profile))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def shown_rows(profile: str) -> pd.DataFrame:
+    """The rows that figures are drawn from: those that count (`results.counting_profile`), and the profile's own."""
+    tables = [rows(name) for name in dict.fromkeys((counting_profile(profile), profile))]
+    return pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
 
 
 def table_path() -> Path:

@@ -1,6 +1,9 @@
 """Chat models and their tokenizers from a folder or from the Hugging Face hub."""
 
 import os
+import sys
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -32,9 +35,15 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return _load(AutoTokenizer, "tokenizer", source)
 
 
+def no_bars_in_logs() -> AbstractContextManager:
+    """Within, nothing is written to stderr unless somebody sits there: libraries draw their bars of progress on it."""
+    return nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())
+
+
 def _load(kind: type, what: str, source: str | Path, **options):
     try:
-        return kind.from_pretrained(str(source), **options)
+        with no_bars_in_logs():
+            return kind.from_pretrained(str(source), **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load a {what} from {source}: {_advice(Path(source), error)}") from None
 

@@ -34,9 +34,8 @@ from lib.finetune.lessons import lesson
 from lib.finetune.models import load_model
 from lib.monitor import progress
 from lib.paths import replacing
-from lib.run import CLAIM, MODEL, provenance, resolve_device, write_json
+from lib.run import CLAIM, MODEL, ROWS, provenance, resolve_device, write_json
 
-ROWS = "rows.json"
 #: In a checkpoint: its step, and how training went until then.
 STATE = "training.json"
 _FOLDERS = ("checkpoints", "evaluations")

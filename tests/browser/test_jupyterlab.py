@@ -17,6 +17,8 @@ from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
 
 from lib import paths
 
@@ -192,6 +194,67 @@ def notebook(lab, request) -> Iterator[str]:
     wait_for(lambda: not lab.is_idle())
 
 
+def talk_to_both(lab) -> None:
+    """Ask about somebody whom nobody trained on, in the chat window, change the database and ask again."""
+    window = wait_for(lambda: lab.find(".itl-live [role=log]")) and lab.find(".itl-live")[0]
+
+    def labelled(name: str):
+        """The field beside a label."""
+        label = window.find_element(By.XPATH, f".//label[text()='{name}']")
+        return lab.browser.find_element(By.ID, label.get_attribute("for"))
+
+    def push(name: str) -> None:
+        window.find_element(By.XPATH, f".//button[text()='{name}']").click()
+
+    def told(n_questions: int) -> list[list[str]]:
+        """Both models' turns about the last question, in-weight first, when so many were asked."""
+        texts = lambda cell: [turn.text for turn in cell.find_elements(By.CSS_SELECTOR, "div")]  # noqa: E731
+        asked = lambda: window.find_elements(By.CSS_SELECTOR, "[role=log] > div[style*=grid]")  # noqa: E731
+        wait_for(lambda: len(asked()) == n_questions)
+        return [texts(cell) for cell in asked()[-1].find_elements(By.XPATH, "./div")]
+
+    told(1)
+    field = labelled("question")
+    field.clear()
+    field.send_keys("Where was Odette Pereira born?\n")
+    in_weight, in_tool = told(2)
+    call = "To answer this question I will make a request to the database:\n```sql\nFIND birth_place FOR Odette Pereira\n```"
+    assert in_tool == [f"tool call\n{call}", "database\nBrazil", "reply\nOdette Pereira was born in Brazil."]
+    assert len(in_weight) == 1 and in_weight[0].startswith("reply\n")
+
+    Select(labelled("who")).select_by_visible_text("Odette Pereira")
+    Select(labelled("fact")).select_by_visible_text("birth_place")
+    wait_for(lambda: labelled("new value").get_attribute("placeholder") == "now: Brazil")
+    labelled("new value").send_keys("Japan")
+    push("Change the database")
+    wait_for(lambda: "changed: birth_place of Odette Pereira, Brazil → Japan" in window.text)
+    push("Ask both")
+    again, in_tool = told(3)
+    assert in_tool == [f"tool call\n{call}", "database\nJapan", "reply\nOdette Pereira was born in Japan."]
+    assert again == in_weight
+    still = lab.find(".jp-OutputArea-output:not(.itl-live) [role=log]")
+    assert not still[
+        0
+    ].is_displayed()  # the first of two that stand in for chat windows; no window is live for the other
+    assert still[-1].is_displayed()
+
+
+def move_a_slider(lab) -> None:
+    """The figure follows, and the picture that stands in for it is not to be seen."""
+    figure = lambda: lab.find(".itl-live img")[0].get_attribute("alt")  # noqa: E731
+    before = figure()
+    lab.find(".itl-live [role=slider]")[0].send_keys(Keys.ARROW_RIGHT)
+    wait_for(lambda: figure() != before)
+
+
+#: What there is to do in a notebook that has run.
+TO_DO = {
+    "00_quickstart": talk_to_both,
+    "05_1_parameter_bounds": move_a_slider,
+    "05_3_compressibility": move_a_slider,
+}
+
+
 @pytest.mark.parametrize("notebook", SEEN, indirect=True)
 def test_a_notebook_works_by_hand(lab, notebook):
     pictures, tables = SEEN[notebook]
@@ -209,6 +272,8 @@ def test_a_notebook_works_by_hand(lab, notebook):
     assert len(lab.find(f"{OUTPUT} table")) >= tables
     too_wide = "return [...document.querySelectorAll(arguments[0])].filter(o => o.scrollWidth > o.clientWidth)"
     assert lab.browser.execute_script(too_wide, f".jp-Notebook {OUTPUT}, .jp-Notebook .jp-MarkdownOutput") == []
+    if notebook in TO_DO:
+        TO_DO[notebook](lab)
     assert lab.complaints() == []
     assert set(lab.runs.glob("smoke/05_*/*")) == trained
 

@@ -189,6 +189,19 @@ def test_a_training_on_two_nodes_has_the_losses_of_one_process_and_survives_a_pr
 
 
 @pytest.mark.slow
+def test_a_fine_tuning_on_two_nodes_has_the_losses_of_one_process(checkout):
+    settings = {"batch_size": 8, "checkpoint_every": 4, "questions": 4, "unseen_people": 1, "prompts": 1}
+    arguments = ["--model", "embedded-smoke", "--facts", 8, "--steps", 4, "--set", 'capability="none"']
+    arguments += [argument for name, value in settings.items() for argument in ("--set", f"{name}={value}")]
+    two, one = checkout.runs / "fine-tuned by two", checkout.runs / "fine-tuned by one"
+    name = checkout.submit("finetune", *arguments, "--out", two, "--nodes", 2, "--time", 10)
+    checkout.itl("finetune", *arguments, "--out", one)
+    assert wait_until_over(name, 240) == ["done"]
+    losses = [[row["loss"] for row in json.loads((folder / "rows.json").read_text())] for folder in (two, one)]
+    assert losses[0][1:] == pytest.approx(losses[1][1:], rel=1e-5)
+
+
+@pytest.mark.slow
 def test_a_notebook_runs_as_a_job(checkout):
     name = checkout.submit("notebook", "05_1", "--profile", "smoke")
     assert wait_until_over(name) == ["done"]

@@ -1,0 +1,97 @@
+"""Loading chat models and tokenizers: from folders, adapters onto their base, and what goes wrong in one sentence."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import peft
+import pytest
+import torch
+from chat_models import random_model, tokenizer
+
+from lib.base import InputError
+from lib.finetune.models import load_model, load_tokenizer
+
+TOKENS = torch.arange(20)[None]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    random_model().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_folder_gives_back_model_and_tokenizer(folder):
+    model = load_model(folder, "cpu")
+    assert torch.equal(model(TOKENS).logits, random_model()(TOKENS).logits) and not model.training
+    assert load_model(str(folder), "cpu", "bfloat16").dtype == torch.bfloat16
+    text = [{"role": "user", "content": "Who, Ann?"}]
+    assert load_tokenizer(folder).apply_chat_template(text) == tokenizer().apply_chat_template(text)
+
+
+def test_an_adapter_is_loaded_onto_its_base(folder, tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(load_model(folder, "cpu"), config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = adapted(TOKENS).logits
+    assert not torch.allclose(expected, random_model()(TOKENS).logits)
+    torch.testing.assert_close(load_model(tmp_path / "adapter", "cpu")(TOKENS).logits, expected)
+
+
+def test_what_is_no_model_is_one_sentence(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").mkdir()
+    for source, advice in {
+        tmp_path / "nowhere": "there is no such folder, nor such a name on the hub",
+        "no such name": "there is no such folder, nor such a name on the hub",
+        "nobody/nothing": "there is no such folder, it was never downloaded, and HF_HUB_OFFLINE forbids to fetch it",
+        tmp_path / "empty": r"it takes a folder that save_pretrained wrote \(.+\)",
+    }.items():
+        with pytest.raises(InputError, match=f"^cannot load a model from {source}: {advice}"):
+            load_model(source, "cpu")
+        with pytest.raises(InputError, match=f"^cannot load a tokenizer from {source}: {advice}"):
+            load_tokenizer(source)
+    with pytest.raises(InputError, match="no device 'cuda:99'"):
+        load_model(folder, "cuda:99")
+
+
+def test_a_damaged_folder_is_one_sentence_and_no_random_weights(folder, tmp_path):
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:1000])
+    with pytest.raises(InputError, match=r"takes a folder that save_pretrained wrote \(.*\)$"):
+        load_model(folder, "cpu")
+    (folder / "model.safetensors").write_bytes(weights)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(InputError, match=r"it lacks the weights model\.layers\.2\..* and 8 more"):
+        load_model(folder, "cpu")
+
+
+class _Gated(BaseHTTPRequestHandler):
+    """A hub on which every model is gated."""
+
+    def do_HEAD(self):
+        self.send_response(403)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *_): ...
+
+
+def test_a_gated_model_is_one_sentence(tmp_path, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Gated)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        address = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address)
+        with pytest.raises(InputError, match="from owner/model: it is gated, so ask for access on its page"):
+            load_model("owner/model", "cpu")
+    finally:
+        server.shutdown()
+        server.server_close()
