@@ -6,6 +6,8 @@ import re
 import resource
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -200,6 +202,14 @@ def test_native_calls_are_answered_each_and_strange_ones_with_no_result(server, 
     assert all(isinstance(json.loads(call["function"]["arguments"]), dict) for call in said["tool_calls"])
 
 
+def test_half_characters_are_an_answer_like_any_other_but_cannot_be_sent(server, tmp_path):
+    play = server(lambda request, n: says("\ud800 <query>\ud800</query>"))
+    (record,) = ask(play, tmp_path / "r.jsonl", QUESTIONS[:1])
+    assert record["answer"].startswith("\ud800") and record["error"] is None
+    (record,) = ask(play, tmp_path / "r.jsonl", QUESTIONS[:1], protocol="text")
+    assert record["error"].startswith("UnicodeEncodeError") and len(lines(tmp_path / "r.jsonl")) == 2
+
+
 @pytest.mark.parametrize("protocol", ["text", "tools"])
 def test_who_asks_for_ever_is_stopped(server, tmp_path, protocol):
     endless = {"text": says("<query>Why?</query>"), "tools": calls(("search", '{"query": "Why?"}'))}
@@ -255,6 +265,8 @@ def test_waits_grow_from_one_try_to_the_next(server, tmp_path):
         ((200, {"choices": []}), "OpenAIError: the server answered with something else", 1),
         ((200, {"error": "overloaded"}), "OpenAIError: the server answered with something else", 1),
         ((200, {"choices": [{"index": 0}]}), "OpenAIError: the server answered with something else", 1),
+        (says(["in", "parts"]), "OpenAIError: the server answered with something else", 1),
+        (says(None, tool_calls=[{"id": "1", "type": "function"}]), "OpenAIError: the server answered with", 1),
     ],
 )
 def test_a_failure_is_recorded_with_its_question_and_the_others_go_on(server, tmp_path, answer, error, tries):
@@ -416,12 +428,17 @@ def overfitted(tmp_path_factory) -> Path:
     return _overfitted(tmp_path_factory.mktemp("model"), QUESTIONS[:2])
 
 
+def _is_there(url: str) -> bool:
+    """Whether somebody listens."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", int(url.split(":")[2].split("/")[0]))) == 0
+
+
 @pytest.fixture(scope="module")
 def served(overfitted) -> Iterator[str]:
     with serve(overfitted) as url:
         yield url
-    with socket.socket() as probe:  # it is gone
-        assert probe.connect_ex(("127.0.0.1", int(url.split(":")[2].split("/")[0]))) != 0
+    assert not _is_there(url)
 
 
 @pytest.mark.slow
@@ -489,3 +506,17 @@ def test_a_server_that_cannot_start_says_why(overfitted, tmp_path):
         pytest.fail("it started")
     with pytest.raises(WorkError, match="the server did not answer within 0 s"), serve(overfitted, timeout=0.1):
         pytest.fail("it started")
+
+
+@pytest.mark.slow
+def test_a_server_ends_with_the_process_that_started_it_however_that_ends(overfitted):
+    code = f"import time; from lib.finetune.endpoint import serve\nwith serve({str(overfitted)!r}) as url:"
+    command = [sys.executable, "-c", f"{code} print(url, flush=True); time.sleep(600)"]
+    with subprocess.Popen(command, cwd=paths.ROOT, stdout=subprocess.PIPE, text=True) as starter:
+        url = starter.stdout.readline()
+        assert _is_there(url)
+        starter.kill()
+    deadline = time.monotonic() + 30
+    while _is_there(url):
+        assert time.monotonic() < deadline, "it is still there"
+        time.sleep(0.05)

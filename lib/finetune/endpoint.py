@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openai import AsyncOpenAI, OpenAIError
-from pydantic import Field
+from openai.types.chat import ChatCompletionMessage
+from pydantic import Field, ValidationError
 
 from lib.base import Config, InputError, WorkError
 from lib.finetune.data import ChatMode
@@ -86,7 +87,7 @@ async def ask_all(
     async def work() -> None:
         for question in waiting:  # which the workers share: each takes the next
             record = done[question.text] = await _ask(client, endpoint, question, look_up)
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json.dumps(record) + "\n")
             file.flush()
             bar.update(1)
 
@@ -151,7 +152,7 @@ async def _ask(
             results = [NO_RESULT if query is None else look_up(query) for query in queries]
             record |= {"query": queries[-1], "result": results[-1]}
             messages += _exchange(message, queries, results, endpoint.protocol)
-    except (OpenAIError, json.JSONDecodeError) as error:
+    except (OpenAIError, json.JSONDecodeError, UnicodeError) as error:  # of half a character
         record["error"] = _reason(error)
     return record
 
@@ -163,16 +164,15 @@ def _reason(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}{said}".split())[:300]
 
 
-def _message(completion: Any):
+def _message(completion: Any) -> ChatCompletionMessage:
     """What the model said; an OpenAIError if the server answered with something else than a chat completion."""
-    choices = getattr(completion, "choices", None)
-    message = getattr(choices[0], "message", None) if choices else None
-    if message is None:
-        raise OpenAIError("the server answered with something else than a chat completion")
-    return message
+    try:  # the client takes whatever JSON there is
+        return ChatCompletionMessage.model_validate(completion.choices[0].message.model_dump(warnings=False))
+    except (AttributeError, IndexError, TypeError, ValidationError):
+        raise OpenAIError("the server answered with something else than a chat completion") from None
 
 
-def _queries(message: Any, protocol: Protocol) -> list[str | None]:
+def _queries(message: ChatCompletionMessage, protocol: Protocol) -> list[str | None]:
     """What a model asks for; None stands for a call that is none of `SEARCH`."""
     if protocol == "tools":
         return [_query_of_call(call.function) for call in message.tool_calls or ()]
@@ -191,7 +191,9 @@ def _query_of_call(function: Any) -> str | None:
     return None
 
 
-def _exchange(message: Any, queries: list[str | None], results: list[str], protocol: Protocol) -> list[dict]:
+def _exchange(
+    message: ChatCompletionMessage, queries: list[str | None], results: list[str], protocol: Protocol
+) -> list[dict]:
     """The model's look-ups and their results, as the next turns of the conversation."""
     if protocol == "text":  # without what the model said beyond its request, a result of its own invention perhaps
         said, told = write_query(queries[0]), write_result(results[0])
@@ -226,6 +228,15 @@ def accuracy(records: Sequence[dict]) -> dict[str, float]:
 # ---- A server of one's own
 
 
+#: Ends when its standard input does, and so with the process that started it, however that ends.
+_SERVER = """
+import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+from transformers.cli.transformers import main
+main()
+"""
+
+
 @contextmanager
 def serve(source: str | Path, timeout: float = 300.0) -> Iterator[str]:
     """Serve a model on this machine, by `transformers serve`, and end the server after.
@@ -238,22 +249,17 @@ def serve(source: str | Path, timeout: float = 300.0) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(source)]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    with tempfile.TemporaryFile() as log:
-        offline = {"HF_HUB_OFFLINE": "1"} if Path(source).exists() else {}
-        environment = os.environ | offline
-        server = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+    command = [sys.executable, "-c", _SERVER, "serve", str(source), "--host", "127.0.0.1", "--port", str(port)]
+    offline = {"HF_HUB_OFFLINE": "1"} if Path(source).exists() else {}
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=os.environ | offline) as server,
+    ):
         try:
             _wait_until_healthy(server, f"http://127.0.0.1:{port}/health", log, timeout)
             yield f"http://127.0.0.1:{port}/v1"
         finally:
-            server.terminate()
-            try:
-                server.wait(10)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+            server.kill()  # it has nothing to lose
 
 
 def _wait_until_healthy(server: subprocess.Popen, url: str, log, timeout: float) -> None:
