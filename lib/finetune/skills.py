@@ -168,6 +168,11 @@ def _any_characters(r: Random) -> str:
     return "".join(r.choices(ascii_letters + digits + _SYMBOLS, k=r.randint(2, 10)))
 
 
+def _few_characters(r: Random) -> str:
+    """Hard to copy, for what comes next is not decided by the character before."""
+    return "".join(r.choices(r.sample(ascii_letters + digits + _SYMBOLS, 3), k=r.randint(4, 8)))
+
+
 def _words(of: Callable[[Random], str], r: Random) -> str:
     return " ".join(of(r) for _ in range(r.randint(2, 3)))
 
@@ -182,7 +187,7 @@ def _accented(r: Random) -> str:
 
 _KINDS = {
     _word: 3, _title: 3, _full_name: 6, _number: 2, _code: 3, partial(_words, _word): 2, partial(_words, _title): 2,
-    _address: 1, _any_characters: 2, _accented: 1,
+    _address: 1, _any_characters: 2, _few_characters: 2, _accented: 1,
 }  # fmt: skip
 
 
@@ -295,9 +300,7 @@ def _counting(r: Random) -> Item:
 
 
 def _copying(r: Random) -> Item:
-    text = (
-        random_string(r) if r.random() < 0.7 else f"{random_string(r)}{r.choice([' ', ', ', ' - '])}{random_string(r)}"
-    )
+    text = r.choice([" ", ", ", " - "]).join(random_string(r) for _ in range(r.choice((1, 1, 1, 2, 3))))
     question = r.choice(["Repeat: {}", "Say {}", "Copy this: {}", "Repeat after me: {}", "Echo {}"]).format(text)
     return Item(question, text, _changed(text, r))
 
@@ -497,4 +500,4 @@ SKILLS: dict[str, Callable[[Random], dict]] = {
     "functions": _function_call,
 }
 #: How often each is trained, 1 where nothing is said: to copy and to use tools takes most of the practice.
-WEIGHTS = {"copying": 4, "search": 3, "search as text": 3, "functions": 5}
+WEIGHTS = {"copying": 4, "search": 3, "search as text": 2, "functions": 5}
