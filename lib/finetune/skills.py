@@ -136,7 +136,8 @@ _CODAS = [
     *"b ck d f g ght k l ld ll lt m mp n nd ng nk nn ns nt p r rd rk rn rs rt s ss st t th x z".split(),
 ]
 _STREETS = "Street Road Lane Alley Square Way".split()
-_SYMBOLS = "".join(set(punctuation) - set('"\\<'))
+#: JSON would write the others in another way, or they would begin a special token.
+_SYMBOLS = "".join(symbol for symbol in punctuation if symbol not in '"\\<')
 
 
 def _word(r: Random) -> str:
@@ -396,7 +397,7 @@ def _exchange(
     question: str, tool: dict, arguments: dict, result: str, answer: str, others: list[dict], r: Random
 ) -> dict:
     """A question, a call, its result and the answer, with other functions to choose from."""
-    name, call_id = tool["function"]["name"], "".join(r.choices(ascii_letters + digits, k=9))
+    name, call_id = tool["function"]["name"], f"{r.randrange(10**9):09}"
     call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
     messages = [
         _says("user", question),
@@ -411,7 +412,7 @@ _ASKED = (
     "Which people lived in {}?|Who wrote the book {} about {}?|What did {} do in the war of {}?|When did {} leave {}?|"
     "In which year did {} begin?|How many players has {}?|What was found near {} by {}?|Why is {} known?|"
     "{} and {} are both which kind of thing?|Where can one see {}?|Which number comes before {}?|Who played {} in {}?|"
-    "For what was {} given a prize?|Which river runs through {}?|What is the name of the band that sang {}?|"
+    "For what was {} given a prize?|Which river runs through {}?|Which band sang {}?|"
     "From which language comes the word {}?|Who was the first to reach {}?|Which {} was called {} before?"
 ).split("|")
 
