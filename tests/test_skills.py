@@ -1,7 +1,10 @@
 """What the embedded model learns: right answers, held-out questions, tools that are used rightly, and no facts."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
 
@@ -42,6 +45,11 @@ def test_what_is_drawn_depends_on_the_seed_alone(rows, choices):
     assert list(conversations(200, seed=1)) != rows[:200]
     assert multiple_choice(330, 0) == choices and multiple_choice(30, 0) == choices[:30]
     assert prompts(50, 3) == prompts(60, 3)[:50]
+    elsewhere = "import json; from lib.finetune.skills import *; print(json.dumps([*conversations(200, 0)]))"
+    for seed in ("1", "2"):  # of what sets are in order of
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        made = subprocess.run([sys.executable, "-c", elsewhere], env=environment, capture_output=True, check=True)
+        assert json.loads(made.stdout) == rows[:200]
 
 
 def test_no_question_that_is_trained_on_is_asked(rows, choices):
@@ -176,7 +184,7 @@ def _all_texts(rows: list[dict]) -> list[str]:
 
 def test_nothing_of_the_facts_is_told(rows, choices):
     texts = _all_texts([*rows, *choices, *[row for _, row in prompts(500, 0)]])
-    words = [re.split(r"[^a-zA-Z]+", text) for text in texts]
+    words = [re.split(r"[\W\d_]+", text) for text in texts]
     # A text tells a name or a value if it has all its words in a row, wherever it stands.
     said = {" ".join(part[i : i + n]) for part in words for n in (1, 2, 3, 4) for i in range(len(part) - n + 1)}
     names = [name for lists in (FIRST_NAMES, LAST_NAMES) for part in lists.values() for name in part]

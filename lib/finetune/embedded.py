@@ -38,18 +38,16 @@ class EmbeddedConfig(Config):
     n_layers: int = Field(3, ge=1)
     n_heads: int = Field(4, ge=1)
     #: Steps of copying alone, then of all skills: copying is learnt in short conversations, and the tools build on it.
-    copying_steps: int = Field(220, ge=0)
-    steps: int = Field(300, ge=1)
-    batch_size: int = Field(64, ge=1)
-    lr: float = Field(1e-2, gt=0)
-    muon_lr: float = Field(2e-2, gt=0)
+    copying_steps: int = Field(600, ge=0)
+    steps: int = Field(900, ge=1)
+    batch_size: int = Field(32, ge=1)
 
 
 #: From seconds to a quarter of an hour.
 QUALITIES = {
     "smoke": EmbeddedConfig(d_model=32, n_layers=2, n_heads=2, copying_steps=1, steps=2, batch_size=4),
     "quick": EmbeddedConfig(),
-    "laptop": EmbeddedConfig(d_model=192, n_layers=4, n_heads=6, steps=2000),
+    "laptop": EmbeddedConfig(n_layers=4, copying_steps=1200, steps=2200),
 }
 
 
@@ -97,16 +95,16 @@ def pretrain(config: EmbeddedConfig, description: str | None = None) -> tuple[Tr
     tokenizer = make_tokenizer(config.vocab_size)
     shape = {name: getattr(config, name) for name in ("d_model", "n_layers", "n_heads")}
     model = Transformer(ModelConfig(vocab_size=len(tokenizer), **shape), torch.Generator().manual_seed(0))
-    optim = OptimConfig(lr=config.lr, muon_lr=config.muon_lr)
+    optim = OptimConfig()
     optimizers = build_optimizers(model, optim)
-    n_steps = config.copying_steps + config.steps
-    with progress(n_steps, description) as bar:
+    with progress(config.copying_steps + config.steps, description) as bar:
         for step, (tokens, trained) in enumerate(_batches(config, tokenizer)):
             logits = model(tokens[:, :-1], select=trained[:, 1:])
             loss = summed_loss(logits, tokens[:, 1:][trained[:, 1:]]) / len(logits)
             loss.backward()
             clip_gradients(model.parameters(), optim.clip_norm)
-            set_learning_rate(optimizers, schedule_factor(optim, step, n_steps))
+            # The rate falls only once there is everything to learn.
+            set_learning_rate(optimizers, schedule_factor(optim, max(0, step - config.copying_steps), config.steps))
             step_all(optimizers)
             if step % 20 == 0:
                 bar.set_postfix_str(f"loss={loss.item():.3f}", refresh=False)
