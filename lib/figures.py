@@ -52,19 +52,20 @@ RC = {
 def alt_text(figure: Figure) -> str:
     """What a figure shows, for who cannot see it: its label (`figure.set_label`) or else what its axes say.
 
-    For each panel what is drawn against what, with its title, and the legend; for one without labels, its words.
+    For each panel its title and what is drawn against what, then the legends.
     """
     if figure.get_label():
         return figure.get_label()
-    panels, legends = [], [figure.legends]
+    panels, shown, y = [], [], ""
     for axes in figure.axes:
-        legends.append([axes.get_legend()] if axes.get_legend() else [])
-        drawn = " against ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
-        words = drawn or " ".join(text.get_text() for text in axes.texts)
-        panels.append(": ".join(filter(None, (axes.get_title(), words))))
-    labels = dict.fromkeys(text.get_text() for legend in sum(legends, []) for text in legend.get_texts())
-    parts = [figure.get_suptitle(), "; ".join(filter(None, panels)), f"Shown: {'; '.join(labels)}" if labels else ""]
-    return f"Figure: {'. '.join(filter(None, parts))}."
+        y = axes.get_ylabel() or y  # panels that share an axis name it once
+        drawn = " against ".join(filter(None, (y, axes.get_xlabel())))
+        panels.append(": ".join(filter(None, (axes.get_title(), drawn))))
+    for legend in filter(None, [*figure.legends, *(axes.get_legend() for axes in figure.axes)]):
+        labels = "; ".join(text.get_text() for text in legend.get_texts())
+        shown.append(": ".join(filter(None, (legend.get_title().get_text(), labels))))
+    told = [figure.get_suptitle(), "; ".join(filter(None, panels)), *dict.fromkeys(f"Shown: {one}" for one in shown)]
+    return " ".join(f"Figure: {'. '.join(filter(None, told))}.".split())
 
 
 def _describe_in_notebooks() -> None:

@@ -28,8 +28,8 @@ _HIDE = "<style>.jp-OutputArea-child:has(+ .jp-OutputArea-child .itl-live) { dis
 def show(widget: ipywidgets.Widget, still: Any) -> None:
     """Display `still` and, where somebody is there to use it, `widget` in its place.
 
-    Both are outputs of the cell, so that the first is saved with the notebook, and seen on GitHub, in HTML and after the
-    kernel is gone. Only while the widget lives it hides the first.
+    Both are outputs of the cell, so that the first is saved with the notebook: GitHub and HTML show it, and it is left
+    when the kernel is gone. Only while the widget lives it hides the first.
     """
     display(still)
     if is_watched():
@@ -80,6 +80,7 @@ def _named(model: tuple[int, int] | None) -> str:
 
 def explore_capacity(profile: str, threshold: float = 0.95) -> None:
     """Section 5.1 to play with: facts and bits a parameter, and the smallest model that could do, beside the points."""
+    results.check_threshold(threshold)
     published, ours = published_by_paper("parameter_bounds"), results.bounds(results.counting_profile(profile))
     counts = 2 ** np.arange(6, 19)
 

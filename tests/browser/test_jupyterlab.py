@@ -21,6 +21,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from lib import paths
+from lib.dialogs import tool_call
 
 pytestmark = pytest.mark.slow
 
@@ -218,7 +219,7 @@ def talk_to_both(lab) -> None:
     field.clear()
     field.send_keys("Where was Odette Pereira born?\n")
     in_weight, in_tool = told(2)
-    call = "To answer this question I will make a request to the database:\n```sql\nFIND birth_place FOR Odette Pereira\n```"
+    call = tool_call("Odette Pereira", "birth_place")
     assert in_tool == [f"tool call\n{call}", "database\nBrazil", "reply\nOdette Pereira was born in Brazil."]
     assert len(in_weight) == 1 and in_weight[0].startswith("reply\n")
 
