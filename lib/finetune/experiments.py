@@ -34,18 +34,30 @@ def _smoke() -> Iterator[FinetuneConfig]:
                              unseen_people=4, prompts=4, items=8)  # fmt: skip
 
 
+def _embedded(mode: str, n_facts: int, seed: int = 0, **fields) -> FinetuneConfig:
+    """The embedded model's recipe: smaller batches, for it takes more passes than a large model."""
+    return FinetuneConfig(**{"mode": mode, "n_facts": n_facts, "seed": seed, "batch_size": 64, **fields})
+
+
 def _quick() -> Iterator[FinetuneConfig]:
-    for mode in ("in-weight", "in-tool"):
-        yield FinetuneConfig(base="embedded-quick", mode=mode, questions=100, unseen_people=20, prompts=40, items=100)
+    asked = {"questions": 100, "unseen_people": 20, "prompts": 40, "items": 100}
+    for mode, steps in (("in-weight", 300), ("in-tool", 60)):
+        yield _embedded(mode, 500, base="embedded-quick", steps=steps, checkpoint_every=steps // 3, **asked)
 
 
 def _laptop() -> Iterator[FinetuneConfig]:
     """On the embedded model, three seeds; what appears often in weights, and the rest by tool, as well."""
     for seed in range(3):
-        for n_facts in (500, 1_000, 5_000):
-            for mode in ("in-tool", "in-weight"):
-                yield FinetuneConfig(mode=mode, n_facts=n_facts, seed=seed)
-        yield FinetuneConfig(task="hybrid", mode="in-tool", seed=seed)
+        for mode, n_facts in (
+            ("in-tool", 500),
+            ("in-weight", 500),
+            ("in-weight", 1_000),
+            ("in-weight", 5_000),
+            ("in-tool", 5_000),
+        ):
+            steps = 400 if mode == "in-tool" else 60 * n_facts // 64
+            yield _embedded(mode, n_facts, seed, steps=steps)
+        yield _embedded("in-tool", 500, seed, task="hybrid", steps=600, stop_at_recall=None)
 
 
 def _paper() -> Iterator[FinetuneConfig]:
