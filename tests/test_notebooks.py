@@ -361,8 +361,10 @@ def test_a_page_asks_the_network_for_nothing_but_equations(tmp_path, title, netw
 ALL = notebooks.all_notebooks()
 
 
-def test_the_paper_is_all_notebooks_but_the_benchmark():
-    assert {path.stem for path in ALL} - {path.stem for path in notebooks.paper_notebooks()} == {"A2_performance"}
+def test_every_notebook_is_of_the_paper_or_of_its_large_models_but_the_benchmark():
+    paper, scale = notebooks.paper_notebooks(), notebooks.scale_notebooks()
+    assert sorted([*(path.stem for path in paper + scale), "A2_performance"]) == [path.stem for path in ALL]
+    assert {path.stem[:2] for path in scale} == {"06", "A1"}
 
 
 each_notebook = pytest.mark.parametrize("path", ALL, ids=[path.stem for path in ALL])
