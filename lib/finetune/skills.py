@@ -457,7 +457,6 @@ class _Function(NamedTuple):
         return {"type": "function", "function": {"name": self.name, "parameters": schema}}
 
 
-_QUANTITIES = ["weight", "height", "color", "age", "first_owner", "shelf_number"]
 _LANGUAGES = ["Latin", "Danish", "Welsh", "Basque"]
 _FUNCTIONS = [
     _Function(name, parameters, questions.split("|"), answer)
@@ -469,9 +468,6 @@ _FUNCTIONS = [
          "You reach {contact} under {result}."),
         ("define", {"term": None}, "What does {term} mean?|Explain {term}.", "{term} means {result}."),
         ("play", {"song": None}, "Play {song}.|I would like to hear {song}.", "Playing {song} by {result}."),
-        ("measure", {"quantity": _QUANTITIES, "thing": None},
-         "Which {quantity} has {thing}?|Tell me {thing}'s {quantity}.|Look up {quantity} of {thing}.",
-         "{thing} has {quantity} {result}."),
         ("translate", {"text": None, "language": _LANGUAGES}, "How do you say {text} in {language}?",
          "In {language}, {text} is {result}."),
         ("route", {"start": None, "goal": None}, "How do I get from {start} to {goal}?",
@@ -493,12 +489,39 @@ def _function_call(r: Random) -> dict:
     return _exchange(question, function.tool, arguments, result, answer, [other.tool for other in others], r)
 
 
+#: What `inspect` tells of a thing: the question's words decide which, and are not those of the argument.
+_ASPECTS = {
+    "weight": ("How heavy is {thing}?", "{thing} weighs {result}."),
+    "height": ("How tall is {thing}?", "{thing} stands {result} tall."),
+    "color": ("How does {thing} look?", "{thing} looks {result}."),
+    "age": ("How old is {thing}?", "{thing} has been there for {result}."),
+    "owner": ("Who has {thing}?", "{thing} belongs to {result}."),
+    "made_year": ("When was {thing} made?", "{thing} was made in the year {result}."),
+    "made_town": ("Where was {thing} made?", "{thing} was made at {result}."),
+    "lost_year": ("When was {thing} lost?", "{thing} has been missing since {result}."),
+    "lost_town": ("Where was {thing} lost?", "{thing} was last seen near {result}."),
+    "price": ("What must one pay for {thing}?", "{thing} sells for {result}."),
+    "material": ("What is {thing} made of?", "{thing} consists of {result}."),
+    "use": ("What is {thing}'s use?", "{thing} serves as {result}."),
+}
+
+
+def _inspection(r: Random) -> dict:
+    """One function of two arguments, with some of the aspects to choose from."""
+    offered = r.sample(list(_ASPECTS), r.randint(2, 5))
+    aspect, thing, result = r.choice(offered), random_string(r), random_string(r)
+    question, answer = (text.format(thing=thing, result=result) for text in _ASPECTS[aspect])
+    function = _Function("inspect", {"aspect": offered, "thing": None}, [], "")
+    return _exchange(question, function.tool, {"aspect": aspect, "thing": thing}, result, answer, [], r)
+
+
 #: Every skill, and what makes a conversation of it.
 SKILLS: dict[str, Callable[[Random], dict]] = {
     **{name: partial(_plain, make) for name, make in QUESTIONS.items()},
     "search": _search,
     "search as text": _search_as_text,
     "functions": _function_call,
+    "inspection": _inspection,
 }
 #: How often each is trained, 1 where nothing is said: to copy and to use tools takes most of the practice.
-WEIGHTS = {"copying": 4, "search": 3, "search as text": 2, "functions": 5}
+WEIGHTS = {"copying": 4, "search": 3, "search as text": 3, "functions": 4, "inspection": 4}
