@@ -37,6 +37,8 @@ _CONFIGURATION = {
     "html_theme": "furo",
     "html_theme_options": {"navigation_with_keys": True},
     "html_show_sourcelink": False,
+    "html_show_copyright": False,
+    "html_use_index": False,  # nothing is marked for one
     "html_copy_source": False,
     "html_show_search_summary": False,  # asks for pages, which a browser refuses to one that was opened as a file
     "html_css_files": ["book.css"],

@@ -163,7 +163,7 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
         told = folder / "jupyter" / "RUNTIME" / f"jpserver-{server.pid}.json"
         wait_for(lambda: server.poll() is not None or told.exists() and told.read_text().endswith("}"))
         assert server.poll() is None, (folder / "log").read_text()
-        browser = _chromium(environment)
+        browser = chromium(environment)
         assert processes_with(mark)
         yield Lab(json.loads(told.read_text())["url"], folder / "notebooks", folder / "runs", browser)
     finally:
@@ -175,7 +175,7 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
     assert committed() == before
 
 
-def _chromium(environment: dict[str, str]) -> webdriver.Chrome:
+def chromium(environment: dict[str, str]) -> webdriver.Chrome:
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
