@@ -46,7 +46,9 @@ def test_the_book_is_read_searched_and_darkened_on_a_phone(browser, tmp_path):
 
     seen = {brightness()}
     for _ in range(2):  # automatic, light and dark come in turns
-        browser.find_element(By.CSS_SELECTOR, ".theme-toggle-header .theme-toggle, .mobile-header .theme-toggle").click()
+        browser.find_element(
+            By.CSS_SELECTOR, ".theme-toggle-header .theme-toggle, .mobile-header .theme-toggle"
+        ).click()
         seen.add(brightness())
     assert min(seen) < 150 < 600 < max(seen)
     assert [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
