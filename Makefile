@@ -29,7 +29,7 @@ book: $(VENV)/book.stamp ## build a site from the notebooks, with lesson plan an
 	@$(RUN) -m lib book
 
 lab: $(VENV)/core.stamp ## open the notebooks in JupyterLab
-	@$(RUN) -m jupyter lab --ServerApp.root_dir=notebooks
+	@JUPYTER_CONFIG_PATH="$(CURDIR)/.jupyter" $(RUN) -m jupyter lab --ServerApp.root_dir=notebooks
 
 clean: ## delete .venv and the caches; what was measured (runs/) stays
 	rm -rf $(VENV) *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -48,6 +48,8 @@ _CONFIGURATION = {
 _CSS = """\
 .cell_output { overflow-x: auto; }
 .cell_output img { background: white; }
+.cell_output p > em:only-child { font-size: var(--font-size--small); }
+table.docutils td { vertical-align: top; }
 div.cell div.cell_output table { color: inherit; font-size: var(--font-size--small); }
 details.solution { border-left: 3px solid var(--color-brand-primary); padding-left: 1em; margin: 1em 0; }
 details.solution > summary { cursor: pointer; font-weight: bold; }
