@@ -1,6 +1,7 @@
 """The book: built from the committed notebooks as they are; every page read as a browser would."""
 
 import json
+import sys
 import time
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -166,3 +167,10 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     with pytest.raises(InputError, match="profile"):
         book.build(tmp_path / "new", "huge")
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_without_the_extra_one_sentence_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "furo", None)
+    with pytest.raises(InputError, match=r"package furo: pip install -e '\.\[book\]'"):
+        book.build(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
