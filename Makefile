@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help paper scale test bench lab clean
+.PHONY: help paper scale test bench book lab clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -25,8 +25,11 @@ test: $(VENV)/extras.stamp ## run the tests, which run every notebook at smoke s
 bench: $(VENV)/extras.stamp ## measure speed against Hugging Face (4 minutes; leave the machine alone meanwhile)
 	@$(RUN) -m lib notebooks A2
 
+book: $(VENV)/book.stamp ## build a site from the notebooks, with lesson plan and solutions
+	@$(RUN) -m lib book
+
 lab: $(VENV)/core.stamp ## open the notebooks in JupyterLab
-	@$(RUN) -m jupyter lab --ServerApp.root_dir=notebooks
+	@JUPYTER_CONFIG_PATH="$(CURDIR)/.jupyter" $(RUN) -m jupyter lab --ServerApp.root_dir=notebooks
 
 clean: ## delete .venv and the caches; what was measured (runs/) stays
 	rm -rf $(VENV) *.egg-info .pytest_cache .hypothesis .ruff_cache
@@ -52,6 +55,10 @@ $(VENV)/scale.stamp: $(VENV)/core.stamp
 	$(call install,what Section 6 takes,-c constraints.txt -e ".[scale]")
 	@touch $@
 
+$(VENV)/book.stamp: $(VENV)/core.stamp
+	$(call install,what the book takes,-c constraints.txt -e ".[book]")
+	@touch $@
+
 $(VENV)/extras.stamp: $(VENV)/core.stamp
-	$(call install,the extras,-c constraints.txt -e ".[scale$(comma)monitor$(comma)dev]")
+	$(call install,the extras,-c constraints.txt -e ".[scale$(comma)monitor$(comma)book$(comma)dev]")
 	@touch $@

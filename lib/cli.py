@@ -295,6 +295,17 @@ def scale(profile: ProfileOption = Profile.quick) -> None:
     _run_all(runner.scale_notebooks(), profile.value)
 
 
+@app.command()
+def book(
+    profile: Annotated[Profile | None, typer.Option(help="show executed copies [default: committed notebooks]")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write [default: runs/book]")] = None,
+) -> None:
+    """Build a site from the notebooks, with lesson plan and solutions (extra `[book]`)."""
+    from lib import book as site
+
+    console.print(f"the book: {site.build(out, profile and profile.value)}")
+
+
 def _run_all(names, profile: str) -> None:
     _run_notebooks(names, profile, [], in_place=False, reuse=True)
     console.print(f"figures:   {paths.figures(profile)}")

@@ -1,6 +1,7 @@
 """The files around the code agree with each other and with what the code imports."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -68,6 +69,28 @@ def test_conda_and_pip_name_the_same_packages_and_ranges():
     assert conda.pop("python") == SpecifierSet(PROJECT["requires-python"])
     conda.pop("pip")
     assert conda == {CONDA_NAMES.get(name, name): spec for name, spec in ALL.items()}
+
+
+def test_binder_installs_the_core_and_nothing_else():
+    folder = ROOT / ".binder"
+    conda = ranges(yaml.safe_load((folder / "environment.yml").read_text())["dependencies"])
+    assert conda.pop("python") == SpecifierSet(PROJECT["requires-python"])
+    assert conda.keys() - {CONDA_NAMES.get(name, name) for name in CORE} == {"pip"}
+    assert all(conda[CONDA_NAMES.get(name, name)] == spec for name, spec in CORE.items())
+    script = folder / "postBuild"
+    assert os.access(script, os.X_OK) and subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+def test_jupyterlab_knows_every_setting_that_is_made_for_it():
+    folder = ROOT / ".jupyter" / "labconfig"
+    schemas = Path(sys.prefix, "share", "jupyter", "lab", "schemas")
+    for plugin, settings in json.loads((folder / "default_setting_overrides.json").read_text()).items():
+        package, _, name = plugin.partition(":")
+        known = json.loads((schemas / package / f"{name}.json").read_text())["properties"]
+        for key, value in settings.items():
+            assert value in known[key].get("enum", [value]) and type(value) is type(known[key]["default"]), key
+    for plugin in json.loads((folder / "page_config.json").read_text())["disabledExtensions"]:
+        assert (schemas / plugin).is_dir()
 
 
 def test_every_dependency_has_a_lower_bound():

@@ -151,6 +151,7 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
         "ITL_PROGRESS": "",
         "TMPDIR": str(folder),  # Chromium leaves folders there
         "PYTHONPATH": str(paths.ROOT),
+        "JUPYTER_CONFIG_PATH": str(paths.ROOT / ".jupyter"),
         **{f"JUPYTER_{kind}_DIR": str(folder / "jupyter" / kind) for kind in ("CONFIG", "DATA", "RUNTIME")},
     }
     mark = f"ITL_RUNS={folder / 'runs'}".encode()
@@ -163,7 +164,7 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
         told = folder / "jupyter" / "RUNTIME" / f"jpserver-{server.pid}.json"
         wait_for(lambda: server.poll() is not None or told.exists() and told.read_text().endswith("}"))
         assert server.poll() is None, (folder / "log").read_text()
-        browser = _chromium(environment)
+        browser = chromium(environment)
         assert processes_with(mark)
         yield Lab(json.loads(told.read_text())["url"], folder / "notebooks", folder / "runs", browser)
     finally:
@@ -175,7 +176,7 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
     assert committed() == before
 
 
-def _chromium(environment: dict[str, str]) -> webdriver.Chrome:
+def chromium(environment: dict[str, str]) -> webdriver.Chrome:
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -193,6 +194,15 @@ def notebook(lab, request) -> Iterator[str]:
     yield request.param
     lab.menu("Kernel", "kernelmenu:shutdown")
     wait_for(lambda: not lab.is_idle())
+
+
+def test_jupyterlab_is_set_up_for_reading(lab):
+    """It asks nothing about news or updates, and contents are headings, without numbers."""
+    lab.browser.get(f"{lab.url}lab/workspaces/reading/tree/04_theory.ipynb")
+    wait_for(lambda: lab.find("#jp-main-statusbar") and lab.find("[title^='Table of Contents']"))[0].click()
+    titles = wait_for(lambda: [item.text for item in lab.find(".jp-tocItem-content") if item.text])
+    assert any(title.startswith("Section 4") for title in titles)
+    assert not lab.find("[data-id='jp-debugger-sidebar'], [data-id='extensionmanager.main-view'], .Toastify__toast")
 
 
 def talk_to_both(lab) -> None:

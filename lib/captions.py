@@ -1,0 +1,91 @@
+"""What a figure shows, and from which runs, seeds, days and commits: read off the rows that it is drawn from."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import pandas as pd
+from IPython.display import Markdown, display
+
+from lib import figures, paths, results
+
+
+class Source(NamedTuple):
+    """What a figure of `figures.FIGURES` shows, how its rows are read, which of them, and what the paper's points are.
+
+    rows(profile): finished runs. only: the values that columns must have; an option of the figure replaces them.
+    own: whether a profile that does not publish adds its rows to those that count.
+    """
+
+    shows: str
+    rows: Callable[..., pd.DataFrame]
+    only: dict[str, Any] = {}
+    own: bool = True
+    published: str = ""
+
+
+_IN_WEIGHT, _IN_TOOL = {"mode": "in-weight"}, {"mode": "in-tool"}
+_TEN_SEEDS = "10 seeds, measured at the end of training"
+_ONE_SEED = "one seed, the best of about 100 evaluations"
+_SMALLEST = "Parameters of the smallest model that recalls enough facts"
+_UNSEEN = partial(results.read_rows, "05_2")
+
+SOURCES = {
+    "parameter_bounds": Source(_SMALLEST, results.bounds_rows, published=_TEN_SEEDS),
+    "recall_vs_parameters": Source("Recall at the end of training", results.bounds_rows, published=_TEN_SEEDS),
+    "bits_stored": Source(
+        "Entropy of the answers minus the model's negative log-likelihood of them",
+        partial(results.read_rows, "05_1"),
+        _IN_WEIGHT,
+        own=False,
+    ),
+    "lower_bound": Source(_SMALLEST, results.bounds_rows, _IN_WEIGHT, own=False, published=_TEN_SEEDS),
+    "generalization": Source("Recall of people nobody was trained on", _UNSEEN, published=_ONE_SEED),
+    "tool_calls": Source("First requests about people nobody was trained on", _UNSEEN, {**_IN_TOOL, "d_model": 36}),
+    "compressibility": Source(_SMALLEST, partial(results.read_rows, "05_3"), _IN_WEIGHT, published=_ONE_SEED),
+}
+
+
+def show(name: str, profile: str, save: bool = True, **options) -> None:
+    """Draw a figure as `figures.draw` does, `save` it for its profile, and show it in a notebook above its caption."""
+    figure = figures.draw(name, profile, **options)
+    if save:
+        figures.save(figure, name, profile)
+    display(figure, Markdown(f"*{caption(name, profile, **options)}*"))
+
+
+def caption(name: str, profile: str, **options) -> str:
+    """What `figures.draw` draws with the same arguments, and from what."""
+    source = SOURCES[name]
+    tables = [source.rows(results.counting_profile(profile))]
+    if source.own and profile not in paths.PUBLISHING:
+        vocabulary = {"tokenizer": options["tokenizer"]} if "tokenizer" in options else {}
+        tables.append(source.rows(profile, **vocabulary))
+    rows = pd.concat(tables, ignore_index=True)
+    for column in source.only if len(rows) else ():
+        rows = rows[rows[column] == options.get(column, source.only[column])]
+    published = f"Published: Houliston et al. (2025), {source.published}. " if source.published else ""
+    return f"{source.shows}. {published}{provenance(rows)}"
+
+
+def provenance(rows: pd.DataFrame) -> str:
+    """How many runs, which seeds, when and by which commits: a sentence for each profile.
+
+    rows: of finished runs, with the columns profile, run_id, seed, finished_at (ISO 8601) and commit.
+    """
+    if not len(rows):
+        return "This repository: no runs yet."
+    return " ".join(_sentence(profile, runs) for profile, runs in rows.groupby("profile", sort=False))
+
+
+def _sentence(profile: str, runs: pd.DataFrame) -> str:
+    days = " to ".join(dict.fromkeys([runs.finished_at.min()[:10], runs.finished_at.max()[:10]]))
+    seeds = _listed("seed", sorted(runs.seed.unique()))
+    commits = _listed("commit", [commit[:7] + commit[40:] for commit in runs["commit"].unique()])
+    return f"This repository ({profile}): {_listed('run', runs.run_id.unique(), True)}, {seeds}, {days}, {commits}."
+
+
+def _listed(what: str, values, count: bool = False) -> str:
+    """ "seeds 0, 1", or "2 seeds" to `count` them."""
+    what += "s" * (len(values) > 1)
+    return f"{len(values):,} {what}" if count else f"{what} {', '.join(map(str, values))}"
