@@ -38,8 +38,8 @@ class EmbeddedConfig(Config):
     n_layers: int = Field(3, ge=1)
     n_heads: int = Field(4, ge=1)
     #: Steps of copying alone, then of all skills: copying is learnt in short conversations, and the tools build on it.
-    copying_steps: int = Field(600, ge=0)
-    steps: int = Field(900, ge=1)
+    copying_steps: int = Field(800, ge=0)
+    steps: int = Field(950, ge=1)
     batch_size: int = Field(32, ge=1)
 
 
