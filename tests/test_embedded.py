@@ -14,18 +14,18 @@ from lm_eval.tasks import TaskManager
 from tokenizers.decoders import DecodeStream
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lib.base import InputError
 from lib.finetune import embedded
+from lib.finetune.bases import EMBEDDED
 from lib.finetune.data import IGNORED, chats, people_of, tokenize_chats
-from lib.finetune.embedded import QUALITIES, SPECIAL, embedded_model, multiple_choice_task, pretrain
+from lib.finetune.embedded import SPECIAL, embedded_model, multiple_choice_task, pretrain
 from lib.finetune.skills import conversations, multiple_choice, prompts
 
-SMOKE = QUALITIES["smoke"]
+SMOKE = EMBEDDED["embedded-smoke"]
 
 
 @pytest.fixture(scope="module")
 def folder():
-    return embedded_model("smoke")
+    return embedded_model(SMOKE)
 
 
 @pytest.fixture(scope="module")
@@ -175,12 +175,12 @@ def test_it_is_trained_once_whoever_asks(tmp_path, monkeypatch, folder):
 
     with monkeypatch.context() as patch:
         patch.setattr(embedded, "pretrain", never)
-        assert embedded_model("smoke") == folder
+        assert embedded_model(SMOKE) == folder
     monkeypatch.setenv("ITL_RUNS", str(tmp_path))
     times = []
     monkeypatch.setattr(embedded, "pretrain", lambda *given: times.append(given) or pretrain(SMOKE))
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(embedded_model, ["smoke", "smoke"])
+        first, second = pool.map(embedded_model, [SMOKE, SMOKE])
     assert first == second and len(times) == 1 and first.name == folder.name
     weights = [(made / "model.safetensors").read_bytes() for made in (first, folder)]
     assert weights[0] == weights[1]
@@ -196,16 +196,9 @@ def test_what_was_not_finished_is_made_anew(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr(embedded, "_save", fail)
-        embedded_model("smoke")
+        embedded_model(SMOKE)
     assert not [path for path in (tmp_path / "embedded").iterdir() if not path.name.endswith((".tmp", ".lock"))]
-    assert AutoModelForCausalLM.from_pretrained(embedded_model("smoke")).config.vocab_size == SMOKE.vocab_size
-
-
-def test_an_unknown_quality_is_one_sentence():
-    with pytest.raises(
-        InputError, match="unknown quality 'paper' of the embedded model: there are smoke, quick, laptop"
-    ):
-        embedded_model("paper")
+    assert AutoModelForCausalLM.from_pretrained(embedded_model(SMOKE)).config.vocab_size == SMOKE.vocab_size
 
 
 # ---- Learning

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.finetune.config import FinetuneConfig
-from lib.finetune.embedded import QUALITIES, embedded_model
+from lib.finetune.embedded import EmbeddedConfig, embedded_model
 from lib.finetune.models import load_model, load_tokenizer
 
 
@@ -27,10 +27,14 @@ PUBLISHED = {
     "Llama-3.2-3B": Base("meta-llama/Llama-3.2-3B-Instruct", 4e-5),
     "Llama-3.1-8B": Base("meta-llama/Llama-3.1-8B-Instruct", 2e-5),
 }
-#: Made here (`lib.finetune.embedded`): the name of each quality.
-EMBEDDED = {"embedded" if quality == "laptop" else f"embedded-{quality}": quality for quality in QUALITIES}
+#: Made here, in seconds, two minutes, or a quarter of an hour of a core.
+EMBEDDED = {
+    "embedded-smoke": EmbeddedConfig(d_model=32, n_layers=2, n_heads=2, copying_steps=1, steps=2, batch_size=4),
+    "embedded-quick": EmbeddedConfig(),
+    "embedded": EmbeddedConfig(n_layers=4, copying_steps=1200, steps=2200),
+}
 #: Of the embedded model, and of models that nobody published a rate of.
-EMBEDDED_LR, OTHER_LR = 1e-3, 5e-5
+EMBEDDED_LR, OTHER_LR = 2e-3, 5e-5
 #: Adapters start at nothing and take a higher rate.
 LORA_FACTOR = 10
 

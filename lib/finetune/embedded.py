@@ -21,7 +21,7 @@ from pydantic import Field
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lib.base import Config, InputError
+from lib.base import Config
 from lib.finetune import protocol, skills
 from lib.gradients import summed_loss
 from lib.model import ModelConfig, Transformer, to_llama
@@ -43,29 +43,15 @@ class EmbeddedConfig(Config):
     batch_size: int = Field(32, ge=1)
 
 
-#: From seconds to a quarter of an hour.
-QUALITIES = {
-    "smoke": EmbeddedConfig(d_model=32, n_layers=2, n_heads=2, copying_steps=1, steps=2, batch_size=4),
-    "quick": EmbeddedConfig(),
-    "laptop": EmbeddedConfig(n_layers=4, copying_steps=1200, steps=2200),
-}
-
-
-def embedded_model(quality: str = "quick") -> Path:
-    """The folder of an embedded model, for `from_pretrained`; trained if it is not there, by one process at a time.
-
-    An unknown quality is an `InputError`.
-    """
-    if quality not in QUALITIES:
-        raise InputError(f"unknown quality {quality!r} of the embedded model: there are {', '.join(QUALITIES)}")
-    config = QUALITIES[quality]
-    folder = runs() / "embedded" / f"{quality}-{_digest(config)}"
+def embedded_model(config: EmbeddedConfig) -> Path:
+    """The folder of an embedded model, for `from_pretrained`; trained if it is not there, by one process at a time."""
+    folder = runs() / "embedded" / _digest(config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             unfinished = folder.with_name(f".{folder.name}.tmp")
             shutil.rmtree(unfinished, ignore_errors=True)
-            _save(unfinished, *pretrain(config, f"Base model, {quality}"))
+            _save(unfinished, *pretrain(config, "embedded model"))
             os.replace(unfinished, folder)
     return folder
 
