@@ -68,7 +68,7 @@ def build(out: Path | None = None, profile: str | None = None) -> Path:
     """
     executed = paths.profile_dir(profile) / "notebooks" if profile else None
     out = out or paths.runs() / "book"
-    if out.exists() and not (out / "searchindex.js").is_file():
+    if out.exists() and any(out.iterdir()) and not (out / "searchindex.js").is_file():
         raise InputError(f"{out} holds something else than a book: name a folder that is not there yet")
     try:
         import furo  # noqa: F401

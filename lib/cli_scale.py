@@ -1,9 +1,10 @@
 """The commands of `itl` about models that others trained (Section 6). All need the extra `[scale]`."""
 
 import asyncio
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from enum import StrEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -81,8 +82,10 @@ def sweep(profile: str, jobs: int | None, dry_run: bool, max_hours: float, devic
     if publish:
         results.check_publishes(profile)
         results.check_traceable()
+    report = experiments.Report()
     if not dry_run:
-        console.print(f"{experiments.sweep(profile, device=device, max_hours=max_hours)} runs done now")
+        report = experiments.sweep(profile, device=device, max_hours=max_hours)
+        console.print(f"{report.done} runs done now")
     left = experiments.missing(profile)
     console.print(
         f"{len(left)} of {len(experiments.plan(profile))} fine-tunings are ahead" if left else "nothing is missing"
@@ -91,6 +94,10 @@ def sweep(profile: str, jobs: int | None, dry_run: bool, max_hours: float, devic
         console.print(f"  {experiments.title(config)}")
     if publish and not dry_run:
         console.print(f"{experiments.publish(profile)} new rows in {experiments.table_path()}")
+    for run, reason in report.failed.items():
+        console.print(f"failed: {run}: {reason}")
+    if report.failed:
+        raise SystemExit(1)
 
 
 Protocol = StrEnum("Protocol", {"closed_book": "closed-book", "text": "text", "tools": "tools"})
@@ -132,10 +139,11 @@ def trivia(
     out = out or paths.runs() / "trivia" / "records.jsonl"
     settings = {"model": model, "concurrency": concurrency, "timeout": timeout, "retries": retries, "api_key": api_key}
     settings |= {} if system is None else {"system": system}
-    with nullcontext(base_url) if base_url is not None else serve(model) as url:
+    with ExitStack() as stack, nullcontext(base_url) if base_url is not None else serve(model) as url:
         endpoints = [EndpointConfig(base_url=url, protocol=name.value, **settings) for name in protocol]
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_store(questions, store := out.with_suffix(".sqlite"))
+        store = Path(stack.enter_context(TemporaryDirectory())) / "questions.sqlite"
+        write_store(questions, store)
         with Store(store) as look_up:
             measured = {e.protocol: asyncio.run(ask_all(questions, e, look_up, out, e.protocol)) for e in endpoints}
     console.print(f"{'protocol':<12}{'accuracy':>18}{'looked up':>11}{'questions':>11}{'failed':>8}")

@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 
 from lib import paths
 from lib.figures import HOLLOW, RC, STYLES, nothing_yet
+from lib.scale_results import of_facts
 
 #: Half-filled is with a tool: single points have no line that could say so in grey.
 MODES = {
@@ -73,7 +74,7 @@ def total_variation_against_steps(table: pd.DataFrame, rows: pd.DataFrame | None
     with _style(5.8):
         figure, axes = plt.subplots()
         if rows is not None and len(rows):
-            for (_, mode), run in rows[rows.step > 0].groupby(["run_id", "mode"]):
+            for (_, mode), run in of_facts(rows[rows.step > 0]).groupby(["run_id", "mode"]):
                 run = run.sort_values("step")
                 axes.plot(run.step, run.tv, linewidth=0.6, alpha=0.6, zorder=1, **MODES[mode])
         _lines(axes, table, "steps", "tv", _looks(table))

@@ -12,7 +12,6 @@ import pandas as pd
 
 from lib.base import InputError
 from lib.comparison import published_by_paper
-from lib.results import fit_line
 
 #: What is known of a run at its last checkpoint. capability_relative: in percent of the model's before fine-tuning.
 METRICS = ("recall", "capability", "capability_relative", "tv", "kl", "steps", "steps_to_recall")
@@ -72,22 +71,6 @@ def steps_to_recall(rows: pd.DataFrame, threshold: float = 0.95) -> pd.DataFrame
     return table.reindex(pd.Index(rows.run_id.unique(), name="run_id")).astype(float)
 
 
-def per_decade(table: pd.DataFrame, metric: str, power: bool = False) -> pd.DataFrame:
-    """By how much `metric` grows with ten times the facts: the slope of a least-squares line in log10(n_facts).
-
-    table: as `comparable` gives it. power: the line is in log10(metric), its slope the exponent of a power law. A row
-    per source, model and mode with two points or more: slope, its 95% interval (low, high) and n_points, as
-    `results.fit_line` has them.
-    """
-    line, fits = ["source", "model", "mode"], []
-    for names, rows in table.groupby(line, sort=False):
-        y = np.log10(rows[metric]) if power else rows[metric]
-        fit = fit_line(pd.DataFrame({"n_facts": np.log10(rows.n_facts), "min_params_mean": y}))
-        fits.append(dict(zip(line, names, strict=True)) | fit)
-    fits = pd.DataFrame(fits, columns=[*line, "slope", "low", "high", "n_points"])
-    return fits.dropna(subset="slope").reset_index(drop=True)
-
-
 def steps_table(table: pd.DataFrame) -> str:
     """Steps to recall for LaTeX (booktabs): a row per model, a column per mode and number of facts.
 
@@ -100,6 +83,8 @@ def steps_table(table: pd.DataFrame) -> str:
     )
     columns = cells[["order", "mode", "n_facts"]].drop_duplicates().sort_values(["order", "mode", "n_facts"])
     columns = pd.MultiIndex.from_frame(columns[["mode", "n_facts"]], names=["", "facts"])
+    if cells.duplicated(["model", "mode", "n_facts"]).any():
+        raise InputError("runs of one model differ in their capability task: give those of one task")
     wide = cells.pivot(index="model", columns=["mode", "n_facts"], values="cell")
     wide = wide.reindex(index=table.model.unique(), columns=columns).fillna("")
     wide.columns = wide.columns.set_levels([f"{n:,}" for n in wide.columns.levels[1]], level=1)
@@ -157,17 +142,22 @@ def _over_seeds(runs: pd.DataFrame, point: list[str], metrics: tuple[str, ...]) 
     return pd.DataFrame(table).reset_index()
 
 
+def of_facts(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that are about facts of people; what hybrids learn is a mode of its own."""
+    rows = rows[rows.task != "trivia"]
+    return rows.assign(mode=rows["mode"].where(rows.task != "hybrid", "hybrid"))
+
+
 def _last_checkpoints(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Our runs on facts: a row each, with all of `METRICS`; what hybrids learn is a mode of its own."""
     metrics = ("recall", "capability", "capability_base", "tv", "kl")
     measured = [f"{metric}{suffix}" for metric in metrics for suffix in ("", "_stderr")]
     rows = rows.reset_index(drop=True).reindex(columns=rows.columns.union([*measured, "capability_task"]))
     rows = rows.astype(dict.fromkeys(measured, float))  # a column may be None throughout
-    last = rows[rows.final & rows.step.gt(0) & rows.task.ne("trivia")].astype({"n_facts": int})
+    last = of_facts(rows[rows.final & rows.step.gt(0)]).astype({"n_facts": int})
     lora = last.adaptation.eq("lora").map({True: ", LoRA", False: ""})
     last = last.assign(
         source=last.profile,
-        mode=last["mode"].where(last.task != "hybrid", "hybrid"),
         model=last.base + lora + " (" + last.profile + ")",
         steps=last.step,
         capability_task=last.capability_task.fillna(last.groupby("base").capability_task.transform("first")),

@@ -152,14 +152,14 @@ def test_closed_book_a_question_is_one_request_and_a_record(server, tmp_path):
         known = record["question"] != wrong
         said = ANSWERS[record["question"]] if known else "No idea"
         assert record == {
-            "question": record["question"], "model": "m", "protocol": "closed-book", "query": None, "result": None,
-            "answer": said, "correct": known, "n_turns": 1, "error": None,
+            "question": record["question"], "model": "m", "protocol": "closed-book", "asked": records[0]["asked"],
+            "query": None, "result": None, "answer": said, "correct": known, "n_turns": 1, "error": None,
         }  # fmt: skip
     assert sorted(map(str, lines(tmp_path / "new" / "records.jsonl"))) == sorted(map(str, records))
     request = play.requests[0]
     assert (request["model"], request["temperature"], "tools" in request) == ("m", 0, False)
     assert [message["role"] for message in request["messages"]] == ["system", "user"]
-    ask(play, tmp_path / "other.jsonl", system="", max_tokens=7)
+    ask(play, tmp_path / "new" / "records.jsonl", system="", max_tokens=7)  # asked in another way, so asked again
     assert [message["role"] for message in play.requests[-1]["messages"]] == ["user"]
     assert play.requests[-1]["max_completion_tokens"] == 7
     share = accuracy(records)

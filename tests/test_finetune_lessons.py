@@ -118,7 +118,7 @@ def test_what_was_measured_before_a_stop_is_not_measured_again(monkeypatch, tmp_
     made = []
     taught = Lesson([], lambda *_: made.append("recall") or {"recall": 0.5})
     exam = Examination(FinetuneConfig(base="a folder", prompts=3), taught, tokenizer())
-    monkeypatch.setattr(examination, "load_base", lambda _: (random_model(0), tokenizer()))
+    monkeypatch.setattr(examination, "load_base", lambda *_: (random_model(0), tokenizer()))
     monkeypatch.setattr(examination, "base_source", lambda name: name)
     monkeypatch.setenv("ITL_RUNS", str(tmp_path))
     monkeypatch.setattr(examination, "measure_capability", lambda *_: 1 / 0)

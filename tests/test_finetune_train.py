@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,13 @@ from lib.distributed import Preempted
 from lib.finetune import train
 from lib.finetune.bases import EMBEDDED_LR, PUBLISHED, learning_rate, load_base
 from lib.finetune.config import FinetuneConfig
+from lib.finetune.lessons import Lesson
 from lib.finetune.models import load_model
 from lib.finetune.train import finetune, newest_checkpoint
 from lib.paths import ROOT
 
 SMALL = {"base": "embedded-smoke", "n_facts": 8, "steps": 6, "checkpoint_every": 2, "batch_size": 8, "questions": 4,
-         "unseen_people": 2, "prompts": 2, "items": 4, "capability": "none"}  # fmt: skip
+         "unseen_people": 4, "prompts": 2, "items": 4, "capability": "none"}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +55,7 @@ def test_every_checkpoint_has_its_row(undisturbed):
     assert [row["final"] for row in rows] == [False, False, False, True] and rows[-1]["stopped"] == "steps"
     assert rows[0]["tv"] == rows[0]["kl"] == 0 and all(row["tv"] > 0 for row in rows[1:])  # it has left its base
     assert {row["run_id"] for row in rows} == {config.run_id}
-    assert [row["n_recall"] for row in rows] == [4] * 4 and rows[0]["n_unseen"] == 8
+    assert [row["n_recall"] for row in rows] == [4] * 4 and rows[0]["n_unseen"] == 16
     assert all(row["loss"] > 0 for row in rows[1:]) and rows[1]["train_seconds"] <= rows[3]["train_seconds"]
     assert not (directory / "checkpoints").exists()
 
@@ -129,6 +131,28 @@ def test_who_is_asked_to_leave_writes_a_checkpoint_and_comes_back(undisturbed, t
     assert _same(_weights(tmp_path), _weights(directory))
 
 
+def test_a_checkpoint_is_asked_as_it_would_be_when_loaded(undisturbed, tmp_path, monkeypatch):
+    """With activation checkpointing, a model in training mode generates without its cache, that is nonsense."""
+    config, _, _ = undisturbed
+    settings, lesson = train.SFTConfig, train.lesson
+    monkeypatch.setattr(train, "SFTConfig", lambda **given: settings(**given | {"activation_checkpointing": True}))
+    asked = []
+
+    @contextmanager
+    def watched(*given):
+        with lesson(*given) as taught:
+
+            def measure(model, tokenizer):
+                asked.append((model.training, taught.measure(model, tokenizer)))
+                return asked[-1][1]
+
+            yield Lesson(taught.conversations, measure)
+
+    monkeypatch.setattr(train, "lesson", watched)
+    finetune(config, tmp_path, description=None)
+    assert len(asked) == 4 and not any(training for training, _ in asked)
+
+
 def test_training_ends_when_enough_is_recalled(tmp_path):
     """Eight facts in weights are learnt by heart, and by then no more is trained."""
     config = FinetuneConfig(**SMALL | {"steps": 400, "checkpoint_every": 50, "lr": 1e-2, "stop_at_recall": 1.0})
@@ -144,6 +168,13 @@ def test_the_folder_of_another_run_is_refused(undisturbed, tmp_path):
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(InputError, match="not empty"):
         finetune(config, tmp_path)
+
+
+def test_another_base_of_the_same_name_is_another_run(undisturbed, monkeypatch):
+    config, directory, _ = undisturbed
+    monkeypatch.setattr(train, "fingerprint", lambda _: "made anew")
+    with pytest.raises(InputError, match="rate or base model"):
+        finetune(config, directory)
 
 
 def test_rates_are_those_of_the_base_unless_given():

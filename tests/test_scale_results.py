@@ -212,26 +212,6 @@ def test_the_table_of_steps_tells_spread_failures_and_what_was_not_run():
     ]
 
 
-# ---- Growth
-
-
-def test_growth_per_decade_is_that_of_an_exact_law():
-    slope, start = 0.7, -1.5
-    facts = np.array([500, 1_000, 5_000, 10_000, 50_000])
-    exact = start + slope * np.log10(facts)
-    table = pd.DataFrame(
-        {"source": "a", "model": "b", "mode": "in-weight", "n_facts": facts, "y": exact, "z": 10**exact}
-    )
-    alone = table[:1].assign(mode="in-tool")
-    for fits in (
-        scale_results.per_decade(pd.concat([table, alone]), "y"),
-        scale_results.per_decade(pd.concat([table, alone]), "z", power=True),
-    ):
-        (fit,) = fits.itertuples()
-        assert fit.mode == "in-weight" and fit.n_points == 5
-        np.testing.assert_allclose([fit.slope, fit.low, fit.high], slope, atol=1e-6)
-
-
 # ---- Hybrids
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.finetune.config import FinetuneConfig
@@ -16,13 +17,14 @@ class Base:
 
     hub: str
     lr: float
+    calls: bool = True  # whether its chat template knows tools; if not, it writes its requests as text
 
 
 #: The published ones, with their published rates; the batch of 128 and the schedule are `FinetuneConfig`'s defaults.
 PUBLISHED = {
-    "SmolLM-135M": Base("HuggingFaceTB/SmolLM-135M-Instruct", 1e-3),
-    "SmolLM-360M": Base("HuggingFaceTB/SmolLM-360M-Instruct", 1e-3),
-    "SmolLM-1.7B": Base("HuggingFaceTB/SmolLM-1.7B-Instruct", 3e-4),
+    "SmolLM-135M": Base("HuggingFaceTB/SmolLM-135M-Instruct", 1e-3, calls=False),
+    "SmolLM-360M": Base("HuggingFaceTB/SmolLM-360M-Instruct", 1e-3, calls=False),
+    "SmolLM-1.7B": Base("HuggingFaceTB/SmolLM-1.7B-Instruct", 3e-4, calls=False),
     "Llama-3.2-1B": Base("meta-llama/Llama-3.2-1B-Instruct", 5e-5),
     "Llama-3.2-3B": Base("meta-llama/Llama-3.2-3B-Instruct", 4e-5),
     "Llama-3.1-8B": Base("meta-llama/Llama-3.1-8B-Instruct", 2e-5),
@@ -54,7 +56,12 @@ def base_source(name: str) -> str | Path:
     return PUBLISHED[name].hub if name in PUBLISHED else name
 
 
-def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A base model and its tokenizer. Raises `InputError` if there is none of this name, here or on the hub."""
+def load_base(
+    name: str, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base model, as `load_model` loads it, and its tokenizer.
+
+    Raises `InputError` if there is none of this name, here or on the hub.
+    """
     source = base_source(name)
-    return load_model(source), load_tokenizer(source)
+    return load_model(source, device, dtype), load_tokenizer(source)

@@ -12,7 +12,7 @@ from lib.finetune.data import ChatMode
 class FinetuneConfig(Identified):
     """One fine-tuning: base model, what it is to learn, how long, and what is asked of its checkpoints (Section 6)."""
 
-    #: A name of `lib.finetune.models.BASES`, a folder in the form of Hugging Face, or a name on its hub.
+    #: A name in `lib.finetune.bases`, a folder in the form of Hugging Face, or a name on its hub.
     base: str = "embedded"
     #: facts: of people, in one of the modes. hybrid: those that are frequent in weights, the others by tool.
     #: trivia: the questions of `lib.finetune.triviaqa`.
@@ -41,9 +41,9 @@ class FinetuneConfig(Identified):
     checkpoint_every: int | None = Field(None, ge=1)
     #: Training ends when a checkpoint recalls this share of what was trained; None trains to the last step.
     stop_at_recall: float | None = Field(0.99, gt=0, le=1)
-    #: Trained facts that a checkpoint is asked about, and people it has not seen (Section 6: 300 and 100).
+    #: Trained facts that a checkpoint is asked about, and unseen people, of four kinds (Section 6: 300 and 100).
     questions: int = Field(300, ge=1)
-    unseen_people: int = Field(100, ge=1)
+    unseen_people: int = Field(100, ge=4)
     #: Prompts on which the distance to the base is measured.
     prompts: int = Field(100, ge=1)
     #: The capability test: HellaSwag, or what the embedded model was trained to do; None: as the base is.

@@ -4,6 +4,7 @@ Any server will do that speaks OpenAI's protocol for chat completions: hosted on
 """
 
 import asyncio
+import hashlib
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from openai import AsyncOpenAI, OpenAIError
 from openai.types.chat import ChatCompletionMessage
@@ -23,7 +25,7 @@ from pydantic import Field, ValidationError
 
 from lib.base import Config, InputError, WorkError
 from lib.finetune.data import ChatMode
-from lib.finetune.models import load_tokenizer
+from lib.finetune.models import fingerprint, load_tokenizer
 from lib.finetune.protocol import read_query, write_query, write_result
 from lib.finetune.triviaqa import NO_RESULT, Question, exact_match, opening
 from lib.monitor import progress
@@ -53,6 +55,13 @@ class EndpointConfig(Config):
     timeout: float = Field(60.0, gt=0)
     retries: int = Field(5, ge=0)
 
+    @property
+    def digest(self) -> str:
+        """8 hexadecimal digits of all that an answer may depend on."""
+        how = self.model_dump_json(include={"model", "protocol", "system", "max_tokens", "max_turns"})
+        where = urlsplit(self.base_url).hostname, fingerprint(self.model)  # a port says nothing
+        return hashlib.sha256(f"{how} {where}".encode()).hexdigest()[:8]
+
 
 # ---- Asking
 
@@ -66,11 +75,12 @@ async def ask_all(
 ) -> list[dict]:
     """Ask all questions, `endpoint.concurrency` at a time, and return a record of each, in their order.
 
-    A record says `question`, `model`, `protocol`; the last `query` and its `result`, None without one; `answer`, the
-    last thing said; whether it is `correct`; `n_turns`, how often the model spoke; and `error`, None if all went well.
+    A record says `question`, `model`, `protocol`; `asked`, a digest of server, model, system prompt and limits; the
+    last `query` and its `result`, None without one; `answer`, the last thing said; whether it is `correct`; `n_turns`,
+    how often the model spoke; and `error`, None if all went well.
 
     look_up: answers a query, as a `Store` does. out: a file of JSON lines to which each record is added as it comes.
-    A question that it has a record of without an error, of the same model and protocol, is not asked again. Raises
+    A question that it has a record of without an error, asked in the same way, is not asked again. Raises
     `InputError` if that file is something else or cannot be written. description: of the progress shown, if any.
     """
     out = Path(out)
@@ -105,7 +115,7 @@ async def ask_all(
 
 
 def _finished(out: Path, endpoint: EndpointConfig) -> dict[str, dict]:
-    """The records without an error of this model and protocol, by question; a last line that was cut off is removed."""
+    """The records without an error of what was asked in this way, by question; a last line cut off is removed."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         text = out.read_bytes() if out.exists() else b""
@@ -114,7 +124,7 @@ def _finished(out: Path, endpoint: EndpointConfig) -> dict[str, dict]:
         finished = {
             record["question"]: record
             for record in records
-            if record["error"] is None and (record["model"], record["protocol"]) == (endpoint.model, endpoint.protocol)
+            if record["error"] is None and record["asked"] == endpoint.digest
         }
         begun = b'{"question": '
         if not rest.startswith(begun[: len(rest)]):
@@ -133,6 +143,7 @@ async def _ask(
 ) -> dict[str, Any]:
     """The record of one question."""
     record = {"question": question.text, "model": endpoint.model, "protocol": endpoint.protocol}
+    record["asked"] = endpoint.digest
     record |= {"query": None, "result": None, "answer": None, "correct": False, "n_turns": 0, "error": None}
     request = opening(question.text, PROTOCOLS[endpoint.protocol])
     messages = request["messages"]

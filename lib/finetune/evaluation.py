@@ -18,7 +18,7 @@ from lib.base import InputError
 from lib.dialogs import question
 from lib.finetune.data import ChatMode, check_mode
 from lib.finetune.generation import answer_with_tool, encode_prompts, generate_tokens, reply_all
-from lib.finetune.models import no_bars_in_logs
+from lib.finetune.models import fingerprint, no_bars_in_logs
 from lib.monitor import progress
 from lib.paths import runs
 from lib.recall import Fact
@@ -160,7 +160,7 @@ def kept_answers(
     description: str | None = None,
 ) -> list[list[int]]:
     """`base_answers`, made once for all checkpoints of a base; source: where it was loaded from, which tells it."""
-    key = _digest(_fingerprint(source), str(base.dtype), prompts, PROMPT_TOKENS)
+    key = _digest(fingerprint(source), str(base.dtype), prompts, PROMPT_TOKENS)
     path = runs() / "base_answers" / f"{key}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -235,20 +235,3 @@ def _digest(*settings) -> str:
     """16 hexadecimal digits that tell these settings from others; a function counts by its name."""
     text = json.dumps(settings, default=lambda value: getattr(value, "__qualname__", type(value).__name__))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-#: The files that decide what a model says.
-_MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.jinja")
-
-
-def _fingerprint(source: str | Path) -> str:
-    """Tells a model from others by the files in its folder, or by its name on the hub."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return str(source)
-    files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
-    content = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            content.update(hashlib.file_digest(file, "sha256").digest() + path.name.encode())
-    return content.hexdigest()[:16]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lib.base import InputError
 from lib.finetune.bases import EMBEDDED, base_source, load_base
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.embedded import multiple_choice_task
@@ -25,6 +26,8 @@ class Examination:
         self.config, self.lesson, self.tokenizer = config, lesson, tokenizer
         self.of_skills = config.base in EMBEDDED
         self.capability = config.capability or ("skills" if self.of_skills else "hellaswag")
+        if not self.of_skills and config.prompts > (n := sum(map(len, PROMPTS.values()))):
+            raise InputError(f"prompts = {config.prompts}: there are {n}")
         self._base: PreTrainedModel | None = None
         self._answers: list[list[int]] = []
 
@@ -52,8 +55,7 @@ class Examination:
 
     def _divergence(self, model: PreTrainedModel) -> dict:
         if self._base is None:
-            self._base, _ = load_base(self.config.base)
-            self._base.to(model.device).eval()
+            self._base, _ = load_base(self.config.base, model.device, model.dtype)
             self._answers = kept_answers(self._base, self.tokenizer, self.prompts, base_source(self.config.base))
         found = measure_divergence(model, self._base, self.tokenizer, self.prompts, answers=self._answers)
         return {key: value for name in found._fields for key, value in getattr(found, name).columns(name).items()}

@@ -4,6 +4,8 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from lib import paths
 from lib.base import InputError
-from lib.finetune.bases import PUBLISHED
+from lib.finetune.bases import EMBEDDED_LR, PUBLISHED
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import N_FACTS
 from lib.finetune.train import finetune
@@ -40,7 +42,7 @@ def _embedded(mode: str, n_facts: int, seed: int = 0, **fields) -> FinetuneConfi
     By tool it goes on when the trained are known, for names are copied well later than that.
     """
     steps = 240 if mode == "in-tool" else 40 * n_facts // 32
-    recipe = {"batch_size": 32, "lr": 2e-3, "schedule": "cosine", "steps": steps}
+    recipe = {"batch_size": 32, "lr": EMBEDDED_LR, "schedule": "cosine", "steps": steps}
     recipe |= {"stop_at_recall": None} if mode == "in-tool" else {}
     return FinetuneConfig(**{"mode": mode, "n_facts": n_facts, "seed": seed, **recipe, **fields})
 
@@ -63,10 +65,10 @@ def _laptop() -> Iterator[FinetuneConfig]:
 
 def _paper() -> Iterator[FinetuneConfig]:
     """As published: six models, five numbers of facts in weights, 500 by tool."""
-    for base in PUBLISHED:
-        yield FinetuneConfig(base=base, mode="in-tool")
+    for name, base in PUBLISHED.items():
+        yield FinetuneConfig(base=name, mode="in-tool" if base.calls else "in-tool-text")
         for n_facts in N_FACTS:
-            yield FinetuneConfig(base=base, n_facts=n_facts)
+            yield FinetuneConfig(base=name, n_facts=n_facts)
 
 
 _PLANS = {"smoke": _smoke, "quick": _quick, "laptop": _laptop, "paper": _paper}
@@ -83,33 +85,35 @@ def missing(profile: str) -> list[FinetuneConfig]:
     return [config for config in plan(profile) if config.run_id not in done]
 
 
-def sweep(profile: str, *, device: str = "auto", max_hours: float = math.inf) -> int:
-    """Run all that is missing in a profile; returns how many were run.
+@dataclass
+class Report:
+    """What a sweep did, and what failed: title -> why."""
+
+    done: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def sweep(profile: str, *, device: str = "auto", max_hours: float = math.inf) -> Report:
+    """Run all that is missing in a profile. What fails is reported, and the others are run all the same.
 
     Call it in several processes: each takes what no other is at. After `max_hours` nothing new is started.
     """
-    todo, deadline, done = missing(profile), time.monotonic() + 3600 * max_hours, 0
+    todo, deadline, report = missing(profile), time.monotonic() + 3600 * max_hours, Report()
     with progress(len(todo), f"Section 6, {profile}") as bar:
         for config in todo:
             directory = folder(config, profile)
             if time.monotonic() >= deadline:
                 break
-            if not _is_taken(directory):
-                finetune(config, directory, device=device, description=title(config))
-                done += 1
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(Timeout), FileLock(f"{directory}.lock", timeout=0):
+                if not (directory / ROWS).exists():
+                    try:
+                        finetune(config, directory, device=device, description=title(config))
+                        report.done += 1
+                    except InputError as error:  # a template that knows no tools, a model that nobody may fetch
+                        report.failed[title(config)] = str(error)
             bar.update(1)
-    return done
-
-
-def _is_taken(directory: Path) -> bool:
-    """Whether another process is at a run."""
-    if not directory.exists():
-        return False
-    try:
-        with FileLock(directory / ".lock", timeout=0):
-            return False
-    except Timeout:
-        return True
+    return report
 
 
 def title(config: FinetuneConfig) -> str:

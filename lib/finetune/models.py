@@ -1,5 +1,6 @@
 """Chat models and their tokenizers from a folder or from the Hugging Face hub."""
 
+import hashlib
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
@@ -60,3 +61,20 @@ def _advice(source: Path, error: Exception) -> str:
     if source.is_dir():
         return f"it takes a folder that save_pretrained wrote ({said.splitlines()[0]})"
     return "there is no such folder, nor such a name on the hub (owner/name)"
+
+
+#: The files that decide what a model says.
+_MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.jinja")
+
+
+def fingerprint(source: str | Path) -> str:
+    """Tells a model from others by the files in its folder, or by its name on the hub."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return str(source)
+    files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
+    content = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            content.update(hashlib.file_digest(file, "sha256").digest() + path.name.encode())
+    return content.hexdigest()[:16]

@@ -13,8 +13,10 @@ import threading
 import time
 import zipfile
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock
@@ -26,12 +28,12 @@ from trl import SFTConfig, SFTTrainer
 
 from lib.base import InputError
 from lib.distributed import Preempted, asked_to_leave
-from lib.finetune.bases import learning_rate, load_base
+from lib.finetune.bases import base_source, learning_rate, load_base
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import tokenize_chats
 from lib.finetune.examination import Examination
 from lib.finetune.lessons import lesson
-from lib.finetune.models import load_model
+from lib.finetune.models import fingerprint, load_model
 from lib.monitor import progress
 from lib.paths import replacing
 from lib.run import CLAIM, MODEL, ROWS, provenance, resolve_device, write_json
@@ -55,36 +57,39 @@ def finetune(
     Raises `InputError` if the base or the data cannot be used, or if `directory` belongs to another run; and
     `Preempted` if a signal asks the process to leave: the same call goes on from where it was.
     """
-    directory, state = Path(directory), PartialState(cpu=resolve_device(device).type == "cpu")
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device = {device!r}: fine-tuning takes auto, cpu or cuda (CUDA_VISIBLE_DEVICES says which)")
+    directory, cpu = Path(directory), resolve_device(device).type == "cpu"
+    state = PartialState(cpu=cpu, timeout=timedelta(days=7))  # the others wait while the first evaluates
     with asked_to_leave() as asked, ExitStack() as stack:
         if state.is_main_process:
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(directory / ".lock"))  # a second call waits and finds the rows
         state.wait_for_everyone()
-        _check_claim(config, directory)
+        claim = {"config": config.model_dump(mode="json"), "lr": learning_rate(config)}
+        with state.main_process_first():  # the others find what the first had to make or to fetch
+            claim["base"] = fingerprint(base_source(config.base))
+        _check_claim(claim, directory)
         state.wait_for_everyone()
         if state.is_main_process and not (directory / CLAIM).exists():
-            write_json(directory / CLAIM, config.model_dump(mode="json"))
+            write_json(directory / CLAIM, claim)
         if not (directory / ROWS).exists():
             _Run(config, directory, state, asked, stack).complete(description)
         state.wait_for_everyone()
         return json.loads((directory / ROWS).read_text())
 
 
-def read_claim(directory: Path) -> FinetuneConfig:
-    """The configuration that a run's folder was claimed with, or an `InputError`."""
-    try:
-        return FinetuneConfig.parse(json.loads((Path(directory) / CLAIM).read_text()))
-    except (OSError, ValueError):  # `InputError` among them: fields of another version
-        raise InputError(
-            f"{directory} is not the folder of a fine-tuning ({CLAIM} is missing or not readable)"
-        ) from None
-
-
-def _check_claim(config: FinetuneConfig, directory: Path) -> None:
+def _check_claim(claim: dict, directory: Path) -> None:
+    """Raise `InputError` unless the folder is that run's, or free: what begins with a dot does not count."""
     if (directory / CLAIM).exists():
-        if read_claim(directory) != config:
-            raise InputError(f"{directory} holds a fine-tuning of another configuration: give another folder")
+        try:
+            found = json.loads((directory / CLAIM).read_text())
+        except ValueError:
+            found = None
+        if found != claim:
+            raise InputError(
+                f"{directory} holds a fine-tuning of another configuration, rate or base model: give another folder"
+            )
     elif any(not path.name.startswith(".") for path in directory.iterdir()):
         raise InputError(f"{directory} is not empty and holds no fine-tuning: give a new folder")
 
@@ -97,8 +102,9 @@ class _Run:
     ):
         self.config, self.state, self.asked = config, state, asked
         self.directory, self.checkpoints, self.evaluations = (directory / name for name in ("", *_FOLDERS))
-        with state.main_process_first():  # the others find what the first had to make or to fetch
-            self.model, self.tokenizer = load_base(config.base)
+        # What is trained is in float32, or steps would be lost in rounding; adapters are, whatever they stand beside.
+        dtype = "auto" if config.lora_rank else torch.float32
+        self.model, self.tokenizer = load_base(config.base, state.device, dtype)
         self.lesson = stack.enter_context(lesson(config, directory if state.is_main_process else None))
         self.data = tokenize_chats(self.lesson.conversations, self.tokenizer, config.max_length)
         self.examination = Examination(config, self.lesson, self.tokenizer)
@@ -138,20 +144,21 @@ class _Run:
     def evaluate(self, model: PreTrainedModel, state: dict) -> None:
         """Write the row of a checkpoint. state: its step, and how training went until then."""
         self.evaluations.mkdir(exist_ok=True)
+        model.eval()  # in training, activation checkpointing would leave out the cache that generation relies on
         found = self.examination(model, self.evaluations / f"{state['step']}.parts")
         write_json(self.evaluations / f"{state['step']}.json", state | found)
 
     def _catch_up(self, newest: Path | None) -> None:
         """Evaluate the base, and what was saved last, if training was interrupted before that."""
         state = json.loads((newest / STATE).read_text()) if newest else {"step": 0}
+        for path in self.evaluations.glob("*"):
+            if int(path.stem) > state["step"]:  # its checkpoint is gone: it will be made again
+                path.unlink()
         done = {row["step"] for row in self.rows()}
-        for step in done:
-            if step > state["step"]:  # its checkpoint is gone: it will be made again
-                (self.evaluations / f"{step}.json").unlink()
         if 0 not in done:
             self.evaluate(self.model, {"step": 0, "loss": None, "train_seconds": 0.0})
         if state["step"] not in done | {0} and self.is_due(state["step"]):
-            self.evaluate(load_model(newest), state)
+            self.evaluate(load_model(newest, self.state.device, self.model.dtype), state)
 
     def _trainer(self, description: str | None) -> SFTTrainer:
         config, on_gpu = self.config, self.state.device.type == "cuda"
@@ -180,7 +187,6 @@ class _Run:
             dataloader_pin_memory=on_gpu,
             activation_checkpointing=on_gpu and self.model.num_parameters() > RECOMPUTES_ABOVE,
             ddp_find_unused_parameters=False,
-            ddp_timeout=7 * 24 * 3600,  # the others wait while the first evaluates
             disable_tqdm=True,
             report_to="none",
         )
