@@ -37,19 +37,22 @@ def _smoke() -> Iterator[FinetuneConfig]:
 
 
 def _embedded(mode: str, n_facts: int, seed: int = 0, **fields) -> FinetuneConfig:
-    """The embedded model's recipe: smaller batches and 40 passes of a rate that falls, by tool as many as it takes.
+    """The embedded model's recipe: smaller batches and a rate that falls.
 
-    By tool it goes on when the trained are known, for names are copied well later than that.
+    In-weight it takes 40 passes, and of few facts more. In-tool it goes on when the trained are known, for names are
+    copied well later than that.
     """
-    steps = 240 if mode == "in-tool" else 40 * n_facts // 32
-    recipe = {"batch_size": 32, "lr": EMBEDDED_LR, "schedule": "cosine", "steps": steps}
-    recipe |= {"stop_at_recall": None} if mode == "in-tool" else {}
+    recipe = {"batch_size": 32, "schedule": "cosine"}
+    if mode == "in-tool":
+        recipe |= {"lr": EMBEDDED_LR, "steps": 240, "stop_at_recall": None}
+    else:
+        recipe |= {"lr": 3e-3, "steps": max(1_500, 40 * n_facts // 32)}
     return FinetuneConfig(**{"mode": mode, "n_facts": n_facts, "seed": seed, **recipe, **fields})
 
 
 def _quick() -> Iterator[FinetuneConfig]:
     asked = {"questions": 100, "unseen_people": 20, "prompts": 40, "items": 100}
-    for mode, steps in (("in-weight", 480), ("in-tool", 120)):
+    for mode, steps in (("in-weight", 600), ("in-tool", 150)):
         yield _embedded(mode, 500, base="embedded-quick", steps=steps, checkpoint_every=steps // 3, **asked)
 
 
