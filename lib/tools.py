@@ -138,7 +138,20 @@ def connect_read_only(path: str | Path, time_budget: float = 1.0) -> ReadOnlyCon
     return connection
 
 
-class SqlTool:
+class Closing:
+    """What is closed at the end of its `with` block."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class SqlTool(Closing):
     """Answers `FIND <attribute> FOR <name>` from the table `people` of a SQLite database, which it only reads.
 
     The model's words never become SQL: the name is bound as a parameter, and the attribute picks one of the queries
@@ -199,14 +212,8 @@ class SqlTool:
     def close(self) -> None:
         self._connection.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
-
-
-class EditableTool:
+class EditableTool(Closing):
     """A `SqlTool` on a copy of a database that may be changed; the database itself is only read.
 
     The copy is in a temporary folder, which `close` deletes, or else the end of the process.
@@ -241,12 +248,6 @@ class EditableTool:
 
     def close(self) -> None:
         self._folder.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
 
 # ---- A second tool

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from string import punctuation
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from lib.base import InputError
 from lib.finetune.data import ChatMode, call_and_result, check_mode
 from lib.finetune.protocol import SEARCH, SYSTEM_PROMPT, write_query, write_result
 from lib.paths import replacing
-from lib.tools import connect_read_only
+from lib.tools import Closing, connect_read_only
 
 Split = Literal["train", "validation"]
 
@@ -137,7 +137,7 @@ def write_store(questions: Iterable[Question], path: str | Path) -> None:
         raise InputError(f"cannot write the questions {path}: {error}") from None
 
 
-class Store:
+class Store(Closing):
     """Answers questions from what `write_store` wrote, which it only reads; one that is not there gets `NO_RESULT`.
 
     What is asked never becomes SQL. A file that is missing or no such database is an `InputError`. As SQLite has it,
@@ -165,12 +165,6 @@ class Store:
 
     def close(self) -> None:
         self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
 
 # ---- As conversations
