@@ -41,11 +41,11 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.fixture(scope="module", params=[None, 2])
+@pytest.fixture(scope="module", params=[{}, {"lora_rank": 2}, {"optimizer": "muon"}], ids=["full", "lora", "muon"])
 def undisturbed(request, tmp_path_factory) -> tuple[FinetuneConfig, Path, list[dict]]:
     """A small run from start to end, in-tool, of all weights and of adapters."""
-    config = FinetuneConfig(**SMALL, lora_rank=request.param, mode="in-tool")
-    directory = tmp_path_factory.mktemp(f"rank-{request.param}")
+    config = FinetuneConfig(**SMALL, **request.param, mode="in-tool")
+    directory = tmp_path_factory.mktemp("run")
     return config, directory, finetune(config, directory, description=None)
 
 

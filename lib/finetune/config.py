@@ -26,6 +26,8 @@ class FinetuneConfig(Identified):
     seed: int = Field(0, ge=0, lt=2**31)
     #: Train matrices of low rank beside the model's own (LoRA); None trains all weights.
     lora_rank: int | None = Field(None, ge=1)
+    #: As published, or Muon for the hidden matrices, at twice the rate, and AdamW for the rest (`lib.optim`).
+    optimizer: Literal["adamw", "muon"] = "adamw"
     #: None takes the published rate of the base, or one for models nobody published a rate of.
     lr: float | None = Field(None, gt=0)
     #: Constant after a warm-up over this share of the steps, or going down to zero.
@@ -57,6 +59,8 @@ class FinetuneConfig(Identified):
     def _parts_fit(self) -> Self:
         if self.batch_size % self.grad_accumulation:
             raise ValueError(f"grad_accumulation = {self.grad_accumulation} does not divide the {self.batch_size}")
+        if self.optimizer == "muon" and self.lora_rank:
+            raise ValueError("optimizer = muon takes all weights, not adapters: leave out lora_rank, or take adamw")
         if self.task == "hybrid" and self.mode != "in-tool":
             raise ValueError("task = hybrid takes mode = in-tool: what is rare is looked up")
         if self.task == "trivia" and self.mode != "in-weight":

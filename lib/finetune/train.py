@@ -35,6 +35,7 @@ from lib.finetune.examination import Examination
 from lib.finetune.lessons import lesson
 from lib.finetune.models import fingerprint, load_model
 from lib.monitor import progress
+from lib.optim import Muon, MuonAndAdamW
 from lib.paths import replacing
 from lib.run import CLAIM, MODEL, ROWS, provenance, resolve_device, write_json
 
@@ -190,13 +191,18 @@ class _Run:
             disable_tqdm=True,
             report_to="none",
         )
-        adapter = None
+        adapter, muon = None, (lambda: _muon, {"lr": learning_rate(config)})
         if config.lora_rank:
             adapter = LoraConfig(
                 r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
             )
         trainer = SFTTrainer(
-            self.model, arguments, train_dataset=self.data, processing_class=self.tokenizer, peft_config=adapter
+            self.model,
+            arguments,
+            train_dataset=self.data,
+            processing_class=self.tokenizer,
+            peft_config=adapter,
+            optimizer_cls_and_kwargs=muon if config.optimizer == "muon" else None,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Watch(self, description if self.state.is_main_process else None))
@@ -224,6 +230,16 @@ class _Run:
         with replacing(self.directory / ROWS) as temporary:
             temporary.write_text(json.dumps(table, indent=1))
         shutil.rmtree(self.checkpoints)
+
+
+def _muon(model: PreTrainedModel, lr: float) -> MuonAndAdamW:
+    """Muon for the hidden matrices, at twice the rate, as in Section 5; AdamW for embedding, output and norms."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tables = {id(parameter) for layer in ends for parameter in layer.parameters()}
+    hidden, others = [], []
+    for parameter in model.parameters():
+        (hidden if parameter.dim() == 2 and id(parameter) not in tables else others).append(parameter)
+    return MuonAndAdamW(Muon(hidden, lr=2 * lr, weight_decay=0.0), torch.optim.AdamW(others, lr=lr, weight_decay=0.0))
 
 
 class _Watch(TrainerCallback):
