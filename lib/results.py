@@ -95,6 +95,11 @@ def bounds(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
     return minimal_parameters(bounds_rows(profile, tokenizer), bounds_searches(profile, tokenizer))
 
 
+def bounds_of_seeds(profile: str, threshold: float) -> pd.DataFrame:
+    """`minimal_parameters_of_seeds` of Section 5.1 in a profile."""
+    return minimal_parameters_of_seeds(bounds_rows(profile), bounds_searches(profile), threshold)
+
+
 def check_publishes(profile: str) -> None:
     """Raise `InputError` for a profile whose results stay in runs."""
     if profile not in paths.PUBLISHING:
@@ -167,20 +172,25 @@ def minimal_parameters(
     """
     if not len(rows):
         return pd.DataFrame(columns=[*_POINT, "recall_threshold", *_STATISTICS.values()])
+    tables = []
+    for threshold in thresholds:
+        of_seeds = minimal_parameters_of_seeds(rows, plan, threshold).groupby(_POINT).min_params
+        tables.append(of_seeds.agg(list(_STATISTICS)).reset_index().assign(recall_threshold=threshold))
+    table = pd.concat(tables).rename(columns=_STATISTICS)
+    return table.sort_values([*_POINT, "recall_threshold"], ignore_index=True)
+
+
+def minimal_parameters_of_seeds(rows: pd.DataFrame, plan: Sequence[Search], threshold: float) -> pd.DataFrame:
+    """What `minimal_parameters` summarizes, seed by seed: mode, n_facts, alpha, seed and min_params, NaN if unknown."""
+    if not len(rows):
+        return pd.DataFrame(columns=[*_POINT, "seed", "min_params"])
     sizes = defaultdict(set)
     for search in plan:
         facts = search.base.facts
         sizes[search.base.mode, 4 * facts.n_people, facts.alpha, search.base.seed] |= set(search.sizes)
-    tables = []
-    for threshold in thresholds:
-        smallest = rows.groupby([*_POINT, "seed"]).apply(
-            lambda runs, threshold=threshold: _smallest(runs, threshold, sizes.get(runs.name, SIZES)),
-            include_groups=False,
-        )
-        table = smallest.groupby(_POINT).agg(list(_STATISTICS)).reset_index()
-        tables.append(table.assign(recall_threshold=threshold))
-    table = pd.concat(tables).rename(columns=_STATISTICS)
-    return table.sort_values([*_POINT, "recall_threshold"], ignore_index=True)
+    runs_of_seeds = rows.groupby([*_POINT, "seed"])
+    smallest = {key: _smallest(runs, threshold, sizes.get(key, SIZES)) for key, runs in runs_of_seeds}
+    return pd.DataFrame([(*key, n) for key, n in smallest.items()], columns=[*_POINT, "seed", "min_params"])
 
 
 #: What a point of a figure is about.
@@ -265,15 +275,15 @@ def biographies_bounds(profile: str, threshold: float = 0.95) -> pd.DataFrame:
     return both[["n_facts", *columns, "ratio"]].dropna(subset="ratio", ignore_index=True)
 
 
-def fit_line(points: pd.DataFrame, resamples: int = 2000) -> dict[str, float]:
+def fit_line(points: pd.DataFrame, of: str = "min_params_mean", resamples: int = 2000) -> dict[str, float]:
     """Parameters needed as a line in the facts: slope (parameters a fact), its 95% interval, intercept, n_points.
 
-    points: n_facts and min_params_mean, points without a mean left out. The interval is the bootstrap's, over points:
-    it says how much the slope depends on which numbers of facts were tried. With so few points it is too narrow by a
-    little, and with fewer than five it is not given (NaN).
+    points: n_facts and the column `of`; those without a value are left out. The interval is the bootstrap's, over
+    points: of means it says how much the slope depends on which numbers of facts were tried, of `min_params` also on
+    the seeds. With so few points it is too narrow by a little, and with fewer than five it is not given (NaN).
     """
-    points = points.dropna(subset="min_params_mean")
-    x, y = points.n_facts.to_numpy(float), points.min_params_mean.to_numpy(float)
+    points = points.dropna(subset=of)
+    x, y = points.n_facts.to_numpy(float), points[of].to_numpy(float)
     fit = dict.fromkeys(("slope", "low", "high", "intercept"), math.nan) | {"n_points": len(x)}
     if len(x) < 2:
         return fit
@@ -281,7 +291,7 @@ def fit_line(points: pd.DataFrame, resamples: int = 2000) -> dict[str, float]:
     if len(x) > 4:
         rng = np.random.default_rng(0)
         draws = [rng.integers(len(x), size=len(x)) for _ in range(resamples)]
-        slopes = [np.polyfit(x[i], y[i], 1)[0] for i in draws if len(set(i)) > 1]
+        slopes = [np.polyfit(x[i], y[i], 1)[0] for i in draws if len(set(x[i])) > 1]
         fit["low"], fit["high"] = map(float, np.quantile(slopes, [0.025, 0.975]))
     return fit
 

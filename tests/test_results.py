@@ -334,6 +334,17 @@ def test_the_interval_of_a_fit_covers_a_noisy_line():
     assert 45 <= covered < 60  # 57 would be right; of so few points it covers a little less
 
 
+def test_a_flat_line_through_the_seeds_has_an_interval_with_zero_in_it_and_a_rising_one_has_not():
+    """Two numbers of facts, three seeds each: as in-tool in the laptop profile."""
+    seeds = pd.DataFrame({"n_facts": [8192] * 3 + [32_768] * 3})
+    flat = results.fit_line(seeds.assign(min_params=[31_032, 60_372, 60_372] * 2), of="min_params")
+    assert flat["slope"] == pytest.approx(0, abs=1e-6) and flat["low"] < 0 < flat["high"]
+    same = results.fit_line(seeds.assign(min_params=60_372), of="min_params")
+    assert same["low"] == pytest.approx(0, abs=1e-6) and same["high"] == pytest.approx(0, abs=1e-6)
+    rising = results.fit_line(seeds.assign(min_params=[31_032] * 3 + [60_372] * 3), of="min_params")
+    assert rising["low"] > 0 and rising["n_points"] == 6
+
+
 def test_too_few_points_have_no_interval():
     points = pd.DataFrame({"n_facts": [1.0, 2.0, 3.0, 4.0], "min_params_mean": [3.0, 5.0, 7.0, 9.0]})
     assert results.fit_line(points)["slope"] == pytest.approx(2) and math.isnan(results.fit_line(points)["low"])
