@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from IPython.display import Markdown, display
 
-from lib import figures, paths, results
+from lib import figure_style, figures, paths, results
 
 
 class Source(NamedTuple):
@@ -50,7 +50,7 @@ def show(name: str, profile: str, save: bool = True, **options) -> None:
     """Draw a figure as `figures.draw` does, `save` it for its profile, and show it in a notebook above its caption."""
     figure = figures.draw(name, profile, **options)
     if save:
-        figures.save(figure, name, profile)
+        figure_style.save(figure, name, profile)
     display(figure, Markdown(f"*{caption(name, profile, **options)}*"))
 
 

@@ -259,11 +259,12 @@ def figures(
     profile: ProfileOption = Profile.laptop,
 ) -> None:
     """Draw the figures from paper_data."""
+    from lib import figure_style
     from lib import figures as drawing
 
     drawn = {name: drawing.draw(name, profile.value) for name in names or drawing.FIGURES}
     for name, figure in drawn.items():
-        for path in drawing.save(figure, name, profile.value):
+        for path in figure_style.save(figure, name, profile.value):
             console.print(str(path))
 
 

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from lib import paths
-from lib.figures import HOLLOW, RC, STYLES, nothing_yet
+from lib.figure_style import HOLLOW, RC, STYLES, nothing_yet
 from lib.scale_results import of_facts
 
 #: Half-filled is with a tool: single points have no line that could say so in grey.

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from lib.figures import RC
+from lib.figure_style import RC
 from lib.model import Transformer
 from lib.recall import Fact
 from lib.theory.inside import attention_weights, dialog_tokens, spans

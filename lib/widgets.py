@@ -17,6 +17,7 @@ from lib import figures, results
 from lib.comparison import published_by_paper
 from lib.experiments import ALPHAS, SIZES
 from lib.facts import bits_per_person, entropy_bits_per_person
+from lib.figure_style import alt_text
 from lib.model import ModelConfig
 from lib.monitor import is_watched
 
@@ -60,9 +61,7 @@ def image(figure: Figure) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="png")
     source = base64.b64encode(file.getvalue()).decode()
-    return (
-        f'<img alt="{escape(figures.alt_text(figure))}" src="data:image/png;base64,{source}" style="max-width: 100%">'
-    )
+    return f'<img alt="{escape(alt_text(figure))}" src="data:image/png;base64,{source}" style="max-width: 100%">'
 
 
 # What is explored -----------------------------------------------------------------------------------------------------

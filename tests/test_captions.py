@@ -6,7 +6,7 @@ import json
 import pandas as pd
 import pytest
 
-from lib import captions, figures, paths, results
+from lib import captions, figure_style, figures, paths, results
 from lib.experiments import searches
 
 ROWS = pd.DataFrame(
@@ -31,7 +31,7 @@ def test_provenance_counts_runs_and_names_seeds_days_and_commits():
 def test_every_figure_has_a_caption_and_only_published_points_are_called_published():
     assert captions.SOURCES.keys() == figures.FIGURES.keys()
     for name in figures.FIGURES:
-        drawn = figures.alt_text(figures.draw(name, "laptop"))
+        drawn = figure_style.alt_text(figures.draw(name, "laptop"))
         has_published = "ublished" in drawn or name == "recall_vs_parameters"  # there in grey, without a name
         assert has_published == ("Published: Houliston" in captions.caption(name, "laptop")), name
 

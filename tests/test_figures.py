@@ -14,7 +14,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from matplotlib import pyplot as plt
 
-from lib import figures, paths, results
+from lib import figure_style, figures, paths, results, teaching_figures
 from lib.base import InputError
 from lib.comparison import published_by_paper
 from lib.model import ModelConfig
@@ -40,7 +40,7 @@ def places(tmp_path, monkeypatch) -> Path:
 def _rows() -> list[dict]:
     """Two seeds that find their bound at d = 8 and d = 12, for both modes and two numbers of facts."""
     rows = []
-    for mode in figures.STYLES:
+    for mode in figure_style.STYLES:
         for n_facts in (32, 128):
             for seed, enough in ((0, 8), (1, 12)):
                 for d_model in (4, 8, 12):
@@ -82,19 +82,19 @@ def test_every_figure_is_drawn_to_whole_files_that_are_the_same_a_second_time(pl
         _finish(_rows(), profile)
         if profile in paths.PUBLISHING:
             results.publish("05_1", profile)
-    written = figures.save(figures.draw(name, profile), name, profile)
+    written = figure_style.save(figures.draw(name, profile), name, profile)
     assert [path.name for path in written] == [f"{name}.pdf", f"{name}.png"]
     first = [path.read_bytes() for path in written]
     width, height = _png_size(written[1])
     assert width > 1000 and height > 600  # 200 dots an inch
-    figures.save(figures.draw(name, profile), name, profile)
+    figure_style.save(figures.draw(name, profile), name, profile)
     assert [path.read_bytes() for path in written] == first
     assert sorted(path.name for path in written[0].parent.iterdir()) == sorted(path.name for path in written)
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_text_in_a_pdf_stays_text(name):
-    pdf = _pdf_text(figures.save(figures.draw(name), name, "quick")[0])
+    pdf = _pdf_text(figure_style.save(figures.draw(name), name, "quick")[0])
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType outlines, as journals ask for
 
 
@@ -102,15 +102,15 @@ def test_a_quick_figure_goes_to_runs_and_leaves_the_committed_ones(places):
     committed = places / "root" / "figures" / "parameter_bounds.png"
     committed.parent.mkdir()
     committed.write_bytes(b"committed")
-    (pdf, png) = figures.save(figures.draw("parameter_bounds", "quick"), "parameter_bounds", "quick")
+    (pdf, png) = figure_style.save(figures.draw("parameter_bounds", "quick"), "parameter_bounds", "quick")
     assert pdf.parent == png.parent == places / "runs" / "quick" / "figures"
     assert committed.read_bytes() == b"committed" and len(list(committed.parent.iterdir())) == 1
-    written = figures.save(figures.draw("parameter_bounds", "laptop"), "parameter_bounds", "laptop")
+    written = figure_style.save(figures.draw("parameter_bounds", "laptop"), "parameter_bounds", "laptop")
     assert written[1] == committed and committed.read_bytes() != b"committed"
 
 
 def test_a_figure_that_cannot_be_written_leaves_the_earlier_one(places, monkeypatch):
-    (pdf, png) = figures.save(figures.draw("parameter_bounds"), "parameter_bounds", "quick")
+    (pdf, png) = figure_style.save(figures.draw("parameter_bounds"), "parameter_bounds", "quick")
     earlier = pdf.read_bytes(), png.read_bytes()
 
     def fail(self, path, **_):
@@ -119,7 +119,7 @@ def test_a_figure_that_cannot_be_written_leaves_the_earlier_one(places, monkeypa
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", fail)
     with pytest.raises(OSError, match="disk full"):
-        figures.save(figures.draw("parameter_bounds"), "parameter_bounds", "quick")
+        figure_style.save(figures.draw("parameter_bounds"), "parameter_bounds", "quick")
     assert (pdf.read_bytes(), png.read_bytes()) == earlier
 
 
@@ -138,7 +138,7 @@ def test_the_published_points_are_drawn_where_the_table_has_them(threshold):
     (axes,) = figures.draw("parameter_bounds", "laptop", threshold=threshold).axes
     drawn = _lines(axes)
     assert set(drawn) == {"in-weight, published", "in-tool, published"}
-    for mode in figures.STYLES:
+    for mode in figure_style.STYLES:
         table = PUBLISHED[(PUBLISHED["mode"] == mode) & (PUBLISHED.recall_threshold == threshold)]
         expected = table.dropna(subset="min_params_mean")[["n_facts", "min_params_mean"]].to_numpy()
         assert len(expected) > 5
@@ -152,7 +152,7 @@ def test_our_points_are_means_over_seeds_with_bars_to_the_extremes():
     figure = figures.parameter_bounds(PUBLISHED, results.minimal_parameters(rows))
     (axes,) = figure.axes
     drawn = _lines(axes)
-    for mode in figures.STYLES:
+    for mode in figure_style.STYLES:
         mean = (6_248 + 10_908) / 2
         np.testing.assert_array_equal(drawn[f"{mode}, this repository"], [[32, mean], [128, mean]])
     handles, labels = axes.get_legend_handles_labels()
@@ -165,7 +165,7 @@ def test_quick_points_are_hollow_and_come_on_top_of_those_committed():
     table = results.minimal_parameters(pd.DataFrame(_rows()))
     (axes,) = figures.parameter_bounds(PUBLISHED, table, quick=table).axes
     handles, labels = axes.get_legend_handles_labels()
-    for mode in figures.STYLES:
+    for mode in figure_style.STYLES:
         quick = handles[labels.index(f"{mode}, just trained (quick)")].lines[0]
         committed = handles[labels.index(f"{mode}, this repository")].lines[0]
         assert quick.get_markerfacecolor() == "white" != committed.get_markerfacecolor()
@@ -174,8 +174,8 @@ def test_quick_points_are_hollow_and_come_on_top_of_those_committed():
 
 
 def test_the_modes_differ_by_more_than_color():
-    colors, markers = zip(*((style["color"], style["marker"]) for style in figures.STYLES.values()), strict=True)
-    assert len(set(colors)) == len(set(markers)) == len(figures.STYLES)
+    colors, markers = zip(*((style["color"], style["marker"]) for style in figure_style.STYLES.values()), strict=True)
+    assert len(set(colors)) == len(set(markers)) == len(figure_style.STYLES)
     red, green, blue = np.array([matplotlib.colors.to_rgb(color) for color in colors]).T
     grey = 0.299 * red + 0.587 * green + 0.114 * blue
     assert abs(grey[0] - grey[1]) > 0.08
@@ -323,28 +323,28 @@ def test_a_figure_says_in_words_what_is_in_it():
     left.legend()
     right.legend(title="size")
     assert (
-        figures.alt_text(figure)
+        figure_style.alt_text(figure)
         == "Figure: Two lines. L: loss against steps; loss against facts. Shown: a. Shown: size: b."
     )
     figure.set_label("a curve")
-    assert figures.alt_text(figure) == "a curve"
+    assert figure_style.alt_text(figure) == "a curve"
 
 
 def test_the_picture_of_a_dialog_says_which_characters_are_trained():
     tokens = [256, *b"Hi\n", 257, *b"Yes", 259]
-    figure = figures.trained_characters(tokens, [False] * 5 + [True] * 4, width=4)
+    figure = teaching_figures.trained_characters(tokens, [False] * 5 + [True] * 4, width=4)
     told = [(text.get_text(), text.get_bbox_patch().get_facecolor()[:3]) for text in figure.axes[0].texts]
     assert [character for character, _ in told] == ["U", "H", "i", "↵", "A", "Y", "e", "s", "E"]
     assert len({color for _, color in told[:5]}) == len({color for _, color in told[5:]}) == 1
     assert told[4][1] != told[5][1]
-    assert figures.alt_text(figure).endswith("what is trained: UHi↵A[YesE]")
+    assert figure_style.alt_text(figure).endswith("what is trained: UHi↵A[YesE]")
 
 
 def test_pictures_in_a_notebook_carry_these_words(places, monkeypatch):
     monkeypatch.setenv("IPYTHONDIR", str(places))
     shell = InteractiveShell.instance()
     try:
-        figures._describe_in_notebooks()
+        figure_style._describe_in_notebooks()
         figure, axes = plt.subplots()
         axes.set(xlabel="facts")
         _, metadata = shell.display_formatter.format(figure)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib import figures, notebooks, paths
+from lib import figure_style, figures, notebooks, paths
 from lib.base import InputError
 from lib.notebooks import NotebookError
 
@@ -416,5 +416,5 @@ def test_without_recompute_the_figures_are_drawn_from_paper_data_and_nothing_is_
         f"quick/notebooks/{name}" for name in pages
     }
     for name in {Path(name).stem for name in produced}:  # nothing of the quick profile is in them
-        figures.save(figures.draw(name, "laptop"), name, "smoke")
+        figure_style.save(figures.draw(name, "laptop"), name, "smoke")
         assert (runs / f"quick/figures/{name}.png").read_bytes() == (runs / f"smoke/figures/{name}.png").read_bytes()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 
-from lib import figures
+from lib import teaching_figures
 from lib.base import InputError
 from lib.model import ModelConfig, Transformer
 from lib.monitor import UNOBSERVED, Observers, read_record
@@ -242,7 +242,7 @@ def rows() -> list[dict]:
 
 
 def test_a_panel_shows_a_moment_over_steps_a_line_per_tensor(rows):
-    figure = figures.probes(rows, ["output", "blocks.0.ffn"])
+    figure = teaching_figures.probes(rows, ["output", "blocks.0.ffn"])
     panels = {axes.get_title(): axes for axes in figure.axes}
     assert set(panels) == {f"{moment} of the {of}" for moment in MOMENTS for of in ("output", "gradient")}
     for title, axes in panels.items():
@@ -254,17 +254,17 @@ def test_a_panel_shows_a_moment_over_steps_a_line_per_tensor(rows):
 
 
 def test_unasked_the_residual_stream_is_drawn_in_lines_that_differ_by_more_than_color(rows):
-    lines = figures.probes(rows).axes[0].get_lines()
+    lines = teaching_figures.probes(rows).axes[0].get_lines()
     assert [line.get_label() for line in lines] == ["embedding", "blocks.0", "blocks.1", "norm", "output"]
     assert len({line.get_marker() for line in lines}) == len({line.get_color() for line in lines}) == len(lines)
 
 
 def test_gaps_and_empty_records_are_drawn(rows):
     rows = [{**row, "skew": None, "kurtosis": None} for row in rows]
-    assert all(np.isnan(figures.probes(rows).axes[2].get_lines()[0].get_ydata()))
-    assert not any(axes.get_lines() for axes in figures.probes([]).axes)
+    assert all(np.isnan(teaching_figures.probes(rows).axes[2].get_lines()[0].get_ydata()))
+    assert not any(axes.get_lines() for axes in teaching_figures.probes([]).axes)
 
 
 def test_an_unknown_tensor_is_one_sentence_that_lists_those_there_are(rows):
     with pytest.raises(InputError, match=r"no probes of 'blocks\.7': there are .*blocks\.1\.ffn"):
-        figures.probes(rows, ["output", "blocks.7"])
+        teaching_figures.probes(rows, ["output", "blocks.7"])

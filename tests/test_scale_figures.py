@@ -7,7 +7,7 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.container import BarContainer
 
-from lib import figures, paths, scale_figures, scale_results
+from lib import figure_style, paths, scale_figures, scale_results
 
 PUBLISHED = pd.read_csv(paths.PUBLISHED / "large_scale_final.csv")
 PUBLISHED["n_facts"] = PUBLISHED.n_facts.map({"500": 500, "1k": 1_000, "5k": 5_000, "10k": 10_000, "50k": 50_000})
@@ -193,11 +193,11 @@ def test_models_modes_and_sources_differ_by_more_than_color():
 def test_files_are_whole_and_the_same_a_second_time(name, tmp_path, monkeypatch):
     monkeypatch.setenv("ITL_FIGURES", str(tmp_path))
     table = hybrid([0, 1]) if name == "hybrid" else tables()["both"]
-    pdf, png = figures.save(getattr(scale_figures, name)(table), name, "laptop")
+    pdf, png = figure_style.save(getattr(scale_figures, name)(table), name, "laptop")
     first = pdf.read_bytes(), png.read_bytes()
     assert first[0].startswith(b"%PDF-") and first[0].rstrip().endswith(b"%%EOF") and b"/Type3" not in first[0]
     assert first[1].startswith(b"\x89PNG\r\n\x1a\n") and first[1].endswith(b"IEND\xaeB`\x82")
-    figures.save(getattr(scale_figures, name)(table), name, "laptop")
+    figure_style.save(getattr(scale_figures, name)(table), name, "laptop")
     assert (pdf.read_bytes(), png.read_bytes()) == first
 
 

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from lib import paths
 from lib.base import InputError
-from lib.finetune.bases import EMBEDDED_LR, PUBLISHED
+from lib.finetune.bases import PUBLISHED
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import N_FACTS
 from lib.finetune.train import finetune
