@@ -28,7 +28,7 @@ _IN_WEIGHT, _IN_TOOL = {"mode": "in-weight"}, {"mode": "in-tool"}
 _TEN_SEEDS = "10 seeds, measured at the end of training"
 _ONE_SEED = "one seed, the best of about 100 evaluations"
 _SMALLEST = "Parameters of the smallest model that recalls enough facts"
-_UNSEEN = partial(results.read_rows, "05_2")
+_UNSEEN = results.generalization_rows
 
 SOURCES = {
     "parameter_bounds": Source(_SMALLEST, results.bounds_rows, published=_TEN_SEEDS),

@@ -53,7 +53,7 @@ def _minimal(bounds: pd.DataFrame) -> pd.DataFrame:
 
 
 def _generalization(profile: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    rows = results.read_rows("05_2", profile).reindex(columns=[*_POINTS["05_2"], "new_both_recall"])
+    rows = results.generalization_rows(profile).reindex(columns=[*_POINTS["05_2"], "new_both_recall"])
     grouped = rows.groupby(_POINTS["05_2"]).new_both_recall
     ours = grouped.agg(ours="mean", ours_std="std", seeds_reaching_it="count", seeds="size").reset_index()
     return ours, published_by_paper("generalization").rename(columns={"ood_recall": "published"})

@@ -362,18 +362,22 @@ def _draw_bits_stored(profile: str) -> Figure:
     return bits_stored(results.capacity(results.counting_rows("05_1", profile)))
 
 
+def _shares(profile: str) -> pd.DataFrame:
+    return results.unseen_shares(results.generalization_rows(profile))
+
+
 def _own_shares(profile: str) -> pd.DataFrame | None:
-    return None if profile in paths.PUBLISHING else results.unseen_shares(results.read_rows("05_2", profile))
+    return None if profile in paths.PUBLISHING else _shares(profile)
 
 
 def _draw_generalization(profile: str) -> Figure:
-    shares = results.unseen_shares(results.counting_rows("05_2", profile))
+    shares = _shares(results.counting_profile(profile))
     guess = best_constant_guess(unseen_people(FactsConfig(n_people=1), 1000)["new_both"])
     return generalization(shares, _own_shares(profile), published_by_paper("generalization"), guess)
 
 
 def _draw_tool_calls(profile: str, d_model: int = 36) -> Figure:
-    return tool_calls(results.unseen_shares(results.counting_rows("05_2", profile)), d_model, _own_shares(profile))
+    return tool_calls(_shares(results.counting_profile(profile)), d_model, _own_shares(profile))
 
 
 def _draw_compressibility(profile: str, threshold: float = 0.95) -> Figure:

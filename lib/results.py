@@ -141,7 +141,7 @@ def publish(section: str, profile: str) -> int:
 
 
 def bounds_searches(profile: str, tokenizer: str = "bytes") -> list[Search]:
-    """What Section 5.1 shows: its own searches, and where they leave the tool out, the in-tool grid of Section 5.2."""
+    """What Section 5.1 shows: its own searches, and where they leave the tool out, the in-tool ones of Section 5.2."""
     own = searches("05_1", profile, tokenizer)
     if any(search.base.mode == "in-tool" for search in own):
         return own
@@ -155,6 +155,14 @@ def bounds_rows(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
     if not len(rows):
         return rows
     return rows[rows.run_id.isin(_run_ids(bounds_searches(profile, tokenizer)))].reset_index(drop=True)
+
+
+def generalization_rows(profile: str) -> pd.DataFrame:
+    """The finished runs of Section 5.2 at the sizes that every seed is to have (`Search.certain`)."""
+    rows = read_rows("05_2", profile)
+    plan = searches("05_2", profile)
+    certain = {search.config(size).run_id for search in plan for size in search.certain}
+    return rows[rows.run_id.isin(certain)].reset_index(drop=True) if len(rows) else rows
 
 
 def minimal_parameters(
@@ -280,7 +288,8 @@ def fit_line(points: pd.DataFrame, of: str = "min_params_mean", resamples: int =
 
     points: n_facts and the column `of`; those without a value are left out. The interval is the bootstrap's, over
     points: of means it says how much the slope depends on which numbers of facts were tried, of `min_params` also on
-    the seeds. With so few points it is too narrow by a little, and with fewer than five it is not given (NaN).
+    the seeds. It is too narrow where points are few (of three seeds at two numbers of facts it covers the truth five
+    times in six), has no width where all are equal, and is not given for fewer than five (NaN).
     """
     points = points.dropna(subset=of)
     x, y = points.n_facts.to_numpy(float), points[of].to_numpy(float)

@@ -47,7 +47,7 @@ def test_strangers_stand_beside_the_published_ones_in_the_mean_over_seeds(monkey
         _row(mode="in-tool", n_facts=1024, d_model=24, seed=1, new_both_recall=0.75),
         _row(mode="in-tool", n_facts=1024, d_model=20, seed=0, new_both_recall=0.5),  # not a published size
     ])  # fmt: skip
-    monkeypatch.setattr(results, "read_rows", lambda section, profile: rows)
+    monkeypatch.setattr(results, "generalization_rows", lambda profile: rows)
     (row,) = compare("05_2", "laptop").to_dict("records")
     assert (row["n_params"], row["ours"], row["seeds"], row["published"]) == (31_032, 0.5, 2, 0.025)
     assert row["ratio"] == pytest.approx(20) and row["ours_std"] == pytest.approx(0.3536, abs=1e-4)

@@ -11,10 +11,9 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from IPython.core.interactiveshell import InteractiveShell
 from matplotlib import pyplot as plt
 
-from lib import figure_style, figures, paths, results, teaching_figures
+from lib import figure_style, figures, paths, results
 from lib.base import InputError
 from lib.comparison import published_by_paper
 from lib.model import ModelConfig
@@ -308,46 +307,3 @@ def test_an_unknown_figure_is_one_sentence_that_lists_those_there_are():
 def test_a_threshold_without_published_points_is_refused():
     with pytest.raises(InputError, match=r"threshold = 0\.8: .* 0\.5, 0\.9, 0\.95, 0\.99"):
         figures.draw("parameter_bounds", "laptop", threshold=0.8)
-
-
-# ---- In words
-
-
-def test_a_figure_says_in_words_what_is_in_it():
-    figure, (left, right) = plt.subplots(1, 2)
-    figure.suptitle("Two\nlines")
-    left.plot([1], label="a")
-    left.set(title="L", xlabel="steps", ylabel="loss")
-    right.plot([1], label="b")
-    right.set(xlabel="facts")
-    left.legend()
-    right.legend(title="size")
-    assert (
-        figure_style.alt_text(figure)
-        == "Figure: Two lines. L: loss against steps; loss against facts. Shown: a. Shown: size: b."
-    )
-    figure.set_label("a curve")
-    assert figure_style.alt_text(figure) == "a curve"
-
-
-def test_the_picture_of_a_dialog_says_which_characters_are_trained():
-    tokens = [256, *b"Hi\n", 257, *b"Yes", 259]
-    figure = teaching_figures.trained_characters(tokens, [False] * 5 + [True] * 4, width=4)
-    told = [(text.get_text(), text.get_bbox_patch().get_facecolor()[:3]) for text in figure.axes[0].texts]
-    assert [character for character, _ in told] == ["U", "H", "i", "↵", "A", "Y", "e", "s", "E"]
-    assert len({color for _, color in told[:5]}) == len({color for _, color in told[5:]}) == 1
-    assert told[4][1] != told[5][1]
-    assert figure_style.alt_text(figure).endswith("what is trained: UHi↵A[YesE]")
-
-
-def test_pictures_in_a_notebook_carry_these_words(places, monkeypatch):
-    monkeypatch.setenv("IPYTHONDIR", str(places))
-    shell = InteractiveShell.instance()
-    try:
-        figure_style._describe_in_notebooks()
-        figure, axes = plt.subplots()
-        axes.set(xlabel="facts")
-        _, metadata = shell.display_formatter.format(figure)
-    finally:
-        InteractiveShell.clear_instance()
-    assert metadata["image/png"] == {"alt": "Figure: facts."}

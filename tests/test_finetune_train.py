@@ -41,9 +41,9 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.fixture(scope="module", params=[{}, {"lora_rank": 2}, {"optimizer": "muon"}], ids=["full", "lora", "muon"])
+@pytest.fixture(scope="module", params=[{"optimizer": "muon"}, {"lora_rank": 2}], ids=["all weights", "adapters"])
 def undisturbed(request, tmp_path_factory) -> tuple[FinetuneConfig, Path, list[dict]]:
-    """A small run from start to end, in-tool, of all weights and of adapters."""
+    """A small run from start to end, in-tool: of all weights with Muon, of adapters with AdamW."""
     config = FinetuneConfig(**SMALL, **request.param, mode="in-tool")
     directory = tmp_path_factory.mktemp("run")
     return config, directory, finetune(config, directory, description=None)
@@ -177,6 +177,27 @@ def test_another_base_of_the_same_name_is_another_run(undisturbed, monkeypatch):
         finetune(config, directory)
 
 
+def test_muon_takes_the_hidden_matrices_at_twice_the_rate_and_adamw_all_else():
+    model, _ = load_base("embedded-smoke")
+    optimizer = train._muon(model, lr=0.01)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    muon, adamw = ({names[id(p)] for group in part.param_groups for p in group["params"]} for part in optimizer.parts)
+    assert muon | adamw == set(names.values()) and not muon & adamw
+    assert {name.rsplit(".", 2)[-2] for name in muon} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+    assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.01]
+
+
+def test_a_run_trains_with_the_optimizer_it_names(tmp_path):
+    last = {}
+    for optimizer in ("adamw", "muon"):
+        config = FinetuneConfig(**SMALL | {"steps": 1, "checkpoint_every": 1}, optimizer=optimizer)
+        finetune(config, tmp_path / optimizer, description=None)
+        last[optimizer] = _weights(tmp_path / optimizer)
+    assert not _same(last["adamw"], last["muon"])
+
+
 def test_rates_are_those_of_the_base_unless_given():
     assert learning_rate(FinetuneConfig(base="SmolLM-360M")) == PUBLISHED["SmolLM-360M"].lr == 1e-3
     assert learning_rate(FinetuneConfig(base="Llama-3.1-8B")) == 2e-5
@@ -194,6 +215,7 @@ def test_rates_are_those_of_the_base_unless_given():
         (["--set", "task=hybrid"], "in-tool"),
         (["--set", "batch_size=8", "--set", "grad_accumulation=3"], "divide"),
         (["--set", "colour=blue"], "unknown configuration key"),
+        (["--lora-rank", "2", "--set", "optimizer=muon"], "leave out lora_rank"),
     ],
 )
 def test_a_wrong_command_says_so_in_a_sentence(arguments, words, tmp_path, monkeypatch, capsys):
@@ -212,6 +234,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "base")
     settings = [f"--set={name}={json.dumps(value)}" for name, value in SMALL.items() if name != "base"]
+    settings += ["--set=optimizer=muon"]
     command = ["-m", "lib", "finetune", "--model", str(tmp_path / "base"), *settings, "--device", "cpu"]
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     losses = {}

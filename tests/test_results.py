@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from lib.base import InputError
 from lib.comparison import published_by_paper
 from lib.config import RunConfig
 from lib.experiments import SIZES, Search, searches
-from lib.facts import ATTRIBUTES
+from lib.facts import ATTRIBUTES, FactsConfig
 from lib.model import ModelConfig
 
 CLEAN = "0123456789" * 4
@@ -133,8 +134,8 @@ def _plan(run_ids: tuple[str, ...]) -> SimpleNamespace:
     return SimpleNamespace(base=base, sizes=range(len(run_ids)), config=config)
 
 
-def _finish(row: dict, profile: str) -> None:
-    folder = results.sweep_dir("05_1", profile) / row["run_id"]
+def _finish(row: dict, profile: str, section: str = "05_1") -> None:
+    folder = results.sweep_dir(section, profile) / row["run_id"]
     folder.mkdir(parents=True)
     (folder / "row.json").write_text(json.dumps(row))
 
@@ -334,15 +335,41 @@ def test_the_interval_of_a_fit_covers_a_noisy_line():
     assert 45 <= covered < 60  # 57 would be right; of so few points it covers a little less
 
 
-def test_a_flat_line_through_the_seeds_has_an_interval_with_zero_in_it_and_a_rising_one_has_not():
+def test_the_interval_of_seeds_holds_zero_if_sizes_do_not_grow_with_the_facts_and_else_does_not():
     """Two numbers of facts, three seeds each: as in-tool in the laptop profile."""
     seeds = pd.DataFrame({"n_facts": [8192] * 3 + [32_768] * 3})
     flat = results.fit_line(seeds.assign(min_params=[31_032, 60_372, 60_372] * 2), of="min_params")
     assert flat["slope"] == pytest.approx(0, abs=1e-6) and flat["low"] < 0 < flat["high"]
+    rising = [16_592, 31_032, 31_032, 60_372, 60_372, 138_992]
+    rising = results.fit_line(seeds.assign(min_params=rising), of="min_params")
+    assert 0 < rising["low"] < rising["slope"] < rising["high"] and rising["n_points"] == 6
     same = results.fit_line(seeds.assign(min_params=60_372), of="min_params")
-    assert same["low"] == pytest.approx(0, abs=1e-6) and same["high"] == pytest.approx(0, abs=1e-6)
-    rising = results.fit_line(seeds.assign(min_params=[31_032] * 3 + [60_372] * 3), of="min_params")
-    assert rising["low"] > 0 and rising["n_points"] == 6
+    assert same["low"] == pytest.approx(0, abs=1e-6) == same["high"]
+
+
+def test_a_seed_without_a_bracket_has_no_smallest_model():
+    """Four sizes are searched: 16 is not known to be the smallest, beyond 56 nothing was tried."""
+    reached = {0: {36: True, 24: False}, 1: {36: True, 24: True, 16: True}, 2: {36: False, 56: False}, 3: {36: True}}
+    base = Search(RunConfig(mode="in-tool", facts=FactsConfig(n_people=2)), sizes=(16, 24, 36, 56))
+    plan = [replace(base, base=base.base.model_copy(update={"seed": seed})) for seed in reached]
+    rows = [
+        _row(mode="in-tool", n_facts=8, seed=seed, d_model=size, recall=float(yes))
+        for seed, sizes in reached.items()
+        for size, yes in sizes.items()
+    ]
+    found = results.minimal_parameters_of_seeds(pd.DataFrame(rows), plan, 0.95).set_index("seed").min_params
+    assert found[0] == ModelConfig(d_model=36).n_params and found[1:].isna().all() and len(found) == 4
+
+
+def test_means_over_seeds_are_of_sizes_that_no_outcome_chose(tmp_path, monkeypatch):
+    """36 is run in every seed of 5.2, 24 only where 36 was enough."""
+    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path)
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
+    (search,) = (s for s in searches("05_2", "laptop") if s.base.seed == 0 and s.base.facts.n_people == 8192)
+    for size in (24, 36):
+        _finish(_row(run_id=search.config(size).run_id, d_model=size), "laptop", "05_2")
+    assert set(results.read_rows("05_2", "laptop").d_model) == {24, 36}
+    assert set(results.generalization_rows("laptop").d_model) == {36}
 
 
 def test_too_few_points_have_no_interval():

@@ -191,7 +191,9 @@ class _Run:
             disable_tqdm=True,
             report_to="none",
         )
-        adapter, muon = None, (lambda: _muon, {"lr": learning_rate(config)})
+        # transformers asks for a function of the model by calling what it is given.
+        muon = (lambda: _muon, {"lr": learning_rate(config)}) if config.optimizer == "muon" else None
+        adapter = None
         if config.lora_rank:
             adapter = LoraConfig(
                 r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -202,7 +204,7 @@ class _Run:
             train_dataset=self.data,
             processing_class=self.tokenizer,
             peft_config=adapter,
-            optimizer_cls_and_kwargs=muon if config.optimizer == "muon" else None,
+            optimizer_cls_and_kwargs=muon,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Watch(self, description if self.state.is_main_process else None))

@@ -1,0 +1,61 @@
+"""Section 6 as data: what a profile runs, and what of it is published."""
+
+import json
+
+import pytest
+
+from lib import paths
+from lib.base import InputError
+from lib.finetune import experiments
+from lib.paths import PROFILES
+from lib.run import ROWS
+
+CLEAN = "0123456789" * 4
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path)
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
+
+
+def _finish(config, commit: str = CLEAN, steps: tuple[int, ...] = (0, 10)) -> None:
+    folder = experiments.folder(config, "laptop")
+    folder.mkdir(parents=True)
+    what = config.model_dump(include={"base", "task", "mode", "n_facts", "seed"})
+    rows = [{"run_id": config.run_id, **what, "step": step, "commit": commit} for step in steps]
+    (folder / ROWS).write_text(json.dumps(rows))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_fine_tuning_of_a_profile_is_another(profile):
+    plan = experiments.plan(profile)
+    assert len({config.run_id for config in plan}) == len(plan) > 1
+
+
+def test_laptop_compares_both_modes_by_one_recipe_with_three_seeds():
+    plan = [config for config in experiments.plan("laptop") if config.task == "facts"]
+    assert len({(config.base, config.optimizer, config.lr, config.batch_size, config.schedule) for config in plan}) == 1
+    points = {(config.mode, config.n_facts): set() for config in plan}
+    for config in plan:
+        points[config.mode, config.n_facts].add(config.seed)
+    assert ("in-weight", 5000) in points and ("in-tool", 5000) in points
+    assert all(seeds == {0, 1, 2} for seeds in points.values())
+
+
+def test_what_is_published_is_counted_once_and_leaves_when_the_plan_does(data, monkeypatch):
+    first, second, *_ = experiments.plan("laptop")
+    _finish(first)
+    assert experiments.publish("laptop") == 2 and experiments.publish("laptop") == 0
+    assert first not in experiments.missing("laptop") and second in experiments.missing("laptop")
+    _finish(second)
+    monkeypatch.setitem(experiments._PLANS, "laptop", lambda: iter([second]))
+    assert experiments.publish("laptop") == 2
+    assert set(experiments.committed_rows().run_id) == {second.run_id}
+
+
+def test_rows_of_changed_code_are_not_published(data):
+    _finish(experiments.plan("laptop")[0], commit=f"{CLEAN}-dirty")
+    with pytest.raises(InputError, match="clean commit"):
+        experiments.publish("laptop")
+    assert not experiments.table_path().exists()
