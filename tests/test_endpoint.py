@@ -304,7 +304,8 @@ def test_only_what_failed_is_asked_again(server, tmp_path):
     failing.clear()
     play.requests.clear()
     records = ask(play, out, [*QUESTIONS, QUESTIONS[0]])
-    assert [r["messages"][-1]["content"] for r in play.requests] == [question.text for question in QUESTIONS[:2]]
+    again = {request["messages"][-1]["content"] for request in play.requests}  # in what order, nobody promises
+    assert len(play.requests) == 2 and again == {question.text for question in QUESTIONS[:2]}
     assert all(record["correct"] for record in records) and records[0] == records[-1] and len(lines(out)) == 8
     for other in ({"model": "other"}, {"protocol": "text"}):  # have been asked nothing
         play.requests.clear()

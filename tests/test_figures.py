@@ -11,7 +11,6 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
 
 from lib import figure_style, figures, paths, results
 from lib.base import InputError
@@ -29,11 +28,11 @@ def places(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
     monkeypatch.delenv("ITL_FIGURES", raising=False)
     base = SimpleNamespace(mode="in-tool", seed=0, tokenizer="bytes", facts=SimpleNamespace(n_people=1, alpha=0.0))
-    search = SimpleNamespace(base=base, sizes=range(99), config=lambda size: SimpleNamespace(run_id=f"{size:012d}"))
+    sizes, config = range(99), lambda size: SimpleNamespace(run_id=f"{size:012d}")
+    search = SimpleNamespace(base=base, sizes=sizes, certain=sizes, config=config)
     monkeypatch.setattr(results, "searches", lambda section, profile, tokenizer="bytes": [search])
     (tmp_path / "root" / "paper_data").mkdir(parents=True)
-    yield tmp_path
-    plt.close("all")
+    return tmp_path
 
 
 def _rows() -> list[dict]:

@@ -4,7 +4,6 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
 from matplotlib.container import BarContainer
 
 from lib import figure_style, paths, scale_figures, scale_results
@@ -14,12 +13,6 @@ PUBLISHED["n_facts"] = PUBLISHED.n_facts.map({"500": 500, "1k": 1_000, "5k": 5_0
 NAMES = {"Lam1B": "Llama-3.2-1B", "Lam3B": "Llama-3.2-3B", "Lam8B": "Llama-3.1-8B"}
 NAMES |= {"Smol135M": "SmolLM-135M", "Smol360M": "SmolLM-360M", "Smol1.7B": "SmolLM-1.7B"}
 AGAINST_FACTS = ("capability", "total_variation", "total_variation_against_steps", "steps_to_recall", "forgetting")
-
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    plt.close("all")
 
 
 def rows(profile="laptop", seeds=(0, 1), **columns) -> pd.DataFrame:
