@@ -3,7 +3,4 @@
 set -euo pipefail
 type -P chromium >/dev/null && type -P chromedriver >/dev/null && exit
 [[ $EUID == 0 ]] && type -P apt-get >/dev/null || { echo "chromium and chromedriver are missing; as root on Debian they are installed here" >&2; exit 1; }
-export DEBIAN_FRONTEND=noninteractive
-apt=(apt-get -qq -o DPkg::Lock::Timeout=120)
-"${apt[@]}" update
-"${apt[@]}" install -y --no-install-recommends chromium chromium-driver >/dev/null
+"$(dirname "$0")/../apt.sh" chromium chromium-driver

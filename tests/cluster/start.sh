@@ -8,9 +8,8 @@ unavailable() { echo "$1" >&2; exit 77; }
 [ "$(id -u)" = 0 ] || unavailable "only root can install and start a Slurm cluster"
 if ! command -v slurmctld slurmd munged >/dev/null; then
     command -v apt-get >/dev/null || unavailable "Slurm is not installed, and this is no Debian"
-    export DEBIAN_FRONTEND=noninteractive
-    { apt-get update -qq && apt-get install -qq -y --no-install-recommends slurmctld slurmd slurm-client munge; } \
-        >"$dir/apt.log" 2>&1 || unavailable "apt-get could not install Slurm: $(tail -n 1 "$dir/apt.log")"
+    "$(dirname "$0")/../apt.sh" slurmctld slurmd slurm-client munge >"$dir/apt.log" 2>&1 ||
+        unavailable "apt-get could not install Slurm: $(tail -n 1 "$dir/apt.log")"
 fi
 
 # cred_expire: how long a requeued job waits. KillWait: how long a job may ignore SIGTERM. Twice the CPUs that a queue of
