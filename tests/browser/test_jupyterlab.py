@@ -23,7 +23,7 @@ from selenium.webdriver.support.ui import Select
 from lib import paths
 from lib.dialogs import tool_call
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first to come installs Chromium
 
 #: What there is to see at smoke size, with nothing trained: at least so many pictures and tables.
 SEEN = {

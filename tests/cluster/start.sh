@@ -6,7 +6,8 @@ dir=$(mkdir -p "$1" && cd "$1" && pwd)
 unavailable() { echo "$1" >&2; exit 77; }
 
 [ "$(id -u)" = 0 ] || unavailable "only root can install and start a Slurm cluster"
-if ! command -v slurmctld slurmd munged >/dev/null; then
+missing=$(for program in slurmctld slurmd munged sinfo; do command -v $program >/dev/null || echo $program; done)
+if [ "$missing" ]; then
     command -v apt-get >/dev/null || unavailable "Slurm is not installed, and this is no Debian"
     "$(dirname "$0")/../apt.sh" slurmctld slurmd slurm-client munge >"$dir/apt.log" 2>&1 ||
         unavailable "apt-get could not install Slurm: $(tail -n 1 "$dir/apt.log")"
