@@ -22,7 +22,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from lib.base import Config
-from lib.finetune import protocol, skills
+from lib.finetune import protocol, questions, skills, tool_use
 from lib.gradients import summed_loss
 from lib.model import ModelConfig, Transformer, to_llama
 from lib.monitor import progress
@@ -59,7 +59,7 @@ def embedded_model(config: EmbeddedConfig) -> Path:
 def _digest(config: EmbeddedConfig) -> str:
     """16 hexadecimal digits of what decides a model: its sizes, and what it is taught and how."""
     content = hashlib.sha256(config.model_dump_json().encode())
-    for source in (__file__, skills.__file__, protocol.__file__):
+    for source in (__file__, skills.__file__, questions.__file__, tool_use.__file__, protocol.__file__):
         content.update(Path(source).read_bytes())
     return content.hexdigest()[:16]
 
