@@ -406,5 +406,5 @@ def test_biographies_are_weighed_against_the_same_facts_without_them(monkeypatch
     monkeypatch.setattr(results, "read_rows", lambda section, profile: more)
     (row,) = results.biographies_bounds("laptop").to_dict("records")
     sizes = [ModelConfig(d_model=d).n_params for d in (20, 16)]
-    assert [row["min_params_mean_without"], row["min_params_mean_with"]] == sizes
-    assert row["ratio"] == pytest.approx(sizes[1] / sizes[0]) and row["seeds_reaching_it_with"] == 1
+    assert [row["needed_without"], row["needed_with"]] == sizes
+    assert row["ratio"] == pytest.approx(sizes[1] / sizes[0]) and row["reached_with"] == 1

@@ -281,8 +281,9 @@ def test_a_notebook_works_by_hand(lab, notebook):
     shown = lab.find(f"{OUTPUT} img")
     assert len(shown) >= pictures and all(picture.get_property("naturalWidth") > 300 for picture in shown)
     assert len(lab.find(f"{OUTPUT} table")) >= tables
-    too_wide = "return [...document.querySelectorAll(arguments[0])].filter(o => o.scrollWidth > o.clientWidth)"
-    assert lab.browser.execute_script(too_wide, f".jp-Notebook {OUTPUT}, .jp-Notebook .jp-MarkdownOutput") == []
+    boxes = f"document.querySelectorAll('.jp-Notebook {OUTPUT}, .jp-Notebook .jp-MarkdownOutput')"
+    too_wide = f"return [...{boxes}].filter(box => box.scrollWidth > box.clientWidth).map(box => box.innerText)"
+    assert lab.browser.execute_script(too_wide) == []
     if notebook in TO_DO:
         TO_DO[notebook](lab)
     assert lab.complaints() == []
@@ -300,6 +301,7 @@ def test_progress_is_a_widget_that_leaves_nothing_in_the_saved_notebook(lab, not
 
     lab.save(notebook)
     lab.open(notebook)
+    wait_for(lambda: len(lab.find(OUTPUT)) >= 4)  # they are drawn after the cells
     closed, report = (output.text for output in lab.find(OUTPUT)[2:4])
     assert closed == "" and "runs done now, 0 before" in report
     assert lab.complaints() == []
