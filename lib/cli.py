@@ -290,7 +290,7 @@ def paper(profile: ProfileOption = Profile.quick) -> None:
 
 @app.command()
 def scale(profile: ProfileOption = Profile.quick) -> None:
-    """The same for Section 6 and the appendix on TriviaQA: large models, fine-tuned (extra `[scale]`)."""
+    """The same for Section 6 and the appendix on TriviaQA: large models, fine-tuned (extra `scale`)."""
     from lib import notebooks as runner
 
     _run_all(runner.scale_notebooks(), profile.value)
@@ -301,7 +301,7 @@ def book(
     profile: Annotated[Profile | None, typer.Option(help="show executed copies [default: committed notebooks]")] = None,
     out: Annotated[Path | None, typer.Option(help="folder to write [default: runs/book]")] = None,
 ) -> None:
-    """Build a site from the notebooks, with lesson plan and solutions (extra `[book]`)."""
+    """Build a site from the notebooks, with lesson plan and solutions (extra `book`)."""
     from lib import book as site
 
     console.print(f"the book: {site.build(out, profile and profile.value)}")

@@ -52,7 +52,7 @@ def finetune(
     out: Annotated[Path | None, typer.Option(help="folder of the run [default: runs/finetune/<run id>]")] = None,
     device: Device = "auto",
 ) -> None:
-    """Fine-tune a chat model on facts, and evaluate every checkpoint (extra `[scale]`).
+    """Fine-tune a chat model on facts, and evaluate every checkpoint (extra `scale`).
 
     The same command goes on where it was interrupted. Started by torchrun or accelerate, several processes train it
     together.

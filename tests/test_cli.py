@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -569,5 +570,9 @@ def test_help_lists_the_commands_and_nothing_at_all_shows_it(itl):
     assert answer.code == 0
     for command in ("data", "train", "recall", "evaluate", "chat", "sweep", "figures", "notebooks", "paper", "test"):
         assert command in answer.out
+    told = re.sub(r"[│\s]+", " ", answer.out)
+    for command in cli.app.registered_commands:
+        said = " ".join(command.callback.__doc__.split("\n\n")[0].split())
+        assert said in told  # nothing in brackets, say, is taken for markup
     bare = itl()
     assert bare.code == 2 and "Usage" in bare.out + bare.err and "itl: \n" not in bare.err
