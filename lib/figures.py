@@ -232,7 +232,7 @@ def _lines_by_size(axes, table: pd.DataFrame, label: str, **face) -> None:
     """share against n_facts: a line per size, each mode in its color, larger models stronger."""
     for mode, style in STYLES.items():
         groups = list(table[table["mode"] == mode].groupby("n_params"))
-        for strength, (n_params, rows) in zip(np.linspace(0.35, 1, len(groups)), groups, strict=True):
+        for strength, (n_params, rows) in zip(np.linspace(1, 0.35, len(groups))[::-1], groups, strict=True):
             line = "-" if mode == "in-tool" else "--"
             _mean_line(axes, rows, alpha=strength, label=label.format(n_params, mode), linestyle=line, **style, **face)
 
