@@ -118,8 +118,9 @@ def recall_against_parameters(
 ) -> Figure:
     """Recall at the end of training against model size, a line per number of facts (Section 5.1).
 
-    laptop, quick: rows of finished runs; those of `quick` are dashed, with hollow points. published:
-    paper_data/published/recall_vs_parameters_in_weight, drawn behind.
+    laptop, quick: rows of finished runs; those of `quick` are dashed, with hollow points. A point is the mean over the
+    seeds that ran this size, with bars from the smallest to the largest: not all seeds, where a search chose sizes.
+    published: paper_data/published/recall_vs_parameters_in_weight, drawn behind.
     """
     with matplotlib.rc_context({**RC, "figure.figsize": (8.6, 3.4)}):
         figure, panels = plt.subplots(1, 2, sharey=True, sharex=True)

@@ -174,9 +174,9 @@ def minimal_parameters(
     that asked for them, for the sizes that were to be tried; all of `SIZES` where it says nothing.
 
     A seed counts only where the next smaller size was run and failed: the smallest size that a search has tried so far
-    may not be the smallest that would do. A row per (mode, n_facts, alpha, recall_threshold): mean, standard deviation,
-    minimum and maximum over the `seeds_reaching_it`, of `seeds` that were tried. The columns shared with the published
-    table have the published names.
+    may not be the smallest that would do. A row per (mode, n_facts, alpha, recall_threshold): mean, standard deviation
+    (of a sample, over n - 1; the published ones are over n), minimum and maximum over the `seeds_reaching_it`, of
+    `seeds` that were tried. The columns shared with the published table have the published names.
     """
     if not len(rows):
         return pd.DataFrame(columns=[*_POINT, "recall_threshold", *_STATISTICS.values()])
