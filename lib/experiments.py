@@ -170,7 +170,7 @@ def _bounds_paper() -> Iterator[Search]:
 def _with_biographies(search: Search) -> Search:
     """The same search with a biography of everyone for each time that their four questions are asked.
 
-    A fifth more dialogs, so that the questions are asked as often as without.
+    A quarter more dialogs, so that the questions are asked as often as without.
     """
     base = search.base
     steps = math.ceil(base.training.total_steps(4 * base.facts.n_people) / (1 - BIOGRAPHIES))
