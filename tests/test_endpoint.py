@@ -219,7 +219,7 @@ def test_who_asks_for_ever_is_stopped(server, tmp_path, protocol):
     endpoint = EndpointConfig(base_url=url, model="m", protocol=protocol, max_turns=3)
     (record,) = asyncio.run(ask_all(QUESTIONS[:1], endpoint, look_up, tmp_path / "r.jsonl"))
     assert (record["n_turns"], record["query"], record["result"]) == (3, "Why?", "So")
-    assert (record["correct"], record["error"], len(play.requests)) == (False, None, 3)
+    assert (record["answer"], record["correct"], record["error"], len(play.requests)) == (None, False, None, 3)
 
 
 # ---- Many at a time, and failures
@@ -312,6 +312,25 @@ def test_only_what_failed_is_asked_again(server, tmp_path):
         ask(play, out, **other)
         ask(play, out, **other)
         assert len(play.requests) == len(QUESTIONS)
+
+
+def test_what_was_answered_before_counts_by_the_key_of_today(server, tmp_path):
+    out, play = tmp_path / "r.jsonl", server(lambda request, n: says("As I said"))
+    assert not any(record["correct"] for record in ask(play, out))
+    play.requests.clear()
+    accepting = QUESTIONS[0]._replace(aliases=("as i said!",))
+    key = [accepting, *QUESTIONS[1:], accepting._replace(aliases=("Not this",))]  # the last asks the same
+    assert [record["correct"] for record in ask(play, out, key)] == [True] + [False] * 6
+    assert not any(record["correct"] for record in ask(play, out)) and not play.requests
+
+
+def test_who_ran_out_of_turns_has_not_answered_whatever_else_was_said(server, tmp_path):
+    (question,), call = QUESTIONS[:1], {"name": "search", "arguments": '{"query": "Why?"}'}
+    talking = says(question.answer, tool_calls=[{"id": "1", "type": "function", "function": call}])
+    play = server(lambda request, n: talking)
+    for _ in range(2):  # when asked, and when read from the file
+        (record,) = ask(play, tmp_path / "r.jsonl", [question], protocol="tools", max_turns=2)
+        assert (record["n_turns"], record["correct"], len(play.requests)) == (2, False, 2)
 
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -76,12 +76,13 @@ async def ask_all(
     """Ask all questions, `endpoint.concurrency` at a time, and return a record of each, in their order.
 
     A record says `question`, `model`, `protocol`; `asked`, a digest of server, model, system prompt and limits; the
-    last `query` and its `result`, None without one; `answer`, the last thing said; whether it is `correct`; `n_turns`,
-    how often the model spoke; and `error`, None if all went well.
+    last `query` and its `result`, None without one; `answer`, what was said that is no query, None if the turns ran out
+    before; whether it is `correct`; `n_turns`, how often the model spoke; and `error`, None if all went well.
 
     look_up: answers a query, as a `Store` does. out: a file of JSON lines to which each record is added as it comes.
-    A question that it has a record of without an error, asked in the same way, is not asked again. Raises
-    `InputError` if that file is something else or cannot be written. description: of the progress shown, if any.
+    A question that it has a record of without an error, asked in the same way, is not asked again, but its answer is
+    compared with the `questions` as they are now. Raises `InputError` if that file is something else or cannot be
+    written. description: of the progress shown, if any.
     """
     out = Path(out)
     done = _finished(out, endpoint)
@@ -96,7 +97,7 @@ async def ask_all(
 
     async def work() -> None:
         for question in waiting:  # which the workers share: each takes the next
-            record = done[question.text] = await _ask(client, endpoint, question, look_up)
+            record = done[question.text] = _graded(await _ask(client, endpoint, question.text, look_up), question)
             file.write(json.dumps(record) + "\n")
             file.flush()
             bar.update(1)
@@ -111,7 +112,12 @@ async def ask_all(
         if isinstance(first, OSError):
             first = WorkError(f"cannot write records to {out}: {first.strerror}")
         raise first from None
-    return [done[question.text] for question in questions]
+    return [_graded(done[question.text], question) for question in questions]
+
+
+def _graded(record: dict, question: Question) -> dict:
+    """The record with whether its answer is right, by the question's aliases of today."""
+    return record | {"correct": record["answer"] is not None and exact_match(record["answer"], question)}
 
 
 def _finished(out: Path, endpoint: EndpointConfig) -> dict[str, dict]:
@@ -139,13 +145,13 @@ def _finished(out: Path, endpoint: EndpointConfig) -> dict[str, dict]:
 
 
 async def _ask(
-    client: AsyncOpenAI, endpoint: EndpointConfig, question: Question, look_up: Callable[[str], str]
+    client: AsyncOpenAI, endpoint: EndpointConfig, question: str, look_up: Callable[[str], str]
 ) -> dict[str, Any]:
-    """The record of one question."""
-    record = {"question": question.text, "model": endpoint.model, "protocol": endpoint.protocol}
+    """The record of one question, not graded yet."""
+    record = {"question": question, "model": endpoint.model, "protocol": endpoint.protocol}
     record["asked"] = endpoint.digest
     record |= {"query": None, "result": None, "answer": None, "correct": False, "n_turns": 0, "error": None}
-    request = opening(question.text, PROTOCOLS[endpoint.protocol])
+    request = opening(question, PROTOCOLS[endpoint.protocol])
     messages = request["messages"]
     if endpoint.system and endpoint.protocol != "text":
         messages.insert(0, {"role": "system", "content": endpoint.system})
@@ -156,9 +162,8 @@ async def _ask(
             )
             message = _message(completion)
             record["n_turns"] += 1
-            record["answer"] = message.content or ""
             if not (queries := _queries(message, endpoint.protocol)):
-                record["correct"] = exact_match(record["answer"], question)
+                record["answer"] = message.content or ""
                 break
             results = [NO_RESULT if query is None else look_up(query) for query in queries]
             record |= {"query": queries[-1], "result": results[-1]}
