@@ -15,11 +15,12 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from openai import AsyncOpenAI, OpenAIError
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 from openai.types.chat import ChatCompletionMessage
 from pydantic import Field, ValidationError
 
@@ -55,9 +56,9 @@ class EndpointConfig(Config):
     timeout: float = Field(60.0, gt=0)
     retries: int = Field(5, ge=0)
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """8 hexadecimal digits of all that an answer may depend on."""
+        """8 hexadecimal digits of all settings that an answer may depend on; of a folder, the files are read once."""
         how = self.model_dump_json(include={"model", "protocol", "system", "max_tokens", "max_turns"})
         where = urlsplit(self.base_url).hostname, fingerprint(self.model)  # a port says nothing
         return hashlib.sha256(f"{how} {where}".encode()).hexdigest()[:8]
@@ -80,15 +81,21 @@ async def ask_all(
     before; whether it is `correct`; `n_turns`, how often the model spoke; and `error`, None if all went well.
 
     look_up: answers a query, as a `Store` does. out: a file of JSON lines to which each record is added as it comes.
-    A question that it has a record of without an error, asked in the same way, is not asked again, but its answer is
-    compared with the `questions` as they are now. Raises `InputError` if that file is something else or cannot be
-    written. description: of the progress shown, if any.
+    A question that it has a record of without an error, asked in the same way, is not asked again unless its query
+    would find something else now; its answer is compared with the `questions` as they are now. Raises `InputError` if
+    that file is something else or cannot be written. description: of the progress shown, if any.
     """
     out = Path(out)
-    done = _finished(out, endpoint)
+    done = {
+        text: record
+        for text, record in _finished(out, endpoint).items()
+        if record["query"] is None or look_up(record["query"]) == record["result"]
+    }
     missing = {question.text: question for question in questions if question.text not in done}
     waiting = iter(missing.values())
+    is_here = urlsplit(endpoint.base_url).hostname in ("localhost", "127.0.0.1", "::1")
     client = AsyncOpenAI(
+        http_client=DefaultAsyncHttpxClient(trust_env=not is_here),  # a proxy would look on its own machine
         base_url=endpoint.base_url,
         api_key=endpoint.api_key,
         timeout=endpoint.timeout,
@@ -168,7 +175,7 @@ async def _ask(
             results = [NO_RESULT if query is None else look_up(query) for query in queries]
             record |= {"query": queries[-1], "result": results[-1]}
             messages += _exchange(message, queries, results, endpoint.protocol)
-    except (OpenAIError, json.JSONDecodeError, UnicodeError) as error:  # of half a character
+    except (OpenAIError, json.JSONDecodeError, RecursionError, UnicodeError) as error:  # the last: half a character
         record["error"] = _reason(error)
     return record
 
@@ -183,9 +190,12 @@ def _reason(error: Exception) -> str:
 def _message(completion: Any) -> ChatCompletionMessage:
     """What the model said; an OpenAIError if the server answered with something else than a chat completion."""
     try:  # the client takes whatever JSON there is
-        return ChatCompletionMessage.model_validate(completion.choices[0].message.model_dump(warnings=False))
+        message = ChatCompletionMessage.model_validate(completion.choices[0].message.model_dump(warnings=False))
+        if all(call.type == "function" for call in message.tool_calls or ()):  # nothing else was offered
+            return message
     except (AttributeError, IndexError, TypeError, ValidationError):
-        raise OpenAIError("the server answered with something else than a chat completion") from None
+        pass
+    raise OpenAIError("the server answered with something else than a chat completion")
 
 
 def _queries(message: ChatCompletionMessage, protocol: Protocol) -> list[str | None]:
@@ -199,7 +209,7 @@ def _queries(message: ChatCompletionMessage, protocol: Protocol) -> list[str | N
 def _query_of_call(function: Any) -> str | None:
     try:
         arguments = json.loads(function.arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     match function.name, arguments:
         case "search", {"query": str(query)}:
