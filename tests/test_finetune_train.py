@@ -16,6 +16,7 @@ from lib.distributed import Preempted
 from lib.finetune import train
 from lib.finetune.bases import EMBEDDED_LR, PUBLISHED, learning_rate, load_base
 from lib.finetune.config import FinetuneConfig
+from lib.finetune.data import IGNORED, chats, people_of, tokenize_chats
 from lib.finetune.lessons import Lesson
 from lib.finetune.models import load_model
 from lib.finetune.train import finetune, newest_checkpoint
@@ -227,6 +228,22 @@ def test_a_run_trains_with_the_optimizer_it_names(tmp_path):
         finetune(config, tmp_path / optimizer, description=None)
         last[optimizer] = _weights(tmp_path / optimizer)
     assert not _same(last["adamw"], last["muon"])
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_loss_is_that_of_what_the_labels_say_however_a_batch_is_cut(parts, tmp_path):
+    config = FinetuneConfig(
+        **SMALL | {"steps": 1, "checkpoint_every": 1, "batch_size": 8}, mode="in-tool", grad_accumulation=parts
+    )
+    model, tokenizer = load_base(config.base)
+    surprises = []
+    for row in tokenize_chats(chats(people_of(8), "in-tool"), tokenizer, 512):
+        labels = torch.tensor(row["labels"][1:])
+        with torch.inference_mode():
+            log_p = model(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
+        surprises += [-log_p[i, label].item() for i, label in enumerate(labels) if label != IGNORED]
+    loss = finetune(config, tmp_path, description=None)[1]["loss"]
+    assert loss == pytest.approx(sum(surprises) / len(surprises), rel=1e-5)
 
 
 def test_rates_are_those_of_the_base_unless_given():
