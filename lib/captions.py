@@ -14,13 +14,13 @@ class Source(NamedTuple):
     """What a figure of `figures.FIGURES` shows, how its rows are read, which of them, and what the paper's points are.
 
     rows(profile): finished runs. only: the values that columns must have; an option of the figure replaces them.
-    own: whether a profile that does not publish adds its rows to those that count.
+    own: the same of the rows that a profile that does not publish adds to those that count; None: it adds none.
     """
 
     shows: str
     rows: Callable[..., pd.DataFrame]
     only: dict[str, Any] = {}
-    own: bool = True
+    own: dict[str, Any] | None = {}
     published: str = ""
 
 
@@ -37,11 +37,16 @@ SOURCES = {
         "Entropy of the answers minus the model's negative log-likelihood of them",
         partial(results.read_rows, "05_1"),
         _IN_WEIGHT,
-        own=False,
+        own=None,
     ),
-    "lower_bound": Source(_SMALLEST, results.bounds_rows, _IN_WEIGHT, own=False, published=_TEN_SEEDS),
+    "lower_bound": Source(_SMALLEST, results.bounds_rows, _IN_WEIGHT, own=None, published=_TEN_SEEDS),
     "generalization": Source("Recall of people nobody was trained on", _UNSEEN, published=_ONE_SEED),
-    "tool_calls": Source("First requests about people nobody was trained on", _UNSEEN, {**_IN_TOOL, "d_model": 36}),
+    "tool_calls": Source(
+        "First requests about people, trained on or not",
+        _UNSEEN,
+        {**_IN_TOOL, "d_model": 36},
+        own=_IN_TOOL,
+    ),
     "compressibility": Source(_SMALLEST, partial(results.read_rows, "05_3"), _IN_WEIGHT, published=_ONE_SEED),
 }
 
@@ -57,15 +62,20 @@ def show(name: str, profile: str, save: bool = True, **options) -> None:
 def caption(name: str, profile: str, **options) -> str:
     """What `figures.draw` draws with the same arguments, and from what."""
     source = SOURCES[name]
-    tables = [source.rows(results.counting_profile(profile))]
-    if source.own and profile not in paths.PUBLISHING:
+    counting = {column: options.get(column, value) for column, value in source.only.items()}
+    tables = [_chosen(source.rows(results.counting_profile(profile)), counting)]
+    if source.own is not None and profile not in paths.PUBLISHING:
         vocabulary = {"tokenizer": options["tokenizer"]} if "tokenizer" in options else {}
-        tables.append(source.rows(profile, **vocabulary))
+        tables.append(_chosen(source.rows(profile, **vocabulary), source.own))
     rows = pd.concat(tables, ignore_index=True)
-    for column in source.only if len(rows) else ():
-        rows = rows[rows[column] == options.get(column, source.only[column])]
     published = f"Published: Houliston et al. (2025), {source.published}. " if source.published else ""
     return f"{source.shows}. {published}{provenance(rows)}"
+
+
+def _chosen(rows: pd.DataFrame, only: dict[str, Any]) -> pd.DataFrame:
+    for column in only if len(rows) else ():
+        rows = rows[rows[column] == only[column]]
+    return rows
 
 
 def provenance(rows: pd.DataFrame) -> str:

@@ -277,9 +277,12 @@ def _compressibility_quick() -> Iterator[Search]:
 
 
 def _compressibility_laptop() -> Iterator[Search]:
-    """4,000 facts; each search begins at the published size. The ends and the middle first, in all seeds."""
+    """4,000 facts; each search begins at the published size. The ends and the middle first, in all seeds.
+
+    Of the runs of 5.1 that reached 95%, none recalled less than 28% half-way: below half of that a run is given up.
+    """
     training = _enough_steps(4000)
-    evaluation = EvaluationConfig(every=training.steps // 40, give_up_below=0.01)
+    evaluation = EvaluationConfig(every=training.steps // 40, give_up_below=0.14)
     published = dict(zip(ALPHAS, (32, 28, 28, 24, 20), strict=True))
     for alphas in ((0.0, 0.5, 1.0), (0.25, 0.75)):
         for seed in range(3):

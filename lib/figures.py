@@ -118,8 +118,9 @@ def recall_against_parameters(
 ) -> Figure:
     """Recall at the end of training against model size, a line per number of facts (Section 5.1).
 
-    laptop, quick: rows of finished runs; those of `quick` are dashed, with hollow points. published:
-    paper_data/published/recall_vs_parameters_in_weight, drawn behind.
+    laptop, quick: rows of finished runs; those of `quick` are dashed, with hollow points. A point is the mean over the
+    seeds that ran this size, with bars from the smallest to the largest: not all seeds, where a search chose sizes.
+    published: paper_data/published/recall_vs_parameters_in_weight, drawn behind.
     """
     with matplotlib.rc_context({**RC, "figure.figsize": (8.6, 3.4)}):
         figure, panels = plt.subplots(1, 2, sharey=True, sharex=True)
@@ -232,7 +233,7 @@ def _lines_by_size(axes, table: pd.DataFrame, label: str, **face) -> None:
     """share against n_facts: a line per size, each mode in its color, larger models stronger."""
     for mode, style in STYLES.items():
         groups = list(table[table["mode"] == mode].groupby("n_params"))
-        for strength, (n_params, rows) in zip(np.linspace(0.35, 1, len(groups)), groups, strict=True):
+        for strength, (n_params, rows) in zip(np.linspace(1, 0.35, len(groups))[::-1], groups, strict=True):
             line = "-" if mode == "in-tool" else "--"
             _mean_line(axes, rows, alpha=strength, label=label.format(n_params, mode), linestyle=line, **style, **face)
 

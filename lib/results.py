@@ -174,9 +174,9 @@ def minimal_parameters(
     that asked for them, for the sizes that were to be tried; all of `SIZES` where it says nothing.
 
     A seed counts only where the next smaller size was run and failed: the smallest size that a search has tried so far
-    may not be the smallest that would do. A row per (mode, n_facts, alpha, recall_threshold): mean, standard deviation,
-    minimum and maximum over the `seeds_reaching_it`, of `seeds` that were tried. The columns shared with the published
-    table have the published names.
+    may not be the smallest that would do. A row per (mode, n_facts, alpha, recall_threshold): mean, standard deviation
+    (of a sample, over n - 1; the published ones are over n), minimum and maximum over the `seeds_reaching_it`, of
+    `seeds` that were tried. The columns shared with the published table have the published names.
     """
     if not len(rows):
         return pd.DataFrame(columns=[*_POINT, "recall_threshold", *_STATISTICS.values()])
@@ -272,18 +272,15 @@ def compressibility_bounds(profile: str) -> pd.DataFrame:
 def biographies_bounds(profile: str, threshold: float = 0.95) -> pd.DataFrame:
     """Parameters needed without and with biographies among the training text, and their ratio, where both are known.
 
-    A row per number of facts: needed_without and needed_with are means over the seeds that reached the threshold,
-    reached_without and reached_with the numbers of those seeds.
+    A row per number of facts: needed_without and needed_with are means over the `seeds` of which both are known. Each
+    seed has a database and weights of its own: what other seeds need says nothing about biographies.
     """
-    without = minimal_parameters(bounds_rows(profile), bounds_searches(profile), [threshold])
     plan = searches("05_1_biographies", profile)
-    with_them = minimal_parameters(read_rows("05_1_biographies", profile), plan, [threshold])
-    short = {"min_params_mean": "needed", "seeds_reaching_it": "reached"}  # a table of them fits on a page
-    without, with_them = without.rename(columns=short), with_them.rename(columns=short)
-    both = without.merge(with_them, on=["mode", "n_facts", "alpha"], suffixes=("_without", "_with"))
-    both["ratio"] = both.needed_with / both.needed_without
-    columns = [f"{name}_{which}" for which in ("without", "with") for name in short.values()]
-    return both[["n_facts", *columns, "ratio"]].dropna(subset="ratio", ignore_index=True)
+    with_them = minimal_parameters_of_seeds(read_rows("05_1_biographies", profile), plan, threshold)
+    both = bounds_of_seeds(profile, threshold).merge(with_them, on=[*_POINT, "seed"], suffixes=("_without", "_with"))
+    needed = {f"needed_{which}": (f"min_params_{which}", "mean") for which in ("without", "with")}
+    table = both.dropna().groupby("n_facts").agg(**needed, seeds=("seed", "size")).reset_index()
+    return table.assign(ratio=table.needed_with / table.needed_without)
 
 
 def fit_line(points: pd.DataFrame, of: str = "min_params_mean", resamples: int = 2000) -> dict[str, float]:

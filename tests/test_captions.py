@@ -44,16 +44,27 @@ def test_a_caption_is_of_the_committed_rows():
     assert all(row["commit"][:7] in text and row["finished_at"][:10] in text for row in rows)
 
 
-@pytest.mark.parametrize("name, counts", [("parameter_bounds", 1), ("bits_stored", 0), ("lower_bound", 0)])
-def test_what_a_profile_adds_is_told_where_it_is_drawn(name, counts, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "section", "counts"),
+    [
+        ("parameter_bounds", "05_1", 1),
+        ("bits_stored", "05_1", 0),
+        ("lower_bound", "05_1", 0),
+        ("tool_calls", "05_2", 1),
+    ],
+)
+def test_what_a_profile_adds_is_told_where_it_is_drawn(name, section, counts, tmp_path, monkeypatch):
+    """In 5.2 the quick models are of another size than the laptop ones whose requests are drawn."""
     monkeypatch.setenv("ITL_RUNS", str(tmp_path))
-    search = searches("05_1", "quick")[0]
+    search = searches(section, "quick")[0]
     config = search.config(search.sizes[0])
-    folder = results.sweep_dir("05_1", "quick") / config.run_id
+    folder = results.sweep_dir(section, "quick") / config.run_id
     folder.mkdir(parents=True)
-    row = {"run_id": config.run_id, "mode": "in-weight", "n_facts": 64, "alpha": 0.0, "seed": 0, "d_model": 8}
-    row |= {"n_params": 6248, "recall": 1.0, "finished_at": "2026-03-04T00:00:00+00:00", "commit": "unknown"}
+    row = {"run_id": config.run_id, "mode": config.mode, "n_facts": 16, "alpha": 0.0, "seed": 0}
+    row |= {"d_model": config.model.d_model, "n_params": config.model.n_params, "recall": 1.0, "trained_right_name": 1}
+    row |= {"finished_at": "2026-03-04T00:00:00+00:00", "commit": "unknown"}
     (folder / "row.json").write_text(json.dumps(row))
+    assert ("(quick)" in figure_style.alt_text(figures.draw(name, "quick"))) == bool(counts)
     assert captions.caption(name, "quick").count("This repository (quick): 1 run, seed 0, 2026-03-04") == counts
 
 

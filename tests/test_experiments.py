@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.base import InputError
-from lib.config import RunConfig
+from lib.config import RunConfig, override
 from lib.experiments import SIZES, Search, quickstart, searches
 from lib.paths import PROFILES
 from lib.results import bounds_searches
@@ -128,7 +128,7 @@ def test_the_paper_profile_is_the_published_grid():
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("section", ["05_1", "05_2", "05_3"])
+@pytest.mark.parametrize("section", ["05_1", "05_1_biographies", "05_2", "05_3"])
 def test_every_profile_holds_valid_distinct_runs(section, profile):
     plan = searches(section, profile)
     ids = set()
@@ -161,6 +161,24 @@ def test_compressibility_is_about_the_correlation_alone(profile):
         for search in plan
     }
     assert len(settings) == len({search.base.facts.n_people for search in plan})
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_with_biographies_everything_is_as_without_and_questions_are_asked_as_often(profile):
+    """A biography for every four questions: a fifth of the dialogs, so a quarter more steps."""
+    without = [search for search in searches("05_1", profile) if search.base.mode == "in-weight"]
+    with_them = searches("05_1_biographies", profile)
+    assert with_them
+    for search in with_them:
+        training = search.base.training
+        (plain,) = (
+            other
+            for other in without
+            if override(other.base, {"training": training.model_dump()}) == search.base
+            and (other.start, other.sizes, other.threshold) == (search.start, search.sizes, search.threshold)
+        )
+        assert training.questions == pytest.approx(0.8)
+        assert training.steps * training.questions == pytest.approx(plain.base.training.steps, abs=1)
 
 
 def test_laptop_steps_grow_with_the_facts_an_in_weight_model_has_to_learn():

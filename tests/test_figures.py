@@ -15,6 +15,7 @@ import pytest
 from lib import figure_style, figures, paths, results
 from lib.base import InputError
 from lib.comparison import published_by_paper
+from lib.facts import ATTRIBUTES
 from lib.model import ModelConfig
 
 PUBLISHED = published_by_paper("parameter_bounds")
@@ -46,14 +47,15 @@ def _rows() -> list[dict]:
                         "run_id": f"{len(rows):012d}", "mode": mode, "n_facts": n_facts, "alpha": 0.0, "seed": seed,
                         "d_model": d_model, "n_params": ModelConfig(d_model=d_model).n_params,
                         "recall": 1.0 if d_model >= enough else 0.3, "stopped": "budget",
-                        "commit": "a" * 40,
+                        "commit": "a" * 40, **{f"nll_bits_{attribute}": 1.0 for attribute in ATTRIBUTES},
+                        "new_pair_recall": 0.25, "trained_right_name": 0.75,
                     })  # fmt: skip
     return rows
 
 
-def _finish(rows: list[dict], profile: str) -> None:
+def _finish(rows: list[dict], section: str, profile: str) -> None:
     for row in rows:
-        folder = results.sweep_dir("05_1", profile) / row["run_id"]
+        folder = results.sweep_dir(section, profile) / row["run_id"]
         folder.mkdir(parents=True)
         (folder / "row.json").write_text(json.dumps(row))
 
@@ -74,20 +76,28 @@ def _pdf_text(path: Path) -> bytes:
 
 @pytest.mark.parametrize("name", figures.FIGURES)
 @pytest.mark.parametrize("profile", ["quick", "laptop"])
-@pytest.mark.parametrize("with_rows", [False, True])
-def test_every_figure_is_drawn_to_whole_files_that_are_the_same_a_second_time(places, name, profile, with_rows):
-    if with_rows:
-        _finish(_rows(), profile)
-        if profile in paths.PUBLISHING:
-            results.publish("05_1", profile)
-    written = figure_style.save(figures.draw(name, profile), name, profile)
-    assert [path.name for path in written] == [f"{name}.pdf", f"{name}.png"]
-    first = [path.read_bytes() for path in written]
-    width, height = _png_size(written[1])
-    assert width > 1000 and height > 600  # 200 dots an inch
-    figure_style.save(figures.draw(name, profile), name, profile)
-    assert [path.read_bytes() for path in written] == first
-    assert sorted(path.name for path in written[0].parent.iterdir()) == sorted(path.name for path in written)
+def test_every_figure_is_drawn_to_whole_files_that_are_the_same_a_second_time_and_not_after_new_rows(
+    places, name, profile
+):
+    section = {"generalization": "05_2", "tool_calls": "05_2", "compressibility": "05_3"}.get(name, "05_1")
+    options = {"d_model": 8} if name == "tool_calls" else {}
+
+    def drawn() -> list[bytes]:
+        written = figure_style.save(figures.draw(name, profile, **options), name, profile)
+        assert [path.name for path in written] == [f"{name}.pdf", f"{name}.png"]
+        assert sorted(path.name for path in written[0].parent.iterdir()) == sorted(path.name for path in written)
+        width, height = _png_size(written[1])
+        assert width > 1000 and height > 600  # 200 dots an inch
+        return [path.read_bytes() for path in written]
+
+    without_rows = drawn()
+    _finish(_rows(), section, profile)
+    if profile in paths.PUBLISHING:
+        results.publish(section, profile)
+    with_rows = drawn()
+    assert drawn() == with_rows
+    shows_quick_rows = name not in ("bits_stored", "lower_bound")
+    assert (with_rows != without_rows) == (profile == "laptop" or shows_quick_rows)
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
@@ -270,6 +280,16 @@ def test_recall_of_strangers_is_drawn_by_what_is_new_in_their_names():
         drawn = _lines(axes)
         np.testing.assert_allclose(drawn["60,372, in-tool"], [[256, 0], [4096, last]])
         np.testing.assert_allclose(drawn["60,372, in-weight"], [[256, 0], [4096, 0]])
+
+
+def test_the_largest_models_are_drawn_strongest_the_only_ones_among_them():
+    def strengths(shares: pd.DataFrame) -> list[float]:
+        handles, labels = figures.generalization(shares).axes[0].get_legend_handles_labels()
+        return [h.lines[0].get_alpha() for h, label in zip(handles, labels, strict=True) if "in-tool" in label]
+
+    assert strengths(_shares()) == [1]
+    small, middle, large = strengths(pd.concat(_shares().assign(n_params=n) for n in (900, 30_000, 7000)))
+    assert 0 < small < middle < large == 1
 
 
 def test_requests_are_drawn_for_models_of_one_size():

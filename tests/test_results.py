@@ -398,13 +398,24 @@ def test_columns_about_unseen_people_become_rows():
     assert len(results.unseen_shares(pd.DataFrame())) == 0
 
 
-def test_biographies_are_weighed_against_the_same_facts_without_them(monkeypatch):
-    plain = pd.DataFrame(_row(n_facts=512, d_model=d, recall=float(d >= 20)) for d in (12, 16, 20))
-    more = pd.DataFrame(_row(n_facts=512, d_model=d, recall=float(d >= 16)) for d in (8, 12, 16))
-    more = pd.concat([more, pd.DataFrame([_row(n_facts=1024, d_model=8, recall=1.0)])])  # nothing smaller was tried
-    monkeypatch.setattr(results, "bounds_rows", lambda profile: plain)
-    monkeypatch.setattr(results, "read_rows", lambda section, profile: more)
+def _fails_below(enough: int, sizes: tuple[int, ...], **fields) -> list[dict]:
+    return [_row(n_facts=512, d_model=size, recall=float(size >= enough), **fields) for size in sizes]
+
+
+def test_biographies_are_weighed_against_the_same_databases_without_them(monkeypatch):
+    plain = [*_fails_below(20, (12, 16, 20)), *_fails_below(28, (24, 28), seed=1), *_fails_below(16, (12, 16), seed=2)]
+    more = [*_fails_below(16, (8, 12, 16)), *_fails_below(20, (24,), seed=1), *_fails_below(12, (8, 12), seed=2)]
+    more.append(_row(n_facts=1024, d_model=8, recall=1.0))  # nothing smaller was tried, as with seed 1 above
+    monkeypatch.setattr(results, "bounds_rows", lambda profile: pd.DataFrame(plain))
+    monkeypatch.setattr(results, "read_rows", lambda section, profile: pd.DataFrame(more))
     (row,) = results.biographies_bounds("laptop").to_dict("records")
-    sizes = [ModelConfig(d_model=d).n_params for d in (20, 16)]
-    assert [row["needed_without"], row["needed_with"]] == sizes
-    assert row["ratio"] == pytest.approx(sizes[1] / sizes[0]) and row["reached_with"] == 1
+    needed = [sum(ModelConfig(d_model=d).n_params for d in sizes) / 2 for sizes in ((20, 16), (16, 12))]
+    assert row == {
+        "n_facts": 512,
+        "needed_without": needed[0],
+        "needed_with": needed[1],
+        "seeds": 2,
+        "ratio": pytest.approx(needed[1] / needed[0]),
+    }
+    monkeypatch.setattr(results, "read_rows", lambda section, profile: pd.DataFrame())
+    assert len(results.biographies_bounds("laptop")) == 0
