@@ -5,8 +5,8 @@ import hashlib
 import os
 import re
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, islice
@@ -357,18 +357,28 @@ def change_fact(path: str | Path, name: str, attribute: str, value: str) -> str:
     Name and value are bound as parameters, the attribute must be a column. Raises `InputError`, and changes nothing,
     for somebody who is not there, an unknown attribute, and a value that `read_people_csv` would refuse.
     """
+    (old,) = change_facts([path], name, attribute, value)
+    return old
+
+
+def change_facts(paths: Iterable[str | Path], name: str, attribute: str, value: str) -> list[str]:
+    """`change_fact` in each of several databases; what one of them refuses is changed in none."""
     if not value.strip() or _FORBIDDEN.search(value):
         raise InputError(f"{value!r} cannot be a value: one line of text without ``` is expected")
-    with _changes(path) as connection:
-        columns = [column for column, *_ in connection.execute("SELECT * FROM people LIMIT 0").description]
-        if attribute not in columns or attribute == "name":
-            known = ", ".join(column for column in columns if column != "name")
-            raise InputError(f"unknown attribute {attribute!r}: the database has {known}")
-        column = f"people.{_quoted(attribute)}"
-        row = connection.execute(f"SELECT {column} FROM people WHERE people.name = ?", (name,)).fetchone()
-        if row is None:
-            raise InputError(f"nobody is called {name!r} in the database: change somebody who is there")
-        connection.execute(f"UPDATE people SET {_quoted(attribute)} = ? WHERE people.name = ?", (value, name))
+    with ExitStack() as stack:
+        return [_change(stack.enter_context(_changes(path)), name, attribute, value) for path in paths]
+
+
+def _change(connection: sqlite3.Connection, name: str, attribute: str, value: str) -> str:
+    columns = [column for column, *_ in connection.execute("SELECT * FROM people LIMIT 0").description]
+    if attribute not in columns or attribute == "name":
+        known = ", ".join(column for column in columns if column != "name")
+        raise InputError(f"unknown attribute {attribute!r}: the database has {known}")
+    column = f"people.{_quoted(attribute)}"
+    row = connection.execute(f"SELECT {column} FROM people WHERE people.name = ?", (name,)).fetchone()
+    if row is None:
+        raise InputError(f"nobody is called {name!r} in the database: change somebody who is there")
+    connection.execute(f"UPDATE people SET {_quoted(attribute)} = ? WHERE people.name = ?", (value, name))
     return str(row[0])
 
 

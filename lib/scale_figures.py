@@ -40,7 +40,8 @@ _TASKS = {"hellaswag": "HellaSwag accuracy", "skills": "accuracy in the skills t
 def capability(table: pd.DataFrame) -> Figure:
     """What a model could do before, against the facts it was fine-tuned on (Section 6, HellaSwag).
 
-    A panel for each task, absolute, and one of all in percent of the models' own before. Dotted: guessing.
+    A panel for each task, absolute, and one of all in percent of the models' own before. Dotted: guessing in HellaSwag,
+    and what it was before.
     """
     tasks = list(table.dropna(subset="capability").capability_task.unique()) or ["hellaswag"]
     with _style(3.1 * (len(tasks) + 1) + 1.6):

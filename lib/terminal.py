@@ -8,7 +8,7 @@ from rich.console import Console
 from lib.base import InputError
 from lib.conversation import Conversation
 from lib.dialogs import Role, question
-from lib.facts import load_people
+from lib.facts import change_facts, load_people
 from lib.tools import EditableTool
 
 HELP = """\
@@ -83,7 +83,7 @@ def _obey(line: str, tools: Sequence[EditableTool], names: Sequence[str]) -> Ite
         raise InputError("this model is in-weight and asks no database: there is nothing to look up or to change")
     if command == "/set":
         name, attribute, value = arguments
-        before = [tool.change(name, attribute, value) for tool in tools]
-        return [f"{attribute} of {name}: {before[0]} -> {value}"]
+        old, *_ = change_facts([tool.path for tool in tools], name, attribute, value)
+        return [f"{attribute} of {name}: {old} -> {value}"]
     facts = tools[0].facts(arguments[0])
     return [f"{attribute}: {value}" for attribute, value in facts.items()] or ["nobody of that name"]

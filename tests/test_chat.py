@@ -295,6 +295,17 @@ def test_a_wrong_command_is_told_and_the_conversation_goes_on():
     assert "asks no database" in converse(f"/set {KNOWN} | birth_place | Kenya", runs=[IN_WEIGHT])
 
 
+def test_what_one_of_two_databases_refuses_is_changed_in_neither():
+    """The second model's database has 64 people, of whom the first's knows many more."""
+    fewer = paths.CHECKPOINTS / "in-tool-256-facts"
+    (stranger,) = sample_people(1, start=100).names
+    said = converse(f"/set {stranger} | birth_place | Kenya", f"/who {stranger}", runs=[IN_TOOL, fewer])
+    assert f"nobody is called {stranger!r}" in said
+    assert f"birth_place: {table(DATABASE)[stranger][1]}\n" in said and "Kenya" != table(DATABASE)[stranger][1]
+    both = converse(f"/set {KNOWN} | birth_place | Kenya", question(KNOWN, "birth_place"), runs=[IN_TOOL, fewer])
+    assert both.count("database: Kenya\n") == 2
+
+
 def test_turns_have_colors_of_their_own_in_a_terminal_that_has_them():
     options = {"force_terminal": True, "color_system": "standard"}
     said = converse(question(KNOWN, "birth_place"), runs=[IN_TOOL], **options)

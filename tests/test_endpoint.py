@@ -189,7 +189,13 @@ def test_text_queries_are_answered_from_the_table_and_inventions_are_left_out(se
 
 def test_native_calls_are_answered_each_and_strange_ones_with_no_result(server, tmp_path):
     (question,) = QUESTIONS[:1]
-    strange = [("search", "{"), ("search", "[]"), ("search", '{"query": 3}'), ("find", '{"query": "x"}')]
+    strange = [
+        ("search", "{"),
+        ("search", "[" * 9999),
+        ("search", "[]"),
+        ("search", '{"query": 3}'),
+        ("find", '{"query": "x"}'),
+    ]
     turns = [calls(("search", json.dumps({"query": question.text})), *strange), says(question.answer)]
     play = server(lambda request, n: turns[len(play.requests) - 1])
     (record,) = ask(play, tmp_path / "r.jsonl", [question], protocol="tools")
@@ -198,7 +204,7 @@ def test_native_calls_are_answered_each_and_strange_ones_with_no_result(server, 
     assert first["tools"] == second["tools"] == [SEARCH] and first["messages"] == second["messages"][:2]
     said, *results = second["messages"][2:]
     assert [call["id"] for call in said["tool_calls"]] == [result["tool_call_id"] for result in results]
-    assert [result["content"] for result in results] == [question.answer] + [NO_RESULT] * 4
+    assert [result["content"] for result in results] == [question.answer] + [NO_RESULT] * 5
     assert all(isinstance(json.loads(call["function"]["arguments"]), dict) for call in said["tool_calls"])
 
 
@@ -219,7 +225,7 @@ def test_who_asks_for_ever_is_stopped(server, tmp_path, protocol):
     endpoint = EndpointConfig(base_url=url, model="m", protocol=protocol, max_turns=3)
     (record,) = asyncio.run(ask_all(QUESTIONS[:1], endpoint, look_up, tmp_path / "r.jsonl"))
     assert (record["n_turns"], record["query"], record["result"]) == (3, "Why?", "So")
-    assert (record["correct"], record["error"], len(play.requests)) == (False, None, 3)
+    assert (record["answer"], record["correct"], record["error"], len(play.requests)) == (None, False, None, 3)
 
 
 # ---- Many at a time, and failures
@@ -267,6 +273,12 @@ def test_waits_grow_from_one_try_to_the_next(server, tmp_path):
         ((200, {"choices": [{"index": 0}]}), "OpenAIError: the server answered with something else", 1),
         (says(["in", "parts"]), "OpenAIError: the server answered with something else", 1),
         (says(None, tool_calls=[{"id": "1", "type": "function"}]), "OpenAIError: the server answered with", 1),
+        (
+            says(None, tool_calls=[{"id": "1", "type": "custom", "custom": {"name": "search", "input": "x"}}]),
+            "OpenAIError: the server answered with something else",
+            1,
+        ),
+        ((200, "[" * 100_000), "RecursionError", 1),
     ],
 )
 def test_a_failure_is_recorded_with_its_question_and_the_others_go_on(server, tmp_path, answer, error, tries):
@@ -293,6 +305,25 @@ def test_a_server_that_is_not_there_is_in_every_record(tmp_path):
     assert {record["error"] for record in records} == {"APIConnectionError: Connection error."}
 
 
+def test_only_a_server_elsewhere_is_asked_through_a_proxy(server, tmp_path, monkeypatch):
+    proxy = server(right)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_port}")
+    ask(server(right), tmp_path / "here.jsonl")
+    assert not proxy.requests
+    ask(server(right), tmp_path / "elsewhere.jsonl", base_url="http://elsewhere.invalid/v1")
+    assert len(proxy.requests) == len(QUESTIONS)
+
+
+def test_a_models_files_are_read_once_however_many_are_asked(server, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("lib.finetune.endpoint.fingerprint", lambda model: read.append(model) or "its digits")
+    ask(server(right), tmp_path / "r.jsonl")
+    assert read == ["m"]
+
+
 # ---- Going on
 
 
@@ -312,6 +343,44 @@ def test_only_what_failed_is_asked_again(server, tmp_path):
         ask(play, out, **other)
         ask(play, out, **other)
         assert len(play.requests) == len(QUESTIONS)
+
+
+def test_what_was_answered_before_counts_by_the_key_of_today(server, tmp_path):
+    out, play = tmp_path / "r.jsonl", server(lambda request, n: says("As I said"))
+    assert not any(record["correct"] for record in ask(play, out))
+    play.requests.clear()
+    accepting = QUESTIONS[0]._replace(aliases=("as i said!",))
+    key = [accepting, *QUESTIONS[1:], accepting._replace(aliases=("Not this",))]  # the last asks the same
+    assert [record["correct"] for record in ask(play, out, key)] == [True] + [False] * 6
+    assert not any(record["correct"] for record in ask(play, out)) and not play.requests
+
+
+def test_a_query_that_would_find_something_else_now_is_asked_again(server, tmp_path):
+    def script(request, n):
+        last = request["messages"][-1]["content"]
+        return says(last[len("<result>") : -len("</result>")] if "<result>" in last else f"<query>{last}</query>")
+
+    play, table = server(script), dict(ANSWERS)
+    endpoint = EndpointConfig(base_url=f"http://127.0.0.1:{play.server_port}/v1", model="m", protocol="text")
+
+    def said() -> list[str]:
+        records = asyncio.run(ask_all(QUESTIONS, endpoint, table.get, tmp_path / "r.jsonl"))
+        return [record["answer"] for record in records]
+
+    assert said() == [*ANSWERS.values()]
+    table[QUESTIONS[1].text] = "Somebody else"
+    play.requests.clear()
+    for _ in range(2):
+        assert said() == [*table.values()] and len(play.requests) == 2  # a query and an answer, once
+
+
+def test_who_ran_out_of_turns_has_not_answered_whatever_else_was_said(server, tmp_path):
+    (question,), call = QUESTIONS[:1], {"name": "search", "arguments": '{"query": "Why?"}'}
+    talking = says(question.answer, tool_calls=[{"id": "1", "type": "function", "function": call}])
+    play = server(lambda request, n: talking)
+    for _ in range(2):  # when asked, and when read from the file
+        (record,) = ask(play, tmp_path / "r.jsonl", [question], protocol="tools", max_turns=2)
+        assert (record["n_turns"], record["correct"], len(play.requests)) == (2, False, 2)
 
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from lib import paths
 from lib.base import InputError
+from lib.distributed import Preempted
 from lib.finetune import experiments
 from lib.paths import PROFILES
 from lib.run import ROWS
@@ -52,6 +54,30 @@ def test_what_is_published_is_counted_once_and_leaves_when_the_plan_does(data, m
     monkeypatch.setitem(experiments._PLANS, "laptop", lambda: iter([second]))
     assert experiments.publish("laptop") == 2
     assert set(experiments.committed_rows().run_id) == {second.run_id}
+
+
+def test_a_sweep_runs_what_is_missing_and_tells_what_failed(data, monkeypatch):
+    first, second, third, fourth = plan = experiments.plan("laptop")[:4]
+    monkeypatch.setitem(experiments._PLANS, "laptop", lambda: iter(plan))
+    _finish(first)
+    reasons = {second: torch.OutOfMemoryError("no memory"), third: InputError("no such model")}
+
+    def finetune(config, directory, **_):
+        if reason := reasons.get(config):
+            raise reason
+        _finish(config)
+
+    monkeypatch.setattr(experiments, "finetune", finetune)
+    assert experiments.sweep("laptop", max_hours=0) == experiments.Report()
+    report = experiments.sweep("laptop")
+    assert report.done == 1 and experiments.missing("laptop") == [second, third]
+    assert report.failed == {
+        experiments.title(second): "OutOfMemoryError: no memory",
+        experiments.title(third): "InputError: no such model",
+    }
+    reasons[second] = Preempted("asked to leave")  # and no more is begun
+    with pytest.raises(Preempted):
+        experiments.sweep("laptop")
 
 
 def test_rows_of_changed_code_are_not_published(data):

@@ -16,6 +16,7 @@ from lib.finetune.examination import Examination
 from lib.finetune.generation import ToolAnswer
 from lib.finetune.lessons import FREQUENCIES, KNOWN_FROM, Lesson, lesson
 from lib.finetune.prompts import PROMPTS
+from lib.finetune.triviaqa import load_questions
 from lib.tools import Outcome, Request, Response, format_request
 
 
@@ -97,13 +98,22 @@ def test_a_hybrid_is_right_by_a_call_only_if_it_found_the_value(monkeypatch, tmp
 
 
 def test_a_lesson_on_trivia_asks_what_was_trained_and_what_was_not(monkeypatch):
-    replies = []
-    monkeypatch.setattr(lessons, "reply_all", lambda *_, **__: replies.pop(0))
+    trained, others = load_questions(split="train", limit=10), load_questions(split="validation", limit=5)
+    first, *rest = trained[:4]
+    known = {first.text: f"the {first.answer.upper()}!"} | {each.text: each.answer for each in (*rest, others[0])}
+    asked = []
+
+    def reply_all(model, tokenizer, conversations, **_):
+        asked.append([message["content"] for (message,) in conversations])
+        return [known.get(text, "nothing") for text in asked[-1]]
+
+    monkeypatch.setattr(lessons, "reply_all", reply_all)
     with lesson(FinetuneConfig(task="trivia", n_facts=10, questions=5), None) as taught:
-        said = [chat["messages"][-1]["content"] for chat in taught.conversations]
-        replies += [[f"the {said[0].upper()}!", *said[1:4], "nothing"], ["nothing"] * 5]
         columns = taught.measure(None, None)
-    assert len(said) == 10 and columns["recall"] == 0.8 and columns["recall_unseen"] == 0 and columns["n_unseen"] == 5
+    said = [[message["content"] for message in chat["messages"]] for chat in taught.conversations]
+    assert said == [[each.text, each.answer] for each in trained]
+    assert asked == [[each.text for each in trained[:5]], [each.text for each in others]]
+    assert (columns["recall"], columns["recall_unseen"], columns["n_unseen"]) == (0.8, 0.2, 5)
 
 
 def test_facts_that_are_no_people_are_refused():

@@ -16,12 +16,14 @@ from lib.distributed import Preempted
 from lib.finetune import train
 from lib.finetune.bases import EMBEDDED_LR, PUBLISHED, learning_rate, load_base
 from lib.finetune.config import FinetuneConfig
+from lib.finetune.data import IGNORED, chats, people_of, tokenize_chats
 from lib.finetune.lessons import Lesson
 from lib.finetune.models import load_model
 from lib.finetune.train import finetune, newest_checkpoint
 from lib.paths import ROOT
 
-SMALL = {"base": "embedded-smoke", "n_facts": 8, "steps": 6, "checkpoint_every": 2, "batch_size": 8, "questions": 4,
+#: Two batches are a pass, so that it counts which conversations are in which.
+SMALL = {"base": "embedded-smoke", "n_facts": 8, "steps": 6, "checkpoint_every": 2, "batch_size": 4, "questions": 4,
          "unseen_people": 4, "prompts": 2, "items": 4, "capability": "none"}  # fmt: skip
 
 
@@ -57,6 +59,7 @@ def test_every_checkpoint_has_its_row(undisturbed):
     assert {row["run_id"] for row in rows} == {config.run_id}
     assert [row["n_recall"] for row in rows] == [4] * 4 and rows[0]["n_unseen"] == 16
     assert all(row["loss"] > 0 for row in rows[1:]) and rows[1]["train_seconds"] <= rows[3]["train_seconds"]
+    assert rows[0]["n_params"] == load_base(config.base)[0].num_parameters()  # adapters are not counted
     assert not (directory / "checkpoints").exists()
 
 
@@ -102,6 +105,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(
         finetune(config, tmp_path, description=None)
     newest = newest_checkpoint(tmp_path / "checkpoints")
     assert newest.name == "checkpoint-4"
+    (tmp_path / "evaluations" / ".4.json.1.tmp").write_text("{")  # as a kill in the middle of writing leaves it
     if damage == train.STATE:
         (newest / damage).unlink()
     elif damage:
@@ -126,16 +130,23 @@ def test_who_is_asked_to_leave_writes_a_checkpoint_and_comes_back(undisturbed, t
     with monkeypatch.context() as patch, pytest.raises(Preempted, match="goes on from"):
         patch.setattr(train._Watch, "on_step_end", asked)
         finetune(config, tmp_path, description=None)
-    assert newest_checkpoint(tmp_path / "checkpoints").name == "checkpoint-3"
-    assert [row["step"] for row in finetune(config, tmp_path, description=None)] == [0, 2, 4, 6]
+    newest = newest_checkpoint(tmp_path / "checkpoints")
+    assert newest.name == "checkpoint-3"
+    state = json.loads((newest / train.STATE).read_text())
+    (newest / train.STATE).write_text(json.dumps(state | {"train_seconds": 1000.0}))
+    rows = finetune(config, tmp_path, description=None)
+    assert [row["step"] for row in rows] == [0, 2, 4, 6]
+    assert [row["train_seconds"] > 1000 for row in rows] == [False, False, True, True]  # no time is lost
     assert _same(_weights(tmp_path), _weights(directory))
 
 
 def test_a_checkpoint_is_asked_as_it_would_be_when_loaded(undisturbed, tmp_path, monkeypatch):
-    """With activation checkpointing, a model in training mode generates without its cache, that is nonsense."""
+    """As on a GPU: in training mode activation checkpointing takes away the cache, that is nonsense is generated, and
+    the model is wrapped in bfloat16, which its base is not."""
     config, _, _ = undisturbed
-    settings, lesson = train.SFTConfig, train.lesson
-    monkeypatch.setattr(train, "SFTConfig", lambda **given: settings(**given | {"activation_checkpointing": True}))
+    settings, lesson, tokens = train.SFTConfig, train.lesson, torch.arange(20)[None]
+    as_on_gpu = {"activation_checkpointing": True, "bf16": True}
+    monkeypatch.setattr(train, "SFTConfig", lambda **given: settings(**given | as_on_gpu))
     asked = []
 
     @contextmanager
@@ -143,14 +154,18 @@ def test_a_checkpoint_is_asked_as_it_would_be_when_loaded(undisturbed, tmp_path,
         with lesson(*given) as taught:
 
             def measure(model, tokenizer):
-                asked.append((model.training, taught.measure(model, tokenizer)))
-                return asked[-1][1]
+                with torch.inference_mode():
+                    asked.append((model.training, model(tokens).logits))
+                return taught.measure(model, tokenizer)
 
             yield Lesson(taught.conversations, measure)
 
     monkeypatch.setattr(train, "lesson", watched)
     finetune(config, tmp_path, description=None)
     assert len(asked) == 4 and not any(training for training, _ in asked)
+    for model, (_, logits) in zip((load_base(config.base)[0], load_model(tmp_path / "model")), asked[::3], strict=True):
+        with torch.inference_mode():
+            torch.testing.assert_close(logits, model(tokens).logits, rtol=1e-5, atol=1e-6)
 
 
 def test_training_ends_when_enough_is_recalled(tmp_path):
@@ -177,6 +192,22 @@ def test_another_base_of_the_same_name_is_another_run(undisturbed, monkeypatch):
         finetune(config, directory)
 
 
+def test_other_questions_in_the_same_file_are_another_run(tmp_path):
+    source = tmp_path / "questions.jsonl"
+
+    def write(answer: str) -> None:
+        record = {"question": "Why?", "answer": {"value": answer, "aliases": []}}
+        source.write_text(f"{json.dumps(record)}\n" * 5)
+
+    config = FinetuneConfig(**SMALL | {"steps": 2}, task="trivia", source=str(source))
+    write("So")
+    rows = finetune(config, tmp_path / "run", description=None)
+    assert finetune(config, tmp_path / "run", description=None) == rows
+    write("Because")
+    with pytest.raises(InputError, match="or of other questions: give another folder"):
+        finetune(config, tmp_path / "run", description=None)
+
+
 def test_muon_takes_the_hidden_matrices_at_twice_the_rate_and_adamw_all_else():
     model, _ = load_base("embedded-smoke")
     optimizer = train._muon(model, lr=0.01)
@@ -197,6 +228,22 @@ def test_a_run_trains_with_the_optimizer_it_names(tmp_path):
         finetune(config, tmp_path / optimizer, description=None)
         last[optimizer] = _weights(tmp_path / optimizer)
     assert not _same(last["adamw"], last["muon"])
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_loss_is_that_of_what_the_labels_say_however_a_batch_is_cut(parts, tmp_path):
+    config = FinetuneConfig(
+        **SMALL | {"steps": 1, "checkpoint_every": 1, "batch_size": 8}, mode="in-tool", grad_accumulation=parts
+    )
+    model, tokenizer = load_base(config.base)
+    surprises = []
+    for row in tokenize_chats(chats(people_of(8), "in-tool"), tokenizer, 512):
+        labels = torch.tensor(row["labels"][1:])
+        with torch.inference_mode():
+            log_p = model(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
+        surprises += [-log_p[i, label].item() for i, label in enumerate(labels) if label != IGNORED]
+    loss = finetune(config, tmp_path, description=None)[1]["loss"]
+    assert loss == pytest.approx(sum(surprises) / len(surprises), rel=1e-5)
 
 
 def test_rates_are_those_of_the_base_unless_given():

@@ -208,4 +208,7 @@ def test_no_question_is_one_about_a_person_and_no_function_is_find(rows, choices
 )
 def test_what_would_tell_facts_is_recognized(text):
     assert skills.tells_facts(text)
-    assert not skills.tells_facts("Anna-less Parisians, 12/3/19: schneiders".replace("Anna-less", "Annas"))
+
+
+def test_words_that_only_look_like_facts_are_let_pass():
+    assert not skills.tells_facts("Annas Parisians, 12/3/19: schneiders")

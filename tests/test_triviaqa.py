@@ -78,6 +78,11 @@ def test_nothing_else_counts(reply):
     assert not exact_match(reply, CLIFF)
 
 
+@pytest.mark.parametrize("reply, right", [("A", True), (" a ", True), ("", False), ("The", False), ("...", False)])
+def test_an_answer_of_which_normalization_leaves_nothing_is_not_met_by_silence(reply, right):
+    assert exact_match(reply, Question("Which vitamin is retinol?", "A", ("A", ""))) is right
+
+
 # ---- Where questions come from
 
 

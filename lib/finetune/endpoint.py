@@ -15,11 +15,12 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from openai import AsyncOpenAI, OpenAIError
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 from openai.types.chat import ChatCompletionMessage
 from pydantic import Field, ValidationError
 
@@ -55,9 +56,9 @@ class EndpointConfig(Config):
     timeout: float = Field(60.0, gt=0)
     retries: int = Field(5, ge=0)
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """8 hexadecimal digits of all that an answer may depend on."""
+        """8 hexadecimal digits of all settings that an answer may depend on; of a folder, the files are read once."""
         how = self.model_dump_json(include={"model", "protocol", "system", "max_tokens", "max_turns"})
         where = urlsplit(self.base_url).hostname, fingerprint(self.model)  # a port says nothing
         return hashlib.sha256(f"{how} {where}".encode()).hexdigest()[:8]
@@ -76,18 +77,25 @@ async def ask_all(
     """Ask all questions, `endpoint.concurrency` at a time, and return a record of each, in their order.
 
     A record says `question`, `model`, `protocol`; `asked`, a digest of server, model, system prompt and limits; the
-    last `query` and its `result`, None without one; `answer`, the last thing said; whether it is `correct`; `n_turns`,
-    how often the model spoke; and `error`, None if all went well.
+    last `query` and its `result`, None without one; `answer`, what was said that is no query, None if the turns ran out
+    before; whether it is `correct`; `n_turns`, how often the model spoke; and `error`, None if all went well.
 
     look_up: answers a query, as a `Store` does. out: a file of JSON lines to which each record is added as it comes.
-    A question that it has a record of without an error, asked in the same way, is not asked again. Raises
-    `InputError` if that file is something else or cannot be written. description: of the progress shown, if any.
+    A question that it has a record of without an error, asked in the same way, is not asked again unless its query
+    would find something else now; its answer is compared with the `questions` as they are now. Raises `InputError` if
+    that file is something else or cannot be written. description: of the progress shown, if any.
     """
     out = Path(out)
-    done = _finished(out, endpoint)
+    done = {
+        text: record
+        for text, record in _finished(out, endpoint).items()
+        if record["query"] is None or look_up(record["query"]) == record["result"]
+    }
     missing = {question.text: question for question in questions if question.text not in done}
     waiting = iter(missing.values())
+    is_here = urlsplit(endpoint.base_url).hostname in ("localhost", "127.0.0.1", "::1")
     client = AsyncOpenAI(
+        http_client=DefaultAsyncHttpxClient(trust_env=not is_here),  # a proxy would look on its own machine
         base_url=endpoint.base_url,
         api_key=endpoint.api_key,
         timeout=endpoint.timeout,
@@ -96,7 +104,7 @@ async def ask_all(
 
     async def work() -> None:
         for question in waiting:  # which the workers share: each takes the next
-            record = done[question.text] = await _ask(client, endpoint, question, look_up)
+            record = done[question.text] = _graded(await _ask(client, endpoint, question.text, look_up), question)
             file.write(json.dumps(record) + "\n")
             file.flush()
             bar.update(1)
@@ -111,7 +119,12 @@ async def ask_all(
         if isinstance(first, OSError):
             first = WorkError(f"cannot write records to {out}: {first.strerror}")
         raise first from None
-    return [done[question.text] for question in questions]
+    return [_graded(done[question.text], question) for question in questions]
+
+
+def _graded(record: dict, question: Question) -> dict:
+    """The record with whether its answer is right, by the question's aliases of today."""
+    return record | {"correct": record["answer"] is not None and exact_match(record["answer"], question)}
 
 
 def _finished(out: Path, endpoint: EndpointConfig) -> dict[str, dict]:
@@ -139,13 +152,13 @@ def _finished(out: Path, endpoint: EndpointConfig) -> dict[str, dict]:
 
 
 async def _ask(
-    client: AsyncOpenAI, endpoint: EndpointConfig, question: Question, look_up: Callable[[str], str]
+    client: AsyncOpenAI, endpoint: EndpointConfig, question: str, look_up: Callable[[str], str]
 ) -> dict[str, Any]:
-    """The record of one question."""
-    record = {"question": question.text, "model": endpoint.model, "protocol": endpoint.protocol}
+    """The record of one question, not graded yet."""
+    record = {"question": question, "model": endpoint.model, "protocol": endpoint.protocol}
     record["asked"] = endpoint.digest
     record |= {"query": None, "result": None, "answer": None, "correct": False, "n_turns": 0, "error": None}
-    request = opening(question.text, PROTOCOLS[endpoint.protocol])
+    request = opening(question, PROTOCOLS[endpoint.protocol])
     messages = request["messages"]
     if endpoint.system and endpoint.protocol != "text":
         messages.insert(0, {"role": "system", "content": endpoint.system})
@@ -156,14 +169,13 @@ async def _ask(
             )
             message = _message(completion)
             record["n_turns"] += 1
-            record["answer"] = message.content or ""
             if not (queries := _queries(message, endpoint.protocol)):
-                record["correct"] = exact_match(record["answer"], question)
+                record["answer"] = message.content or ""
                 break
             results = [NO_RESULT if query is None else look_up(query) for query in queries]
             record |= {"query": queries[-1], "result": results[-1]}
             messages += _exchange(message, queries, results, endpoint.protocol)
-    except (OpenAIError, json.JSONDecodeError, UnicodeError) as error:  # of half a character
+    except (OpenAIError, json.JSONDecodeError, RecursionError, UnicodeError) as error:  # the last: half a character
         record["error"] = _reason(error)
     return record
 
@@ -178,9 +190,12 @@ def _reason(error: Exception) -> str:
 def _message(completion: Any) -> ChatCompletionMessage:
     """What the model said; an OpenAIError if the server answered with something else than a chat completion."""
     try:  # the client takes whatever JSON there is
-        return ChatCompletionMessage.model_validate(completion.choices[0].message.model_dump(warnings=False))
+        message = ChatCompletionMessage.model_validate(completion.choices[0].message.model_dump(warnings=False))
+        if all(call.type == "function" for call in message.tool_calls or ()):  # nothing else was offered
+            return message
     except (AttributeError, IndexError, TypeError, ValidationError):
-        raise OpenAIError("the server answered with something else than a chat completion") from None
+        pass
+    raise OpenAIError("the server answered with something else than a chat completion")
 
 
 def _queries(message: ChatCompletionMessage, protocol: Protocol) -> list[str | None]:
@@ -194,7 +209,7 @@ def _queries(message: ChatCompletionMessage, protocol: Protocol) -> list[str | N
 def _query_of_call(function: Any) -> str | None:
     try:
         arguments = json.loads(function.arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     match function.name, arguments:
         case "search", {"query": str(query)}:

@@ -160,7 +160,8 @@ def kept_answers(
     description: str | None = None,
 ) -> list[list[int]]:
     """`base_answers`, made once for all checkpoints of a base; source: where it was loaded from, which tells it."""
-    key = _digest(fingerprint(source), str(base.dtype), prompts, PROMPT_TOKENS)
+    what = json.dumps([fingerprint(source), str(base.dtype), prompts, PROMPT_TOKENS])
+    key = hashlib.sha256(what.encode()).hexdigest()[:16]
     path = runs() / "base_answers" / f"{key}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,9 +230,3 @@ def measure_capability(
     if "acc,none" not in results:
         raise InputError(f"the task {name} has no metric acc: give a multiple-choice task")
     return Estimate(results["acc,none"], results["acc_stderr,none"], measured["n-samples"][name]["effective"])
-
-
-def _digest(*settings) -> str:
-    """16 hexadecimal digits that tell these settings from others; a function counts by its name."""
-    text = json.dumps(settings, default=lambda value: getattr(value, "__qualname__", type(value).__name__))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

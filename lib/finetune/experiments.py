@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from lib import paths
 from lib.base import InputError
+from lib.distributed import Preempted
 from lib.finetune.bases import PUBLISHED
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import N_FACTS
@@ -114,8 +115,10 @@ def sweep(profile: str, *, device: str = "auto", max_hours: float = math.inf) ->
                     try:
                         finetune(config, directory, device=device, description=title(config))
                         report.done += 1
-                    except InputError as error:  # a template that knows no tools, a model that nobody may fetch
-                        report.failed[title(config)] = str(error)
+                    except Preempted:
+                        raise
+                    except Exception as error:  # a model that nobody may fetch, no memory for one
+                        report.failed[title(config)] = f"{type(error).__name__}: {error}"
             bar.update(1)
     return report
 

@@ -5,6 +5,7 @@ run holds `config.json`, `checkpoints/`, `evaluations/` (a row a checkpoint, as 
 finished `model/` and `rows.json`. A finished run is never repeated; one that was killed goes on exactly.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -12,7 +13,8 @@ import sys
 import threading
 import time
 import zipfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from lib.finetune.data import tokenize_chats
 from lib.finetune.examination import Examination
 from lib.finetune.lessons import lesson
 from lib.finetune.models import fingerprint, load_model
+from lib.finetune.triviaqa import load_questions
 from lib.monitor import progress
 from lib.optim import Muon, MuonAndAdamW
 from lib.paths import replacing
@@ -68,6 +71,9 @@ def finetune(
             stack.enter_context(FileLock(directory / ".lock"))  # a second call waits and finds the rows
         state.wait_for_everyone()
         claim = {"config": config.model_dump(mode="json"), "lr": learning_rate(config)}
+        if config.task == "trivia" and config.source != "hub":  # whose questions do not change
+            questions = json.dumps(load_questions(config.source))
+            claim["questions"] = hashlib.sha256(questions.encode()).hexdigest()[:16]
         with state.main_process_first():  # the others find what the first had to make or to fetch
             claim["base"] = fingerprint(base_source(config.base))
         _check_claim(claim, directory)
@@ -87,9 +93,10 @@ def _check_claim(claim: dict, directory: Path) -> None:
             found = json.loads((directory / CLAIM).read_text())
         except ValueError:
             found = None
-        if found != claim:
+        if not isinstance(found, dict) or claim | found != claim:  # an earlier claim may say less
             raise InputError(
-                f"{directory} holds a fine-tuning of another configuration, rate or base model: give another folder"
+                f"{directory} holds a fine-tuning of another configuration, rate or base model, or of other questions: "
+                "give another folder"
             )
     elif any(not path.name.startswith(".") for path in directory.iterdir()):
         raise InputError(f"{directory} is not empty and holds no fine-tuning: give a new folder")
@@ -106,6 +113,7 @@ class _Run:
         # What is trained is in float32, or steps would be lost in rounding; adapters are, whatever they stand beside.
         dtype = "auto" if config.lora_rank else torch.float32
         self.model, self.tokenizer = load_base(config.base, state.device, dtype)
+        self.n_params = self.model.num_parameters()  # before any adapters
         self.lesson = stack.enter_context(lesson(config, directory if state.is_main_process else None))
         self.data = tokenize_chats(self.lesson.conversations, self.tokenizer, config.max_length)
         self.examination = Examination(config, self.lesson, self.tokenizer)
@@ -146,13 +154,14 @@ class _Run:
         """Write the row of a checkpoint. state: its step, and how training went until then."""
         self.evaluations.mkdir(exist_ok=True)
         model.eval()  # in training, activation checkpointing would leave out the cache that generation relies on
-        found = self.examination(model, self.evaluations / f"{state['step']}.parts")
+        with _without_autocast(model):
+            found = self.examination(model, self.evaluations / f"{state['step']}.parts")
         write_json(self.evaluations / f"{state['step']}.json", state | found)
 
     def _catch_up(self, newest: Path | None) -> None:
         """Evaluate the base, and what was saved last, if training was interrupted before that."""
         state = json.loads((newest / STATE).read_text()) if newest else {"step": 0}
-        for path in self.evaluations.glob("*"):
+        for path in self.evaluations.glob("[0-9]*"):  # what was cut off while it was written begins with a dot
             if int(path.stem) > state["step"]:  # its checkpoint is gone: it will be made again
                 path.unlink()
         done = {row["step"] for row in self.rows()}
@@ -221,7 +230,7 @@ class _Run:
             **config.model_dump(include={"base", "task", "mode", "n_facts", "seed", "batch_size"}),
             "adaptation": "lora" if config.lora_rank else "full",
             "lr": learning_rate(config),
-            "n_params": self.model.num_parameters(),
+            "n_params": self.n_params,
             "n_conversations": len(self.data),
             "steps_budget": self.total,
         }
@@ -232,6 +241,17 @@ class _Run:
         with replacing(self.directory / ROWS) as temporary:
             temporary.write_text(json.dumps(table, indent=1))
         shutil.rmtree(self.checkpoints)
+
+
+@contextmanager
+def _without_autocast(model: PreTrainedModel) -> Iterator[None]:
+    """In training accelerate wraps `forward` in bfloat16; the base, and a checkpoint that was loaded, have no such."""
+    wrapped = model.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
 
 
 def _muon(model: PreTrainedModel, lr: float) -> MuonAndAdamW:
@@ -251,8 +271,9 @@ class _Watch(TrainerCallback):
         self.run, self.description = run, description
 
     def on_train_begin(self, args, state, control, **_):
-        done = [row["train_seconds"] for row in self.run.rows() if row["step"] <= state.global_step]
-        self.seconds, self.since = max(done, default=0.0), time.perf_counter()
+        begun = self.run.checkpoints / f"checkpoint-{state.global_step}" / STATE
+        self.seconds = json.loads(begun.read_text())["train_seconds"] if state.global_step else 0.0
+        self.since = time.perf_counter()
         self.bar = progress(state.max_steps, self.description, state.global_step)
 
     def on_step_end(self, args, state, control, **_):

@@ -46,8 +46,16 @@ def normalize(text: str) -> str:
 
 
 def exact_match(reply: str, question: Question) -> bool:
-    """Whether a reply is one of the answers that count, both normalized: nothing may stand around it."""
-    return normalize(reply) in map(normalize, question.aliases)
+    """Whether a reply is one of the answers that count, both normalized: nothing may stand around it.
+
+    Where normalization leaves nothing of an answer, as of "A", it counts as it is written, and not whatever is empty.
+    """
+    said = _left(reply)
+    return said != "" and said in map(_left, question.aliases)
+
+
+def _left(text: str) -> str:
+    return normalize(text) or text.strip().lower()
 
 
 # ---- Where questions come from
