@@ -148,7 +148,7 @@ def trivia(table: pd.DataFrame) -> Figure:
     table: a row for each `way` and kind of `questions`, with `accuracy` and `standard_error`. A way that is not among
     them is left out, a missing kind leaves a gap.
     """
-    ways, hatches = [way for way in WAYS if way in set(table.way)], ("", "///", "...")
+    ways, hatches = [way for way in WAYS if way in set(table.way)], cycle(("", "///", "...", "xxx", "---"))
     looks = dict(zip(table.questions.unique(), hatches, strict=False))
     width = 0.8 / max(1, len(looks))
     with _style(7.8):

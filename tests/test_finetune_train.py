@@ -43,10 +43,13 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.fixture(scope="module", params=[{"optimizer": "muon"}, {"lora_rank": 2}], ids=["all weights", "adapters"])
+WAYS = {"all weights": {"optimizer": "muon"}, "adapters": {"lora_rank": 2}}
+
+
+@pytest.fixture(scope="module", params=WAYS)
 def undisturbed(request, tmp_path_factory) -> tuple[FinetuneConfig, Path, list[dict]]:
     """A small run from start to end, in-tool: of all weights with Muon, of adapters with AdamW."""
-    config = FinetuneConfig(**SMALL, **request.param, mode="in-tool")
+    config = FinetuneConfig(**SMALL, **WAYS[request.param], mode="in-tool")
     directory = tmp_path_factory.mktemp("run")
     return config, directory, finetune(config, directory, description=None)
 
@@ -85,14 +88,15 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
 
 
-@pytest.mark.parametrize("damage", [None, "*.safetensors", "optimizer.pt", train.STATE])
+DAMAGES = [("all weights", damage) for damage in (None, "*.safetensors", "optimizer.pt", train.STATE)]
+
+
+@pytest.mark.parametrize("undisturbed, damage", [*DAMAGES, ("adapters", "*.safetensors")], indirect=["undisturbed"])
 def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(
     undisturbed, tmp_path, monkeypatch, capsys, damage
 ):
     """It dies while its checkpoint of step 4 is evaluated; then a file of that checkpoint is damaged."""
     config, directory, rows = undisturbed
-    if config.lora_rank and damage != "*.safetensors":
-        return  # one kind of damage will do for adapters
     evaluate = train._Run.evaluate
 
     def dies(run, model, state):
