@@ -377,7 +377,7 @@ def _draw_generalization(profile: str) -> Figure:
     return generalization(shares, _own_shares(profile), published_by_paper("generalization"), guess)
 
 
-def _draw_tool_calls(profile: str, d_model: int = 36) -> Figure:
+def _draw_tool_calls(profile: str, d_model: int = 24) -> Figure:
     return tool_calls(_shares(results.counting_profile(profile)), d_model, _own_shares(profile))
 
 
