@@ -355,6 +355,19 @@ def test_what_was_answered_before_counts_by_the_key_of_today(server, tmp_path):
     assert not any(record["correct"] for record in ask(play, out)) and not play.requests
 
 
+def test_records_are_told_apart_by_all_that_an_answer_may_depend_on(monkeypatch):
+    def digest(**settings) -> str:
+        as_ever = {"base_url": "http://h:1/a/v1", "model": "m", "protocol": "text"}
+        return EndpointConfig(**{**as_ever, **settings}).digest
+
+    before = digest()
+    assert before == digest(base_url="http://h:2/a/v1/", api_key="k", timeout=1, concurrency=1)
+    other = [{"model": "n"}, {"protocol": "tools"}, {"system": ""}, {"max_tokens": 1}, {"max_turns": 1}]
+    other += [{"base_url": "http://h:1/b/v1"}, {"base_url": "http://i:1/a/v1"}]
+    monkeypatch.setattr("lib.finetune.triviaqa.SYSTEM_PROMPT", "Ask.")
+    assert len({before, digest(), *(digest(**settings) for settings in other)}) == 2 + len(other)
+
+
 def test_a_query_that_would_find_something_else_now_is_asked_again(server, tmp_path):
     def script(request, n):
         last = request["messages"][-1]["content"]

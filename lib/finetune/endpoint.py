@@ -58,10 +58,15 @@ class EndpointConfig(Config):
 
     @cached_property
     def digest(self) -> str:
-        """8 hexadecimal digits of all settings that an answer may depend on; of a folder, the files are read once."""
+        """8 hexadecimal digits of all that an answer may depend on, but the question and what the tool finds.
+
+        Where the model is a folder, its files are read once.
+        """
         how = self.model_dump_json(include={"model", "protocol", "system", "max_tokens", "max_turns"})
-        where = urlsplit(self.base_url).hostname, fingerprint(self.model)  # a port says nothing
-        return hashlib.sha256(f"{how} {where}".encode()).hexdigest()[:8]
+        told = json.dumps(opening("", PROTOCOLS[self.protocol]))
+        server = urlsplit(self.base_url)  # whose port says nothing
+        where = server.hostname, server.path.rstrip("/"), fingerprint(self.model)
+        return hashlib.sha256(f"{how} {told} {where}".encode()).hexdigest()[:8]
 
 
 # ---- Asking
