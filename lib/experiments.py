@@ -225,10 +225,9 @@ def _generalization_smoke() -> Iterator[Search]:
 
 
 def _generalization_quick() -> Iterator[Search]:
-    training = TrainingConfig(steps=500, batch_size=64)
     for n_facts in (16, 256):
-        yield _generalization("in-tool", n_facts, 0, (16,), training, 25)
-    yield _generalization("in-weight", 256, 0, (16,), training, 25)
+        yield _generalization("in-tool", n_facts, 0, (24,), TrainingConfig(steps=1500, batch_size=16), 25)
+    yield _generalization("in-weight", 256, 0, (24,), TrainingConfig(steps=500, batch_size=64), 25)
 
 
 def _generalization_laptop() -> Iterator[Search]:
