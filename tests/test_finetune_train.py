@@ -208,7 +208,7 @@ def test_other_questions_in_the_same_file_are_another_run(tmp_path):
     rows = finetune(config, tmp_path / "run", description=None)
     assert finetune(config, tmp_path / "run", description=None) == rows
     write("Because")
-    with pytest.raises(InputError, match="or of other questions: give another folder"):
+    with pytest.raises(InputError, match="or of other questions: give another folder, or delete this one"):
         finetune(config, tmp_path / "run", description=None)
 
 

@@ -96,7 +96,7 @@ def _check_claim(claim: dict, directory: Path) -> None:
         if not isinstance(found, dict) or claim | found != claim:  # an earlier claim may say less
             raise InputError(
                 f"{directory} holds a fine-tuning of another configuration, rate or base model, or of other questions: "
-                "give another folder"
+                "give another folder, or delete this one"
             )
     elif any(not path.name.startswith(".") for path in directory.iterdir()):
         raise InputError(f"{directory} is not empty and holds no fine-tuning: give a new folder")
