@@ -44,7 +44,7 @@ SOURCES = {
     "tool_calls": Source(
         "First requests about people, trained on or not",
         _UNSEEN,
-        {**_IN_TOOL, "d_model": 24},
+        {**_IN_TOOL, "d_model": figures.TOOL_CALLS_D_MODEL},
         own=_IN_TOOL,
     ),
     "compressibility": Source(_SMALLEST, partial(results.read_rows, "05_3"), _IN_WEIGHT, published=_ONE_SEED),

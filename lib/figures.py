@@ -377,7 +377,11 @@ def _draw_generalization(profile: str) -> Figure:
     return generalization(shares, _own_shares(profile), published_by_paper("generalization"), guess)
 
 
-def _draw_tool_calls(profile: str, d_model: int = 24) -> Figure:
+#: Of which size of models the requests are drawn: every seed has one for every number of facts.
+TOOL_CALLS_D_MODEL = 24
+
+
+def _draw_tool_calls(profile: str, d_model: int = TOOL_CALLS_D_MODEL) -> Figure:
     return tool_calls(_shares(results.counting_profile(profile)), d_model, _own_shares(profile))
 
 
