@@ -26,7 +26,7 @@ from lib.model import Transformer, to_llama
 from lib.monitor import progress
 from lib.recall import Fact, measure_recall
 from lib.tools import Tool
-from lib.trainer import Trainer, join_gradients, step_together
+from lib.trainer import Lockstep, Trainer
 
 
 def take_turns(
@@ -168,11 +168,11 @@ def stacking_throughput(n_models: int, d_model: int = 32, *, steps: int = 3, rou
     ]
     with tempfile.TemporaryDirectory() as folder:
         trainers = [_trainer(config, Path(folder) / str(i), _dataset(config)) for i, config in enumerate(configs)]
-        stack = join_gradients(trainers)
+        stack = Lockstep(trainers)
 
         def together() -> int:
             for _ in range(steps):
-                step_together(trainers, stack)
+                stack.step()
             return steps * n_models
 
         def alone() -> int:

@@ -73,8 +73,10 @@ class Gradients:
                     parameter.data = self.stacked[name].data[i]
             self._members = members
 
-    def accumulate(self, batches: Sequence[Batch], n_trained: Sequence[int], last: bool = True) -> list[torch.Tensor]:
-        """Add the gradients of each model's loss on its batch: the sum over targets, divided by `n_trained`.
+    def accumulate(
+        self, batches: Sequence[Batch], n_trained: Sequence[int] | torch.Tensor, last: bool = True
+    ) -> list[torch.Tensor]:
+        """Add the gradients of each model's loss on its batch: the sum over targets, divided by its `n_trained`.
 
         Ranks exchange gradients with the `last` part of a step's batch. Returns the losses (scalars) in this rank; they
         add up over data ranks.
@@ -82,7 +84,7 @@ class Gradients:
         with nullcontext() if last else gradients_stay_here(self.called[0]):
             return self._accumulate(batches, n_trained)
 
-    def _accumulate(self, batches: Sequence[Batch], n_trained: Sequence[int]) -> list[torch.Tensor]:
+    def _accumulate(self, batches: Sequence[Batch], n_trained: Sequence[int] | torch.Tensor) -> list[torch.Tensor]:
         with torch.autocast(self.models[0].device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
             if len(self.models) == 1:
                 sums = [self._loss_of_batch(self.called[0], batches[0])]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -96,9 +97,14 @@ def _update_matrices(optimizers: Sequence[Muon]) -> None:
         torch._foreach_lerp_(moments, gradients, 1 - momentum)
         torch._foreach_lerp_(gradients, moments, momentum)
         updates = orthogonalize(torch.stack([whole(gradient) for gradient in gradients]))
-        for (parameter, group, _), update in zip(alike, updates, strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(part_like(parameter, update), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+        for _, members in groupby(zip(alike, updates, strict=True), key=lambda member: id(member[0][1])):
+            members = list(members)
+            parameters = [parameter for (parameter, _, _), _ in members]
+            steps = [part_like(parameter, update) for (parameter, _, _), update in members]
+            group = members[0][0][1]
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(steps, group["lr"] * math.sqrt(max(1, rows / columns)))
+            torch._foreach_sub_(parameters, steps)
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
@@ -113,12 +119,14 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, config: OptimConfig, captured: bool = False) -> list[torch.optim.Optimizer]:
     """The optimizers of `model`: AdamW alone, or Muon for the hidden matrices and AdamW for the rest.
 
     Every parameter group carries its peak rate as `peak_lr`; `set_learning_rate` follows the schedule from there.
-    Weight decay does not apply to norms.
+    Weight decay does not apply to norms. `captured`: rates are tensors beside the parameters, for `lib.capture`.
     """
+    device = next(model.parameters()).device
+    rates = [torch.tensor(rate, device=device) if captured else rate for rate in (config.lr, config.muon_lr)]
     matrices, tables, vectors = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
@@ -131,14 +139,15 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
             [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}],
-            lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True,
+            lr=rates[0], betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True,
+            capturable=captured,
         )
     ]  # fmt: skip
     if config.name == "muon":
-        optimizers.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
+        optimizers.append(Muon(matrices, lr=rates[1], weight_decay=config.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+            group["peak_lr"] = float(group["lr"])
     return optimizers
 
 
@@ -166,4 +175,8 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) ->
     """Set every group to `factor` times its peak rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = factor * group["peak_lr"]
+            rate = factor * group["peak_lr"]
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate

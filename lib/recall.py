@@ -36,6 +36,8 @@ MARGIN = 1e-3
 
 #: About how many tokens are verified together: what fits into a core's cache, or fills a GPU.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
+#: How many questions are decoded together, unless the caller says: a GPU takes as long for few as for many.
+BATCH_ROWS = {"cpu": 256, "cuda": 2048}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def measure_recall(
     tool: Tool | None = None,
     *,
     method: Literal["verify", "decode"] = "verify",
-    batch_size: int = 256,
+    batch_size: int | None = None,
     description: str | None = None,
 ) -> Recall:
     """Ask a model about `facts`, greedily; with a `tool` the model may use it, and must.
@@ -97,7 +99,7 @@ def measure_recall(
         # The tokens of the question leave room to be wrong in. Of all dialogs, not of the undecided ones: a verdict
         # must not depend on those of others.
         max_new_tokens=int(data.lengths().max()),
-        batch_size=batch_size,
+        batch_size=batch_size or BATCH_ROWS.get(torch.device(getattr(model, "device", "cpu")).type, 256),
         description=description and f"{description}, decoding",
     )
     for i, generation in zip(undecided, generations, strict=True):

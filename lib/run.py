@@ -23,19 +23,19 @@ from filelock import FileLock
 
 from lib import checkpoint, paths
 from lib.base import InputError, WorkError
+from lib.capture import WARM_UP
 from lib.config import RunConfig
 from lib.dialogs import Source, TokenizedDialogs, join, tokenize_people
 from lib.distributed import ALONE, Preempted, Ranks, asked_to_leave, connect, local_device, world_size
 from lib.facts import People, load_people, write_database
 from lib.generalization import measure_generalization
-from lib.gradients import Gradients
 from lib.model import ModelConfig, Transformer
 from lib.monitor import UNOBSERVED, Observers
 from lib.recall import Fact, Recall, bits_of_dialogs, measure_recall
 from lib.shards import ConcatDialogs, open_dialogs, tokenize_file
 from lib.tokenizers import run_tokenizer
 from lib.tools import SqlTool
-from lib.trainer import Ending, Trainer, join_gradients, step_together, train_together
+from lib.trainer import Ending, Lockstep, Trainer, train_together
 
 #: How many times as fast a compiled step is, about (notebooks/A2_performance measures it).
 COMPILED_SPEEDUP = 1.4
@@ -97,9 +97,10 @@ def run_together(
             compiled = len(to_do) == 1 and ranks.size == 1 and _pays_to_compile(to_do[0].config, device)
         if compiled:
             torch.compiler.reset()  # what this process compiled for runs of other shapes counts against a limit
+        captured = device.type == "cuda" and ranks.size == 1 and not observers.probe_every
         with _full_disks_told():
             for cell in to_do:
-                cell.prepare(stack, device, compiled, ranks)
+                cell.prepare(stack, device, compiled, ranks, captured)
             endings = train_together([cell.trainer for cell in to_do], description, observers, asked)
             for cell, ending in zip(to_do, endings, strict=True):
                 cell.finish(ending)
@@ -160,7 +161,14 @@ class _Cell:
             claim = {"config": config.model_dump(mode="json"), "people_digest": people, "files": files}
             write_json(self.directory / CLAIM, {**claim, "tokenizer": tokenizer})
 
-    def prepare(self, stack: ExitStack, device: torch.device, compiled: bool, ranks: Ranks = ALONE) -> None:
+    def prepare(
+        self,
+        stack: ExitStack,
+        device: torch.device,
+        compiled: bool,
+        ranks: Ranks = ALONE,
+        captured: bool = False,
+    ) -> None:
         """Make the database, open until `stack` closes, and the trainer."""
         self.ranks = ranks
         self.tool = None
@@ -181,6 +189,7 @@ class _Cell:
             compiled,
             sources,
             ranks,
+            captured,
         )
 
     def _dataset(self) -> tuple[TokenizedDialogs | ConcatDialogs, list[Source]]:
@@ -238,24 +247,25 @@ def stacked_speedup(configs: Sequence[RunConfig], device: str = "auto", steps: i
 
     One after the other they would be compiled where that pays, which counts as `COMPILED_SPEEDUP`.
     """
+    device = resolve_device(device)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         cells = [_Cell(config, Path(folder) / str(i)) for i, config in enumerate(configs)]
         for cell in cells:
             cell.directory.mkdir()
-            cell.prepare(stack, resolve_device(device), compiled=False)
-        trainers = [cell.trainer for cell in cells]
+            cell.prepare(stack, device, compiled=False, captured=device.type == "cuda")
         alone = sum(
-            _seconds([cell.trainer], cell.trainer.gradients, steps)
-            / (COMPILED_SPEEDUP if _pays_to_compile(cell.config, trainers[0].model.device) else 1)
+            _seconds(Lockstep([cell.trainer]), steps)
+            / (COMPILED_SPEEDUP if _pays_to_compile(cell.config, device) else 1)
             for cell in cells
         )
-        return alone / _seconds(trainers, join_gradients(trainers), steps)
+        return alone / _seconds(Lockstep([cell.trainer for cell in cells]), steps)
 
 
-def _seconds(trainers: list[Trainer], gradients: Gradients, steps: int) -> float:
-    """Seconds of so many steps after a first one."""
-    float(step_together(trainers, gradients)[-1])  # waits for the device
-    return timeit.timeit(lambda: float(step_together(trainers, gradients)[-1]), number=steps)
+def _seconds(lockstep: Lockstep, steps: int) -> float:
+    """Seconds of so many steps after the first ones."""
+    for _ in range(1 + WARM_UP if lockstep.captured else 1):
+        float(lockstep.step()[-1])  # waits for the device
+    return timeit.timeit(lambda: float(lockstep.step()[-1]), number=steps)
 
 
 def _pays_to_compile(config: RunConfig, device: torch.device) -> bool:

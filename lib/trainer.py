@@ -12,8 +12,9 @@ import torch
 
 from lib import checkpoint
 from lib.base import InputError
+from lib.capture import Captured
 from lib.config import RunConfig
-from lib.dialogs import Batches, Source, TokenizedDialogs
+from lib.dialogs import Batches, Source, TokenizedDialogs, send
 from lib.distributed import ALONE, Preempted, Ranks
 from lib.gradients import IGNORED, Batch, Gradients
 from lib.model import Transformer
@@ -57,19 +58,22 @@ class Trainer:
         compiled: bool = False,
         sources: Sequence[Source] = (),
         ranks: Ranks = ALONE,
+        captured: bool = False,
     ):
         """`evaluate` returns a recall in [0, 1]; `directory` receives checkpoints and metrics; `sources`
         are those of `Batches`. `ranks` train the model together; the first of them evaluates and writes.
 
-        `compiled` has torch.compile fuse a step's elementwise work: seconds at the start (see `lib.run`).
+        `compiled` has torch.compile fuse a step's elementwise work: seconds at the start (see `lib.run`). `captured`
+        replays a step on a GPU from a recording (`lib.capture`), for which all batches are padded to one shape: for a
+        single rank.
         """
         self.model, self.config, self.directory, self.evaluate = model, config, directory, evaluate
-        self.ranks = ranks
+        self.ranks, self.captured = ranks, captured
         self.gradients = Gradients([model], config.training.dtype == "bfloat16", compiled, ranks)
         self.data = data.to(model.device)
         self.lengths, self.first_trained = data.lengths().cpu(), data.first_trained()
         self.n_trained = data.trained_counts()
-        self.optimizers = build_optimizers(model, config.optim)
+        self.optimizers = build_optimizers(model, config.optim, captured)
         self.batches = Batches(self.lengths, config.training.batch_size, config.seed, sources)
         # A thread costs more than it saves where nothing has to be read.
         self._ahead = ReadAhead(self._make_batch) if isinstance(data, ConcatDialogs) else None
@@ -83,6 +87,7 @@ class Trainer:
         self.counters = {"step": 0, "dialogs_seen": 0, "seconds": 0.0, "reached": 0, "hopeless": False}
         self.losses: list[torch.Tensor] = []
         self._saving: Future | None = None
+        self._alone: Lockstep | None = None
 
     def train(self, description: str | None = None, observers: Observers = UNOBSERVED) -> Ending:
         """Train from the latest checkpoint in `directory`, or from the start, to the end."""
@@ -90,7 +95,8 @@ class Trainer:
 
     def step(self) -> None:
         """One update of the weights."""
-        step_together([self], self.gradients)
+        self._alone = self._alone or Lockstep([self])
+        self._alone.step()
 
     def next_batch(self) -> tuple[list[Batch], int]:
         """This rank's parts of the step's batch, and how many tokens are trained in all parts of all ranks."""
@@ -106,17 +112,26 @@ class Trainer:
         return [self._part(part) for part in parts], int(self.n_trained[rows].sum())
 
     def _part(self, rows: torch.Tensor) -> Batch:
-        length, first = int(self.lengths[rows].max()), int(self.first_trained[rows].min()) - 1
+        n_rows, among = len(rows), slice(None) if self.captured else rows
+        length, first = int(self.lengths[among].max()), int(self.first_trained[among].min()) - 1
+        if self.captured:
+            largest = -(-self.batches.n_dialogs // self.batches.per_epoch)
+            largest = -(-largest // self.config.training.grad_accumulation)
+            rows = torch.cat([rows, rows[:1].expand(largest - n_rows)])
         tokens, mask = self.data.batch(rows, length)
         targets = tokens.masked_fill(~mask, IGNORED)
+        targets[n_rows:] = IGNORED
         return Batch(tokens[:, :-1], targets[:, first + 1 :], first)
 
-    def prepare_update(self) -> None:
-        """Clip the gradients and set this step's learning rate."""
-        optim = self.config.optim
-        if optim.clip_norm is not None:
-            clip_gradients(self.model.parameters(), optim.clip_norm)
-        set_learning_rate(self.optimizers, schedule_factor(optim, self.counters["step"], self.total_steps))
+    def set_rate(self) -> None:
+        """Set this step's learning rate."""
+        factor = schedule_factor(self.config.optim, self.counters["step"], self.total_steps)
+        set_learning_rate(self.optimizers, factor)
+
+    def clip(self) -> None:
+        """Clip the gradients."""
+        if self.config.optim.clip_norm is not None:
+            clip_gradients(self.model.parameters(), self.config.optim.clip_norm)
 
     def count_step(self, loss: torch.Tensor) -> None:
         """Record that the weights were updated."""
@@ -163,17 +178,14 @@ class Trainer:
         """Begin to write a checkpoint of everything that the next step depends on; `finish_saving` waits for it."""
         self.finish_saving()
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        groups = []
         for i, optimizer in enumerate(self.optimizers):
-            state = optimizer.state_dict()
-            groups.append(state["param_groups"])
-            for parameter, slots in state["state"].items():
+            for parameter, slots in optimizer.state_dict()["state"].items():
                 tensors |= {f"optim.{i}.{parameter}.{slot}": value for slot, value in slots.items()}
         tensors["losses"] = self._all_losses()
         tensors["random.cpu"] = torch.get_rng_state()
         if self.model.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.model.device)
-        state = {"config": self.config.model_dump(), "counters": self.counters, "param_groups": groups}
+        state = {"config": self.config.model_dump(), "counters": self.counters}
         keep = self.config.training.keep_checkpoints
         root = self.directory / "checkpoints"
         self._saving = checkpoint.save_step(root, self.counters["step"], tensors, state, keep, self.ranks)
@@ -191,11 +203,12 @@ class Trainer:
             return
         tensors, state = checkpoint.load(folder, self._empty_like, self.ranks, verify=False)
         self.model.load_state_dict(below("model.", tensors))
-        for i, (optimizer, groups) in enumerate(zip(self.optimizers, state["param_groups"], strict=True)):
+        for i, optimizer in enumerate(self.optimizers):
             slots: dict[int, dict[str, torch.Tensor]] = {}
             for name, tensor in below(f"optim.{i}.", tensors).items():
                 parameter, slot = name.split(".")
                 slots.setdefault(int(parameter), {})[slot] = tensor.clone()  # not the file, which retention deletes
+            groups = optimizer.state_dict()["param_groups"]  # as the configuration says, and the schedule sets them
             optimizer.load_state_dict({"state": slots, "param_groups": groups})
         self.losses = list(tensors["losses"].to(self.model.device) / self.ranks.data_size)
         torch.set_rng_state(tensors["random.cpu"])
@@ -241,14 +254,12 @@ def train_together(
                 else SilentMonitor()
             )
             stack.callback(trainer.finish_saving)
-        gradients, now = None, time.monotonic()
+        lockstep, now = None, time.monotonic()
         while active := [trainer for trainer in trainers if trainer.stopped is None]:
-            if len(trainers) == 1:
-                gradients = trainers[0].gradients
-            elif gradients is None or len(gradients.models) != len(active):
-                gradients = join_gradients(active)
+            if lockstep is None or len(lockstep.trainers) != len(active):
+                lockstep = Lockstep(active)
             with monitors[active[0]].watching(active[0].model):  # the only one, if its activations are probed
-                step_together(active, gradients)
+                lockstep.step()
             for trainer in active:
                 trainer.report(monitors[trainer])
             before, now = now, time.monotonic()
@@ -271,27 +282,46 @@ def stack_key(config: RunConfig) -> tuple:
     return config.model, config.training.dtype, config.training.grad_accumulation
 
 
-def join_gradients(trainers: Sequence[Trainer]) -> Gradients:
-    """The gradients of the trainers' models, which become one stack if they are several."""
-    bfloat16 = trainers[0].config.training.dtype == "bfloat16"
-    return Gradients([trainer.model for trainer in trainers], bfloat16)
+class Lockstep:
+    """Updates the models of some trainers, one step of each at a time: several become one stack."""
 
+    def __init__(self, trainers: Sequence[Trainer]):
+        self.trainers = list(trainers)
+        models, bfloat16 = [t.model for t in self.trainers], self.trainers[0].config.training.dtype == "bfloat16"
+        self.gradients = self.trainers[0].gradients if len(models) == 1 else Gradients(models, bfloat16)
+        self.captured = all(trainer.captured for trainer in self.trainers)
+        self._run = Captured(self._update) if self.captured else self._update
+        self._firsts: list[list[int]] = []
+        self._tables: list = []
 
-def step_together(trainers: Sequence[Trainer], gradients: Gradients) -> list[torch.Tensor]:
-    """One update of the weights of every trainer's model; returns their losses (scalars)."""
-    parts, n_trained = zip(*(trainer.next_batch() for trainer in trainers), strict=True)
-    n_parts = len(parts[0])
-    losses = [
-        gradients.accumulate(batches, n_trained, last=i == n_parts)
-        for i, batches in enumerate(zip(*parts, strict=True), start=1)
-    ]
-    for trainer in trainers:
-        trainer.prepare_update()
-    step_all([optimizer for trainer in trainers for optimizer in trainer.optimizers])
-    losses = [sum(of_parts) for of_parts in zip(*losses, strict=True)]
-    for trainer, loss in zip(trainers, losses, strict=True):
-        trainer.count_step(loss)
-    return losses
+    def step(self) -> Sequence[torch.Tensor]:
+        """One update of the weights of every model; returns their losses (scalars)."""
+        parts, n_trained = zip(*(trainer.next_batch() for trainer in self.trainers), strict=True)
+        for trainer in self.trainers:
+            trainer.set_rate()
+        counts = send(torch.tensor(n_trained), self.trainers[0].model.device)
+        self._firsts = [[batch.first for batch in of_trainer] for of_trainer in parts]
+        inputs = [counts, *(t for of_trainer in parts for batch in of_trainer for t in (batch.tokens, batch.targets))]
+        losses = self._run(inputs)
+        for trainer, loss in zip(self.trainers, losses, strict=True):
+            trainer.count_step(loss)
+        return losses
+
+    def _update(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What the device does in a step: the losses' gradients, part by part of the batches, and the update."""
+        counts, tensors = inputs[0], iter(inputs[1:])
+        parts = [[Batch(next(tensors), next(tensors), first) for first in firsts] for firsts in self._firsts]
+        n_parts = len(parts[0])
+        losses = [
+            self.gradients.accumulate(batches, counts, last=i == n_parts)
+            for i, batches in enumerate(zip(*parts, strict=True), start=1)
+        ]
+        # An evaluation may make a model's table anew, and a recording goes on reading this one.
+        self._tables = [trainer.model.rotary(1, trainer.model.embedding.weight.dtype) for trainer in self.trainers]
+        for trainer in self.trainers:
+            trainer.clip()
+        step_all([optimizer for trainer in self.trainers for optimizer in trainer.optimizers])
+        return [sum(of_parts) for of_parts in zip(*losses, strict=True)]
 
 
 def below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

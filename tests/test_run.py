@@ -264,10 +264,11 @@ def test_the_speedup_of_a_stack_is_positive_and_measuring_it_leaves_nothing(tmp_
 def test_the_speedup_is_the_time_alone_over_the_time_together(monkeypatch, cost, speedup):
     clock = [0.0]
 
-    def step(trainers, gradients):
-        assert len(gradients.models) == len(trainers)
-        clock[0] += cost(len(trainers))
-        return [torch.zeros(())] * len(trainers)
+    def step(lockstep):
+        n = len(lockstep.trainers)
+        assert len(lockstep.gradients.models) == n
+        clock[0] += cost(n)
+        return [torch.zeros(())] * n
 
     def seconds(statement, number: int) -> float:
         start = clock[0]
@@ -275,7 +276,7 @@ def test_the_speedup_is_the_time_alone_over_the_time_together(monkeypatch, cost,
             statement()
         return clock[0] - start
 
-    monkeypatch.setattr("lib.run.step_together", step)
+    monkeypatch.setattr("lib.run.Lockstep.step", step)
     monkeypatch.setattr("lib.run.timeit", SimpleNamespace(timeit=seconds))
     assert stacked_speedup(_group(), "cpu") == pytest.approx(speedup)
 
