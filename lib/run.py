@@ -271,12 +271,10 @@ def _seconds(lockstep: Lockstep, steps: int) -> float:
 def _pays_to_compile(config: RunConfig, device: torch.device) -> bool:
     """Whether a run is long enough for what torch.compile saves to make up for the 10 to 25 seconds that it takes.
 
-    Eager, a core does some 3e10 floating-point operations a second, so the limit is about two minutes. On a GPU small
-    models wait for the launch of their kernels: there the number of steps decides (a guess; nobody has measured it).
+    Eager, a core does some 3e10 floating-point operations a second, so the limit is about two minutes. On a GPU steps
+    are recorded instead (`lib.capture`).
     """
-    if device.type == "cuda":
-        return config.training.total_steps(4 * config.facts.n_people) > 5000  # of sampled people
-    return config.flops() > 4e12 and shutil.which("g++") is not None
+    return device.type == "cpu" and config.flops() > 4e12 and shutil.which("g++") is not None
 
 
 def _configuration_columns(config: RunConfig, people: People) -> dict:
