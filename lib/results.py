@@ -141,11 +141,15 @@ def publish(section: str, profile: str) -> int:
 
 
 def bounds_searches(profile: str, tokenizer: str = "bytes") -> list[Search]:
-    """What Section 5.1 shows: its own searches, and where they leave the tool out, the in-tool ones of Section 5.2."""
+    """What Section 5.1 shows: its own searches, and in-tool the runs of 5.2 on databases that only it searches."""
     own = searches("05_1", profile, tokenizer)
-    if any(search.base.mode == "in-tool" for search in own):
-        return own
-    return own + [search for search in searches("05_2", profile, tokenizer) if search.base.mode == "in-tool"]
+    others = [search for search in searches("05_2", profile, tokenizer) if search.base.mode == "in-tool"]
+    only_there = {_database_of(search) for search in others if search.threshold} - {_database_of(s) for s in own}
+    return own + [search for search in others if _database_of(search) in only_there]
+
+
+def _database_of(search: Search) -> tuple:
+    return search.base.mode, search.base.facts
 
 
 def bounds_rows(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:

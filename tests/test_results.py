@@ -286,27 +286,36 @@ def test_the_next_smaller_size_is_that_of_the_plan():
     assert table.seeds_reaching_it[32] == 0  # even less than 16 might have been enough
 
 
-def test_bounds_take_in_tool_runs_from_the_grid_of_generalization_and_no_others():
+def test_bounds_take_in_tool_runs_of_few_facts_from_generalization_and_no_others():
     bounds, grid = searches("05_1", "laptop"), searches("05_2", "laptop")
     plan = results.bounds_searches("laptop")
     assert plan[: len(bounds)] == bounds
-    assert plan[len(bounds) :] == [search for search in grid if search.base.mode == "in-tool"]
-    assert results.bounds_searches("paper") == searches("05_1", "paper")
+    taken = plan[len(bounds) :]
+    assert taken == [s for s in grid if s.base.mode == "in-tool" and 4 * s.base.facts.n_people < 8192]
+    assert {4 * s.base.facts.n_people for s in bounds if s.base.mode == "in-tool"} == {8192, 16_384, 32_768}
+    for profile in ("quick", "paper"):  # whose 5.2 is a grid: it searches nothing
+        assert results.bounds_searches(profile) == searches("05_1", profile)
 
 
 def test_bounds_rows_are_those_of_the_plan(data, monkeypatch):
-    tool, weight = (_plan([run_id]) for run_id in PLANNED[:2])
-    tool.base = SimpleNamespace(mode="in-tool", tokenizer="bytes")
-    weight.base = SimpleNamespace(mode="in-weight", tokenizer="bytes")
-    control = _plan([PLANNED[2]])
-    control.base = weight.base
-    monkeypatch.setattr(results, "searches", lambda section, *_: [weight] if section == "05_1" else [control, tool])
+    def plan(run_id: str, mode: str, n_people: int):
+        plan = _plan([run_id])
+        facts = FactsConfig(n_people=n_people)
+        plan.base, plan.threshold = SimpleNamespace(mode=mode, tokenizer="bytes", facts=facts), 0.95
+        return plan
+
+    weight, tool = plan(PLANNED[1], "in-weight", 8), plan(PLANNED[0], "in-tool", 8)
+    control = plan(PLANNED[2], "in-weight", 8)
+    both = {"05_1": [weight], "05_2": [control, tool]}
+    monkeypatch.setattr(results, "searches", lambda section, *_: both[section])
     for section, run_ids in (("05_1", PLANNED[1:2]), ("05_2", [PLANNED[0], PLANNED[2]])):
         for run_id in run_ids:
             folder = results.sweep_dir(section, "laptop") / run_id
             folder.mkdir(parents=True)
             (folder / "row.json").write_text(json.dumps(_row(run_id)))
     assert set(results.bounds_rows("laptop").run_id) == set(PLANNED[:2])
+    both["05_1"] = [weight, plan("0" * 12, "in-tool", 8)]  # the same database, searched here: its runs count alone
+    assert set(results.bounds_rows("laptop").run_id) == {PLANNED[1]}
 
 
 # ---- Fits and tidy tables

@@ -50,8 +50,9 @@ def _config(seed: int = 0, optim: dict | None = None, evaluation: dict | None = 
     })  # fmt: skip
 
 
-def _trainer(data, config: RunConfig, directory: Path, evaluate=None, init: int = 0) -> Trainer:
-    return Trainer(Transformer(config.model, torch.Generator().manual_seed(init)), data, config, directory, evaluate)
+def _trainer(data, config: RunConfig, directory: Path, evaluate=None, init: int = 0, **options) -> Trainer:
+    model = Transformer(config.model, torch.Generator().manual_seed(init))
+    return Trainer(model, data, config, directory, evaluate, **options)
 
 
 def _weights(model: Transformer) -> dict[str, torch.Tensor]:
@@ -258,8 +259,9 @@ def _everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize(("optimizer", "dtype"), [("adamw", "float32"), ("muon", "float32"), ("muon", "bfloat16")])
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(data, tmp_path, optimizer, dtype):
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(data, tmp_path, optimizer, dtype, captured):
     config = _config(
         optim={"name": optimizer, "warmup_steps": 5, "weight_decay": 0.1},
         evaluation={"every": 6},
@@ -270,7 +272,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(data, tmp_path, opti
         return 0.9 * float(torch.rand(()))  # uses the global random state, which must be restored too
 
     def trainer(part: str, init: int = 0, seed: int = 5) -> Trainer:
-        trainer = _trainer(data, config, tmp_path / part, evaluate, init)
+        trainer = _trainer(data, config, tmp_path / part, evaluate, init, captured=captured)
         torch.manual_seed(seed)
         return trainer
 

@@ -1,0 +1,84 @@
+"""Recorded steps, as far as a CPU can show them: batches of one shape, rates as tensors. The rest is in tests/gpu."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lib.capture import Captured
+from lib.config import RunConfig
+from lib.dialogs import ByteTokenizer, Source, join, tokenize_people
+from lib.facts import load_people
+from lib.model import Transformer
+from lib.trainer import Trainer, train_together
+
+STEPS = 20
+VARIANTS = [
+    {"optim": {"weight_decay": 0.1}},
+    {"optim": {"name": "adamw", "clip_norm": None, "warmup_steps": 5, "weight_decay": 0.1}},
+    {"mode": "in-tool", "training": {"batch_size": 7}},
+    {"training": {"grad_accumulation": 3, "batch_size": 11}},
+    {"training": {"biographies": 0.3}},
+]
+
+
+def _trainer(variant: dict, folder: Path, captured: bool) -> Trainer:
+    training = {"steps": STEPS, "batch_size": 12, **variant.get("training", {})}
+    config = RunConfig.parse({"facts": {"n_people": 13}, **variant, "model": {"d_model": 8}, "training": training})
+    people = load_people(config.facts)
+    texts = [config.mode, "biography"] if config.training.biographies else [config.mode]
+    parts = [tokenize_people(people, text, ByteTokenizer()) for text in texts]
+    shares = [config.training.questions, config.training.biographies]
+    sources = [Source(len(part), share) for part, share in zip(parts, shares, strict=False)]
+    model = Transformer(config.model, torch.Generator().manual_seed(config.seed)).double()
+    return Trainer(model, join(parts), config, folder, sources=sources, captured=captured)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_batches_of_one_shape_have_the_losses_of_batches_as_they_are(variant, tmp_path):
+    losses, shapes = {}, {}
+    for captured in (False, True):
+        trainer = _trainer(variant, tmp_path / str(captured), captured)
+        losses[captured], shapes[captured] = [], set()
+        for _ in range(STEPS):
+            parts, _ = trainer.next_batch()
+            shapes[captured] |= {(tuple(p.tokens.shape), tuple(p.targets.shape), p.first) for p in parts}
+            trainer.step()
+            losses[captured].append(float(trainer.losses[-1]))
+    assert losses[True] == pytest.approx(losses[False], rel=1e-7)
+    assert losses[True][0] - losses[True][-1] > 0.2
+    assert len(shapes[True]) == 1 < len(shapes[False])
+
+
+def test_a_stack_of_runs_to_be_recorded_has_the_losses_of_each_alone(tmp_path):
+    variants = [{"seed": seed, "facts": {"n_people": 9 + seed}} for seed in range(3)]
+    alone = [_trainer(v, tmp_path / f"a{i}", False).train().loss for i, v in enumerate(variants)]
+    together = train_together([_trainer(v, tmp_path / f"s{i}", True) for i, v in enumerate(variants)])
+    assert [ending.loss for ending in together] == pytest.approx(alone, rel=1e-7)
+
+
+def test_a_run_goes_on_whether_its_steps_were_recorded_or_not(tmp_path):
+    """As where a GPU began and a CPU ends."""
+    variant = {"training": {"checkpoint_every": 5}}
+    expected = _trainer(variant, tmp_path / "whole", False).train()
+    for first in (True, False):
+        folder = tmp_path / str(first)
+        begun = _trainer(variant, folder, first)
+        for _ in range(10):
+            begun.step()
+        begun.save()
+        begun.finish_saving()
+        assert _trainer(variant, folder, not first).train().loss == pytest.approx(expected.loss, rel=1e-7)
+
+
+def test_away_from_a_gpu_the_work_is_done_as_it_is():
+    seen = []
+
+    def work(inputs):
+        seen.append(inputs)
+        return [inputs[0] + 1]
+
+    captured = Captured(work)
+    for i in range(6):
+        assert captured([torch.tensor(i)]) == [torch.tensor(i + 1)]
+    assert len(seen) == 6
