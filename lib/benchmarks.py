@@ -105,8 +105,9 @@ def _trainer(
     config: RunConfig, folder: str | Path, data: TokenizedDialogs, compiled: bool = False, **options
 ) -> Trainer:
     model = Transformer(config.model, torch.Generator().manual_seed(config.seed))
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return Trainer(model, data, config, Path(folder), compiled=compiled, **options)
+    on_gpu = torch.cuda.is_available()
+    model = model.to("cuda" if on_gpu else "cpu")
+    return Trainer(model, data, config, Path(folder), compiled=compiled, captured=on_gpu and not compiled, **options)
 
 
 def _our_steps(trainer: Trainer, steps: int) -> Callable[[], int]:
