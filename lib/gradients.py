@@ -1,5 +1,6 @@
 """Loss and gradients of one model, or of several of the same shape in one pass."""
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -52,8 +53,8 @@ class Gradients:
         ranks: Ranks = ALONE,
     ):
         """`bfloat16` computes matrix products in that precision; `compiled` has torch.compile fuse elementwise work
-        (not that of stacked models), and leaves it as it is where there is nothing to compile with. A single model may
-        be trained by several `ranks`, each on its part of a batch.
+        (not that of stacked models), and leaves it as it is, with a warning, where that fails: without a compiler, say.
+        A single model may be trained by several `ranks`, each on its part of a batch.
         """
         self.models, self.bfloat16, self.ranks = list(models), bfloat16, ranks
         self.called = [ranks.wrap(model) for model in self.models]
@@ -61,8 +62,7 @@ class Gradients:
         if compiled:
             for model in self.models:  # a table that is built while compiling ties the code to the first batch's length
                 model.rotary(1, torch.float32)
-            or_as_it_is = torch._dynamo.config.patch(suppress_errors=True)  # with a warning
-            self._loss_of_batch = or_as_it_is(torch.compile(_loss_of_batch, dynamic=True))
+            self._loss_of_batch = torch.compile(_loss_of_batch, dynamic=True)
         if len(self.models) > 1:
             members = [dict(model.named_parameters()) for model in self.models]
             self.stacked = {
@@ -82,7 +82,13 @@ class Gradients:
         add up over data ranks.
         """
         with nullcontext() if last else gradients_stay_here(self.called[0]):
-            return self._accumulate(batches, n_trained)
+            try:
+                return self._accumulate(batches, n_trained)
+            except torch._dynamo.exc.TorchDynamoException as error:  # before any gradient is added: it is one piece
+                reason = str(error).strip().splitlines()[0]
+                warnings.warn(f"training goes on without torch.compile, which failed: {reason}", stacklevel=2)
+                self._loss_of_batch = _loss_of_batch
+                return self._accumulate(batches, n_trained)
 
     def _accumulate(self, batches: Sequence[Batch], n_trained: Sequence[int] | torch.Tensor) -> list[torch.Tensor]:
         with torch.autocast(self.models[0].device.type, dtype=torch.bfloat16, enabled=self.bfloat16):

@@ -1,10 +1,15 @@
 """Stacked models: each gets the gradients, the training and the row that it gets alone."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from lib import paths
 from lib.base import InputError
 from lib.config import RunConfig
 from lib.dialogs import ByteTokenizer, dialogs, tokenize
@@ -212,8 +217,39 @@ def test_code_that_cannot_be_compiled_runs_as_it_is(tmp_path, monkeypatch):
         torch.compile(lambda x: x.sin() + 1)(torch.ones(3))
     trainer = _trainer(_config(VARIANTS[0], 2), tmp_path, torch.float32)
     trainer.gradients = Gradients([trainer.model], compiled=True)
-    trainer.train()
+    with pytest.warns(UserWarning, match="goes on without torch.compile"):
+        trainer.train()
     assert trainer.counters["step"] == 2
+
+
+@pytest.mark.slow
+def test_what_a_kill_left_of_a_compilation_ends_no_later_run(tmp_path):
+    """The compiler writes libraries in place. Killed, it leaves half of one, which torch.compile goes on to load."""
+    code = (
+        "import sys, torch; from pathlib import Path; from lib.gradients import Gradients\n"
+        "from tests.test_gradients import VARIANTS, _config, _trainer\n"
+        "trainer = _trainer(_config(VARIANTS[0], 3), Path(sys.argv[1]), torch.float32)\n"
+        "trainer.gradients = Gradients([trainer.model], compiled=True)\n"
+        "print(trainer.train().loss)"
+    )
+
+    def train(folder: str) -> tuple[float, str]:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+        command = [sys.executable, "-c", code, str(tmp_path / folder)]
+        done = subprocess.run(command, env=environment, cwd=paths.ROOT, capture_output=True, text=True, check=True)
+        return float(done.stdout), done.stderr
+
+    loss, warned = train("whole")
+    assert "without torch.compile" not in warned
+    libraries = list((tmp_path / "cache").rglob("*.main.so"))
+    assert libraries
+    for library in libraries:
+        library.write_bytes(bytes(library.stat().st_size))  # room is made for it, but nothing written yet
+    for finished in ("fxgraph", "aotautograd"):  # what is recorded of a compilation at its end
+        shutil.rmtree(tmp_path / "cache" / finished, ignore_errors=True)
+    again, warned = train("after a kill")
+    assert "without torch.compile" in warned
+    assert again == pytest.approx(loss, rel=1e-4)
 
 
 def test_runs_of_uneven_batches_add_up_their_gradients_in_as_many_parts(tmp_path):
