@@ -97,7 +97,7 @@ def run_together(
             compiled = len(to_do) == 1 and ranks.size == 1 and _pays_to_compile(to_do[0].config, device)
         if compiled:
             torch.compiler.reset()  # what this process compiled for runs of other shapes counts against a limit
-        captured = device.type == "cuda" and ranks.size == 1 and not observers.probe_every
+        captured = device.type == "cuda" and ranks.size == 1 and not (compiled or observers.probe_every)
         with _full_disks_told():
             for cell in to_do:
                 cell.prepare(stack, device, compiled, ranks, captured)

@@ -1,5 +1,6 @@
 """The training loop, for one run or for several of the same shape in lock-step."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -78,12 +79,13 @@ class Trainer:
         # A thread costs more than it saves where nothing has to be read.
         self._ahead = ReadAhead(self._make_batch) if isinstance(data, ConcatDialogs) else None
         self.total_steps = config.training.total_steps(self.batches.n_dialogs)
-        smallest, n_parts = self.batches.n_dialogs // self.batches.per_epoch, config.training.grad_accumulation
-        if smallest < n_parts * ranks.data_size:
+        smallest, self.n_parts = self.batches.n_dialogs // self.batches.per_epoch, config.training.grad_accumulation
+        if smallest < self.n_parts * ranks.data_size:
             each = f" on {ranks.data_size} processes" if ranks.data_size > 1 else ""
             raise InputError(
-                f"training.grad_accumulation = {n_parts}{each}, but there are batches of {smallest} dialogs only"
+                f"training.grad_accumulation = {self.n_parts}{each}, but there are batches of {smallest} dialogs only"
             )
+        self._shape = self._largest_shape() if captured else None
         self.counters = {"step": 0, "dialogs_seen": 0, "seconds": 0.0, "reached": 0, "hopeless": False}
         self.losses: list[torch.Tensor] = []
         self._saving: Future | None = None
@@ -107,21 +109,30 @@ class Trainer:
         parts = [
             # Every so many rows: they come sorted by length, and no rank should get all the long ones.
             part[self.ranks.data_rank :: self.ranks.data_size]
-            for part in rows.tensor_split(self.config.training.grad_accumulation)
+            for part in rows.tensor_split(self.n_parts)
         ]
         return [self._part(part) for part in parts], int(self.n_trained[rows].sum())
 
     def _part(self, rows: torch.Tensor) -> Batch:
-        n_rows, among = len(rows), slice(None) if self.captured else rows
-        length, first = int(self.lengths[among].max()), int(self.first_trained[among].min()) - 1
-        if self.captured:
-            largest = -(-self.batches.n_dialogs // self.batches.per_epoch)
-            largest = -(-largest // self.config.training.grad_accumulation)
-            rows = torch.cat([rows, rows[:1].expand(largest - n_rows)])
+        n_rows, length, first = self._shape or self._shape_of(rows)
+        padding = n_rows - len(rows)
+        if padding:
+            rows = torch.cat([rows, rows[:1].expand(padding)])
         tokens, mask = self.data.batch(rows, length)
         targets = tokens.masked_fill(~mask, IGNORED)
-        targets[n_rows:] = IGNORED
+        if padding:
+            targets[-padding:] = IGNORED
         return Batch(tokens[:, :-1], targets[:, first + 1 :], first)
+
+    def _shape_of(self, rows: torch.Tensor) -> tuple[int, int, int]:
+        """Of a batch: how many rows, how long, and the position before the first that is trained."""
+        return len(rows), int(self.lengths[rows].max()), int(self.first_trained[rows].min()) - 1
+
+    def _largest_shape(self) -> tuple[int, int, int]:
+        """The shape that all parts of all batches fit into."""
+        n_rows = math.ceil(math.ceil(self.batches.n_dialogs / self.batches.per_epoch) / self.n_parts)
+        _, length, first = self._shape_of(torch.arange(len(self.lengths)))
+        return n_rows, length, first
 
     def set_rate(self) -> None:
         """Set this step's learning rate."""
