@@ -48,7 +48,7 @@ class Report:
         done = f"{self.done_now} runs done now, {self.done_before} before; "
         if not self.missing:
             return done + "nothing is missing"
-        ahead = f"about {self.runs_ahead:,} runs and {self.hours_ahead:,.1f} hours of one core ahead, beginning with"
+        ahead = f"about {self.runs_ahead:,} runs and {self.hours_ahead:,.1f} hours of one process ahead, beginning with"
         lines = [done + ahead]
         lines += [f"  {_title(config)}" for config in self.missing[:LISTED]]
         lines += [f"  and {len(self.missing) - LISTED:,} more"] if len(self.missing) > LISTED else []
@@ -91,14 +91,14 @@ def sweep(
         _execute(plan, recalls, report, directory, make, devices, stack, deadline)
     report.missing = _pending(plan, recalls)
     ahead = [config for search in plan for config in _expected(search, recalls)]
-    report.runs_ahead, report.hours_ahead = len(ahead), _hours(ahead, _speed(rows))
+    report.runs_ahead, report.hours_ahead = len(ahead), _hours(ahead, _speed(rows, "cuda" if n_gpus else "cpu"))
     return report
 
 
 def hours_ahead(section: str, profile: str, plan: Sequence[Search]) -> list[float]:
-    """About how many hours each search of a plan still takes one process; 0 for one that is over."""
+    """About how many hours each search of a plan still takes one core; 0 for one that is over."""
     rows, recalls = _known(section, profile, plan)
-    speed = _speed(rows)
+    speed = _speed(rows, "cpu")
     return [_hours(_expected(search, recalls), speed) for search in plan]
 
 
@@ -283,9 +283,14 @@ def _hours(configs: list[RunConfig], speed: float) -> float:
     return sum(config.flops() for config in configs) / speed / 3600
 
 
-def _speed(rows: pd.DataFrame) -> float:
-    """Floating-point operations a second of the rows there are, or a guess."""
+def _speed(rows: pd.DataFrame, device: str) -> float:
+    """Floating-point operations a second of the rows that such a device (cpu, cuda) made, or a guess."""
+    rows = rows[rows.device.str.startswith(device)] if len(rows) else rows
     if not len(rows):
-        return 1.5e10  # a core of a laptop, small matrices
+        return _GUESSES[device]
     done = [RunConfig.parse(json.loads(row.config)).flops() * row.steps / row.steps_budget for row in rows.itertuples()]
     return sum(done) / rows.train_seconds.sum()
+
+
+#: Of small models: a core of a laptop, and an H200 that has one process to serve.
+_GUESSES = {"cpu": 1.5e10, "cuda": 5e11}

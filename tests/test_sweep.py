@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -554,7 +555,10 @@ def test_hours_ahead_follow_the_speed_of_the_rows_there_are(smoke, monkeypatch):
     monkeypatch.setenv("ITL_RUNS", str(smoke[0]))
     rows = results.read_rows("05_1", "smoke")
     again = [RunConfig.parse(json.loads(config)) for config in rows.config]
-    speed = sweep._speed(rows)
+    speed = sweep._speed(rows, "cpu")
+    on_gpu = rows.assign(device="cuda (a fast one)", train_seconds=rows.train_seconds / 50)
+    assert sweep._speed(pd.concat([rows, on_gpu]), "cpu") == speed  # a core is no faster for it
+    assert sweep._speed(on_gpu, "cuda") == pytest.approx(50 * speed)
     assert 3600 * sweep._hours(again, speed) == pytest.approx(
         rows.train_seconds.sum()
     )  # they take as long as they took
