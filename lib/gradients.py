@@ -85,7 +85,8 @@ class Gradients:
             try:
                 return self._accumulate(batches, n_trained)
             except torch._dynamo.exc.TorchDynamoException as error:  # before any gradient is added: it is one piece
-                reason = str(error).strip().splitlines()[0]
+                cause = getattr(error, "inner_exception", error)
+                reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
                 warnings.warn(f"training goes on without torch.compile, which failed: {reason}", stacklevel=2)
                 self._loss_of_batch = _loss_of_batch
                 return self._accumulate(batches, n_trained)

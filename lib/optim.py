@@ -119,14 +119,15 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig, captured: bool = False) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, config: OptimConfig, rates_on_device: bool = False
+) -> list[torch.optim.Optimizer]:
     """The optimizers of `model`: AdamW alone, or Muon for the hidden matrices and AdamW for the rest.
 
     Every parameter group carries its peak rate as `peak_lr`; `set_learning_rate` follows the schedule from there.
-    Weight decay does not apply to norms. `captured`: rates are tensors beside the parameters, for `lib.capture`.
+    Weight decay does not apply to norms. `rates_on_device`: rates are tensors beside the parameters, so that steps can
+    be recorded (`lib.capture`).
     """
-    device = next(model.parameters()).device
-    rates = [torch.tensor(rate, device=device) if captured else rate for rate in (config.lr, config.muon_lr)]
     matrices, tables, vectors = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
@@ -139,15 +140,17 @@ def build_optimizers(model: nn.Module, config: OptimConfig, captured: bool = Fal
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
             [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}],
-            lr=rates[0], betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True,
-            capturable=captured,
+            lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True,
+            capturable=rates_on_device,
         )
     ]  # fmt: skip
     if config.name == "muon":
-        optimizers.append(Muon(matrices, lr=rates[1], weight_decay=config.weight_decay))
+        optimizers.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak_lr"] = float(group["lr"])
+            group["peak_lr"] = group["lr"]
+            if rates_on_device:
+                group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
     return optimizers
 
 

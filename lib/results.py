@@ -141,7 +141,10 @@ def publish(section: str, profile: str) -> int:
 
 
 def bounds_searches(profile: str, tokenizer: str = "bytes") -> list[Search]:
-    """What Section 5.1 shows: its own searches, and in-tool the runs of 5.2 on databases that only it searches."""
+    """What Section 5.1 shows: its own searches, and in-tool the runs of 5.2 on databases that only it searches.
+
+    Grids, searches without a threshold, do not count as that: they have no smallest model.
+    """
     own = searches("05_1", profile, tokenizer)
     others = [search for search in searches("05_2", profile, tokenizer) if search.base.mode == "in-tool"]
     only_there = {_database_of(search) for search in others if search.threshold} - {_database_of(s) for s in own}

@@ -97,10 +97,15 @@ def run_together(
             compiled = len(to_do) == 1 and ranks.size == 1 and _pays_to_compile(to_do[0].config, device)
         if compiled:
             torch.compiler.reset()  # what this process compiled for runs of other shapes counts against a limit
-        captured = device.type == "cuda" and ranks.size == 1 and not (compiled or observers.probe_every)
+        # Texts of files can be of any length, and a recording takes all batches as long as the longest.
+        recorded = (
+            device.type == "cuda"
+            and ranks.size == 1
+            and not (compiled or observers.probe_every or any(cell.files for cell in to_do))
+        )
         with _full_disks_told():
             for cell in to_do:
-                cell.prepare(stack, device, compiled, ranks, captured)
+                cell.prepare(stack, device, compiled, ranks, recorded)
             endings = train_together([cell.trainer for cell in to_do], description, observers, asked)
             for cell, ending in zip(to_do, endings, strict=True):
                 cell.finish(ending)
@@ -167,7 +172,7 @@ class _Cell:
         device: torch.device,
         compiled: bool,
         ranks: Ranks = ALONE,
-        captured: bool = False,
+        recorded: bool = False,
     ) -> None:
         """Make the database, open until `stack` closes, and the trainer."""
         self.ranks = ranks
@@ -189,7 +194,7 @@ class _Cell:
             compiled,
             sources,
             ranks,
-            captured,
+            recorded,
         )
 
     def _dataset(self) -> tuple[TokenizedDialogs | ConcatDialogs, list[Source]]:
@@ -252,7 +257,7 @@ def stacked_speedup(configs: Sequence[RunConfig], device: str = "auto", steps: i
         cells = [_Cell(config, Path(folder) / str(i)) for i, config in enumerate(configs)]
         for cell in cells:
             cell.directory.mkdir()
-            cell.prepare(stack, device, compiled=False, captured=device.type == "cuda")
+            cell.prepare(stack, device, compiled=False, recorded=device.type == "cuda" and not cell.files)
         alone = sum(
             _seconds(Lockstep([cell.trainer]), steps)
             / (COMPILED_SPEEDUP if _pays_to_compile(cell.config, device) else 1)
@@ -263,7 +268,7 @@ def stacked_speedup(configs: Sequence[RunConfig], device: str = "auto", steps: i
 
 def _seconds(lockstep: Lockstep, steps: int) -> float:
     """Seconds of so many steps after the first ones."""
-    for _ in range(1 + WARM_UP if lockstep.captured else 1):
+    for _ in range(1 + WARM_UP if lockstep.recording else 1):
         float(lockstep.step()[-1])  # waits for the device
     return timeit.timeit(lambda: float(lockstep.step()[-1]), number=steps)
 

@@ -29,6 +29,8 @@ from lib.trainer import stack_key
 
 #: How often a failing cell is tried before it counts as failed.
 TRIES = 2
+#: Floating-point operations a second of small models, about: of a core of a laptop, of an H200 with one to train.
+SPEEDS = {"cpu": 1.5e10, "cuda": 5e11}
 #: How many missing cells a report names.
 LISTED = 5
 
@@ -287,10 +289,6 @@ def _speed(rows: pd.DataFrame, device: str) -> float:
     """Floating-point operations a second of the rows that such a device (cpu, cuda) made, or a guess."""
     rows = rows[rows.device.str.startswith(device)] if len(rows) else rows
     if not len(rows):
-        return _GUESSES[device]
+        return SPEEDS[device]
     done = [RunConfig.parse(json.loads(row.config)).flops() * row.steps / row.steps_budget for row in rows.itertuples()]
     return sum(done) / rows.train_seconds.sum()
-
-
-#: Of small models: a core of a laptop, and an H200 that has one process to serve.
-_GUESSES = {"cpu": 1.5e10, "cuda": 5e11}

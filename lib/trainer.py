@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from lib import checkpoint
 from lib.base import InputError
-from lib.capture import Captured
+from lib.capture import Recording
 from lib.config import RunConfig
 from lib.dialogs import Batches, Source, TokenizedDialogs, send
 from lib.distributed import ALONE, Preempted, Ranks
@@ -59,22 +60,24 @@ class Trainer:
         compiled: bool = False,
         sources: Sequence[Source] = (),
         ranks: Ranks = ALONE,
-        captured: bool = False,
+        recorded: bool = False,
     ):
         """`evaluate` returns a recall in [0, 1]; `directory` receives checkpoints and metrics; `sources`
         are those of `Batches`. `ranks` train the model together; the first of them evaluates and writes.
 
-        `compiled` has torch.compile fuse a step's elementwise work: seconds at the start (see `lib.run`). `captured`
-        replays a step on a GPU from a recording (`lib.capture`), for which all batches are padded to one shape: for a
-        single rank.
+        `compiled` has torch.compile fuse a step's elementwise work: seconds at the start (see `lib.run`). `recorded`
+        pads all batches to one shape and keeps the rates beside the weights, so that a GPU can replay a step from a
+        recording (`lib.capture`): of a single rank that does not compile, else it is a ValueError.
         """
+        if recorded and (compiled or ranks.size > 1):
+            raise ValueError("steps are recorded of a single rank, and of a model that is not compiled")
         self.model, self.config, self.directory, self.evaluate = model, config, directory, evaluate
-        self.ranks, self.captured = ranks, captured
+        self.ranks, self.recorded = ranks, recorded
         self.gradients = Gradients([model], config.training.dtype == "bfloat16", compiled, ranks)
         self.data = data.to(model.device)
         self.lengths, self.first_trained = data.lengths().cpu(), data.first_trained()
         self.n_trained = data.trained_counts()
-        self.optimizers = build_optimizers(model, config.optim, captured)
+        self.optimizers = build_optimizers(model, config.optim, rates_on_device=recorded)
         self.batches = Batches(self.lengths, config.training.batch_size, config.seed, sources)
         # A thread costs more than it saves where nothing has to be read.
         self._ahead = ReadAhead(self._make_batch) if isinstance(data, ConcatDialogs) else None
@@ -85,11 +88,13 @@ class Trainer:
             raise InputError(
                 f"training.grad_accumulation = {self.n_parts}{each}, but there are batches of {smallest} dialogs only"
             )
-        self._shape = self._largest_shape() if captured else None
+        self._shape = self._largest_shape() if recorded else None
         self.counters = {"step": 0, "dialogs_seen": 0, "seconds": 0.0, "reached": 0, "hopeless": False}
         self.losses: list[torch.Tensor] = []
         self._saving: Future | None = None
-        self._alone: Lockstep | None = None
+        #: The rotary table that the steps of a recording read: an evaluation may make the model's anew.
+        self._table: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.record_anew()
 
     def train(self, description: str | None = None, observers: Observers = UNOBSERVED) -> Ending:
         """Train from the latest checkpoint in `directory`, or from the start, to the end."""
@@ -97,8 +102,11 @@ class Trainer:
 
     def step(self) -> None:
         """One update of the weights."""
-        self._alone = self._alone or Lockstep([self])
-        self._alone.step()
+        Lockstep([self]).step()
+
+    def record_anew(self) -> None:
+        """Forget what was recorded of steps: weights, optimizer state or rates have other memory now."""
+        self.recording = Recording() if self.recorded else None
 
     def next_batch(self) -> tuple[list[Batch], int]:
         """This rank's parts of the step's batch, and how many tokens are trained in all parts of all ranks."""
@@ -139,8 +147,9 @@ class Trainer:
         factor = schedule_factor(self.config.optim, self.counters["step"], self.total_steps)
         set_learning_rate(self.optimizers, factor)
 
-    def clip(self) -> None:
-        """Clip the gradients."""
+    def prepare_update(self) -> None:
+        """Clip the gradients, and keep what a recording of this step goes on reading."""
+        self._table = self.model.rotary(1, self.model.embedding.weight.dtype)
         if self.config.optim.clip_norm is not None:
             clip_gradients(self.model.parameters(), self.config.optim.clip_norm)
 
@@ -226,6 +235,7 @@ class Trainer:
         if self.model.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.model.device)
         self.counters |= state["counters"]
+        self.record_anew()
 
     def _empty_like(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """What a tensor of a checkpoint is read into: like the weight that it is or belongs to, if it has its shape."""
@@ -294,16 +304,18 @@ def stack_key(config: RunConfig) -> tuple:
 
 
 class Lockstep:
-    """Updates the models of some trainers, one step of each at a time: several become one stack."""
+    """Updates the models of some trainers, one step of each at a time. Several become one stack, till the next does."""
 
     def __init__(self, trainers: Sequence[Trainer]):
         self.trainers = list(trainers)
-        models, bfloat16 = [t.model for t in self.trainers], self.trainers[0].config.training.dtype == "bfloat16"
-        self.gradients = self.trainers[0].gradients if len(models) == 1 else Gradients(models, bfloat16)
-        self.captured = all(trainer.captured for trainer in self.trainers)
-        self._run = Captured(self._update) if self.captured else self._update
-        self._firsts: list[list[int]] = []
-        self._tables: list = []
+        if len(self.trainers) == 1:
+            self.gradients, self.recording = self.trainers[0].gradients, self.trainers[0].recording
+        else:
+            bfloat16 = self.trainers[0].config.training.dtype == "bfloat16"
+            self.gradients = Gradients([trainer.model for trainer in self.trainers], bfloat16)
+            for trainer in self.trainers:
+                trainer.record_anew()
+            self.recording = Recording() if all(trainer.recorded for trainer in self.trainers) else None
 
     def step(self) -> Sequence[torch.Tensor]:
         """One update of the weights of every model; returns their losses (scalars)."""
@@ -311,26 +323,25 @@ class Lockstep:
         for trainer in self.trainers:
             trainer.set_rate()
         counts = send(torch.tensor(n_trained), self.trainers[0].model.device)
-        self._firsts = [[batch.first for batch in of_trainer] for of_trainer in parts]
         inputs = [counts, *(t for of_trainer in parts for batch in of_trainer for t in (batch.tokens, batch.targets))]
-        losses = self._run(inputs)
+        firsts = [[batch.first for batch in of_trainer] for of_trainer in parts]  # of one shape: always the same
+        update = partial(self._update, firsts)
+        losses = self.recording(update, inputs) if self.recording else update(inputs)
         for trainer, loss in zip(self.trainers, losses, strict=True):
             trainer.count_step(loss)
         return losses
 
-    def _update(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _update(self, firsts: list[list[int]], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """What the device does in a step: the losses' gradients, part by part of the batches, and the update."""
         counts, tensors = inputs[0], iter(inputs[1:])
-        parts = [[Batch(next(tensors), next(tensors), first) for first in firsts] for firsts in self._firsts]
+        parts = [[Batch(next(tensors), next(tensors), first) for first in of_trainer] for of_trainer in firsts]
         n_parts = len(parts[0])
         losses = [
             self.gradients.accumulate(batches, counts, last=i == n_parts)
             for i, batches in enumerate(zip(*parts, strict=True), start=1)
         ]
-        # An evaluation may make a model's table anew, and a recording goes on reading this one.
-        self._tables = [trainer.model.rotary(1, trainer.model.embedding.weight.dtype) for trainer in self.trainers]
         for trainer in self.trainers:
-            trainer.clip()
+            trainer.prepare_update()
         step_all([optimizer for trainer in self.trainers for optimizer in trainer.optimizers])
         return [sum(of_parts) for of_parts in zip(*losses, strict=True)]
 

@@ -259,9 +259,9 @@ def _everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize(("optimizer", "dtype"), [("adamw", "float32"), ("muon", "float32"), ("muon", "bfloat16")])
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(data, tmp_path, optimizer, dtype, captured):
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(data, tmp_path, optimizer, dtype, recorded):
     config = _config(
         optim={"name": optimizer, "warmup_steps": 5, "weight_decay": 0.1},
         evaluation={"every": 6},
@@ -272,7 +272,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(data, tmp_path, opti
         return 0.9 * float(torch.rand(()))  # uses the global random state, which must be restored too
 
     def trainer(part: str, init: int = 0, seed: int = 5) -> Trainer:
-        trainer = _trainer(data, config, tmp_path / part, evaluate, init, captured=captured)
+        trainer = _trainer(data, config, tmp_path / part, evaluate, init, recorded=recorded)
         torch.manual_seed(seed)
         return trainer
 
@@ -318,6 +318,27 @@ def test_a_checkpoint_from_before_there_was_a_counter_is_resumed(data, tmp_path)
     first.save()
     ending = _trainer(data, config, tmp_path).train()
     assert (ending.steps, ending.stopped) == (20, "budget")
+
+
+def test_a_checkpoint_from_when_rates_were_saved_is_resumed(data, tmp_path, monkeypatch):
+    config = _config(steps=20, checkpoint_every=10)
+    expected = _trainer(data, config, tmp_path / "whole")
+    expected.train()
+    save_step = checkpoint.save_step
+
+    def save_with_rates(root, step, tensors, state, *others):
+        groups = [[{"lr": 9.0, "params": [0]}]] * 2
+        return save_step(root, step, tensors, {**state, "param_groups": groups}, *others)
+
+    monkeypatch.setattr(checkpoint, "save_step", save_with_rates)
+    first = _trainer(data, config, tmp_path / "parts")
+    for _ in range(10):
+        first.step()
+    first.save()
+    first.finish_saving()
+    second = _trainer(data, config, tmp_path / "parts")
+    second.train()
+    assert _identical(_weights(second.model), _weights(expected.model))
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(data, tmp_path):
