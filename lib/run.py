@@ -68,8 +68,9 @@ def run_together(
     """Several runs as one stack of models (see `train_together` for what they must have in common); returns the rows.
 
     compiled: whether torch.compile fuses a single model's elementwise work; None does where it pays, and where nothing
-    is probed. observers: what else watches, without changing what is learned. A single run may be trained by several
-    processes, which all call this: sharded and tensor say how (`lib.distributed.connect`).
+    is probed; on a GPU steps are recorded instead (`lib.capture`). observers: what else watches, without changing what
+    is learned, but for rounding where it keeps a GPU's steps from being recorded. A single run may be trained by
+    several processes, which all call this: sharded and tensor say how (`lib.distributed.connect`).
 
     Raises `InputError` if a directory belongs to another configuration, people, tokens or files; then nothing was
     trained; and `WorkError`, `Preempted` among them, if training could not go on: the same call does from where it was.
