@@ -179,6 +179,10 @@ def bits_stored(held: pd.DataFrame, bits_per_parameter: tuple[float, ...] = (1, 
             axes.plot([low, high], [bits * low, bits * high], color="#777777", linewidth=0.9, zorder=1)
             _name_line(axes, bits, (high, bits * high), xytext=(-2, 3), ha="right", va="bottom")
         axes.set_xlim(low, high)
+        if high < 50 * low:  # matplotlib's own ticks run into each other
+            axes.set_xticks([tick for tick in 5000 * 2 ** np.arange(8) if low <= tick <= high])
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.xaxis.set_minor_formatter("")
         if groups:
             axes.legend(title="facts", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
         else:
