@@ -15,7 +15,7 @@ import pytest
 from lib import figure_style, figures, paths, results
 from lib.base import InputError
 from lib.comparison import published_by_paper
-from lib.facts import ATTRIBUTES
+from lib.facts import ATTRIBUTES, FactsConfig
 from lib.model import ModelConfig
 
 PUBLISHED = published_by_paper("parameter_bounds")
@@ -28,9 +28,9 @@ def places(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(paths, "PAPER_DATA", tmp_path / "root" / "paper_data")
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
     monkeypatch.delenv("ITL_FIGURES", raising=False)
-    base = SimpleNamespace(mode="in-tool", seed=0, tokenizer="bytes", facts=SimpleNamespace(n_people=1, alpha=0.0))
+    base = SimpleNamespace(mode="in-tool", seed=0, tokenizer="bytes", facts=FactsConfig(n_people=1))
     sizes, config = range(99), lambda size: SimpleNamespace(run_id=f"{size:012d}")
-    search = SimpleNamespace(base=base, sizes=sizes, certain=sizes, config=config)
+    search = SimpleNamespace(base=base, sizes=sizes, certain=sizes, config=config, threshold=None)
     monkeypatch.setattr(results, "searches", lambda section, profile, tokenizer="bytes": [search])
     (tmp_path / "root" / "paper_data").mkdir(parents=True)
     return tmp_path
