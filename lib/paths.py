@@ -13,7 +13,7 @@ PAPER_DATA = ROOT / "paper_data"
 PUBLISHED = PAPER_DATA / "published"
 CHECKPOINTS = PAPER_DATA / "checkpoints"
 
-#: Profiles change sizes, never code. `smoke` is for the tests; only the last two publish.
+#: Profiles change sizes and recipe, never code. `smoke` is for the tests; only the last two publish.
 PROFILES = ("smoke", "quick", "laptop", "paper")
 PUBLISHING = ("laptop", "paper")
 
