@@ -29,6 +29,10 @@ class TrainingConfig(Config):
     biographies: float = Field(0.0, ge=0, lt=1)
     #: Files of dialogs (`lib.shards`), and the share of the dialogs trained on that comes from each.
     files: dict[str, Annotated[float, Field(gt=0, lt=1)]] = {}
+    #: "cross-entropy", or "focal": each trained token's cross-entropy weighted by (1 - p)^focal_gamma, p the model's
+    #: probability of it, with weights that add up to one over a batch (Lin et al., 2017).
+    loss: Literal["cross-entropy", "focal"] = "cross-entropy"
+    focal_gamma: float = Field(2.0, gt=0, le=5)
     #: A step's batch is cut into this many parts whose gradients add up.
     grad_accumulation: int = Field(1, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -43,6 +47,11 @@ class TrainingConfig(Config):
                 f"training.files and training.biographies take {others:g} of the dialogs, which must be less than 1"
             )
         return self
+
+    @property
+    def gamma(self) -> float:
+        """The exponent of the focal loss, 0 for cross-entropy."""
+        return self.focal_gamma if self.loss == "focal" else 0.0
 
     @property
     def questions(self) -> float:

@@ -13,7 +13,7 @@ from itertools import chain, islice
 from math import log2
 from operator import itemgetter
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -47,22 +47,72 @@ MIDDLES = ("", *(f"{letter}. " for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
 MAX_PEOPLE = len(FIRST_NAMES["train"]) * len(LAST_NAMES["train"]) * len(MIDDLES)
 
 
+class Law(NamedTuple):
+    """How names and values of sampled people are distributed; a family is a last name.
+
+    `n_first_names` and `n_families` take that many names from the start of the lists, None takes all. `value_lists`:
+    "cut" keeps of each list but that of birth dates the first max(2, floor((1 - alpha) x its length)) values, from which
+    both people and families draw; "full" keeps all.
+    """
+
+    n_first_names: int | None = None
+    n_families: int | None = None
+    value_lists: Literal["full", "cut"] = "full"
+
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """First and last names of the people that models are trained on."""
+        return FIRST_NAMES["train"][: self.n_first_names], LAST_NAMES["train"][: self.n_families]
+
+    def values(self, attribute: str, alpha: float) -> tuple[str, ...]:
+        """The values that an attribute can have where facts correlate by `alpha`."""
+        values = VALUES[attribute]
+        if self.value_lists == "cut" and attribute in SHARED:
+            values = values[: max(2, int((1 - alpha) * len(values)))]
+        return values
+
+
+#: Ours: all names; families draw from the full lists.
+OURS = Law()
+#: That of the files released with the paper's Section 5.3: at alpha = 1 two values of each attribute remain, birth
+#: dates aside. The 128 x 64 names are its 8,192 people; which names its 1,000 people had is not released, so we assume
+#: that they come from the same.
+RELEASED = Law(n_first_names=128, n_families=64, value_lists="cut")
+
+
 class FactsConfig(Config):
     """Which people a model is to know: `n_people` sampled ones, or all those of a CSV file.
 
-    `alpha` is the probability with which a person takes a family's value. With `csv`, the file alone says who
-    there is: `n_people` and `seed` describe sampling and are not looked at.
+    `alpha` is the probability with which a person takes a family's value; `n_first_names`, `n_families` and
+    `value_lists` are the `Law`. With `csv`, the file alone says who there is: `n_people` and `seed` describe sampling
+    and are not looked at.
     """
 
     n_people: int = Field(64, ge=1, le=MAX_PEOPLE)
     seed: int = Field(0, ge=0)
     alpha: float = Field(0.0, ge=0, le=1)
+    n_first_names: int | None = Field(None, ge=1, le=len(FIRST_NAMES["train"]))
+    n_families: int | None = Field(None, ge=1, le=len(LAST_NAMES["train"]))
+    value_lists: Literal["full", "cut"] = "full"
     csv: str | None = None
 
+    @property
+    def law(self) -> Law:
+        return Law(self.n_first_names, self.n_families, self.value_lists)
+
     @model_validator(mode="after")
-    def _families_are_sampled(self) -> Self:
+    def _people_are_sampled(self) -> Self:
         if self.csv is not None and self.alpha > 0:
             raise ValueError("facts.alpha is for sampled people: it must be 0 where facts.csv gives the people")
+        if self.csv is not None and self.law != OURS:
+            raise ValueError(
+                f"facts.{', facts.'.join(Law._fields)} are for sampled people: leave them out where facts.csv gives the people"
+            )
+        firsts, lasts = self.law.names()
+        if self.n_people > len(firsts) * len(lasts) * len(MIDDLES):
+            raise ValueError(
+                f"facts.n_people = {self.n_people}: {len(firsts)} first and {len(lasts)} last names make "
+                f"{len(firsts) * len(lasts) * len(MIDDLES):,} people at most"
+            )
         return self
 
 
@@ -113,7 +163,7 @@ def load_people(config: FactsConfig) -> People:
     """The people that a configuration describes."""
     if config.csv is not None:
         return read_people_csv(config.csv)
-    return sample_people(config.n_people, config.seed, config.alpha)
+    return sample_people(config.n_people, config.seed, config.alpha, law=config.law)
 
 
 # ---- Sampling: every draw is one position of a stream of its own, so the first n people are the same whatever n is.
@@ -137,8 +187,9 @@ def sample_people(
     start: int = 0,
     first_names: NameList = "train",
     last_names: NameList = "train",
+    law: Law = OURS,
 ) -> People:
-    """People `start` to `start + n` of the sequence that `seed` and the two name lists define (Section 5).
+    """People `start` to `start + n` of the sequence that `seed`, `law` and the two name lists define (Section 5).
 
     A person has the family's birth place, address and occupation with probability `alpha`, each for itself, and
     an independent draw otherwise; who a person is does not depend on `alpha`, nor a family's values on the people.
@@ -146,14 +197,18 @@ def sample_people(
 
     Raises `InputError` for values that `FactsConfig` refuses and where the names run out.
     """
-    FactsConfig(n_people=n, seed=seed, alpha=alpha)
-    firsts, lasts = _name_list(FIRST_NAMES, first_names), _name_list(LAST_NAMES, last_names)
+    FactsConfig(n_people=n, seed=seed, alpha=alpha, **law._asdict())
+    firsts, lasts = (
+        trained if kind == "train" else _name_list(lists, kind)
+        for trained, lists, kind in zip(law.names(), (FIRST_NAMES, LAST_NAMES), (first_names, last_names), strict=True)
+    )
     population = (int(first_names == "unseen"), int(last_names == "unseen"))
     first, middle, last = _name_codes(start, n, seed, population, len(firsts), len(lasts))
     parts = zip(_decode(firsts, first), _decode(MIDDLES, middle), _decode(lasts, last), strict=True)
     names = [f"{one} {two}{three}" for one, two, three in parts]
     columns = {}
-    for k, (attribute, values) in enumerate(VALUES.items()):
+    for k, attribute in enumerate(VALUES):
+        values = law.values(attribute, alpha)
         codes = (_uniform(start, n, seed, _OWN_VALUE, *population, k) * len(values)).astype(int)
         if attribute in SHARED and alpha > 0:
             family = (_uniform(0, len(lasts), seed, _FAMILY_VALUE, population[1], k) * len(values)).astype(int)
@@ -205,7 +260,7 @@ def unseen_people(config: FactsConfig, n: int) -> dict[str, People]:
     """
     if config.csv is not None:
         raise InputError(f"the people of {config.csv} are all there are: unseen people exist for sampled ones only")
-    trained = set(sample_people(config.n_people, config.seed).names)
+    trained = set(sample_people(config.n_people, config.seed, law=config.law).names)
     seen_firsts, seen_lasts = (sorted({name.split()[part] for name in trained}) for part in (0, -1))
     groups = {}
     for kind, (new_first, new_last) in UNSEEN.items():
@@ -216,7 +271,8 @@ def unseen_people(config: FactsConfig, n: int) -> dict[str, People]:
         names = list(islice((name for name in pairs if name not in trained), n))
         columns = {
             attribute: [values[int(u * len(values))] for u in draws]
-            for k, (attribute, values) in enumerate(VALUES.items())
+            for k, attribute in enumerate(VALUES)
+            for values in [config.law.values(attribute, config.alpha)]
             for draws in [_uniform(0, len(names), config.seed, _STRANGERS, new_first, new_last, k).tolist()]
         }
         groups[kind] = People(names, columns)
@@ -231,28 +287,27 @@ def bits_per_person() -> float:
     return sum(log2(len(values)) for values in VALUES.values())
 
 
-def entropy_bits_per_person(n_people: int, seed: int = 0, alpha: float = 0.0) -> float:
-    """Joint entropy in bits of the facts of `sample_people(n_people, seed, alpha)`, divided by `n_people`.
+def entropy_bits_per_person(n_people: int, seed: int = 0, alpha: float = 0.0, law: Law = OURS) -> float:
+    """Joint entropy in bits of the facts of `sample_people(n_people, seed, alpha, law=law)`, divided by `n_people`.
 
     Given the names; what the families' values are is not known. Exact for any `alpha`, to about 1e-10.
     """
-    return sum(entropy_bits_by_attribute(n_people, seed, alpha).values())
+    return sum(entropy_bits_by_attribute(n_people, seed, alpha, law).values())
 
 
 @cache
-def entropy_bits_by_attribute(n_people: int, seed: int = 0, alpha: float = 0.0) -> dict[str, float]:
+def entropy_bits_by_attribute(n_people: int, seed: int = 0, alpha: float = 0.0, law: Law = OURS) -> dict[str, float]:
     """`entropy_bits_per_person` of each attribute: given the names, attributes are independent of each other."""
-    FactsConfig(n_people=n_people, seed=seed, alpha=alpha)
-    _, _, last = _name_codes(0, n_people, seed, (0, 0), len(FIRST_NAMES["train"]), len(LAST_NAMES["train"]))
+    FactsConfig(n_people=n_people, seed=seed, alpha=alpha, **law._asdict())
+    _, _, last = _name_codes(0, n_people, seed, (0, 0), *map(len, law.names()))
     _, members = np.unique(last, return_counts=True)
     sizes, n_families = np.unique(members, return_counts=True)
-    bits = {attribute: log2(len(values)) for attribute, values in VALUES.items()}
+    n_values = {attribute: len(law.values(attribute, alpha)) for attribute in VALUES}
+    bits = {attribute: log2(n) for attribute, n in n_values.items()}
     for attribute in SHARED:
         families = zip(sizes.tolist(), n_families.tolist(), strict=True)
-        bits[attribute] = (
-            sum(count * shared_value_entropy(size, len(VALUES[attribute]), alpha) for size, count in families)
-            / n_people
-        )
+        held = (count * shared_value_entropy(size, n_values[attribute], alpha) for size, count in families)
+        bits[attribute] = sum(held) / n_people
     return bits
 
 

@@ -26,15 +26,35 @@ class Batch(NamedTuple):
     first: int  # no row has a target before this position
 
 
-def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross-entropy, in nats, of logits (..., V) at targets (...), none where they are IGNORED: a scalar."""
+class Sums(NamedTuple):
+    """What a batch's loss is made of, added up over its targets: scalars."""
+
+    weighted: torch.Tensor  # cross-entropy times weight, in nats: what is differentiated
+    weight: torch.Tensor
+    cross_entropy: torch.Tensor  # in nats
+
+
+def summed_loss(logits: torch.Tensor, targets: torch.Tensor, gamma: float = 0.0) -> Sums:
+    """The focal loss of logits (..., V) at targets (...), with no loss where these are IGNORED.
+
+    A target's cross-entropy has the weight (1 - p)^gamma, p the model's probability of it (Lin et al., 2017), through
+    which no gradient flows: what is known already no longer counts. `gamma` = 0 is plain cross-entropy.
+    """
     if logits.dtype == torch.bfloat16:
         logits = logits.float()
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    logits, targets = logits.flatten(0, -2), targets.flatten()
+    if gamma == 0:
+        total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        return Sums(total, (targets != IGNORED).sum(), total)
+    losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")  # zero where IGNORED
+    unsure = -torch.expm1(-losses.detach())
+    # Where everything is known all weights are equal, not zero.
+    weights = unsure.clamp(min=torch.finfo(torch.float32).eps) ** gamma * (targets != IGNORED)
+    return Sums((weights * losses).sum(), weights.sum(), losses.detach().sum())
 
 
-def _loss_of_batch(model: nn.Module, batch: Batch) -> torch.Tensor:
-    return summed_loss(model(batch.tokens, batch.first), batch.targets)
+def _loss_of_batch(model: nn.Module, batch: Batch, gamma: float) -> Sums:
+    return summed_loss(model(batch.tokens, batch.first), batch.targets, gamma)
 
 
 class Gradients:
@@ -51,12 +71,13 @@ class Gradients:
         bfloat16: bool = False,
         compiled: bool = False,
         ranks: Ranks = ALONE,
+        gamma: float = 0.0,
     ):
-        """`bfloat16` computes matrix products in that precision; `compiled` has torch.compile fuse elementwise work
+        """`gamma` is that of `summed_loss`. `bfloat16` computes matrix products in that precision; `compiled` has torch.compile fuse elementwise work
         (not that of stacked models), and leaves it as it is, with a warning, where that fails: without a compiler, say.
         A single model may be trained by several `ranks`, each on its part of a batch.
         """
-        self.models, self.bfloat16, self.ranks = list(models), bfloat16, ranks
+        self.models, self.bfloat16, self.ranks, self.gamma = list(models), bfloat16, ranks, gamma
         self.called = [ranks.wrap(model) for model in self.models]
         self._loss_of_batch = _loss_of_batch
         if compiled:
@@ -75,11 +96,11 @@ class Gradients:
 
     def accumulate(
         self, batches: Sequence[Batch], n_trained: Sequence[int] | torch.Tensor, last: bool = True
-    ) -> list[torch.Tensor]:
-        """Add the gradients of each model's loss on its batch: the sum over targets, divided by its `n_trained`.
+    ) -> list[Sums]:
+        """Add the gradients of each model's loss on its batch: the weighted sum, divided by its `n_trained`.
 
-        Ranks exchange gradients with the `last` part of a step's batch. Returns the losses (scalars) in this rank; they
-        add up over data ranks.
+        Ranks exchange gradients with the `last` part of a step's batch. Returns the sums in this rank, divided by
+        `n_trained`; they add up over data ranks.
         """
         with nullcontext() if last else gradients_stay_here(self.called[0]):
             try:
@@ -91,28 +112,29 @@ class Gradients:
                 self._loss_of_batch = _loss_of_batch
                 return self._accumulate(batches, n_trained)
 
-    def _accumulate(self, batches: Sequence[Batch], n_trained: Sequence[int] | torch.Tensor) -> list[torch.Tensor]:
+    def _accumulate(self, batches: Sequence[Batch], n_trained: Sequence[int] | torch.Tensor) -> list[Sums]:
         with torch.autocast(self.models[0].device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
             if len(self.models) == 1:
-                sums = [self._loss_of_batch(self.called[0], batches[0])]
+                sums = [self._loss_of_batch(self.called[0], batches[0], self.gamma)]
             else:
-                sums = self._stacked_losses(batches)
-        losses = [total / n for total, n in zip(sums, n_trained, strict=True)]
-        (self.ranks.data_size * sum(losses)).backward()  # ranks take the mean of their gradients
+                sums = [Sums(*of_model) for of_model in zip(*self._stacked_losses(batches), strict=True)]
+        means = [Sums(*(total / n for total in of_model)) for of_model, n in zip(sums, n_trained, strict=True)]
+        loss = sum(of_model.weighted for of_model in means)
+        (self.ranks.data_size * loss).backward()  # ranks take the mean of their gradients
         if len(self.models) > 1:
             for name, stacked in self.stacked.items():
                 for member, gradient in zip(self._members, stacked.grad, strict=True):
                     parameter = member[name]
                     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
                 stacked.grad = None
-        return [loss.detach() for loss in losses]
+        return [Sums(*(mean.detach() for mean in of_model)) for of_model in means]
 
-    def _stacked_losses(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """The summed loss (R,) of every model on its batch."""
+    def _stacked_losses(self, batches: Sequence[Batch]) -> Sums:
+        """The summed loss of every model on its batch, each field (R,)."""
         model, batch = self.models[0], _stack_batches(batches)
 
-        def loss(parameters: dict[str, torch.Tensor], tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            return summed_loss(functional_call(model, parameters, (tokens, batch.first)), targets)
+        def loss(parameters: dict[str, torch.Tensor], tokens: torch.Tensor, targets: torch.Tensor) -> Sums:
+            return summed_loss(functional_call(model, parameters, (tokens, batch.first)), targets, self.gamma)
 
         with sdpa_kernel(SDPBackend.MATH):  # not every other kernel can be batched over models
             return vmap(loss)(self.stacked, batch.tokens, batch.targets)

@@ -14,7 +14,7 @@ from lib.distributed import part_like, whole
 
 
 class OptimConfig(Config):
-    """How the weights are updated. The paper's recipe is AdamW at 1e-3, weight decay 0.1, cosine over 100,000 steps."""
+    """How the weights are updated."""
 
     #: "muon" is Muon for the hidden matrices and AdamW for embedding, output and norms; "adamw" is AdamW for all.
     name: Literal["adamw", "muon"] = "muon"
@@ -23,6 +23,8 @@ class OptimConfig(Config):
     #: Peak learning rate of Muon.
     muon_lr: float = Field(2e-2, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    #: Whether weight decay applies to the gains of norms, too.
+    decay_norms: bool = False
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -125,7 +127,7 @@ def build_optimizers(
     """The optimizers of `model`: AdamW alone, or Muon for the hidden matrices and AdamW for the rest.
 
     Every parameter group carries its peak rate as `peak_lr`; `set_learning_rate` follows the schedule from there.
-    Weight decay does not apply to norms. `rates_on_device`: rates are tensors beside the parameters, so that steps can
+    Weight decay spares norms unless `config.decay_norms`. `rates_on_device`: rates are tensors beside the parameters, so that steps can
     be recorded (`lib.capture`).
     """
     matrices, tables, vectors = [], [], []
@@ -139,7 +141,7 @@ def build_optimizers(
     decayed = tables + matrices if config.name == "adamw" else tables
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
-            [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}],
+            [{"params": decayed}, {"params": vectors, "weight_decay": config.weight_decay * config.decay_norms}],
             lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True,
             capturable=rates_on_device,
         )

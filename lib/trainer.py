@@ -18,7 +18,7 @@ from lib.capture import Recording
 from lib.config import RunConfig
 from lib.dialogs import Batches, Source, TokenizedDialogs, send
 from lib.distributed import ALONE, Preempted, Ranks
-from lib.gradients import IGNORED, Batch, Gradients
+from lib.gradients import IGNORED, Batch, Gradients, Sums
 from lib.model import Transformer
 from lib.monitor import UNOBSERVED, Monitor, Observers, SilentMonitor
 from lib.optim import build_optimizers, clip_gradients, schedule_factor, set_learning_rate, step_all
@@ -33,7 +33,7 @@ class Ending:
     """How training ended."""
 
     steps: int
-    loss: float  # nats per trained token, mean over the last steps (at most LOG_EVERY)
+    loss: float  # cross-entropy, nats per trained token, mean over the last steps (at most LOG_EVERY)
     dialogs_seen: int
     seconds: float  # of all parts of a run that was interrupted
     stopped: str  # "recall": it was reached; "hopeless": it was given up; "budget": the last step was
@@ -73,7 +73,7 @@ class Trainer:
             raise ValueError("steps are recorded of a single rank, and of a model that is not compiled")
         self.model, self.config, self.directory, self.evaluate = model, config, directory, evaluate
         self.ranks, self.recorded = ranks, recorded
-        self.gradients = Gradients([model], config.training.dtype == "bfloat16", compiled, ranks)
+        self.gradients = Gradients([model], config.training.dtype == "bfloat16", compiled, ranks, config.training.gamma)
         self.data = data.to(model.device)
         self.lengths, self.first_trained = data.lengths().cpu(), data.first_trained()
         self.n_trained = data.trained_counts()
@@ -147,8 +147,14 @@ class Trainer:
         factor = schedule_factor(self.config.optim, self.counters["step"], self.total_steps)
         set_learning_rate(self.optimizers, factor)
 
-    def prepare_update(self) -> None:
-        """Clip the gradients, and keep what a recording of this step goes on reading."""
+    def prepare_update(self, weight: torch.Tensor) -> None:
+        """Scale and clip the gradients, and keep what a recording of this step goes on reading.
+
+        weight: the mean weight of the targets, of all parts of this rank's batch; the weights are to add up to one.
+        """
+        if self.config.training.gamma:
+            gradients = [parameter.grad for parameter in self.model.parameters()]
+            torch._foreach_mul_(gradients, 1 / self.ranks.sum(weight))
         self._table = self.model.rotary(1, self.model.embedding.weight.dtype)
         if self.config.optim.clip_norm is not None:
             clip_gradients(self.model.parameters(), self.config.optim.clip_norm)
@@ -259,12 +265,12 @@ def train_together(
 ) -> list[Ending]:
     """Train several runs to their ends, one step of each at a time. Each ends as it would alone, to rounding.
 
-    All models of a call have one shape, and their runs one dtype and number of gradient parts (`stack_key`, else a
-    ValueError). Data, seeds, batches, rates and numbers of steps may differ; a run that ends leaves the others. After
+    All models of a call have one shape, and their runs one dtype, loss and number of gradient parts (`stack_key`, else
+    a ValueError). Data, seeds, batches, rates and numbers of steps may differ; a run that ends leaves the others. After
     the step in which `asked` is set, or with the last one, everything is saved and `Preempted` raised.
     """
     if len({stack_key(trainer.config) for trainer in trainers}) > 1:
-        raise ValueError("runs that train together need the same model, dtype and grad_accumulation")
+        raise ValueError("runs that train together need the same model, dtype, loss and grad_accumulation")
     with ExitStack() as stack:
         monitors = {}
         for trainer in trainers:
@@ -300,7 +306,7 @@ def train_together(
 
 def stack_key(config: RunConfig) -> tuple:
     """What runs that train together have in common."""
-    return config.model, config.training.dtype, config.training.grad_accumulation
+    return config.model, config.training.dtype, config.training.grad_accumulation, config.training.gamma
 
 
 class Lockstep:
@@ -312,7 +318,8 @@ class Lockstep:
             self.gradients, self.recording = self.trainers[0].gradients, self.trainers[0].recording
         else:
             bfloat16 = self.trainers[0].config.training.dtype == "bfloat16"
-            self.gradients = Gradients([trainer.model for trainer in self.trainers], bfloat16)
+            gamma = self.trainers[0].config.training.gamma
+            self.gradients = Gradients([trainer.model for trainer in self.trainers], bfloat16, gamma=gamma)
             for trainer in self.trainers:
                 trainer.record_anew()
             self.recording = Recording() if all(trainer.recorded for trainer in self.trainers) else None
@@ -336,14 +343,15 @@ class Lockstep:
         counts, tensors = inputs[0], iter(inputs[1:])
         parts = [[Batch(next(tensors), next(tensors), first) for first in of_trainer] for of_trainer in firsts]
         n_parts = len(parts[0])
-        losses = [
+        sums = [
             self.gradients.accumulate(batches, counts, last=i == n_parts)
             for i, batches in enumerate(zip(*parts, strict=True), start=1)
         ]
-        for trainer in self.trainers:
-            trainer.prepare_update()
+        means = [Sums(*map(sum, zip(*of_parts, strict=True))) for of_parts in zip(*sums, strict=True)]
+        for trainer, mean in zip(self.trainers, means, strict=True):
+            trainer.prepare_update(mean.weight)
         step_all([optimizer for trainer in self.trainers for optimizer in trainer.optimizers])
-        return [sum(of_parts) for of_parts in zip(*losses, strict=True)]
+        return [mean.cross_entropy for mean in means]
 
 
 def below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

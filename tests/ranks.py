@@ -21,7 +21,9 @@ LAYOUTS = {"replicated": {}, "sharded": {"sharded": True}, "tensor": {"tensor": 
 
 
 def config(optimizer: str = "adamw", **training) -> RunConfig:
-    training = {"steps": STEPS, "batch_size": 16, "grad_accumulation": 2, "checkpoint_every": HALF, **training}
+    loss = {"muon": "focal"}.get(optimizer, "cross-entropy")  # each loss with one of the optimizers
+    steps = {"steps": STEPS, "checkpoint_every": HALF}
+    training = {**steps, "batch_size": 16, "grad_accumulation": 2, "loss": loss, **training}
     return RunConfig.parse({
         "model": {"d_model": 16},
         "optim": {"name": optimizer},

@@ -75,8 +75,10 @@ def test_eight_stacked_runs_have_the_losses_they_have_alone(dtype, steps, tmp_pa
         assert max(abs(a - b) for a, b in zip(one, other, strict=True)) < 1e-4
 
 
-def test_a_stack_of_both_modes(tmp_path):
-    configs = [_config({"facts": {"n_people": 3}, "mode": mode}, 5) for mode in ("in-weight", "in-tool")]
+@pytest.mark.parametrize("loss", ["cross-entropy", "focal"])
+def test_a_stack_of_both_modes(loss, tmp_path):
+    variant = {"facts": {"n_people": 3}, "training": {"loss": loss}}
+    configs = [_config({**variant, "mode": mode}, 5) for mode in ("in-weight", "in-tool")]
     alone = [_trainer(config, tmp_path / f"a{config.mode}", torch.float64).train() for config in configs]
     together = train_together([_trainer(config, tmp_path / f"s{config.mode}", torch.float64) for config in configs])
     assert [ending.loss for ending in together] == pytest.approx([ending.loss for ending in alone], abs=1e-9)
@@ -154,17 +156,18 @@ def test_runs_of_different_shapes_do_not_train_together(tmp_path):
         train_together([_trainer(c, tmp_path / str(c.model.d_model), torch.float32) for c in (small, large)])
 
 
-def test_compiled_gradients_are_the_eager_ones(tmp_path):
-    config = _config(VARIANTS[0], 3)
+@pytest.mark.parametrize("loss", ["cross-entropy", "focal"])
+def test_compiled_gradients_are_the_eager_ones(loss, tmp_path):
+    config = _config({**VARIANTS[0], "training": {"loss": loss}}, 3)
     trainer = _trainer(config, tmp_path, torch.float32)
-    compiled = Gradients([trainer.model], compiled=True)
+    compiled = Gradients([trainer.model], compiled=True, gamma=config.training.gamma)
     for step in range(3):  # batches of other shapes too
         trainer.counters["step"] = step
         parts, n_trained = trainer.next_batch()
         found = []
         for gradients in (trainer.gradients, compiled):
-            (loss,) = gradients.accumulate(parts, [n_trained])
-            found.append([loss, *(parameter.grad for parameter in trainer.model.parameters())])
+            (sums,) = gradients.accumulate(parts, [n_trained])
+            found.append([*sums, *(parameter.grad for parameter in trainer.model.parameters())])
             trainer.model.zero_grad()
         torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 

@@ -66,21 +66,22 @@ def _identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 # ---- One step
 
 
-def _mean_gradient(model: Transformer, rows: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of a batch, dialog by dialog without padding, as the definition says."""
+def _mean_gradient(model: Transformer, rows: torch.Tensor, gamma: float = 0.0) -> tuple[float, dict[str, torch.Tensor]]:
+    """Cross-entropy and the loss's gradients of a batch, dialog by dialog without padding, as the definition says."""
     facts, tokenizer = list(PEOPLE.facts()), ByteTokenizer()
     all_dialogs = list(dialogs(PEOPLE, "in-weight"))
     assert len(facts) == len(all_dialogs)
-    total, count = torch.zeros(()), 0
+    total, weighted, weight, count = torch.zeros(()), torch.zeros(()), torch.zeros(()), 0
     for row in rows.tolist():
         tokens, trained = encode_dialog(all_dialogs[row], tokenizer)
         logits = model(torch.tensor([tokens[:-1]]))[0]
-        losses = F.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="none")
-        total = total + losses[torch.tensor(trained[1:])].sum()
-        count += sum(trained[1:])
-    loss = total / count
+        p = logits.softmax(-1)[torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])][torch.tensor(trained[1:])]
+        weights = (1 - p.detach()) ** gamma
+        weighted, weight = weighted - (weights * p.log()).sum(), weight + weights.sum()
+        total, count = total - p.log().sum(), count + sum(trained[1:])
     names = [name for name, _ in model.named_parameters()]
-    return loss.item(), dict(zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    gradients = torch.autograd.grad(weighted / weight, list(model.parameters()))
+    return (total / count).item(), dict(zip(names, gradients, strict=True))
 
 
 def _step_of_plain_descent(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -93,9 +94,12 @@ def _step_of_plain_descent(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 5, 10])
-def test_a_batch_in_parts_gives_the_gradient_of_the_whole(data, tmp_path, parts):
-    trainer = _trainer(data, _config(optim={"clip_norm": None}, grad_accumulation=parts), tmp_path)
-    loss, expected = _mean_gradient(trainer.model, trainer.batches[0])
+@pytest.mark.parametrize(("loss", "gamma"), [("cross-entropy", 0.0), ("focal", 2.0), ("focal", 0.5)])
+def test_a_batch_in_parts_gives_the_gradient_of_the_whole(data, tmp_path, loss, gamma, parts):
+    focal = {"focal_gamma": gamma} if gamma else {}
+    config = _config(optim={"clip_norm": None}, grad_accumulation=parts, loss=loss, **focal)
+    trainer = _trainer(data, config, tmp_path)
+    loss, expected = _mean_gradient(trainer.model, trainer.batches[0], gamma)
     for name, gradient in _step_of_plain_descent(trainer).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
     assert trainer.loss() == pytest.approx(loss, rel=1e-6)

@@ -86,7 +86,7 @@ def pretrain(config: EmbeddedConfig, description: str | None = None) -> tuple[Tr
     with progress(config.copying_steps + config.steps, description) as bar:
         for step, (tokens, trained) in enumerate(_batches(config, tokenizer)):
             logits = model(tokens[:, :-1], select=trained[:, 1:])
-            loss = summed_loss(logits, tokens[:, 1:][trained[:, 1:]]) / len(logits)
+            loss = summed_loss(logits, tokens[:, 1:][trained[:, 1:]]).weighted / len(logits)
             loss.backward()
             clip_gradients(model.parameters(), optim.clip_norm)
             # The rate falls only once there is everything to learn.
