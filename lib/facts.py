@@ -51,8 +51,8 @@ class Law(NamedTuple):
     """How names and values of sampled people are distributed; a family is a last name.
 
     `n_first_names` and `n_families` take that many names from the start of the lists, None takes all. `value_lists`:
-    "cut" keeps of each list but that of birth dates the first max(2, floor((1 - alpha) x its length)) values, from which
-    both people and families draw; "full" keeps all.
+    "cut" keeps the first max(2, floor((1 - alpha) x length)) values of each list but that of birth dates, from which both
+    people and families draw; "full" keeps all.
     """
 
     n_first_names: int | None = None
@@ -104,9 +104,8 @@ class FactsConfig(Config):
         if self.csv is not None and self.alpha > 0:
             raise ValueError("facts.alpha is for sampled people: it must be 0 where facts.csv gives the people")
         if self.csv is not None and self.law != OURS:
-            raise ValueError(
-                f"facts.{', facts.'.join(Law._fields)} are for sampled people: leave them out where facts.csv gives the people"
-            )
+            fields = ", ".join(f"facts.{field}" for field in Law._fields)
+            raise ValueError(f"{fields} are for sampled people: leave them out where facts.csv gives the people")
         firsts, lasts = self.law.names()
         if self.n_people > len(firsts) * len(lasts) * len(MIDDLES):
             raise ValueError(

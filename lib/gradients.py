@@ -73,9 +73,10 @@ class Gradients:
         ranks: Ranks = ALONE,
         gamma: float = 0.0,
     ):
-        """`gamma` is that of `summed_loss`. `bfloat16` computes matrix products in that precision; `compiled` has torch.compile fuse elementwise work
-        (not that of stacked models), and leaves it as it is, with a warning, where that fails: without a compiler, say.
-        A single model may be trained by several `ranks`, each on its part of a batch.
+        """`gamma` is that of `summed_loss`. `bfloat16` computes matrix products in that precision; `compiled` has
+        torch.compile fuse elementwise work (not that of stacked models), and leaves it as it is, with a warning, where
+        that fails: without a compiler, say. A single model may be trained by several `ranks`, each on its part of a
+        batch.
         """
         self.models, self.bfloat16, self.ranks, self.gamma = list(models), bfloat16, ranks, gamma
         self.called = [ranks.wrap(model) for model in self.models]

@@ -127,8 +127,8 @@ def build_optimizers(
     """The optimizers of `model`: AdamW alone, or Muon for the hidden matrices and AdamW for the rest.
 
     Every parameter group carries its peak rate as `peak_lr`; `set_learning_rate` follows the schedule from there.
-    Weight decay spares norms unless `config.decay_norms`. `rates_on_device`: rates are tensors beside the parameters, so that steps can
-    be recorded (`lib.capture`).
+    Weight decay spares norms unless `config.decay_norms`. `rates_on_device`: rates are tensors beside the parameters,
+    so that steps can be recorded (`lib.capture`).
     """
     matrices, tables, vectors = [], [], []
     for name, parameter in model.named_parameters():

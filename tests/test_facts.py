@@ -18,6 +18,7 @@ from lib.facts import (
     FIRST_NAMES,
     LAST_NAMES,
     MAX_PEOPLE,
+    RELEASED,
     SHARED,
     VALUES,
     FactsConfig,
@@ -210,6 +211,10 @@ def test_the_digest_tells_people_apart():
         ({"n_people": 0}, "n_people"),
         ({"n_people": -3}, "n_people"),
         ({"n_people": MAX_PEOPLE + 1}, "n_people"),
+        ({"n_people": 300_000, **RELEASED._asdict()}, "128 first and 64 last names make 221,184 people at most"),
+        ({"csv": "people.csv", "n_families": 64}, "leave them out where facts.csv gives the people"),
+        ({"n_families": 389}, "n_families"),
+        ({"value_lists": "short"}, "value_lists"),
         ({"n_people": 2.5}, "n_people"),
         ({"seed": -1}, "seed"),
         ({"alpha": 1.1}, "alpha"),
@@ -311,6 +316,40 @@ def test_the_entropy_of_a_database_is_that_of_its_families():
     bits = sum(entropy(m, len(VALUES[a]), alpha) for m in families.values() for a in SHARED)
     expected = math.log2(28 * 12 * 51) + bits / n
     assert entropy_bits_per_person(n, seed=8, alpha=alpha) == pytest.approx(expected, abs=1e-9)
+
+
+# ---- The law of the released files
+
+
+def test_released_people_are_all_pairs_of_128_first_and_64_last_names():
+    names = sample_people(8192, seed=3, law=RELEASED).names
+    firsts, lasts = ({name.split(" ")[part] for name in names} for part in (0, 1))
+    assert (len(firsts), len(lasts)) == (128, 64) and set(names) == {f"{a} {b}" for a in firsts for b in lasts}
+
+
+@pytest.mark.parametrize(("alpha", "kept"), [(0.0, (7, 213, 100)), (0.25, (5, 159, 75)), (0.5, (3, 106, 50)),
+                                             (0.75, (2, 53, 25)), (1.0, (2, 2, 2))])  # fmt: skip
+def test_released_value_lists_are_cut_to_what_is_independent(alpha, kept):
+    """max(2, floor((1 - alpha) n)) values of each; with 30,000 people every one of them occurs."""
+    columns = sample_people(30_000, seed=1, alpha=alpha, law=RELEASED).columns
+    assert tuple(len(set(columns[attribute])) for attribute in SHARED) == kept
+    assert len(set(columns["birth_date"])) > 10_000
+
+
+@pytest.mark.parametrize(("n", "alpha", "bits"), [(1000, 1.0, 14.3), (1000, 0.75, 19.4), (1000, 0.5, 24.3)])
+def test_released_databases_have_the_bits_that_follow_from_the_released_files(n, alpha, bits):
+    assert entropy_bits_per_person(n, alpha=alpha, law=RELEASED) == pytest.approx(bits, abs=0.05)
+    assert entropy_bits_per_person(8192, alpha=1.0, law=RELEASED) == pytest.approx(
+        math.log2(28 * 12 * 51) + 64 * 3 / 8192, abs=1e-9
+    )  # 64 families with three values of two each
+
+
+def test_of_a_released_family_a_share_alpha_and_the_lucky_ones_have_its_value():
+    people = sample_people(20_000, 5, 0.75, law=RELEASED)
+    families = Counter(map(last_name, people.names))
+    pairs = Counter(zip(map(last_name, people.names), people.columns["occupation"], strict=True))
+    with_the_familys = sum(max(n for (name, _), n in pairs.items() if name == family) for family in families)
+    assert with_the_familys / len(people) == pytest.approx(0.75 + 0.25 / 25, abs=0.01)
 
 
 def test_entropy_falls_with_correlation_to_what_the_members_choose_themselves():

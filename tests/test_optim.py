@@ -65,13 +65,14 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_weight_decay_spares_the_norms_and_nothing_else(name):
+@pytest.mark.parametrize(("decay_norms", "of_norms"), [(False, 0.0), (True, 0.3)])
+def test_weight_decay_spares_the_norms_unless_asked_and_nothing_else(name, decay_norms, of_norms):
     model = _model()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for optimizer in build_optimizers(model, OptimConfig(name=name, weight_decay=0.3)):
+    for optimizer in build_optimizers(model, OptimConfig(name=name, weight_decay=0.3, decay_norms=decay_norms)):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                assert group["weight_decay"] == (0.0 if _is_norm(names[id(parameter)]) else 0.3)
+                assert group["weight_decay"] == (of_norms if _is_norm(names[id(parameter)]) else 0.3)
 
 
 @pytest.mark.parametrize(("factor", "decay"), [(1.0, 0.0), (1.0, 0.1), (0.25, 0.1)])
