@@ -1,7 +1,6 @@
 """What a figure shows, and from which runs, seeds, days and commits: read off the rows that it is drawn from."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -13,7 +12,7 @@ from lib import figure_style, figures, paths, results
 class Source(NamedTuple):
     """What a figure of `figures.FIGURES` shows, how its rows are read, which of them, and what the paper's points are.
 
-    rows(profile): finished runs. only: the values that columns must have; an option of the figure replaces them.
+    rows(profile, **options): the finished runs behind the points, given the figure's options. only: the values that columns must have; an option of the figure replaces them.
     own: the same of the rows that a profile that does not publish adds to those that count; None: it adds none.
     """
 
@@ -28,26 +27,46 @@ _IN_WEIGHT, _IN_TOOL = {"mode": "in-weight"}, {"mode": "in-tool"}
 _TEN_SEEDS = "10 seeds, measured at the end of training"
 _ONE_SEED = "one seed, the best of about 100 evaluations"
 _SMALLEST = "Parameters of the smallest model that recalls enough facts"
-_UNSEEN = results.generalization_rows
+
+
+def _bounds(profile: str, tokenizer: str = "bytes", threshold: float = 0.95, **_) -> pd.DataFrame:
+    return results.behind(results.bounds_rows(profile, tokenizer), threshold)
+
+
+def _sizes(profile: str, tokenizer: str = "bytes", **_) -> pd.DataFrame:
+    return results.sizes_shown(results.bounds_rows(profile, tokenizer))
+
+
+def _stored(profile: str, **_) -> pd.DataFrame:
+    return results.sizes_shown(results.read_rows("05_1", profile))
+
+
+def _unseen(profile: str, **_) -> pd.DataFrame:
+    return results.generalization_rows(profile)
+
+
+def _correlated(profile: str, threshold: float = 0.95, **_) -> pd.DataFrame:
+    return results.behind(results.read_rows("05_3", profile), threshold)
+
 
 SOURCES = {
-    "parameter_bounds": Source(_SMALLEST, results.bounds_rows, published=_TEN_SEEDS),
-    "recall_vs_parameters": Source("Recall at the end of training", results.bounds_rows, published=_TEN_SEEDS),
+    "parameter_bounds": Source(_SMALLEST, _bounds, published=_TEN_SEEDS),
+    "recall_vs_parameters": Source("Recall at the end of training", _sizes, published=_TEN_SEEDS),
     "bits_stored": Source(
         "Entropy of the answers minus the model's negative log-likelihood of them",
-        partial(results.read_rows, "05_1"),
+        _stored,
         _IN_WEIGHT,
         own=None,
     ),
-    "lower_bound": Source(_SMALLEST, results.bounds_rows, _IN_WEIGHT, own=None, published=_TEN_SEEDS),
-    "generalization": Source("Recall of people nobody was trained on", _UNSEEN, published=_ONE_SEED),
+    "lower_bound": Source(_SMALLEST, _bounds, _IN_WEIGHT, own=None, published=_TEN_SEEDS),
+    "generalization": Source("Recall of people nobody was trained on", _unseen, published=_ONE_SEED),
     "tool_calls": Source(
         "First requests about people, trained on or not",
-        _UNSEEN,
+        _unseen,
         {**_IN_TOOL, "d_model": figures.TOOL_CALLS_D_MODEL},
         own=_IN_TOOL,
     ),
-    "compressibility": Source(_SMALLEST, partial(results.read_rows, "05_3"), _IN_WEIGHT, published=_ONE_SEED),
+    "compressibility": Source(_SMALLEST, _correlated, _IN_WEIGHT, published=_ONE_SEED),
 }
 
 
@@ -63,13 +82,13 @@ def caption(name: str, profile: str, **options) -> str:
     """What `figures.draw` draws with the same arguments, and from what."""
     source = SOURCES[name]
     counting = {column: options.get(column, value) for column, value in source.only.items()}
-    tables = [_chosen(source.rows(results.counting_profile(profile)), counting)]
+    of_counting = {name: value for name, value in options.items() if name != "tokenizer"}
+    tables = [_chosen(source.rows(results.counting_profile(profile), **of_counting), counting)]
     if source.own is not None and profile not in paths.PUBLISHING:
-        vocabulary = {"tokenizer": options["tokenizer"]} if "tokenizer" in options else {}
-        tables.append(_chosen(source.rows(profile, **vocabulary), source.own))
-    rows = pd.concat(tables, ignore_index=True)
-    published = f"Published: Houliston et al. (2025), {source.published}. " if source.published else ""
-    return f"{source.shows}. {published}{provenance(rows)}"
+        tables.append(_chosen(source.rows(profile, **options), source.own))
+    rows = pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
+    theirs = f"Published: Houliston et al. (2025), {source.published}. " if source.published else ""
+    return f"{source.shows}. {theirs}{provenance(rows)}"
 
 
 def _chosen(rows: pd.DataFrame, only: dict[str, Any]) -> pd.DataFrame:
@@ -79,13 +98,19 @@ def _chosen(rows: pd.DataFrame, only: dict[str, Any]) -> pd.DataFrame:
 
 
 def provenance(rows: pd.DataFrame) -> str:
-    """How many runs, which seeds, when and by which commits: a sentence for each profile.
+    """How many runs, which seeds, when and by which commits: a sentence for each profile, and for its earlier recipes.
 
     rows: of finished runs, with the columns profile, run_id, seed, finished_at (ISO 8601) and commit.
     """
     if not len(rows):
         return "This repository: no runs yet."
-    return " ".join(_sentence(profile, runs) for profile, runs in rows.groupby("profile", sort=False))
+    earlier = results.described(rows).superseded.map({True: ", earlier recipe", False: ""})
+    return " ".join(_sentence(who, runs) for who, runs in rows.groupby(rows.profile + earlier, sort=False))
+
+
+def say(sentence: str) -> None:
+    """Show a sentence, Markdown with computed numbers in it, as prose in a notebook."""
+    display(Markdown(sentence))
 
 
 def _sentence(profile: str, runs: pd.DataFrame) -> str:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -228,6 +229,26 @@ def sweep(
             comparison.write(compared)
     if report.failed:
         raise SystemExit(1)
+
+
+@app.command()
+def drop(
+    section: Section,
+    profile: Annotated[str | None, typer.Option(help="only of this profile")] = None,
+    run_id: Annotated[list[str] | None, typer.Option(help="only of this run; may be repeated")] = None,
+    superseded: Annotated[bool, typer.Option(help="only rows that today's plan does not ask for")] = False,
+    dry_run: Annotated[bool, typer.Option(help="only list them")] = False,
+) -> None:
+    """Take rows out of a table of paper_data: nothing else does. At least one option must say which."""
+    from lib import results
+    from lib.finetune import experiments
+
+    take = experiments.drop if section == "06" else partial(results.drop, section)
+    rows = take(profile=profile, run_ids=run_id or [], superseded=superseded, dry_run=dry_run)
+    about = ["profile", "run_id", "mode", "n_facts", "seed", "superseded"]
+    console.print(rows[about].drop_duplicates().to_string(index=False))
+    path = experiments.table_path() if section == "06" else results.table_path(section)
+    console.print(f"{len(rows)} rows {'would leave' if dry_run else 'have left'} {path}")
 
 
 @app.command()

@@ -13,7 +13,7 @@ _POINTS = {
     "05_2": ["mode", "n_facts", "n_params"],
     "05_3": ["n_facts", "alpha", "recall_threshold"],
 }
-_OURS = ["ours", "ours_std", "seeds_reaching_it", "seeds"]
+_OURS = ["law", "superseded", "ours", "ours_std", "seeds_reaching_it", "seeds"]
 
 
 def published_by_paper(name: str) -> pd.DataFrame:
@@ -26,8 +26,9 @@ def compare(section: str, profile: str) -> pd.DataFrame:
 
     In Sections 5.1 and 5.3 the figure is the parameters of the smallest model that reaches a recall threshold, ours in
     the mean of the `seeds_reaching_it`; in 5.2 it is the recall of people whose names are wholly new, who are the
-    nearest to the paper's (what is new in their names is not published). A row per point: what it is about, ours,
-    ours_std, seeds_reaching_it, seeds, published, ratio. A section without published points is an `InputError`.
+    nearest to the paper's (what is new in their names is not published). A row per point: what it is about, how our
+    database was drawn, whether our runs are of an earlier recipe, ours, ours_std, seeds_reaching_it, seeds, published,
+    ratio. A section without published points is an `InputError`.
     """
     if section not in _POINTS:
         raise InputError(f"nothing is published to compare section {section} with: there are {', '.join(_POINTS)}")
@@ -53,13 +54,15 @@ def _minimal(bounds: pd.DataFrame) -> pd.DataFrame:
 
 
 def _generalization(profile: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    rows = results.generalization_rows(profile).reindex(columns=[*_POINTS["05_2"], "new_both_recall"])
-    grouped = rows.groupby(_POINTS["05_2"]).new_both_recall
+    about = [*_POINTS["05_2"], "law", "superseded"]
+    rows = results.described(results.generalization_rows(profile)).reindex(columns=[*about, "new_both_recall"])
+    grouped = rows.groupby(about).new_both_recall
     ours = grouped.agg(ours="mean", ours_std="std", seeds_reaching_it="count", seeds="size").reset_index()
     return ours, published_by_paper("generalization").rename(columns={"ood_recall": "published"})
 
 
 SECTIONS = tuple(_POINTS)
+PROFILES = (*paths.PUBLISHING, *results.TABLE_ONLY)
 _OF_SECTION = {"05_1": _bounds, "05_2": _generalization, "05_3": _compressibility}
 
 
@@ -69,8 +72,8 @@ def path(section: str) -> Path:
 
 
 def write(section: str) -> pd.DataFrame:
-    """Write `compare` of all profiles that publish, with a column `profile`, to `path`; returns the table."""
-    tables = [compare(section, profile).assign(profile=profile) for profile in paths.PUBLISHING]
+    """Write `compare` of all profiles in the tables, with a column `profile`, to `path`; returns the table."""
+    tables = [compare(section, profile).assign(profile=profile) for profile in PROFILES]
     table = pd.concat(tables).set_index("profile").reset_index()  # the profile first
     if not len(table):
         path(section).unlink(missing_ok=True)

@@ -18,6 +18,9 @@ STYLES = {
 #: How points of a profile that does not publish are told from those that count.
 HOLLOW = {"markerfacecolor": "white", "markersize": 7, "zorder": 4}
 
+#: How points of runs that today's plan no longer asks for are told from those that it does.
+EARLIER = {"markerfacecolor": "white", "alpha": 0.55}
+
 RC = {
     "figure.figsize": (5.2, 3.6),
     "figure.constrained_layout.use": True,

@@ -1,5 +1,6 @@
 """Figures of Sections 4 and 5: one function per figure, table in and figure out."""
 
+from collections.abc import Iterator
 from itertools import cycle
 
 import matplotlib
@@ -12,7 +13,7 @@ from lib import paths, results
 from lib.base import InputError
 from lib.comparison import published_by_paper
 from lib.facts import VALUES, FactsConfig, unseen_people
-from lib.figure_style import HOLLOW, RC, STYLES, nothing_yet
+from lib.figure_style import EARLIER, HOLLOW, RC, STYLES, nothing_yet
 from lib.generalization import best_constant_guess
 from lib.theory.bounds import MEASURED_BITS, bits_at_recall, parameters_needed
 from lib.theory.circuit import Circuit
@@ -66,6 +67,13 @@ def parameter_bounds(
     return figure
 
 
+def _by_recipe(table: pd.DataFrame, label: str) -> Iterator[tuple[pd.DataFrame, str, dict]]:
+    """Rows, label and style of each kind of point of ours: of another database or an earlier recipe, see `shown`."""
+    for (law, superseded), rows in results.described(table).groupby(["law", "superseded"]):
+        label_of_law = label if law == "ours" else f"{label}, {law}"
+        yield (rows, f"{label_of_law}, earlier recipe", EARLIER) if superseded else (rows, label_of_law, {})
+
+
 def _at(table: pd.DataFrame, mode: str, threshold: float) -> pd.DataFrame:
     if not len(table):
         return table
@@ -74,12 +82,12 @@ def _at(table: pd.DataFrame, mode: str, threshold: float) -> pd.DataFrame:
 
 
 def _points(axes, table: pd.DataFrame, style: dict, label: str, hollow: bool = False) -> None:
-    if not len(table):
-        return
-    mean = table.min_params_mean
-    bars = [mean - table.min_params_min, table.min_params_max - mean]
     face = HOLLOW if hollow else {"zorder": 3}
-    axes.errorbar(table.n_facts, mean, yerr=bars, linestyle="none", capsize=2, label=label, **style, **face)
+    for rows, name, earlier in _by_recipe(table, label):
+        mean = rows.min_params_mean
+        bars = [mean - rows.min_params_min, rows.min_params_max - mean]
+        look = {**style, **face, **earlier}
+        axes.errorbar(rows.n_facts, mean, yerr=bars, linestyle="none", capsize=2, label=name, **look)
 
 
 def lower_bound(
@@ -149,10 +157,11 @@ def _recall_lines(axes, rows: pd.DataFrame | None, mode: str, shades: dict[int, 
         return
     ended = (rows["mode"] == mode) & (rows.stopped != "hopeless")  # what was given up has no recall at the end
     for n_facts, runs in rows[ended].groupby("n_facts"):
-        recall = runs.groupby("n_params").recall.agg(["mean", "min", "max"])
-        bars = [recall["mean"] - recall["min"], recall["max"] - recall["mean"]]
-        line = {"color": plt.get_cmap("viridis")(shades[n_facts]), "marker": "o", "markersize": 3.5, "capsize": 2}
-        axes.errorbar(recall.index, recall["mean"], yerr=bars, label=label.format(n_facts), **line, **style)
+        for points, name, earlier in _by_recipe(runs, label.format(n_facts)):
+            recall = points.groupby("n_params").recall.agg(["mean", "min", "max"])
+            bars = [recall["mean"] - recall["min"], recall["max"] - recall["mean"]]
+            line = {"color": plt.get_cmap("viridis")(shades[n_facts]), "marker": "o", "markersize": 3.5, "capsize": 2}
+            axes.errorbar(recall.index, recall["mean"], yerr=bars, label=name, **{**line, **style, **earlier})
 
 
 def bits_stored(held: pd.DataFrame, bits_per_parameter: tuple[float, ...] = (1, 2)) -> Figure:
@@ -167,10 +176,11 @@ def bits_stored(held: pd.DataFrame, bits_per_parameter: tuple[float, ...] = (1, 
         groups = list(held.groupby("n_facts"))
         for shade, (n_facts, runs) in zip(np.linspace(0, 0.85, len(groups)), groups, strict=True):
             color = plt.get_cmap("viridis")(shade)
-            overloaded = runs.recall < 0.95
-            for which, face in ((overloaded, color), (~overloaded, "white")):
-                some = runs[which]
-                axes.plot(some.n_params, some.stored_bits, "o", color=color, markerfacecolor=face)
+            for points, _, earlier in _by_recipe(runs, ""):
+                overloaded = points.recall < 0.95
+                for which, face in ((overloaded, color), (~overloaded, "white")):
+                    look = {**earlier, "color": color, "markerfacecolor": face}
+                    axes.plot(points.n_params[which], points.stored_bits[which], "o", **look)
             axes.plot([], [], "o", color=color, label=f"{n_facts:,}")
             axes.axhline(runs.entropy_bits.mean(), color=color, linewidth=0.7, linestyle=":")
         axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="bits stored")
@@ -183,6 +193,8 @@ def bits_stored(held: pd.DataFrame, bits_per_parameter: tuple[float, ...] = (1, 
             axes.set_xticks([tick for tick in 5000 * 2 ** np.arange(8) if low <= tick <= high])
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.xaxis.set_minor_formatter("")
+        if results.described(held).superseded.any():
+            axes.plot([], [], "o", **{"color": "#777777", **EARLIER}, label="pale: earlier recipe")
         if groups:
             axes.legend(title="facts", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
         else:
@@ -239,15 +251,16 @@ def _lines_by_size(axes, table: pd.DataFrame, label: str, **face) -> None:
         groups = list(table[table["mode"] == mode].groupby("n_params"))
         for strength, (n_params, rows) in zip(np.linspace(1, 0.35, len(groups))[::-1], groups, strict=True):
             line = "-" if mode == "in-tool" else "--"
-            _mean_line(axes, rows, alpha=strength, label=label.format(n_params, mode), linestyle=line, **style, **face)
+            _mean_line(axes, rows, label.format(n_params, mode), alpha=strength, linestyle=line, **style, **face)
 
 
-def _mean_line(axes, rows: pd.DataFrame, **style) -> None:
+def _mean_line(axes, rows: pd.DataFrame, label: str, alpha: float = 1, **style) -> None:
     """share against n_facts: the mean over seeds, with bars from the smallest to the largest."""
-    share = rows.groupby("n_facts").share.agg(["mean", "min", "max"])
-    if len(share):
+    for points, name, earlier in _by_recipe(rows, label):
+        share = points.groupby("n_facts").share.agg(["mean", "min", "max"])
         bars = [share["mean"] - share["min"], share["max"] - share["mean"]]
-        axes.errorbar(share.index, share["mean"], yerr=bars, capsize=2, **style)
+        look = {**style, **earlier, "alpha": alpha * earlier.get("alpha", 1)}
+        axes.errorbar(share.index, share["mean"], yerr=bars, capsize=2, label=name, **look)
 
 
 def _published_generalization(axes, published: pd.DataFrame) -> None:
@@ -314,11 +327,13 @@ def compressibility(
             table = table[table.recall_threshold.eq(threshold) & table.min_params_mean.notna()]
             face = HOLLOW if hollow else {}
             for shade, (n_facts, rows) in enumerate(table.groupby("n_facts")):
-                style = {**STYLES["in-weight"], **face, "alpha": max(0.4, 1 - 0.3 * shade)}
-                bars = [rows.min_params_mean - rows.min_params_min, rows.min_params_max - rows.min_params_mean]
-                label = f"{n_facts:,} facts, {name}"
-                for axes, x in ((by_alpha, rows.alpha), (by_entropy, rows.entropy_bits)):
-                    axes.errorbar(x, rows.min_params_mean, yerr=bars, capsize=2, label=label, **style)
+                for points, label, earlier in _by_recipe(rows, f"{n_facts:,} facts, {name}"):
+                    strength = max(0.4, 1 - 0.3 * shade) * earlier.get("alpha", 1)
+                    style = {**STYLES["in-weight"], **face, **earlier, "alpha": strength}
+                    mean = points.min_params_mean
+                    bars = [mean - points.min_params_min, points.min_params_max - mean]
+                    for axes, x in ((by_alpha, points.alpha), (by_entropy, points.entropy_bits)):
+                        axes.errorbar(x, mean, yerr=bars, capsize=2, label=label, **style)
         by_alpha.set(xlabel="correlation alpha", ylabel=f"parameters needed for {threshold:.0%} recall", yscale="log")
         by_entropy.set(xlabel="entropy of the database, bits", xscale="log")
         low, high = by_entropy.get_xlim()
@@ -359,12 +374,13 @@ def _draw_lower_bound(profile: str, threshold: float = 0.95) -> Figure:
 
 def _draw_recall_against_parameters(profile: str, tokenizer: str = "bytes") -> Figure:
     published = published_by_paper("recall_vs_parameters_in_weight")
-    own = None if profile in paths.PUBLISHING else results.bounds_rows(profile, tokenizer)
-    return recall_against_parameters(results.bounds_rows(results.counting_profile(profile)), own, published)
+    own = None if profile in paths.PUBLISHING else results.sizes_shown(results.bounds_rows(profile, tokenizer))
+    rows = results.sizes_shown(results.bounds_rows(results.counting_profile(profile)))
+    return recall_against_parameters(rows, own, published)
 
 
 def _draw_bits_stored(profile: str) -> Figure:
-    return bits_stored(results.capacity(results.counting_rows("05_1", profile)))
+    return bits_stored(results.capacity(results.sizes_shown(results.counting_rows("05_1", profile))))
 
 
 def _shares(profile: str) -> pd.DataFrame:

@@ -51,33 +51,119 @@ def committed_rows(section: str) -> pd.DataFrame:
     path = table_path(section)
     if not path.exists():
         return pd.DataFrame()
-    return pd.read_csv(path, dtype=dict.fromkeys(_TEXT, str))
+    return pd.read_csv(path, dtype=_DTYPES)
 
 
-#: Columns of which a value may look like a number: hexadecimal digits, versions.
-_TEXT = ("run_id", "people_digest", "commit", "python", "torch")
+#: Columns whose values may look like numbers (hexadecimal digits, versions), and those that may be empty.
+_DTYPES = dict.fromkeys(("run_id", "people_digest", "commit", "python", "torch"), str)
+_DTYPES |= {"next_smaller": "Int64", "every_seed": "boolean"}
+#: Columns that are computed whenever rows are read, and never stored: a stored one would go stale with the plan.
+COMPUTED = ["superseded", "law", "recipe"]
+#: Profiles that only tables have: no plan asks for their rows (paper_data/README.md).
+TABLE_ONLY = ("near-paper",)
 
 
 def read_rows(section: str, profile: str, plan: Sequence[Search] | None = None) -> pd.DataFrame:
-    """One row per finished run of a section in a profile: those in paper_data and those still in runs.
+    """Return a row per finished run of a section in a profile: all in paper_data, and those of `plan` still in runs.
 
-    A row counts only if `plan`, or else today's, can ask for it, and its tokenizer's file is what it was; one of an
-    earlier plan stays where it is until rows are published.
+    plan: the searches that ask for runs, today's unless given. A run in runs counts only if its tokenizer's file is
+    what it was. The columns `COMPUTED` come on top: superseded (the plan does not ask for this run), and `described`.
     """
-    plan = searches(section, profile) if plan is None else plan
-    planned, tokenizers = _run_ids(plan), {load_tokenizer(spec).name for spec in {s.base.tokenizer for s in plan}}
-    found = sorted(sweep_dir(section, profile).glob(f"*/{ROW}"))
+    plan = _plan(section, profile) if plan is None else plan
+    planned = _planned(plan)
+    tokenizers = {load_tokenizer(spec).name for spec in {s.base.tokenizer for s in plan}}
+    found = sorted(sweep_dir(section, profile).glob(f"*/{ROW}")) if planned else []
     fresh = [json.loads(path.read_text()) for path in found if path.parent.name in planned]
     fresh = [row for row in fresh if row.get("tokenizer", "bytes") in tokenizers]
-    rows = pd.DataFrame([{"profile": profile, **row} for row in fresh])
     known = committed_rows(section)
-    if len(known):
-        rows = pd.concat([known[(known.profile == profile) & known.run_id.isin(planned)], rows])
-    return rows.drop_duplicates("run_id", keep="first").reset_index(drop=True) if len(rows) else rows
+    tables = [known[known.profile == profile]] if len(known) else []
+    tables = [table for table in (*tables, pd.DataFrame(fresh).assign(profile=profile)) if len(table)]
+    rows = pd.concat(tables) if tables else pd.DataFrame(columns=["run_id"])
+    return _marked(rows.drop_duplicates("run_id", keep="first").reset_index(drop=True), planned)
 
 
-def _run_ids(plan: Sequence[Search]) -> set[str]:
-    return {search.config(size).run_id for search in plan for size in search.sizes}
+def _plan(section: str, profile: str, tokenizer: str = "bytes") -> list[Search]:
+    return [] if profile in TABLE_ONLY else searches(section, profile, tokenizer)
+
+
+def _planned(plan: Sequence[Search]) -> dict[str, tuple[int, bool]]:
+    """What a plan says of each run: the next smaller size tried on its database (0: none), and `Search.certain`."""
+    sizes = defaultdict(set)
+    for search in plan:
+        sizes[search.base.canonical_json()] |= set(search.sizes)
+    planned = {}
+    for search in plan:
+        for size in search.sizes:
+            below = max((s for s in sizes[search.base.canonical_json()] if s < size), default=0)
+            run_id = search.config(size).run_id
+            planned[run_id] = below, size in search.certain or planned.get(run_id, (0, False))[1]
+    return planned
+
+
+def _marked(rows: pd.DataFrame, planned: dict[str, tuple[int, bool]]) -> pd.DataFrame:
+    """Rows as a plan sees them; those it does not ask for keep what the plan they were published under said."""
+    rows = rows.assign(superseded=~rows.run_id.isin(planned))
+    for i, (column, dtype) in enumerate({"next_smaller": "Int64", "every_seed": "boolean"}.items()):
+        stored = rows.get(column, pd.Series(pd.NA, rows.index, dtype))
+        marks = [
+            planned[run_id][i] if run_id in planned else old for run_id, old in zip(rows.run_id, stored, strict=True)
+        ]
+        rows[column] = pd.array(marks, dtype)
+    return described(rows)
+
+
+def described(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add what tells rows of one point apart, read off their `config`: `law` and `recipe`; `superseded` if missing.
+
+    law: how the database was drawn, "ours" unless the group `facts` says otherwise than by people, seed and alpha.
+    recipe: the model but for its width, the optimizer and the training. Not the number of steps, which grows with the
+    facts, but how often each question is asked: runs of 12,000 and 24,000 steps on one database are of two recipes,
+    runs with and without biographies that ask equally often of one.
+    """
+    configs = [json.loads(c) if isinstance(c, str) else {} for c in rows.get("config", [None] * len(rows))]
+    sizes = rows.reindex(columns=["steps_budget", "batch_size", "n_facts"]).itertuples(index=False)
+    computed = {
+        "superseded": [False] * len(rows),
+        "law": [_law(config.get("facts", {})) for config in configs],
+        "recipe": [_recipe(config, *size) for config, size in zip(configs, sizes, strict=True)],
+    }
+    return rows.assign(**{name: values for name, values in computed.items() if name not in rows})
+
+
+def _law(facts: dict) -> str:
+    return ", ".join(str(facts[name]) for name in sorted(facts.keys() - {"n_people", "seed", "alpha"})) or "ours"
+
+
+def _recipe(config: dict, steps: float, batch_size: float, n_facts: float) -> str:
+    model = {name: value for name, value in config.get("model", {}).items() if name != "d_model"}
+    training = dict(config.get("training", {}))
+    for name in ("steps", "checkpoint_every", "keep_checkpoints"):
+        training.pop(name, None)
+    questions = 1 - training.pop("biographies", 0) - sum(training.get("files", {}).values())
+    passes = float(f"{steps * batch_size * questions / n_facts:.3g}")
+    return json.dumps({**model, **config.get("optim", {}), **training, "passes": passes}, sort_keys=True)
+
+
+#: What a point of a figure is about; results of different recipes are never averaged.
+_POINT = ["mode", "n_facts", "alpha", "law"]
+_GROUP = [*_POINT, "recipe", "superseded"]
+
+
+def shown(table: pd.DataFrame, value: str, on: Sequence[str] = _POINT) -> pd.DataFrame:
+    """Return what figures show of a table: one recipe for each point `on`.
+
+    It is today's plan's where it has a `value`, else the latest (`finished_at`) superseded one's that has.
+    """
+    table = described(table)
+    latest = table.get("finished_at", pd.Series("", table.index)).astype(object).fillna("")
+    order = table.assign(unknown=table[value].isna(), latest=latest).sort_values("latest", ascending=False)
+    first = order.sort_values(["unknown", "superseded"], kind="stable").drop_duplicates(on)
+    return table.merge(first[[*on, "recipe", "superseded"]])
+
+
+def sizes_shown(rows: pd.DataFrame) -> pd.DataFrame:
+    """`shown` of the recall of finished runs, where every size is a point."""
+    return shown(rows, "recall", [*_POINT, "d_model"]) if len(rows) else rows
 
 
 def counting_profile(profile: str) -> str:
@@ -91,13 +177,24 @@ def counting_rows(section: str, profile: str) -> pd.DataFrame:
 
 
 def bounds(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
-    """`minimal_parameters` of Section 5.1 in a profile."""
-    return minimal_parameters(bounds_rows(profile, tokenizer), bounds_searches(profile, tokenizer))
+    """`minimal_parameters` of Section 5.1 in a profile, as `shown`."""
+    return _shown_bounds(bounds_rows(profile, tokenizer))
 
 
 def bounds_of_seeds(profile: str, threshold: float) -> pd.DataFrame:
-    """`minimal_parameters_of_seeds` of Section 5.1 in a profile."""
-    return minimal_parameters_of_seeds(bounds_rows(profile), bounds_searches(profile), threshold)
+    """`minimal_parameters_of_seeds` of Section 5.1 in a profile, of what `bounds` shows."""
+    rows = bounds_rows(profile)
+    return minimal_parameters_of_seeds(behind(rows, threshold), threshold)
+
+
+def behind(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """Return the rows behind the points that `bounds` shows at a threshold."""
+    points = minimal_parameters(rows, [threshold])
+    return described(rows).merge(shown(points, "min_params_mean")[_GROUP]) if len(rows) else rows
+
+
+def _shown_bounds(rows: pd.DataFrame) -> pd.DataFrame:
+    return shown(minimal_parameters(rows), "min_params_mean", [*_POINT, "recall_threshold"])
 
 
 def check_publishes(profile: str) -> None:
@@ -117,27 +214,90 @@ def is_clean(commit: str) -> bool:
 
 
 def publish(section: str, profile: str) -> int:
-    """Merge a sweep's finished rows into paper_data, sorted; returns how many are new.
-
-    Rows of the profile that today's plan does not ask for leave the table.
+    """Add a sweep's finished rows to paper_data, sorted; returns how many are new. Rows leave a table only by `drop`.
 
     Only the profiles that count publish, and only rows whose commit is known and clean: others are an `InputError`.
     """
-    check_publishes(profile)
     rows, known = read_rows(section, profile), committed_rows(section)
+    return add_rows(table_path(section), profile, rows, known, _ORDER, sweep_dir(section, profile))
+
+
+_ORDER = ["profile", "mode", "n_facts", "alpha", "seed", "d_model", "run_id"]
+
+
+def add_rows(
+    path: Path, profile: str, rows: pd.DataFrame, known: pd.DataFrame, order: Sequence[str], source: Path
+) -> int:
+    """Write a table: `known` of other profiles and `rows`, all of this one; returns how many runs' rows are new.
+
+    order: the columns to sort by. source: where the runs are, for who must delete one. See `publish`.
+    """
+    check_publishes(profile)
     if not len(rows):
         return 0
     bad = rows[~rows.commit.map(is_clean)]
     if len(bad):
         raise InputError(
             f"{len(bad)} rows were not made by a clean commit (run {bad.run_id.iloc[0]}, commit {bad.commit.iloc[0]}): "
-            f"only rows that can be traced are published, delete these in {sweep_dir(section, profile)} and sweep again"
+            f"only rows that can be traced are published, delete these in {source} and sweep again"
         )
     others = known[known.profile != profile] if len(known) else known
-    merged = pd.concat([others, rows]).sort_values(["profile", "mode", "n_facts", "alpha", "seed", "d_model", "run_id"])
-    with paths.replacing(table_path(section)) as temporary:
-        merged.to_csv(temporary, index=False, lineterminator="\n")
-    return len(merged) - len(known.merge(merged[["profile", "run_id"]])) if len(known) else len(merged)
+    _write(path, pd.concat([others, rows]), order)
+    return len(others) + len(rows) - len(known)
+
+
+def _write(path: Path, rows: pd.DataFrame, order: Sequence[str]) -> None:
+    rows = rows.drop(columns=COMPUTED, errors="ignore").sort_values(order)
+    with paths.replacing(path) as temporary:
+        rows.to_csv(temporary, index=False, lineterminator="\n")
+
+
+def drop(
+    section: str,
+    profile: str | None = None,
+    run_ids: Sequence[str] = (),
+    superseded: bool = False,
+    dry_run: bool = False,
+) -> pd.DataFrame:
+    """Take rows out of a section's table and return them; `dry_run` only returns them.
+
+    profile, run_ids, superseded (only rows that today's plan does not ask for): each narrows the selection; none of
+    them, an id that the table lacks, or a selection without rows is an `InputError`. A planned run that is still in
+    runs comes back with the next `publish`.
+    """
+    known = committed_rows(section)
+    in_table = known.profile.unique() if len(known) else []
+    marked = [_marked(known[known.profile == name], _planned(_plan(section, name))) for name in in_table]
+    return drop_rows(table_path(section), marked, _ORDER, profile, run_ids, superseded, dry_run)
+
+
+def drop_rows(
+    path: Path,
+    tables: list[pd.DataFrame],
+    order: Sequence[str],
+    profile: str | None,
+    run_ids: Sequence[str],
+    superseded: bool,
+    dry_run: bool,
+) -> pd.DataFrame:
+    """Do what `drop` does. tables: all rows of the table, marked as `superseded` or not."""
+    if profile is None and not run_ids and not superseded:
+        raise InputError("nothing says which rows to drop: give a profile, run ids, or superseded")
+    if not tables:
+        raise InputError(f"there are no rows in {path}")
+    rows = pd.concat(tables)
+    if unknown := set(run_ids) - set(rows.run_id):
+        raise InputError(f"no row in {path} has the run id {', '.join(sorted(unknown))}")
+    if profile not in (None, *rows.profile):
+        raise InputError(f"no row in {path} has the profile {profile}: there are {', '.join(rows.profile.unique())}")
+    gone = (rows.profile == profile) if profile else pd.Series(True, rows.index)
+    gone &= rows.run_id.isin(run_ids) if run_ids else True
+    gone &= rows.superseded if superseded else True
+    if not gone.any():
+        raise InputError(f"no row in {path} is selected by all of these conditions")
+    if not dry_run:
+        _write(path, rows[~gone], order)
+    return rows[gone]
 
 
 def bounds_searches(profile: str, tokenizer: str = "bytes") -> list[Search]:
@@ -145,8 +305,8 @@ def bounds_searches(profile: str, tokenizer: str = "bytes") -> list[Search]:
 
     Grids, searches without a threshold, do not count as that: they have no smallest model.
     """
-    own = searches("05_1", profile, tokenizer)
-    others = [search for search in searches("05_2", profile, tokenizer) if search.base.mode == "in-tool"]
+    own = _plan("05_1", profile, tokenizer)
+    others = [search for search in _plan("05_2", profile, tokenizer) if search.base.mode == "in-tool"]
     only_there = {_database_of(search) for search in others if search.threshold} - {_database_of(s) for s in own}
     return own + [search for search in others if _database_of(search) in only_there]
 
@@ -156,60 +316,58 @@ def _database_of(search: Search) -> tuple:
 
 
 def bounds_rows(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
-    """The finished runs of `bounds_searches`."""
-    plans = {section: searches(section, profile, tokenizer) for section in ("05_1", "05_2")}
-    rows = pd.concat([read_rows(section, profile, plan) for section, plan in plans.items()], ignore_index=True)
-    if not len(rows):
-        return rows
-    return rows[rows.run_id.isin(_run_ids(bounds_searches(profile, tokenizer)))].reset_index(drop=True)
+    """The finished runs of `bounds_searches`; of superseded searches of 5.2 those on databases that 5.1 knows less of."""
+    own, others = (read_rows(s, profile, _plan(s, profile, tokenizer)) for s in ("05_1", "05_2"))
+    planned = {s.config(size).run_id for s in bounds_searches(profile, tokenizer) for size in s.sizes}
+    if len(others):
+        earlier = others.superseded & (others["mode"] == "in-tool")
+        is_grid = others.every_seed.fillna(False).groupby([others[name] for name in _GROUP]).transform("all")
+        found_here = minimal_parameters(own, [0.95]).dropna(subset="min_params_mean")[_POINT]
+        found_here = pd.MultiIndex.from_frame(others[_POINT]).isin(pd.MultiIndex.from_frame(found_here))
+        earlier &= ~is_grid.astype(bool) & ~found_here
+        others = others[earlier | others.run_id.isin(planned)]
+    return pd.concat([rows for rows in (own, others) if len(rows)] or [own], ignore_index=True)
 
 
 def generalization_rows(profile: str) -> pd.DataFrame:
-    """The finished runs of Section 5.2 at the sizes that every seed is to have (`Search.certain`)."""
+    """The finished runs of Section 5.2 at the sizes that every seed is to have (`Search.certain`), as `shown`."""
     rows = read_rows("05_2", profile)
-    plan = searches("05_2", profile)
-    certain = {search.config(size).run_id for search in plan for size in search.certain}
-    return rows[rows.run_id.isin(certain)].reset_index(drop=True) if len(rows) else rows
+    return sizes_shown(rows[rows.every_seed.fillna(False).astype(bool)])
 
 
-def minimal_parameters(
-    rows: pd.DataFrame, plan: Sequence[Search] = (), thresholds: Sequence[float] = THRESHOLDS
-) -> pd.DataFrame:
+def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHOLDS) -> pd.DataFrame:
     """Parameters of the smallest model that reaches each recall threshold, over seeds (Section 5.1).
 
-    rows: of one profile, with at most one run per mode, number of facts, correlation, seed and size. plan: the searches
-    that asked for them, for the sizes that were to be tried; all of `SIZES` where it says nothing.
+    rows: of one profile, with at most one run per mode, number of facts, correlation, law, recipe, seed and size.
 
-    A seed counts only where the next smaller size was run and failed: the smallest size that a search has tried so far
-    may not be the smallest that would do. A row per (mode, n_facts, alpha, recall_threshold): mean, standard deviation
-    (of a sample, over n - 1; the published ones are over n), minimum and maximum over the `seeds_reaching_it`, of
-    `seeds` that were tried. The columns shared with the published table have the published names.
+    A seed counts only where the next smaller size was run and failed (`next_smaller`, or else that of `SIZES`): the
+    smallest size that a search has tried so far may not be the smallest that would do. A row per (mode, n_facts, alpha,
+    law, recipe, superseded, recall_threshold): mean, standard deviation (of a sample, over n - 1; the published ones
+    are over n), minimum and maximum over the `seeds_reaching_it`, of `seeds` that were tried, and when the last run
+    ended. The columns shared with the published table have the published names.
     """
     if not len(rows):
-        return pd.DataFrame(columns=[*_POINT, "recall_threshold", *_STATISTICS.values()])
+        return pd.DataFrame(columns=[*_GROUP, "recall_threshold", *_STATISTICS.values(), "finished_at"])
     tables = []
     for threshold in thresholds:
-        of_seeds = minimal_parameters_of_seeds(rows, plan, threshold).groupby(_POINT).min_params
-        tables.append(of_seeds.agg(list(_STATISTICS)).reset_index().assign(recall_threshold=threshold))
+        of_seeds = minimal_parameters_of_seeds(rows, threshold).groupby(_GROUP)
+        table = of_seeds.min_params.agg(list(_STATISTICS)).assign(finished_at=of_seeds.finished_at.max())
+        tables.append(table.reset_index().assign(recall_threshold=threshold))
     table = pd.concat(tables).rename(columns=_STATISTICS)
-    return table.sort_values([*_POINT, "recall_threshold"], ignore_index=True)
+    return table.sort_values([*_GROUP, "recall_threshold"], ignore_index=True)
 
 
-def minimal_parameters_of_seeds(rows: pd.DataFrame, plan: Sequence[Search], threshold: float) -> pd.DataFrame:
-    """What `minimal_parameters` summarizes, seed by seed: mode, n_facts, alpha, seed and min_params, NaN if unknown."""
+def minimal_parameters_of_seeds(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """What `minimal_parameters` summarizes, seed by seed: also seed and min_params, NaN if unknown."""
+    columns = [*_GROUP, "seed", "min_params", "finished_at"]
     if not len(rows):
-        return pd.DataFrame(columns=[*_POINT, "seed", "min_params"])
-    sizes = defaultdict(set)
-    for search in plan:
-        facts = search.base.facts
-        sizes[search.base.mode, 4 * facts.n_people, facts.alpha, search.base.seed] |= set(search.sizes)
-    runs_of_seeds = rows.groupby([*_POINT, "seed"])
-    smallest = {key: _smallest(runs, threshold, sizes.get(key, SIZES)) for key, runs in runs_of_seeds}
-    return pd.DataFrame([(*key, n) for key, n in smallest.items()], columns=[*_POINT, "seed", "min_params"])
+        return pd.DataFrame(columns=columns)
+    of_size = ["d_model", "n_params", "recall", "next_smaller", "finished_at"]
+    runs_of_seeds = described(rows).reindex(columns=[*_GROUP, "seed", *of_size]).groupby([*_GROUP, "seed"])
+    found = [(*key, _smallest(runs, threshold), runs.finished_at.max()) for key, runs in runs_of_seeds]
+    return pd.DataFrame(found, columns=columns)
 
 
-#: What a point of a figure is about.
-_POINT = ["mode", "n_facts", "alpha"]
 _STATISTICS = {
     "mean": "min_params_mean",
     "std": "min_params_std",
@@ -220,15 +378,18 @@ _STATISTICS = {
 }
 
 
-def _smallest(runs: pd.DataFrame, threshold: float, sizes: Sequence[int]) -> float:
-    """Parameters of the smallest size that reached `threshold` if the next smaller of `sizes` did not, else NaN."""
+def _smallest(runs: pd.DataFrame, threshold: float) -> float:
+    """Parameters of the smallest size that reached `threshold` if the next smaller one did not, else NaN."""
     reached = dict(zip(runs.d_model, runs.recall >= threshold, strict=True))
     enough = min((size for size, yes in reached.items() if yes), default=None)
-    below = max((size for size in sizes if enough is not None and size < enough), default=None)
-    floor = enough is not None and below is None and enough > SIZES[0]  # nobody was to try smaller ones
-    if enough is None or floor or (below is not None and reached.get(below, True)):
+    if enough is None:
         return math.nan
-    return float(runs.n_params[runs.d_model == enough].iloc[0])
+    run = runs[runs.d_model == enough].iloc[0]
+    below = run.next_smaller
+    if pd.isna(below):  # unless said otherwise, all sizes are to be tried
+        below = max((size for size in SIZES if size < enough), default=0)
+    known = not reached.get(below, True) if below else enough == SIZES[0]
+    return float(run.n_params) if known else math.nan
 
 
 def capacity(rows: pd.DataFrame) -> pd.DataFrame:
@@ -240,8 +401,9 @@ def capacity(rows: pd.DataFrame) -> pd.DataFrame:
     stored_bits_per_parameter. A lower bound: a model may know facts that it cannot spell yet.
     """
     columns = ["profile", "optimizer", "n_facts", "alpha", "seed", "d_model", "n_params", "steps", "stopped", "recall"]
+    columns += COMPUTED
     nll = {attribute: f"nll_bits_{attribute}" for attribute in ATTRIBUTES}
-    rows = rows.reindex(columns=["mode", *columns, *nll.values()])
+    rows = described(rows).reindex(columns=["mode", *columns, *nll.values()])
     rows = rows[rows["mode"] == "in-weight"].reset_index(drop=True)
     n_people = rows.n_facts.floordiv(4)
     entropy = pd.DataFrame(
@@ -271,8 +433,8 @@ def entropy_bits(rows: pd.DataFrame) -> pd.Series:
 
 
 def compressibility_bounds(profile: str) -> pd.DataFrame:
-    """`minimal_parameters` of Section 5.3's runs, with the entropy_bits of the databases."""
-    bounds = minimal_parameters(read_rows("05_3", profile), searches("05_3", profile))
+    """`minimal_parameters` of Section 5.3's runs, as `shown`, with the entropy_bits of the databases."""
+    bounds = _shown_bounds(read_rows("05_3", profile))
     return bounds.assign(entropy_bits=entropy_bits(bounds))
 
 
@@ -282,11 +444,13 @@ def biographies_bounds(profile: str, threshold: float = 0.95) -> pd.DataFrame:
     A row per number of facts: needed_without and needed_with are means over the `seeds` of which both are known. Each
     seed has a database and weights of its own: what other seeds need says nothing about biographies.
     """
-    plan = searches("05_1_biographies", profile)
-    with_them = minimal_parameters_of_seeds(read_rows("05_1_biographies", profile), plan, threshold)
-    both = bounds_of_seeds(profile, threshold).merge(with_them, on=[*_POINT, "seed"], suffixes=("_without", "_with"))
+    with_them = minimal_parameters_of_seeds(read_rows("05_1_biographies", profile), threshold)
+    without = minimal_parameters_of_seeds(bounds_rows(profile), threshold)
+    both = without.merge(with_them, on=[*_POINT, "recipe", "seed"], suffixes=("_without", "_with")).dropna()
+    both["superseded"] = both.superseded_without.astype(bool) | both.superseded_with.astype(bool)
     needed = {f"needed_{which}": (f"min_params_{which}", "mean") for which in ("without", "with")}
-    table = both.dropna().groupby("n_facts").agg(**needed, seeds=("seed", "size")).reset_index()
+    table = both.groupby(_GROUP).agg(**needed, seeds=("seed", "size"), finished_at=("finished_at_with", "max"))
+    table = shown(table.reset_index(), "needed_with")[["n_facts", "superseded", *needed, "seeds"]]
     return table.assign(ratio=table.needed_with / table.needed_without)
 
 
@@ -318,10 +482,11 @@ def unseen_shares(rows: pd.DataFrame) -> pd.DataFrame:
     kind: what is new in the names, or `trained`; measure: recall, well_formed, right_attribute or right_name; share.
     """
     if not len(rows):
-        return pd.DataFrame(columns=["mode", "n_facts", "n_params", "d_model", "seed", "share", "kind", "measure"])
+        return pd.DataFrame(columns=[*_OF_RUN, "share", "kind", "measure"])
     columns = [column for column in rows.columns if column.startswith(("trained_", "new_"))]
-    tidy = rows.melt(["mode", "n_facts", "n_params", "d_model", "seed"], columns, "column", "share").dropna(
-        subset="share"
-    )
+    tidy = described(rows).melt(_OF_RUN, columns, "column", "share").dropna(subset="share")
     kind_and_measure = tidy.pop("column").str.extract(r"^(trained|new_[a-z]+?)_(.+)$")
     return tidy.assign(kind=kind_and_measure[0], measure=kind_and_measure[1]).reset_index(drop=True)
+
+
+_OF_RUN = ["mode", "n_facts", "n_params", "d_model", "seed", *COMPUTED]

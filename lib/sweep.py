@@ -117,9 +117,10 @@ def assign_devices(device: str, jobs: int | None, n_gpus: int, n_cores: int) -> 
 
 
 def _known(section: str, profile: str, plan: Sequence[Search]) -> tuple[pd.DataFrame, dict[str, float]]:
-    """The rows that a plan can use, and their recall by run id."""
+    """All rows, which tell the speed of devices, and by run id the recall of those that the plan asks for."""
     rows = results.read_rows(section, profile, plan)
-    return rows, dict(zip(rows.run_id, rows.recall, strict=True)) if len(rows) else {}
+    done = rows[~rows.superseded]
+    return rows, dict(zip(done.run_id, done.recall, strict=True)) if len(done) else {}
 
 
 def _pending(plan: Sequence[Search], recalls: dict[str, float]) -> list[RunConfig]:

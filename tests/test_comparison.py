@@ -67,7 +67,7 @@ def test_what_has_no_published_points_is_one_sentence():
 
 def test_the_committed_comparisons_are_those_of_the_committed_rows():
     for section in comparison.SECTIONS:
-        tables = [compare(section, profile).assign(profile=profile) for profile in paths.PUBLISHING]
+        tables = [compare(section, profile).assign(profile=profile) for profile in comparison.PROFILES]
         now = pd.concat(tables, ignore_index=True)
         if len(now):
             committed = pd.read_csv(comparison.path(section))[now.columns]

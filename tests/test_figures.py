@@ -28,7 +28,7 @@ def places(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(paths, "PAPER_DATA", tmp_path / "root" / "paper_data")
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
     monkeypatch.delenv("ITL_FIGURES", raising=False)
-    base = SimpleNamespace(mode="in-tool", seed=0, tokenizer="bytes", facts=FactsConfig(n_people=1))
+    base = SimpleNamespace(mode="in-tool", tokenizer="bytes", facts=FactsConfig(n_people=1), canonical_json=str)
     sizes, config = range(99), lambda size: SimpleNamespace(run_id=f"{size:012d}")
     search = SimpleNamespace(base=base, sizes=sizes, certain=sizes, config=config, threshold=None)
     monkeypatch.setattr(results, "searches", lambda section, profile, tokenizer="bytes": [search])

@@ -21,11 +21,11 @@ def data(tmp_path, monkeypatch):
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
 
 
-def _finish(config, commit: str = CLEAN, steps: tuple[int, ...] = (0, 10)) -> None:
-    folder = experiments.folder(config, "laptop")
+def _finish(fine_tuning, commit: str = CLEAN, steps: tuple[int, ...] = (0, 10), **columns) -> None:
+    folder = experiments.folder(fine_tuning, "laptop")
     folder.mkdir(parents=True)
-    what = config.model_dump(include={"base", "task", "mode", "n_facts", "seed"})
-    rows = [{"run_id": config.run_id, **what, "step": step, "commit": commit} for step in steps]
+    what = fine_tuning.model_dump(include={"base", "task", "mode", "n_facts", "seed"})
+    rows = [{"run_id": fine_tuning.run_id, **what, "step": step, "commit": commit, **columns} for step in steps]
     (folder / ROWS).write_text(json.dumps(rows))
 
 
@@ -45,7 +45,7 @@ def test_laptop_compares_both_modes_by_one_recipe_with_three_seeds():
     assert all(seeds == {0, 1, 2} for seeds in points.values())
 
 
-def test_what_is_published_is_counted_once_and_leaves_when_the_plan_does(data, monkeypatch):
+def test_what_is_published_is_counted_once_and_stays_when_the_plan_goes(data, monkeypatch):
     first, second, *_ = experiments.plan("laptop")
     _finish(first)
     assert experiments.publish("laptop") == 2 and experiments.publish("laptop") == 0
@@ -53,7 +53,28 @@ def test_what_is_published_is_counted_once_and_leaves_when_the_plan_does(data, m
     _finish(second)
     monkeypatch.setitem(experiments._PLANS, "laptop", lambda: iter([second]))
     assert experiments.publish("laptop") == 2
-    assert set(experiments.committed_rows().run_id) == {second.run_id}
+    assert set(experiments.committed_rows().run_id) == {first.run_id, second.run_id}
+    assert experiments.missing("laptop") == []
+    rows = experiments.rows("laptop")
+    assert set(rows[rows.superseded].run_id) == {first.run_id}
+
+
+def test_an_earlier_recipe_is_shown_where_todays_plan_has_no_run_of_the_point(data, monkeypatch):
+    first = experiments.plan("laptop")[0]
+    other = first.model_copy(update={"n_facts": 64})
+    changed = first.model_copy(update={"lr": 1e-4})
+    for config, day in ((first, "2026-01-01"), (other, "2026-01-02"), (changed, "2026-01-03")):
+        _finish(config, finished_at=day, adaptation="full", config=config.canonical_json())
+    monkeypatch.setitem(experiments._PLANS, "laptop", lambda: iter([first, other, changed]))
+    experiments.publish("laptop")
+    for plan, shown in (([first], first), ([other], changed), ([], changed)):
+        monkeypatch.setitem(experiments._PLANS, "laptop", lambda plan=plan: iter(plan))
+        rows = experiments.shown_rows("quick")
+        assert set(rows.run_id) == {shown.run_id, other.run_id}
+        earlier = rows[rows.profile == "laptop, earlier recipe"]
+        assert set(earlier.run_id) == {shown.run_id, other.run_id} - {config.run_id for config in plan}
+    gone = experiments.drop(run_ids=[other.run_id])
+    assert len(gone) == 2 and set(experiments.committed_rows().run_id) == {first.run_id, changed.run_id}
 
 
 def test_a_sweep_runs_what_is_missing_and_tells_what_failed(data, monkeypatch):

@@ -96,7 +96,7 @@ def _brute_force(rows: list[dict], threshold: float) -> dict[tuple, dict]:
 def test_minimal_parameters_are_those_of_brute_force(rows, threshold):
     table = results.minimal_parameters(pd.DataFrame(rows), thresholds=[threshold])
     assert set(table.recall_threshold) == {threshold}
-    found = table.set_index(["mode", "n_facts", "alpha"]).drop(columns="recall_threshold")
+    found = table.set_index(["mode", "n_facts", "alpha"])[list(results._STATISTICS.values())]
     expected = _brute_force(rows, threshold)
     assert set(found.index) == set(expected)
     for key, statistics_ in expected.items():
@@ -124,14 +124,15 @@ def data(tmp_path, monkeypatch) -> Path:
     """An empty paper_data and an empty runs; every plan holds the runs `PLANNED`."""
     monkeypatch.setattr(paths, "PAPER_DATA", tmp_path / "paper_data")
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(results, "searches", lambda section, profile: [_plan(PLANNED)])
+    monkeypatch.setattr(results, "searches", lambda *_: [_plan(PLANNED)])
     (tmp_path / "paper_data").mkdir()
     return tmp_path / "paper_data"
 
 
 def _plan(run_ids: tuple[str, ...]) -> SimpleNamespace:
-    base, config = SimpleNamespace(tokenizer="bytes"), lambda size: SimpleNamespace(run_id=run_ids[size])
-    return SimpleNamespace(base=base, sizes=range(len(run_ids)), config=config)
+    base = SimpleNamespace(tokenizer="bytes", canonical_json=lambda: str(run_ids))
+    sizes, config = range(len(run_ids)), lambda size: SimpleNamespace(run_id=run_ids[size])
+    return SimpleNamespace(base=base, sizes=sizes, certain=sizes[:1], config=config)
 
 
 def _finish(row: dict, profile: str, section: str = "05_1") -> None:
@@ -146,7 +147,8 @@ def test_rows_are_those_of_finished_runs_of_the_profile(data):
     _finish(_row("0" * 12), "laptop")  # of an earlier plan
     (results.sweep_dir("05_1", "laptop") / ("c" * 12)).mkdir()  # not finished
     rows = results.read_rows("05_1", "laptop")
-    assert rows.to_dict("records") == [{"profile": "laptop", **_row("a" * 12)}]
+    (row,) = rows.drop(columns=[*results.COMPUTED, "next_smaller", "every_seed"]).to_dict("records")
+    assert row == {**_row("a" * 12), "profile": "laptop"}
     assert len(results.read_rows("05_1", "paper")) == 0
 
 
@@ -171,15 +173,90 @@ def test_publishing_merges_sorted_and_says_how_many_are_new(data):
     assert [path.name for path in data.iterdir()] == ["parameter_bounds.csv"]
 
 
-def test_rows_of_an_earlier_plan_do_not_count_and_leave_the_table(data, monkeypatch):
+def test_publishing_only_adds_and_rows_of_an_earlier_plan_are_superseded(data, monkeypatch):
     for run_id in PLANNED[:2]:
         _finish(_row(run_id), "laptop")
     assert results.publish("05_1", "laptop") == 2
-    monkeypatch.setattr(results, "searches", lambda *_: [_plan(PLANNED[1:])])
-    assert list(results.read_rows("05_1", "laptop").run_id) == [PLANNED[1]]
+    before = results.committed_rows("05_1").set_index("run_id")
+    monkeypatch.setattr(results, "searches", lambda *_: [_plan(PLANNED[2:])])
     _finish(_row(PLANNED[2]), "laptop")
     assert results.publish("05_1", "laptop") == 1
-    assert set(results.committed_rows("05_1").run_id) == set(PLANNED[1:3])
+    after = results.committed_rows("05_1").set_index("run_id")
+    pd.testing.assert_frame_equal(after.loc[list(PLANNED[:2])], before)  # even what the earlier plan said of sizes
+    assert not set(results.COMPUTED) & set(after.columns)
+    rows = results.read_rows("05_1", "laptop")
+    assert dict(zip(rows.run_id, rows.superseded, strict=True)) == dict(zip(PLANNED, (True, True, False), strict=False))
+
+
+def test_rows_leave_a_table_only_as_selected(data, monkeypatch):
+    for profile, run_ids in (("laptop", PLANNED[:3]), ("paper", PLANNED[3:5])):
+        for run_id in run_ids:
+            _finish(_row(run_id), profile)
+        results.publish("05_1", profile)
+    monkeypatch.setattr(results, "searches", lambda *_: [_plan(PLANNED[1:4])])
+
+    def dropped(**selection) -> set[str]:
+        expected = set(results.drop("05_1", dry_run=True, **selection).run_id)
+        before = set(results.committed_rows("05_1").run_id)
+        assert set(results.drop("05_1", **selection).run_id) == expected
+        assert set(results.committed_rows("05_1").run_id) == before - expected
+        return expected
+
+    bytes_before = (data / "parameter_bounds.csv").read_bytes()
+    for wrong, message in (
+        ({}, "nothing says which rows to drop: give a profile, run ids, or superseded"),
+        ({"run_ids": ["a" * 12, "f" * 12]}, "no row in .* has the run id ffffffffffff"),
+        ({"profile": "quick"}, "no row in .* has the profile quick: there are laptop, paper"),
+        ({"profile": "paper", "run_ids": ["a" * 12]}, "no row in .* is selected by all of these conditions"),
+    ):
+        with pytest.raises(InputError, match=message):
+            results.drop("05_1", **wrong)
+    results.drop("05_1", superseded=True, dry_run=True)
+    assert (data / "parameter_bounds.csv").read_bytes() == bytes_before
+    assert dropped(superseded=True, profile="laptop") == {PLANNED[0]}
+    assert dropped(run_ids=[PLANNED[1]]) == {PLANNED[1]}
+    assert dropped(superseded=True) == {PLANNED[4]}
+    assert dropped(profile="paper") == {PLANNED[3]}
+    assert "superseded" not in results.committed_rows("05_1")
+
+
+def test_recipes_are_told_apart_by_passes_and_optimizer_but_not_by_biographies_or_seed():
+    def row(n_facts=256, steps=4000, seed=0, **groups):
+        config = {"facts": {"n_people": n_facts // 4, "seed": seed, **groups.pop("facts", {})}, "seed": seed, **groups}
+        size = {"n_facts": n_facts, "steps_budget": steps, "batch_size": 64}
+        return _row(seed=seed, **size, config=json.dumps(config))
+
+    def recipes(*rows) -> int:
+        return results.described(pd.DataFrame(rows)).recipe.nunique()
+
+    assert recipes(row(), row(seed=1), row(model={"d_model": 8}), row(evaluation={"every": 3})) == 1
+    assert recipes(row(), row(steps=5000, training={"biographies": 0.2, "steps": 5000})) == 1
+    assert recipes(row(n_facts=1024), row(n_facts=2048, steps=8000)) == 1
+    assert recipes(row(), row(steps=8000), row(optim={"lr": 1e-3}), row(model={"rope": "paper"})) == 4
+    laws = results.described(pd.DataFrame([row(), row(facts={"alpha": 0.5}), row(facts={"law": "theirs"})])).law
+    assert list(laws) == ["ours", "ours", "theirs"]
+
+
+def test_recipes_are_never_averaged_and_one_of_them_is_shown():
+    """At 32 facts today's plan needs d = 8; before it, 12 and then 4; at 64 today's found nothing."""
+
+    def runs(n_facts: int, enough: int, steps: int, superseded: bool, day: str) -> list[dict]:
+        about = {"steps_budget": steps, "batch_size": 32, "superseded": superseded, "finished_at": day}
+        return [_row(n_facts=n_facts, d_model=d, recall=float(d >= enough), **about) for d in (4, 8, 12)]
+
+    rows = pd.DataFrame([
+        *runs(32, 8, 100, False, "2026-03-01"), *runs(32, 12, 100, True, "2026-01-01"),
+        *runs(32, 4, 200, True, "2026-02-01"), *runs(64, 99, 100, False, "2026-03-01"),
+        *runs(64, 12, 100, True, "2026-01-01"), *runs(64, 4, 200, True, "2026-02-01"),
+        *runs(128, 99, 100, False, "2026-03-01"),
+    ])  # fmt: skip
+    table = results.minimal_parameters(rows, [0.95])
+    assert sorted(table[table.n_facts == 32].min_params_mean) == [ModelConfig(d_model=d).n_params for d in (4, 8, 12)]
+    shown = results.shown(table, "min_params_mean").set_index("n_facts")
+    assert dict(shown.superseded) == {32: False, 64: True, 128: False}
+    assert list(shown.min_params_mean[:2]) == [ModelConfig(d_model=d).n_params for d in (8, 4)]
+    assert set(results.behind(rows, 0.95).finished_at) == {"2026-03-01", "2026-02-01"}
+    assert len(results.sizes_shown(rows)) == 9 and not results.sizes_shown(rows).superseded.any()
 
 
 def test_capacity_is_by_how_much_a_model_shortens_the_answers():
@@ -212,7 +289,8 @@ def test_a_published_row_is_the_row_of_the_run(data):
     row = _row("000000000012", loss=AWKWARD)
     _finish(row, "laptop")
     results.publish("05_1", "laptop")
-    assert results.committed_rows("05_1").to_dict("records") == [{"profile": "laptop", **row}]
+    (stored,) = results.committed_rows("05_1").to_dict("records")
+    assert stored == {**row, "profile": "laptop", "next_smaller": 3, "every_seed": False}
 
 
 def test_publishing_one_profile_leaves_the_rows_of_another(data):
@@ -278,11 +356,13 @@ def test_the_next_smaller_size_is_that_of_the_plan():
         _row(mode="in-tool", n_facts=n, d_model=d, n_params=100 * d, recall=float(d >= 36))
         for n in (32, 64) for d in (16, 24, 36)
     ])  # fmt: skip
-    plan = [Search(base, threshold=None, sizes=(16, 24, 36, 56))]
-    table = results.minimal_parameters(rows, plan, [0.95]).set_index("n_facts")
+    search = Search(base, threshold=None, sizes=(16, 24, 36, 56))
+    ids = [search.config(d).run_id if n == 32 else "0" for n, d in zip(rows.n_facts, rows.d_model, strict=True)]
+    rows = results._marked(rows.assign(run_id=ids), results._planned([search]))
+    table = results.minimal_parameters(rows, [0.95]).set_index("n_facts")
     assert table.min_params_mean[32] == 3600
     assert table.seeds_reaching_it[64] == 0  # of which the plan says nothing: 32 might have been enough
-    table = results.minimal_parameters(rows.assign(recall=1.0), plan, [0.95]).set_index("n_facts")
+    table = results.minimal_parameters(rows.assign(recall=1.0), [0.95]).set_index("n_facts")
     assert table.seeds_reaching_it[32] == 0  # even less than 16 might have been enough
 
 
@@ -301,7 +381,7 @@ def test_bounds_rows_are_those_of_the_plan(data, monkeypatch):
     def plan(run_id: str, mode: str, n_people: int):
         plan = _plan([run_id])
         facts = FactsConfig(n_people=n_people)
-        plan.base, plan.threshold = SimpleNamespace(mode=mode, tokenizer="bytes", facts=facts), 0.95
+        plan.base.mode, plan.base.facts, plan.threshold = mode, facts, 0.95
         return plan
 
     weight, tool = plan(PLANNED[1], "in-weight", 8), plan(PLANNED[0], "in-tool", 8)
@@ -360,13 +440,14 @@ def test_a_seed_without_a_bracket_has_no_smallest_model():
     """Four sizes are searched: 16 is not known to be the smallest, beyond 56 nothing was tried."""
     reached = {0: {36: True, 24: False}, 1: {36: True, 24: True, 16: True}, 2: {36: False, 56: False}, 3: {36: True}}
     base = Search(RunConfig(mode="in-tool", facts=FactsConfig(n_people=2)), sizes=(16, 24, 36, 56))
-    plan = [replace(base, base=base.base.model_copy(update={"seed": seed})) for seed in reached]
+    plan = {seed: replace(base, base=base.base.model_copy(update={"seed": seed})) for seed in reached}
     rows = [
-        _row(mode="in-tool", n_facts=8, seed=seed, d_model=size, recall=float(yes))
+        _row(plan[seed].config(size).run_id, mode="in-tool", n_facts=8, seed=seed, d_model=size, recall=float(yes))
         for seed, sizes in reached.items()
         for size, yes in sizes.items()
     ]
-    found = results.minimal_parameters_of_seeds(pd.DataFrame(rows), plan, 0.95).set_index("seed").min_params
+    rows = results._marked(pd.DataFrame(rows), results._planned(plan.values()))
+    found = results.minimal_parameters_of_seeds(rows, 0.95).set_index("seed").min_params
     assert found[0] == ModelConfig(d_model=36).n_params and found[1:].isna().all() and len(found) == 4
 
 
@@ -421,6 +502,7 @@ def test_biographies_are_weighed_against_the_same_databases_without_them(monkeyp
     needed = [sum(ModelConfig(d_model=d).n_params for d in sizes) / 2 for sizes in ((20, 16), (16, 12))]
     assert row == {
         "n_facts": 512,
+        "superseded": False,
         "needed_without": needed[0],
         "needed_with": needed[1],
         "seeds": 2,

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +12,13 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from lib import paths
-from lib.base import InputError
 from lib.distributed import Preempted
 from lib.finetune.bases import PUBLISHED
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import N_FACTS
 from lib.finetune.train import finetune
 from lib.monitor import progress
-from lib.results import check_publishes, counting_profile, is_clean
+from lib.results import add_rows, counting_profile, drop_rows, shown
 from lib.run import ROWS
 
 SECTION = "06"
@@ -130,22 +129,44 @@ def title(config: FinetuneConfig) -> str:
 
 
 def rows(profile: str) -> pd.DataFrame:
-    """A row a checkpoint of all finished runs of today's plan: those in paper_data, and those still in runs."""
+    """A row a checkpoint of finished runs: all in paper_data, and those of today's plan still in runs.
+
+    superseded: whether today's plan does not ask for the run. Neither it nor `recipe` is stored.
+    """
     planned = {config.run_id for config in plan(profile)}
     known = committed_rows()
-    tables = [known[(known.profile == profile) & known.run_id.isin(planned)]] if len(known) else []
+    tables = [known[known.profile == profile]] if len(known) else []
     done = set(tables[0].run_id) if tables else set()
     for run_id in sorted(planned - done):
         path = paths.profile_dir(profile) / SECTION / run_id / ROWS
         if path.exists():
             tables.append(pd.DataFrame(json.loads(path.read_text())).assign(profile=profile))
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    return _marked(pd.concat(tables, ignore_index=True), profile) if tables else pd.DataFrame()
+
+
+def _marked(table: pd.DataFrame, profile: str) -> pd.DataFrame:
+    planned = {config.run_id for config in plan(profile)}
+    recipes = [_recipe(config) for config in table.get("config", ["{}"] * len(table))]
+    return table.assign(superseded=~table.run_id.isin(planned), recipe=recipes)
+
+
+def _recipe(config: str) -> str:
+    """What is the same for all seeds of a configuration."""
+    return json.dumps({name: value for name, value in json.loads(config).items() if name != "seed"}, sort_keys=True)
 
 
 def shown_rows(profile: str) -> pd.DataFrame:
-    """The rows that figures are drawn from: those that count (`results.counting_profile`), and the profile's own."""
+    """The rows that figures are drawn from: those that count (`results.counting_profile`), and the profile's own.
+
+    One recipe for each point, see `results.shown`; what is superseded has a profile "laptop, earlier recipe", say.
+    """
     tables = [rows(name) for name in dict.fromkeys((counting_profile(profile), profile))]
-    return pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
+    table = pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
+    if not len(table):
+        return table
+    table = shown(table, "step", ["profile", "base", "task", "mode", "adaptation", "n_facts"])
+    earlier = table.profile.where(~table.superseded, table.profile + ", earlier recipe")
+    return table.assign(profile=earlier)
 
 
 def table_path() -> Path:
@@ -161,22 +182,18 @@ def committed_rows() -> pd.DataFrame:
 
 
 def publish(profile: str) -> int:
-    """Merge the finished runs of a profile into paper_data; returns how many rows are new.
+    """Add the finished runs of a profile to paper_data as `results.publish` does; returns how many rows are new."""
+    source = paths.profile_dir(profile) / SECTION
+    return add_rows(table_path(), profile, rows(profile), committed_rows(), _ORDER, source)
 
-    Rows of the profile that today's plan does not ask for leave the table.
 
-    Only profiles that count publish, and only rows of a clean commit: others are an `InputError`.
-    """
-    check_publishes(profile)
-    found, known = rows(profile), committed_rows()
-    if not len(found):
-        return 0
-    if len(bad := found[~found.commit.map(is_clean)]):
-        raise InputError(
-            f"{len(bad)} rows were not made by a clean commit (run {bad.run_id.iloc[0]}): delete them and run again"
-        )
-    others = known[known.profile != profile] if len(known) else known
-    merged = pd.concat([others, found]).sort_values(["profile", "base", "task", "mode", "n_facts", "seed", "step"])
-    with paths.replacing(table_path()) as temporary:
-        merged.to_csv(temporary, index=False, lineterminator="\n")
-    return len(found) - len(found.merge(known[["run_id", "step"]])) if len(known) else len(found)
+_ORDER = ["profile", "base", "task", "mode", "n_facts", "seed", "step", "run_id"]
+
+
+def drop(
+    profile: str | None = None, run_ids: Sequence[str] = (), superseded: bool = False, dry_run: bool = False
+) -> pd.DataFrame:
+    """Take all rows of runs out of the table and return them, as `results.drop` does."""
+    known = committed_rows()
+    tables = [_marked(known[known.profile == name], name) for name in known.profile.unique()] if len(known) else []
+    return drop_rows(table_path(), tables, _ORDER, profile, run_ids, superseded, dry_run)
