@@ -51,8 +51,8 @@ class Law(NamedTuple):
     """How names and values of sampled people are distributed; a family is a last name.
 
     `n_first_names` and `n_families` take that many names from the start of the lists, None takes all. `value_lists`:
-    "cut" keeps the first max(2, floor((1 - alpha) x length)) values of each list but that of birth dates, from which both
-    people and families draw; "full" keeps all.
+    "cut" keeps the first max(2, floor((1 - alpha) x length)) values of each list but that of birth dates, from which
+    both people and families draw; "full" keeps all.
     """
 
     n_first_names: int | None = None
@@ -77,6 +77,8 @@ OURS = Law()
 #: dates aside. The 128 x 64 names are its 8,192 people; which names its 1,000 people had is not released, so we assume
 #: that they come from the same.
 RELEASED = Law(n_first_names=128, n_families=64, value_lists="cut")
+#: The laws that tables and figures know by name.
+LAWS = {"ours": OURS, "released": RELEASED}
 
 
 class FactsConfig(Config):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from lib import paths, results
 from lib.base import InputError
-from lib.comparison import published_by_paper
+from lib.comparison import PUBLISHED_KIND, published_by_paper
 from lib.facts import VALUES, FactsConfig, unseen_people
 from lib.figure_style import EARLIER, HOLLOW, RC, STYLES, nothing_yet
 from lib.generalization import best_constant_guess
@@ -49,7 +49,8 @@ def parameter_bounds(
         for mode, style in STYLES.items():
             theirs = _at(published, mode, threshold)
             mean, std = theirs.min_params_mean, theirs.min_params_std
-            axes.plot(theirs.n_facts, mean, color=style["color"], alpha=0.45, linewidth=1.4, label=f"{mode}, published")
+            label = published_label(theirs.n_facts, mode)
+            axes.plot(theirs.n_facts, mean, color=style["color"], alpha=0.45, linewidth=1.4, label=label)
             axes.fill_between(theirs.n_facts, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
             _points(axes, _at(laptop, mode, threshold), style, f"{mode}, this repository")
             if quick is not None:
@@ -67,10 +68,17 @@ def parameter_bounds(
     return figure
 
 
+def published_label(n_facts: pd.Series, about: str = "", law: str = "independent") -> str:
+    """Return the label of published points: how many facts, about whom, and by which law the database was drawn."""
+    counts = sorted(set(n_facts))
+    span = f"{counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else "") if counts else "no"
+    return ", ".join(filter(None, [about, f"published: {span} facts", law]))
+
+
 def _by_recipe(table: pd.DataFrame, label: str) -> Iterator[tuple[pd.DataFrame, str, dict]]:
     """Rows, label and style of each kind of point of ours: of another database or an earlier recipe, see `shown`."""
     for (law, superseded), rows in results.described(table).groupby(["law", "superseded"]):
-        label_of_law = label if law == "ours" else f"{label}, {law}"
+        label_of_law = label if law == "ours" else f"{label}, {law} law"
         yield (rows, f"{label_of_law}, earlier recipe", EARLIER) if superseded else (rows, label_of_law, {})
 
 
@@ -106,7 +114,7 @@ def lower_bound(
         theirs, ours = (_at(table, "in-weight", threshold) for table in (published, laptop))
         label = "smallest in-weight models"
         x = theirs.n_facts * bits_per_fact
-        axes.plot(x, theirs.min_params_mean, color=color, alpha=0.45, label=f"{label}, published")
+        axes.plot(x, theirs.min_params_mean, color=color, alpha=0.45, label=published_label(theirs.n_facts, label))
         if len(ours):
             shown = ours.assign(n_facts=ours.n_facts * bits_per_fact)
             _points(axes, shown, STYLES["in-weight"], f"{label}, this repository")
@@ -143,6 +151,7 @@ def recall_against_parameters(
                     middle = curve.iloc[(curve.recall - 0.6).abs().argmin()]
                     spot = {"color": "#777777", "fontsize": 7, "rotation": 80, "ha": "right", "va": "center"}
                     axes.annotate(f"{n_facts:,}", (middle.min_params_mean, middle.recall), **spot)
+                axes.plot([], [], color="#999999", linewidth=1, label=published_label(published.n_facts))
             axes.set(xscale="log", xlabel="parameters", title=mode, ylim=(-0.03, 1.06))
             if not axes.get_lines():
                 nothing_yet(axes, mode)
@@ -222,13 +231,13 @@ def generalization(
 
     shares: as `results.unseen_shares` gives them, a line per size, in-tool and, dashed, in-weight; mean over seeds with
     bars from the smallest to the largest. own: the same of the quick profile, hollow. A panel for each kind of name.
-    published: the paper's points, of which we do not know the kind: grey, in every panel. guess: of the best constant.
+    published: the paper's points, grey, in the panel of people of `PUBLISHED_KIND`. guess: of the best constant.
     """
     kinds = list(KINDS)[1:]
     with matplotlib.rc_context({**RC, "figure.figsize": (9.6, 3.1)}):
         figure, panels = plt.subplots(1, len(kinds), sharey=True, sharex=True)
         for axes, kind in zip(panels, kinds, strict=True):
-            if published is not None:
+            if published is not None and kind == PUBLISHED_KIND:
                 _published_generalization(axes, published)
             _lines_by_size(axes, shares[(shares.kind == kind) & (shares.measure == "recall")], "{:,}, {}")
             if own is not None:
@@ -239,9 +248,12 @@ def generalization(
             axes.set(title=KINDS[kind], xlabel="training facts", ylim=(-0.04, 1.06))
             axes.set_xscale("log", base=2)
         panels[0].set_ylabel("recall")
-        handles, labels = panels[-1].get_legend_handles_labels()
-        if handles:
-            figure.legend(handles, labels, fontsize=7, loc="outside right center", title="parameters", title_fontsize=7)
+        entries = {
+            label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        if entries:
+            place = {"loc": "outside right center", "title": "parameters", "title_fontsize": 7}
+            figure.legend(entries.values(), entries, fontsize=7, **place)
     return figure
 
 
@@ -267,7 +279,8 @@ def _published_generalization(axes, published: pd.DataFrame) -> None:
     for (mode, _), points in published.groupby(["mode", "n_params"]):
         style = {"color": "#888888", "linewidth": 0.8, "linestyle": "-" if mode == "in-tool" else "--", "zorder": 1}
         axes.plot(points.n_facts, points.ood_recall, **style)
-    axes.plot([], [], color="#888888", linewidth=0.8, label="published")
+    label = published_label(published.n_facts, KINDS[PUBLISHED_KIND])
+    axes.plot([], [], color="#888888", linewidth=0.8, label=label.replace(", ", ",\n"))
 
 
 #: What is right about requests, as a legend says it.
@@ -310,16 +323,17 @@ def compressibility(
 ) -> Figure:
     """Parameters needed against the correlation of facts, and against the entropy of the database (Section 5.3).
 
-    published: the paper's, a line per number of facts. bounds, own: as `results.compressibility_bounds` gives them;
-    `own` (of the quick profile) is hollow. All with a column entropy_bits.
+    published: the paper's, a line per number of facts, at the entropy of databases of the released law. bounds, own: as
+    `results.compressibility_bounds` gives them; `own` (of the quick profile) is hollow. All with a column entropy_bits.
     """
     tables = [(bounds, "this repository", False)] + ([(own, "just trained (quick)", True)] if own is not None else [])
     with matplotlib.rc_context({**RC, "figure.figsize": (8.6, 3.4)}):
         figure, (by_alpha, by_entropy) = plt.subplots(1, 2, sharey=True)
         published = published[published.recall_threshold == threshold]
-        for (n_facts, points), line in zip(published.groupby("n_facts"), cycle(("-", "--")), strict=False):
+        for (_, points), line in zip(published.groupby("n_facts"), cycle(("-", "--")), strict=False):
             style = {"color": "#888888", "linestyle": line, "marker": "."}
-            by_alpha.plot(points.alpha, points.min_params, label=f"{n_facts:,} facts, published", **style)
+            label = published_label(points.n_facts, law="released law")
+            by_alpha.plot(points.alpha, points.min_params, label=label, **style)
             by_entropy.plot(points.entropy_bits, points.min_params, **style)
         for table, name, hollow in tables:
             if not len(table):
@@ -408,6 +422,7 @@ def _draw_tool_calls(profile: str, d_model: int = TOOL_CALLS_D_MODEL) -> Figure:
 def _draw_compressibility(profile: str, threshold: float = 0.95) -> Figure:
     results.check_threshold(threshold)
     published = published_by_paper("compressibility").rename(columns={"correlation_alpha": "alpha"})
+    published = published.assign(law="released")
     own = None if profile in paths.PUBLISHING else results.compressibility_bounds(profile)
     return compressibility(
         published.assign(entropy_bits=results.entropy_bits(published)),

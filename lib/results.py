@@ -12,7 +12,7 @@ import pandas as pd
 from lib import paths
 from lib.base import InputError
 from lib.experiments import SIZES, Search, searches
-from lib.facts import ATTRIBUTES, entropy_bits_by_attribute, entropy_bits_per_person
+from lib.facts import ATTRIBUTES, LAWS, Law, entropy_bits_by_attribute, entropy_bits_per_person
 from lib.run import ROW, commit
 from lib.tokenizers import load_tokenizer
 
@@ -115,7 +115,7 @@ def _marked(rows: pd.DataFrame, planned: dict[str, tuple[int, bool]]) -> pd.Data
 def described(rows: pd.DataFrame) -> pd.DataFrame:
     """Add what tells rows of one point apart, read off their `config`: `law` and `recipe`; `superseded` if missing.
 
-    law: how the database was drawn, "ours" unless the group `facts` says otherwise than by people, seed and alpha.
+    law: how the database was drawn, a name of `lib.facts.LAWS` (or the fields of another law).
     recipe: the model but for its width, the optimizer and the training. Not the number of steps, which grows with the
     facts, but how often each question is asked: runs of 12,000 and 24,000 steps on one database are of two recipes,
     runs with and without biographies that ask equally often of one.
@@ -131,7 +131,8 @@ def described(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _law(facts: dict) -> str:
-    return ", ".join(str(facts[name]) for name in sorted(facts.keys() - {"n_people", "seed", "alpha"})) or "ours"
+    law = Law(**{field: facts[field] for field in Law._fields if field in facts})
+    return next((name for name, known in LAWS.items() if known == law), str(tuple(law)))
 
 
 def _recipe(config: dict, steps: float, batch_size: float, n_facts: float) -> str:
@@ -316,7 +317,7 @@ def _database_of(search: Search) -> tuple:
 
 
 def bounds_rows(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
-    """The finished runs of `bounds_searches`; of superseded searches of 5.2 those on databases that 5.1 knows less of."""
+    """The finished runs of `bounds_searches`, and superseded ones of 5.2 where 5.1 itself has found no bound."""
     own, others = (read_rows(s, profile, _plan(s, profile, tokenizer)) for s in ("05_1", "05_2"))
     planned = {s.config(size).run_id for s in bounds_searches(profile, tokenizer) for size in s.sizes}
     if len(others):
@@ -408,8 +409,8 @@ def capacity(rows: pd.DataFrame) -> pd.DataFrame:
     n_people = rows.n_facts.floordiv(4)
     entropy = pd.DataFrame(
         [
-            entropy_bits_by_attribute(int(n), int(seed), alpha)
-            for n, seed, alpha in zip(n_people, rows.seed, rows.alpha, strict=True)
+            entropy_bits_by_attribute(int(n), int(seed), alpha, LAWS[law])
+            for n, seed, alpha, law in zip(n_people, rows.seed, rows.alpha, rows.law, strict=True)
         ],
         index=rows.index,
         columns=list(nll),
@@ -423,11 +424,11 @@ def capacity(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def entropy_bits(rows: pd.DataFrame) -> pd.Series:
-    """Joint entropy of each row's database (n_facts, alpha) given the names, in bits; of seed 0 if there is none."""
+    """Joint entropy in bits of each row's database (n_facts, alpha, law) given the names; without a seed, of seed 0."""
     seeds = rows.get("seed", pd.Series(0, index=rows.index))
     bits = [
-        n_facts // 4 * entropy_bits_per_person(n_facts // 4, seed, alpha)
-        for n_facts, seed, alpha in zip(rows.n_facts, seeds, rows.alpha, strict=True)
+        n_facts // 4 * entropy_bits_per_person(n_facts // 4, seed, alpha, LAWS[law])
+        for n_facts, seed, alpha, law in zip(rows.n_facts, seeds, rows.alpha, rows.law, strict=True)
     ]
     return pd.Series(bits, index=rows.index, dtype=float)
 

@@ -43,9 +43,9 @@ def test_compressibility_stands_beside_the_published_sizes(monkeypatch):
 
 def test_strangers_stand_beside_the_published_ones_in_the_mean_over_seeds(monkeypatch):
     rows = pd.DataFrame([
-        _row(mode="in-tool", n_facts=1024, d_model=24, seed=0, new_both_recall=0.25),
-        _row(mode="in-tool", n_facts=1024, d_model=24, seed=1, new_both_recall=0.75),
-        _row(mode="in-tool", n_facts=1024, d_model=20, seed=0, new_both_recall=0.5),  # not a published size
+        _row(mode="in-tool", n_facts=1024, d_model=24, seed=0, new_first_recall=0.25),
+        _row(mode="in-tool", n_facts=1024, d_model=24, seed=1, new_first_recall=0.75),
+        _row(mode="in-tool", n_facts=1024, d_model=20, seed=0, new_first_recall=0.5),  # not a published size
     ])  # fmt: skip
     monkeypatch.setattr(results, "generalization_rows", lambda profile: rows)
     (row,) = compare("05_2", "laptop").to_dict("records")

@@ -145,12 +145,13 @@ def _lines(axes) -> dict[str, np.ndarray]:
 def test_the_published_points_are_drawn_where_the_table_has_them(threshold):
     (axes,) = figures.draw("parameter_bounds", "laptop", threshold=threshold).axes
     drawn = _lines(axes)
-    assert set(drawn) == {"in-weight, published", "in-tool, published"}
+    names = {label.split(", ")[0]: label for label in drawn}
+    assert set(names) == {"in-weight", "in-tool"}
     for mode in figure_style.STYLES:
         table = PUBLISHED[(PUBLISHED["mode"] == mode) & (PUBLISHED.recall_threshold == threshold)]
         expected = table.dropna(subset="min_params_mean")[["n_facts", "min_params_mean"]].to_numpy()
         assert len(expected) > 5
-        np.testing.assert_array_equal(drawn[f"{mode}, published"], expected[np.argsort(expected[:, 0])])
+        np.testing.assert_array_equal(drawn[names[mode]], expected[np.argsort(expected[:, 0])])
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert f"{threshold:.0%} recall" in axes.get_ylabel()
 
@@ -263,7 +264,7 @@ def test_the_lower_bound_is_where_the_bits_divided_by_those_of_a_parameter_say()
     lines = dict(zip(*labels, strict=True))
     bits, parameters = lines["2.5 bits a parameter (somebody)"].get_data()
     assert list(parameters) == [each / 2.5 for each in bits]
-    theirs = lines["smallest in-weight models, published"].get_xdata()
+    (theirs,) = (line.get_xdata() for name, line in lines.items() if "published" in name)
     assert (theirs[0], theirs[-1]) == tuple(bits)
     assert theirs[-1] / theirs[0] == 65_536 / 8  # as many times the bits as facts
     assert 0.85 * 31.25 < theirs[0] / 2 < 31.25  # eight facts are two people
@@ -310,7 +311,7 @@ def test_compressibility_is_drawn_against_correlation_and_against_bits():
         min_params_min=published.min_params, min_params_max=published.min_params + 5000
     )
     by_alpha, by_entropy = figures.compressibility(published, ours).axes
-    for label in ("4,000 facts, published", "4,000 facts, this repository"):
+    for label in ("published: 4,000 facts, released law", "4,000 facts, this repository"):
         np.testing.assert_allclose(_lines(by_alpha)[label], [[0, 50_000], [1, 20_000]])
     np.testing.assert_allclose(_lines(by_entropy)["4,000 facts, this repository"], [[31_000, 50_000], [20_000, 20_000]])
 
@@ -321,6 +322,38 @@ def test_compressibility_is_drawn_against_correlation_and_against_bits():
 def test_an_unknown_figure_is_one_sentence_that_lists_those_there_are():
     with pytest.raises(InputError, match="there is no figure 'bounds': there are parameter_bounds, recall"):
         figures.draw("bounds")
+
+
+#: What the label of published points says in each figure that has them: facts, of whom, by which law.
+PUBLISHED_LABELS = {
+    "parameter_bounds": {"in-weight, published: 8 to 65,536 facts, independent",
+                         "in-tool, published: 8 to 131,072 facts, independent"},
+    "lower_bound": {"smallest in-weight models, published: 8 to 65,536 facts, independent"},
+    "recall_vs_parameters": {"published: 4,096 to 32,768 facts, independent"},
+    "generalization": {"new first name, published: 256 to 131,072 facts, independent"},
+    "compressibility": {"published: 4,000 facts, released law", "published: 32,768 facts, released law"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_a_published_points_label_names_facts_people_and_law(name):
+    figure = figures.draw(name, "laptop")
+    legends = [*figure.legends, *filter(None, (axes.get_legend() for axes in figure.axes))]
+    labels = {text.get_text().replace("\n", " ") for legend in legends for text in legend.get_texts()}
+    assert {label for label in labels if "published" in label} == PUBLISHED_LABELS.get(name, set())
+
+
+def test_published_people_of_5_2_stand_among_those_with_new_first_names_only():
+    grey = "#888888"
+    for axes in figures.draw("generalization", "laptop").axes:
+        has_theirs = any(line.get_color() == grey for line in axes.get_lines())
+        assert has_theirs == (axes.get_title() == "new first name")
+
+
+def test_published_points_of_5_3_stand_at_the_entropy_of_the_released_law():
+    by_entropy = figures.draw("compressibility", "laptop").axes[1]
+    bits = by_entropy.get_lines()[0].get_xdata()  # of 1,000 people, alpha from 0 to 1
+    assert bits.max() == pytest.approx(31_250, abs=10) and bits.min() == pytest.approx(14_300, abs=50)
 
 
 def test_a_threshold_without_published_points_is_refused():
