@@ -12,7 +12,8 @@ from lib import figure_style, figures, paths, results
 class Source(NamedTuple):
     """What a figure of `figures.FIGURES` shows, how its rows are read, which of them, and what the paper's points are.
 
-    rows(profile, **options): the finished runs behind the points, given the figure's options. only: the values that columns must have; an option of the figure replaces them.
+    rows(profile, **options): the finished runs behind the points, given the figure's options. only: the values that
+    columns must have; an option of the figure replaces them.
     own: the same of the rows that a profile that does not publish adds to those that count; None: it adds none.
     """
 

@@ -316,7 +316,7 @@ def _database_of(search: Search) -> tuple:
 
 
 def bounds_rows(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
-    """The finished runs of `bounds_searches`; of superseded searches of 5.2 those on databases that 5.1 knows less of."""
+    """The finished runs of `bounds_searches`, and superseded ones of 5.2 where 5.1 itself has found no bound."""
     own, others = (read_rows(s, profile, _plan(s, profile, tokenizer)) for s in ("05_1", "05_2"))
     planned = {s.config(size).run_id for s in bounds_searches(profile, tokenizer) for size in s.sizes}
     if len(others):

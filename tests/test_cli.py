@@ -530,6 +530,7 @@ def test_a_sweep_is_published_when_asked(here, itl, monkeypatch):
     monkeypatch.setattr("lib.sweep.sweep", lambda *_, **__: Report())
     monkeypatch.setattr("lib.results.commit", lambda: "a" * 40)
     monkeypatch.setattr("lib.results.publish", lambda *arguments: published.append(arguments) or 7)
+    monkeypatch.setattr("lib.refresh.refresh", lambda say: published.append("refreshed"))
     assert itl("sweep", "05_1", "--profile", "laptop", "--publish", "--dry-run").code == 0
     assert published == []
     answer = itl("sweep", "05_1", "--profile", "laptop", "--publish")
