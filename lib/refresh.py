@@ -11,7 +11,7 @@ from functools import partial
 
 import pandas as pd
 
-from lib import comparison, figure_style, figures, notebooks, paths, results
+from lib import captions, comparison, figure_style, figures, notebooks, paths, results
 from lib.base import WorkError
 from lib.finetune import experiments
 
@@ -19,7 +19,7 @@ PROFILE = "laptop"
 
 
 def refresh(say: Callable[[str], None] = print) -> None:
-    """Do every step, whatever fails, and say each; `WorkError` names the steps that failed. The tables stay as they are."""
+    """Do every step, whatever fails, and say each; `WorkError` names those that failed. The tables are only read."""
     steps: dict[str, Callable[[], object]] = {
         f"paper_data/compared, {section}": partial(comparison.write, section) for section in comparison.SECTIONS
     }
@@ -69,31 +69,20 @@ def computed(text: str) -> str:
 
 
 def _main_figure() -> str:
-    """What the main figure's points say: the last number of facts with both modes, and where ours end."""
-    table = results.bounds(PROFILE).query("recall_threshold == 0.95")
-    found = table.dropna(subset="min_params_mean").set_index(["n_facts", "mode"])
-    both = found.min_params_mean.unstack().dropna()
-    n_facts, last = int(both.index[-1]), both.iloc[-1]
-    seeds = found.loc[n_facts].seeds_reaching_it.min()
-    sentences = [
-        "*Parameters of the smallest model that recalls 95% of the facts. Lines: published, mean and standard deviation",
-        "over the seeds of 10 that get there. Points: trained by this repository.",
-        f"At {n_facts:,} facts it took {last['in-weight']:,.0f} parameters in weights and {last['in-tool']:,.0f} with a",
-        f"tool, in the mean over {seeds:,.0f} seeds.",
+    lines = [
+        "*Parameters of the smallest model that recalls 95% of the facts. Lines: published, mean and standard",
+        "deviation over the seeds of 10 that get there. Points: trained by this repository.",
+        *captions.bounds_in_words(PROFILE),
     ]
-    rows = results.behind(results.bounds_rows(PROFILE), 0.95)
-    for mode, points in table.groupby("mode"):
-        if len(beyond := points[points.min_params_mean.isna()]):
-            n_facts = beyond.n_facts.min()
-            tried = rows[(rows["mode"] == mode) & (rows.n_facts == n_facts)].n_params.max()
-            sentences.append(f"At {n_facts:,} facts no smallest {mode} model is known yet")
-            sentences.append(f"(largest tried: {tried:,} parameters).")
-    return "\n".join(sentences) + "*"
+    return "\n".join(lines) + "*"
 
 
 def _rows() -> str:
     """The state of the tables: rows, seeds and facts of each section and profile."""
-    table = ["| section | profile | rows | of earlier recipes | seeds | facts |", "| --- | --- | --- | --- | --- | --- |"]
+    table = [
+        "| section | profile | rows | of earlier recipes | seeds | facts |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for section in (*results.TABLES, experiments.SECTION):
         known = experiments.committed_rows() if section == experiments.SECTION else results.committed_rows(section)
         for profile in known.profile.unique():

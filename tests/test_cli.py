@@ -534,7 +534,7 @@ def test_a_sweep_is_published_when_asked(here, itl, monkeypatch):
     assert itl("sweep", "05_1", "--profile", "laptop", "--publish", "--dry-run").code == 0
     assert published == []
     answer = itl("sweep", "05_1", "--profile", "laptop", "--publish")
-    assert published == [("05_1", "laptop")]
+    assert published == [("05_1", "laptop"), "refreshed"]
     assert "7 new rows in" in answer.out and "parameter_bounds.csv" in answer.out
 
 
