@@ -8,13 +8,16 @@ RUN := $(VENV)/bin/python
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help paper scale test bench book lab clean
+.PHONY: help paper refresh scale test bench book lab clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 paper: $(VENV)/core.stamp ## run all notebooks in the quick profile, draw the figures, render them to HTML
 	@$(RUN) -m lib paper
+
+refresh: $(VENV)/scale.stamp ## compute README's numbers, figures and notebooks' outputs from paper_data (no training)
+	@$(RUN) -m lib refresh
 
 scale: $(VENV)/scale.stamp ## the same for Section 6 and TriviaQA: large models, fine-tuned
 	@$(RUN) -m lib scale

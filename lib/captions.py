@@ -109,6 +109,29 @@ def provenance(rows: pd.DataFrame) -> str:
     return " ".join(_sentence(who, runs) for who, runs in rows.groupby(rows.profile + earlier, sort=False))
 
 
+def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
+    """Sentences about our points of `parameter_bounds`: where both modes have one last, and where ours end."""
+    counting = results.counting_profile(profile)
+    table = results.bounds(counting).query("recall_threshold == @threshold")
+    found = table.dropna(subset="min_params_mean").set_index(["n_facts", "mode"])
+    both = found.min_params_mean.unstack().reindex(columns=["in-weight", "in-tool"]).dropna()
+    sentences = []
+    if len(both):
+        n_facts, last = both.index[-1], both.iloc[-1]
+        sentences.append(
+            f"At {n_facts:,} facts it takes {last['in-weight']:,.0f} parameters in weights and {last['in-tool']:,.0f} "
+            f"with a tool (means over {found.loc[n_facts].seeds_reaching_it.min()} seeds or more)."
+        )
+    rows = results.behind(results.bounds_rows(counting), threshold)
+    for mode, points in table[table.min_params_mean.isna()].groupby("mode"):
+        tried = rows[(rows["mode"] == mode) & (rows.n_facts == points.n_facts.min())].n_params.max()
+        sentences.append(
+            f"At {points.n_facts.min():,} facts no smallest {mode} model is known yet "
+            f"(largest tried: {tried:,} parameters)."
+        )
+    return sentences
+
+
 def say(sentence: str) -> None:
     """Show a sentence, Markdown with computed numbers in it, as prose in a notebook."""
     display(Markdown(sentence))

@@ -212,8 +212,8 @@ def sweep(
 ) -> None:
     """Run all models of a section that are not finished yet."""
     if section == "06":
-        return cli_scale.sweep(profile.value, jobs, dry_run, max_hours, device, publish)
-    from lib import comparison, results
+        return cli_scale.sweep(profile.value, jobs, dry_run, max_hours, device, publish, refresh)
+    from lib import results
     from lib import sweep as sweeps
 
     if publish:
@@ -225,8 +225,7 @@ def sweep(
     console.print(str(report))
     if publish and not dry_run:
         console.print(f"{results.publish(section, profile.value)} new rows in {results.table_path(section)}")
-        for compared in comparison.SECTIONS:  # a section's runs may count in another's comparison
-            comparison.write(compared)
+        refresh()
     if report.failed:
         raise SystemExit(1)
 
@@ -249,6 +248,14 @@ def drop(
     console.print(rows[about].drop_duplicates().to_string(index=False))
     path = experiments.table_path() if section == "06" else results.table_path(section)
     console.print(f"{len(rows)} rows {'would leave' if dry_run else 'have left'} {path}")
+
+
+@app.command()
+def refresh() -> None:
+    """Compute the comparisons, README's numbers, figures and notebooks' outputs from paper_data; trains nothing."""
+    from lib import refresh as everything
+
+    everything.refresh(console.print)
 
 
 @app.command()

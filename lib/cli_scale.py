@@ -72,8 +72,8 @@ def finetune(
     console.print(f"model and rows: {directory}")
 
 
-def sweep(profile: str, jobs: int | None, dry_run: bool, max_hours: float, device: str, publish: bool) -> None:
-    """`itl sweep 06`: the fine-tunings of a profile."""
+def sweep(profile: str, jobs: int | None, dry_run: bool, max_hours: float, device: str, publish: bool, refresh) -> None:
+    """`itl sweep 06`: the fine-tunings of a profile. refresh(): what comes after publishing."""
     from lib import results
     from lib.finetune import experiments
 
@@ -94,6 +94,7 @@ def sweep(profile: str, jobs: int | None, dry_run: bool, max_hours: float, devic
         console.print(f"  {experiments.title(config)}")
     if publish and not dry_run:
         console.print(f"{experiments.publish(profile)} new rows in {experiments.table_path()}")
+        refresh()
     for run, reason in report.failed.items():
         console.print(f"failed: {run}: {reason}")
     if report.failed:

@@ -447,7 +447,8 @@ def biographies_bounds(profile: str, threshold: float = 0.95) -> pd.DataFrame:
     """
     with_them = minimal_parameters_of_seeds(read_rows("05_1_biographies", profile), threshold)
     without = minimal_parameters_of_seeds(bounds_rows(profile), threshold)
-    both = without.merge(with_them, on=[*_POINT, "recipe", "seed"], suffixes=("_without", "_with")).dropna()
+    both = without.merge(with_them, on=[*_POINT, "recipe", "seed"], suffixes=("_without", "_with"))
+    both = both.dropna(subset=["min_params_without", "min_params_with"])
     both["superseded"] = both.superseded_without.astype(bool) | both.superseded_with.astype(bool)
     needed = {f"needed_{which}": (f"min_params_{which}", "mean") for which in ("without", "with")}
     table = both.groupby(_GROUP).agg(**needed, seeds=("seed", "size"), finished_at=("finished_at_with", "max"))

@@ -530,10 +530,11 @@ def test_a_sweep_is_published_when_asked(here, itl, monkeypatch):
     monkeypatch.setattr("lib.sweep.sweep", lambda *_, **__: Report())
     monkeypatch.setattr("lib.results.commit", lambda: "a" * 40)
     monkeypatch.setattr("lib.results.publish", lambda *arguments: published.append(arguments) or 7)
+    monkeypatch.setattr("lib.refresh.refresh", lambda say: published.append("refreshed"))
     assert itl("sweep", "05_1", "--profile", "laptop", "--publish", "--dry-run").code == 0
     assert published == []
     answer = itl("sweep", "05_1", "--profile", "laptop", "--publish")
-    assert published == [("05_1", "laptop")]
+    assert published == [("05_1", "laptop"), "refreshed"]
     assert "7 new rows in" in answer.out and "parameter_bounds.csv" in answer.out
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib import figure_style, figures, notebooks, paths
+from lib import figure_style, figures, notebooks, paths, refresh
 from lib.base import InputError
 from lib.notebooks import NotebookError
 
@@ -404,17 +404,32 @@ def test_notebook_runs_at_smoke_size(path):
     assert all(product.stat().st_size for product in result.products)
 
 
-@pytest.mark.slow
-def test_without_recompute_the_figures_are_drawn_from_paper_data_and_nothing_is_trained(runs):
-    sections = [path for path in ALL if path.stem.startswith("05_")]
-    command = [sys.executable, "-m", "lib", "notebooks", *[path.stem for path in sections], "-p", "recompute=False"]
-    subprocess.run(command, cwd=paths.ROOT, check=True)
+def _text(output) -> str:
+    data = output.get("data", {})
+    return output.get("text") or data.get("text/markdown") or data["text/plain"]
 
-    produced = [name for path in sections for name in nbformat.read(path, as_version=4).metadata.itl.produces]
-    pages = [f"{path.stem}.{kind}" for path in sections for kind in ("ipynb", "html")]
-    assert len(sections) == 3 and set(files(runs)) == {f"quick/figures/{name}" for name in produced} | {
-        f"quick/notebooks/{name}" for name in pages
-    }
-    for name in {Path(name).stem for name in produced}:  # nothing of the quick profile is in them
-        figure_style.save(figures.draw(name, "laptop"), name, "smoke")
-        assert (runs / f"quick/figures/{name}.png").read_bytes() == (runs / f"smoke/figures/{name}.png").read_bytes()
+
+def _from_tables(path: Path) -> dict[str, list[str]]:
+    """The text of the outputs of the cells tagged `from-tables`, by the cells' sources."""
+    shown = {}
+    for cell in nbformat.read(path, as_version=4).cells:
+        if "from-tables" in cell.metadata.get("tags", []):
+            shown[cell.source] = [_text(output) for output in cell.outputs]
+    return shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", refresh.drawing_notebooks(), ids=lambda path: path.stem)
+def test_a_committed_notebook_shows_what_the_tables_say_and_recomputing_nothing_trains_nothing(
+    path, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("ITL_FIGURES", str(tmp_path / "figures"))
+    result = notebooks.run(path, refresh.PROFILE, {"recompute": False}, html=False)
+    assert _from_tables(result.executed) == _from_tables(path), "stale: itl refresh runs it again"
+    assert set(files(tmp_path / "runs")) == {f"laptop/notebooks/{path.name}"}
+    drawn = {product.stem for product in result.products} & set(figures.FIGURES)
+    monkeypatch.setenv("ITL_FIGURES", str(tmp_path / "expected"))
+    for name in drawn:
+        figure_style.save(figures.draw(name, refresh.PROFILE), name, refresh.PROFILE)
+        assert (tmp_path / f"expected/{name}.png").read_bytes() == (tmp_path / f"figures/{name}.png").read_bytes()
