@@ -116,7 +116,7 @@ def steps_to_recall(table: pd.DataFrame, threshold: float = 0.95) -> Figure:
 
     threshold: as given to `comparable`. A bar is the standard deviation of a place between two evaluations.
     """
-    with _style(5.8):
+    with _style(5.8, table):
         figure, axes = plt.subplots()
         _against_facts(axes, table, "steps_to_recall", _looks(table))
         axes.set(yscale="log", ylabel=f"steps to {threshold:.0%} recall")
@@ -127,7 +127,7 @@ def steps_to_recall(table: pd.DataFrame, threshold: float = 0.95) -> Figure:
 
 def forgetting(table: pd.DataFrame) -> Figure:
     """Recall, relative capability and total variation side by side, against facts (Section 6, main figure)."""
-    with _style(10.6):
+    with _style(10.6, table):
         figure, panels = plt.subplots(1, 3, sharex=True)
         for axes, metric in zip(panels, ("recall", "capability_relative", "tv"), strict=True):
             _against_facts(axes, table, metric, _looks(table))
@@ -213,8 +213,13 @@ _ASKED = {
 }
 
 
-def _style(width: float):
-    return matplotlib.rc_context({**RC, "figure.figsize": (width, 3.4), "figure.constrained_layout.w_pad": 0.1})
+def _style(width: float, table: pd.DataFrame | None = None):
+    """Figures of this width in inches, high enough for the legend of a table."""
+    lines = (
+        0 if table is None else table["mode"].nunique() + table.model.nunique() + len(table.groupby(["model", "mode"]))
+    )
+    size = (width, max(3.4, 0.13 * lines))
+    return matplotlib.rc_context({**RC, "figure.figsize": size, "figure.constrained_layout.w_pad": 0.1})
 
 
 def _looks(table: pd.DataFrame) -> dict[tuple[str, str | None], dict]:

@@ -71,16 +71,17 @@ def batches(rows: pd.DataFrame) -> str:
     return "; ".join([f"Batches of {common} conversations", *others]) + "."
 
 
-def comparable(rows: pd.DataFrame, with_published: bool = True, threshold: float = 0.95) -> pd.DataFrame:
-    """Our runs at their last checkpoints and the paper's, over seeds: a row per `POINT`, smaller models first.
+def comparable(rows: pd.DataFrame | None = None, with_published: bool = True, threshold: float = 0.95) -> pd.DataFrame:
+    """Return our runs at their last checkpoints and the paper's, over seeds: a row per `POINT`, smaller models first.
 
-    rows: as above, possibly none; what has no column is NaN. Of each of `METRICS` there are the mean over the `_seeds`
-    in which it was measured, of `seeds`; `_std`; and `_stderr`, the larger of std / sqrt(seeds) and the measurement's
-    own error, which seeds that answer the same questions do not lessen. `seeds_reaching_it` were averaged in
-    `steps_to_recall`. Two runs of one point and seed are an `InputError`.
+    rows: ours, as above, possibly none; what has no column is NaN. Of each of `METRICS` there are the mean over the
+    `_seeds` in which it was measured, of `seeds`; `_std`; and `_stderr`, the larger of std / sqrt(seeds) and the
+    measurement's own error, which seeds that answer the same questions do not lessen. `seeds_reaching_it` were averaged
+    in `steps_to_recall`. Runs of different `RECIPE` are different rows. Two runs of one point and seed are an
+    `InputError`.
     """
-    tables = [rows] * bool(len(rows)) + [published_rows()] * with_published
-    runs = pd.concat([_last_checkpoints(each, threshold) for each in tables]) if tables else rows
+    tables = [each for each in (rows, published_rows() if with_published else None) if each is not None and len(each)]
+    runs = pd.concat([_last_checkpoints(each, threshold) for each in tables]) if tables else pd.DataFrame()
     table = _over_seeds(runs, POINT, METRICS, RECIPE)
     order = table.assign(ours=table.source != "published", size=_n_params(table.base))
     order = order.sort_values(["ours", "size", "model", "mode", "n_facts"], na_position="first")
@@ -95,14 +96,32 @@ def at_equal_facts(table: pd.DataFrame) -> pd.DataFrame:
     batch are equal. capability_saved: how much more of its capability a model keeps in tool, in percent of the base
     model's, with the _stderr of two independent accuracies (they answer the same questions, so it is rather too large).
     """
-    same = ["source", "model", "base", "adaptation", "capability_task", "n_facts"]
-    tool, weight = (table[table["mode"] == mode].drop(columns="mode") for mode in ("in-tool", "in-weight"))
-    pairs = tool.merge(weight, on=same, suffixes=("_tool", "_weight"))
+    pairs = _in_tool_and_in_weight(table, ["source", "model", "base", "adaptation", "capability_task", "n_facts"])
     percent = pairs.capability_relative_tool / pairs.capability_tool
     return pairs.assign(
-        same_recipe=(pairs.lr_tool == pairs.lr_weight) & (pairs.batch_size_tool == pairs.batch_size_weight),
         capability_saved=pairs.capability_relative_tool - pairs.capability_relative_weight,
         capability_saved_stderr=percent * np.hypot(pairs.capability_stderr_tool, pairs.capability_stderr_weight),
+    )
+
+
+def at_equal_steps(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return the last step at which runs in tool and in weights of one model, seed and number of facts were evaluated.
+
+    rows: of checkpoints. A row a pair: base, n_facts, step, same_recipe (see `at_equal_facts`), metric_tool and
+    metric_weight. The base model, step 0, does not count, and nor does what was not measured in both.
+    """
+    rows = rows[rows.step > 0].dropna(subset=metric)
+    same = ["profile", "base", "task", "adaptation", "n_facts", "seed"]
+    pairs = _in_tool_and_in_weight(rows, [*same, "step"]).sort_values("step").drop_duplicates(same, keep="last")
+    columns = ["base", "n_facts", "step", "same_recipe", f"{metric}_tool", f"{metric}_weight"]
+    return pairs.sort_values(same)[columns].reset_index(drop=True)
+
+
+def _in_tool_and_in_weight(table: pd.DataFrame, same: list[str]) -> pd.DataFrame:
+    tool, weight = (table[table["mode"] == mode].drop(columns="mode") for mode in ("in-tool", "in-weight"))
+    pairs = tool.merge(weight, on=same, suffixes=("_tool", "_weight"))
+    return pairs.assign(
+        same_recipe=(pairs.lr_tool == pairs.lr_weight) & (pairs.batch_size_tool == pairs.batch_size_weight)
     )
 
 
@@ -230,7 +249,7 @@ def _share_stderr(share: pd.Series, n: int) -> pd.Series:
 
 def by_family(bases) -> list[str]:
     """Return models family by family, smaller ones first: SmolLM-135M, SmolLM-360M, ..., Llama-3.2-1B, ..."""
-    table = pd.DataFrame({"base": list(dict.fromkeys(bases))})
+    table = pd.DataFrame({"base": list(dict.fromkeys(bases))}, dtype=str)
     table = table.assign(size=_n_params(table.base), family=table.base.str.split("-").str[0])
     first = table.groupby("family")["size"].transform("min")
     return list(table.assign(first=first).sort_values(["first", "family", "size"]).base)
