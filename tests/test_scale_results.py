@@ -1,11 +1,13 @@
 """Tables of Section 6: against the published file, brute force, sampling, and the standard library's statistics."""
 
 import csv
+import os
 import re
 import statistics
 import subprocess
 import sys
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -333,3 +335,38 @@ def test_nothing_here_needs_the_models_of_others():
         f"{blocked} from lib import scale_figures, scale_results as s; import pandas as p; s.comparable(p.DataFrame())"
     )
     subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, check=True)
+
+
+# ---- What the notebooks say
+
+
+@pytest.mark.parametrize("name", ["06_1_factual_recall_at_scale", "06_2_capabilities_at_scale"])
+def test_prose_of_section_6_is_short_and_its_numbers_are_computed(name):
+    cells = nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", 4).cells
+    computed = [cell for cell in cells if "from-tables" in cell.metadata.get("tags", [])]
+    said = ["".join(out.data["text/markdown"]) for cell in computed for out in cell.outputs]
+    assert len(computed) >= 4 and all(cell.outputs for cell in computed)
+    assert any(text.startswith("**Like with like") for text in said) and "nan" not in " ".join(said)
+    readings = [cell.source for cell in cells if cell.cell_type == "markdown" and "**How to read it.**" in cell.source]
+    assert all(len(text.split()) <= 120 for text in [*readings, *said])
+    assert not [text for text in readings if re.search(r"\d\.\d|\d%", text)]
+
+
+@pytest.mark.parametrize("name", ["06_1_factual_recall_at_scale", "06_2_capabilities_at_scale"])
+def test_notebooks_of_section_6_need_no_rows_of_ours_and_no_model_libraries(name, tmp_path):
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys(["transformers", "datasets", "peft", "trl", "lm_eval"]))
+import matplotlib, nbformat
+from pathlib import Path
+from lib import paths
+matplotlib.use("agg")
+paths.PAPER_DATA, names = Path({str(tmp_path)!r}), {{}}
+for cell in nbformat.read(paths.NOTEBOOKS / "{name}.ipynb", 4).cells:
+    if cell.cell_type == "code":
+        exec(cell.source.replace("recompute: bool = True", "recompute: bool = False"), names)
+"""
+    environment = {**os.environ, "ITL_FIGURES": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, env=environment, check=True)
+    produced = nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", 4).metadata.itl.produces
+    assert {path.name for path in tmp_path.iterdir()} == set(produced)
