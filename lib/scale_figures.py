@@ -1,6 +1,7 @@
 """Figures of Section 6: what fine-tuned chat models forget, and when hybrids ask. Tables in, figures out.
 
-The tables are those of `scale_results.comparable`. Color, line and filling say the mode, the marker the model.
+The tables are those of `scale_results`: of checkpoints (`published_rows`) or of last ones (`comparable`). Color, line
+and filling say the mode, the marker the model or, in curves, the number of facts; labels name facts and learning rates.
 Published models lie behind, the smaller the lighter; ours have black edges, but those of the quick profile are hollow.
 Bars are standard errors, often smaller than the marker. A point without a value is left out.
 """
@@ -18,7 +19,7 @@ from matplotlib.patches import Patch
 
 from lib import paths
 from lib.figure_style import HOLLOW, RC, STYLES, nothing_yet
-from lib.scale_results import of_facts
+from lib.scale_results import by_family, of_facts, rate
 
 #: Half-filled is with a tool: single points have no line that could say so in grey.
 MODES = {
@@ -31,67 +32,91 @@ _MARKERS = "os^Dv*PXd<p>h8"
 _OURS = {"markeredgecolor": "black", "markeredgewidth": 0.7, "markersize": 7, "zorder": 3}
 _LABELS = {
     "recall": "recall of the facts",
-    "capability_relative": "capability, % of the base model's",
+    "capability_relative": "{capability}, % of the base model's",
     "tv": "total variation to the base model",
+    "kl": "KL divergence to the base model, nats",
 }
-_TASKS = {"hellaswag": "HellaSwag accuracy", "skills": "accuracy in the skills trained before"}
+_TASKS = {"hellaswag": "HellaSwag accuracy", "skills": "accuracy in the skills"}
 
 
-def capability(table: pd.DataFrame) -> Figure:
-    """What a model could do before, against the facts it was fine-tuned on (Section 6, HellaSwag).
+def against_steps(rows: pd.DataFrame, metric: str) -> Figure:
+    """Draw a metric of `_LABELS` against the steps of fine-tuning, a panel a model, a line a run (Section 6).
 
-    A panel for each task, absolute, and one of all in percent of the models' own before. Dotted: guessing in HellaSwag,
-    and what it was before.
+    rows: of checkpoints, `capability_relative` (see `scale_results.relative`) included if drawn. Both axes are shared.
+    Distances are on a logarithmic axis, and so are steps, so the base model (step 0, distance 0) is left out.
     """
-    tasks = list(table.dropna(subset="capability").capability_task.unique()) or ["hellaswag"]
-    with _style(3.1 * (len(tasks) + 1) + 1.6):
-        figure, panels = plt.subplots(1, len(tasks) + 1, sharex=True)
-        for axes, task in zip(panels, tasks, strict=False):
-            _against_facts(axes, table[table.capability_task == task], "capability", _looks(table))
-            axes.set_ylabel(_TASKS.get(task, task))
-            if task == "hellaswag":
-                _dotted(axes, 1 / 4)
-        _against_facts(panels[-1], table, "capability_relative", _looks(table))
-        _dotted(panels[-1], 100)
-        _legend(figure, table)
+    rows = of_facts(rows[rows.step > 0])
+    bases = by_family(rows.base)
+    looks = _looks_of_runs(rows)
+    n_columns = min(3, max(1, len(bases)))
+    n_rows = max(1, -(-len(bases) // n_columns))
+    with matplotlib.rc_context({**RC, "figure.figsize": (2.6 * n_columns + 2.0, 2.2 * n_rows + 0.4)}):
+        figure, panels = plt.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
+        for axes, base in zip(panels.flat, bases, strict=False):
+            runs = rows[rows.base == base]
+            for _, run in runs.groupby(["mode", "n_facts", "run_id"], sort=True):
+                points = run.dropna(subset=metric).sort_values("step")
+                points = points[points[metric] > 0] if metric in _DISTANCES else points
+                look = looks[run["mode"].iloc[0], run.n_facts.iloc[0]]
+                axes.plot(points.step, points[metric], label=_runs(run), **look)
+            if unmeasured := [mode for mode, values in runs.groupby("mode")[metric] if values.isna().all()]:
+                axes.text(0.04, 0.04, f"{', '.join(unmeasured)}: no values", transform=axes.transAxes, fontsize=7)
+            axes.set_title(f"{base}\n{_rates(runs)}", fontsize=8)
+            axes.set(xscale="log", yscale="log" if metric in _DISTANCES else "linear")
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.yaxis.set_major_formatter("{x:g}")
+            if metric == "capability_relative":
+                _dotted(axes, 100)
+        for axes in panels.flat[len(bases) :]:
+            nothing_yet(axes, "fine-tuned")
+        figure.supxlabel("steps of fine-tuning", fontsize=9)
+        figure.supylabel(_label(metric, rows), fontsize=9)
+        handles = [Line2D([], [], label=f"{mode}, {n:,} facts", **look) for (mode, n), look in looks.items()]
+        figure.legend(handles=handles, fontsize=7, handlelength=3, loc="outside right center")
     return figure
 
 
-def total_variation(table: pd.DataFrame) -> Figure:
-    """How far a model's next-token probabilities moved, with and without the tool, against facts (Section 6)."""
-    with _style(5.8):
-        figure, axes = plt.subplots()
-        _against_facts(axes, table, "tv", _looks(table))
-        _from_zero(axes)
-        _legend(figure, table)
-    return figure
+_DISTANCES = ("tv", "kl")
 
 
-def total_variation_against_steps(table: pd.DataFrame, rows: pd.DataFrame | None = None) -> Figure:
-    """How far a model's next-token probabilities moved, against the steps of fine-tuning (Section 6).
+def _label(metric: str, rows: pd.DataFrame) -> str:
+    """What an axis says; capability is named where all rows are of one known task."""
+    tasks = {_TASKS.get(task, "capability") for task in rows.get("capability_task", pd.Series()).dropna().unique()}
+    return _LABELS[metric].format(capability=tasks.pop() if len(tasks) == 1 else "capability")
 
-    A point is a last checkpoint, a line goes from few facts to many. rows: our checkpoints, drawn as a thin line a run.
-    """
-    with _style(5.8):
-        figure, axes = plt.subplots()
-        if rows is not None and len(rows):
-            for (_, mode), run in of_facts(rows[rows.step > 0]).groupby(["run_id", "mode"]):
-                run = run.sort_values("step")
-                axes.plot(run.step, run.tv, linewidth=0.6, alpha=0.6, zorder=1, **MODES[mode])
-        _lines(axes, table, "steps", "tv", _looks(table))
-        axes.set(xscale="log", xlabel="steps of fine-tuning", ylabel=_LABELS["tv"])
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        _from_zero(axes)
-        _legend(figure, table)
-    return figure
+
+def _weight_first(column: pd.Series) -> pd.Series:
+    """For sorting: the modes in the order of `MODES`, whatever else as it is."""
+    return column.map(list(MODES).index) if column.name == "mode" else column
+
+
+def _looks_of_runs(rows: pd.DataFrame) -> dict[tuple[str, int], dict]:
+    """How a curve looks by mode and number of facts: the more facts, the darker, and a marker for each number."""
+    markers, looks = dict(zip(sorted(rows.n_facts.unique()), cycle(_MARKERS), strict=False)), {}
+    for mode in (mode for mode in MODES if mode in set(rows["mode"])):
+        facts = sorted(rows[rows["mode"] == mode].n_facts.unique())
+        for n, strength in zip(facts, np.linspace(1, 0.45, len(facts))[::-1], strict=True):
+            color = to_hex(1 - strength * (1 - np.array(to_rgb(MODES[mode]["color"]))))
+            own = {"color": color, "marker": markers[n], "markersize": 3, "linewidth": 1, "fillstyle": "full"}
+            looks[mode, n] = {**MODES[mode], **own, "zorder": 2 + 0.1 * (mode != "in-weight")}
+    return looks
+
+
+def _rates(runs: pd.DataFrame) -> str:
+    """The learning rates of a model's runs: "rate 5e-5", or of each mode "rate 1e-3 in-weight, 1e-4 in-tool"."""
+    runs = runs.dropna(subset="lr").sort_values("mode", key=_weight_first)
+    of_modes = {mode: ", ".join(map(rate, sorted(set(lr)))) for mode, lr in runs.groupby("mode", sort=False).lr}
+    if len(set(of_modes.values())) == 1:
+        return f"rate {next(iter(of_modes.values()))}"
+    return ("rate " + ", ".join(f"{lr} {mode}" for mode, lr in of_modes.items())) * bool(of_modes)
 
 
 def steps_to_recall(table: pd.DataFrame, threshold: float = 0.95) -> Figure:
     """Steps of fine-tuning until the share `threshold` of the facts is recalled, against facts (Section 6).
 
-    threshold: as given to `comparable`. Published are the steps of last checkpoints, without an error.
+    threshold: as given to `comparable`. A bar is the standard deviation of a place between two evaluations.
     """
-    with _style(5.8):
+    with _style(5.8, table):
         figure, axes = plt.subplots()
         _against_facts(axes, table, "steps_to_recall", _looks(table))
         axes.set(yscale="log", ylabel=f"steps to {threshold:.0%} recall")
@@ -102,7 +127,7 @@ def steps_to_recall(table: pd.DataFrame, threshold: float = 0.95) -> Figure:
 
 def forgetting(table: pd.DataFrame) -> Figure:
     """Recall, relative capability and total variation side by side, against facts (Section 6, main figure)."""
-    with _style(10.6):
+    with _style(10.6, table):
         figure, panels = plt.subplots(1, 3, sharex=True)
         for axes, metric in zip(panels, ("recall", "capability_relative", "tv"), strict=True):
             _against_facts(axes, table, metric, _looks(table))
@@ -188,8 +213,13 @@ _ASKED = {
 }
 
 
-def _style(width: float):
-    return matplotlib.rc_context({**RC, "figure.figsize": (width, 3.4), "figure.constrained_layout.w_pad": 0.1})
+def _style(width: float, table: pd.DataFrame | None = None):
+    """Figures of this width in inches, high enough for the legend of a table."""
+    lines = (
+        0 if table is None else table["mode"].nunique() + table.model.nunique() + len(table.groupby(["model", "mode"]))
+    )
+    size = (width, max(3.4, 0.13 * lines))
+    return matplotlib.rc_context({**RC, "figure.figsize": size, "figure.constrained_layout.w_pad": 0.1})
 
 
 def _looks(table: pd.DataFrame) -> dict[tuple[str, str | None], dict]:
@@ -213,14 +243,14 @@ def _looks(table: pd.DataFrame) -> dict[tuple[str, str | None], dict]:
 
 def _against_facts(axes, table: pd.DataFrame, metric: str, looks: dict) -> None:
     _lines(axes, table, "n_facts", metric, looks)
-    axes.set(xscale="log", xlabel="facts", ylabel=_LABELS.get(metric, ""))
+    axes.set(xscale="log", xlabel="facts", ylabel=_label(metric, table) if metric in _LABELS else "")
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def _lines(axes, table: pd.DataFrame, x: str, y: str, looks: dict) -> None:
     for (model, mode), points in table.dropna(subset=y).groupby(["model", "mode"], sort=False):
-        bars = {"xerr": points.get(f"{x}_stderr"), "yerr": points[f"{y}_stderr"], "capsize": 2}
-        axes.errorbar(points[x], points[y], label=f"{model}, {mode}", **bars, **looks[model, mode])
+        bars = {"yerr": points[f"{y}_stderr"], "capsize": 2}
+        axes.errorbar(points[x], points[y], label=f"{model}, {_runs(points)}", **bars, **looks[model, mode])
     if not axes.get_lines():
         nothing_yet(axes, "fine-tuned")
 
@@ -235,8 +265,19 @@ def _dotted(axes, y: float) -> None:
         axes.axhline(y, color="#555555", linewidth=0.9, linestyle=":")
 
 
+def _runs(points: pd.DataFrame) -> str:
+    """The runs of one mode in words: "in-weight, 500 to 50,000 facts, rate 1e-3"."""
+    facts = " to ".join(f"{n:,}" for n in dict.fromkeys([points.n_facts.min(), points.n_facts.max()]))
+    rates = ", ".join(map(rate, sorted(points.lr.dropna().unique())))
+    return f"{points['mode'].iloc[0]}, {facts} facts" + f", rate {rates}" * bool(rates)
+
+
 def _legend(figure: Figure, table: pd.DataFrame) -> None:
+    """What modes look like, then each model and below it the facts and rates of its runs."""
     handles = [Line2D([], [], marker="o", label=mode, **MODES[mode]) for mode in MODES if mode in set(table["mode"])]
     looks = _looks(table)
-    handles += [Line2D([], [], label=model, **looks[model, None]) for model in table.model.unique()]
-    figure.legend(handles=handles, fontsize=7, handlelength=3, loc="outside right center")
+    for model, points in table.groupby("model", sort=False):
+        of_modes = points.sort_values("mode", key=_weight_first).groupby("mode", sort=False)
+        label = "\n".join([model, *(f"  {_runs(of_mode)}" for _, of_mode in of_modes)])
+        handles.append(Line2D([], [], label=label, **looks[model, None]))
+    figure.legend(handles=handles, fontsize=6.5, handlelength=3, labelspacing=0.4, loc="outside right center")

@@ -1,8 +1,8 @@
 """Section 6 as tidy tables: fine-tuned chat models, ours beside the published, over seeds. Takes no model libraries.
 
-Our rows are one per evaluated checkpoint: run_id, profile, base, task ("facts", "hybrid" or "trivia"), mode, adaptation
-("full" or "lora"), n_facts, seed, step, final (is it the run's last?), capability_task; recall, capability,
-capability_base, tv and kl, each with its _stderr.
+Rows are one per evaluated checkpoint: run_id, profile, base, task ("facts", "hybrid" or "trivia"), mode, adaptation
+("full" or "lora"), n_facts, seed, batch_size, lr, step, final (is it the run's last?), capability_task; recall,
+capability, capability_base, tv and kl, each with its _stderr.
 """
 
 from ast import literal_eval
@@ -10,6 +10,7 @@ from ast import literal_eval
 import numpy as np
 import pandas as pd
 
+from lib import paths
 from lib.base import InputError
 from lib.comparison import published_by_paper
 
@@ -17,35 +18,111 @@ from lib.comparison import published_by_paper
 METRICS = ("recall", "capability", "capability_relative", "tv", "kl", "steps", "steps_to_recall")
 #: What a point of a figure is about. source: "published", or the profile of our runs; model: as a legend names it.
 POINT = ["source", "model", "base", "adaptation", "mode", "n_facts", "capability_task"]
-
-_HELLASWAG_QUESTIONS = 10_042  # in the validation split; the published standard errors follow from it
-_RECALL_QUESTIONS = 300
-#: What the published table calls the models.
-_BASES = {
-    "Smol135M": "SmolLM-135M",
-    "Smol360M": "SmolLM-360M",
-    "Smol1.7B": "SmolLM-1.7B",
-    "Lam1B": "Llama-3.2-1B",
-    "Lam3B": "Llama-3.2-3B",
-    "Lam8B": "Llama-3.1-8B",
-}
+#: With which settings of the training the runs of a point were made.
+RECIPE = ["batch_size", "lr"]
 
 
-def comparable(rows: pd.DataFrame, with_published: bool = True, threshold: float = 0.95) -> pd.DataFrame:
-    """Our runs at their last checkpoints and the paper's, over seeds: a row per `POINT`, smaller models first.
+def published_rows() -> pd.DataFrame:
+    """Return the released checkpoints of Section 6 in the columns of our rows, step 0 (the base model) before each run.
 
-    rows: as above, possibly none; what has no column is NaN. Of each of `METRICS` there are the mean over the `_seeds`
-    in which it was measured, of `seeds`; `_std`; and `_stderr`, the larger of std / sqrt(seeds) and the measurement's
-    own error, which seeds that answer the same questions do not lessen. `seeds_reaching_it` were averaged in
-    `steps_to_recall`. Two runs of one point and seed are an `InputError`.
+    profile is "published", and seed is 0 throughout: every run was made once.
     """
-    runs = [_last_checkpoints(rows, threshold)] if len(rows) else []
-    runs += [_published(threshold)] if with_published else []
-    table = _over_seeds(pd.concat(runs) if runs else rows, POINT, METRICS)
+    table = published_by_paper("large_scale_checkpoints").drop(columns=_COMPUTED)
+    table.columns = table.columns.str.replace("hellaswag", "capability")
+    trained, setting = table[table.step > 0], ["base", "mode", "n_facts", "max_epochs", *RECIPE]
+    before = table[table.step == 0].drop(columns=setting[2:]).merge(trained[setting].drop_duplicates())
+    base = before.groupby("base")[["capability", "capability_stderr"]].first()
+    base = base.set_axis(["capability_base", "capability_base_stderr"], axis=1)
+    rows = pd.concat([before, trained]).astype({"n_facts": int, "batch_size": int}).join(base, on="base")
+    rows["run_id"] = "published/" + rows.base + "/" + rows["mode"] + "/" + rows.n_facts.astype(str)
+    fixed = {"profile": "published", "task": "facts", "adaptation": "full", "seed": 0, "capability_task": "hellaswag"}
+    rows = rows.assign(final=rows.step == rows.groupby("run_id").step.transform("max"), **fixed)
+    return rows.sort_values(["run_id", "step"], ignore_index=True)
+
+
+#: Released, but computed here as for our rows.
+_COMPUTED = ["hellaswag_relative", "hellaswag_relative_stderr"]
+
+
+def committed_rows() -> pd.DataFrame:
+    """Return our rows in paper_data/scale.csv, of all profiles; none if there is no such file."""
+    path = paths.PAPER_DATA / "scale.csv"
+    text = dict.fromkeys(("run_id", "commit", "python", "torch"), str)
+    return pd.read_csv(path, dtype=text) if path.exists() else pd.DataFrame()
+
+
+def rate(lr: float) -> str:
+    """Return a learning rate as it is written in a recipe: 1e-3, 2.5e-3."""
+    mantissa, exponent = f"{lr:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def batches(rows: pd.DataFrame) -> str:
+    """Return a sentence on the batches of runs: the commonest size, then each other one and which runs had it."""
+    runs = rows.drop_duplicates("run_id")
+    common = int(runs.batch_size.mode()[0])
+    others = [
+        f"{int(size)} for {base} {mode} with {' and '.join(', '.join(f'{n:,}' for n in facts).rsplit(', ', 1))} facts"
+        for (size, base, mode), facts in runs[runs.batch_size != common]
+        .sort_values("n_facts")
+        .groupby(["batch_size", "base", "mode"])
+        .n_facts
+    ]
+    return "; ".join([f"Batches of {common} conversations", *others]) + "."
+
+
+def comparable(rows: pd.DataFrame | None = None, with_published: bool = True, threshold: float = 0.95) -> pd.DataFrame:
+    """Return our runs at their last checkpoints and the paper's, over seeds: a row per `POINT`, smaller models first.
+
+    rows: ours, as above, possibly none; what has no column is NaN. Of each of `METRICS` there are the mean over the
+    `_seeds` in which it was measured, of `seeds`; `_std`; and `_stderr`, the larger of std / sqrt(seeds) and the
+    measurement's own error, which seeds that answer the same questions do not lessen. `seeds_reaching_it` were averaged
+    in `steps_to_recall`. Runs of different `RECIPE` are different rows. Two runs of one point and seed are an
+    `InputError`.
+    """
+    tables = [each for each in (rows, published_rows() if with_published else None) if each is not None and len(each)]
+    runs = pd.concat([_last_checkpoints(each, threshold) for each in tables]) if tables else pd.DataFrame()
+    table = _over_seeds(runs, POINT, METRICS, RECIPE)
     order = table.assign(ours=table.source != "published", size=_n_params(table.base))
     order = order.sort_values(["ours", "size", "model", "mode", "n_facts"], na_position="first")
     table = table.loc[order.index].reset_index(drop=True)
     return table.rename(columns={"steps_to_recall_seeds": "seeds_reaching_it"})
+
+
+def at_equal_facts(table: pd.DataFrame) -> pd.DataFrame:
+    """Return runs in tool beside those in weights of the same model on as many facts: a row a pair.
+
+    table: as `comparable` gives it. Columns of both end in _tool and _weight. same_recipe: whether learning rate and
+    batch are equal. capability_saved: how much more of its capability a model keeps in tool, in percent of the base
+    model's, with the _stderr of two independent accuracies (they answer the same questions, so it is rather too large).
+    """
+    pairs = _in_tool_and_in_weight(table, ["source", "model", "base", "adaptation", "capability_task", "n_facts"])
+    percent = pairs.capability_relative_tool / pairs.capability_tool
+    return pairs.assign(
+        capability_saved=pairs.capability_relative_tool - pairs.capability_relative_weight,
+        capability_saved_stderr=percent * np.hypot(pairs.capability_stderr_tool, pairs.capability_stderr_weight),
+    )
+
+
+def at_equal_steps(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return the last step at which runs in tool and in weights of one model, seed and number of facts were evaluated.
+
+    rows: of checkpoints. A row a pair: base, n_facts, step, same_recipe (see `at_equal_facts`), metric_tool and
+    metric_weight. The base model, step 0, does not count, and nor does what was not measured in both.
+    """
+    rows = rows[rows.step > 0].dropna(subset=metric)
+    same = ["profile", "base", "task", "adaptation", "n_facts", "seed"]
+    pairs = _in_tool_and_in_weight(rows, [*same, "step"]).sort_values("step").drop_duplicates(same, keep="last")
+    columns = ["base", "n_facts", "step", "same_recipe", f"{metric}_tool", f"{metric}_weight"]
+    return pairs.sort_values(same)[columns].reset_index(drop=True)
+
+
+def _in_tool_and_in_weight(table: pd.DataFrame, same: list[str]) -> pd.DataFrame:
+    tool, weight = (table[table["mode"] == mode].drop(columns="mode") for mode in ("in-tool", "in-weight"))
+    pairs = tool.merge(weight, on=same, suffixes=("_tool", "_weight"))
+    return pairs.assign(
+        same_recipe=(pairs.lr_tool == pairs.lr_weight) & (pairs.batch_size_tool == pairs.batch_size_weight)
+    )
 
 
 def relative(rows: pd.DataFrame) -> pd.DataFrame:
@@ -84,7 +161,7 @@ def steps_table(table: pd.DataFrame) -> str:
     columns = cells[["order", "mode", "n_facts"]].drop_duplicates().sort_values(["order", "mode", "n_facts"])
     columns = pd.MultiIndex.from_frame(columns[["mode", "n_facts"]], names=["", "facts"])
     if cells.duplicated(["model", "mode", "n_facts"]).any():
-        raise InputError("runs of one model differ in their capability task: give those of one task")
+        raise InputError("runs of one model differ in their capability task or recipe: give those of one")
     wide = cells.pivot(index="model", columns=["mode", "n_facts"], values="cell")
     wide = wide.reindex(index=table.model.unique(), columns=columns).fillna("")
     wide.columns = wide.columns.set_levels([f"{n:,}" for n in wide.columns.levels[1]], level=1)
@@ -125,15 +202,16 @@ def hybrid(rows: pd.DataFrame) -> pd.DataFrame:
     return _over_seeds(table.assign(**errors), ["frequency"], ASKED).sort_values("frequency", ignore_index=True)
 
 
-def _over_seeds(runs: pd.DataFrame, point: list[str], metrics: tuple[str, ...]) -> pd.DataFrame:
+def _over_seeds(runs: pd.DataFrame, point: list[str], metrics: tuple[str, ...], recipe=()) -> pd.DataFrame:
+    """Return a row per point and recipe; two runs of a point with one seed are an `InputError`, whatever the recipe."""
     statistics = [f"{metric}{suffix}" for metric in metrics for suffix in ("", "_seeds", "_std", "_stderr")]
     if not len(runs):
-        return pd.DataFrame(columns=[*point, "seeds", *statistics])
-    runs = runs.reindex(columns=[*point, "seed", *statistics])
+        return pd.DataFrame(columns=[*point, *recipe, "seeds", *statistics])
+    runs = runs.reindex(columns=[*point, *recipe, "seed", *statistics])
     for _, run in runs[runs.duplicated([*point, "seed"])].iterrows():
         where = ", ".join(f"{name} {run[name]}" for name in [*point, "seed"] if pd.notna(run[name]))
         raise InputError(f"two runs of {where} differ in something else: give the rows of one setting")
-    groups = runs.groupby(point, dropna=False, sort=False)
+    groups = runs.groupby([*point, *recipe], dropna=False, sort=False)
     table = {"seeds": groups.size()}
     for metric in metrics:
         count, std, own = groups[metric].count(), groups[metric].std(), groups[f"{metric}_stderr"].mean()
@@ -165,30 +243,16 @@ def _last_checkpoints(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
     return last.join(relative(last)).merge(steps_to_recall(rows, threshold), on="run_id")
 
 
-def _published(threshold: float) -> pd.DataFrame:
-    """The paper's runs in our columns: one seed, and the steps to the recall are those of the last checkpoint.
-
-    Absolute capability is published without its error: it is that of a share of HellaSwag's questions.
-    """
-    table = published_by_paper("large_scale_final")
-    table = table.rename(columns={"recall_max": "recall", "hellaswag_absolute": "capability"})
-    table.columns = table.columns.str.replace("hellaswag", "capability")
-    base = table.base.map(_BASES)
-    return table.assign(
-        source="published",
-        base=base,
-        model=base + " (published)",
-        n_facts=table.n_facts.str.replace("k", "000").astype(int),
-        seed=0,
-        capability_task="hellaswag",
-        capability_stderr=_share_stderr(table.capability, _HELLASWAG_QUESTIONS),
-        recall_stderr=_share_stderr(table.recall, _RECALL_QUESTIONS),
-        steps_to_recall=table.steps.where(table.recall >= threshold),
-    )
-
-
 def _share_stderr(share: pd.Series, n: int) -> pd.Series:
     return np.sqrt(share * (1 - share) / (n - 1))
+
+
+def by_family(bases) -> list[str]:
+    """Return models family by family, smaller ones first: SmolLM-135M, SmolLM-360M, ..., Llama-3.2-1B, ..."""
+    table = pd.DataFrame({"base": list(dict.fromkeys(bases))}, dtype=str)
+    table = table.assign(size=_n_params(table.base), family=table.base.str.split("-").str[0])
+    first = table.groupby("family")["size"].transform("min")
+    return list(table.assign(first=first).sort_values(["first", "family", "size"]).base)
 
 
 def _n_params(base: pd.Series) -> pd.Series:

@@ -1,5 +1,7 @@
 """Figures of Section 6: what is drawn is what the tables say, whatever is missing, and can be told apart in grey."""
 
+import re
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -8,11 +10,11 @@ from matplotlib.container import BarContainer
 
 from lib import figure_style, paths, scale_figures, scale_results
 
-PUBLISHED = pd.read_csv(paths.PUBLISHED / "large_scale_final.csv")
-PUBLISHED["n_facts"] = PUBLISHED.n_facts.map({"500": 500, "1k": 1_000, "5k": 5_000, "10k": 10_000, "50k": 50_000})
-NAMES = {"Lam1B": "Llama-3.2-1B", "Lam3B": "Llama-3.2-3B", "Lam8B": "Llama-3.1-8B"}
-NAMES |= {"Smol135M": "SmolLM-135M", "Smol360M": "SmolLM-360M", "Smol1.7B": "SmolLM-1.7B"}
-AGAINST_FACTS = ("capability", "total_variation", "total_variation_against_steps", "steps_to_recall", "forgetting")
+RELEASED = pd.read_csv(paths.PUBLISHED / "large_scale_checkpoints.csv").query("step > 0").sort_values("step")
+RUN = ["base", "mode", "n_facts"]
+LAST = RELEASED.drop_duplicates(RUN, keep="last")
+AGAINST_FACTS = ("steps_to_recall", "forgetting")
+CURVES = {"recall": "recall", "capability_relative": "hellaswag_relative", "tv": "tv", "kl": "kl"}
 
 
 def rows(profile="laptop", seeds=(0, 1), **columns) -> pd.DataFrame:
@@ -66,55 +68,101 @@ def _bars(container) -> np.ndarray:
 # ---- Where points are
 
 
-@pytest.mark.parametrize(
-    ("name", "panel", "x", "y"),
-    [
-        ("capability", 0, "n_facts", "hellaswag_absolute"),
-        ("capability", 1, "n_facts", "hellaswag_relative"),
-        ("total_variation", 0, "n_facts", "tv"),
-        ("total_variation_against_steps", 0, "steps", "tv"),
-        ("forgetting", 0, "n_facts", "recall_max"),
-        ("forgetting", 1, "n_facts", "hellaswag_relative"),
-        ("forgetting", 2, "n_facts", "tv"),
-        ("steps_to_recall", 0, "n_facts", "steps"),
-    ],
-)
-def test_published_points_are_where_the_table_has_them(name, panel, x, y):
-    axes = getattr(scale_figures, name)(tables()["published"]).axes[panel]
-    measured = PUBLISHED.dropna(subset=y)
-    if name == "steps_to_recall":
-        measured = measured[measured.recall_max >= 0.95]
+def curves() -> pd.DataFrame:
+    rows = scale_results.published_rows()
+    return rows.join(scale_results.relative(rows))
+
+
+def _rate(text: str, mode: str) -> float:
+    """The learning rate of a mode that a label names: "rate 1e-3", or "rate 1e-3 in-weight, 1e-4 in-tool"."""
+    rates = dict(re.findall(r"([\d.]+e-\d+) (in-[a-z]+)", text))
+    rates = {mode: value for value, mode in rates.items()}
+    return float(rates[mode] if rates else re.search(r"rate ([\d.]+e-\d+)", text)[1])
+
+
+@pytest.mark.parametrize(("panel", "y"), [(0, "recall"), (1, "hellaswag_relative"), (2, "tv")])
+def test_published_points_are_where_the_table_has_them(panel, y):
+    axes = scale_figures.forgetting(tables()["published"]).axes[panel]
+    measured = LAST.dropna(subset=y)
     lines = _lines(axes)
     assert len(lines) == len(measured.groupby(["base", "mode"]))
     for (base, mode), points in measured.groupby(["base", "mode"]):
-        label = f"{NAMES[base]} (published), {mode}"
+        (label,) = (label for label in lines if label.startswith(f"{base} (published), {mode}, "))
         points = points.sort_values("n_facts")
-        np.testing.assert_array_equal(_points(lines[label]), points[[x, y]])
-        if f"{y}_stderr" in points:
-            np.testing.assert_allclose(_bars(lines[label]), points[f"{y}_stderr"], rtol=1e-6)
+        np.testing.assert_allclose(_points(lines[label]), points[["n_facts", y]], rtol=5e-5)
+        np.testing.assert_allclose(_bars(lines[label]), points[f"{y}_stderr"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("metric", CURVES)
+def test_a_curve_is_a_released_run_and_its_label_names_facts_and_rate(metric):
+    figure = scale_figures.against_steps(curves(), metric)
+    assert [axes.get_title().split("\n")[0] for axes in figure.axes] == scale_results.by_family(RELEASED.base)
+    for axes in figure.axes:
+        base, rates = axes.get_title().split("\n")
+        drawn = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        runs = RELEASED[RELEASED.base == base]
+        assert len(drawn) == len(runs.groupby(RUN)) == 6
+        for (_, mode, n_facts), run in runs.groupby(RUN):
+            line = drawn[f"{mode}, {n_facts:,.0f} facts, rate {scale_results.rate(run.lr.iloc[0])}"]
+            run = run[run[CURVES[metric]] > 0] if metric in ("tv", "kl") else run
+            np.testing.assert_allclose(line.get_xydata(), run[["step", CURVES[metric]]], rtol=1e-4)
+            assert _rate(rates, mode) == LAST.set_index(RUN).lr[base, mode, n_facts]  # to read, too
+        assert any(text.get_text() == "in-tool: no values" for text in axes.texts) == (
+            base == "Llama-3.1-8B" and metric in ("tv", "kl")
+        )
+
+
+def test_the_legend_of_curves_tells_modes_and_numbers_of_facts_apart():
+    figure = scale_figures.against_steps(curves(), "recall")
+    (legend,) = figure.legends
+    listed = {text.get_text(): line for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)}
+    kinds = LAST[["mode", "n_facts"]].drop_duplicates()
+    assert set(listed) == {f"{mode}, {n_facts:,.0f} facts" for mode, n_facts in kinds.itertuples(index=False)}
+    look = lambda line: (line.get_color(), line.get_linestyle(), line.get_marker())  # noqa: E731
+    assert len({look(line)[1:] for line in listed.values()}) == len(listed)  # without color
+    for axes in figure.axes:
+        for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            assert look(line) == look(listed[label.partition(", rate")[0]])
+
+
+@pytest.mark.parametrize("name", AGAINST_FACTS)
+def test_every_label_of_published_points_names_their_facts_and_rate(name):
+    figure = getattr(scale_figures, name)(tables()["both"])
+    (legend,) = figure.legends
+    shown = dict(text.get_text().split("\n", 1) for text in legend.get_texts() if "\n" in text.get_text())
+    labels = {label for axes in figure.axes for label in _lines(axes)}
+    for (base, mode), runs in LAST.groupby(["base", "mode"]):
+        facts = [f"{n:,.0f}" for n in sorted({runs.n_facts.min(), runs.n_facts.max()})]
+        (rate,) = set(runs.lr)
+        text = f"{mode}, {' to '.join(facts)} facts, rate {scale_results.rate(rate)}"
+        assert text in [line.strip() for line in shown[f"{base} (published)"].split("\n")]
+        if name == "forgetting":
+            assert f"{base} (published), {text}" in labels
+
+
+def test_nothing_to_draw_is_said():
+    assert [text.get_text() for text in scale_figures.against_steps(curves()[:0], "tv").axes[0].texts] == [
+        "no fine-tuned runs yet"
+    ]
 
 
 def test_our_points_are_means_with_their_errors_and_nothing_is_drawn_for_what_was_not_measured():
     table = tables()["both"]
-    hellaswag, skills, relative = scale_figures.capability(table).axes
-    assert not [label for label in _lines(hellaswag) if "published" not in label]
-    assert set(_lines(skills)) == {
-        f"embedded ({p}), {m}" for p in ("laptop", "quick") for m in ("in-weight", "in-tool")
-    }
-    line = _lines(relative)["embedded (laptop), in-tool"]
+    _, relative, variation = scale_figures.forgetting(table).axes
+    lines = _lines(relative)
+    assert not [label for label in lines if label.startswith("Big-7B")]
+    line = lines["embedded (laptop), in-tool, 100 to 1,000 facts"]
     np.testing.assert_allclose(_points(line), [[100, 87.5], [1000, 87.5]])
     np.testing.assert_allclose(_bars(line), 87.5 * np.hypot(0.02 / 0.7, 0.02 / 0.8))
-    (axes,) = scale_figures.total_variation(table).axes
-    np.testing.assert_allclose(_points(_lines(axes)["Big-7B (paper), in-weight"]), [[100, 0.205], [1000, 0.205]])
+    line = _lines(variation)["Big-7B (paper), in-weight, 100 to 1,000 facts"]
+    np.testing.assert_allclose(_points(line), [[100, 0.205], [1000, 0.205]])
 
 
-def test_a_thin_line_per_run_leads_to_the_last_checkpoints():
-    (axes,) = scale_figures.total_variation_against_steps(tables()["ours"], rows(seeds=(0,))).axes
-    thin = [line for line in axes.lines if line.get_linewidth() < 1 and len(line.get_xdata())]
-    assert len(thin) == 4
-    for line in thin:
-        height = 0.2 if line.get_linestyle() == "-" else 0.02
-        np.testing.assert_allclose(line.get_xydata(), [[20, height / 2], [40, height]])
+def test_the_axis_names_the_task_of_capability_if_there_is_one():
+    both, published = (
+        scale_figures.forgetting(tables()[which]).axes[1].get_ylabel() for which in ("both", "published")
+    )
+    assert both == "capability, % of the base model's" and published == "HellaSwag accuracy, % of the base model's"
 
 
 @pytest.mark.parametrize(("frequencies", "scale"), [([0, 2, 8], "symlog"), ([1, 10], "log"), ([0], "symlog")])
@@ -151,7 +199,7 @@ def test_nothing_lies_over_anything_whatever_is_missing(name, which):
     for labels in ticks:
         boxes = [label.get_window_extent(renderer) for label in labels if label.get_text()]
         assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
-    listed = [text.get_text() for text in figure.legends[0].get_texts()]
+    listed = [text.get_text().split("\n")[0] for text in figure.legends[0].get_texts()]
     table = tables()[which]
     assert set(listed) == set(table.model) | set(table["mode"])
 
@@ -166,15 +214,15 @@ def test_every_point_drawn_is_in_sight():
 
 
 def test_models_modes_and_sources_differ_by_more_than_color():
-    (axes,) = scale_figures.total_variation(tables()["both"]).axes
+    axes = scale_figures.forgetting(tables()["both"]).axes[2]
     looks = {label: container.lines[0] for label, container in _lines(axes).items()}
     published = [line for label, line in looks.items() if "(published), in-weight" in label]
     assert len({line.get_marker() for line in published}) == len(published) == 6
-    in_weight, in_tool = (looks[f"embedded (laptop), {mode}"] for mode in ("in-weight", "in-tool"))
+    in_weight, in_tool = (looks[f"embedded (laptop), {mode}, 100 to 1,000 facts"] for mode in ("in-weight", "in-tool"))
     assert in_weight.get_marker() == in_tool.get_marker()
     assert in_weight.get_linestyle() != in_tool.get_linestyle()
     assert (in_weight.get_fillstyle(), in_tool.get_fillstyle()) == ("full", "left")
-    quick = looks["embedded (quick), in-weight"]
+    quick = looks["embedded (quick), in-weight, 100 to 1,000 facts"]
     assert quick.get_marker() == in_weight.get_marker()
     assert quick.get_markerfacecolor() == "white" != in_weight.get_markerfacecolor()
     assert in_weight.get_zorder() > published[0].get_zorder()

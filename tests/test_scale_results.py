@@ -1,10 +1,13 @@
 """Tables of Section 6: against the published file, brute force, sampling, and the standard library's statistics."""
 
+import csv
+import os
 import re
 import statistics
 import subprocess
 import sys
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,10 +17,13 @@ from hypothesis import strategies as st
 from lib import paths, scale_results
 from lib.base import InputError
 
-PUBLISHED = pd.read_csv(paths.PUBLISHED / "large_scale_final.csv")
-NAMES = {"Lam1B": "Llama-3.2-1B", "Lam3B": "Llama-3.2-3B", "Lam8B": "Llama-3.1-8B"}
-NAMES |= {"Smol135M": "SmolLM-135M", "Smol360M": "SmolLM-360M", "Smol1.7B": "SmolLM-1.7B"}
-FACTS = {"500": 500, "1k": 1_000, "5k": 5_000, "10k": 10_000, "50k": 50_000}
+with (paths.PUBLISHED / "large_scale_checkpoints.csv").open() as file:
+    RELEASED = [row for row in csv.DictReader(file) if row["step"] != "0"]
+#: The last released checkpoint of every run.
+LAST = {
+    (row["base"], row["mode"], int(float(row["n_facts"]))): row
+    for row in sorted(RELEASED, key=lambda r: int(r["step"]))
+}
 NOTHING = pd.DataFrame()
 
 
@@ -49,26 +55,95 @@ def ours(rows: pd.DataFrame, **options) -> pd.DataFrame:
 # ---- One table
 
 
-def test_the_published_table_is_all_there_under_our_names():
-    table = scale_results.comparable(NOTHING)
-    assert len(table) == len(PUBLISHED) == 36 and set(table.source) == {"published"} and set(table.seeds) == {1}
+def number(text: str) -> float:
+    return float(text) if text else np.nan
+
+
+def test_a_published_point_is_the_last_checkpoint_of_a_run_with_its_facts_and_recipe():
+    table = scale_results.comparable()
+    assert len(table) == len(LAST) == 36 and set(table.source) == {"published"} and set(table.seeds) == {1}
     table = table.set_index(["base", "mode", "n_facts"])
-    same = {"recall": "recall_max", "capability": "hellaswag_absolute", "steps": "steps"}
-    same |= {name: name for name in ("tv", "tv_stderr", "kl", "kl_stderr")}
-    same |= {"capability_relative": "hellaswag_relative", "capability_relative_stderr": "hellaswag_relative_stderr"}
-    for row in PUBLISHED.itertuples():
-        found = table.loc[NAMES[row.base], row.mode, FACTS[row.n_facts]]
-        np.testing.assert_array_equal(
-            found[list(same)].astype(float), [getattr(row, name) for name in same.values()], err_msg=str(row)
-        )
+    for point, row in LAST.items():
+        found = table.loc[point]
+        for name in ("recall", "recall_stderr", "tv", "tv_stderr", "kl", "kl_stderr", "lr", "batch_size"):
+            np.testing.assert_equal(float(found[name]), number(row[name]), err_msg=f"{point} {name}")
+        for suffix in ("", "_stderr"):
+            assert found["capability" + suffix] == number(row["hellaswag" + suffix])
+            assert found["capability_relative" + suffix] == pytest.approx(
+                number(row["hellaswag_relative" + suffix]), rel=1e-4
+            )
+        reached = [int(r["step"]) for r in RELEASED if number(r["recall"]) >= 0.95 and _point(r) == point]
+        assert found.steps == int(row["step"])
+        np.testing.assert_equal(found.steps_to_recall, float(min(reached, default=np.nan)))
 
 
-def test_absolute_errors_that_are_not_published_agree_with_the_relative_ones_that_are():
-    table = scale_results.comparable(NOTHING)
-    base = 100 * table.capability / table.capability_relative
-    of_base = np.sqrt(base * (1 - base) / 10_041)
-    again = scale_results.relative(table.assign(capability_base=base, capability_base_stderr=of_base))
-    np.testing.assert_allclose(again.capability_relative_stderr, table.capability_relative_stderr, rtol=2e-4)
+def _point(row: dict) -> tuple:
+    return row["base"], row["mode"], int(float(row["n_facts"]))
+
+
+def test_published_rows_are_all_released_checkpoints_and_each_run_begins_at_its_base_model():
+    rows = scale_results.published_rows()
+    assert len(rows[rows.step > 0]) == len(RELEASED) == 543 - 12  # each model's base stands there for both modes
+    assert len(rows[rows.step == 0]) == rows.run_id.nunique() == rows.final.sum() == len(LAST)
+    before = rows[rows.step == 0]
+    assert (before.capability == before.capability_base).all() and (before.recall == 0).all() and (before.tv == 0).all()
+    np.testing.assert_array_equal(rows.groupby("base").capability_base.nunique(), 1)
+    np.testing.assert_array_equal(rows.groupby("run_id")[["lr", "batch_size"]].nunique(), 1)
+
+
+def test_in_tool_smollm_was_trained_on_more_than_500_facts():
+    """The released script says 500, the run's name 1,000: its steps are more than the named passes over 500 facts."""
+    row = LAST["SmolLM-135M", "in-tool", 1_000]
+    assert int(row["step"]) > float(row["max_epochs"]) * -(-500 // float(row["batch_size"]))
+
+
+def test_pairs_at_equal_facts_are_alike_only_if_rate_and_batch_are():
+    pairs = scale_results.at_equal_facts(scale_results.comparable()).set_index("base")
+    assert set(pairs.index[pairs.same_recipe]) == {base for base, *_ in LAST if base.startswith("Llama")}
+    assert dict(pairs.n_facts) == {base: n_facts for base, mode, n_facts in LAST if mode == "in-tool"}
+    tool, weight = (LAST["Llama-3.2-1B", mode, 500] for mode in ("in-tool", "in-weight"))
+    shares = [number(row["hellaswag"]) for row in (tool, weight)]
+    base = 100 * shares[0] / number(tool["hellaswag_relative"])
+    found = pairs.loc["Llama-3.2-1B"]
+    assert found.capability_saved == pytest.approx(100 * (shares[0] - shares[1]) / base, rel=1e-3)
+    assert found.tv_weight / found.tv_tool == pytest.approx(number(weight["tv"]) / number(tool["tv"]))
+    drawn = np.random.default_rng(0).binomial(10_042, shares, (50_000, 2)) / 10_042 / base
+    assert found.capability_saved_stderr == pytest.approx(100 * (drawn[:, 0] - drawn[:, 1]).std(), rel=0.02)
+    both = ours(runs({"mode": "in-tool", "lr": 1e-3}, {"lr": 1e-3}, {"n_facts": 128, "lr": 1e-3}).assign(batch_size=8))
+    assert list(scale_results.at_equal_facts(both)[["n_facts", "same_recipe"]].itertuples(index=False)) == [(64, True)]
+
+
+def test_pairs_at_equal_steps_are_of_the_last_step_that_both_were_evaluated_at():
+    rows = runs({"mode": "in-tool", "every": 3, "recalls": [0.1] * 6}, {"every": 4, "recalls": [0.2] * 6})
+    rows = rows.assign(lr=1e-3, batch_size=8, tv=rows.step / 100 + rows["mode"].eq("in-weight"))
+    (row,) = scale_results.at_equal_steps(rows, "tv").itertuples()
+    assert (row.step, row.tv_tool, row.tv_weight, row.same_recipe) == (12, 0.12, 1.12, True)
+    rows.loc[(rows.step == 12) & (rows["mode"] == "in-tool"), "tv"] = np.nan
+    assert not len(scale_results.at_equal_steps(rows, "tv"))  # but at step 0
+    found = scale_results.at_equal_steps(scale_results.published_rows(), "tv").set_index("base")
+    for base, row in found.iterrows():
+        for mode, value in (("in-tool", row.tv_tool), ("in-weight", row.tv_weight)):
+            same = [r for r in RELEASED if _point(r) == (base, mode, row.n_facts) and int(r["step"]) == row.step]
+            assert [number(r["tv"]) for r in same] == [value]
+
+
+def test_batches_are_told_by_run_where_they_are_not_the_common_ones():
+    text = scale_results.batches(scale_results.published_rows())
+    assert text.startswith("Batches of 128 conversations; ")
+    for (base, mode, n_facts), row in LAST.items():
+        clauses = [clause for clause in text.split("; ") if f"{base} {mode}" in clause and f"{n_facts:,}" in clause]
+        assert [clause.split()[0] for clause in clauses] == [row["batch_size"]] * (row["batch_size"] != "128")
+
+
+@pytest.mark.parametrize(("lr", "text"), [(1e-3, "1e-3"), (5e-5, "5e-5"), (2.5e-3, "2.5e-3"), (0.3, "3e-1")])
+def test_a_rate_is_written_as_in_a_recipe(lr, text):
+    assert scale_results.rate(lr) == text and float(text) == lr
+
+
+def test_models_are_ordered_by_family_then_by_size():
+    bases = ["Llama-3.1-8B", "SmolLM-1.7B", "Llama-3.2-1B", "SmolLM-135M", "Llama-3.1-8B", "embedded"]
+    families = ["SmolLM-135M", "SmolLM-1.7B", "Llama-3.2-1B", "Llama-3.1-8B", "embedded"]
+    assert scale_results.by_family(bases) == families
 
 
 def test_the_error_of_relative_capability_is_that_of_many_repeated_measurements():
@@ -182,15 +257,18 @@ def _cells(latex: str) -> list[list[str]]:
 
 def test_the_table_of_steps_has_a_row_per_model_and_the_published_numbers():
     modes, facts, *rows = _cells(scale_results.steps_table(scale_results.comparable(NOTHING)))
-    assert modes == ["", r"\multicolumn{5}{c}{in-weight}", "in-tool"]
-    assert facts == ["facts", "500", "1,000", "5,000", "10,000", "50,000", "500"]
+    assert modes == ["", r"\multicolumn{5}{c}{in-weight}", r"\multicolumn{2}{c}{in-tool}"]
+    assert facts == ["facts", "500", "1,000", "5,000", "10,000", "50,000", "500", "1,000"]
     found = {name: cells for name, *cells in rows}
-    assert len(rows) == 6 and set(found) == {f"{name} (published)" for name in NAMES.values()}
-    of = PUBLISHED.set_index(["base", "mode", "n_facts"]).steps
-    for base, name in NAMES.items():
-        expected = [f"{of[base, 'in-weight', n]:,}" for n in FACTS]
-        in_tool = "--" if base == "Smol360M" else str(of[base, "in-tool", "500"])  # its recall is 0.92
-        assert found[f"{name} (published)"] == [*expected, in_tool]
+    assert len(rows) == 6 and set(found) == {f"{base} (published)" for base, *_ in LAST}
+    of = scale_results.comparable().set_index(["base", "mode", "n_facts"]).steps_to_recall
+    for base in dict.fromkeys(base for base, *_ in LAST):
+        cells = [f"{of[base, 'in-weight', n]:,.0f}" for n in (500, 1_000, 5_000, 10_000, 50_000)]
+        in_tool = {
+            n: f"{of[base, 'in-tool', n]:.0f}".replace("nan", "--") for b, m, n in LAST if (b, m) == (base, "in-tool")
+        }
+        assert found[f"{base} (published)"] == [*cells, in_tool.get(500, ""), in_tool.get(1_000, "")]
+    assert found["SmolLM-360M (published)"][-1] == "--"  # its recall is 0.92
 
 
 def test_the_table_of_steps_tells_spread_failures_and_what_was_not_run():
@@ -257,3 +335,38 @@ def test_nothing_here_needs_the_models_of_others():
         f"{blocked} from lib import scale_figures, scale_results as s; import pandas as p; s.comparable(p.DataFrame())"
     )
     subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, check=True)
+
+
+# ---- What the notebooks say
+
+
+@pytest.mark.parametrize("name", ["06_1_factual_recall_at_scale", "06_2_capabilities_at_scale"])
+def test_prose_of_section_6_is_short_and_its_numbers_are_computed(name):
+    cells = nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", 4).cells
+    computed = [cell for cell in cells if "from-tables" in cell.metadata.get("tags", [])]
+    said = ["".join(out.data["text/markdown"]) for cell in computed for out in cell.outputs]
+    assert len(computed) >= 4 and all(cell.outputs for cell in computed)
+    assert any(text.startswith("**Like with like") for text in said) and "nan" not in " ".join(said)
+    readings = [cell.source for cell in cells if cell.cell_type == "markdown" and "**How to read it.**" in cell.source]
+    assert all(len(text.split()) <= 120 for text in [*readings, *said])
+    assert not [text for text in readings if re.search(r"\d\.\d|\d%", text)]
+
+
+@pytest.mark.parametrize("name", ["06_1_factual_recall_at_scale", "06_2_capabilities_at_scale"])
+def test_notebooks_of_section_6_need_no_rows_of_ours_and_no_model_libraries(name, tmp_path):
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys(["transformers", "datasets", "peft", "trl", "lm_eval"]))
+import matplotlib, nbformat
+from pathlib import Path
+from lib import paths
+matplotlib.use("agg")
+paths.PAPER_DATA, names = Path({str(tmp_path)!r}), {{}}
+for cell in nbformat.read(paths.NOTEBOOKS / "{name}.ipynb", 4).cells:
+    if cell.cell_type == "code":
+        exec(cell.source.replace("recompute: bool = True", "recompute: bool = False"), names)
+"""
+    environment = {**os.environ, "ITL_FIGURES": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, env=environment, check=True)
+    produced = nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", 4).metadata.itl.produces
+    assert {path.name for path in tmp_path.iterdir()} == set(produced)
