@@ -27,7 +27,7 @@ class OptimConfig(Config):
     decay_norms: bool = False
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
     #: The gradient is scaled down to at most this norm; None leaves it as it is.
     clip_norm: float | None = Field(1.0, gt=0)
@@ -159,14 +159,14 @@ def build_optimizers(
 def schedule_factor(config: OptimConfig, step: int, total_steps: int) -> float:
     """What the peak rate is multiplied by in `step` (from 0) of `total_steps`, in (0, 1].
 
-    Linear warm-up, then constant, or half a cosine that would reach zero one step after the last.
+    Linear warm-up, then constant, or down half a cosine or a line that would reach zero one step after the last.
     """
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":
         return 1.0
     progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:

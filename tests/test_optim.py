@@ -141,7 +141,9 @@ def test_each_optimizer_follows_its_own_peak_rate():
 
 # ---- Schedules
 
-SCHEDULES = st.builds(OptimConfig, schedule=st.sampled_from(["cosine", "constant"]), warmup_steps=st.integers(0, 30))
+SCHEDULES = st.builds(
+    OptimConfig, schedule=st.sampled_from(["cosine", "linear", "constant"]), warmup_steps=st.integers(0, 30)
+)
 
 
 def _closed_form(config: OptimConfig, step: int, total: int) -> float:
@@ -150,6 +152,8 @@ def _closed_form(config: OptimConfig, step: int, total: int) -> float:
         return (step + 1) / (warmup + 1)
     if config.schedule == "constant":
         return 1.0
+    if config.schedule == "linear":
+        return (total - step) / (total - warmup)
     return math.cos(math.pi / 2 * (step - warmup) / (total - warmup)) ** 2  # (1 + cos 2x) / 2 = cos^2 x
 
 
@@ -161,13 +165,21 @@ def test_the_schedule_is_the_closed_form_and_never_zero(config, total, data):
     assert factor == pytest.approx(_closed_form(config, step, total), abs=1e-12)
 
 
-@given(st.integers(2, 100))
-def test_the_cosine_without_warmup_is_that_of_torch(total):
+@pytest.mark.parametrize(
+    ("schedule", "torchs"),
+    [
+        ("cosine", lambda optimizer, total: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total)),
+        ("linear", lambda optimizer, total: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total)),
+    ],
+)
+@given(total=st.integers(2, 100))
+def test_schedules_without_warmup_are_those_of_torch(schedule, torchs, total):
+    config = OptimConfig(schedule=schedule)
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total)
+    scheduler = torchs(optimizer, total)
     for step in range(total):
-        assert schedule_factor(OptimConfig(), step, total) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-9)
+        assert schedule_factor(config, step, total) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-9)
         optimizer.step()
         scheduler.step()
 

@@ -18,7 +18,7 @@ from lib.base import InputError
 from lib.comparison import published_by_paper
 from lib.config import RunConfig
 from lib.experiments import SIZES, Search, searches
-from lib.facts import ATTRIBUTES, FactsConfig
+from lib.facts import ATTRIBUTES, RELEASED, FactsConfig
 from lib.model import ModelConfig
 
 CLEAN = "0123456789" * 4
@@ -233,8 +233,9 @@ def test_recipes_are_told_apart_by_passes_and_optimizer_but_not_by_biographies_o
     assert recipes(row(), row(steps=5000, training={"biographies": 0.2, "steps": 5000})) == 1
     assert recipes(row(n_facts=1024), row(n_facts=2048, steps=8000)) == 1
     assert recipes(row(), row(steps=8000), row(optim={"lr": 1e-3}), row(model={"rope": "paper"})) == 4
-    laws = results.described(pd.DataFrame([row(), row(facts={"alpha": 0.5}), row(facts={"law": "theirs"})])).law
-    assert list(laws) == ["ours", "ours", "theirs"]
+    laws = [{}, {"alpha": 0.5}, RELEASED._asdict(), {"n_families": 9}]
+    described = results.described(pd.DataFrame([row(facts=facts) for facts in laws]))
+    assert list(described.law) == ["ours", "ours", "released", "(None, 9, 'full')"]
 
 
 def test_recipes_are_never_averaged_and_one_of_them_is_shown():
