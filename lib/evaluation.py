@@ -56,7 +56,7 @@ def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = Fa
 def _not_yet(directory: Path, config: RunConfig, measured: Collection[int]) -> Iterator[tuple[int, Transformer]]:
     """The models of a run after the steps that are not among those measured."""
     for folder in checkpoint.steps(directory / "checkpoints"):
-        step = int(folder.name.removeprefix("step_"))
+        step = checkpoint.step_of(folder)
         if step in measured:
             continue
         try:

@@ -219,7 +219,7 @@ class _Cell:
         model = self.ranks.whole(self.trainer.model)
         self.ranks.first_does(lambda: write_json(self.directory / ROW, self._row(model, ending)))
         if self.ranks.is_first:  # the model is kept, the way to it is not
-            shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)
+            checkpoint.delete_steps(self.directory / "checkpoints")
 
     def _row(self, model: Transformer, ending: Ending) -> dict:
         measured, bits = self.recall(model, self.facts), bits_of_dialogs(model, self.questions)

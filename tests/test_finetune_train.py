@@ -1,6 +1,7 @@
 """Fine-tuning through trl: what is learnt and written, and that an interruption changes nothing. No hub is asked."""
 
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -120,6 +121,50 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(
     assert _same(_weights(tmp_path), _weights(directory))
     measured = ("step", "recall", "recall_unseen", "tv", "kl", "loss", "final")
     assert [[row[name] for name in measured] for row in again] == [[row[name] for name in measured] for row in rows]
+
+
+@pytest.mark.parametrize("undisturbed", ["all weights"], indirect=True)
+def test_files_of_others_in_the_folder_are_neither_read_nor_deleted(undisturbed, tmp_path, monkeypatch):
+    """Copies of a checkpoint and of a row under names of one's own, notes, and what macOS puts beside a file."""
+    config, directory, rows = undisturbed
+    evaluate = train._Run.evaluate
+
+    def dies(run, model, state):
+        if state["step"] == 2:
+            raise KeyboardInterrupt
+        evaluate(run, model, state)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train._Run, "evaluate", dies)
+        finetune(config, tmp_path, description=None)
+    checkpoints, evaluations = tmp_path / "checkpoints", tmp_path / "evaluations"
+    copies = {checkpoints / "checkpoint-best", checkpoints / "checkpoint-1-copy", checkpoints / "checkpoint-9 2"}
+    for copy in copies:
+        shutil.copytree(checkpoints / "checkpoint-2", copy)
+    others = {evaluations / name for name in ("notes.json", "0 copy.json", "._0.json", "0.json.bak")}
+    others.add(checkpoints / "checkpoint-2" / "._model.safetensors")
+    for path in others:
+        path.write_bytes(b"\0\5\x16\7 is no JSON")
+    assert newest_checkpoint(checkpoints).name == "checkpoint-2"
+    again = finetune(config, tmp_path, description=None)
+    assert [row["recall"] for row in again] == [row["recall"] for row in rows]
+    assert _same(_weights(tmp_path), _weights(directory))
+    assert set(checkpoints.iterdir()) == copies and all((copy / train.STATE).exists() for copy in copies)
+    assert others - {checkpoints / "checkpoint-2" / "._model.safetensors"} < set(evaluations.iterdir())
+
+
+@pytest.mark.parametrize("undisturbed", ["all weights"], indirect=True)
+def test_the_newest_two_checkpoints_are_kept_while_training_goes_on(undisturbed, tmp_path, monkeypatch):
+    config, _, _ = undisturbed
+    on_step_end, seen = train._Watch.on_step_end, []
+
+    def look(watch, args, state, control, **options):
+        seen.append(sorted(path.name for path in watch.run.checkpoints.glob("checkpoint-*")))
+        on_step_end(watch, args, state, control, **options)
+
+    monkeypatch.setattr(train._Watch, "on_step_end", look)
+    finetune(config.model_copy(update={"checkpoint_every": 1, "steps": 4}), tmp_path, description=None)
+    assert seen == [[], ["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
 
 
 def test_who_is_asked_to_leave_writes_a_checkpoint_and_comes_back(undisturbed, tmp_path, monkeypatch):

@@ -142,6 +142,26 @@ def test_a_run_that_was_killed_goes_on_in_its_folder(tmp_path, finished, monkeyp
     assert (tmp_path / "run" / model).read_bytes() == (reference / model).read_bytes()
 
 
+def test_a_copy_of_a_checkpoint_is_neither_gone_on_from_nor_deleted(tmp_path, finished, monkeypatch):
+    config, reference, _ = finished
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("lib.run.save_model", die)
+        run(config, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.copytree(checkpoints / "step_00000012", checkpoints / "step_best")
+    before = _snapshot(checkpoints / "step_best")
+    shutil.rmtree(checkpoints / "step_00000012")
+    run(config, tmp_path / "run")
+    assert [path.name for path in checkpoints.iterdir()] == ["step_best"]
+    assert _snapshot(checkpoints / "step_best") == before
+    model = Path("model") / checkpoint.TENSORS
+    assert (tmp_path / "run" / model).read_bytes() == (reference / model).read_bytes()
+
+
 def test_the_seed_of_a_run_sets_its_initialization(tmp_path):
     # One step at a vanishing rate leaves the weights where they began.
     still = {"training__steps": 1, "optim__lr": 1e-30, "optim__muon_lr": 1e-30}

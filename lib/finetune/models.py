@@ -72,7 +72,8 @@ def fingerprint(source: str | Path) -> str:
     folder = Path(source)
     if not folder.is_dir():
         return str(source)
-    files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
+    found = {path for pattern in _MODEL_FILES for path in folder.glob(pattern)}
+    files = sorted(path for path in found if not path.name.startswith("."))  # which some systems put beside them
     content = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:

@@ -8,13 +8,14 @@ finished `model/` and `rows.json`. A finished run is never repeated; one that wa
 import hashlib
 import json
 import math
+import re
 import shutil
 import sys
 import threading
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -45,6 +46,8 @@ from lib.run import CLAIM, MODEL, ROWS, provenance, resolve_device, write_json
 #: In a checkpoint: its step, and how training went until then.
 STATE = "training.json"
 _FOLDERS = ("checkpoints", "evaluations")
+#: Checkpoints that are kept while training goes on.
+KEPT = 2
 #: Above so many parameters a GPU does not keep activations, but computes them again.
 RECOMPUTES_ABOVE = 1_000_000_000
 #: What a checkpoint holds only to go on from it.
@@ -136,7 +139,8 @@ class _Run:
     def rows(self) -> list[dict]:
         """What was evaluated so far, by step."""
         return sorted(
-            (json.loads(path.read_text()) for path in self.evaluations.glob("*.json")), key=lambda row: row["step"]
+            (json.loads(path.read_text()) for path in _numbered(self.evaluations, r"(\d+)\.json")),
+            key=lambda row: row["step"],
         )
 
     def stopped(self) -> str | None:
@@ -161,7 +165,7 @@ class _Run:
     def _catch_up(self, newest: Path | None) -> None:
         """Evaluate the base, and what was saved last, if training was interrupted before that."""
         state = json.loads((newest / STATE).read_text()) if newest else {"step": 0}
-        for path in self.evaluations.glob("[0-9]*"):  # what was cut off while it was written begins with a dot
+        for path in _numbered(self.evaluations, r"(\d+)\.(json|parts)"):
             if int(path.stem) > state["step"]:  # its checkpoint is gone: it will be made again
                 path.unlink()
         done = {row["step"] for row in self.rows()}
@@ -190,7 +194,6 @@ class _Run:
             max_length=None,  # `tokenize_chats` has checked: nothing is cut
             save_strategy="steps",
             save_steps=self.interval,
-            save_total_limit=2,
             logging_steps=max(1, self.interval // 5),
             bf16=on_gpu,
             use_cpu=not on_gpu,
@@ -240,7 +243,10 @@ class _Run:
         table = [common | row | base | ending | origin for row, ending in zip(rows, endings, strict=True)]
         with replacing(self.directory / ROWS) as temporary:
             temporary.write_text(json.dumps(table, indent=1))
-        shutil.rmtree(self.checkpoints)
+        _delete_checkpoints(self.checkpoints, keep=0)
+        (self.checkpoints / "README.md").unlink(missing_ok=True)  # trl's
+        with suppress(OSError):  # somebody keeps something in it
+            self.checkpoints.rmdir()
 
 
 @contextmanager
@@ -293,6 +299,8 @@ class _Watch(TrainerCallback):
                 self.run.evaluate(model, training)
                 model.train()
                 self.bar.set_postfix_str(f"recall {self.run.rows()[-1]['recall']:.2f}", refresh=False)
+            # transformers would also delete what only looks like one of its checkpoints.
+            _delete_checkpoints(self.run.checkpoints, KEPT)
             reached = [self.run.stopped()]
         if broadcast_object_list(reached)[0]:
             control.should_training_stop = True
@@ -302,10 +310,26 @@ class _Watch(TrainerCallback):
         self.bar.close()
 
 
+def _numbered(folder: Path, pattern: str) -> list[Path]:
+    """What has a name of this pattern, whose first group is a number: the greatest first. All else is not a run's."""
+    found = {path: re.fullmatch(pattern, path.name) for path in folder.glob("*")}
+    return sorted((path for path in found if found[path]), key=lambda path: int(found[path][1]), reverse=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that a run wrote, the newest first."""
+    return _numbered(folder, r"checkpoint-(\d+)")
+
+
+def _delete_checkpoints(folder: Path, keep: int) -> None:
+    """Delete all checkpoints that a run wrote but the newest few."""
+    for path in _checkpoints(folder)[keep:]:
+        shutil.rmtree(path)
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the most steps that is whole; damaged ones are passed over with a sentence."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in found:
+    for path in _checkpoints(folder):
         if damage := _damage(path):
             print(f"{path} is damaged ({damage}): going on from the one before it", file=sys.stderr)
         else:
@@ -317,7 +341,7 @@ def _damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, None if nothing is."""
     if not (checkpoint / STATE).exists():
         return "it was cut off"
-    for path in checkpoint.rglob("*"):
+    for path in checkpoint.rglob("[!.]*"):  # some systems put hidden files beside those that are written
         try:
             if path.suffix == ".safetensors":
                 safe_open(path, "pt")  # compares the size of the file with what its header says
