@@ -24,7 +24,7 @@ from safetensors.torch import save as to_bytes
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from lib.base import InputError, WorkError
+from lib.base import InputError, WorkError, to_json
 from lib.distributed import ALONE, Ranks
 
 # A process on its own is what it says it assumes; every checkpoint would say so.
@@ -41,7 +41,7 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
     temporary = _begin(folder)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     (temporary / TENSORS).write_bytes(to_bytes(tensors))  # `save_file` would hide that a disk is full
-    _commit(temporary, folder, json.dumps(state))
+    _commit(temporary, folder, to_json(state))
 
 
 def _begin(folder: Path) -> Path:
@@ -167,7 +167,7 @@ def save_step(
 
     Tensors and state are copied at once and may change then; `finish` waits for the rest.
     """
-    writer = _StepWriter(root / f"step_{step:08d}", json.dumps(state), keep)
+    writer = _StepWriter(root / f"step_{step:08d}", to_json(state), keep)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     return dcp.async_save(tensors, storage_writer=writer, process_group=ranks.saving_group, no_dist=ranks.size == 1)
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lib import cli
-from lib.base import InputError
+from lib.base import InputError, WorkError
 from lib.distributed import Preempted
 from lib.finetune import train
 from lib.finetune.bases import EMBEDDED_LR, PUBLISHED, learning_rate, load_base
@@ -215,6 +215,16 @@ def test_a_checkpoint_is_asked_as_it_would_be_when_loaded(undisturbed, tmp_path,
     for model, (_, logits) in zip((load_base(config.base)[0], load_model(tmp_path / "model")), asked[::3], strict=True):
         with torch.inference_mode():
             torch.testing.assert_close(logits, model(tokens).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_a_fine_tuning_that_diverges_ends_with_one_sentence_and_no_row(tmp_path):
+    config = FinetuneConfig(**SMALL | {"lr": 1e30})
+    for _ in range(2):  # the same command passes over what was saved last
+        with pytest.raises(WorkError, match="training diverged, the weights are not finite after step 2"):
+            finetune(config, tmp_path, description=None)
+        assert newest_checkpoint(tmp_path / "checkpoints") is None
+        assert {path.name for path in (tmp_path / "evaluations").iterdir()} == {"0.json", "0.parts"}
+        assert not (tmp_path / "rows.json").exists()
 
 
 def test_training_ends_when_enough_is_recalled(tmp_path):
