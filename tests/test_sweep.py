@@ -614,7 +614,7 @@ def test_slurm_says_how_many_cores_a_process_may_use(monkeypatch, given, cores):
         ("0::/\n", {"cpu.max": "max 100000\n"}, []),
         ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "200000 100000\n", "cpu.max": "7 1\n"}, [2, 7]),
         ("0::/a\n", {}, []),
-        ("3:cpuset:/x\n2:cpu,cpuacct:/a\n0::/a\n", {"cpu/a/cpu.cfs_quota_us": "300", "cpu/a/cpu.cfs_period_us": "100"}, [3]),
+        ("3:cpuset:/x\n2:cpu,cpuacct:/a\n", {"cpu/a/cpu.cfs_quota_us": "3", "cpu/a/cpu.cfs_period_us": "1"}, [3]),
         ("2:cpu:/a\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, []),
         ("3:memory:/a\n", {"cpu.max": "1 1"}, []),
         (None, {}, []),
