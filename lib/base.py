@@ -24,6 +24,14 @@ class WorkError(RuntimeError):
     exit_code = 1
 
 
+def to_json(content: Any, **options: Any) -> str:
+    """`json.dumps`, but what JSON cannot say, infinite and NaN, is a `WorkError`: other readers refuse the file."""
+    try:
+        return json.dumps(content, allow_nan=False, **options)
+    except ValueError:
+        raise WorkError(f"a number is not finite, so nothing is written: {str(content)[:200]}") from None
+
+
 class Config(BaseModel):
     """A frozen, typed group of settings; unknown keys and impossible values raise `InputError`."""
 

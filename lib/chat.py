@@ -15,7 +15,7 @@ from lib import widgets
 from lib.base import InputError
 from lib.conversation import open_conversation
 from lib.dialogs import Role, Turn, question
-from lib.facts import VALUES, People, load_people
+from lib.facts import VALUES, People
 
 #: What a turn can be, and its color: all dark enough for white letters on them.
 COLORS = {"question": "#595959", "tool call": "#0072B2", "database": "#8F3D77", "reply": "#00734F"}
@@ -136,7 +136,7 @@ class Chat:
         def update(sentence: str) -> None:
             log.value, told.value = f'<div tabindex="0" style="{_WINDOW}">{self.html()}</div>', sentence
 
-        known = load_people(self._talks["in-weight"].config.facts).names[:3]
+        known = self._talks["in-weight"].people.names[:3]
         names = [name for name in dict.fromkeys([*self.people.names, *known]) if self.tool.facts(name)]
         name = _field(ipywidgets.Dropdown, "who", options=names)
         attribute = _field(ipywidgets.Dropdown, "fact", options=self.tool.attributes)

@@ -1,17 +1,20 @@
 """Checkpoints: tensors as safetensors, the rest as JSON, nothing that could run code.
 
 A checkpoint is a folder. It is written under a temporary name, its completeness marker last, and then renamed, so a
-folder with a marker is whole; the marker holds a checksum of every file, so damage is noticed, not loaded. Ranks that
-share the weights out write a file each; any number of ranks, one of them too, reads them again.
+folder with a marker is whole; the marker holds a checksum of every file, so damage is noticed, not loaded, and what
+else lies in the folder is not read. Ranks that share the weights out write a file each; any number of ranks, one of
+them too, reads them again.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,8 +22,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import save as to_bytes
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 
-from lib.base import InputError, WorkError
+from lib.base import InputError, WorkError, to_json
 from lib.distributed import ALONE, Ranks
 
 # A process on its own is what it says it assumes; every checkpoint would say so.
@@ -37,7 +41,7 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
     temporary = _begin(folder)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     (temporary / TENSORS).write_bytes(to_bytes(tensors))  # `save_file` would hide that a disk is full
-    _commit(temporary, folder, json.dumps(state))
+    _commit(temporary, folder, to_json(state))
 
 
 def _begin(folder: Path) -> Path:
@@ -56,7 +60,9 @@ def _replaced(folder: Path) -> Path:
 def _commit(temporary: Path, folder: Path, state: str) -> None:
     """Make the tensors in `temporary` a whole checkpoint and give it its name."""
     (temporary / STATE).write_text(state)
-    sums = {path.name: _checksum(path) for path in sorted(temporary.iterdir())}
+    # Some systems put hidden files beside those that are written.
+    written = sorted(path for path in temporary.iterdir() if not path.name.startswith("."))
+    sums = {path.name: _checksum(path) for path in written}
     for name in sums:
         _flush_to_disk(temporary / name)
     (temporary / MARKER).write_text(json.dumps(sums))
@@ -87,6 +93,7 @@ def load(
         raise InputError(f"the checkpoint {folder} {problem}: use an earlier one or train again")
     try:
         reader = dcp.HuggingFaceStorageReader(str(folder))
+        reader.fs = _Named(_checksums(folder))
         found = reader.read_metadata().state_dict_metadata
         tensors = {name: like(name, entry.size, entry.properties.dtype) for name, entry in found.items()}
         dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
@@ -95,16 +102,32 @@ def load(
         raise InputError(f"the checkpoint {folder} cannot be read: {error}") from None
 
 
+class _Named(FileSystem):
+    """Lists, of the files in a folder, those of some names only."""
+
+    def __init__(self, names: Iterable[str]):
+        super().__init__()
+        self.names = sorted(names)
+
+    def ls(self, path: str) -> list[str]:
+        return [str(Path(path) / name) for name in self.names]
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """The checksum of each file of a checkpoint, as its marker says. Raises `OSError` and `ValueError`."""
+    sums = json.loads((folder / MARKER).read_text())
+    if not isinstance(sums, dict) or not all(Path(name).name == name for name in sums) or not sums.keys() > {STATE}:
+        raise ValueError(f"{MARKER} is not readable")
+    return sums
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None if it is whole."""
     try:
-        sums = json.loads((folder / MARKER).read_text())
-        names = set(sums) - {STATE}
-        if STATE not in sums or not names or not all(Path(name).name == name for name in names):
-            raise ValueError
+        sums = _checksums(folder)
     except OSError:
         return f"is incomplete ({MARKER} is missing)"
-    except (ValueError, TypeError):
+    except ValueError:
         return f"is damaged ({MARKER} is not readable)"
     for name, checksum in sums.items():
         try:
@@ -144,7 +167,7 @@ def save_step(
 
     Tensors and state are copied at once and may change then; `finish` waits for the rest.
     """
-    writer = _StepWriter(root / f"step_{step:08d}", json.dumps(state), keep)
+    writer = _StepWriter(root / f"step_{step:08d}", to_json(state), keep)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     return dcp.async_save(tensors, storage_writer=writer, process_group=ranks.saving_group, no_dist=ranks.size == 1)
 
@@ -174,7 +197,25 @@ def latest(root: Path) -> Path | None:
 
 def steps(root: Path) -> list[Path]:
     """The checkpoints of `save_step` below `root`, oldest first, whole or not; none without such a folder."""
-    return sorted(root.glob("step_*"))
+    return sorted((path for path in root.glob("step_*") if _STEP.fullmatch(path.name)), key=step_of)
+
+
+#: How `save_step` names a folder, in writing (hidden) or whole. All else is somebody else's, and is left alone.
+_STEP = re.compile(r"step_(\d{8,})")
+_HIDDEN = re.compile(rf"\.{_STEP.pattern}\.(tmp|old)")
+
+
+def step_of(folder: Path) -> int:
+    """The step after which one of `steps` was written."""
+    return int(_STEP.fullmatch(folder.name)[1])
+
+
+def delete_steps(root: Path) -> None:
+    """Delete all checkpoints of `save_step` below `root`, what a crashed writer left among them."""
+    for folder in (*steps(root), *(path for path in root.glob(".step_*") if _HIDDEN.fullmatch(path.name))):
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # not there, or somebody keeps something in it
+        root.rmdir()
 
 
 def _checksum(path: Path) -> str:

@@ -1,11 +1,11 @@
 """`itl`: a thin door to the library. Bad input ends in one sentence and exit code 2, failed work in exit code 1."""
 
-import json
 import os
 import subprocess
 import sys
 from contextlib import ExitStack
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +13,7 @@ import typer
 from rich.text import Text
 
 from lib import cli_scale, cli_slurm, paths
-from lib.base import InputError, WorkError
+from lib.base import InputError, WorkError, to_json
 from lib.options import (
     Device,
     Mode,
@@ -74,13 +74,17 @@ def data(
     from lib import dialogs as dialog_module
     from lib.facts import FactsConfig, load_people, write_database
 
+    named = {"--csv": csv and Path(csv), "--out": out, "--dialogs": dialogs}
+    for (one, path), (other, same) in combinations(((option, path) for option, path in named.items() if path), 2):
+        if path.resolve() == same.resolve() or (path.exists() and same.exists() and path.samefile(same)):
+            raise InputError(f"{one} and {other} name the same file {same}, which would be lost: give another")
     crowd = load_people(FactsConfig(n_people=people, seed=seed, alpha=alpha, csv=csv))
-    if dialogs and (dialogs.is_dir() or not dialogs.parent.is_dir()):
+    if dialogs and ((dialogs.exists() and not dialogs.is_file()) or not dialogs.parent.is_dir()):
         raise InputError(f"cannot write {dialogs}: a file name in an existing folder is expected")
     write_database(crowd, out)
     console.print(f"{len(crowd):,} people with {crowd.n_facts:,} facts ({', '.join(crowd.attributes)}) in {out}")
     if dialogs:
-        _write_lines(dialogs, (json.dumps(dialog) for dialog in dialog_module.dialogs(crowd, mode.value)))
+        _write_lines(dialogs, (to_json(dialog) for dialog in dialog_module.dialogs(crowd, mode.value)))
         console.print(f"their {mode.value} dialogs, as JSON lines, in {dialogs}")
 
 
@@ -136,15 +140,13 @@ Database = Annotated[Path | None, typer.Option(help="database to ask [default: t
 def recall(folder: RunFolder, database: Database = None, device: str = "auto") -> None:
     """Ask a trained model about all the people that it was trained on."""
     from lib.conversation import open_conversation
-    from lib.facts import load_people
     from lib.recall import measure_recall
     from lib.tools import SqlTool
 
     with open_conversation(folder, database, device) as talk:
-        people = load_people(talk.config.facts)
         if talk.tool is not None:
-            SqlTool(talk.database, people.attributes).close()  # `InputError` if it lacks one
-        facts = list(people.facts())
+            SqlTool(talk.database, talk.people.attributes).close()  # `InputError` if it lacks one
+        facts = list(talk.people.facts())
         measured = measure_recall(talk.model, facts, talk.tokenizer, talk.tool, description="asking")
         queries = "" if talk.tool is None else f", {talk.tool.n_queries:,} queries to {talk.database}"
     console.print(f"recall {measured.overall:.4f} on {len(facts):,} questions{queries}")

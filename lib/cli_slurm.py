@@ -79,7 +79,12 @@ def submit_finetune(config, resources, out: Out = None, device: Device = "auto",
 
     values = config.model_dump(mode="json", exclude_defaults=True)
     folder = str(finetune_folder(config, out).resolve())
-    task = submissions.Finetune(config=values, directory=folder, device=device)
+    if config.task == "trivia":
+        from lib.finetune.triviaqa import load_questions
+
+        if config.source != "hub":  # a file, which may be missing
+            load_questions(config.source)
+    task = submissions.Finetune(config=values, directory=folder, device=device, current=str(Path.cwd()))
     tasks = max(1, resources.gpus)
     _submit(f"finetune-{config.run_id}", [task], resources.model_copy(update={"tasks": tasks}), dry_run)
 

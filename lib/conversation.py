@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 from lib.base import InputError
 from lib.config import RunConfig
 from lib.dialogs import Role, Tokenizer, Turn, question
-from lib.facts import People, load_people, unseen_people
+from lib.facts import People, unseen_people
 from lib.generation import chat
 from lib.model import Transformer
-from lib.run import DATABASE, load_model
+from lib.run import DATABASE, load_model, own_files, read_people
 from lib.tokenizers import run_tokenizer
 from lib.tools import EditableTool, SqlTool
 
@@ -22,16 +23,22 @@ from lib.tools import EditableTool, SqlTool
 class Conversation:
     """What `open_conversation` opens."""
 
+    folder: Path
     model: Transformer
     config: RunConfig
     tokenizer: Tokenizer
     tool: SqlTool | EditableTool | None
     database: Path | None
 
+    @cached_property
+    def people(self) -> People:
+        """Whom the model was trained on. Raises `InputError` as `read_people` does."""
+        return read_people(self.folder, self.config)
+
     @property
     def example(self) -> str:
         """A question about someone whom the model was trained on."""
-        name, attribute, _ = next(load_people(self.config.facts).facts())
+        name, attribute, _ = next(self.people.facts())
         return question(name, attribute)
 
     def strangers(self, n: int = 3) -> People:
@@ -60,12 +67,12 @@ def open_conversation(
     """
     folder = Path(folder)
     model, config = load_model(folder, device)
-    tokenizer = run_tokenizer(config)
+    tokenizer = run_tokenizer(own_files(folder, config))
     if config.mode == "in-weight":
         if database:
             raise InputError(f"the model in {folder} is in-weight and asks no database: leave {database} out")
-        yield Conversation(model, config, tokenizer, None, None)
+        yield Conversation(folder, model, config, tokenizer, None, None)
         return
     database = Path(database) if database else folder / DATABASE
     with (EditableTool if editable else SqlTool)(database) as tool:
-        yield Conversation(model, config, tokenizer, tool, Path(tool.path))
+        yield Conversation(folder, model, config, tokenizer, tool, Path(tool.path))

@@ -12,11 +12,11 @@ from lib import checkpoint
 from lib.base import InputError
 from lib.config import RunConfig
 from lib.dialogs import tokenize_people
-from lib.facts import People, load_people
+from lib.facts import People
 from lib.model import Transformer
 from lib.monitor import Record
 from lib.recall import bits_of_dialogs, measure_recall
-from lib.run import DATABASE, ROW, load_model, read_claim, resolve_device
+from lib.run import DATABASE, ROW, load_model, own_files, read_claim, read_people, resolve_device
 from lib.tokenizers import run_tokenizer
 from lib.tools import SqlTool
 from lib.trainer import below
@@ -31,13 +31,11 @@ def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = Fa
     Yields {"step", "recall", "recall_ATTRIBUTE" for each, "nll_bits"}, which a row has too, and appends it to
     evaluations.jsonl in the run's folder. With `watch` it goes on until the run has its row. Checkpoints that are
     incomplete or damaged are left out, and so are those that retention deletes before they are read. Raises
-    `InputError` if the folder holds no run, or the file of its people has changed.
+    `InputError` if the folder holds no run, or as `read_people` does.
     """
     directory, device = Path(directory), resolve_device(device)
-    config, digest, *_ = read_claim(directory)
-    people = load_people(config.facts)
-    if people.digest() != digest:
-        raise InputError(f"{config.facts.csv} holds other people now than the run in {directory} is about: restore it")
+    config = read_claim(directory)[0]
+    people = read_people(directory, config)
     with (
         FileLock(directory / ".evaluations.lock"),  # a second process waits and finds everything measured
         Record(directory / "evaluations.jsonl") as record,
@@ -56,7 +54,7 @@ def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = Fa
 def _not_yet(directory: Path, config: RunConfig, measured: Collection[int]) -> Iterator[tuple[int, Transformer]]:
     """The models of a run after the steps that are not among those measured."""
     for folder in checkpoint.steps(directory / "checkpoints"):
-        step = int(folder.name.removeprefix("step_"))
+        step = checkpoint.step_of(folder)
         if step in measured:
             continue
         try:
@@ -75,7 +73,7 @@ def _not_yet(directory: Path, config: RunConfig, measured: Collection[int]) -> I
 
 
 def _measure(model: Transformer, people: People, config: RunConfig, directory: Path) -> dict[str, float]:
-    tokenizer = run_tokenizer(config)
+    tokenizer = run_tokenizer(own_files(directory, config))
     with SqlTool(directory / DATABASE) if config.mode == "in-tool" else nullcontext() as tool:
         measured = measure_recall(model, list(people.facts()), tokenizer, tool)
     bits = bits_of_dialogs(model, tokenize_people(people, config.mode, tokenizer))

@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 
 from lib.base import Config, InputError
 from lib.entropy import shared_value_entropy
+from lib.paths import replacing
 
 ATTRIBUTES = ("birth_date", "birth_place", "current_address", "occupation")
 #: What a family shares when attributes are correlated; birth dates stay independent.
@@ -348,6 +349,14 @@ def read_people_csv(path: str | Path) -> People:
     return People(names, columns)
 
 
+def write_people_csv(people: People, path: str | Path) -> None:
+    """Store people so that `read_people_csv` reads them again, in their order."""
+    with replacing(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("name", *people.attributes))
+        writer.writerows(zip(people.names, *people.columns.values(), strict=True))
+
+
 def _check_header(path: str | Path, header: list[str]) -> None:
     for column in header:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", column):
@@ -366,7 +375,7 @@ def write_database(people: People, path: str | Path) -> None:
     One transaction under a temporary name, then a rename. Raises `InputError` where that cannot be done.
     """
     path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
+    if (path.exists() and not path.is_file()) or not path.parent.is_dir():  # a device would be replaced, too
         raise InputError(f"cannot write the database {path}: a file name in an existing folder is expected")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     columns = "".join(f', "{attribute}" TEXT NOT NULL' for attribute in people.attributes)

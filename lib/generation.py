@@ -7,7 +7,7 @@ tokens wait in the row's queue and are forced, one a step, before the row sample
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import torch
@@ -183,7 +183,7 @@ def generate(
     tool: Tool | None = None,
     *,
     known: Sequence[Sequence[int]] | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | Sequence[int] = 256,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
     batch_size: int = 256,
@@ -191,21 +191,35 @@ def generate(
 ) -> list[Generation]:
     """Decode any number of prompts in batches of similar length, see `stream`.
 
+    max_new_tokens: one limit for all prompts, or one for each. batch_size: of rows that grow to less than twice the
+    length of the shortest; longer rows share smaller batches, so that few long ones take no memory of all others.
     `known` holds, for each prompt, the first tokens of its generation as far as they are known, the tool's answers
     included: the model need not produce them again. The tool is asked all the same, and what `known` holds after an
     answer that it no longer gives is ignored. Shows progress under `description` if one is given.
     """
-    rows = [_Row(i, prompt, tokenizer, tool, max_new_tokens) for i, prompt in enumerate(prompts)]
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    pairs = zip(prompts, limits, strict=True)
+    rows = [_Row(i, prompt, tokenizer, tool, limit) for i, (prompt, limit) in enumerate(pairs)]
     for row, tokens in zip(rows, known or [], strict=known is not None):
         row.replay(tokens)
-    order = sorted((row for row in rows if not row.done), key=len)
-    with progress(len(order), description) as bar:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+    with progress(sum(not row.done for row in rows), description) as bar:
+        for batch in _batches([row for row in rows if not row.done], batch_size):
             for _ in _decode(model, batch, temperature, generator):
                 pass
             bar.update(len(batch))
     return [row.generation for row in rows]
+
+
+def _batches(rows: list[_Row], batch_size: int) -> Iterator[list[_Row]]:
+    """Rows of similar length, as they are and as they may become; a batch of rows twice as long has half as many."""
+    shortest = min((len(row) + row.room for row in rows), default=0)
+
+    def doublings(row: _Row) -> int:
+        return ((len(row) + row.room) // shortest).bit_length() - 1
+
+    for n, group in groupby(sorted(rows, key=lambda row: (doublings(row), len(row))), key=doublings):
+        similar, size = list(group), max(1, batch_size >> n)
+        yield from (similar[start : start + size] for start in range(0, len(similar), size))
 
 
 def chat(model, question: str, tokenizer: Tokenizer, tool: Tool | None = None, **options) -> Iterator[tuple[Role, str]]:

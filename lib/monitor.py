@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import nn
 from tqdm import tqdm
 
-from lib.base import Config, InputError
+from lib.base import Config, InputError, to_json
 from lib.paths import replacing
 from lib.probes import probe
 from lib.profiling import profiled
@@ -140,12 +140,12 @@ class Record:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_record(path) if line["step"] <= last] if path.exists() else []
         with replacing(path) as temporary:
-            temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+            temporary.write_text("".join(f"{to_json(line)}\n" for line in kept))
         self.steps = {line["step"] for line in kept}
         self.file = path.open("a")
 
     def write(self, step: int, **values) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.write(to_json({"step": step, **values}) + "\n")
         self.file.flush()
         self.steps.add(step)
 

@@ -34,6 +34,8 @@ Fact = tuple[str, str, str]  # name, attribute, value
 #: In float32 they differ by 1e-4 at most where logits reach 35.
 MARGIN = 1e-3
 
+#: How many tokens a model may spend on what is not expected, a request that fails and what comes back, say.
+DETOUR = 64
 #: About how many tokens are verified together: what fits into a core's cache, or fills a GPU.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 #: How many questions are decoded together, unless the caller says: a GPU takes as long for few as for many.
@@ -71,7 +73,8 @@ def measure_recall(
 ) -> Recall:
     """Ask a model about `facts`, greedily; with a `tool` the model may use it, and must.
 
-    A dialog that goes on for longer than the longest expected one is cut off, and not correct.
+    A dialog that goes on for longer than the question and the expected one, by `DETOUR` tokens, is cut off, and not
+    correct: what else is asked changes no verdict.
 
     Greedy decoding reproduces an expected dialog up to the first position at which the assistant speaks and the argmax
     is another token. `verify` finds it by one teacher-forced pass and decodes from there only, which in-weight is
@@ -96,9 +99,7 @@ def measure_recall(
         tokenizer,
         tool,
         known=known,
-        # The tokens of the question leave room to be wrong in. Of all dialogs, not of the undecided ones: a verdict
-        # must not depend on those of others.
-        max_new_tokens=int(data.lengths().max()),
+        max_new_tokens=(data.lengths() + DETOUR)[undecided].tolist(),
         batch_size=batch_size or BATCH_ROWS.get(torch.device(getattr(model, "device", "cpu")).type, 256),
         description=description and f"{description}, decoding",
     )

@@ -1,8 +1,9 @@
 """`run(config, directory) -> row`: one cell from facts to result, what every launcher calls.
 
-The folder of a run holds `config.json`, `people.sqlite`, `metrics.jsonl`, `checkpoints/`, and once it is finished
-`model/` (weights alone) and `row.json`; beside them, what observers write (`lib.monitor.Observers`) and
-`evaluations.jsonl` (`lib.evaluation`). A finished run is never repeated; one that was killed goes on.
+The folder of a run holds `config.json`, `people.sqlite`, copies of the files that say who its people and what its
+tokens are, `metrics.jsonl`, `checkpoints/`, and once it is finished `model/` (weights alone) and `row.json`; beside
+them, what observers write (`lib.monitor.Observers`) and `evaluations.jsonl` (`lib.evaluation`). A finished run is never
+repeated; one that was killed goes on.
 """
 
 import errno
@@ -12,8 +13,8 @@ import shutil
 import subprocess
 import tempfile
 import timeit
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -22,18 +23,18 @@ import torch
 from filelock import FileLock
 
 from lib import checkpoint, paths
-from lib.base import InputError, WorkError
+from lib.base import InputError, WorkError, to_json
 from lib.capture import WARM_UP
 from lib.config import RunConfig
-from lib.dialogs import Source, TokenizedDialogs, join, tokenize_people
+from lib.dialogs import Source, TokenizedDialogs, Tokenizer, join, tokenize_people
 from lib.distributed import ALONE, Preempted, Ranks, asked_to_leave, connect, local_device, world_size
-from lib.facts import People, load_people, write_database
+from lib.facts import People, load_people, write_database, write_people_csv
 from lib.generalization import measure_generalization
 from lib.model import ModelConfig, Transformer
 from lib.monitor import UNOBSERVED, Observers
 from lib.recall import Fact, Recall, bits_of_dialogs, measure_recall
 from lib.shards import ConcatDialogs, open_dialogs, tokenize_file
-from lib.tokenizers import run_tokenizer
+from lib.tokenizers import load_tokenizer, run_tokenizer, tokenizer_file
 from lib.tools import SqlTool
 from lib.trainer import Ending, Lockstep, Trainer, train_together
 
@@ -41,6 +42,8 @@ from lib.trainer import Ending, Lockstep, Trainer, train_together
 COMPILED_SPEEDUP = 1.4
 CLAIM, DATABASE, ROW, MODEL = "config.json", "people.sqlite", "row.json", "model"
 ROWS = "rows.json"  # of a fine-tuning: a row a checkpoint
+#: Copies, in a run's folder, of files that its configuration names: what becomes of those does not matter to it.
+PEOPLE, TOKENIZER = "people.csv", "tokenizer"  # and the suffix of its kind
 #: In the root of a copy of the code: the commit it was copied from.
 COMMIT = "COMMIT"
 
@@ -64,13 +67,15 @@ def run_together(
     compiled: bool | None = None,
     sharded: bool = False,
     tensor: int = 1,
+    inputs: Mapping[str, str] = {},  # noqa: B006
 ) -> list[dict]:
     """Several runs as one stack of models (see `train_together` for what they must have in common); returns the rows.
 
     compiled: whether torch.compile fuses a single model's elementwise work; None does where it pays, and where nothing
     is probed; on a GPU steps are recorded instead (`lib.capture`). observers: what else watches, without changing what
     is learned, but for rounding where it keeps a GPU's steps from being recorded. A single run may be trained by
-    several processes, which all call this: sharded and tensor say how (`lib.distributed.connect`).
+    several processes, which all call this: sharded and tensor say how (`lib.distributed.connect`). inputs: where files
+    lie now, by the paths that configurations name them by.
 
     Raises `InputError` if a directory belongs to another configuration, people, tokens or files; then nothing was
     trained; and `WorkError`, `Preempted` among them, if training could not go on: the same call does from where it was.
@@ -82,7 +87,7 @@ def run_together(
     if observers.probe_every and (compiled or world_size() > 1):
         raise InputError("probes watch a model that is not compiled, in a single process")
     commit()  # remembers the code that was imported, whatever is committed while the runs go on
-    cells = [_Cell(config, Path(directory)) for config, directory in zip(configs, directories, strict=True)]
+    cells = [_Cell(config, Path(directory), inputs) for config, directory in zip(configs, directories, strict=True)]
     if len({cell.directory.resolve() for cell in cells}) < len(cells):
         raise InputError("two runs that train together have one folder: give each its own")
     if world_size() > 1 and len(cells) != 1:
@@ -92,7 +97,7 @@ def run_together(
         connect(device, configs[0].model if configs else ModelConfig(), sharded, tensor) as ranks,
         ExitStack() as stack,
     ):
-        missing = ranks.first_does(lambda: _claim(cells, stack))
+        missing = ranks.first_does(lambda: _lock(cells, stack))
         to_do = [cells[i] for i in missing]
         if compiled is None and not observers.probe_every:  # hooks would be compiled away
             compiled = len(to_do) == 1 and ranks.size == 1 and _pays_to_compile(to_do[0].config, device)
@@ -106,7 +111,8 @@ def run_together(
         )
         with _full_disks_told():
             for cell in to_do:
-                cell.prepare(stack, device, compiled, ranks, recorded)
+                cell.prepare(device, compiled, ranks, recorded)
+            ranks.first_does(lambda: _claim(to_do, stack))  # now that nothing is refused
             endings = train_together([cell.trainer for cell in to_do], description, observers, asked)
             for cell, ending in zip(to_do, endings, strict=True):
                 cell.finish(ending)
@@ -115,16 +121,16 @@ def run_together(
         return ranks.first_does(lambda: [json.loads((cell.directory / ROW).read_text()) for cell in cells])
 
 
-def _claim(cells: "list[_Cell]", locks: ExitStack) -> list[int]:
-    """Lock and claim the folders of all cells; the places of those that have no row yet."""
+def _lock(cells: "list[_Cell]", locks: ExitStack) -> list[int]:
+    """Lock the folders of all cells; the places of those that have no row yet."""
     for cell in sorted(cells, key=lambda cell: cell.directory.resolve()):  # no two processes wait for each other
-        try:
-            cell.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make the folder {cell.directory}: {error.strerror}") from None
-        locks.enter_context(FileLock(cell.directory / ".lock"))  # a second process waits and finds the row
-        cell.claim()
+        cell.lock(locks)
     return [i for i, cell in enumerate(cells) if not (cell.directory / ROW).exists()]
+
+
+def _claim(cells: "list[_Cell]", databases: ExitStack) -> None:
+    for cell in cells:
+        cell.claim(databases)
 
 
 @contextmanager
@@ -141,47 +147,72 @@ def _full_disks_told() -> Iterator[None]:
 class _Cell:
     """One run: its folder, and while it goes on, its people, database, model and trainer."""
 
-    def __init__(self, config: RunConfig, directory: Path):
+    def __init__(self, config: RunConfig, directory: Path, inputs: Mapping[str, str] = {}):  # noqa: B006
         """Raises `InputError` unless `directory` is this run's, or free, and its people and dialogs can be read."""
-        self.config, self.directory, self.people = config, directory, load_people(config.facts)
-        for path, share in config.training.files.items():
-            if round(self.people.n_facts * share / config.training.questions) == 0:
-                raise InputError(
-                    f"training.files: {path} takes {share:g} of the dialogs, "
-                    f"less than one in a pass over the {self.people.n_facts} questions: give it a larger share"
-                )
-        self.tokenizer = run_tokenizer(config)
+        self.config, self.directory, self.located = config, directory, _located(config, inputs)
+        self.people, self.tokenizer = read_inputs(self.located)
         with _full_disks_told():
             #: The folders with the tokens of the files of dialogs, by path.
-            self.files = {path: tokenize_file(path, self.tokenizer) for path in sorted(config.training.files)}
+            self.files = {
+                path: tokenize_file(inputs.get(path, path), self.tokenizer) for path in sorted(config.training.files)
+            }
         #: What tells this run from any other, files by what they hold.
         files = {path: folder.name for path, folder in self.files.items()}
         self.identity = config, self.people.digest(), files, self.tokenizer.name
         _check_claim(directory, self.identity)
 
-    def claim(self) -> None:
-        """Write into the folder whose it is, unless that is done."""
+    def lock(self, locks: ExitStack) -> None:
+        """Make the folder and keep other processes from it until `locks` closes; if it is not claimed then, it goes."""
+        new = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the folder {self.directory}: {error.strerror}") from None
+        locks.enter_context(FileLock(self.directory / ".lock"))  # a second process waits and finds the row
+        locks.callback(self._leave, new)
         _check_claim(self.directory, self.identity)
+
+    def _leave(self, new: list[Path]) -> None:
+        """Delete what was made for this run if it was refused."""
+        if not (self.directory / CLAIM).exists():
+            (self.directory / ".lock").unlink(missing_ok=True)
+            with suppress(OSError):  # somebody keeps something in one
+                for folder in new:
+                    folder.rmdir()
+
+    def claim(self, stack: ExitStack) -> None:
+        """Write into the folder whose it is and what it asks, and open its database until `stack` closes."""
         if not (self.directory / CLAIM).exists():
             config, people, files, tokenizer = self.identity
             claim = {"config": config.model_dump(mode="json"), "people_digest": people, "files": files}
             write_json(self.directory / CLAIM, {**claim, "tokenizer": tokenizer})
+        own = _own_paths(self.directory, self.config)
+        if (copy := own.get(self.config.facts.csv)) and not copy.exists():
+            write_people_csv(self.people, copy)
+        if (copy := own.get(self.config.tokenizer)) and not copy.exists():
+            self._copy_tokenizer(copy)
+        write_database(self.people, self.directory / DATABASE)
+        database = stack.enter_context(SqlTool(self.directory / DATABASE))
+        self.tool = database if self.config.mode == "in-tool" else None
+
+    def _copy_tokenizer(self, copy: Path) -> None:
+        source = tokenizer_file(self.located.tokenizer)
+        with paths.replacing(copy) as temporary:
+            shutil.copyfile(source, temporary)
+        if load_tokenizer(str(copy)).name != self.tokenizer.name:
+            copy.unlink()
+            raise InputError(f"{source} has changed while it was read: give a file that is finished")
 
     def prepare(
         self,
-        stack: ExitStack,
         device: torch.device,
         compiled: bool,
         ranks: Ranks = ALONE,
         recorded: bool = False,
     ) -> None:
-        """Make the database, open until `stack` closes, and the trainer."""
+        """Make the data and the trainer; nothing is written."""
         self.ranks = ranks
         self.tool = None
-        if ranks.is_first:  # who asks the questions
-            write_database(self.people, self.directory / DATABASE)
-            database = stack.enter_context(SqlTool(self.directory / DATABASE))
-            self.tool = database if self.config.mode == "in-tool" else None
         self.facts = list(self.people.facts())
         probe = self.facts[: self.config.evaluation.questions]
         self.questions = tokenize_people(self.people, self.config.mode, self.tokenizer)
@@ -219,7 +250,7 @@ class _Cell:
         model = self.ranks.whole(self.trainer.model)
         self.ranks.first_does(lambda: write_json(self.directory / ROW, self._row(model, ending)))
         if self.ranks.is_first:  # the model is kept, the way to it is not
-            shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)
+            checkpoint.delete_steps(self.directory / "checkpoints")
 
     def _row(self, model: Transformer, ending: Ending) -> dict:
         measured, bits = self.recall(model, self.facts), bits_of_dialogs(model, self.questions)
@@ -254,11 +285,11 @@ def stacked_speedup(configs: Sequence[RunConfig], device: str = "auto", steps: i
     One after the other they would be compiled where that pays, which counts as `COMPILED_SPEEDUP`.
     """
     device = resolve_device(device)
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder:
         cells = [_Cell(config, Path(folder) / str(i)) for i, config in enumerate(configs)]
         for cell in cells:
             cell.directory.mkdir()
-            cell.prepare(stack, device, compiled=False, recorded=device.type == "cuda" and not cell.files)
+            cell.prepare(device, compiled=False, recorded=device.type == "cuda" and not cell.files)
         alone = sum(
             _seconds(Lockstep([cell.trainer]), steps)
             / (COMPILED_SPEEDUP if _pays_to_compile(cell.config, device) else 1)
@@ -327,6 +358,62 @@ def read_claim(directory: Path) -> _Identity:
         raise InputError(f"{directory} is not the folder of a run ({CLAIM} is missing or not readable)") from None
 
 
+def read_inputs(config: RunConfig) -> tuple[People, Tokenizer]:
+    """The people and the tokenizer of a run, from the files that it names as they are now. Raises `InputError`."""
+    people = load_people(config.facts)
+    for path, share in config.training.files.items():
+        if round(people.n_facts * share / config.training.questions) == 0:
+            raise InputError(
+                f"training.files: {path} takes {share:g} of the dialogs, "
+                f"less than one in a pass over the {people.n_facts} questions: give it a larger share"
+            )
+    return people, run_tokenizer(config)
+
+
+def _located(config: RunConfig, inputs: Mapping[str, str]) -> RunConfig:
+    """`config` with its people and tokens where they lie now, by the paths that it names them by."""
+    facts = config.facts.model_copy(update={"csv": inputs.get(config.facts.csv, config.facts.csv)})
+    return config.model_copy(update={"facts": facts, "tokenizer": inputs.get(config.tokenizer, config.tokenizer)})
+
+
+def _own_paths(directory: Path, config: RunConfig) -> dict[str, Path]:
+    """Where a run's folder has its copies of people and tokens, by the paths that the configuration names."""
+    own = {}
+    if config.facts.csv is not None:
+        own[config.facts.csv] = directory / PEOPLE
+    if config.tokenizer != "bytes":
+        kind = ".tiktoken" if config.tokenizer.endswith(".tiktoken") else ".json"
+        own[config.tokenizer] = directory / f"{TOKENIZER}{kind}"
+    return own
+
+
+def own_files(folder: Path, config: RunConfig) -> RunConfig:
+    """`config` with the copies that a run's folder, or that of its model, has in place of the files that it names."""
+    own = _own_paths(_run_folder(folder), config)
+    return _located(config, {path: str(copy) for path, copy in own.items() if copy.exists()})
+
+
+def _run_folder(folder: Path) -> Path:
+    """The folder of the run whose folder, or whose model's folder, that is."""
+    return folder.parent if folder.name == MODEL and (folder.parent / CLAIM).exists() else folder
+
+
+def read_people(folder: Path, config: RunConfig) -> People:
+    """Whom the model in a run's folder was trained on, whatever has become of the file that they came from.
+
+    Raises `InputError` if that cannot be told: the folder has no copy, and the file is gone or holds others.
+    """
+    directory = _run_folder(Path(folder))
+    people = load_people(own_files(directory, config).facts)
+    for record in (CLAIM, ROW):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads((directory / record).read_text())["people_digest"] != people.digest():
+                break
+    else:
+        return people
+    raise InputError(f"{config.facts.csv} holds other people now than the run in {folder} is about: restore it")
+
+
 def save_model(model: Transformer, folder: Path, config: RunConfig, tokenizer: str = "bytes") -> None:
     """Write the weights alone, with the configuration that made them and the name of its tokenizer."""
     checkpoint.save(folder, model.state_dict(), {"config": config.model_dump(mode="json"), "tokenizer": tokenizer})
@@ -334,13 +421,13 @@ def save_model(model: Transformer, folder: Path, config: RunConfig, tokenizer: s
 
 def load_model(folder: Path, device: str = "auto") -> tuple[Transformer, RunConfig]:
     """The model of a run's folder, or of a folder that `save_model` wrote, ready to be asked."""
-    folder = Path(folder)
+    home = folder = Path(folder)
     if (folder / MODEL).is_dir():
         folder = folder / MODEL
     device = resolve_device(device)
     tensors, state = checkpoint.load(folder)
     config = RunConfig.parse(state["config"])
-    if run_tokenizer(config).name != state.get("tokenizer", "bytes"):
+    if run_tokenizer(own_files(home, config)).name != state.get("tokenizer", "bytes"):
         raise InputError(f"{config.tokenizer} is not what the model in {folder} was trained with: give that file again")
     model = Transformer(config.model)
     try:
@@ -377,13 +464,16 @@ def provenance(device: torch.device) -> dict:
 
 @cache
 def commit() -> str:
-    """The commit of the code, marked `-dirty` if lib differs from it; `unknown` outside a git checkout.
+    """The commit of the code, marked `-dirty` if lib differs from it; `unknown` outside a git checkout of it.
 
-    A copy of the code (`lib.submissions.snapshot`) has a file that says what it was copied from.
+    A copy of the code (`lib.submissions.snapshot`) has a file that says what it was copied from. A copy without one may
+    lie in the checkout of something else, whose commit says nothing about it.
     """
     if (paths.ROOT / COMMIT).exists():
         return (paths.ROOT / COMMIT).read_text().strip()
     try:
+        if not paths.ROOT.samefile(_git("rev-parse", "--show-toplevel")) or not _git("ls-files", "--", "lib"):
+            return "unknown"
         head = _git("rev-parse", "HEAD")
         return f"{head}-dirty" if _git("status", "--porcelain", "--", "lib") else head
     except (OSError, subprocess.CalledProcessError):
@@ -396,7 +486,7 @@ def _git(*arguments: str) -> str:
     ).stdout.strip()
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict | list) -> None:
     """Write JSON under a temporary name, then rename: the file is whole or absent."""
     with paths.replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
+        temporary.write_text(to_json(content, indent=1))

@@ -1,8 +1,8 @@
 """What was handed to Slurm: plans as jobs, the code they run, how they stand, and what is missing.
 
 A submission is a folder in runs/submissions: `submission.json` (its tasks as plain data, and the job of each), `code/`
-(a copy of the code as it was, so that editing the repository does not change queued jobs) and `logs/`. Results go where
-they always go, so what is done is seen from the results, and only for the rest is Slurm asked.
+and `inputs/` (copies of the code and of what its tasks read, so that editing these does not change queued jobs) and
+`logs/`. Results go where they always go, so what is done is seen from the results; only for the rest is Slurm asked.
 """
 
 import itertools
@@ -12,9 +12,10 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import chdir
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from lib import paths, slurm
 from lib import sweep as sweeps
@@ -22,8 +23,9 @@ from lib.base import Config, InputError
 from lib.config import RunConfig
 from lib.experiments import Search, searches
 from lib.monitor import Observers
-from lib.run import COMMIT, ROW, ROWS, commit, run, write_json
+from lib.run import COMMIT, ROW, ROWS, commit, read_inputs, run, write_json
 from lib.slurm import Resources
+from lib.tokenizers import tokenizer_file
 
 RECORD = "submission.json"
 #: What a job needs of the repository.
@@ -36,7 +38,15 @@ STATES = ("queued", "running", "done", "failed", "missing")
 # Tasks: what one job does. Those of a submission are of one kind; its `done` says which have their result -------------
 
 
-class Train(Config):
+class _Task(Config):
+    """What one job does. Jobs start later, and maybe elsewhere: what they need is kept in the submission's folder."""
+
+    def keep_inputs(self, folder: Path) -> Self:
+        """The same task of copies in `folder` of the files that it reads. Raises `InputError`."""
+        return self
+
+
+class Train(_Task):
     """One run, in as many processes as the job has."""
 
     kind: ClassVar = "train"
@@ -46,11 +56,30 @@ class Train(Config):
     observers: dict[str, Any] = {}
     sharded: bool = False
     tensor: int = 1
+    #: Where files lie, by the paths that the configuration names: its paths, and so the run's id, stay as given.
+    inputs: dict[str, str] = {}
 
     def __call__(self) -> None:
-        options = {name: getattr(self, name) for name in ("device", "sharded", "tensor")}
+        options = {name: getattr(self, name) for name in ("device", "sharded", "tensor", "inputs")}
         observers = Observers.parse(self.observers)
         run(RunConfig.parse(self.config), Path(self.directory), description="training", observers=observers, **options)
+
+    def keep_inputs(self, folder: Path) -> Self:
+        """Copies of the people and the vocabulary; files of dialogs, which may be large, stay where they are."""
+        config = RunConfig.parse(self.config)
+        inputs = {path: str(Path(path).resolve()) for path in config.training.files}
+        sources = {config.facts.csv: config.facts.csv and Path(config.facts.csv)}
+        if config.tokenizer != "bytes":
+            sources[config.tokenizer] = tokenizer_file(config.tokenizer)
+        for number, (path, source) in enumerate((path, source) for path, source in sources.items() if source):
+            folder.mkdir(exist_ok=True)
+            copy = folder / f"{number}-{source.name}"
+            try:
+                shutil.copyfile(source, copy)
+            except OSError as error:
+                raise InputError(f"cannot copy {source}: {error.strerror}") from None
+            inputs[path] = str(copy)
+        return self.model_copy(update={"inputs": inputs})
 
     @classmethod
     def done(cls, tasks: "Sequence[Train]", since: float) -> list[bool]:
@@ -60,19 +89,22 @@ class Train(Config):
         return self.directory
 
 
-class Finetune(Config):
+class Finetune(_Task):
     """One fine-tuning, in as many processes as the job has (extra `[scale]`)."""
 
     kind: ClassVar = "finetune"
     config: dict[str, Any]
     directory: str
     device: str = "auto"
+    #: Relative paths of base and questions begin here, wherever a job starts.
+    current: str = "."
 
     def __call__(self) -> None:
         from lib.finetune.config import FinetuneConfig
         from lib.finetune.train import finetune
 
-        finetune(FinetuneConfig.parse(self.config), Path(self.directory), device=self.device)
+        with chdir(self.current):
+            finetune(FinetuneConfig.parse(self.config), Path(self.directory), device=self.device)
 
     @classmethod
     def done(cls, tasks: "Sequence[Finetune]", since: float) -> list[bool]:
@@ -82,7 +114,7 @@ class Finetune(Config):
         return self.directory
 
 
-class Sweep(Config):
+class Sweep(_Task):
     """Some searches of a section, one cell or stack of cells after the other."""
 
     kind: ClassVar = "sweep"
@@ -119,7 +151,7 @@ class Sweep(Config):
         return first + (f", and {len(self.searches) - 1} more searches" if len(self.searches) > 1 else "")
 
 
-class Notebook(Config):
+class Notebook(_Task):
     """One notebook; it starts anew if it is interrupted, but the runs in it are not repeated."""
 
     kind: ClassVar = "notebook"
@@ -148,7 +180,13 @@ _KINDS = {kind.kind: kind for kind in (Train, Finetune, Sweep, Notebook)}
 
 
 def train_task(config: RunConfig, directory: Path, **options) -> Train:
-    """A run as a task; `options` are those of `Train`."""
+    """A run as a task; `options` are those of `Train`. `InputError` if files that it names cannot be used."""
+    read_inputs(config)
+    for path in config.training.files:  # a job tokenizes them, which may take long
+        try:
+            open(path, "rb").close()
+        except OSError as error:
+            raise InputError(f"cannot read the dialogs of {path}: {error.strerror}") from None
     values = config.model_dump(mode="json", exclude_defaults=True)
     return Train(config=values, directory=str(directory.resolve()), **options)
 
@@ -207,7 +245,7 @@ def notebook_task(name: str, profile: str, assignments: Sequence[str]) -> Notebo
     source = notebooks.find(name)
     parameters = notebooks.parse_assignments([source], assignments)
     notebooks.checked(source, profile, parameters)
-    name = source.stem if source.parent == paths.NOTEBOOKS else str(source)
+    name = source.stem if source.parent == paths.NOTEBOOKS else str(source.resolve())
     return Notebook(name=name, profile=profile, parameters=parameters, figures=str(paths.figures(profile).resolve()))
 
 
@@ -319,6 +357,7 @@ def submit(planned: Submission) -> Submission:
         raise InputError(f"cannot make the folder {planned.folder}: {error.strerror}") from None
     try:
         snapshot(planned.folder / "code")
+        planned = replace(planned, tasks=[task.keep_inputs(planned.folder / "inputs") for task in planned.tasks])
         planned.write()  # a job reads it, and may start at once
         jobs = planned.hand_over(range(len(planned.tasks)))
     except BaseException:

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe, current_process, get_context, parent_process
@@ -82,7 +82,7 @@ def sweep(
     if stack < 1:
         raise InputError(f"stack = {stack}: give how many models may train as one, 1 for each alone")
     n_gpus = torch.cuda.device_count() if resolve_device(device).type == "cuda" else 0
-    devices = [device] if in_process else assign_devices(device, jobs, n_gpus, os.cpu_count() or 1)
+    devices = [device] if in_process else assign_devices(device, jobs, n_gpus, usable_cores())
     plan = searches(section, profile) if plan is None else plan
     rows, recalls = _known(section, profile, plan)
     report = Report(done_before=len(recalls))
@@ -114,6 +114,40 @@ def assign_devices(device: str, jobs: int | None, n_gpus: int, n_cores: int) -> 
     if device in ("auto", "cuda"):
         return [f"cuda:{i % n_gpus}" for i in range(jobs or n_gpus)]
     return [device] * (jobs or 1)
+
+
+def usable_cores() -> int:
+    """How many cores this process may keep busy, at least one: those that the machine has may be others' to use.
+
+    Less than all is left by an affinity (taskset, Slurm), by a quota of CPU time (containers) and by
+    SLURM_CPUS_PER_TASK, where Slurm binds no process.
+    """
+    known = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
+    limits = [len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1, *_quotas(Path("/"))]
+    with suppress(KeyError, ValueError):
+        limits.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
+    return max(1, int(min(limits)))
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """The quotas of CPU time, in cores, of this process's control groups: its own and all that they are part of."""
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")  # version 1 has a folder for each controller
+            here = top / group.lstrip("/")
+            for folder in (here, *here.parents):
+                with suppress(OSError, ValueError):  # no quota, or not for this process to see
+                    if controllers:
+                        quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                    else:
+                        quota, period = (folder / "cpu.max").read_text().split()
+                    if float(quota) > 0:  # -1: none; "max" is no number
+                        yield float(quota) / float(period)
+                if folder == top:
+                    break
 
 
 def _known(section: str, profile: str, plan: Sequence[Search]) -> tuple[pd.DataFrame, dict[str, float]]:

@@ -1,14 +1,13 @@
 """`itl chat`: a conversation in a terminal, with answers in color and commands to see and change the database."""
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 
 from rich.console import Console
 
 from lib.base import InputError
 from lib.conversation import Conversation
 from lib.dialogs import Role, question
-from lib.facts import change_facts, load_people
+from lib.facts import change_facts
 from lib.tools import EditableTool
 
 HELP = """\
@@ -57,7 +56,7 @@ def converse(console: Console, talks: Sequence[Conversation], read: Callable[[],
         name, attribute, _ = next(strangers.facts())
         hints.append(f"{question(name, attribute)!r} is about somebody nobody trained on.")
     console.print(*hints, "/help lists commands. An empty line ends the conversation.")
-    names = [*islice(load_people(talks[0].config.facts).names, 3), *strangers.names]
+    names = [*talks[0].people.names[:3], *strangers.names]
     while line := read():
         try:
             if line.startswith("/"):

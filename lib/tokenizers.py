@@ -57,9 +57,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """
     if spec == "bytes":
         return ByteTokenizer()
-    path = Path(spec)
-    if path.is_dir():
-        path /= "tokenizer.json"
+    path = tokenizer_file(spec)
     if path.suffix not in _KINDS or not path.is_file():
         raise InputError(f"tokenizer = {spec!r} is no tokenizer (nothing is downloaded): {_ACCEPTED}")
     try:
@@ -76,6 +74,11 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if back != _PROBE:
         raise InputError(f"{path} does not give a text back, {_PROBE!r} becomes {back!r}: give one of bytes, as BPE is")
     return tokenizer
+
+
+def tokenizer_file(spec: str) -> Path:
+    """The file that a `RunConfig.tokenizer` other than "bytes" names."""
+    return Path(spec, "tokenizer.json") if Path(spec).is_dir() else Path(spec)
 
 
 def run_tokenizer(config: RunConfig) -> Tokenizer:

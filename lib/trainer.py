@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lib import checkpoint
-from lib.base import InputError
+from lib.base import InputError, WorkError
 from lib.capture import Recording
 from lib.config import RunConfig
 from lib.dialogs import Batches, Source, TokenizedDialogs, send
@@ -170,6 +170,7 @@ class Trainer:
         step, counters, evaluation = self.counters["step"], self.counters, self.config.evaluation
         monitor.advance()
         if step % LOG_EVERY == 0 or step == self.total_steps:
+            self.check_losses()
             monitor.log(step, loss=self.loss())
         if self.evaluate and evaluation.every and step % evaluation.every == 0:
             model = self.ranks.whole(self.model)
@@ -197,12 +198,29 @@ class Trainer:
         """Mean loss of the last steps, in nats per trained token; every rank has to ask."""
         return float(self._all_losses().mean()) if self.losses else float("nan")
 
+    def check_losses(self) -> None:
+        """Raise `WorkError` if one of the last losses is not finite; every rank has to ask."""
+        finite = self._all_losses().isfinite().tolist()
+        if not all(finite):
+            step = self.counters["step"] - len(finite) + finite.index(False) + 1
+            raise diverged(f"the loss of step {step} is not finite")
+
+    def _check(self) -> None:
+        """Raise `WorkError` if training has diverged: a checkpoint of that must not take the place of a good one."""
+        self.check_losses()
+        if self.ranks.any(not are_finite(self.model.parameters())):
+            raise diverged(f"the weights are not finite after step {self.counters['step']}")
+
     def _all_losses(self) -> torch.Tensor:
         return self.ranks.sum(torch.stack(self.losses))
 
     def save(self) -> None:
-        """Begin to write a checkpoint of everything that the next step depends on; `finish_saving` waits for it."""
+        """Begin to write a checkpoint of everything that the next step depends on; `finish_saving` waits for it.
+
+        Raises `WorkError` in place of a checkpoint if training has diverged.
+        """
         self.finish_saving()
+        self._check()
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for i, optimizer in enumerate(self.optimizers):
             for parameter, slots in optimizer.state_dict()["state"].items():
@@ -302,6 +320,17 @@ def train_together(
         Ending(t.counters["step"], t.loss(), t.counters["dialogs_seen"], t.counters["seconds"], t.stopped)
         for t in trainers
     ]
+
+
+def are_finite(weights: Iterable[torch.Tensor]) -> bool:
+    """Whether all elements of all tensors are finite, as far as they lie on this rank; waits for the device."""
+    here = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in weights]
+    return bool(torch.stack([tensor.detach().isfinite().all() for tensor in here]).all())
+
+
+def diverged(how: str) -> WorkError:
+    """The end of a training that has diverged."""
+    return WorkError(f"training diverged, {how}: lower the learning rate (the last good checkpoint is kept)")
 
 
 def stack_key(config: RunConfig) -> tuple:

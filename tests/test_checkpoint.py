@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from lib import checkpoint
@@ -253,6 +254,31 @@ def test_a_missing_folder_and_a_file_in_its_place_are_noticed(tmp_path):
     _assert_refused(tmp_path / "file", "there is no checkpoint")
 
 
+@pytest.mark.parametrize("name", ["a.safetensors", "zz.safetensors", "._tensors.safetensors", "notes.json"])
+def test_files_that_the_marker_does_not_name_are_not_read(saved, tmp_path, name):
+    """Other weights under the same names, what macOS puts beside a file, and notes."""
+    folder = shutil.copytree(saved, tmp_path / "model")
+    if name.startswith(("a", "z")):
+        save_file({"weights": torch.zeros(3, 4), "more": torch.zeros(2)}, folder / name)
+    else:
+        (folder / name).write_bytes(b"\0\5\x16\7 is no tensor")
+    assert _is(folder, 4)
+
+
+def test_hidden_files_that_appear_while_a_checkpoint_is_written_are_no_part_of_it(tmp_path, monkeypatch):
+    write_bytes = Path.write_bytes
+
+    def beside(path, content):
+        write_bytes(path.with_name(f"._{path.name}"), b"\0\5\x16\7")
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", beside)
+    _save(tmp_path / "model", 3)
+    (hidden,) = (tmp_path / "model").glob("._*")
+    hidden.unlink()
+    assert _is(tmp_path / "model", 3)
+
+
 # ---- Steps
 
 
@@ -313,6 +339,31 @@ def test_only_the_latest_few_are_kept(tmp_path, keep):
     _save_steps(tmp_path, 1, 2, 3, 4, keep=keep)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{n:08d}" for n in range(5 - keep, 5)]
     assert _is(checkpoint.latest(tmp_path), 4)
+
+
+FOREIGN = ("step_best", "step_00000030_copy", "step_00000099 2", "step_99", "best")
+
+
+def test_only_what_has_the_name_of_a_step_is_gone_on_from_or_deleted(tmp_path):
+    _save_steps(tmp_path, 10, 20, keep=2)
+    for name in FOREIGN:
+        _save(tmp_path / name, 7)
+    assert [path.name for path in checkpoint.steps(tmp_path)] == ["step_00000010", "step_00000020"]
+    assert _is(checkpoint.latest(tmp_path), 20)
+    _save_steps(tmp_path, 30, 100_000_000, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {*FOREIGN, "step_100000000"}
+    (tmp_path / ".step_00000040.tmp").mkdir()  # what a crashed writer left
+    (tmp_path / ".step_mine.tmp").mkdir()
+    checkpoint.delete_steps(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*FOREIGN, ".step_mine.tmp"}
+    assert all(_is(tmp_path / name, 7) for name in FOREIGN)
+
+
+def test_without_anything_else_the_folder_of_steps_goes_too(tmp_path):
+    _save_steps(tmp_path / "checkpoints", 1, 2)
+    for _ in range(2):
+        checkpoint.delete_steps(tmp_path / "checkpoints")
+        assert not (tmp_path / "checkpoints").exists()
 
 
 # ---- Written while the work goes on

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from lib import checkpoint, cli, paths
+from lib.conversation import open_conversation
 from lib.facts import sample_people
 from lib.notebooks import NotebookError
 
@@ -118,6 +119,11 @@ def _finished_run_of_another_size(here: Path) -> None:
     shutil.copytree(here / "in-weight", here / "run")
 
 
+def _linked(here: Path) -> None:
+    (here / "people.csv").write_text("name,pet\nAnn,cat\n")
+    (here / "other.csv").hardlink_to(here / "people.csv")
+
+
 CSV = "train --csv people.csv --out run"
 BAD = {
     # People
@@ -190,6 +196,34 @@ BAD = {
     ),
     "dialogs in a folder that does not exist": Bad(
         "data --out x.sqlite --dialogs nowhere/d.jsonl", ("cannot write nowhere/d.jsonl", "existing folder")
+    ),
+    "a database in place of the people it is made from": Bad(
+        "data --csv people.csv --out ./people.csv",
+        ("--csv and --out name the same file", "people.csv"),
+        _file("people.csv", "name,pet\nAnn,cat\n"),
+    ),
+    "a database in place of its people by another name": Bad(
+        "data --csv people.csv --out other.csv", ("--csv and --out name the same file",), _linked
+    ),
+    "dialogs in place of the people": Bad(
+        "data --csv people.csv --out x.sqlite --dialogs people.csv",
+        ("--csv and --dialogs name the same file",),
+        _file("people.csv", "name,pet\nAnn,cat\n"),
+    ),
+    "dialogs and a database in one file": Bad(
+        "data --out x.sqlite --dialogs in-weight/../x.sqlite", ("--out and --dialogs name the same file",)
+    ),
+    "a database in place of a pipe": Bad(
+        "data --out pipe", ("cannot write the database pipe", "a file name"), lambda here: os.mkfifo(here / "pipe")
+    ),
+    "a database in place of what a link leads to": Bad(
+        "data --out link", ("cannot write the database link",), lambda here: (here / "link").symlink_to("/dev/null")
+    ),
+    "dialogs in place of a pipe": Bad(
+        "data --out x.sqlite --dialogs pipe", ("cannot write pipe",), lambda here: os.mkfifo(here / "pipe")
+    ),
+    "more parts of a batch than dialogs": Bad(
+        "train --people 2 --out run --set training.grad_accumulation=100", ("grad_accumulation = 100", "8 dialogs")
     ),
     # Checkpoints
     "a run that is missing": Bad("recall nothing", ("there is no checkpoint at nothing",)),
@@ -311,6 +345,37 @@ def test_bad_input_to_a_real_process_is_answered_the_same_way(prepared):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     _assert_one_sentence(Answer(done.returncode, done.stdout, done.stderr), bad.words)
     assert _snapshot(folder) == before
+
+
+@pytest.mark.parametrize("spoil", ["changed", "gone", "elsewhere"])
+def test_a_run_asks_about_the_people_it_was_trained_on_whatever_becomes_of_their_file(here, itl, monkeypatch, spoil):
+    (here / "people.csv").write_text('name,pet\nZoe,cat\nBob,"a, b"\nAnn,dog\n')
+    options = ["--d-model", "8", "--set", "training.steps=8", "--set", "evaluation.every=null"]
+    assert itl("train", "--csv", "people.csv", *options, "--mode", "in-tool", "--out", "run").code == 0
+    model = "run"
+    if spoil == "changed":
+        (here / "people.csv").write_text("name,pet\nZoe,eel\nBob,ant\nAnn,dog\nEve,fox\n")
+    elif spoil == "gone":
+        (here / "people.csv").unlink()
+    else:
+        (here / "there").mkdir()
+        (here / "there" / "people.csv").write_text("name,pet\nEve,fox\n")
+        (here / "run").rename(here / "moved")
+        monkeypatch.chdir(here / "there")
+        model = "../moved"
+    for folder in (model, f"{model}/model"):
+        with open_conversation(Path(folder), Path(model, "people.sqlite")) as talk:
+            assert list(talk.people.facts()) == [("Zoe", "pet", "cat"), ("Bob", "pet", "a, b"), ("Ann", "pet", "dog")]
+            assert "Zoe" in talk.example
+    answer = itl("recall", model)
+    assert answer.code == 0 and "on 3 questions" in answer.out
+    assert itl("evaluate", model).code == 0
+    monkeypatch.setattr(cli, "_read_line", iter(["/who", ""]).__next__)
+    said = itl("chat", model).out
+    assert all(name in said for name in ("Zoe", "Bob", "Ann")) and "Eve" not in said
+    # Without the copy, as in runs from before there was one, other people are refused.
+    Path(model, "people.csv").unlink()
+    assert itl("recall", model).code == 2
 
 
 def test_a_locked_database_is_answered_with_one_sentence(here, trained, itl):

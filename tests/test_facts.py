@@ -29,6 +29,7 @@ from lib.facts import (
     read_people_csv,
     sample_people,
     write_database,
+    write_people_csv,
 )
 
 N_PLAIN_NAMES = 437 * 388
@@ -247,6 +248,19 @@ def test_a_configuration_gives_sampled_people_or_those_of_a_file(tmp_path):
     assert load_people(config) == sample_people(20, 3, 0.5)
     (tmp_path / "people.csv").write_text("name,pet\nAnn Lee,cat\n")
     assert load_people(FactsConfig(csv=str(tmp_path / "people.csv"))) == People(["Ann Lee"], {"pet": ["cat"]})
+
+
+_cells = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).map(str.strip).filter(
+    lambda cell: cell and "```" not in cell
+)  # fmt: skip
+
+
+@given(st.lists(st.tuples(_cells, _cells, _cells), min_size=1, unique_by=lambda row: row[0]))
+def test_people_are_read_from_a_csv_as_they_were_written(tmp_path_factory, rows):
+    names, pets, towns = map(list, zip(*rows, strict=True))
+    people, path = People(names, {"pet": pets, "town": towns}), tmp_path_factory.mktemp("people") / "people.csv"
+    write_people_csv(people, path)
+    assert read_people_csv(path) == people and read_people_csv(path).digest() == people.digest()
 
 
 # ---- Entropy

@@ -38,6 +38,7 @@ def test_an_estimate_is_mean_and_standard_error():
     assert estimate(values) == pytest.approx((2.0, np.std(values, ddof=1) / 2, 4))
     assert estimate([True, True])[:2] == (1.0, 0.0)
     assert math.isnan(estimate([2.0]).stderr)
+    assert estimate([2.0]).columns("tv") == {"tv": 2.0, "tv_stderr": None}  # JSON has no NaN
     with pytest.raises(InputError, match="nothing to measure"):
         estimate([])
 

@@ -10,7 +10,7 @@ import torch
 from chat_models import random_model, tokenizer
 
 from lib.base import InputError
-from lib.finetune.models import load_model, load_tokenizer
+from lib.finetune.models import fingerprint, load_model, load_tokenizer
 
 TOKENS = torch.arange(20)[None]
 
@@ -37,6 +37,48 @@ def test_an_adapter_is_loaded_onto_its_base(folder, tmp_path):
     expected = adapted(TOKENS).logits
     assert not torch.allclose(expected, random_model()(TOKENS).logits)
     torch.testing.assert_close(load_model(tmp_path / "adapter", "cpu")(TOKENS).logits, expected)
+
+
+def test_a_hidden_file_beside_the_weights_makes_no_other_model(folder):
+    before = fingerprint(folder)
+    (folder / "._model.safetensors").write_bytes(b"\0\5\x16\7")
+    assert fingerprint(folder) == before
+    (folder / "generation_config.json").write_text("{}")
+    assert fingerprint(folder) != before
+
+
+#: Code of a folder's own, which says that it ran.
+_OWN_CODE = """\
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+Path(r"{mark}").touch()
+class OwnConfig(LlamaConfig): model_type = "own"
+class OwnModel(LlamaForCausalLM): config_class = OwnConfig
+class OwnTokenizer(PreTrainedTokenizerFast): pass
+"""
+
+
+@pytest.mark.parametrize("of_adapter", [False, True])
+def test_code_that_a_folder_brings_never_runs_whatever_is_answered(folder, tmp_path, monkeypatch, of_adapter):
+    (folder / "own.py").write_text(_OWN_CODE.format(mark=tmp_path / "it ran"))
+    maps = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": maps}))
+    tokens = json.loads((folder / "tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens | own))
+    source = folder
+    if of_adapter:
+        source = tmp_path / "adapter"
+        peft.LoraConfig(base_model_name_or_path=str(folder), task_type="CAUSAL_LM").save_pretrained(source)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(InputError, match="code of its own, which is never run") as caught:
+        load_model(source, "cpu")
+    assert "\n" not in str(caught.value)
+    if not of_adapter:
+        with pytest.raises(InputError, match="code of its own, which is never run"):
+            load_tokenizer(source)
+    assert not (tmp_path / "it ran").exists()
 
 
 def test_what_is_no_model_is_one_sentence(folder, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Fine-tuning through trl: what is learnt and written, and that an interruption changes nothing. No hub is asked."""
 
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lib import cli
-from lib.base import InputError
+from lib.base import InputError, WorkError
 from lib.distributed import Preempted
 from lib.finetune import train
 from lib.finetune.bases import EMBEDDED_LR, PUBLISHED, learning_rate, load_base
@@ -122,6 +123,50 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(
     assert [[row[name] for name in measured] for row in again] == [[row[name] for name in measured] for row in rows]
 
 
+@pytest.mark.parametrize("undisturbed", ["all weights"], indirect=True)
+def test_files_of_others_in_the_folder_are_neither_read_nor_deleted(undisturbed, tmp_path, monkeypatch):
+    """Copies of a checkpoint and of a row under names of one's own, notes, and what macOS puts beside a file."""
+    config, directory, rows = undisturbed
+    evaluate = train._Run.evaluate
+
+    def dies(run, model, state):
+        if state["step"] == 2:
+            raise KeyboardInterrupt
+        evaluate(run, model, state)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train._Run, "evaluate", dies)
+        finetune(config, tmp_path, description=None)
+    checkpoints, evaluations = tmp_path / "checkpoints", tmp_path / "evaluations"
+    copies = {checkpoints / "checkpoint-best", checkpoints / "checkpoint-1-copy", checkpoints / "checkpoint-9 2"}
+    for copy in copies:
+        shutil.copytree(checkpoints / "checkpoint-2", copy)
+    others = {evaluations / name for name in ("notes.json", "0 copy.json", "._0.json", "0.json.bak")}
+    others.add(checkpoints / "checkpoint-2" / "._model.safetensors")
+    for path in others:
+        path.write_bytes(b"\0\5\x16\7 is no JSON")
+    assert newest_checkpoint(checkpoints).name == "checkpoint-2"
+    again = finetune(config, tmp_path, description=None)
+    assert [row["recall"] for row in again] == [row["recall"] for row in rows]
+    assert _same(_weights(tmp_path), _weights(directory))
+    assert set(checkpoints.iterdir()) == copies and all((copy / train.STATE).exists() for copy in copies)
+    assert others - {checkpoints / "checkpoint-2" / "._model.safetensors"} < set(evaluations.iterdir())
+
+
+@pytest.mark.parametrize("undisturbed", ["all weights"], indirect=True)
+def test_the_newest_two_checkpoints_are_kept_while_training_goes_on(undisturbed, tmp_path, monkeypatch):
+    config, _, _ = undisturbed
+    on_step_end, seen = train._Watch.on_step_end, []
+
+    def look(watch, args, state, control, **options):
+        seen.append(sorted(path.name for path in watch.run.checkpoints.glob("checkpoint-*")))
+        on_step_end(watch, args, state, control, **options)
+
+    monkeypatch.setattr(train._Watch, "on_step_end", look)
+    finetune(config.model_copy(update={"checkpoint_every": 1, "steps": 4}), tmp_path, description=None)
+    assert seen == [[], ["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
+
+
 def test_who_is_asked_to_leave_writes_a_checkpoint_and_comes_back(undisturbed, tmp_path, monkeypatch):
     config, directory, _ = undisturbed
     on_step_end = train._Watch.on_step_end
@@ -172,6 +217,16 @@ def test_a_checkpoint_is_asked_as_it_would_be_when_loaded(undisturbed, tmp_path,
             torch.testing.assert_close(logits, model(tokens).logits, rtol=1e-5, atol=1e-6)
 
 
+def test_a_fine_tuning_that_diverges_ends_with_one_sentence_and_no_row(tmp_path):
+    config = FinetuneConfig(**SMALL | {"lr": 1e30})
+    for _ in range(2):  # the same command passes over what was saved last
+        with pytest.raises(WorkError, match="training diverged, the weights are not finite after step 2"):
+            finetune(config, tmp_path, description=None)
+        assert newest_checkpoint(tmp_path / "checkpoints") is None
+        assert {path.name for path in (tmp_path / "evaluations").iterdir()} == {"0.json", "0.parts"}
+        assert not (tmp_path / "rows.json").exists()
+
+
 def test_training_ends_when_enough_is_recalled(tmp_path):
     """Eight facts in weights are learnt by heart, and by then no more is trained."""
     config = FinetuneConfig(**SMALL | {"steps": 400, "checkpoint_every": 50, "lr": 1e-2, "stop_at_recall": 1.0})
@@ -187,6 +242,12 @@ def test_the_folder_of_another_run_is_refused(undisturbed, tmp_path):
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(InputError, match="not empty"):
         finetune(config, tmp_path)
+
+
+def test_what_is_refused_late_claims_no_folder(tmp_path):
+    with pytest.raises(InputError, match="max_length"):
+        finetune(FinetuneConfig(**SMALL | {"max_length": 8, "mode": "in-tool"}), tmp_path, description=None)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_another_base_of_the_same_name_is_another_run(undisturbed, monkeypatch):

@@ -227,6 +227,16 @@ def test_a_batch_decodes_to_what_its_rows_decode_to_alone(seed, questions, with_
     assert together == generate(model, prompts, TOKENIZER, tool, max_new_tokens=24, batch_size=2)
 
 
+@settings(max_examples=25)
+@given(st.integers(0, 10**6), st.lists(st.tuples(st.text("abcdefgh", max_size=12), st.integers(0, 90)), min_size=1))
+def test_each_prompt_may_have_a_limit_of_its_own(seed, asked):
+    model, prompts, limits = chatterbox(seed), [prompt(question) for question, _ in asked], [n for _, n in asked]
+    alone = [generate(model, [p], TOKENIZER, echo, max_new_tokens=n)[0] for p, n in zip(prompts, limits, strict=True)]
+    assert generate(model, prompts, TOKENIZER, echo, max_new_tokens=limits) == alone
+    assert generate(model, prompts, TOKENIZER, echo, max_new_tokens=limits, batch_size=3) == alone
+    assert all(len(generation.tokens) <= n for generation, n in zip(alone, limits, strict=True))
+
+
 def test_the_random_models_of_the_test_above_do_everything():
     prompts = [prompt("x" * n) for n in range(8)]
     many = [g for seed in range(20) for g in generate(chatterbox(seed), prompts, TOKENIZER, echo, max_new_tokens=24)]

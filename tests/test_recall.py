@@ -168,17 +168,46 @@ def test_bytes_that_merely_look_like_the_answer_do_not_count():
     assert ask(says({asked: [turn(damaged, END)]}), [fact]).overall == 0
 
 
-def test_a_verdict_does_not_depend_on_how_the_other_questions_are_decided(database):
-    # Ann's dialog takes a detour that is longer than her expected one, but not than that of the long name.
-    long = ("L" * 150, "birth_date", "1/1/1950")
-    detour = [turn("?" * 150, DATABASE), turn(REQUEST, DATABASE), turn(TOLD, END)]
+@pytest.mark.parametrize("question_marks", [100, 20])
+def test_a_verdict_does_not_depend_on_the_other_questions(database, question_marks):
+    """A detour of 100 tokens, the error that comes back not counted, is too long, beside a long dialog too."""
+    long = ("L" * 300, "birth_date", "1/1/1950")
+    detour = [turn("?" * question_marks, DATABASE), turn(REQUEST, DATABASE), turn(TOLD, END)]
     asked, request, _, told = (t.text for t in in_tool_dialog(*long))
     model = says({ASKED: detour, asked: [turn(request, DATABASE), turn(told, END)]})
 
     def tool(turn: str) -> Response:
         return Response(Outcome.ANSWER, "1/1/1950") if turn == request else database(turn)
 
-    assert ask(model, [FACT, long], tool).correct.tolist() == [True, True]
+    counts = question_marks == 20
+    assert ask(model, [FACT], tool).correct.tolist() == [counts]
+    assert ask(model, [FACT, long], tool).correct.tolist() == [counts, True]
+
+
+class Capacities(Scripted):
+    """Remembers how many rows of how many tokens its caches had room for."""
+
+    def __init__(self, script):
+        super().__init__(script)
+        self.caches = []
+
+    def new_cache(self, batch_size, capacity):
+        self.caches.append((batch_size, capacity))
+        return super().new_cache(batch_size, capacity)
+
+
+@pytest.mark.parametrize("in_tool", [True, False])
+def test_one_long_value_gives_the_other_questions_no_more_room(database, in_tool):
+    facts = [(f"P{i:02}", "birth_date", "1/1/1950") for i in range(20)]
+    long = ("Ann Lee", "motto", "carpe diem " * 60)
+    rambling = Capacities(says({question.text: [[ord("?")] * 99999] for question, *_ in (
+        in_weight_dialog(*fact) for fact in [*facts, long])}).script)  # fmt: skip
+    tool = database if in_tool else None
+    expected = len(tokenize([in_tool_dialog(*facts[0]) if in_tool else in_weight_dialog(*facts[0])], TOKENIZER).values)
+    measured = measure_recall(rambling, [*facts[:9], long, *facts[9:]], TOKENIZER, tool, method="decode")
+    assert measured.overall == 0
+    assert [n for n, _ in rambling.caches] == [20, 1]
+    assert rambling.caches[0][1] < expected + 100 < 660 < rambling.caches[1][1]
 
 
 # What a model may write in place of an expected token. With the brief request the answer may still be right.

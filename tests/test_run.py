@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from lib import checkpoint, paths
-from lib.base import InputError
+from lib.base import InputError, WorkError
 from lib.config import RunConfig, override
 from lib.dialogs import ByteTokenizer
 from lib.facts import ATTRIBUTES, load_people
 from lib.model import Transformer
-from lib.monitor import Observers, read_metrics
+from lib.monitor import Observers, Record, read_metrics
 from lib.recall import measure_recall
 from lib.run import (
     _Cell,
@@ -142,6 +142,26 @@ def test_a_run_that_was_killed_goes_on_in_its_folder(tmp_path, finished, monkeyp
     assert (tmp_path / "run" / model).read_bytes() == (reference / model).read_bytes()
 
 
+def test_a_copy_of_a_checkpoint_is_neither_gone_on_from_nor_deleted(tmp_path, finished, monkeypatch):
+    config, reference, _ = finished
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("lib.run.save_model", die)
+        run(config, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.copytree(checkpoints / "step_00000012", checkpoints / "step_best")
+    before = _snapshot(checkpoints / "step_best")
+    shutil.rmtree(checkpoints / "step_00000012")
+    run(config, tmp_path / "run")
+    assert [path.name for path in checkpoints.iterdir()] == ["step_best"]
+    assert _snapshot(checkpoints / "step_best") == before
+    model = Path("model") / checkpoint.TENSORS
+    assert (tmp_path / "run" / model).read_bytes() == (reference / model).read_bytes()
+
+
 def test_the_seed_of_a_run_sets_its_initialization(tmp_path):
     # One step at a vanishing rate leaves the weights where they began.
     still = {"training__steps": 1, "optim__lr": 1e-30, "optim__muon_lr": 1e-30}
@@ -160,6 +180,14 @@ def test_a_later_field_does_not_make_a_run_another_one(tmp_path, finished):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(claim))
     assert run(config, tmp_path / "run")["run_id"] == config.run_id
+
+
+def test_a_run_that_diverges_has_no_row(tmp_path):
+    config = _config(optim={"name": "adamw", "lr": 1e30, "clip_norm": None})
+    for _ in range(2):
+        with pytest.raises(WorkError, match="training diverged, the loss of step . is not finite"):
+            run(config, tmp_path / "run")
+        assert not (tmp_path / "run" / "row.json").exists() and not (tmp_path / "run" / "model").exists()
 
 
 # ---- Several runs as one stack
@@ -329,6 +357,18 @@ def test_a_folder_below_a_file_is_refused(tmp_path):
     _assert_refused([_config()], [tmp_path / "file" / "run"], "cannot make the folder")
 
 
+def test_what_is_refused_late_claims_no_folder(tmp_path):
+    """Batches have as many dialogs as there are: known once there are people and tokens."""
+    (tmp_path / "there").mkdir()
+    too_many = {"training__grad_accumulation": 100}
+    for directory in (tmp_path / "new" / "run", tmp_path / "there"):
+        _assert_refused([_config(**too_many)], [directory], "batches of 16 dialogs only")
+        assert run(_config(training__steps=1), directory)["steps"] == 1
+    assert not any(path.name == "run" for path in tmp_path.iterdir())
+    _refused(_config(**too_many), tmp_path / "run", "batches of 16 dialogs only")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "a").exists()
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     configs, directories = [_config(), _config(seed=1)], [tmp_path / "run", tmp_path / "up" / ".." / "run"]
     _assert_refused(configs, directories, "two runs that train together have one folder")
@@ -425,6 +465,28 @@ def test_the_commit_of_a_clean_tree_is_named(checkout):
     assert len(head) == 40 and commit() == head
 
 
+@pytest.mark.parametrize("ignored", [True, False])
+def test_the_commit_of_a_checkout_around_the_code_is_not_the_codes(checkout, monkeypatch, ignored):
+    """Code that was unpacked in a checkout of something else, which ignores it or not, or has it beside its own."""
+    inner = checkout / "unpacked"
+    (inner / "lib").mkdir(parents=True)
+    (inner / "lib" / "code.py").write_text("y = 1\n")
+    if ignored:
+        (checkout / ".gitignore").write_text("unpacked\n")
+    _git("add", ".")
+    _git("commit", "-qm", "second")
+    monkeypatch.setattr(paths, "ROOT", inner)
+    assert commit() == "unknown"
+
+
+def test_the_commit_of_a_checkout_that_ignores_the_code_is_not_the_codes(checkout):
+    _git("rm", "-q", "-r", "--cached", "lib")
+    (checkout / ".gitignore").write_text("lib\n")
+    _git("add", ".")
+    _git("commit", "-qm", "second")
+    assert commit() == "unknown"
+
+
 @pytest.mark.parametrize("change", ["code.py", "new.py"])
 def test_a_tree_whose_code_differs_from_its_commit_is_dirty(checkout, change):
     (checkout / "lib" / change).write_text("x = 2\n")
@@ -469,10 +531,28 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == {"a": 3}
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_what_json_cannot_say_is_not_written(tmp_path, number):
+    def write_record() -> None:
+        with Record(tmp_path / "record.jsonl") as record:
+            record.write(1, loss=number)
+
+    for write in (
+        lambda: write_json(tmp_path / "row.json", {"loss": number}),
+        lambda: checkpoint.save(tmp_path / "model", {"w": torch.zeros(1)}, {"loss": number}),
+        lambda: checkpoint.save_step(tmp_path, 1, {"w": torch.zeros(1)}, {"loss": number}, keep=1),
+        write_record,
+    ):
+        with pytest.raises(WorkError, match="not finite") as caught:
+            write()
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "row.json").exists() and (tmp_path / "record.jsonl").read_text() == ""
+
+
 def _run_group(start, configs: list[dict], directories: list[Path], out: Path) -> None:
     """In a process: a group of runs, whose locks are taken so slowly that two wrong orders would block each other."""
-    claim = _Cell.claim
-    _Cell.claim = lambda cell: (claim(cell), time.sleep(0.3))
+    lock = _Cell.lock
+    _Cell.lock = lambda cell, locks: (lock(cell, locks), time.sleep(0.3))
     start.wait()
     out.write_text(json.dumps(run_together([RunConfig.parse(config) for config in configs], directories)))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vocabularies import train_bpe, write_ranks
 
 from lib import cli, experiments, paths, slurm, submissions
 from lib.base import InputError
@@ -277,6 +278,69 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(runs, commands, itl, a
     code, printed, said = itl(*arguments.split())
     assert (code, printed, len(said.splitlines())) == (2, "", 1) and sentence in said
     assert not runs.exists()
+
+
+def test_a_job_trains_on_what_was_submitted_wherever_it_starts(runs, commands, itl, tmp_path, monkeypatch):
+    """People and vocabulary are copied; the run is the one that `itl train` would have made then and there."""
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    here.mkdir()
+    monkeypatch.chdir(here)
+    (here / "people.csv").write_text("name,pet\nAnn,cat\nBob,dog\n")
+    write_ranks(here / "bpe.tiktoken", train_bpe())
+    (here / "talk.jsonl").write_text('[["user", "Hi"], ["assistant", "Ho"]]\n')
+    settings = ["tokenizer=bpe.tiktoken", "model.vocab_size=404", "model.d_model=8", "training.steps=2"]
+    settings += ['training.files={"talk.jsonl": 0.5}', "evaluation.every=null"]
+    options = ["--csv", "people.csv", *(word for setting in settings for word in ("--set", setting))]
+    assert itl("train", *options, "--out", "reference")[0] == 0
+    assert itl("submit", "train", *options)[0] == 0
+    (here / "people.csv").write_text("name,pet\nAnn,eel\n")
+    write_ranks(here / "bpe.tiktoken", train_bpe(n_people=20))
+    monkeypatch.chdir(elsewhere)
+    (submission,) = submissions.everything()
+    submissions.perform(str(submission.folder), 0)
+    rows = [
+        json.loads((Path(task) / "row.json").read_text())
+        for task in (here / "reference", submission.tasks[0].directory)
+    ]
+    same = rows[0].keys() - {"train_seconds", "finished_at"}
+    assert {name: rows[1][name] for name in same} == {name: rows[0][name] for name in same}
+    assert Path(submission.tasks[0].directory).name == rows[0]["run_id"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--csv", "nobody.csv"], "cannot read people from nobody.csv"),
+        (["--csv", "bad.csv"], "bad.csv has no column 'name'"),
+        (["--set", "tokenizer=none.tiktoken"], "tokenizer = 'none.tiktoken' is no tokenizer"),
+        (["--set", 'training.files={"none.jsonl": 0.5}'], "cannot read the dialogs of none.jsonl"),
+        (["--set", 'training.files={".": 0.5}'], "cannot read the dialogs of ."),
+    ],
+)
+def test_files_that_a_job_could_not_read_are_refused_at_once(
+    runs, commands, itl, tmp_path, monkeypatch, options, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.csv").write_text("who,pet\nAnn,cat\n")
+    for more in ([], ["--dry-run"]):
+        code, printed, said = itl("submit", "train", *options, *more)
+        assert (code, printed, len(said.splitlines())) == (2, "", 1) and sentence in said
+    assert not runs.exists() and not (commands / "sbatch.calls").exists()
+
+
+def test_a_fine_tuning_starts_where_it_was_submitted(runs, commands, itl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert itl("submit", "finetune", "--model", "some/folder")[0] == 0
+    began = []
+    monkeypatch.setattr("lib.finetune.train.finetune", lambda config, *_, **__: began.append((config.base, Path.cwd())))
+    monkeypatch.chdir("/")
+    (submission,) = submissions.everything()
+    submissions.perform(str(submission.folder), 0)
+    assert began == [("some/folder", tmp_path)] and Path.cwd() == Path("/")
+    monkeypatch.chdir(tmp_path)
+    code, _, said = itl("submit", "finetune", "--set", "task=trivia", "--set", "source=none.jsonl")
+    assert (code, len(said.splitlines())) == (2, 1) and "none.jsonl" in said
 
 
 @pytest.mark.parametrize("command", ["submit sweep 05_1 --dry-run", "submit train", "submit notebook 05_1", "status"])

@@ -1,6 +1,7 @@
 """Vocabularies from files: every kind passes the same tests, from single texts to a trained model that is talked to."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -324,11 +325,22 @@ def test_a_run_belongs_to_what_the_tokenizer_file_held(specs, tmp_path):
     write_ranks(file, train_bpe(n_people=20))  # as many tokens, but others
     with pytest.raises(InputError, match="another tokenizer"):
         run(config, tmp_path / "run")
+    model, _ = load_model(tmp_path / "run")  # the folder has a copy
+    file.unlink()
     for folder in (tmp_path / "run", tmp_path / "run" / "model"):
-        with pytest.raises(InputError, match="is not what the model in .* was trained with"):
-            load_model(folder)
+        again, saved = load_model(folder)
+        assert saved == config and torch.equal(again.embedding.weight, model.embedding.weight)
+    with open_conversation(tmp_path / "run") as talk:
+        assert talk.tokenizer.name == row["tokenizer"]
+
+    shutil.copytree(tmp_path / "run" / "model", tmp_path / "alone")  # without the copy the file must be the same
+    with pytest.raises(InputError, match="is no tokenizer"):
+        load_model(tmp_path / "alone")
+    write_ranks(file, train_bpe(n_people=20))
+    with pytest.raises(InputError, match="is not what the model in .* was trained with"):
+        load_model(tmp_path / "alone")
     file.write_bytes(before)
-    assert run(config, tmp_path / "run") == row and load_model(tmp_path / "run")[1] == config
+    assert run(config, tmp_path / "run") == row and load_model(tmp_path / "alone")[1] == config
 
 
 def test_folders_and_weights_from_before_there_was_a_choice_are_of_bytes(tmp_path):

@@ -1,7 +1,9 @@
 """Training: what a step computes, when it ends, and that a run goes on after a kill as if nothing had happened."""
 
+import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +17,13 @@ import torch
 from safetensors.torch import load_file
 
 from lib import checkpoint, paths
-from lib.base import InputError
+from lib.base import InputError, WorkError
 from lib.config import RunConfig
 from lib.dialogs import ByteTokenizer, TokenizedDialogs, dialogs, encode_dialog, tokenize
 from lib.facts import sample_people
 from lib.model import ModelConfig, Transformer
 from lib.monitor import read_metrics
-from lib.trainer import LOG_EVERY, Trainer
+from lib.trainer import LOG_EVERY, Lockstep, Trainer
 
 PEOPLE = sample_people(8)
 
@@ -172,6 +174,42 @@ def test_the_reported_loss_is_the_mean_over_the_last_steps(data, tmp_path):
         trainer.step()
         losses.append(float(trainer.losses[-1]))
     assert trainer.loss() == pytest.approx(sum(losses[-LOG_EVERY:]) / LOG_EVERY)
+
+
+DIVERGING = {"optim": {"lr": 1e30, "clip_norm": None}}
+
+
+@pytest.mark.parametrize("every", [LOG_EVERY, 5])
+def test_training_that_diverges_ends_with_the_step_and_keeps_good_checkpoints(data, tmp_path, every):
+    reference = _trainer(data, _config(steps=2 * LOG_EVERY, checkpoint_every=1, keep_checkpoints=9), tmp_path / "a")
+    _train_until(reference, 5)
+    good = checkpoint.steps(tmp_path / "a" / "checkpoints")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    config = _config(steps=2 * LOG_EVERY, checkpoint_every=every, keep_checkpoints=1, **DIVERGING)
+    trainer, losses, step = _trainer(data, config, tmp_path / "b"), [], Lockstep.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lockstep, "step", lambda lockstep: losses.append(float(step(lockstep)[0])))
+        with pytest.raises(WorkError) as caught:
+            trainer.train()
+    bad = next(i for i, loss in enumerate(losses, start=len(good) + 1) if not math.isfinite(loss))
+    assert f"the loss of step {bad} is not finite" in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.exit_code == 1 and trainer.counters["step"] == max(every, 10)
+    assert [folder.name for folder in checkpoint.steps(tmp_path / "b" / "checkpoints")] == [f.name for f in good]
+    assert [line["step"] for line in read_metrics(tmp_path / "b")] == []
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint(data, tmp_path):
+    """As after an update that was too large: the loss is of the weights before."""
+    trainer = _trainer(data, _config(), tmp_path)
+    trainer.step()
+    trainer.save()
+    trainer.finish_saving()
+    trainer.step()
+    with torch.no_grad():
+        trainer.model.blocks[0].ffn.up_proj.weight[3, 2] = torch.inf
+    with pytest.raises(WorkError, match="the weights are not finite after step 2"):
+        trainer.save()
+    assert [folder.name for folder in checkpoint.steps(tmp_path / "checkpoints")] == ["step_00000001"]
 
 
 def test_seeds_set_the_order_of_the_data(data, tmp_path):

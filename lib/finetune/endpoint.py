@@ -24,7 +24,7 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 from openai.types.chat import ChatCompletionMessage
 from pydantic import Field, ValidationError
 
-from lib.base import Config, InputError, WorkError
+from lib.base import Config, InputError, WorkError, to_json
 from lib.finetune.data import ChatMode
 from lib.finetune.models import fingerprint, load_tokenizer
 from lib.finetune.protocol import read_query, write_query, write_result
@@ -110,7 +110,7 @@ async def ask_all(
     async def work() -> None:
         for question in waiting:  # which the workers share: each takes the next
             record = done[question.text] = _graded(await _ask(client, endpoint, question.text, look_up), question)
-            file.write(json.dumps(record) + "\n")
+            file.write(to_json(record) + "\n")
             file.flush()
             bar.update(1)
 

@@ -38,8 +38,8 @@ class Estimate(NamedTuple):
     stderr: float
     n: int
 
-    def columns(self, name: str) -> dict[str, float]:
-        return {name: self.mean, f"{name}_stderr": self.stderr}
+    def columns(self, name: str) -> dict[str, float | None]:
+        return {name: self.mean, f"{name}_stderr": self.stderr if self.n > 1 else None}
 
 
 def estimate(values: Iterable[float]) -> Estimate:

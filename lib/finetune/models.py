@@ -44,7 +44,8 @@ def no_bars_in_logs() -> AbstractContextManager:
 def _load(kind: type, what: str, source: str | Path, **options):
     try:
         with no_bars_in_logs():
-            return kind.from_pretrained(str(source), **options)
+            # If it is not told, transformers asks whoever sits there whether to run what a folder brings.
+            return kind.from_pretrained(str(source), trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load a {what} from {source}: {_advice(Path(source), error)}") from None
 
@@ -54,6 +55,8 @@ def _advice(source: Path, error: Exception) -> str:
     said = str(error)
     if "gated repo" in said:
         return "it is gated, so ask for access on its page on the hub and log in (hf auth login)"
+    if "trust_remote_code" in said:
+        return "it comes with code of its own, which is never run: take one that transformers knows"
     if "couldn't connect" in said:  # also where a folder's adapter names a base
         offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
         cause = "HF_HUB_OFFLINE forbids to fetch it" if offline else "the hub cannot be reached"
@@ -72,7 +75,8 @@ def fingerprint(source: str | Path) -> str:
     folder = Path(source)
     if not folder.is_dir():
         return str(source)
-    files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
+    found = {path for pattern in _MODEL_FILES for path in folder.glob(pattern)}
+    files = sorted(path for path in found if not path.name.startswith("."))  # which some systems put beside them
     content = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:

@@ -8,13 +8,14 @@ finished `model/` and `rows.json`. A finished run is never repeated; one that wa
 import hashlib
 import json
 import math
+import re
 import shutil
 import sys
 import threading
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -39,12 +40,14 @@ from lib.finetune.models import fingerprint, load_model
 from lib.finetune.triviaqa import load_questions
 from lib.monitor import progress
 from lib.optim import Muon, MuonAndAdamW
-from lib.paths import replacing
-from lib.run import CLAIM, MODEL, ROWS, provenance, resolve_device, write_json
+from lib.run import CLAIM, DATABASE, MODEL, ROWS, provenance, resolve_device, write_json
+from lib.trainer import are_finite, diverged
 
 #: In a checkpoint: its step, and how training went until then.
 STATE = "training.json"
 _FOLDERS = ("checkpoints", "evaluations")
+#: Checkpoints that are kept while training goes on.
+KEPT = 2
 #: Above so many parameters a GPU does not keep activations, but computes them again.
 RECOMPUTES_ABOVE = 1_000_000_000
 #: What a checkpoint holds only to go on from it.
@@ -78,10 +81,17 @@ def finetune(
             claim["base"] = fingerprint(base_source(config.base))
         _check_claim(claim, directory)
         state.wait_for_everyone()
-        if state.is_main_process and not (directory / CLAIM).exists():
+        is_new = state.is_main_process and not (directory / CLAIM).exists()
+        if is_new:
             write_json(directory / CLAIM, claim)
         if not (directory / ROWS).exists():
-            _Run(config, directory, state, asked, stack).complete(description)
+            try:
+                run = _Run(config, directory, state, asked, stack)
+            except InputError:
+                for name in (CLAIM, DATABASE) if is_new else ():  # or the folder were not free for a corrected call
+                    (directory / name).unlink(missing_ok=True)
+                raise
+            run.complete(description)
         state.wait_for_everyone()
         return json.loads((directory / ROWS).read_text())
 
@@ -110,6 +120,12 @@ class _Run:
     ):
         self.config, self.state, self.asked = config, state, asked
         self.directory, self.checkpoints, self.evaluations = (directory / name for name in ("", *_FOLDERS))
+        self.share, rest = divmod(config.batch_size, config.grad_accumulation * state.num_processes)
+        if rest:
+            raise InputError(
+                f"batch_size = {config.batch_size} cannot be divided among {state.num_processes} processes "
+                f"in grad_accumulation = {config.grad_accumulation} parts: give a multiple"
+            )
         # What is trained is in float32, or steps would be lost in rounding; adapters are, whatever they stand beside.
         dtype = "auto" if config.lora_rank else torch.float32
         self.model, self.tokenizer = load_base(config.base, state.device, dtype)
@@ -136,7 +152,8 @@ class _Run:
     def rows(self) -> list[dict]:
         """What was evaluated so far, by step."""
         return sorted(
-            (json.loads(path.read_text()) for path in self.evaluations.glob("*.json")), key=lambda row: row["step"]
+            (json.loads(path.read_text()) for path in _numbered(self.evaluations, r"(\d+)\.json")),
+            key=lambda row: row["step"],
         )
 
     def stopped(self) -> str | None:
@@ -161,7 +178,7 @@ class _Run:
     def _catch_up(self, newest: Path | None) -> None:
         """Evaluate the base, and what was saved last, if training was interrupted before that."""
         state = json.loads((newest / STATE).read_text()) if newest else {"step": 0}
-        for path in self.evaluations.glob("[0-9]*"):  # what was cut off while it was written begins with a dot
+        for path in _numbered(self.evaluations, r"(\d+)\.(json|parts)"):
             if int(path.stem) > state["step"]:  # its checkpoint is gone: it will be made again
                 path.unlink()
         done = {row["step"] for row in self.rows()}
@@ -172,25 +189,18 @@ class _Run:
 
     def _trainer(self, description: str | None) -> SFTTrainer:
         config, on_gpu = self.config, self.state.device.type == "cuda"
-        share, rest = divmod(config.batch_size, config.grad_accumulation * self.state.num_processes)
-        if rest:
-            raise InputError(
-                f"batch_size = {config.batch_size} cannot be divided among {self.state.num_processes} processes "
-                f"in grad_accumulation = {config.grad_accumulation} parts: give a multiple"
-            )
         arguments = SFTConfig(
             output_dir=str(self.checkpoints),
             seed=config.seed,
             learning_rate=learning_rate(config),
             lr_scheduler_type=config.schedule,
             warmup_steps=config.warmup,
-            per_device_train_batch_size=share,
+            per_device_train_batch_size=self.share,
             gradient_accumulation_steps=config.grad_accumulation,
             max_steps=self.total,
             max_length=None,  # `tokenize_chats` has checked: nothing is cut
             save_strategy="steps",
             save_steps=self.interval,
-            save_total_limit=2,
             logging_steps=max(1, self.interval // 5),
             bf16=on_gpu,
             use_cpu=not on_gpu,
@@ -238,9 +248,12 @@ class _Run:
         endings = [{"final": False, "stopped": None}] * (len(rows) - 1) + [{"final": True, "stopped": self.stopped()}]
         origin = {**provenance(self.state.device), "config": config.canonical_json()}
         table = [common | row | base | ending | origin for row, ending in zip(rows, endings, strict=True)]
-        with replacing(self.directory / ROWS) as temporary:
-            temporary.write_text(json.dumps(table, indent=1))
-        shutil.rmtree(self.checkpoints)
+        write_json(self.directory / ROWS, table)
+        for path in _checkpoints(self.checkpoints):
+            shutil.rmtree(path)
+        (self.checkpoints / "README.md").unlink(missing_ok=True)  # trl's
+        with suppress(OSError):  # somebody keeps something in it
+            self.checkpoints.rmdir()
 
 
 @contextmanager
@@ -283,16 +296,24 @@ class _Watch(TrainerCallback):
 
     def on_save(self, args, state, control, model=None, **_):
         self.seconds += time.perf_counter() - self.since
+        if not are_finite(model.parameters()):  # what has just been saved stays incomplete, and is passed over
+            raise diverged(f"the weights are not finite after step {state.global_step}")
         reached = [None]
         if self.run.state.is_main_process:
             loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
             training = {"step": state.global_step, "loss": loss, "train_seconds": round(self.seconds, 2)}
             # Last of all files: a checkpoint without it was cut off.
-            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE, training)
+            checkpoint = self.run.checkpoints / f"checkpoint-{state.global_step}"
+            write_json(checkpoint / STATE, training)
             if self.run.is_due(state.global_step) and not self.run.asked.is_set():
                 self.run.evaluate(model, training)
                 model.train()
                 self.bar.set_postfix_str(f"recall {self.run.rows()[-1]['recall']:.2f}", refresh=False)
+            # Not transformers, which would also delete what only looks like one of its own.
+            found = _checkpoints(self.run.checkpoints)
+            here = found.index(checkpoint)
+            for path in found[:here] + found[here + KEPT :]:  # later ones are damaged: this run has passed over them
+                shutil.rmtree(path)
             reached = [self.run.stopped()]
         if broadcast_object_list(reached)[0]:
             control.should_training_stop = True
@@ -302,10 +323,20 @@ class _Watch(TrainerCallback):
         self.bar.close()
 
 
+def _numbered(folder: Path, pattern: str) -> list[Path]:
+    """What has a name of this pattern, whose first group is a number: the greatest first. All else is not a run's."""
+    found = {path: re.fullmatch(pattern, path.name) for path in folder.glob("*")}
+    return sorted((path for path in found if found[path]), key=lambda path: int(found[path][1]), reverse=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that a run wrote, the newest first."""
+    return _numbered(folder, r"checkpoint-(\d+)")
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the most steps that is whole; damaged ones are passed over with a sentence."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in found:
+    for path in _checkpoints(folder):
         if damage := _damage(path):
             print(f"{path} is damaged ({damage}): going on from the one before it", file=sys.stderr)
         else:
@@ -317,7 +348,7 @@ def _damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, None if nothing is."""
     if not (checkpoint / STATE).exists():
         return "it was cut off"
-    for path in checkpoint.rglob("*"):
+    for path in checkpoint.rglob("[!.]*"):  # some systems put hidden files beside those that are written
         try:
             if path.suffix == ".safetensors":
                 safe_open(path, "pt")  # compares the size of the file with what its header says
