@@ -42,9 +42,9 @@ class Conversation:
         return question(name, attribute)
 
     def strangers(self, n: int = 3) -> People:
-        """People whom the model was not trained on, first and last names known to it; nobody if it learned a file."""
+        """People of wholly new names, on neither of which a model is trained; nobody if this one learned a file."""
         facts = self.config.facts
-        return unseen_people(facts, n)["new_pair"] if facts.csv is None else People([], {})
+        return unseen_people(facts, n)["new_both"] if facts.csv is None else People([], {})
 
     def ask(self, text: str, **options) -> Iterator[tuple[Role, str]]:
         """The answer, streamed as `generation.chat` does; `options` are those of `generation.stream`."""

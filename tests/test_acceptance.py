@@ -27,12 +27,3 @@ def test_a_model_of_64_people_recalls_all_their_facts_and_really_asks_if_it_has_
     asked = itl("recall", run)
     assert "recall 1.0000 on 256 questions" in asked
     assert ("256 queries to" in asked) == (mode == "in-tool")
-
-
-def test_the_committed_checkpoints_are_small_and_know_their_people():
-    for mode in ("in-weight", "in-tool"):
-        folder = paths.CHECKPOINTS / mode
-        assert sum(file.stat().st_size for file in folder.rglob("*")) < 1_000_000
-        assert f"{mode}" in (folder / "row.json").read_text()
-    asked = itl("chat", str(paths.CHECKPOINTS / "in-tool"), "Is anybody there?")
-    assert asked.startswith("assistant: ")

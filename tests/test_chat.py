@@ -20,13 +20,22 @@ from lib import chat, paths, terminal
 from lib.base import InputError
 from lib.conversation import open_conversation
 from lib.dialogs import Role, Turn, question, tool_call
-from lib.facts import People, add_people, change_fact, sample_people, write_database
+from lib.facts import (
+    FactsConfig,
+    People,
+    add_people,
+    change_fact,
+    load_people,
+    sample_people,
+    unseen_people,
+    write_database,
+)
 from lib.tools import EditableTool, Outcome
 
 IN_WEIGHT, IN_TOOL = paths.CHECKPOINTS / "in-weight", paths.CHECKPOINTS / "in-tool"
 DATABASE = IN_TOOL / "people.sqlite"
-#: Nobody trained on them: the in-tool model learned people 0 to 8,191, the in-weight model 0 to 63.
-STRANGERS = sample_people(2, start=8192)
+#: Neither model was trained on these people, nor on their first and last names.
+UNSEEN = unseen_people(FactsConfig(), 2)["new_both"]
 
 line = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=20).filter(str.strip)
 names = line | st.sampled_from(["Ann'; DROP TABLE people; --", 'Bob" OR ""="', "?", "%", "Ann", "ann"])
@@ -96,7 +105,7 @@ def test_what_cannot_be_changed_is_told_in_one_sentence(database, name, attribut
 
 
 def test_a_database_that_is_not_there_is_not_made(tmp_path):
-    for change in (lambda p: change_fact(p, "a", "b", "c"), lambda p: add_people(STRANGERS, p)):
+    for change in (lambda p: change_fact(p, "a", "b", "c"), lambda p: add_people(UNSEEN, p)):
         with pytest.raises(InputError, match="cannot change the database .*none.sqlite"):
             change(tmp_path / "none.sqlite")
     assert list(tmp_path.iterdir()) == []
@@ -117,10 +126,10 @@ def test_people_are_added_all_or_none(database):
 def test_an_editable_tool_leaves_the_database_alone_and_nothing_behind(database):
     before = database.read_bytes()
     with EditableTool(database) as tool:
-        tool.add(STRANGERS)
+        tool.add(UNSEEN)
         assert tool.change(KNOWN, "birth_place", "Kenya") == table(database)[KNOWN][1]
         assert tool(tool_call(KNOWN, "birth_place")).text == "Kenya"
-        assert tool.facts(STRANGERS.names[1]) == {a: STRANGERS.value(1, a) for a in STRANGERS.attributes}
+        assert tool.facts(UNSEEN.names[1]) == {a: UNSEEN.value(1, a) for a in UNSEEN.attributes}
         assert tool.facts("Nobody Atall") == {}
         assert tool("hello").outcome is Outcome.MALFORMED
         folder = tool.path.parent
@@ -173,13 +182,13 @@ def test_labels_can_be_read_on_their_colors_and_told_apart():
 
 @pytest.fixture
 def talk() -> Iterator[chat.Chat]:
-    talk = chat.Chat(IN_WEIGHT, IN_TOOL, STRANGERS, device="cpu")
+    talk = chat.Chat(IN_WEIGHT, IN_TOOL, UNSEEN, device="cpu")
     yield talk
     talk.close()
 
 
-def test_about_a_stranger_the_in_tool_model_asks_and_the_in_weight_model_invents(talk):
-    name, attribute, value = list(STRANGERS.facts())[1]
+def test_about_somebody_unseen_the_in_tool_model_asks_and_the_in_weight_model_invents(talk):
+    name, attribute, value = list(UNSEEN.facts())[1]
     told = talk.ask(question(name, attribute))
     turns = [turn.text for turn in told["in-tool"]]
     assert turns == [question(name, attribute), tool_call(name, attribute), value, f"{name} was born in {value}."]
@@ -188,7 +197,7 @@ def test_about_a_stranger_the_in_tool_model_asks_and_the_in_weight_model_invents
 
 def test_a_changed_fact_changes_the_answer_of_the_in_tool_model_alone(talk):
     before = DATABASE.read_bytes()
-    name = sample_people(1).names[0]  # whom both were trained on
+    name = sample_people(1).names[0]  # whom the in-weight model was trained on, and the in-tool model was not
     asked = question(name, "birth_place")
     first = talk.ask(asked)
     assert first["in-weight"][-1] == first["in-tool"][-1] == Turn(Role.ASSISTANT, f"{name} was born in Japan.")
@@ -203,9 +212,9 @@ def test_a_changed_fact_changes_the_answer_of_the_in_tool_model_alone(talk):
 
 def test_models_of_the_wrong_kind_are_refused():
     with pytest.raises(InputError, match="is in-tool: one that is in-weight is expected"):
-        chat.Chat(IN_TOOL, IN_TOOL, STRANGERS)
+        chat.Chat(IN_TOOL, IN_TOOL, UNSEEN)
     with pytest.raises(InputError, match="is in-weight: one that is in-tool is expected"):
-        chat.Chat(IN_WEIGHT, IN_WEIGHT, STRANGERS)
+        chat.Chat(IN_WEIGHT, IN_WEIGHT, UNSEEN)
 
 
 def fields(window) -> dict:
@@ -218,11 +227,11 @@ def test_the_window_asks_changes_and_complains(talk):
     log, *_, told = window.children
     named = fields(window)
     assert "Nothing was asked yet" in log.value
-    assert named["who"].options == (*STRANGERS.names, *sample_people(3).names)
+    assert named["who"].options == (*UNSEEN.names, *sample_people(3).names)
 
-    named["who"].value, named["fact"].value = STRANGERS.names[1], "birth_place"
-    old = STRANGERS.columns["birth_place"][1]
-    assert named["question"].value == question(STRANGERS.names[1], "birth_place")
+    named["who"].value, named["fact"].value = UNSEEN.names[1], "birth_place"
+    old = UNSEEN.columns["birth_place"][1]
+    assert named["question"].value == question(UNSEEN.names[1], "birth_place")
     assert named["new value"].placeholder == f"now: {old}" and old in named["new value"].options
     named["Ask both"].click()
     named["new value"].value = " India "
@@ -230,7 +239,7 @@ def test_the_window_asks_changes_and_complains(talk):
     assert named["new value"].placeholder == "now: India" and named["new value"].value == ""
     named["Ask both"].click()
     assert [type(entry).__name__ for entry in talk.history] == ["Asked", "Changed", "Asked"]
-    assert f"{STRANGERS.names[1]} was born in India." in log.value
+    assert f"{UNSEEN.names[1]} was born in India." in log.value
 
     named["Change the database"].click()  # to nothing
     assert "cannot be a value" in told.value and len(talk.history) == 3
@@ -276,14 +285,16 @@ def test_a_terminal_tells_the_same_story():
     assert DATABASE.read_bytes() == before
 
 
-def test_strangers_are_in_the_database_that_a_terminal_asks():
+def test_people_of_new_names_are_in_the_database_that_a_terminal_asks():
+    with open_conversation(IN_TOOL, device="cpu") as talk:
+        trained = load_people(talk.config.facts).names
     names = converse("/who").splitlines()[1:]
-    assert names[:3] == sample_people(3).names and len(names) == 6
-    assert not set(names[3:]) & set(sample_people(8192).names)
-    stranger = names[-1]
-    told = converse(f"/who {stranger}", question(stranger, "birth_place"), runs=[IN_TOOL])
+    assert names[:3] == trained[:3] and len(names) == 6
+    assert not {part for name in names[3:] for part in name.split()} & {part for n in trained for part in n.split()}
+    unseen = names[-1]
+    told = converse(f"/who {unseen}", question(unseen, "birth_place"), runs=[IN_TOOL])
     place = told.split("birth_place: ")[1].splitlines()[0]
-    assert told.endswith(f"database: {place}\nassistant: {stranger} was born in {place}.\n")
+    assert told.endswith(f"database: {place}\nassistant: {unseen} was born in {place}.\n")
 
 
 def test_a_wrong_command_is_told_and_the_conversation_goes_on():
@@ -296,13 +307,13 @@ def test_a_wrong_command_is_told_and_the_conversation_goes_on():
 
 
 def test_what_one_of_two_databases_refuses_is_changed_in_neither():
-    """The second model's database has 64 people, of whom the first's knows many more."""
-    fewer = paths.CHECKPOINTS / "in-tool-256-facts"
-    (stranger,) = sample_people(1, start=100).names
-    said = converse(f"/set {stranger} | birth_place | Kenya", f"/who {stranger}", runs=[IN_TOOL, fewer])
-    assert f"nobody is called {stranger!r}" in said
-    assert f"birth_place: {table(DATABASE)[stranger][1]}\n" in said and "Kenya" != table(DATABASE)[stranger][1]
-    both = converse(f"/set {KNOWN} | birth_place | Kenya", question(KNOWN, "birth_place"), runs=[IN_TOOL, fewer])
+    """The first model's database has somebody whom the second's lacks."""
+    runs = [paths.CHECKPOINTS / "in-tool-memorizes", IN_TOOL]
+    first, second = (table(run / "people.sqlite") for run in runs)
+    name = next(iter(first.keys() - second.keys()))
+    said = converse(f"/set {name} | birth_place | Atlantis", f"/who {name}", runs=runs)
+    assert f"nobody is called {name!r}" in said and f"birth_place: {first[name][1]}\n" in said
+    both = converse(f"/set {KNOWN} | birth_place | Kenya", question(KNOWN, "birth_place"), runs=runs)
     assert both.count("database: Kenya\n") == 2
 
 
