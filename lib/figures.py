@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from lib import paths, results
 from lib.base import InputError
-from lib.comparison import PUBLISHED_KIND, published_by_paper
+from lib.comparison import PUBLISHED_KIND, published_by_paper, published_correlated
 from lib.facts import VALUES, FactsConfig, unseen_people
 from lib.figure_style import EARLIER, HOLLOW, RC, STYLES, nothing_yet
 from lib.generalization import best_constant_guess
@@ -421,11 +421,9 @@ def _draw_tool_calls(profile: str, d_model: int = TOOL_CALLS_D_MODEL) -> Figure:
 
 def _draw_compressibility(profile: str, threshold: float = 0.95) -> Figure:
     results.check_threshold(threshold)
-    published = published_by_paper("compressibility").rename(columns={"correlation_alpha": "alpha"})
-    published = published.assign(law="released")
     own = None if profile in paths.PUBLISHING else results.compressibility_bounds(profile)
     return compressibility(
-        published.assign(entropy_bits=results.entropy_bits(published)),
+        published_correlated(),
         results.compressibility_bounds(results.counting_profile(profile)),
         own,
         threshold,

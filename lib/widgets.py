@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib import figures, results
-from lib.comparison import published_by_paper
+from lib.comparison import published_by_paper, published_correlated
 from lib.experiments import ALPHAS, SIZES
-from lib.facts import bits_per_person, entropy_bits_per_person
+from lib.facts import RELEASED, bits_per_person, entropy_bits_per_person
 from lib.figure_style import alt_text
 from lib.model import ModelConfig
 from lib.monitor import is_watched
@@ -97,13 +97,12 @@ def explore_capacity(profile: str, threshold: float = 0.95) -> None:
 def explore_correlation(profile: str, threshold: float = 0.95) -> None:
     """Section 5.3 to play with: correlation, and the bits and parameters that follow, for the published databases."""
     results.check_threshold(threshold)
-    published = published_by_paper("compressibility").rename(columns={"correlation_alpha": "alpha"})
-    published = published.assign(entropy_bits=results.entropy_bits(published))
+    published = published_correlated()
     ours = results.compressibility_bounds(results.counting_profile(profile))
 
     def draw(facts: int, alpha: float, bits: float) -> Figure:
         alphas = np.union1d(ALPHAS, alpha)
-        held = np.array([facts // 4 * entropy_bits_per_person(facts // 4, alpha=float(a)) for a in alphas])
+        held = np.array([facts // 4 * entropy_bits_per_person(facts // 4, 0, float(a), RELEASED) for a in alphas])
         now = float(held[alphas == alpha][0])
         figure = figures.compressibility(published, ours, None, threshold)
         by_alpha, by_entropy = figure.axes

@@ -11,9 +11,9 @@ from matplotlib import pyplot as plt
 
 from lib import widgets
 from lib.base import InputError
-from lib.comparison import published_by_paper
+from lib.comparison import published_correlated
 from lib.experiments import SIZES
-from lib.facts import entropy_bits_per_person
+from lib.facts import RELEASED, entropy_bits_per_person
 from lib.model import ModelConfig
 
 
@@ -84,13 +84,13 @@ def test_capacity_can_be_explored(shown):
 
 
 def test_correlation_can_be_explored(shown, monkeypatch):
-    few = published_by_paper("compressibility").query("n_facts == 4000")  # the entropy of more takes seconds
-    monkeypatch.setattr(widgets, "published_by_paper", lambda _: few)
+    few = published_correlated().query("n_facts == 4000")  # the entropy of more takes seconds
+    monkeypatch.setattr(widgets, "published_correlated", lambda: few)
     widgets.explore_correlation("quick")
     facts, alpha, bits, _ = window(shown[1]).children[1].children
     assert (facts.value, bits.value) == (4000, 2)
     alpha.value = 0.75
-    entropy = entropy_bits_per_person(1000, alpha=0.75)
+    entropy = entropy_bits_per_person(1000, alpha=0.75, law=RELEASED)
     assert f"4,000 facts, alpha = 0.75: {entropy:.1f} bits a person, {1000 * entropy:,.0f} in all" in alt(
         window(shown[1])
     )
