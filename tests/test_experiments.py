@@ -123,7 +123,11 @@ def test_the_paper_profile_is_the_published_grid():
     for config in configs:
         assert config.seed == config.facts.seed
         assert config.training.steps == 100_000 and config.evaluation.stop_at_recall is None
-        assert (config.optim.name, config.optim.lr, config.optim.weight_decay) == ("adamw", 1e-3, 0.1)
+        optim = config.optim
+        assert (optim.name, optim.lr, optim.weight_decay, optim.decay_norms) == ("adamw", 1e-3, 0.1, True)
+        assert (optim.beta1, optim.beta2, optim.warmup_steps, optim.schedule) == (0.9, 0.95, 50, "cosine")
+        assert optim.clip_norm is None and config.training.batch_size == 128
+        assert config.training.loss == "cross-entropy"
         assert config.model.rope == "paper"
 
 
@@ -151,7 +155,7 @@ def test_the_bounds_of_every_profile_are_of_both_modes_and_its_generalization_to
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_compressibility_is_about_the_correlation_alone(profile):
+def test_compressibility_is_about_correlation_and_law_alone(profile):
     plan = searches("05_3", profile)
     assert {search.base.mode for search in plan} == {"in-weight"}
     settings = {
@@ -160,7 +164,7 @@ def test_compressibility_is_about_the_correlation_alone(profile):
         ).canonical_json()
         for search in plan
     }
-    assert len(settings) == len({search.base.facts.n_people for search in plan})
+    assert len(settings) == len({(search.base.facts.n_people, search.base.facts.law) for search in plan})
 
 
 @pytest.mark.parametrize("profile", PROFILES)
