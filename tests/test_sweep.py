@@ -59,7 +59,7 @@ def _cell(seed: int = 0, **groups) -> Search:
 
 def _plan(monkeypatch, *plan: Search) -> None:
     for module in (sweep, results):
-        monkeypatch.setattr(module, "searches", lambda section, profile: list(plan))
+        monkeypatch.setattr(module, "searches", lambda section, profile, tokenizer="bytes": list(plan))
 
 
 # ---- Real processes
@@ -319,7 +319,13 @@ def test_a_search_goes_on_from_the_rows_there_are(runs, monkeypatch):
     search = Search(_base(), start=0, sizes=(4, 8, 12))
     for size, recall in ((4, 0.1), (8, 0.2)):
         row = {"run_id": search.config(size).run_id, "recall": recall}
-        row |= {"steps": 10, "steps_budget": 10, "train_seconds": 1.0, "config": search.config(size).canonical_json()}
+        row |= {
+            "steps": 10,
+            "steps_budget": 10,
+            "train_seconds": 1.0,
+            "device": "cpu",
+            "config": search.config(size).canonical_json(),
+        }
         folder = results.sweep_dir("05_1", "smoke") / row["run_id"]
         folder.mkdir(parents=True)
         (folder / "row.json").write_text(json.dumps(row))
