@@ -25,6 +25,8 @@ class TrainingConfig(Config):
     steps: int | None = Field(None, ge=1)
     #: Dialogs a step, never more than the dataset holds.
     batch_size: int = Field(64, ge=1)
+    #: So many batches at a time are sorted by the length of their dialogs, for less padding; 1: batches are random.
+    length_pool: int = Field(8, ge=1)
     #: Share of the dialogs trained on that are biographies: all that is known of a person in one turn, nobody asking.
     biographies: float = Field(0.0, ge=0, lt=1)
     #: Files of dialogs (`lib.shards`), and the share of the dialogs trained on that comes from each.

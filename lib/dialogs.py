@@ -362,17 +362,18 @@ class Batches:
     """The order in which a dataset is trained on: batch `step` for any step, without state.
 
     Every epoch is a fresh seeded shuffle, cut into batches of equal size (give or take one dialog), at most
-    `batch_size`. Dialogs of similar length share a batch: each pool of `POOL` batches is sorted by length and cut
-    again, then the batches are shuffled.
+    `batch_size`. Dialogs of similar length share a batch: each `pool` of so many batches is sorted by length and cut
+    again, then the batches are shuffled. Less padding, but a batch then asks about one or two attributes only, which
+    optimizers that level their steps, as Muon does, learn worse from; with a pool of 1 batches are random.
 
     With several `sources`, which make up the dataset in their order, an epoch is one pass over the first, and of each
     other one as many dialogs as its weight asks for: all of them as often as that is, and a random choice of the rest.
     """
 
-    POOL = 8
-
-    def __init__(self, lengths: torch.Tensor, batch_size: int, seed: int, sources: Sequence[Source] = ()):
-        self.lengths = lengths.cpu()
+    def __init__(
+        self, lengths: torch.Tensor, batch_size: int, seed: int, sources: Sequence[Source] = (), pool: int = 8
+    ):
+        self.lengths, self.pool = lengths.cpu(), pool
         self.seed = seed
         sources = sources or [Source(len(lengths), 1.0)]
         starts = accumulate((source.n_dialogs for source in sources), initial=0)
@@ -395,8 +396,8 @@ class Batches:
         rng = np.random.default_rng([self.seed, epoch])
         rows = np.concatenate([start + _take(n, count, rng) for start, n, count in self._parts])
         batches = list(torch.from_numpy(rng.permutation(rows)).tensor_split(self.per_epoch))
-        for start in range(0, self.per_epoch, self.POOL):
-            pool = slice(start, start + self.POOL)
+        for start in range(0, self.per_epoch, self.pool):
+            pool = slice(start, start + self.pool)
             sizes = [len(batch) for batch in batches[pool]]
             rows = torch.cat(batches[pool])
             batches[pool] = rows[self.lengths[rows].argsort(stable=True)].split(sizes)

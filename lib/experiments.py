@@ -138,7 +138,7 @@ def _bounds_quick() -> Iterator[Search]:
 
 
 def _focal(steps: int) -> TrainingConfig:
-    return TrainingConfig(steps=steps, batch_size=32, loss="focal")
+    return TrainingConfig(steps=steps, batch_size=32, length_pool=1, loss="focal")
 
 
 def _enough_steps(n_facts: int) -> TrainingConfig:

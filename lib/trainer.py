@@ -78,7 +78,8 @@ class Trainer:
         self.lengths, self.first_trained = data.lengths().cpu(), data.first_trained()
         self.n_trained = data.trained_counts()
         self.optimizers = build_optimizers(model, config.optim, rates_on_device=recorded)
-        self.batches = Batches(self.lengths, config.training.batch_size, config.seed, sources)
+        training = config.training
+        self.batches = Batches(self.lengths, training.batch_size, config.seed, sources, training.length_pool)
         # A thread costs more than it saves where nothing has to be read.
         self._ahead = ReadAhead(self._make_batch) if isinstance(data, ConcatDialogs) else None
         self.total_steps = config.training.total_steps(self.batches.n_dialogs)

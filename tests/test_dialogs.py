@@ -1,3 +1,4 @@
+import math
 import tracemalloc
 
 import numpy as np
@@ -327,9 +328,9 @@ def test_a_batch_of_given_length_is_made_without_looking_at_the_data():
 lengths_lists = st.lists(st.integers(1, 300), min_size=1, max_size=200)
 
 
-@given(lengths_lists, st.integers(1, 40), st.integers(0, 5), st.integers(0, 3))
-def test_an_epoch_is_a_permutation_cut_into_even_batches(lengths, batch_size, seed, epoch):
-    batches = Batches(torch.tensor(lengths), batch_size, seed)
+@given(lengths_lists, st.integers(1, 40), st.integers(0, 5), st.integers(0, 3), st.integers(1, 9))
+def test_an_epoch_is_a_permutation_cut_into_even_batches(lengths, batch_size, seed, epoch, pool):
+    batches = Batches(torch.tensor(lengths), batch_size, seed, pool=pool)
     steps = range(epoch * batches.per_epoch, (epoch + 1) * batches.per_epoch)
     cut = [batches[step] for step in steps]
     assert sorted(torch.cat(cut).tolist()) == list(range(len(lengths)))
@@ -365,6 +366,19 @@ def test_every_dialog_is_as_likely_to_come_early_as_late():
             seen[batch] = i
     # The mean of 400 draws from 0..15 has a standard deviation of 4.6 / 20 around 7.5.
     assert abs(when.mean(0) - 7.5).max() < 5 * 4.6 / 20
+
+
+@pytest.mark.parametrize(("pool", "is_random"), [(1, True), (8, False)])
+def test_batches_of_a_pool_of_one_are_random_whatever_the_lengths(pool, is_random):
+    """Four kinds of dialogs, of four lengths: the share of a kind in a batch is hypergeometric."""
+    lengths = 50 + torch.arange(1024) % 4
+    shares = []
+    for seed in range(10):
+        for batch in _epoch(Batches(lengths, 32, seed, pool=pool)):
+            shares.append(float((lengths[torch.tensor(batch)] == 50).double().mean()))
+    spread = math.sqrt(0.25 * 0.75 / 32 * (1024 - 32) / 1023)
+    assert np.mean(shares) == pytest.approx(0.25)
+    assert (abs(np.std(shares) / spread - 1) < 0.15) == is_random
 
 
 @pytest.mark.parametrize(("mode", "at_most"), [("in-weight", 0.05), ("in-tool", 0.03)])
