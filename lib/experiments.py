@@ -91,10 +91,10 @@ def searches(section: str, profile: str, tokenizer: str = "bytes") -> list[Searc
 
 # Recipes --------------------------------------------------------------------------------------------------------------
 
-#: Ours, frozen on 2026-11-28 as "focal-32" (LOG.md has the measurements); `_focal` is the rest of it.
-FOCAL_32 = OptimConfig(name="muon", lr=1e-2, muon_lr=2e-2, beta2=0.95, schedule="linear", clip_norm=1.0)
-#: The same in-tool, with the decay that is published. Decay makes models copy names, and costs in-weight recall.
-FOCAL_32_IN_TOOL = FOCAL_32.model_copy(update={"weight_decay": 0.1})
+#: Ours, for both modes, frozen on 2026-11-28 as "focal-32" (LOG.md has the measurements); `_focal` is the rest of it.
+FOCAL_32 = OptimConfig(
+    name="muon", lr=1e-2, muon_lr=2e-2, weight_decay=0.1, beta2=0.95, schedule="linear", clip_norm=1.0
+)
 #: For quick runs: complete recall of small databases in hundreds of steps.
 FAST = OptimConfig(name="muon", lr=1e-2, muon_lr=2e-2, beta2=0.95, schedule="cosine", clip_norm=1.0)
 #: The same in-tool, with the decay that is published: it makes models copy names.
@@ -229,8 +229,8 @@ def _generalization(
     """Every run takes all its steps: the rule for copying comes later than the recall of those who were trained on."""
     every = 500 * 64 // training.batch_size
     evaluation = EvaluationConfig(every=every, questions=256, stop_at_recall=None, unseen_people=unseen)
-    in_tool, in_weight = (FOCAL_32_IN_TOOL, FOCAL_32) if training.loss == "focal" else (COPYING, FAST)
-    optim = in_tool if mode == "in-tool" else in_weight
+    quick = COPYING if mode == "in-tool" else FAST
+    optim = FOCAL_32 if training.loss == "focal" else quick
     base = _database(mode, n_facts, seed, optim=optim, training=training, evaluation=evaluation)
     return Search(base, threshold=None, sizes=sizes)
 
