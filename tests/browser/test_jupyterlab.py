@@ -21,7 +21,9 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from lib import paths
+from lib.conversation import open_conversation
 from lib.dialogs import tool_call
+from lib.facts import VALUES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first to come installs Chromium
 
@@ -224,24 +226,28 @@ def talk_to_both(lab) -> None:
         wait_for(lambda: len(asked()) == n_questions)
         return [texts(cell) for cell in asked()[-1].find_elements(By.XPATH, "./div")]
 
+    with open_conversation(paths.CHECKPOINTS / "in-tool", device="cpu") as talk:
+        new_people = talk.strangers()
+    name, place = new_people.names[1], new_people.columns["birth_place"][1]
+    other = next(country for country in VALUES["birth_place"] if country != place)
     told(1)
     field = labelled("question")
     field.clear()
-    field.send_keys("Where was Odette Pereira born?\n")
+    field.send_keys(f"Where was {name} born?\n")
     in_weight, in_tool = told(2)
-    call = tool_call("Odette Pereira", "birth_place")
-    assert in_tool == [f"tool call\n{call}", "database\nBrazil", "reply\nOdette Pereira was born in Brazil."]
+    call = tool_call(name, "birth_place")
+    assert in_tool == [f"tool call\n{call}", f"database\n{place}", f"reply\n{name} was born in {place}."]
     assert len(in_weight) == 1 and in_weight[0].startswith("reply\n")
 
-    Select(labelled("who")).select_by_visible_text("Odette Pereira")
+    Select(labelled("who")).select_by_visible_text(name)
     Select(labelled("fact")).select_by_visible_text("birth_place")
-    wait_for(lambda: labelled("new value").get_attribute("placeholder") == "now: Brazil")
-    labelled("new value").send_keys("Japan")
+    wait_for(lambda: labelled("new value").get_attribute("placeholder") == f"now: {place}")
+    labelled("new value").send_keys(other)
     push("Change the database")
-    wait_for(lambda: "changed: birth_place of Odette Pereira, Brazil → Japan" in window.text)
+    wait_for(lambda: f"changed: birth_place of {name}, {place} → {other}" in window.text)
     push("Ask both")
     again, in_tool = told(3)
-    assert in_tool == [f"tool call\n{call}", "database\nJapan", "reply\nOdette Pereira was born in Japan."]
+    assert in_tool == [f"tool call\n{call}", f"database\n{other}", f"reply\n{name} was born in {other}."]
     assert again == in_weight
     still = lab.find(".jp-OutputArea-output:not(.itl-live) [role=log]")
     assert not still[
