@@ -367,13 +367,13 @@ def test_the_next_smaller_size_is_that_of_the_plan():
     assert table.seeds_reaching_it[32] == 0  # even less than 16 might have been enough
 
 
-def test_bounds_take_in_tool_runs_of_few_facts_from_generalization_and_no_others():
+def test_bounds_take_in_tool_searches_from_generalization_and_no_others():
     bounds, grid = searches("05_1", "laptop"), searches("05_2", "laptop")
     plan = results.bounds_searches("laptop")
     assert plan[: len(bounds)] == bounds
     taken = plan[len(bounds) :]
-    assert taken == [s for s in grid if s.base.mode == "in-tool" and 4 * s.base.facts.n_people < 8192]
-    assert {4 * s.base.facts.n_people for s in bounds if s.base.mode == "in-tool"} == {8192, 16_384, 32_768}
+    assert taken == [s for s in grid if s.base.mode == "in-tool" and s.threshold]
+    assert {s.base.mode for s in bounds} == {"in-weight"}
     for profile in ("quick", "paper"):  # whose 5.2 is a grid: it searches nothing
         assert results.bounds_searches(profile) == searches("05_1", profile)
 
@@ -453,14 +453,14 @@ def test_a_seed_without_a_bracket_has_no_smallest_model():
 
 
 def test_means_over_seeds_are_of_sizes_that_no_outcome_chose(tmp_path, monkeypatch):
-    """24 and 36 are run in every seed of 5.2, 20 only where 24 was enough."""
+    """24 is run in every seed of 5.2, 20 only where 24 was enough."""
     monkeypatch.setattr(paths, "PAPER_DATA", tmp_path)
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
     search = next(s for s in searches("05_2", "laptop") if s.base.seed == 0 and s.base.facts.n_people == 8192)
-    for size in (20, 24, 36):
+    for size in (20, 24):
         _finish(_row(run_id=search.config(size).run_id, d_model=size), "laptop", "05_2")
-    assert set(results.read_rows("05_2", "laptop").d_model) == {20, 24, 36}
-    assert set(results.generalization_rows("laptop").d_model) == {24, 36}
+    assert set(results.read_rows("05_2", "laptop").d_model) == {20, 24}
+    assert set(results.generalization_rows("laptop").d_model) == {24}
 
 
 def test_too_few_points_have_no_interval():

@@ -211,6 +211,7 @@ def test_only_what_has_no_row_becomes_a_task(runs):
 def _row(folder: Path, *configs: RunConfig) -> None:
     for config in configs:
         row = {"run_id": config.run_id, "recall": 0.5, "steps": 20, "steps_budget": 20, "train_seconds": 1.0}
+        row["device"] = "cpu"
         (folder / config.run_id).mkdir(parents=True)
         (folder / config.run_id / "row.json").write_text(json.dumps(row | {"config": config.canonical_json()}))
 
