@@ -1,8 +1,8 @@
 """Captions say what the rows say: counted here by hand, and by reading the committed tables with csv."""
 
 import csv
-import re
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -40,6 +40,9 @@ def test_every_figure_has_a_caption_and_only_published_points_are_called_publish
 def test_a_caption_is_of_the_committed_rows():
     with (paths.PAPER_DATA / "parameter_bounds.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["profile"] == "laptop" and row["mode"] == "in-weight"]
+    today = [row for row in rows if '"focal"' in row["config"]]
+    sizes = {(row["n_facts"], row["d_model"]) for row in today}
+    rows = today + [row for row in rows if row not in today and (row["n_facts"], row["d_model"]) not in sizes]
     text = captions.caption("bits_stored", "quick")
     counts = re.findall(r"\(laptop(?:, earlier recipe)?\): ([\d,]+) runs?", text)
     assert sum(int(count.replace(",", "")) for count in counts) == len(rows)
