@@ -14,7 +14,7 @@ class Source(NamedTuple):
 
     rows(profile, **options): the finished runs behind the points, given the figure's options. only: the values that
     columns must have; an option of the figure replaces them.
-    own: the same of the rows that a profile that does not publish adds to those that count; None: it adds none.
+    own: `only` for the rows of a non-publishing profile (quick), drawn over the published ones; None for no overlay.
     """
 
     shows: str
@@ -118,13 +118,19 @@ def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     sentences = []
     if len(both):
         n_facts, last = both.index[-1], both.iloc[-1]
+        points = found.loc[n_facts]
+        earlier = ", of an earlier recipe" if points.superseded.astype(bool).any() else ""
+        seeds = _listed("seed", range(points.seeds_reaching_it.min()), True)
         sentences.append(
             f"At {n_facts:,} facts it takes {last['in-weight']:,.0f} parameters in weights and {last['in-tool']:,.0f} "
-            f"with a tool (means over {found.loc[n_facts].seeds_reaching_it.min()} seeds or more)."
+            f"with a tool (means over {seeds} or more{earlier})."
         )
     rows = results.behind(results.bounds_rows(counting), threshold)
     for mode, points in table[table.min_params_mean.isna()].groupby("mode"):
-        tried = rows[(rows["mode"] == mode) & (rows.n_facts == points.n_facts.min())].n_params.max()
+        runs = rows[(rows["mode"] == mode) & (rows.n_facts == points.n_facts.min())]
+        tried = runs.n_params.max()
+        if (runs.recall >= threshold).any():  # some size is enough, and no smaller one was tried
+            continue
         sentences.append(
             f"At {points.n_facts.min():,} facts no smallest {mode} model is known yet "
             f"(largest tried: {tried:,} parameters)."

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from lib.base import InputError, WorkError, to_json
 from lib.distributed import ALONE, Ranks
 
-# A process on its own is what it says it assumes; every checkpoint would say so.
+# torch warns on every save that no process group exists. That is intended here, so silence it.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 TENSORS, STATE, MARKER = "tensors.safetensors", "state.json", "COMPLETE.json"

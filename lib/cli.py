@@ -242,13 +242,16 @@ def drop(
 ) -> None:
     """Take rows out of a table of paper_data: nothing else does. At least one option must say which."""
     from lib import results
-    from lib.finetune import experiments
 
-    take = experiments.drop if section == "06" else partial(results.drop, section)
+    if section == "06":
+        from lib.finetune import experiments as table
+
+        take, path = table.drop, table.table_path()
+    else:
+        take, path = partial(results.drop, section), results.table_path(section)
     rows = take(profile=profile, run_ids=run_id or [], superseded=superseded, dry_run=dry_run)
     about = ["profile", "run_id", "mode", "n_facts", "seed", "superseded"]
     console.print(rows[about].drop_duplicates().to_string(index=False))
-    path = experiments.table_path() if section == "06" else results.table_path(section)
     console.print(f"{len(rows)} rows {'would leave' if dry_run else 'have left'} {path}")
 
 

@@ -39,7 +39,7 @@ class Search:
 
     @property
     def certain(self) -> tuple[int, ...]:
-        """The sizes that are run whatever others give: only of these are means over seeds not over chosen ones."""
+        """Sizes that every seed runs. Averages over seeds use only these: others are run for some seeds only."""
         return self.sizes if self.threshold is None else (self.sizes[self.start],)
 
     def pending(self, recalls: Mapping[str, float]) -> list[RunConfig]:

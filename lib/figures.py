@@ -407,7 +407,7 @@ def _own_shares(profile: str) -> pd.DataFrame | None:
 
 def _draw_generalization(profile: str) -> Figure:
     shares = _shares(results.counting_profile(profile))
-    guess = best_constant_guess(unseen_people(FactsConfig(n_people=1), 1000)["new_both"])
+    guess = best_constant_guess(unseen_people(FactsConfig(n_people=1), 1000)[PUBLISHED_KIND])
     return generalization(shares, _own_shares(profile), published_by_paper("generalization"), guess)
 
 

@@ -73,8 +73,8 @@ def measure_recall(
 ) -> Recall:
     """Ask a model about `facts`, greedily; with a `tool` the model may use it, and must.
 
-    A dialog that goes on for longer than the question and the expected one, by `DETOUR` tokens, is cut off, and not
-    correct: what else is asked changes no verdict.
+    A dialog is cut off, and not correct, once it has generated `DETOUR` tokens more than its expected dialog has,
+    question included: the limit depends on that question alone.
 
     Greedy decoding reproduces an expected dialog up to the first position at which the assistant speaks and the argmax
     is another token. `verify` finds it by one teacher-forced pass and decodes from there only, which in-weight is

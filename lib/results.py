@@ -2,6 +2,7 @@
 
 import json
 import math
+from ast import literal_eval
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,6 +136,11 @@ def _law(facts: dict) -> str:
     return next((name for name, known in LAWS.items() if known == law), str(tuple(law)))
 
 
+def law_named(name: str) -> Law:
+    """Return the law that a row's column `law` names."""
+    return LAWS.get(name) or Law(*literal_eval(name))
+
+
 def _recipe(config: dict, steps: float, batch_size: float, n_facts: float) -> str:
     model = {name: value for name, value in config.get("model", {}).items() if name != "d_model"}
     training = dict(config.get("training", {}))
@@ -263,7 +269,8 @@ def drop(
     """Take rows out of a section's table and return them; `dry_run` only returns them.
 
     profile, run_ids, superseded (only rows that today's plan does not ask for): each narrows the selection; none of
-    them, an id that the table lacks, or a selection without rows is an `InputError`. A planned run that is still in
+    them, an id that the table lacks, or a selection without rows is an `InputError`. Rows of `TABLE_ONLY` profiles go
+    only where `profile` or `run_ids` name them. A planned run that is still in
     runs comes back with the next `publish`.
     """
     known = committed_rows(section)
@@ -294,6 +301,8 @@ def drop_rows(
     gone = (rows.profile == profile) if profile else pd.Series(True, rows.index)
     gone &= rows.run_id.isin(run_ids) if run_ids else True
     gone &= rows.superseded if superseded else True
+    if not (profile or run_ids):  # no sweep could make them again
+        gone &= ~rows.profile.isin(TABLE_ONLY)
     if not gone.any():
         raise InputError(f"no row in {path} is selected by all of these conditions")
     if not dry_run:
@@ -409,7 +418,7 @@ def capacity(rows: pd.DataFrame) -> pd.DataFrame:
     n_people = rows.n_facts.floordiv(4)
     entropy = pd.DataFrame(
         [
-            entropy_bits_by_attribute(int(n), int(seed), alpha, LAWS[law])
+            entropy_bits_by_attribute(int(n), int(seed), alpha, law_named(law))
             for n, seed, alpha, law in zip(n_people, rows.seed, rows.alpha, rows.law, strict=True)
         ],
         index=rows.index,
@@ -427,7 +436,7 @@ def entropy_bits(rows: pd.DataFrame) -> pd.Series:
     """Joint entropy in bits of each row's database (n_facts, alpha, law) given the names; without a seed, of seed 0."""
     seeds = rows.get("seed", pd.Series(0, index=rows.index))
     bits = [
-        n_facts // 4 * entropy_bits_per_person(n_facts // 4, seed, alpha, LAWS[law])
+        n_facts // 4 * entropy_bits_per_person(n_facts // 4, seed, alpha, law_named(law))
         for n_facts, seed, alpha, law in zip(rows.n_facts, seeds, rows.alpha, rows.law, strict=True)
     ]
     return pd.Series(bits, index=rows.index, dtype=float)

@@ -411,7 +411,9 @@ def read_people(folder: Path, config: RunConfig) -> People:
                 break
     else:
         return people
-    raise InputError(f"{config.facts.csv} holds other people now than the run in {folder} is about: restore it")
+    raise InputError(
+        f"{config.facts.csv or 'this version'} holds other people now than the run in {folder} is about: restore it"
+    )
 
 
 def save_model(model: Transformer, folder: Path, config: RunConfig, tokenizer: str = "bytes") -> None:

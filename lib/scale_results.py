@@ -45,10 +45,15 @@ _COMPUTED = ["hellaswag_relative", "hellaswag_relative_stderr"]
 
 
 def committed_rows() -> pd.DataFrame:
-    """Return our rows in paper_data/scale.csv, of all profiles; none if there is no such file."""
+    """Return our rows in paper_data/scale.csv, of all profiles, of the latest run where one was made by two recipes."""
     path = paths.PAPER_DATA / "scale.csv"
     text = dict.fromkeys(("run_id", "commit", "python", "torch"), str)
-    return pd.read_csv(path, dtype=text) if path.exists() else pd.DataFrame()
+    if not path.exists():
+        return pd.DataFrame()
+    rows = pd.read_csv(path, dtype=text)
+    run = ["profile", "base", "task", "mode", "adaptation", "n_facts", "seed"]
+    latest = rows.sort_values("finished_at").drop_duplicates(run, keep="last").run_id
+    return rows[rows.run_id.isin(latest)].reset_index(drop=True)
 
 
 def rate(lr: float) -> str:

@@ -72,7 +72,7 @@ class Train(_Task):
         if config.tokenizer != "bytes":
             sources[config.tokenizer] = tokenizer_file(config.tokenizer)
         for number, (path, source) in enumerate((path, source) for path, source in sources.items() if source):
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             copy = folder / f"{number}-{source.name}"
             try:
                 shutil.copyfile(source, copy)
@@ -357,7 +357,10 @@ def submit(planned: Submission) -> Submission:
         raise InputError(f"cannot make the folder {planned.folder}: {error.strerror}") from None
     try:
         snapshot(planned.folder / "code")
-        planned = replace(planned, tasks=[task.keep_inputs(planned.folder / "inputs") for task in planned.tasks])
+        planned = replace(
+            planned,
+            tasks=[task.keep_inputs(planned.folder / "inputs" / str(i)) for i, task in enumerate(planned.tasks)],
+        )
         planned.write()  # a job reads it, and may start at once
         jobs = planned.hand_over(range(len(planned.tasks)))
     except BaseException:

@@ -23,6 +23,7 @@ from lib.base import InputError
 from lib.config import RunConfig
 from lib.distributed import Preempted
 from lib.experiments import Search, searches
+from lib.facts import RELEASED
 from lib.monitor import progress
 from lib.run import resolve_device, run_together, stacked_speedup
 from lib.trainer import stack_key
@@ -302,7 +303,8 @@ def _end_with_parent() -> None:
 
 def _title(config: RunConfig) -> str:
     correlation = f", alpha {config.facts.alpha:g}" if config.facts.alpha else ""
-    facts = f"{4 * config.facts.n_people} facts{correlation}"
+    law = ", released law" if config.facts.law == RELEASED else ""
+    facts = f"{4 * config.facts.n_people} facts{correlation}{law}"
     return f"{config.mode}, {facts}, d = {config.model.d_model}, seed {config.seed}"
 
 

@@ -166,7 +166,7 @@ def shown_rows(profile: str) -> pd.DataFrame:
         return table
     table = shown(table, "step", ["profile", "base", "task", "mode", "adaptation", "n_facts"])
     earlier = table.profile.where(~table.superseded, table.profile + ", earlier recipe")
-    return table.assign(profile=earlier)
+    return table.assign(profile=earlier).drop(columns="superseded")
 
 
 def table_path() -> Path:
