@@ -151,7 +151,8 @@ def recall_against_parameters(
                     middle = curve.iloc[(curve.recall - 0.6).abs().argmin()]
                     spot = {"color": "#777777", "fontsize": 7, "rotation": 80, "ha": "right", "va": "center"}
                     axes.annotate(f"{n_facts:,}", (middle.min_params_mean, middle.recall), **spot)
-                axes.plot([], [], color="#999999", linewidth=1, label=published_label(published.n_facts))
+                label = published_label(published.n_facts).replace(": ", ":\n").replace(", ", ",\n")
+                axes.plot([], [], color="#999999", linewidth=1, label=label)
             axes.set(xscale="log", xlabel="parameters", title=mode, ylim=(-0.03, 1.06))
             if not axes.get_lines():
                 nothing_yet(axes, mode)
