@@ -175,11 +175,14 @@ def test_a_folder_that_holds_no_run_is_refused_and_left_as_it_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_people_that_have_changed_since_are_refused(tmp_path):
+def test_people_that_have_changed_since_are_refused_where_the_run_kept_none_of_its_own(tmp_path):
     csv = tmp_path / "people.csv"
     csv.write_text("name,pet\nAnn,cat\nBob,dog\n")
-    run(override(_config(steps=1), {"facts": {"csv": str(csv)}}), tmp_path / "run")
+    for folder in ("run", "without a copy"):
+        run(override(_config(steps=1), {"facts": {"csv": str(csv)}}), tmp_path / folder)
     csv.write_text("name,pet\nAnn,cat\nBob,eel\n")
+    assert next(evaluate_checkpoints(tmp_path / "run"))["step"] == 1
+    (tmp_path / "without a copy" / "people.csv").unlink()  # as runs of earlier versions are
     with pytest.raises(InputError, match=r"people\.csv holds other people now"):
-        next(evaluate_checkpoints(tmp_path / "run"))
-    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
+        next(evaluate_checkpoints(tmp_path / "without a copy"))
+    assert not (tmp_path / "without a copy" / "evaluations.jsonl").exists()
