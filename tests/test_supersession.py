@@ -58,7 +58,7 @@ def test_a_plan_without_half_of_the_seeds_still_draws_every_point_but_never_aver
     drawn = {name: _points(name) for name in figures.FIGURES}
     monkeypatch.setattr(results, "searches", lambda *a: [s for s in searches(*a) if s.base.seed == 0])
     of_seeds = results.minimal_parameters(results.bounds_rows("laptop"), [0.95])
-    assert of_seeds.groupby("superseded").seeds.max().to_dict() == {False: 1, True: 2}
+    assert of_seeds[~of_seeds.superseded].seeds.max() == 1  # the other seeds of the recipe are not averaged with it
     for name, points in drawn.items():
         now = _points(name)
         assert {key: {x for x, _ in xy} for key, xy in now.items()} == {
