@@ -215,18 +215,18 @@ def sweep(
     """Run all models of a section that are not finished yet."""
     if section == "06":
         return cli_scale.sweep(profile.value, jobs, dry_run, max_hours, device, publish, refresh)
-    from lib import results
+    from lib import publishing, results
     from lib import sweep as sweeps
 
     if publish:
-        results.check_publishes(profile.value)
-        results.check_traceable()
+        publishing.check_publishes(profile.value)
+        publishing.check_traceable()
     report = sweeps.sweep(
         section, profile.value, jobs=jobs, dry_run=dry_run, max_hours=max_hours, device=device, stack=stack
     )
     console.print(str(report))
     if publish and not dry_run:
-        console.print(f"{results.publish(section, profile.value)} new rows in {results.table_path(section)}")
+        console.print(f"{publishing.publish(section, profile.value)} new rows in {results.table_path(section)}")
         refresh()
     if report.failed:
         raise SystemExit(1)
@@ -241,14 +241,14 @@ def drop(
     dry_run: Annotated[bool, typer.Option(help="only list them")] = False,
 ) -> None:
     """Take rows out of a table of paper_data: nothing else does. At least one option must say which."""
-    from lib import results
+    from lib import publishing, results
 
     if section == "06":
         from lib.finetune import experiments as table
 
         take, path = table.drop, table.table_path()
     else:
-        take, path = partial(results.drop, section), results.table_path(section)
+        take, path = partial(publishing.drop, section), results.table_path(section)
     rows = take(profile=profile, run_ids=run_id or [], superseded=superseded, dry_run=dry_run)
     about = ["profile", "run_id", "mode", "n_facts", "seed", "superseded"]
     console.print(rows[about].drop_duplicates().to_string(index=False))

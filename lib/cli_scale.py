@@ -74,14 +74,14 @@ def finetune(
 
 def sweep(profile: str, jobs: int | None, dry_run: bool, max_hours: float, device: str, publish: bool, refresh) -> None:
     """`itl sweep 06`: the fine-tunings of a profile. refresh(): what comes after publishing."""
-    from lib import results
+    from lib import publishing
     from lib.finetune import experiments
 
     if jobs not in (None, 1):
         raise InputError("section 06 runs one fine-tuning at a time: for more, start the same command again beside it")
     if publish:
-        results.check_publishes(profile)
-        results.check_traceable()
+        publishing.check_publishes(profile)
+        publishing.check_traceable()
     report = experiments.Report()
     if not dry_run:
         report = experiments.sweep(profile, device=device, max_hours=max_hours)

@@ -593,8 +593,8 @@ def test_a_sweep_is_published_when_asked(here, itl, monkeypatch):
 
     published = []
     monkeypatch.setattr("lib.sweep.sweep", lambda *_, **__: Report())
-    monkeypatch.setattr("lib.results.commit", lambda: "a" * 40)
-    monkeypatch.setattr("lib.results.publish", lambda *arguments: published.append(arguments) or 7)
+    monkeypatch.setattr("lib.publishing.commit", lambda: "a" * 40)
+    monkeypatch.setattr("lib.publishing.publish", lambda *arguments: published.append(arguments) or 7)
     monkeypatch.setattr("lib.refresh.refresh", lambda say: published.append("refreshed"))
     assert itl("sweep", "05_1", "--profile", "laptop", "--publish", "--dry-run").code == 0
     assert published == []
@@ -605,7 +605,7 @@ def test_a_sweep_is_published_when_asked(here, itl, monkeypatch):
 
 def test_a_sweep_that_could_not_be_published_does_not_start(here, itl, monkeypatch):
     monkeypatch.setattr("lib.sweep.sweep", None)
-    monkeypatch.setattr("lib.results.commit", lambda: "a" * 40 + "-dirty")
+    monkeypatch.setattr("lib.publishing.commit", lambda: "a" * 40 + "-dirty")
     answer = itl("sweep", "05_1", "--profile", "laptop", "--publish")
     _assert_one_sentence(answer, ("not as in a commit", "only rows that can be traced"))
 

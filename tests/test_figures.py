@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import figure_style, figures, paths, results
+from lib import figure_style, figures, paths, publishing, results
 from lib.base import InputError
 from lib.comparison import published_by_paper
 from lib.facts import ATTRIBUTES, FactsConfig
@@ -93,7 +93,7 @@ def test_every_figure_is_drawn_to_whole_files_that_are_the_same_a_second_time_an
     without_rows = drawn()
     _finish(_rows(), section, profile)
     if profile in paths.PUBLISHING:
-        results.publish(section, profile)
+        publishing.publish(section, profile)
     with_rows = drawn()
     assert drawn() == with_rows
     shows_quick_rows = name not in ("bits_stored", "lower_bound")

@@ -92,22 +92,27 @@ def _cut(path: Path) -> None:
 DAMAGES = [("all weights", damage) for damage in (None, "*.safetensors", "optimizer.pt", train.STATE)]
 
 
+def _die_while_evaluating(step: int, config: FinetuneConfig, directory: Path, monkeypatch) -> None:
+    """Fine-tune up to the checkpoint of `step`, which is written but not evaluated."""
+    evaluate = train._Run.evaluate
+
+    def dies(run, model, state):
+        if state["step"] == step:
+            raise KeyboardInterrupt
+        evaluate(run, model, state)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train._Run, "evaluate", dies)
+        finetune(config, directory, description=None)
+
+
 @pytest.mark.parametrize("undisturbed, damage", [*DAMAGES, ("adapters", "*.safetensors")], indirect=["undisturbed"])
 def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(
     undisturbed, tmp_path, monkeypatch, capsys, damage
 ):
     """It dies while its checkpoint of step 4 is evaluated; then a file of that checkpoint is damaged."""
     config, directory, rows = undisturbed
-    evaluate = train._Run.evaluate
-
-    def dies(run, model, state):
-        if state["step"] == 4:
-            raise KeyboardInterrupt
-        evaluate(run, model, state)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train._Run, "evaluate", dies)
-        finetune(config, tmp_path, description=None)
+    _die_while_evaluating(4, config, tmp_path, monkeypatch)
     newest = newest_checkpoint(tmp_path / "checkpoints")
     assert newest.name == "checkpoint-4"
     (tmp_path / "evaluations" / ".4.json.1.tmp").write_text("{")  # as a kill in the middle of writing leaves it
@@ -127,16 +132,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(
 def test_files_of_others_in_the_folder_are_neither_read_nor_deleted(undisturbed, tmp_path, monkeypatch):
     """Copies of a checkpoint and of a row under names of one's own, notes, and what macOS puts beside a file."""
     config, directory, rows = undisturbed
-    evaluate = train._Run.evaluate
-
-    def dies(run, model, state):
-        if state["step"] == 2:
-            raise KeyboardInterrupt
-        evaluate(run, model, state)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train._Run, "evaluate", dies)
-        finetune(config, tmp_path, description=None)
+    _die_while_evaluating(2, config, tmp_path, monkeypatch)
     checkpoints, evaluations = tmp_path / "checkpoints", tmp_path / "evaluations"
     copies = {checkpoints / "checkpoint-best", checkpoints / "checkpoint-1-copy", checkpoints / "checkpoint-9 2"}
     for copy in copies:

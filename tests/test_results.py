@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib import paths, results
+from lib import paths, publishing, results
 from lib.base import InputError
 from lib.comparison import published_by_paper
 from lib.config import RunConfig
@@ -154,7 +154,7 @@ def test_rows_are_those_of_finished_runs_of_the_profile(data):
 
 def test_a_row_that_is_published_and_still_in_runs_is_read_once_as_published(data):
     _finish(_row("a" * 12, recall=0.25), "laptop")
-    results.publish("05_1", "laptop")
+    publishing.publish("05_1", "laptop")
     path = results.sweep_dir("05_1", "laptop") / ("a" * 12) / "row.json"
     path.write_text(json.dumps(_row("a" * 12, recall=0.75)))
     _finish(_row("b" * 12), "laptop")
@@ -164,10 +164,10 @@ def test_a_row_that_is_published_and_still_in_runs_is_read_once_as_published(dat
 
 def test_publishing_merges_sorted_and_says_how_many_are_new(data):
     _finish(_row("b" * 12, seed=1), "laptop")
-    assert results.publish("05_1", "laptop") == 1
+    assert publishing.publish("05_1", "laptop") == 1
     _finish(_row("a" * 12, n_facts=8), "laptop")
     _finish(_row("c" * 12, seed=0), "laptop")
-    assert results.publish("05_1", "laptop") == 2
+    assert publishing.publish("05_1", "laptop") == 2
     table = pd.read_csv(data / "parameter_bounds.csv", dtype={"run_id": str})
     assert [run_id[0] for run_id in table.run_id] == ["a", "c", "b"]
     assert [path.name for path in data.iterdir()] == ["parameter_bounds.csv"]
@@ -176,11 +176,11 @@ def test_publishing_merges_sorted_and_says_how_many_are_new(data):
 def test_publishing_only_adds_and_rows_of_an_earlier_plan_are_superseded(data, monkeypatch):
     for run_id in PLANNED[:2]:
         _finish(_row(run_id), "laptop")
-    assert results.publish("05_1", "laptop") == 2
+    assert publishing.publish("05_1", "laptop") == 2
     before = results.committed_rows("05_1").set_index("run_id")
     monkeypatch.setattr(results, "searches", lambda *_: [_plan(PLANNED[2:])])
     _finish(_row(PLANNED[2]), "laptop")
-    assert results.publish("05_1", "laptop") == 1
+    assert publishing.publish("05_1", "laptop") == 1
     after = results.committed_rows("05_1").set_index("run_id")
     pd.testing.assert_frame_equal(after.loc[list(PLANNED[:2])], before)  # even what the earlier plan said of sizes
     assert not set(results.COMPUTED) & set(after.columns)
@@ -192,13 +192,13 @@ def test_rows_leave_a_table_only_as_selected(data, monkeypatch):
     for profile, run_ids in (("laptop", PLANNED[:3]), ("paper", PLANNED[3:5])):
         for run_id in run_ids:
             _finish(_row(run_id), profile)
-        results.publish("05_1", profile)
+        publishing.publish("05_1", profile)
     monkeypatch.setattr(results, "searches", lambda *_: [_plan(PLANNED[1:4])])
 
     def dropped(**selection) -> set[str]:
-        expected = set(results.drop("05_1", dry_run=True, **selection).run_id)
+        expected = set(publishing.drop("05_1", dry_run=True, **selection).run_id)
         before = set(results.committed_rows("05_1").run_id)
-        assert set(results.drop("05_1", **selection).run_id) == expected
+        assert set(publishing.drop("05_1", **selection).run_id) == expected
         assert set(results.committed_rows("05_1").run_id) == before - expected
         return expected
 
@@ -210,8 +210,8 @@ def test_rows_leave_a_table_only_as_selected(data, monkeypatch):
         ({"profile": "paper", "run_ids": ["a" * 12]}, "no row in .* is selected by all of these conditions"),
     ):
         with pytest.raises(InputError, match=message):
-            results.drop("05_1", **wrong)
-    results.drop("05_1", superseded=True, dry_run=True)
+            publishing.drop("05_1", **wrong)
+    publishing.drop("05_1", superseded=True, dry_run=True)
     assert (data / "parameter_bounds.csv").read_bytes() == bytes_before
     assert dropped(superseded=True, profile="laptop") == {PLANNED[0]}
     assert dropped(run_ids=[PLANNED[1]]) == {PLANNED[1]}
@@ -279,27 +279,27 @@ def test_capacity_is_by_how_much_a_model_shortens_the_answers():
 def test_publishing_again_changes_no_byte(data):
     for i, run_id in enumerate(PLANNED[3:]):
         _finish(_row(run_id, seed=i, loss=AWKWARD / (i + 1), recall=1 / 3), "laptop")
-    results.publish("05_1", "laptop")
+    publishing.publish("05_1", "laptop")
     first = (data / "parameter_bounds.csv").read_bytes()
     for _ in range(2):
-        assert results.publish("05_1", "laptop") == 0
+        assert publishing.publish("05_1", "laptop") == 0
         assert (data / "parameter_bounds.csv").read_bytes() == first
 
 
 def test_a_published_row_is_the_row_of_the_run(data):
     row = _row("000000000012", loss=AWKWARD)
     _finish(row, "laptop")
-    results.publish("05_1", "laptop")
+    publishing.publish("05_1", "laptop")
     (stored,) = results.committed_rows("05_1").to_dict("records")
     assert stored == {**row, "profile": "laptop", "next_smaller": 3, "every_seed": False}
 
 
 def test_publishing_one_profile_leaves_the_rows_of_another(data):
     _finish(_row("a" * 12, loss=AWKWARD), "paper")
-    results.publish("05_1", "paper")
+    publishing.publish("05_1", "paper")
     _finish(_row("a" * 12, loss=2.0), "laptop")
-    assert results.publish("05_1", "laptop") == 1
-    assert results.publish("05_1", "paper") == 0
+    assert publishing.publish("05_1", "laptop") == 1
+    assert publishing.publish("05_1", "paper") == 0
     rows = results.committed_rows("05_1")
     assert dict(zip(rows.profile, rows.loss, strict=True)) == {"laptop": 2.0, "paper": AWKWARD}
 
@@ -309,7 +309,7 @@ def test_a_row_that_cannot_be_traced_to_a_clean_commit_stops_publishing(data, co
     _finish(_row("a" * 12), "laptop")
     _finish(_row("b" * 12, commit=commit), "laptop")
     with pytest.raises(InputError, match=f"1 rows were not made by a clean commit .run {'b' * 12}, commit {commit}"):
-        results.publish("05_1", "laptop")
+        publishing.publish("05_1", "laptop")
     assert list(data.iterdir()) == []
 
 
@@ -317,17 +317,17 @@ def test_a_row_that_cannot_be_traced_to_a_clean_commit_stops_publishing(data, co
 def test_profiles_that_do_not_count_do_not_publish(data, profile):
     _finish(_row(), profile)
     with pytest.raises(InputError, match=f"the profile {profile} does not publish: laptop and paper do"):
-        results.publish("05_1", profile)
+        publishing.publish("05_1", profile)
     assert list(data.iterdir()) == []
 
 
 def test_code_that_no_commit_holds_makes_no_rows_to_publish(monkeypatch):
-    monkeypatch.setattr(results, "commit", lambda: CLEAN)
-    results.check_traceable()
+    monkeypatch.setattr(publishing, "commit", lambda: CLEAN)
+    publishing.check_traceable()
     for commit in (f"{CLEAN}-dirty", "unknown"):
-        monkeypatch.setattr(results, "commit", lambda commit=commit: commit)
+        monkeypatch.setattr(publishing, "commit", lambda commit=commit: commit)
         with pytest.raises(InputError, match="only rows that can be traced are published"):
-            results.check_traceable()
+            publishing.check_traceable()
 
 
 def test_what_counts_is_a_publishing_profile_and_otherwise_the_laptop_one(data):
@@ -339,7 +339,7 @@ def test_what_counts_is_a_publishing_profile_and_otherwise_the_laptop_one(data):
 
 
 def test_publishing_nothing_writes_nothing(data):
-    assert results.publish("05_1", "laptop") == 0
+    assert publishing.publish("05_1", "laptop") == 0
     assert list(data.iterdir()) == []
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.container import ErrorbarContainer
 
-from lib import captions, figures, paths, results
+from lib import captions, figures, paths, publishing, results
 from lib.experiments import searches
 
 
@@ -46,7 +46,7 @@ def test_a_plan_that_loses_searches_loses_no_row_and_no_figure_a_point(published
 
     monkeypatch.setattr(results, "searches", lambda *arguments: left(searches(*arguments)))
     for section, before in rows.items():
-        assert results.publish(section, "laptop") == 0
+        assert publishing.publish(section, "laptop") == 0
         pd.testing.assert_frame_equal(results.committed_rows(section), before)
     for name, points in drawn.items():
         assert _points(name) == points, name

@@ -18,7 +18,8 @@ from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import N_FACTS
 from lib.finetune.train import finetune
 from lib.monitor import progress
-from lib.results import add_rows, counting_profile, drop_rows, shown
+from lib.publishing import add_rows, drop_rows
+from lib.results import counting_profile, shown
 from lib.run import ROWS
 
 SECTION = "06"
@@ -182,7 +183,7 @@ def committed_rows() -> pd.DataFrame:
 
 
 def publish(profile: str) -> int:
-    """Add the finished runs of a profile to paper_data as `results.publish` does; returns how many rows are new."""
+    """Add the finished runs of a profile to paper_data as `publishing.publish` does; returns how many rows are new."""
     source = paths.profile_dir(profile) / SECTION
     return add_rows(table_path(), profile, rows(profile), committed_rows(), _ORDER, source)
 
@@ -193,7 +194,7 @@ _ORDER = ["profile", "base", "task", "mode", "n_facts", "seed", "step", "run_id"
 def drop(
     profile: str | None = None, run_ids: Sequence[str] = (), superseded: bool = False, dry_run: bool = False
 ) -> pd.DataFrame:
-    """Take all rows of runs out of the table and return them, as `results.drop` does."""
+    """Take all rows of runs out of the table and return them, as `publishing.drop` does."""
     known = committed_rows()
     tables = [_marked(known[known.profile == name], name) for name in known.profile.unique()] if len(known) else []
     return drop_rows(table_path(), tables, _ORDER, profile, run_ids, superseded, dry_run)
