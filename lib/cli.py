@@ -357,7 +357,7 @@ def _run_notebooks(names, profile: str, assignments: list[str], *, in_place: boo
         raise SystemExit(_complain(str(error), 1)) from None
 
 
-for command in (cli_scale.finetune, cli_scale.trivia):
+for command in (cli_scale.bases, cli_scale.fetch, cli_scale.finetune, cli_scale.trivia):
     app.command()(command)
 
 # On Slurm -------------------------------------------------------------------------------------------------------------

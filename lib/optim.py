@@ -46,31 +46,6 @@ class Muon(torch.optim.Muon):
         _update_matrices([self])
 
 
-class MuonAndAdamW(torch.optim.Optimizer):
-    """`Muon` for some parameters and AdamW for the others as one optimizer, for libraries that take only one."""
-
-    def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
-        self.parts = [muon, adamw]
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
-        self._share()
-
-    def step(self, closure: None = None) -> None:
-        """One step of both."""
-        for part in self.parts:
-            part.step()
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """As that of any optimizer."""
-        super().load_state_dict(state_dict)
-        self._share()
-
-    def _share(self) -> None:
-        """Make the parts work on the groups, whose rates a schedule changes, and on the state, which is saved."""
-        groups = iter(self.param_groups)
-        for part in self.parts:
-            part.param_groups, part.state = [next(groups) for _ in part.param_groups], self.state
-
-
 def step_all(optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """One step of all `optimizers`, those of several models among them; gradients are None after it."""
     muons = [optimizer for optimizer in optimizers if isinstance(optimizer, Muon)]

@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from lib.base import Identified
+from lib.finetune.bases import learning_rate
 from lib.finetune.data import ChatMode
 
 
@@ -13,7 +14,7 @@ class FinetuneConfig(Identified):
     """One fine-tuning: base model, what it is to learn, how long, and what is asked of its checkpoints (Section 6)."""
 
     #: A name in `lib.finetune.bases`, a folder in the form of Hugging Face, or a name on its hub.
-    base: str = "embedded"
+    base: str
     #: facts: of people, in one of the modes. hybrid: those that are frequent in weights, the others by tool.
     #: trivia: the questions of `lib.finetune.triviaqa`.
     task: Literal["facts", "hybrid", "trivia"] = "facts"
@@ -26,10 +27,8 @@ class FinetuneConfig(Identified):
     seed: int = Field(0, ge=0, lt=2**31)
     #: Train matrices of low rank beside the model's own (LoRA); None trains all weights.
     lora_rank: int | None = Field(None, ge=1)
-    #: As published, or Muon for the hidden matrices, at twice the rate, and AdamW for the rest (`lib.optim`).
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    #: None takes the published rate of the base, or one for models nobody published a rate of.
-    lr: float | None = Field(None, gt=0)
+    #: AdamW's. Where none is given, that of the base in this mode (`lib.finetune.bases`); a run's id holds it.
+    lr: float = Field(gt=0, default_factory=lambda given: _rate(given))
     #: Constant after a warm-up over this share of the steps, or going down to zero.
     schedule: Literal["constant_with_warmup", "cosine"] = "constant_with_warmup"
     warmup: float = Field(0.05, ge=0, lt=1)
@@ -47,11 +46,15 @@ class FinetuneConfig(Identified):
     questions: int = Field(300, ge=1)
     unseen_people: int = Field(100, ge=4)
     #: Prompts on which the distance to the base is measured.
-    prompts: int = Field(100, ge=1)
-    #: The capability test: HellaSwag, or what the embedded model was trained to do; None: as the base is.
-    capability: Literal["hellaswag", "skills", "none"] | None = None
-    #: How many items of `skills` are asked.
-    items: int = Field(400, ge=1)
+    prompts: int = Field(100, ge=1, le=100)
+    #: The capability test: HellaSwag, or the questions of this repository as multiple choice, or what is at hand.
+    capability: Literal["hellaswag", "trivia", "any", "none"] = "hellaswag"
+    #: How many items of it are asked, the first ones; None asks all.
+    items: int | None = Field(None, ge=1)
+    #: Whether only the base and the last checkpoint take it.
+    capability_at_end: bool = False
+    #: What matrices are multiplied in, and evaluated in: "auto" is bfloat16 where the device has it.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #: Tokens of a conversation at most. Nothing is cut: a longer one is an error.
     max_length: int = Field(512, ge=8)
 
@@ -59,12 +62,8 @@ class FinetuneConfig(Identified):
     def _parts_fit(self) -> Self:
         if self.batch_size % self.grad_accumulation:
             raise ValueError(f"grad_accumulation = {self.grad_accumulation} does not divide the {self.batch_size}")
-        if self.optimizer == "muon" and self.lora_rank:
-            raise ValueError("optimizer = muon takes all weights, not adapters: leave out lora_rank, or take adamw")
-        if self.task == "hybrid" and self.mode != "in-tool":
-            raise ValueError("task = hybrid takes mode = in-tool: what is rare is looked up")
-        if self.task == "trivia" and self.mode != "in-weight":
-            raise ValueError("task = trivia takes mode = in-weight: in-tool, models are prompted (itl trivia)")
+        if self.task == "hybrid" and self.mode == "in-weight":
+            raise ValueError("task = hybrid takes mode = in-tool or in-tool-text: what is rare is looked up")
         return self
 
     def total_steps(self, n_conversations: int) -> int:
@@ -74,3 +73,7 @@ class FinetuneConfig(Identified):
     def interval(self, n_conversations: int) -> int:
         """Steps between two checkpoints."""
         return self.checkpoint_every or max(1, self.total_steps(n_conversations) // 10)
+
+
+def _rate(given: dict) -> float:
+    return learning_rate(given["base"], given["mode"], given["lora_rank"] is not None)

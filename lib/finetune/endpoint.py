@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError
 from lib.base import Config, InputError, WorkError, to_json
 from lib.finetune.data import ChatMode
 from lib.finetune.models import fingerprint, load_tokenizer
-from lib.finetune.protocol import read_query, write_query, write_result
+from lib.finetune.protocol import query_of_call, read_query, write_query, write_result
 from lib.finetune.triviaqa import NO_RESULT, Question, exact_match, opening
 from lib.monitor import progress
 
@@ -216,10 +216,7 @@ def _query_of_call(function: Any) -> str | None:
         arguments = json.loads(function.arguments)
     except (ValueError, RecursionError):
         return None
-    match function.name, arguments:
-        case "search", {"query": str(query)}:
-            return query
-    return None
+    return query_of_call({"name": function.name, "arguments": arguments})
 
 
 def _exchange(

@@ -2,14 +2,20 @@
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import nan
 from pathlib import Path
-from typing import NamedTuple
+from random import Random
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import lm_eval
 import torch
+from datasets import Dataset
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +24,8 @@ from lib.base import InputError
 from lib.dialogs import question
 from lib.finetune.data import ChatMode, check_mode
 from lib.finetune.generation import answer_with_tool, encode_prompts, generate_tokens, reply_all
-from lib.finetune.models import fingerprint, no_bars_in_logs
+from lib.finetune.models import no_bars_in_logs
+from lib.finetune.triviaqa import load_questions
 from lib.monitor import progress
 from lib.paths import runs
 from lib.recall import Fact
@@ -60,6 +67,7 @@ def measure_recall(
     mode: ChatMode,
     tool: SqlTool | None = None,
     *,
+    max_new_tokens: int = FACT_TOKENS,
     batch_size: int | None = None,
     description: str | None = None,
 ) -> Estimate:
@@ -68,22 +76,23 @@ def measure_recall(
     It knows a fact if the value stands in its last reply, whatever else it says there, letter by letter and not as
     part of a longer word or number: 11/1/1950 is not 1/1/1950, but a civil engineer is an engineer. (Small models of
     Section 5 must say the whole sentence; chat models have words of their own.) In-tool the reply counts only if it
-    follows a query of `tool` that really found the value.
+    follows a query of `tool` that really found the value. A turn that is not over after `max_new_tokens` is cut there.
     """
     check_mode(mode)
-    options = {"max_new_tokens": FACT_TOKENS, "batch_size": batch_size, "description": description}
+    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "description": description}
     questions = [question(name, attribute) for name, attribute, _ in facts]
     if mode == "in-weight":
         asked = [[{"role": "user", "content": text}] for text in questions]
         replies = reply_all(model, tokenizer, asked, **options)
         return estimate(says(reply, value) for reply, (*_, value) in zip(replies, facts, strict=True))
-    answers = answer_with_tool(model, tokenizer, questions, mode, tool, **options)
+    values = [value for *_, value in facts]
+    answers = answer_with_tool(model, tokenizer, questions, mode, tool, expected=values, **options)
     return estimate(
         answer.response is not None
         and answer.response.ok
         and answer.response.text == value
         and says(answer.reply, value)
-        for answer, (*_, value) in zip(answers, facts, strict=True)
+        for answer, value in zip(answers, values, strict=True)
     )
 
 
@@ -151,22 +160,17 @@ def base_answers(
     return generate_tokens(base, tokenizer, asked, max_new_tokens=PROMPT_TOKENS, description=description)
 
 
-def kept_answers(
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    source: str | Path,
-    *,
-    description: str | None = None,
-) -> list[list[int]]:
-    """`base_answers`, made once for all checkpoints of a base; source: where it was loaded from, which tells it."""
-    what = json.dumps([fingerprint(source), str(base.dtype), prompts, PROMPT_TOKENS])
-    key = hashlib.sha256(what.encode()).hexdigest()[:16]
-    path = runs() / "base_answers" / f"{key}.json"
+def kept(what: Sequence, make: Callable[[], Any]) -> Any:
+    """`make()`, which is JSON, made once and kept in runs: what the base says, asked once for all runs.
+
+    what: all that decides it, also JSON.
+    """
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    path = runs() / "of_base_models" / f"{key}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"answers": base_answers(base, tokenizer, prompts, description=description)})
-    return json.loads(path.read_text())["answers"]
+        write_json(path, make())
+    return json.loads(path.read_text())
 
 
 def _asked(prompts: Sequence[str]) -> list[list[dict]]:
@@ -193,40 +197,121 @@ def divergences(base_logits: torch.Tensor, model_logits: torch.Tensor, generator
     p = log_p.exp()
     tv = (p - log_q.exp()).abs().sum(-1) / 2
     kl = (p * (log_p - log_q)).sum(-1)
-    drawn = p.multinomial(1, generator=generator)
+    # By the inverse of the distribution function: `multinomial` takes ten times as long on a CPU.
+    place = torch.rand(len(p), 1, generator=generator, device=p.device)
+    drawn = torch.searchsorted(p.cumsum(-1), place).clamp(max=p.shape[-1] - 1)
     k1 = (log_p.gather(-1, drawn) - log_q.gather(-1, drawn)).squeeze(-1)
     return torch.stack([tv, kl, k1, k1.square() / 2, torch.expm1(-k1) + k1], dim=-1)
 
 
 # ---- Capability
 
+#: How many items are asked between two signs of progress.
+ITEMS_AT_A_TIME = 100
+#: Names a file with HellaSwag's validation set, a JSON object a line as the hub has it; else the hub is asked.
+HELLASWAG = "ITL_HELLASWAG"
+
 
 def measure_capability(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str | dict, *, batch_size: int = 16
-) -> Estimate:
-    """Accuracy in a multiple-choice task (`acc` of lm-eval): "hellaswag", or a task of one's own as a dict.
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str | dict,
+    n_items: int | None = None,
+    *,
+    batch_size: int = 16,
+    description: str | None = None,
+) -> dict[str, list[float]]:
+    """Which of the first `n_items` of a multiple-choice task of lm-eval are right: 1 or 0 an item, in their order.
 
-    No chat template is applied, which is how HellaSwag is usually reported. It seeds torch's, NumPy's and Python's
-    global random states, as lm-eval does.
-
-    Raises `InputError` for an unknown task, one without `acc`, and one whose data cannot be loaded.
+    task: "hellaswag", from the file that the variable `HELLASWAG` names or from the hub; or one of one's own as a dict,
+    as `trivia_choices` gives, with the metrics acc (the likeliest ending) and acc_norm (with likelihoods by length).
+    These are the keys of what is returned. It seeds torch's, NumPy's and Python's global random states, as lm-eval
+    does. Raises `InputError` for another task, and for one whose items cannot be loaded.
     """
     name = task if isinstance(task, str) else task["task"]
-    if isinstance(task, str) and task != "hellaswag":
-        raise InputError(f"unknown task {task!r}: give hellaswag or a task of lm-eval as a dict")
-    # To list all of lm-eval's own tasks takes seconds.
-    hellaswag = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"
-    manager = TaskManager(include_path=str(hellaswag), include_defaults=False)
+    right: dict[str, list[float]] = {"acc": [], "acc_norm": []}
+    with TemporaryDirectory() as folder, no_bars_in_logs():
+        manager = TaskManager(include_path=str(_tasks_folder(folder)), include_defaults=False)
+        try:
+            n_there = len(manager.load([task])["tasks"][name].eval_docs)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"cannot load the items of {name} ({str(error).splitlines()[0]}): HellaSwag comes from the hub, "
+                f"once, or from a file that {HELLASWAG} names"
+            ) from None
+        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        items = range(min(n_items or n_there, n_there))
+    with TemporaryDirectory() as folder, progress(len(items), description) as bar:
+        manager = TaskManager(include_path=str(_tasks_folder(folder)), include_defaults=False)
+        for start in items[::ITEMS_AT_A_TIME]:
+            chunk = list(items[start : start + ITEMS_AT_A_TIME])
+            options = {"samples": {name: chunk}, "bootstrap_iters": 0}
+            with no_bars_in_logs():
+                measured = lm_eval.simple_evaluate(harness, tasks=[task], task_manager=manager, **options)
+            rows = sorted(measured["samples"][name], key=lambda row: row["doc_id"])
+            for metric in right:
+                if metric not in rows[0]:
+                    raise InputError(f"the task {name} has no metric {metric}: give a multiple-choice task")
+                right[metric] += [float(row[metric]) for row in rows]
+            bar.update(len(chunk))
+    return right
+
+
+def hellaswag_is_at_hand() -> bool:
+    """Whether HellaSwag is in a file that `HELLASWAG` names, or on a hub that answers."""
+    if HELLASWAG in os.environ:
+        return True
     try:
-        with no_bars_in_logs():
-            harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-            measured = lm_eval.simple_evaluate(harness, tasks=[task], task_manager=manager, log_samples=False)
-    except OSError as error:
-        raise InputError(
-            f"cannot load the data of the task {name} ({str(error).splitlines()[0]}): it comes from the hub once, so "
-            "connect and unset HF_HUB_OFFLINE, or take a task whose data is here"
-        ) from None
-    results = measured["results"][name]
-    if "acc,none" not in results:
-        raise InputError(f"the task {name} has no metric acc: give a multiple-choice task")
-    return Estimate(results["acc,none"], results["acc_stderr,none"], measured["n-samples"][name]["effective"])
+        HfApi().dataset_info("Rowan/hellaswag", timeout=5)
+    except (HfHubHTTPError, OSError):  # HF_HUB_OFFLINE among them
+        return False
+    return True
+
+
+def _tasks_folder(folder: str) -> Path:
+    """Where lm-eval finds HellaSwag and nothing else, as to list all its tasks takes seconds; `folder` is empty."""
+    own = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"
+    if HELLASWAG not in os.environ:
+        return own
+    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": os.environ[HELLASWAG]}}}
+    task = {"task": "hellaswag", "include": str(own / "hellaswag.yaml"), "training_split": None, **source}
+    write_json(Path(folder) / "hellaswag.yaml", task)  # JSON is YAML
+    return Path(folder)
+
+
+def capability_columns(right: dict[str, list[float]], before: dict[str, list[float]]) -> dict[str, float | None]:
+    """Columns of a checkpoint that answered as `right`, and of its change from `before`, the base's, item by item.
+
+    As both answer the same items, the change has a smaller standard error than the difference of two accuracies.
+    """
+    columns: dict[str, float | None] = {}
+    for metric, name in (("acc", "capability"), ("acc_norm", "capability_norm")):
+        changes = (now - then for now, then in zip(right[metric], before[metric], strict=True))
+        columns |= estimate(right[metric]).columns(name) | estimate(changes).columns(f"{name}_change")
+    return columns
+
+
+def trivia_choices(tokenizer: PreTrainedTokenizerBase) -> dict:
+    """The questions of this repository with four answers to choose from, the wrong ones right for other questions.
+
+    A question stands in the chat template of `tokenizer`, and an answer is what the assistant says to it.
+    """
+    questions, draw, rows = load_questions(), Random(0), []
+    for text, answer, aliases in questions:
+        wrong = {other.answer for other in questions if other.answer not in aliases}
+        endings = [answer, *draw.sample(sorted(wrong), 3)]
+        draw.shuffle(endings)
+        context = tokenizer.apply_chat_template(*_asked([text]), add_generation_prompt=True, tokenize=False)
+        rows.append({"ctx": context, "endings": endings, "label": endings.index(answer)})
+    metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
+    return {
+        "task": "trivia",
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "ctx",
+        "doc_to_choice": "endings",
+        "doc_to_target": "label",
+        "target_delimiter": "",
+        "metric_list": metrics,
+    }

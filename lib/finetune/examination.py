@@ -2,70 +2,110 @@
 
 import json
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.base import InputError
-from lib.finetune.bases import EMBEDDED, base_source, load_base
 from lib.finetune.config import FinetuneConfig
-from lib.finetune.embedded import multiple_choice_task
-from lib.finetune.evaluation import kept_answers, measure_capability, measure_divergence
+from lib.finetune.evaluation import (
+    PROMPT_TOKENS,
+    base_answers,
+    capability_columns,
+    hellaswag_is_at_hand,
+    kept,
+    measure_capability,
+    measure_divergence,
+    trivia_choices,
+)
 from lib.finetune.lessons import Lesson
+from lib.finetune.models import fingerprint, load_model
 from lib.finetune.prompts import PROMPTS
-from lib.finetune.skills import prompts as skill_prompts
+from lib.finetune.weights import base_source
 from lib.run import write_json
 
 
 class Examination:
-    """What a run asks of its checkpoints. The base is loaded once, at the first question that takes it."""
+    """What a run asks of its checkpoints.
 
-    def __init__(self, config: FinetuneConfig, lesson: Lesson, tokenizer: PreTrainedTokenizerBase):
+    The base answers prompts and the capability test once for all runs: that is kept in runs. It is loaded once.
+    max_new_tokens: of a turn about what was taught, as long as the longest that is right; None: of any length.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        lesson: Lesson,
+        tokenizer: PreTrainedTokenizerBase,
+        max_new_tokens: int | None = None,
+        description: str | None = None,
+    ):
         self.config, self.lesson, self.tokenizer = config, lesson, tokenizer
-        self.of_skills = config.base in EMBEDDED
-        self.capability = config.capability or ("skills" if self.of_skills else "hellaswag")
-        if not self.of_skills and config.prompts > (n := sum(map(len, PROMPTS.values()))):
-            raise InputError(f"prompts = {config.prompts}: there are {n}")
+        self.options = {"max_new_tokens": max_new_tokens} if max_new_tokens else {}
+        self.description = description
+        in_turns = chain.from_iterable(zip(*PROMPTS.values(), strict=True))  # of each category as many
+        self.prompts = list(islice(in_turns, config.prompts))
         self._base: PreTrainedModel | None = None
-        self._answers: list[list[int]] = []
 
-    def __call__(self, model: PreTrainedModel, record: Path) -> dict:
-        """Columns of a checkpoint's row. Each part is in `record` once it is measured, and not measured again."""
+    def __call__(self, model: PreTrainedModel, record: Path, is_last: Callable[[float], bool] = lambda _: True) -> dict:
+        """Columns of a checkpoint's row. Each part is in `record` once it is measured, and not measured again.
+
+        is_last: whether this is the base or, given its recall, the last checkpoint (see `capability_at_end`).
+        """
+        measured = json.loads(record.read_text()) if record.exists() else {}
+        recall = partial(self.lesson.measure, model, self.tokenizer, description=self._doing("recall"), **self.options)
         parts: dict[str, Callable[[], dict]] = {
-            "recall": lambda: self.lesson.measure(model, self.tokenizer),
-            "capability": lambda: self._capability(model),
+            "recall": recall,
+            "capability": lambda: self._capability(model, is_last(measured["recall"]["recall"])),
             "divergence": lambda: self._divergence(model),
         }
-        measured = json.loads(record.read_text()) if record.exists() else {}
         for name, measure in parts.items():
             if name not in measured:
                 measured[name] = measure()
                 write_json(record, measured)
         return {key: value for name in parts for key, value in measured[name].items()}
 
-    def _capability(self, model: PreTrainedModel) -> dict:
-        if self.capability == "none":
-            return {"capability": None, "capability_stderr": None, "capability_task": None}
-        of_skills = self.capability == "skills"
-        task = multiple_choice_task(self.tokenizer, self.config.items) if of_skills else "hellaswag"
-        found = measure_capability(model, self.tokenizer, task)
-        return {**found.columns("capability"), "capability_task": self.capability}
-
-    def _divergence(self, model: PreTrainedModel) -> dict:
-        if self._base is None:
-            self._base, _ = load_base(self.config.base, model.device, model.dtype)
-            self._answers = kept_answers(self._base, self.tokenizer, self.prompts, base_source(self.config.base))
-        found = measure_divergence(model, self._base, self.tokenizer, self.prompts, answers=self._answers)
-        return {key: value for name in found._fields for key, value in getattr(found, name).columns(name).items()}
+    def _doing(self, what: str) -> str | None:
+        return self.description and f"{self.description}, {what}"
 
     @cached_property
-    def prompts(self) -> list[str]:
-        """Of each category as many, in turns."""
-        if self.of_skills:
-            drawn = (row for _, row in skill_prompts(4 * self.config.prompts, seed=0))
-            plain = (row["messages"] for row in drawn if len(row["messages"]) == 1 and "tools" not in row)
-            return [message["content"] for (message,) in islice(plain, self.config.prompts)]
-        in_turns = chain.from_iterable(zip(*PROMPTS.values(), strict=True))
-        return list(islice(in_turns, self.config.prompts))
+    def test(self) -> str | None:
+        """The capability test of this run."""
+        if self.config.capability == "any":
+            return "hellaswag" if hellaswag_is_at_hand() else "trivia"
+        return None if self.config.capability == "none" else self.config.capability
+
+    def _capability(self, model: PreTrainedModel, is_last: bool) -> dict:
+        if self.test is None or (self.config.capability_at_end and not is_last):
+            return {"capability": None, "capability_stderr": None, "capability_task": self.test}
+        task = "hellaswag" if self.test == "hellaswag" else trivia_choices(self.tokenizer)
+        n = self.config.items
+
+        def ask(asked: PreTrainedModel, who: str) -> dict[str, list[float]]:
+            return measure_capability(asked, self.tokenizer, task, n, description=self._doing(f"{self.test}{who}"))
+
+        base = self.base(model.device, model.dtype)
+        before = kept([*self._key(model), self.test, n], lambda: ask(base, " of the base"))
+        right = before if model is base else ask(model, "")
+        return {**capability_columns(right, before), "capability_task": self.test, "n_capability": len(right["acc"])}
+
+    def _divergence(self, model: PreTrainedModel) -> dict:
+        base, doing = self.base(model.device, model.dtype), self._doing("base's answers to prompts")
+        answers = kept(
+            [*self._key(model), self.prompts, PROMPT_TOKENS],
+            lambda: base_answers(base, self.tokenizer, self.prompts, description=doing),
+        )
+        doing = self._doing("distance to the base")
+        found = measure_divergence(model, base, self.tokenizer, self.prompts, answers=answers, description=doing)
+        return {key: value for name in found._fields for key, value in getattr(found, name).columns(name).items()}
+
+    def _key(self, model: PreTrainedModel) -> list[str]:
+        return [fingerprint(base_source(self.config.base)), str(model.dtype)]
+
+    def base(self, device: str | torch.device, dtype: torch.dtype) -> PreTrainedModel:
+        """The base model, as the checkpoints beside it are loaded."""
+        if self._base is None:
+            self._base = load_model(base_source(self.config.base), device, dtype)
+        return self._base

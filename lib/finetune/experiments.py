@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from lib import paths
 from lib.distributed import Preempted
-from lib.finetune.bases import PUBLISHED
+from lib.finetune.bases import BASES, PUBLISHED
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import N_FACTS
 from lib.finetune.train import finetune
@@ -21,8 +21,11 @@ from lib.monitor import progress
 from lib.publishing import add_rows, drop_rows
 from lib.results import counting_profile, shown
 from lib.run import ROWS
+from lib.scale_results import rate
 
 SECTION = "06"
+#: What two cores can fine-tune.
+LAPTOP = "SmolLM2-135M"
 
 
 def plan(profile: str) -> list[FinetuneConfig]:
@@ -32,48 +35,41 @@ def plan(profile: str) -> list[FinetuneConfig]:
 
 
 def _smoke() -> Iterator[FinetuneConfig]:
-    for mode in ("in-weight", "in-tool"):
-        yield FinetuneConfig(base="embedded-smoke", mode=mode, n_facts=8, steps=4, checkpoint_every=2, questions=4,
-                             unseen_people=4, prompts=4, items=8)  # fmt: skip
-
-
-def _embedded(mode: str, n_facts: int, seed: int = 0, **fields) -> FinetuneConfig:
-    """The embedded model's recipe, the same in both modes: Muon, smaller batches and a rate that falls.
-
-    In-weight it takes 40 passes at most, and of few facts more. In-tool it goes on when the trained are known, for
-    names are copied well later than that.
-    """
-    recipe = {"batch_size": 32, "schedule": "cosine", "optimizer": "muon", "lr": 2.5e-3}
-    if mode == "in-tool":
-        recipe |= {"steps": 300, "stop_at_recall": None}
-    else:
-        recipe |= {"steps": max(1_500, 40 * n_facts // 32)}
-    return FinetuneConfig(**{"mode": mode, "n_facts": n_facts, "seed": seed, **recipe, **fields})
+    for mode in ("in-weight", "in-tool-text"):
+        yield FinetuneConfig(base="random", mode=mode, n_facts=8, steps=4, checkpoint_every=2, questions=4,
+                             unseen_people=4, prompts=4, capability="trivia", items=8, batch_size=4)  # fmt: skip
 
 
 def _quick() -> Iterator[FinetuneConfig]:
-    asked = {"questions": 100, "unseen_people": 20, "prompts": 40, "items": 100}
-    for mode, steps in (("in-weight", 600), ("in-tool", 150)):
-        yield _embedded(mode, 500, base="embedded-quick", steps=steps, checkpoint_every=steps // 3, **asked)
+    """A hundred facts each way, of few questions, in smaller batches than published."""
+    asked = {"questions": 40, "unseen_people": 8, "prompts": 10, "capability": "any", "items": 100}
+    small = {"base": LAPTOP, "n_facts": 100, "batch_size": 32, "capability_at_end": True, **asked}
+    yield FinetuneConfig(mode="in-weight", steps=60, checkpoint_every=15, **small)
+    yield FinetuneConfig(mode="in-tool-text", steps=24, checkpoint_every=6, lr=3e-4, **small)
 
 
 def _laptop() -> Iterator[FinetuneConfig]:
-    """On the embedded model, three seeds; what appears often in weights, and the rest by tool, as well."""
+    """The published recipe of models of this size, and in weights at the rate in tool as well; then variants."""
+    asked = {"unseen_people": 25, "items": 1_000, "capability_at_end": True}
+    common = {"base": LAPTOP, "grad_accumulation": 4, **asked}
+    in_weight = {"mode": "in-weight", "n_facts": 500, "checkpoint_every": 20}
+    in_tool = {"mode": "in-tool-text", "checkpoint_every": 4}
     for seed in range(3):
-        for n_facts in (5_000, 1_000, 500):
-            yield _embedded("in-weight", n_facts, seed)
-        for n_facts in (5_000, 500):
-            yield _embedded("in-tool", n_facts, seed)
-    for seed in range(3):
-        yield _embedded("in-tool", 500, seed, task="hybrid", steps=1_000)
+        yield FinetuneConfig(**in_tool, n_facts=1_000, seed=seed, **common)
+        yield FinetuneConfig(**in_weight, seed=seed, **common)
+        yield FinetuneConfig(**in_weight, seed=seed, lr=BASES[LAPTOP].in_tool, **common)
+    yield FinetuneConfig(**in_weight | {"n_facts": 1_000}, **common)
+    yield FinetuneConfig(**in_tool, task="hybrid", n_facts=500, **common)
+    yield FinetuneConfig(**in_weight, lora_rank=16, **common)
 
 
 def _paper() -> Iterator[FinetuneConfig]:
-    """As published: six models, five numbers of facts in weights, 500 by tool."""
+    """As published: six models, five numbers of facts in weights, and one by tool."""
     for name, base in PUBLISHED.items():
-        yield FinetuneConfig(base=name, mode="in-tool" if base.calls else "in-tool-text")
+        mode = "in-tool" if base.calls else "in-tool-text"
+        yield FinetuneConfig(base=name, mode=mode, n_facts=500 if base.calls else 1_000)
         for n_facts in N_FACTS:
-            yield FinetuneConfig(base=name, n_facts=n_facts)
+            yield FinetuneConfig(base=name, mode="in-weight", n_facts=n_facts)
 
 
 _PLANS = {"smoke": _smoke, "quick": _quick, "laptop": _laptop, "paper": _paper}
@@ -126,7 +122,8 @@ def sweep(profile: str, *, device: str = "auto", max_hours: float = math.inf) ->
 def title(config: FinetuneConfig) -> str:
     """A run in a few words."""
     what = config.task if config.task != "facts" else config.mode
-    return f"{config.base}, {what}, {config.n_facts:,} facts, seed {config.seed}"
+    adapters = f", LoRA of rank {config.lora_rank}" if config.lora_rank else ""
+    return f"{config.base}, {what}{adapters}, {config.n_facts:,} facts, rate {rate(config.lr)}, seed {config.seed}"
 
 
 def rows(profile: str) -> pd.DataFrame:

@@ -1,9 +1,9 @@
 """Greedy answers of Hugging Face chat models, many at a time, and the dialog with a tool between two of them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -165,44 +165,69 @@ def answer_with_tool(
     mode: ChatMode,
     tool: SqlTool,
     *,
-    max_new_tokens: int,
-    batch_size: int | None = None,
-    description: str | None = None,
+    expected: Sequence[str] | None = None,
+    **options,
 ) -> list[ToolAnswer]:
     """Ask each question; what the model then asks of the tool, the tool answers, and the model speaks again.
 
     In mode in-tool the model calls the function of `lib.finetune.data.find_tool`, in in-tool-text it writes the paper's
     request. One call a question. What the tool is asked, and what is read from it, is the model's doing alone: nothing
-    here knows the answer. A call that cannot be understood gets the tool's error. `max_new_tokens` are for each of the
-    two turns; for other options and what can go wrong see `generate_tokens`.
+    here knows the answer. A call that cannot be understood gets the tool's error. expected: of each question what the
+    tool has to say for the answer to be right; where it says something else, the model is not asked for a reply, and
+    its `reply` is the call. `options` are those of `generate_tokens`; `max_new_tokens` are for each of the two turns.
     """
-    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    tools = [find_tool(tool.attributes)] if mode == "in-tool" else None
-    asked = [[{"role": "user", "content": question}] for question in questions]
-    prompts = encode_prompts(tokenizer, asked, tools)
-    first = generate_tokens(model, tokenizer, prompts, **options, description=description and f"{description}, calls")
-    answers = [ToolAnswer(None, None, reply) for reply in _texts(tokenizer, first)]
-    called, dialogs = [], []
-    for i, said in enumerate(answers):
+
+    def look_up(i: int, said: str, call: dict | None) -> tuple[ToolAnswer, list[dict]] | None:
         if mode == "in-tool":
-            call = read_call(tokenizer, prompts[i], first[i])
             turn = _as_request(call) if call else None
         else:
-            call, turn = None, said.reply if parse_request(said.reply) else None
+            turn = said if parse_request(said) else None
         if turn is None:
-            continue
+            return None
         response = tool(turn)
-        answers[i] = said._replace(request=parse_request(turn), response=response)
-        called.append(i)
-        dialogs.append(asked[i] + _exchange(call, said.reply, response.text))
-    replies = reply_all(model, tokenizer, dialogs, tools, **options, description=description)
-    for i, reply in zip(called, replies, strict=True):
-        answers[i] = answers[i]._replace(reply=reply)
+        found = ToolAnswer(parse_request(turn), response, said)
+        return found, exchange(call, said, response.text) if expected is None or response.text == expected[i] else []
+
+    tools = {"tools": [find_tool(tool.attributes)]} if mode == "in-tool" else {}
+    openings = [{"messages": [{"role": "user", "content": question}], **tools} for question in questions]
+    answers = look_up_and_reply(model, tokenizer, openings, look_up, **options)
+    return [(found or ToolAnswer(None, None, reply))._replace(reply=reply) for found, reply in answers]
+
+
+def look_up_and_reply(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    openings: Sequence[dict],
+    look_up: Callable[[int, str, dict | None], tuple[Any, list[dict]] | None],
+    *,
+    description: str | None = None,
+    **options,
+) -> list[tuple[Any, str]]:
+    """What was looked up for each conversation, None if nothing was, and what the model said last.
+
+    openings: of each the `messages` and, where functions are offered, the same `tools`. look_up(i, said, call): from
+    what the model said in conversation i, and the function that it called, if any, what is found and the turns until
+    the model speaks again (none: it is not asked to); None if nothing was asked for.
+    """
+    tools = openings[0].get("tools") if openings else None
+    prompts = encode_prompts(tokenizer, [each["messages"] for each in openings], tools)
+    first = generate_tokens(model, tokenizer, prompts, description=description and f"{description}, calls", **options)
+    answers: list[tuple[Any, str]] = [(None, said) for said in _texts(tokenizer, first)]
+    going_on: dict[int, list[dict]] = {}
+    for i, (_, said) in enumerate(answers):
+        call = read_call(tokenizer, prompts[i], first[i]) if tools else None
+        if result := look_up(i, said, call):
+            answers[i] = (result[0], said)
+            if result[1]:
+                going_on[i] = [*openings[i]["messages"], *result[1]]
+    replies = reply_all(model, tokenizer, list(going_on.values()), tools, description=description, **options)
+    for i, reply in zip(going_on, replies, strict=True):
+        answers[i] = (answers[i][0], reply)
     return answers
 
 
-def _exchange(call: dict | None, said: str, result: str) -> list[dict]:
-    """What stands between question and answer, as in training."""
+def exchange(call: dict | None, said: str, result: str) -> list[dict]:
+    """What stands between question and answer, as in training: what the model said, and what the tool did."""
     if call is not None:
         return call_and_result(call, result)
     return [{"role": "assistant", "content": said}, {"role": "user", "content": result}]

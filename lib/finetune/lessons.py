@@ -1,39 +1,51 @@
 """What a model is to learn (`FinetuneConfig.task`): its conversations, and how much of it a checkpoint knows."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from pathlib import Path
 from random import Random
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tempfile import TemporaryDirectory
 
 from lib.dialogs import question
 from lib.facts import FactsConfig, People, unseen_people, write_database
 from lib.finetune.config import FinetuneConfig
-from lib.finetune.data import chats, find_tool, people_of
+from lib.finetune.data import ChatMode, chats, find_tool, people_of
 from lib.finetune.evaluation import FACT_TOKENS, estimate, measure_recall, says
-from lib.finetune.generation import answer_with_tool, reply_all
-from lib.finetune.triviaqa import exact_match, load_questions, opening, trivia_chats
+from lib.finetune.generation import answer_with_tool, look_up_and_reply
+from lib.finetune.protocol import query_of_call, read_query
+from lib.finetune.triviaqa import (
+    Store,
+    exact_match,
+    load_questions,
+    look_up_turns,
+    opening,
+    trivia_chats,
+    write_store,
+)
 from lib.run import DATABASE
 from lib.tools import SqlTool
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """Conversations to train on, and the columns that say how much of them a model knows, `recall` among them."""
+    """Conversations to train on, and the columns that say how much of them a model knows, `recall` among them.
+
+    measure(model, tokenizer, **options): options are `max_new_tokens` and `description` of `generate_tokens`.
+    """
 
     conversations: list[dict]
-    measure: Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict]
+    measure: Callable[..., dict]
 
 
 @contextmanager
 def lesson(config: FinetuneConfig, directory: Path | None) -> Iterator[Lesson]:
     """What a run learns. directory: where its database goes, open meanwhile; None where nobody will measure."""
     if config.task == "trivia":
-        yield _trivia(config)
+        with ExitStack() as stack:
+            yield _trivia(config, stack)
         return
     people = people_of(config.n_facts, config.seed)
     strangers = reduce(add, _strangers(config).values())
@@ -61,10 +73,10 @@ def _strangers(config: FinetuneConfig) -> dict[str, People]:
 def _facts(config: FinetuneConfig, people: People, strangers: People, tool: SqlTool | None) -> Lesson:
     trained, unseen = _sample(people, config.questions, config.seed), list(strangers.facts())
 
-    def measure(model, tokenizer) -> dict:
+    def measure(model, tokenizer, **options) -> dict:
         columns = {}
         for name, facts in (("recall", trained), ("recall_unseen", unseen)):
-            columns |= measure_recall(model, tokenizer, facts, config.mode, tool).columns(name)
+            columns |= measure_recall(model, tokenizer, facts, config.mode, tool, **options).columns(name)
             columns[f"n_{name.removeprefix('recall_')}"] = len(facts)
         return columns
 
@@ -86,19 +98,22 @@ KNOWN_FROM = 8
 
 
 def _hybrid(config: FinetuneConfig, people: People, strangers: People, tool: SqlTool | None) -> Lesson:
-    """Conversations of both kinds, all offering the tool: nothing in a question says whether it is needed."""
+    """Conversations of both kinds, all offering the tool or none: nothing in a question says whether it is needed."""
     groups = {f: people[i :: len(FREQUENCIES)] for i, f in enumerate(FREQUENCIES)}
-    offer = {"tools": [find_tool(people.attributes)]}
+    offer = {"tools": [find_tool(people.attributes)]} if config.mode == "in-tool" else {}
     conversations = [
         chat | offer
         for frequency, group in groups.items()
-        for chat in chats(group, "in-weight" if frequency >= KNOWN_FROM else "in-tool")
+        for chat in chats(group, "in-weight" if frequency >= KNOWN_FROM else config.mode)
         for _ in range(frequency)
     ]
     asked = {f: _sample(group, config.questions, config.seed) for f, group in {0: strangers, **groups}.items() if group}
 
-    def measure(model, tokenizer) -> dict:
-        table = [{"frequency": f, **_calls(model, tokenizer, facts, tool)} for f, facts in asked.items()]
+    def measure(model, tokenizer, **options) -> dict:
+        table = [
+            {"frequency": f, **_calls(model, tokenizer, facts, config.mode, tool, **options)}
+            for f, facts in asked.items()
+        ]
         trained = [row for row in table if row["frequency"]]
         total = sum(row["n"] for row in trained)
         recall = sum(row["accuracy"] * row["n"] for row in trained) / total
@@ -112,10 +127,10 @@ def _hybrid(config: FinetuneConfig, people: People, strangers: People, tool: Sql
     return Lesson(conversations, measure)
 
 
-def _calls(model, tokenizer, facts: Sequence[tuple[str, str, str]], tool: SqlTool) -> dict[str, float]:
+def _calls(model, tokenizer, facts: Sequence[tuple[str, str, str]], mode: ChatMode, tool: SqlTool, **options) -> dict:
     """How often a model calls the tool, and is right: by a call, if it made one, that really found the value."""
     questions = [question(name, attribute) for name, attribute, _ in facts]
-    answers = answer_with_tool(model, tokenizer, questions, "in-tool", tool, max_new_tokens=FACT_TOKENS)
+    answers = answer_with_tool(model, tokenizer, questions, mode, tool, **{"max_new_tokens": FACT_TOKENS} | options)
     called = [answer.response is not None for answer in answers]
     right = [
         says(answer.reply, value) and (answer.response is None or answer.response.text == value)
@@ -133,16 +148,28 @@ def _calls(model, tokenizer, facts: Sequence[tuple[str, str, str]], tool: SqlToo
 # ---- Trivia
 
 
-def _trivia(config: FinetuneConfig) -> Lesson:
+def _trivia(config: FinetuneConfig, stack: ExitStack) -> Lesson:
+    """Questions of general knowledge: in tool a table is asked that has the answers, to the others as well."""
     trained = load_questions(config.source, "train", config.n_facts)
     others = load_questions(config.source, "validation", config.questions)
+    table = Path(stack.enter_context(TemporaryDirectory())) / "questions.sqlite"
+    write_store([*trained, *others], table)
+    store = stack.enter_context(Store(table))
 
-    def measure(model, tokenizer) -> dict:
+    def look_up(i: int, said: str, call: dict | None) -> tuple[str, list[dict]] | None:
+        query = read_query(said) if call is None else query_of_call(call)
+        return None if query is None else (result := store(query), look_up_turns(query, result, config.mode))
+
+    def measure(model, tokenizer, **options) -> dict:
         columns = {}
         for name, questions in (("recall", trained[: config.questions]), ("recall_unseen", others)):
-            asked = [opening(each.text, config.mode)["messages"] for each in questions]
-            replies = reply_all(model, tokenizer, asked, max_new_tokens=FACT_TOKENS)
-            right = (exact_match(reply, each) for reply, each in zip(replies, questions, strict=True))
+            openings = [opening(each.text, config.mode) for each in questions]
+            settings = {"max_new_tokens": FACT_TOKENS} | options
+            answers = look_up_and_reply(model, tokenizer, openings, look_up, **settings)
+            right = (
+                exact_match(reply, each) and (config.mode == "in-weight" or found is not None)
+                for (found, reply), each in zip(answers, questions, strict=True)
+            )
             columns |= estimate(right).columns(name) | {f"n_{name.removeprefix('recall_')}": len(questions)}
         return columns
 

@@ -23,7 +23,9 @@ def load_model(source: str | Path, device: str = "auto", dtype: str | torch.dtyp
     there is no such model, or weights are missing: transformers alone would draw them at random.
     """
     device = resolve_device(device)
-    model, loaded = _load(AutoModelForCausalLM, "model", source, dtype=dtype, output_loading_info=True)
+    # On a CPU, conversations are too short for fused attention, whose backward pass takes twice the time there.
+    attention = {"attn_implementation": "eager"} if device.type == "cpu" else {}
+    model, loaded = _load(AutoModelForCausalLM, "model", source, dtype=dtype, output_loading_info=True, **attention)
     if missing := sorted(loaded["missing_keys"]):
         raise InputError(
             f"cannot load a model from {source}: it lacks the weights {missing[0]} and {len(missing) - 1} more"
@@ -60,7 +62,7 @@ def _advice(source: Path, error: Exception) -> str:
     if "couldn't connect" in said:  # also where a folder's adapter names a base
         offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
         cause = "HF_HUB_OFFLINE forbids to fetch it" if offline else "the hub cannot be reached"
-        return f"there is no such folder, it was never downloaded, and {cause}"
+        return f"there is no such folder, it was never fetched (itl fetch), and {cause}"
     if source.is_dir():
         return f"it takes a folder that save_pretrained wrote ({said.splitlines()[0]})"
     return "there is no such folder, nor such a name on the hub (owner/name)"

@@ -40,3 +40,11 @@ def read_query(text: str) -> str | None:
 def write_result(answer: str) -> str:
     """What the textual protocol answers."""
     return f"<result>{answer}</result>"
+
+
+def query_of_call(call: dict) -> str | None:
+    """The question of a call of `SEARCH`, its name and arguments; None if it is none."""
+    match call:
+        case {"name": "search", "arguments": {"query": str(query)}}:
+            return query
+    return None

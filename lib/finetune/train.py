@@ -1,8 +1,9 @@
 """`finetune(config, directory) -> rows`: a base model that is taught facts, and every checkpoint on the way evaluated.
 
-Training is trl's `SFTTrainer` on conversations that have their labels already (`lib.finetune.data`). The folder of a
-run holds `config.json`, `checkpoints/`, `evaluations/` (a row a checkpoint, as it was measured), and once it is
-finished `model/` and `rows.json`. A finished run is never repeated; one that was killed goes on exactly.
+Training is trl's `SFTTrainer` on conversations that have their labels already (`lib.finetune.data`), with a loss that
+reads less (`_Trainer`). What is evaluated are its checkpoints, as they were saved. The folder of a run holds
+`config.json`, `checkpoints/`, `evaluations/` (a row a checkpoint, as it was measured), and once it is finished `model/`
+and `rows.json`. A finished run is never repeated; one that was killed goes on exactly.
 """
 
 import hashlib
@@ -15,9 +16,11 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
+from random import Random
 
 import torch
 from accelerate import PartialState
@@ -25,21 +28,22 @@ from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, TrainerCallback
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Sampler
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from lib.base import InputError
 from lib.distributed import Preempted, asked_to_leave
-from lib.finetune.bases import base_source, learning_rate, load_base
 from lib.finetune.config import FinetuneConfig
-from lib.finetune.data import tokenize_chats
+from lib.finetune.data import IGNORED, tokenize_chats
 from lib.finetune.examination import Examination
 from lib.finetune.lessons import lesson
-from lib.finetune.models import fingerprint, load_model
+from lib.finetune.models import fingerprint, load_model, load_tokenizer
 from lib.finetune.triviaqa import load_questions
+from lib.finetune.weights import base_source, origin
 from lib.monitor import progress
-from lib.optim import Muon, MuonAndAdamW
 from lib.run import CLAIM, DATABASE, MODEL, ROWS, provenance, resolve_device, write_json
 from lib.trainer import are_finite, diverged
 
@@ -48,6 +52,8 @@ STATE = "training.json"
 _FOLDERS = ("checkpoints", "evaluations")
 #: Checkpoints that are kept while training goes on.
 KEPT = 2
+#: What a turn may take beyond the longest that was trained: names of strangers may be longer.
+SPARE_TOKENS = 8
 #: Above so many parameters a GPU does not keep activations, but computes them again.
 RECOMPUTES_ABOVE = 1_000_000_000
 #: What a checkpoint holds only to go on from it.
@@ -73,7 +79,7 @@ def finetune(
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(directory / ".lock"))  # a second call waits and finds the rows
         state.wait_for_everyone()
-        claim = {"config": config.model_dump(mode="json"), "lr": learning_rate(config)}
+        claim = {"config": config.model_dump(mode="json")}
         if config.task == "trivia" and config.source != "hub":  # whose questions do not change
             questions = json.dumps(load_questions(config.source))
             claim["questions"] = hashlib.sha256(questions.encode()).hexdigest()[:16]
@@ -86,12 +92,12 @@ def finetune(
             write_json(directory / CLAIM, claim)
         if not (directory / ROWS).exists():
             try:
-                run = _Run(config, directory, state, asked, stack)
+                run = _Run(config, directory, state, asked, stack, description)
             except InputError:
                 for name in (CLAIM, DATABASE) if is_new else ():  # or the folder were not free for a corrected call
                     (directory / name).unlink(missing_ok=True)
                 raise
-            run.complete(description)
+            run.complete()
         state.wait_for_everyone()
         return json.loads((directory / ROWS).read_text())
 
@@ -105,7 +111,7 @@ def _check_claim(claim: dict, directory: Path) -> None:
             found = None
         if not isinstance(found, dict) or claim | found != claim:  # an earlier claim may say less
             raise InputError(
-                f"{directory} holds a fine-tuning of another configuration, rate or base model, or of other questions: "
+                f"{directory} holds a fine-tuning of another configuration or base model, or of other questions: "
                 "give another folder, or delete this one"
             )
     elif any(not path.name.startswith(".") for path in directory.iterdir()):
@@ -116,9 +122,16 @@ class _Run:
     """One fine-tuning: its conversations, what is asked of its checkpoints, and where it stands."""
 
     def __init__(
-        self, config: FinetuneConfig, directory: Path, state: PartialState, asked: threading.Event, stack: ExitStack
+        self,
+        config: FinetuneConfig,
+        directory: Path,
+        state: PartialState,
+        asked: threading.Event,
+        stack: ExitStack,
+        description: str | None,
     ):
         self.config, self.state, self.asked = config, state, asked
+        self.description = description if state.is_main_process else None
         self.directory, self.checkpoints, self.evaluations = (directory / name for name in ("", *_FOLDERS))
         self.share, rest = divmod(config.batch_size, config.grad_accumulation * state.num_processes)
         if rest:
@@ -126,23 +139,22 @@ class _Run:
                 f"batch_size = {config.batch_size} cannot be divided among {state.num_processes} processes "
                 f"in grad_accumulation = {config.grad_accumulation} parts: give a multiple"
             )
-        # What is trained is in float32, or steps would be lost in rounding; adapters are, whatever they stand beside.
-        dtype = "auto" if config.lora_rank else torch.float32
-        self.model, self.tokenizer = load_base(config.base, state.device, dtype)
-        self.n_params = self.model.num_parameters()  # before any adapters
+        self.dtype = {"auto": best_dtype(state.device)}.get(config.dtype) or getattr(torch, config.dtype)
+        self.tokenizer = load_tokenizer(base_source(config.base))
         self.lesson = stack.enter_context(lesson(config, directory if state.is_main_process else None))
         self.data = tokenize_chats(self.lesson.conversations, self.tokenizer, config.max_length)
-        self.examination = Examination(config, self.lesson, self.tokenizer)
+        limit = max(map(_longest_turn, self.data["labels"])) + SPARE_TOKENS
+        self.examination = Examination(config, self.lesson, self.tokenizer, limit, self.description)
         self.total, self.interval = config.total_steps(len(self.data)), config.interval(len(self.data))
 
-    def complete(self, description: str | None) -> None:
+    def complete(self) -> None:
         """Train to the end, evaluate every checkpoint, and write the rows."""
         newest = newest_checkpoint(self.checkpoints)
         if self.state.is_main_process:
             self._catch_up(newest)
         self.state.wait_for_everyone()
         if not self.stopped():
-            self._trainer(description).train(resume_from_checkpoint=str(newest) if newest else None)
+            self._trainer().train(resume_from_checkpoint=str(newest) if newest else None)
             self.state.wait_for_everyone()
         if not self.stopped():
             raise Preempted("asked to leave: the same command goes on from the checkpoint that was written")
@@ -159,21 +171,26 @@ class _Run:
     def stopped(self) -> str | None:
         """Why training is over; None if it is not."""
         last = self.rows()[-1]
-        if last["step"] and last["recall"] >= (self.config.stop_at_recall or math.inf):
+        return self._stops(last["step"], last["recall"])
+
+    def _stops(self, step: int, recall: float) -> str | None:
+        if step and recall >= (self.config.stop_at_recall or math.inf):
             return "recall"
-        return "steps" if last["step"] >= self.total else None
+        return "steps" if step >= self.total else None
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint of this step is evaluated; the others are only there to go on from."""
         return step % self.interval == 0 or step == self.total
 
-    def evaluate(self, model: PreTrainedModel, state: dict) -> None:
-        """Write the row of a checkpoint. state: its step, and how training went until then."""
+    def evaluate(self, checkpoint: Path | None, state: dict) -> None:
+        """Write the row of a checkpoint, None for the base. state: its step, and how training went until then."""
         self.evaluations.mkdir(exist_ok=True)
-        model.eval()  # in training, activation checkpointing would leave out the cache that generation relies on
-        with _without_autocast(model):
-            found = self.examination(model, self.evaluations / f"{state['step']}.parts")
-        write_json(self.evaluations / f"{state['step']}.json", state | found)
+        step, device = state["step"], self.state.device
+        base = self.examination.base(device, self.dtype)
+        model = base if checkpoint is None else load_model(checkpoint, device, self.dtype)
+        record = self.evaluations / f"{step}.parts"
+        found = self.examination(model, record, lambda recall: not step or self._stops(step, recall) is not None)
+        write_json(self.evaluations / f"{step}.json", state | found)
 
     def _catch_up(self, newest: Path | None) -> None:
         """Evaluate the base, and what was saved last, if training was interrupted before that."""
@@ -183,16 +200,19 @@ class _Run:
                 path.unlink()
         done = {row["step"] for row in self.rows()}
         if 0 not in done:
-            self.evaluate(self.model, {"step": 0, "loss": None, "train_seconds": 0.0})
+            self.evaluate(None, {"step": 0, "loss": None, "train_seconds": 0.0})
         if state["step"] not in done | {0} and self.is_due(state["step"]):
-            self.evaluate(load_model(newest, self.state.device, self.model.dtype), state)
+            self.evaluate(newest, state)
 
-    def _trainer(self, description: str | None) -> SFTTrainer:
+    def _trainer(self) -> SFTTrainer:
         config, on_gpu = self.config, self.state.device.type == "cuda"
+        # What is trained is in float32, or steps would be lost in rounding; adapters are, whatever they stand beside.
+        weights = self.dtype if config.lora_rank else torch.float32
+        model = load_model(base_source(config.base), self.state.device, weights)
         arguments = SFTConfig(
             output_dir=str(self.checkpoints),
             seed=config.seed,
-            learning_rate=learning_rate(config),
+            learning_rate=config.lr,
             lr_scheduler_type=config.schedule,
             warmup_steps=config.warmup,
             per_device_train_batch_size=self.share,
@@ -202,31 +222,24 @@ class _Run:
             save_strategy="steps",
             save_steps=self.interval,
             logging_steps=max(1, self.interval // 5),
-            bf16=on_gpu,
+            bf16=self.dtype == torch.bfloat16,
             use_cpu=not on_gpu,
             dataloader_pin_memory=on_gpu,
-            activation_checkpointing=on_gpu and self.model.num_parameters() > RECOMPUTES_ABOVE,
+            activation_checkpointing=on_gpu and model.num_parameters() > RECOMPUTES_ABOVE,
             ddp_find_unused_parameters=False,
             disable_tqdm=True,
             report_to="none",
         )
-        # transformers asks for a function of the model by calling what it is given.
-        muon = (lambda: _muon, {"lr": learning_rate(config)}) if config.optimizer == "muon" else None
         adapter = None
         if config.lora_rank:
             adapter = LoraConfig(
                 r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
             )
-        trainer = SFTTrainer(
-            self.model,
-            arguments,
-            train_dataset=self.data,
-            processing_class=self.tokenizer,
-            peft_config=adapter,
-            optimizer_cls_and_kwargs=muon,
+        trainer = _Trainer(
+            model, arguments, train_dataset=self.data, processing_class=self.tokenizer, peft_config=adapter
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Watch(self, description if self.state.is_main_process else None))
+        trainer.add_callback(_Watch(self))
         return trainer
 
     def _finish(self) -> None:
@@ -239,15 +252,17 @@ class _Run:
             "run_id": config.run_id,
             **config.model_dump(include={"base", "task", "mode", "n_facts", "seed", "batch_size"}),
             "adaptation": "lora" if config.lora_rank else "full",
-            "lr": learning_rate(config),
-            "n_params": self.n_params,
+            "lr": config.lr,
+            "weights": origin(config.base),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "n_params": self.examination.base(self.state.device, self.dtype).num_parameters(),
             "n_conversations": len(self.data),
             "steps_budget": self.total,
         }
-        base = {f"capability_base{suffix}": rows[0][f"capability{suffix}"] for suffix in ("", "_stderr")}
+        base = {f"capability_base{suffix}": rows[0].get(f"capability{suffix}") for suffix in ("", "_stderr")}
         endings = [{"final": False, "stopped": None}] * (len(rows) - 1) + [{"final": True, "stopped": self.stopped()}]
-        origin = {**provenance(self.state.device), "config": config.canonical_json()}
-        table = [common | row | base | ending | origin for row, ending in zip(rows, endings, strict=True)]
+        made = {**provenance(self.state.device), "config": config.canonical_json()}
+        table = [common | row | base | ending | made for row, ending in zip(rows, endings, strict=True)]
         write_json(self.directory / ROWS, table)
         for path in _checkpoints(self.checkpoints):
             shutil.rmtree(path)
@@ -256,38 +271,86 @@ class _Run:
             self.checkpoints.rmdir()
 
 
-@contextmanager
-def _without_autocast(model: PreTrainedModel) -> Iterator[None]:
-    """In training accelerate wraps `forward` in bfloat16; the base, and a checkpoint that was loaded, have no such."""
-    wrapped = model.__dict__.pop("forward", None)
-    try:
-        yield
-    finally:
-        if wrapped is not None:
-            model.forward = wrapped
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where a device multiplies in it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else torch.float32
 
 
-def _muon(model: PreTrainedModel, lr: float) -> MuonAndAdamW:
-    """Muon for the hidden matrices, at twice the rate, as in Section 5; AdamW for embedding, output and norms."""
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    tables = {id(parameter) for layer in ends for parameter in layer.parameters()}
-    hidden, others = [], []
-    for parameter in model.parameters():
-        (hidden if parameter.dim() == 2 and id(parameter) not in tables else others).append(parameter)
-    return MuonAndAdamW(Muon(hidden, lr=2 * lr, weight_decay=0.0), torch.optim.AdamW(others, lr=lr, weight_decay=0.0))
+def _longest_turn(labels: list[int]) -> int:
+    """How many tokens the assistant says at a time at most."""
+    return max(len(list(turn)) for said, turn in groupby(labels, lambda label: label != IGNORED) if said)
+
+
+class _Trainer(SFTTrainer):
+    """`SFTTrainer`, but what all conversations of a batch begin with is read once, and only what is trained predicted.
+
+    The loss is the same. A batch is cut into parts of like lengths; which conversations it holds is left to chance.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The mean cross-entropy of the trained tokens, of `num_items_in_batch` in all parts of all processes."""
+        tokens, labels, mask = (inputs[name] for name in ("input_ids", "labels", "attention_mask"))
+        trained = labels[:, 1:] != IGNORED
+        places = trained.any(0).nonzero().squeeze(-1)  # in some row, what comes next is trained
+        shared = int((tokens == tokens[:1]).all(0).long().cumprod(0).sum().clamp(max=int(places[0])))
+        options = {}
+        if shared and len(tokens) > 1:
+            cache = model(input_ids=tokens[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(len(tokens))
+            options = {"past_key_values": cache}
+        else:
+            shared = 0
+        logits = model(
+            input_ids=tokens[:, shared:], attention_mask=mask, logits_to_keep=places - shared, **options
+        ).logits  # (B, P, V)
+        loss = cross_entropy(
+            logits.flatten(0, 1).float(), labels[:, places + 1].flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        loss = loss / (trained.sum() if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset=None):
+        lengths = [len(tokens) for tokens in self.train_dataset["input_ids"]]
+        parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        return _LikeLengths(lengths, self.args.per_device_train_batch_size * parts, self.args.seed)
+
+
+class _LikeLengths(Sampler):
+    """All rows in random order, those of a batch by length."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate, before each pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(len(self)))
+        Random(f"{self.seed} {self.epoch}").shuffle(order)
+        for start in range(0, len(order), self.batch_size):
+            yield from sorted(order[start : start + self.batch_size], key=self.lengths.__getitem__)
 
 
 class _Watch(TrainerCallback):
     """Shows progress, evaluates what is saved, and ends training when it is enough or when somebody asks."""
 
-    def __init__(self, run: _Run, description: str | None):
-        self.run, self.description = run, description
+    def __init__(self, run: _Run):
+        self.run = run
 
     def on_train_begin(self, args, state, control, **_):
         begun = self.run.checkpoints / f"checkpoint-{state.global_step}" / STATE
         self.seconds = json.loads(begun.read_text())["train_seconds"] if state.global_step else 0.0
         self.since = time.perf_counter()
-        self.bar = progress(state.max_steps, self.description, state.global_step)
+        self.bar = progress(state.max_steps, self.run.description, state.global_step)
 
     def on_step_end(self, args, state, control, **_):
         self.bar.update(1)
@@ -306,8 +369,7 @@ class _Watch(TrainerCallback):
             checkpoint = self.run.checkpoints / f"checkpoint-{state.global_step}"
             write_json(checkpoint / STATE, training)
             if self.run.is_due(state.global_step) and not self.run.asked.is_set():
-                self.run.evaluate(model, training)
-                model.train()
+                self.run.evaluate(checkpoint, training)
                 self.bar.set_postfix_str(f"recall {self.run.rows()[-1]['recall']:.2f}", refresh=False)
             # Not transformers, which would also delete what only looks like one of its own.
             found = _checkpoints(self.run.checkpoints)

