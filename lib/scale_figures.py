@@ -36,7 +36,7 @@ _LABELS = {
     "tv": "total variation to the base model",
     "kl": "KL divergence to the base model, nats",
 }
-_TASKS = {"hellaswag": "HellaSwag accuracy", "skills": "accuracy in the skills"}
+_TASKS = {"hellaswag": "HellaSwag accuracy", "trivia": "accuracy in our trivia"}
 
 
 def against_steps(rows: pd.DataFrame, metric: str) -> Figure:

@@ -2,7 +2,8 @@
 
 Rows are one per evaluated checkpoint: run_id, profile, base, task ("facts", "hybrid" or "trivia"), mode, adaptation
 ("full" or "lora"), n_facts, seed, batch_size, lr, step, final (is it the run's last?), capability_task; recall,
-capability, capability_base, tv and kl, each with its _stderr.
+capability, capability_base, tv and kl, each with its _stderr; and of ours capability_change, from the base's, item by
+item.
 """
 
 from ast import literal_eval
@@ -15,7 +16,7 @@ from lib.base import InputError
 from lib.comparison import published_by_paper
 
 #: What is known of a run at its last checkpoint. capability_relative: in percent of the model's before fine-tuning.
-METRICS = ("recall", "capability", "capability_relative", "tv", "kl", "steps", "steps_to_recall")
+METRICS = ("recall", "capability", "capability_change", "capability_relative", "tv", "kl", "steps", "steps_to_recall")
 #: What a point of a figure is about. source: "published", or the profile of our runs; model: as a legend names it.
 POINT = ["source", "model", "base", "adaptation", "mode", "n_facts", "capability_task"]
 #: With which settings of the training the runs of a point were made.
@@ -51,7 +52,7 @@ def committed_rows() -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame()
     rows = pd.read_csv(path, dtype=text)
-    run = ["profile", "base", "task", "mode", "adaptation", "n_facts", "seed"]
+    run = ["profile", "base", "task", "mode", "adaptation", "n_facts", "seed", *RECIPE]
     latest = rows.sort_values("finished_at").drop_duplicates(run, keep="last").run_id
     return rows[rows.run_id.isin(latest)].reset_index(drop=True)
 
@@ -82,8 +83,8 @@ def comparable(rows: pd.DataFrame | None = None, with_published: bool = True, th
     rows: ours, as above, possibly none; what has no column is NaN. Of each of `METRICS` there are the mean over the
     `_seeds` in which it was measured, of `seeds`; `_std`; and `_stderr`, the larger of std / sqrt(seeds) and the
     measurement's own error, which seeds that answer the same questions do not lessen. `seeds_reaching_it` were averaged
-    in `steps_to_recall`. Runs of different `RECIPE` are different rows. Two runs of one point and seed are an
-    `InputError`.
+    in `steps_to_recall`. Runs of different `RECIPE` are different rows; where those of a mode have several rates, their
+    model's name says which. Two runs of one point, recipe and seed are an `InputError`.
     """
     tables = [each for each in (rows, published_rows() if with_published else None) if each is not None and len(each)]
     runs = pd.concat([_last_checkpoints(each, threshold) for each in tables]) if tables else pd.DataFrame()
@@ -101,7 +102,7 @@ def at_equal_facts(table: pd.DataFrame) -> pd.DataFrame:
     batch are equal. capability_saved: how much more of its capability a model keeps in tool, in percent of the base
     model's, with the _stderr of two independent accuracies (they answer the same questions, so it is rather too large).
     """
-    pairs = _in_tool_and_in_weight(table, ["source", "model", "base", "adaptation", "capability_task", "n_facts"])
+    pairs = _in_tool_and_in_weight(table, ["source", "base", "adaptation", "capability_task", "n_facts"])
     percent = pairs.capability_relative_tool / pairs.capability_tool
     return pairs.assign(
         capability_saved=pairs.capability_relative_tool - pairs.capability_relative_weight,
@@ -123,7 +124,8 @@ def at_equal_steps(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def _in_tool_and_in_weight(table: pd.DataFrame, same: list[str]) -> pd.DataFrame:
-    tool, weight = (table[table["mode"] == mode].drop(columns="mode") for mode in ("in-tool", "in-weight"))
+    modes = table["mode"].str.removesuffix("-text")  # calls or words, as the model's template has it
+    tool, weight = (table[modes == mode].drop(columns="mode") for mode in ("in-tool", "in-weight"))
     pairs = tool.merge(weight, on=same, suffixes=("_tool", "_weight"))
     return pairs.assign(
         same_recipe=(pairs.lr_tool == pairs.lr_weight) & (pairs.batch_size_tool == pairs.batch_size_weight)
@@ -208,12 +210,12 @@ def hybrid(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _over_seeds(runs: pd.DataFrame, point: list[str], metrics: tuple[str, ...], recipe=()) -> pd.DataFrame:
-    """Return a row per point and recipe; two runs of a point with one seed are an `InputError`, whatever the recipe."""
+    """Return a row per point and recipe; two runs of one with the same seed are an `InputError`."""
     statistics = [f"{metric}{suffix}" for metric in metrics for suffix in ("", "_seeds", "_std", "_stderr")]
     if not len(runs):
         return pd.DataFrame(columns=[*point, *recipe, "seeds", *statistics])
     runs = runs.reindex(columns=[*point, *recipe, "seed", *statistics])
-    for _, run in runs[runs.duplicated([*point, "seed"])].iterrows():
+    for _, run in runs[runs.duplicated([*point, *recipe, "seed"])].iterrows():
         where = ", ".join(f"{name} {run[name]}" for name in [*point, "seed"] if pd.notna(run[name]))
         raise InputError(f"two runs of {where} differ in something else: give the rows of one setting")
     groups = runs.groupby([*point, *recipe], dropna=False, sort=False)
@@ -233,15 +235,17 @@ def of_facts(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _last_checkpoints(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Our runs on facts: a row each, with all of `METRICS`; what hybrids learn is a mode of its own."""
-    metrics = ("recall", "capability", "capability_base", "tv", "kl")
+    metrics = ("recall", "capability", "capability_change", "capability_base", "tv", "kl")
     measured = [f"{metric}{suffix}" for metric in metrics for suffix in ("", "_stderr")]
-    rows = rows.reset_index(drop=True).reindex(columns=rows.columns.union([*measured, "capability_task"]))
+    rows = rows.reset_index(drop=True).reindex(columns=rows.columns.union([*measured, "capability_task", *RECIPE]))
     rows = rows.astype(dict.fromkeys(measured, float))  # a column may be None throughout
     last = of_facts(rows[rows.final & rows.step.gt(0)]).astype({"n_facts": int})
     lora = last.adaptation.eq("lora").map({True: ", LoRA", False: ""})
+    rates = last.groupby(["profile", "base", "task", "mode", "adaptation"]).lr.transform("nunique")
+    named = last.lr.map(lambda lr: f", rate {rate(lr)}", na_action="ignore").where(rates > 1, "")
     last = last.assign(
         source=last.profile,
-        model=last.base + lora + " (" + last.profile + ")",
+        model=last.base + lora + named + " (" + last.profile + ")",
         steps=last.step,
         capability_task=last.capability_task.fillna(last.groupby("base").capability_task.transform("first")),
     )

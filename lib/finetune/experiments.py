@@ -162,7 +162,7 @@ def shown_rows(profile: str) -> pd.DataFrame:
     table = pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
     if not len(table):
         return table
-    table = shown(table, "step", ["profile", "base", "task", "mode", "adaptation", "n_facts"])
+    table = shown(table, "step", ["profile", "base", "task", "mode", "adaptation", "n_facts", "lr"])
     earlier = table.profile.where(~table.superseded, table.profile + ", earlier recipe")
     return table.assign(profile=earlier).drop(columns="superseded")
 
