@@ -1,7 +1,6 @@
 """The commands of `itl` about models that others trained (Section 6). All need the extra `[scale]`."""
 
 import asyncio
-from contextlib import ExitStack, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -123,11 +122,8 @@ Protocol = StrEnum("Protocol", {"closed_book": "closed-book", "text": "text", "t
 
 
 def trivia(
-    model: Annotated[str, typer.Option(help="its name at the server; without one, a folder or a name on the hub")],
-    base_url: Annotated[
-        str | None,
-        typer.Option(help="an OpenAI-compatible server, as http://localhost:8000/v1 [default: serve --model]"),
-    ] = None,
+    model: Annotated[str, typer.Option(help="its name at the server")],
+    base_url: Annotated[str, typer.Option(help="an OpenAI-compatible server, as http://localhost:8000/v1")],
     protocol: Annotated[
         list[Protocol], typer.Option(help="no tool, the textual one, or native calls; may be repeated")
     ] = list(Protocol),  # noqa: B006
@@ -147,23 +143,23 @@ def trivia(
         Path | None, typer.Option(help="JSON lines, one a question [default: runs/trivia/records.jsonl]")
     ] = None,
 ) -> None:
-    """Ask a chat model questions of general knowledge, without a tool and with one that has the answers.
+    """Ask a chat model behind a server questions of general knowledge, without a tool and with one that knows.
 
+    To serve a model of your own: pip install "transformers[serving]", then transformers serve FOLDER.
     The same command goes on where it was interrupted: a question with an answer in --out is not asked again.
     """
-    from lib.finetune.endpoint import EndpointConfig, accuracy, ask_all, serve
+    from lib.finetune.endpoint import EndpointConfig, accuracy, ask_all
     from lib.finetune.triviaqa import Store, load_questions, write_store
 
     questions = load_questions(source, split, limit)
     out = out or paths.runs() / "trivia" / "records.jsonl"
     settings = {"model": model, "concurrency": concurrency, "timeout": timeout, "retries": retries, "api_key": api_key}
     settings |= {} if system is None else {"system": system}
-    with ExitStack() as stack, nullcontext(base_url) if base_url is not None else serve(model) as url:
-        endpoints = [EndpointConfig(base_url=url, protocol=name.value, **settings) for name in protocol]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        store = Path(stack.enter_context(TemporaryDirectory())) / "questions.sqlite"
-        write_store(questions, store)
-        with Store(store) as look_up:
+    endpoints = [EndpointConfig(base_url=base_url, protocol=name.value, **settings) for name in protocol]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as folder:
+        write_store(questions, Path(folder) / "questions.sqlite")
+        with Store(Path(folder) / "questions.sqlite") as look_up:
             measured = {e.protocol: asyncio.run(ask_all(questions, e, look_up, out, e.protocol)) for e in endpoints}
     console.print(f"{'protocol':<12}{'accuracy':>18}{'looked up':>11}{'questions':>11}{'failed':>8}")
     for name, records in measured.items():

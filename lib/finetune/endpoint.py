@@ -1,4 +1,4 @@
-"""A chat model behind a server, asked many questions at a time; and a server for a model of one's own.
+"""A chat model behind a server, asked many questions at a time.
 
 Any server will do that speaks OpenAI's protocol for chat completions: hosted ones, vLLM, `transformers serve`.
 """
@@ -7,14 +7,7 @@ import asyncio
 import hashlib
 import json
 import os
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +19,7 @@ from pydantic import Field, ValidationError
 
 from lib.base import Config, InputError, WorkError, to_json
 from lib.finetune.data import ChatMode
-from lib.finetune.models import fingerprint, load_tokenizer
+from lib.finetune.models import fingerprint
 from lib.finetune.protocol import query_of_call, read_query, write_query, write_result
 from lib.finetune.triviaqa import NO_RESULT, Question, exact_match, opening
 from lib.monitor import progress
@@ -251,57 +244,3 @@ def accuracy(records: Sequence[dict]) -> dict[str, float]:
         "n_questions": len(answered),
         "n_errors": len(records) - len(answered),
     }
-
-
-# ---- A server of one's own
-
-
-#: Ends when its standard input does, and so with the process that started it, however that ends.
-_SERVER = """
-import os, sys, threading
-threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
-from transformers.cli.transformers import main
-main()
-"""
-
-
-@contextmanager
-def serve(source: str | Path, timeout: float = 300.0) -> Iterator[str]:
-    """Serve a model on this machine, by `transformers serve`, and end the server after.
-
-    source: a folder that `save_pretrained` wrote, or a name on the hub; for the server, `str(source)` is the
-    model's name. Gives the server's base URL. One request is answered at a time, whoever asks. Raises `InputError` if
-    there is no such model, and `WorkError` if the server ends, or does not answer within `timeout` seconds.
-    """
-    load_tokenizer(source)  # says in one sentence what the server would take longer and more for
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-c", _SERVER, "serve", str(source), "--host", "127.0.0.1", "--port", str(port)]
-    offline = {"HF_HUB_OFFLINE": "1"} if Path(source).exists() else {}
-    with (
-        tempfile.TemporaryFile() as log,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=os.environ | offline) as server,
-    ):
-        try:
-            _wait_until_healthy(server, f"http://127.0.0.1:{port}/health", log, timeout)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            server.kill()  # it has nothing to lose
-
-
-def _wait_until_healthy(server: subprocess.Popen, url: str, log, timeout: float) -> None:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            log.seek(0)
-            lines = log.read().decode(errors="replace").split("\n")
-            last = next((line.strip() for line in reversed(lines) if line.strip()), "without a word")
-            raise WorkError(f"the server ended with exit code {server.returncode}: {last}")
-        try:
-            opener.open(url, timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise WorkError(f"the server did not answer within {timeout:.0f} s")
