@@ -349,8 +349,8 @@ def chat_recall_throughput(base: str, *, n_facts: int = 300, rounds: int = 2) ->
     from lib.finetune.config import FinetuneConfig
 
     config = FinetuneConfig(
-        base=base, mode="in-weight", n_facts=n_facts, batch_size=16, steps=8, checkpoint_every=8, questions=4, unseen_people=4, prompts=1,
-        capability="none", max_length=2048,
+        base=base, mode="in-weight", n_facts=n_facts, batch_size=16, steps=8, checkpoint_every=8, questions=4,
+        unseen_people=4, prompts=1, capability="none", max_length=2048,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         train.finetune(config, Path(folder), description=f"fine-tuning {base} for a moment")
