@@ -19,12 +19,21 @@ import torch
 
 from lib import paths
 from lib.config import RunConfig
-from lib.dialogs import ByteTokenizer, TokenizedDialogs, answer, encode_prompt, in_weight_dialog, tokenize_people
+from lib.dialogs import (
+    ByteTokenizer,
+    TokenizedDialogs,
+    answer,
+    encode_prompt,
+    in_weight_dialog,
+    question,
+    tokenize_people,
+)
 from lib.facts import load_people, sample_people, write_database
 from lib.gradients import IGNORED
 from lib.model import Transformer, to_llama
 from lib.monitor import progress
 from lib.recall import BATCH_ROWS, Fact, measure_recall
+from lib.run import resolve_device
 from lib.tools import Tool
 from lib.trainer import Lockstep, Trainer
 
@@ -279,6 +288,99 @@ def _hugging_face_judge(
         return correct
 
     return judge
+
+
+# Fine-tuning: these import the libraries of Section 6 when they are called -------------------------------------------
+
+
+def finetuning_throughput(
+    base: str, mode: str, *, n_facts: int = 100, batch_size: int = 16, steps: int = 2, rounds: int = 3
+) -> pd.DataFrame:
+    """Tokens a second of our fine-tuning and of trl's plain `SFTTrainer`: same model, conversations, batch and dtype.
+
+    Tokens are those of the conversations, padding not counted. Rows: those of `take_turns`.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.trainer_callback import PrinterCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from lib.finetune import data, models, train, weights
+
+    source, device = weights.base_source(base), resolve_device("auto")
+    tokenizer = models.load_tokenizer(source)
+    chats = data.tokenize_chats(data.chats(data.people_of(n_facts), mode), tokenizer, max_length=2048)
+    per_round = round(steps * batch_size * np.mean([len(tokens) for tokens in chats["input_ids"]]))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SFTConfig(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            max_length=None,
+            bf16=train.best_dtype(device) == torch.bfloat16,
+            use_cpu=device.type == "cpu",
+            dataloader_pin_memory=device.type == "cuda",
+            activation_checkpointing=False,  # trl's default would read everything twice
+            save_strategy="no",
+            disable_tqdm=True,
+            report_to="none",
+        )
+        sides = {
+            "ours": (train.ChatTrainer, models.load_model(source, dtype=torch.float32)),
+            "SFTTrainer": (SFTTrainer, AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)),
+        }
+        trainers = {
+            name: kind(model, arguments, train_dataset=chats, processing_class=tokenizer)
+            for name, (kind, model) in sides.items()
+        }
+        for trainer in trainers.values():
+            trainer.remove_callback(PrinterCallback)
+        work = {name: (lambda each=each: each.train() and per_round) for name, each in trainers.items()}
+        table = take_turns(work, rounds, f"fine-tuning {base}, {mode}")
+    return table.assign(base=base, mode=mode)
+
+
+def chat_recall_throughput(base: str, *, n_facts: int = 300, rounds: int = 2) -> pd.DataFrame:
+    """Questions a second, of facts in weights: our measure of recall, and `generate` on batches of 16 as they come.
+
+    Asked is a model that was fine-tuned for eight steps: it knows hardly any fact, but its answers end. Rows: those of
+    `take_turns`, and `recall`.
+    """
+    from lib.finetune import data, evaluation, models, train
+    from lib.finetune.config import FinetuneConfig
+
+    config = FinetuneConfig(
+        base=base, mode="in-weight", n_facts=n_facts, batch_size=16, steps=8, checkpoint_every=8, questions=4,
+        unseen_people=4, prompts=1, capability="none", max_length=2048,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        train.finetune(config, Path(folder), description=f"fine-tuning {base} for a moment")
+        dtype = train.best_dtype(resolve_device("auto"))
+        model = models.load_model(Path(folder) / "model", dtype=dtype)
+        tokenizer = models.load_tokenizer(Path(folder) / "model")
+    facts, recall = list(data.people_of(n_facts).facts()), {}
+    chats = data.tokenize_chats(data.chats(data.people_of(n_facts), "in-weight"), tokenizer, max_length=2048)
+    limit = max(map(train.longest_turn, chats["labels"])) + train.SPARE_TOKENS
+
+    def ours() -> int:
+        recall["ours"] = evaluation.measure_recall(model, tokenizer, facts, "in-weight", max_new_tokens=limit).mean
+        return len(facts)
+
+    def theirs() -> int:
+        tokenizer.padding_side, right = "left", 0
+        for start in range(0, len(facts), 16):
+            batch = facts[start : start + 16]
+            asked = [[{"role": "user", "content": question(name, attribute)}] for name, attribute, _ in batch]
+            inputs = tokenizer.apply_chat_template(
+                asked, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+            ).to(model.device)
+            written = model.generate(**inputs, max_new_tokens=evaluation.FACT_TOKENS, do_sample=False)
+            replies = tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            right += sum(evaluation.says(reply, value) for reply, (*_, value) in zip(replies, batch, strict=True))
+        recall["generate"] = right / len(facts)
+        return len(facts)
+
+    table = take_turns({"ours": ours, "generate": theirs}, rounds, f"recall of {len(facts)} facts")
+    return table.assign(recall=[recall[name] for name in table.contender])
 
 
 def cold_start(config: RunConfig) -> dict:

@@ -1,7 +1,7 @@
 """`finetune(config, directory) -> rows`: a base model that is taught facts, and every checkpoint on the way evaluated.
 
 Training is trl's `SFTTrainer` on conversations that have their labels already (`lib.finetune.data`), with a loss that
-reads less (`_Trainer`). What is evaluated are its checkpoints, as they were saved. The folder of a run holds
+reads less (`ChatTrainer`). What is evaluated are its checkpoints, as they were saved. The folder of a run holds
 `config.json`, `checkpoints/`, `evaluations/` (a row a checkpoint, as it was measured), and once it is finished `model/`
 and `rows.json`. A finished run is never repeated; one that was killed goes on exactly.
 """
@@ -143,7 +143,7 @@ class _Run:
         self.tokenizer = load_tokenizer(base_source(config.base))
         self.lesson = stack.enter_context(lesson(config, directory if state.is_main_process else None))
         self.data = tokenize_chats(self.lesson.conversations, self.tokenizer, config.max_length)
-        limit = max(map(_longest_turn, self.data["labels"])) + SPARE_TOKENS
+        limit = max(map(longest_turn, self.data["labels"])) + SPARE_TOKENS
         self.examination = Examination(config, self.lesson, self.tokenizer, limit, self.description)
         self.total, self.interval = config.total_steps(len(self.data)), config.interval(len(self.data))
 
@@ -235,7 +235,7 @@ class _Run:
             adapter = LoraConfig(
                 r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
             )
-        trainer = _Trainer(
+        trainer = ChatTrainer(
             model, arguments, train_dataset=self.data, processing_class=self.tokenizer, peft_config=adapter
         )
         trainer.remove_callback(PrinterCallback)
@@ -279,12 +279,12 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else torch.float32
 
 
-def _longest_turn(labels: list[int]) -> int:
+def longest_turn(labels: list[int]) -> int:
     """How many tokens the assistant says at a time at most."""
     return max(len(list(turn)) for said, turn in groupby(labels, lambda label: label != IGNORED) if said)
 
 
-class _Trainer(SFTTrainer):
+class ChatTrainer(SFTTrainer):
     """`SFTTrainer`, but what all conversations of a batch begin with is read once, and only what is trained predicted.
 
     The loss is the same. A batch is cut into parts of like lengths; which conversations it holds is left to chance.
@@ -296,13 +296,14 @@ class _Trainer(SFTTrainer):
         trained = labels[:, 1:] != IGNORED
         places = trained.any(0).nonzero().squeeze(-1)  # in some row, what comes next is trained
         shared = int((tokens == tokens[:1]).all(0).long().cumprod(0).sum().clamp(max=int(places[0])))
-        options = {}
+        cache = None
         if shared and len(tokens) > 1:
             cache = model(input_ids=tokens[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
+        if cache is None:  # nothing is shared, or activations are computed again and not kept
+            shared, options = 0, {}
+        else:
             cache.batch_repeat_interleave(len(tokens))
             options = {"past_key_values": cache}
-        else:
-            shared = 0
         logits = model(
             input_ids=tokens[:, shared:], attention_mask=mask, logits_to_keep=places - shared, **options
         ).logits  # (B, P, V)
