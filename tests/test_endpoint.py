@@ -1,13 +1,10 @@
-"""Asking a model behind a server: a real one, `transformers serve`, and one here that fails as servers do."""
+"""Asking a model behind a server, one here that fails as servers do."""
 
 import asyncio
 import json
 import re
 import resource
-import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -16,19 +13,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from lib import cli, paths
 from lib.base import InputError, WorkError
-from lib.finetune.data import tokenize_chats
-from lib.finetune.embedded import SPECIAL, _with_template
-from lib.finetune.endpoint import EndpointConfig, accuracy, ask_all, serve
+from lib.finetune.endpoint import EndpointConfig, accuracy, ask_all
 from lib.finetune.protocol import SEARCH, SYSTEM_PROMPT
-from lib.finetune.triviaqa import NO_RESULT, Question, Store, load_questions, trivia_chats, write_store
+from lib.finetune.triviaqa import NO_RESULT, load_questions
 
 QUESTIONS = load_questions(limit=6)
 ANSWERS = {question.text: question.answer for question in QUESTIONS}
@@ -466,140 +457,3 @@ def test_the_key_is_sent_but_neither_shown_nor_recorded(server, tmp_path):
     assert "secret" not in repr(endpoint) + str(endpoint)
     ask(server(right), tmp_path / "r.jsonl", api_key="secret")
     assert "secret" not in (tmp_path / "r.jsonl").read_text()
-
-
-# ---- A real server
-
-
-def _overfitted(folder: Path, questions: list[Question]) -> Path:
-    """A tiny model that has learnt by heart how to answer these questions in every mode."""
-    rows = [row for mode in ("in-weight", "in-tool", "in-tool-text") for row in trivia_chats(questions, mode)]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(map(json.dumps, rows), trainer)
-    tokenizer = _with_template(bpe)
-    data = tokenize_chats(rows, tokenizer, 200)
-    width = max(map(len, data["input_ids"]))
-    tokens, labels = (
-        torch.tensor([row + [filling] * (width - len(row)) for row in data[column]])
-        for column, filling in (("input_ids", tokenizer.pad_token_id), ("labels", -100))
-    )
-    torch.manual_seed(0)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **shape, **ends))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    for _ in range(300):
-        loss = model(input_ids=tokens, labels=labels).loss
-        if loss < 0.02:
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.02
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def overfitted(tmp_path_factory) -> Path:
-    return _overfitted(tmp_path_factory.mktemp("model"), QUESTIONS[:2])
-
-
-def _is_there(url: str) -> bool:
-    """Whether somebody listens."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", int(url.split(":")[2].split("/")[0]))) == 0
-
-
-@pytest.fixture(scope="module")
-def served(overfitted) -> Iterator[str]:
-    with serve(overfitted) as url:
-        yield url
-    assert not _is_there(url)
-
-
-@pytest.mark.slow
-def test_a_served_model_answers_by_every_protocol(overfitted, served, tmp_path):
-    asked = QUESTIONS[:2]
-    store = tmp_path / "q.sqlite"
-    write_store([question._replace(answer=f"not {question.answer}") for question in asked], store)
-    settings = {"base_url": served, "model": str(overfitted), "system": "", "max_tokens": 60, "retries": 0}
-    with Store(store) as look_up:
-        for protocol in ("closed-book", "text", "tools"):
-            endpoint = EndpointConfig(protocol=protocol, **settings)
-            for record in asyncio.run(ask_all(asked, endpoint, look_up, tmp_path / "r.jsonl")):
-                assert record["error"] is None, record
-                if protocol == "closed-book":
-                    assert record["correct"] and (record["query"], record["n_turns"]) == (None, 1)
-                else:  # it asks for what it was asked, and is told what the table has
-                    assert record["query"] == record["question"] and record["n_turns"] == 2
-                    assert record["result"] == f"not {ANSWERS[record['question']]}"
-        other = EndpointConfig(**settings | {"model": "other"})
-        (record,) = asyncio.run(ask_all(asked[:1], other, look_up, tmp_path / "r.jsonl"))
-        assert "BadRequestError" in record["error"] and "pinned" in record["error"]  # what the server said of it
-
-
-@pytest.mark.slow
-def test_the_command_asks_and_tells(overfitted, served, tmp_path, monkeypatch, capsys):
-    source = tmp_path / "mine.jsonl"
-    records = [{"question": q.text, "answer": {"value": q.answer, "aliases": []}} for q in QUESTIONS[:2]]
-    source.write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    command = ["itl", "trivia", "--model", str(overfitted), "--source", str(source), "--system", "", "--retries", "0"]
-
-    def run(url: str, *more: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", [*command, "--base-url", url, *more])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        return exit_.value.code or 0, *capsys.readouterr()
-
-    code, out, _ = run(served)
-    table = [line.split() for line in out.splitlines()[:4]]
-    assert code == 0 and table[0] == ["protocol", "accuracy", "looked", "up", "questions", "failed"]
-    assert table[1:] == [
-        ["closed-book", "1.000", "±", "0.000", "0.000", "2", "0"],
-        ["text", "1.000", "±", "0.000", "1.000", "2", "0"],
-        ["tools", "1.000", "±", "0.000", "1.000", "2", "0"],
-    ]
-    records = paths.runs() / "trivia" / "records.jsonl"
-    assert f"all records are in {records}" in out and len(lines(records)) == 6
-
-    # Nobody needs to be there for what was asked before; what was not fails, and the exit code says so.
-    nobody = "http://127.0.0.1:9/v1"
-    assert run(nobody) == (0, out, "")
-    code, out, _ = run(nobody, "--protocol", "text", "--out", str(tmp_path / "new.jsonl"))
-    assert code == 1 and out.splitlines()[1].split()[-2:] == ["0", "2"]
-    assert "2 questions failed, the same command asks them again; the first: APIConnectionError" in out
-    code, _, err = run("127.0.0.1:9")
-    assert code == 2 and err.startswith("itl: endpoint.base_url:") and err.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_a_server_that_cannot_start_says_why(overfitted, tmp_path):
-    for nothing in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(InputError, match=f"cannot load a tokenizer from {nothing}"), serve(nothing):
-            pytest.fail("it started")
-    broken = shutil.copytree(overfitted, tmp_path / "broken", ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(WorkError, match="the server ended with exit code 1: .*model.safetensors"), serve(broken):
-        pytest.fail("it started")
-    with pytest.raises(WorkError, match="the server did not answer within 0 s"), serve(overfitted, timeout=0.1):
-        pytest.fail("it started")
-
-
-@pytest.mark.slow
-def test_a_server_ends_with_the_process_that_started_it_however_that_ends(overfitted):
-    code = f"import time; from lib.finetune.endpoint import serve\nwith serve({str(overfitted)!r}) as url:"
-    command = [sys.executable, "-c", f"{code} print(url, flush=True); time.sleep(600)"]
-    with subprocess.Popen(command, cwd=paths.ROOT, stdout=subprocess.PIPE, text=True) as starter:
-        url = starter.stdout.readline()
-        assert _is_there(url)
-        starter.kill()
-    deadline = time.monotonic() + 30
-    while _is_there(url):
-        assert time.monotonic() < deadline, "it is still there"
-        time.sleep(0.05)

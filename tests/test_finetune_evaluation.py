@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,16 +18,20 @@ from lib.facts import People, sample_people, write_database
 from lib.finetune import evaluation
 from lib.finetune.evaluation import (
     base_answers,
+    capability_columns,
     divergences,
     estimate,
-    kept_answers,
+    hellaswag_is_at_hand,
+    kept,
     measure_capability,
     measure_divergence,
     measure_recall,
     says,
+    trivia_choices,
 )
 from lib.finetune.generation import encode_prompts
 from lib.finetune.prompts import PROMPTS
+from lib.finetune.triviaqa import load_questions
 from lib.tools import SqlTool
 
 PEOPLE = sample_people(2)
@@ -178,28 +183,17 @@ def test_a_model_is_at_no_distance_from_itself_and_others_are_where_brute_force_
         assert stderr == pytest.approx(values.std(ddof=1) / math.sqrt(3), rel=1e-3)
 
 
-@pytest.fixture
-def calls(monkeypatch) -> list[str]:
-    """Notes when a base is really asked. Replies are short."""
-    monkeypatch.setattr(evaluation, "PROMPT_TOKENS", 20)
-    noted, real = [], evaluation.base_answers
-    monkeypatch.setattr(evaluation, "base_answers", lambda *a, **k: noted.append("base_answers") or real(*a, **k))
-    return noted
+def test_what_a_base_says_is_kept_for_as_long_as_all_that_decides_it_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path))
+    made = []
 
+    def ask(*what) -> list:
+        return kept(what, lambda: made.append(what) or [*what, {"said": [1.5, None]}])
 
-def test_a_bases_answers_are_kept_for_as_long_as_it_is_the_same(tmp_path, monkeypatch, calls):
-    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
-
-    def kept(base, prompts=SHORT) -> tuple[list[list[int]], int]:
-        calls.clear()
-        base.save_pretrained(tmp_path / "base")
-        return kept_answers(base, tokenizer(), prompts, tmp_path / "base"), len(calls)
-
-    first, second = random_model(0), random_model(1)
-    expected, others = (base_answers(base, tokenizer(), SHORT) for base in (first, second))
-    assert kept(first) == (expected, 1) and kept(first) == (expected, 0)
-    assert kept(second) == (others, 1) and others != expected  # trained anew, in the same folder
-    assert kept(first) == (expected, 0) and kept(first, SHORT[:1]) == (expected[:1], 1)
+    for _ in range(2):
+        assert ask("base", [1, 2]) == ["base", [1, 2], {"said": [1.5, None]}]
+        assert ask("base", [1])[1] == [1] and ask("other", [1])[0] == "other"
+    assert made == [("base", [1, 2]), ("base", [1]), ("other", [1])]
 
 
 def test_parts_of_an_answer_make_the_whole(monkeypatch):
@@ -221,51 +215,124 @@ def test_another_vocabulary_is_refused():
 # ---- Capability
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory) -> dict:
-    """Twelve made-up questions of four choices."""
-    path = tmp_path_factory.mktemp("task") / "test.jsonl"
-    words = ["red", "a blue house", "green!", "yellow and black"]
-    rows = [{"q": f"Number {i} is", "choices": words[i % 3 :] + words[: i % 3], "gold": i % 4} for i in range(12)]
+WORDS = ["red", "a blue house", "green!", "yellow and black"]
+
+
+def _write(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """What `datasets` makes of a file goes where the file is."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def colors(tmp_path, cache) -> dict:
+    """A made-up task of one's own: twelve questions of four choices."""
+    rows = [{"q": f"Number {i} is", "choices": WORDS[i % 3 :] + WORDS[: i % 3], "gold": i % 4} for i in range(12)]
     return {
         "task": "colors",
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path)}, "cache_dir": str(path.parent)},
+        "dataset_kwargs": {"data_files": {"test": str(_write(tmp_path / "test.jsonl", rows))}},
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "{{q}}",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{gold}}",
-        "metric_list": [{"metric": "acc"}],
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
 
 
-def test_capability_is_the_share_of_right_choices(task):
-    model, right = random_model(), []
-    for line in open(task["dataset_kwargs"]["data_files"]["test"]):
-        row, scores = json.loads(line), []
+@pytest.fixture
+def hellaswag(tmp_path, cache, monkeypatch) -> list[dict]:
+    """Questions of HellaSwag's form, in the file that is taken for it: their contexts, choices and right ones."""
+    texts = [(f"A man number {i} [sits] down", f"he paints the wall in {i % 5}") for i in range(12)]
+    endings = [[f"{word}. [step] And {i}" for word in WORDS[i % 3 :] + WORDS[: i % 3]] for i in range(12)]
+    rows = [
+        {"ind": i, "activity_label": "Painting", "ctx_a": a, "ctx_b": b, "ctx": f"{a} {b}", "endings": endings[i],
+         "label": str(i % 4), "split": "val"}
+        for i, (a, b) in enumerate(texts)
+    ]  # fmt: skip
+    monkeypatch.setenv(evaluation.HELLASWAG, str(_write(tmp_path / "hellaswag.jsonl", rows)))
+    return [
+        {
+            "q": f"Painting: A man number {i} down He paints the wall in {i % 5}",
+            "choices": [text.replace(" [step] And", " And") for text in endings[i]],  # what is in brackets is left out
+            "gold": i % 4,
+        }
+        for i in range(12)
+    ]
+
+
+def _by_brute_force(rows: list[dict]) -> dict[str, list[bool]]:
+    """Whether the likeliest choice is the right one, and the likeliest by its number of characters."""
+    model, right = random_model(), {"acc": [], "acc_norm": []}
+    for row in rows:
+        context, scores = tokenizer().encode(row["q"]), []
         for choice in row["choices"]:
-            context, rest = tokenizer().encode(row["q"]), tokenizer().encode(" " + choice)
+            rest = tokenizer().encode(" " + choice)
             with torch.inference_mode():
                 log_p = model(torch.tensor([context + rest])).logits[0].log_softmax(-1)
             scores.append(sum(log_p[len(context) - 1 + i, token].item() for i, token in enumerate(rest)))
-        right.append(np.argmax(scores) == row["gold"])
-    assert 0 < np.mean(right) < 1
-    assert measure_capability(model, tokenizer(), task) == pytest.approx(estimate(right))
+        right["acc"].append(np.argmax(scores) == row["gold"])
+        right["acc_norm"].append(np.argmax(np.divide(scores, list(map(len, row["choices"])))) == row["gold"])
+    assert all(0 < np.mean(values) < 1 for values in right.values()) and right["acc"] != right["acc_norm"]
+    return right
 
 
-def test_a_task_that_cannot_be_had_is_one_sentence(task, monkeypatch):
+def test_capability_is_which_choices_are_right(colors, monkeypatch):
+    with open(colors["dataset_kwargs"]["data_files"]["test"]) as file:
+        expected = _by_brute_force([json.loads(line) for line in file])
+    monkeypatch.setattr(evaluation, "ITEMS_AT_A_TIME", 5)
+    assert measure_capability(random_model(), tokenizer(), colors) == expected
+
+
+def test_hellaswag_may_come_from_a_file_and_be_asked_in_part(hellaswag):
+    expected = _by_brute_force(hellaswag)
+    assert hellaswag_is_at_hand()
+    measured = measure_capability(random_model(), tokenizer(), "hellaswag", 10)
+    assert measured == {metric: values[:10] for metric, values in expected.items()}
+
+
+@given(st.lists(st.tuples(*[st.sampled_from([0.0, 1.0])] * 4), min_size=2, max_size=30))
+def test_a_change_of_capability_has_the_error_of_paired_answers(items):
+    acc, norm, acc_before, norm_before = np.array(items).T
+    columns = capability_columns({"acc": acc, "acc_norm": norm}, {"acc": acc_before, "acc_norm": norm_before})
+    for name, now, before in (("capability", acc, acc_before), ("capability_norm", norm, norm_before)):
+        for suffix, values in (("", now), ("_change", now - before)):
+            assert columns[name + suffix] == pytest.approx(values.mean())
+            error = values.std(ddof=1) / len(items) ** 0.5
+            assert columns[f"{name}{suffix}_stderr"] == pytest.approx(error, abs=1e-12)
+
+
+def test_a_task_that_cannot_be_had_is_one_sentence(colors, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        InputError, match="cannot load the data of the task hellaswag .*connect and unset HF_HUB_OFFLINE"
-    ):
+    monkeypatch.delenv(evaluation.HELLASWAG, raising=False)
+    advice = r" \(.+\): HellaSwag comes from the hub, once, or from a file that ITL_HELLASWAG names$"
+    assert not hellaswag_is_at_hand()
+    for name in ("hellaswag", "hellaswagg"):
+        with pytest.raises(InputError, match=f"^cannot load the items of {name}{advice}"):
+            measure_capability(random_model(), tokenizer(), name)
+    monkeypatch.setenv(evaluation.HELLASWAG, str(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(InputError, match=f"^cannot load the items of hellaswag{advice}"):
         measure_capability(random_model(), tokenizer(), "hellaswag")
-    with pytest.raises(InputError, match="unknown task 'hellaswagg': give hellaswag or a task of lm-eval as a dict"):
-        measure_capability(random_model(), tokenizer(), "hellaswagg")
     with pytest.raises(InputError, match="the task colors has no metric acc: give a multiple-choice task"):
-        measure_capability(random_model(), tokenizer(), task | {"metric_list": [{"metric": "acc_norm"}]})
+        measure_capability(random_model(), tokenizer(), colors | {"metric_list": [{"metric": "acc_norm"}]})
+
+
+def test_choices_of_trivia_are_one_right_answer_and_three_to_other_questions():
+    rows = trivia_choices(tokenizer())["custom_dataset"]()["test"]
+    key = load_questions()
+    assert len(rows) == len(key) and len({row["label"] for row in rows}) == 4
+    for row, (text, right, aliases) in zip(rows, key, strict=True):
+        assert row["ctx"] == f"<|start|>user\n{text}<|end|>\n<|start|>assistant\n"
+        assert row["endings"][row["label"]] == right and len(set(row["endings"])) == 4
+        assert set(row["endings"]) & set(aliases) == {right}
+        assert set(row["endings"]) <= {each.answer for each in key}
 
 
 # ---- Prompts

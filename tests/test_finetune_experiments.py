@@ -9,6 +9,7 @@ from lib import paths
 from lib.base import InputError
 from lib.distributed import Preempted
 from lib.finetune import experiments
+from lib.finetune.bases import learning_rate
 from lib.paths import PROFILES
 from lib.run import ROWS
 
@@ -24,7 +25,7 @@ def data(tmp_path, monkeypatch):
 def _finish(fine_tuning, commit: str = CLEAN, steps: tuple[int, ...] = (0, 10), **columns) -> None:
     folder = experiments.folder(fine_tuning, "laptop")
     folder.mkdir(parents=True)
-    what = fine_tuning.model_dump(include={"base", "task", "mode", "n_facts", "seed"})
+    what = fine_tuning.model_dump(include={"base", "task", "mode", "n_facts", "seed", "lr"})
     rows = [{"run_id": fine_tuning.run_id, **what, "step": step, "commit": commit, **columns} for step in steps]
     (folder / ROWS).write_text(json.dumps(rows))
 
@@ -35,14 +36,14 @@ def test_every_fine_tuning_of_a_profile_is_another(profile):
     assert len({config.run_id for config in plan}) == len(plan) > 1
 
 
-def test_laptop_compares_both_modes_by_one_recipe_with_three_seeds():
-    plan = [config for config in experiments.plan("laptop") if config.task == "facts"]
-    assert len({(config.base, config.optimizer, config.lr, config.batch_size, config.schedule) for config in plan}) == 1
-    points = {(config.mode, config.n_facts): set() for config in plan}
-    for config in plan:
-        points[config.mode, config.n_facts].add(config.seed)
-    assert ("in-weight", 5000) in points and ("in-tool", 5000) in points
-    assert all(seeds == {0, 1, 2} for seeds in points.values())
+def test_laptop_compares_both_modes_as_published_and_at_one_rate_with_three_seeds():
+    plan = [config for config in experiments.plan("laptop") if config.task == "facts" and not config.lora_rank]
+    assert len({(config.base, config.batch_size, config.schedule, config.warmup) for config in plan}) == 1
+    of_seed = {seed: {(c.mode, c.n_facts, c.lr) for c in plan if c.seed == seed} for seed in range(3)}
+    assert of_seed[0] >= of_seed[1] == of_seed[2]
+    rates = {mode: {lr for its, _, lr in of_seed[1] if its == mode} for mode in ("in-weight", "in-tool-text")}
+    assert rates["in-tool-text"] < rates["in-weight"]
+    assert all(learning_rate(plan[0].base, mode) in of_mode for mode, of_mode in rates.items())
 
 
 def test_what_is_published_is_counted_once_and_stays_when_the_plan_goes(data, monkeypatch):
@@ -62,7 +63,7 @@ def test_what_is_published_is_counted_once_and_stays_when_the_plan_goes(data, mo
 def test_an_earlier_recipe_is_shown_where_todays_plan_has_no_run_of_the_point(data, monkeypatch):
     first = experiments.plan("laptop")[0]
     other = first.model_copy(update={"n_facts": 64})
-    changed = first.model_copy(update={"lr": 1e-4})
+    changed = first.model_copy(update={"schedule": "cosine"})
     for config, day in ((first, "2026-01-01"), (other, "2026-01-02"), (changed, "2026-01-03")):
         _finish(config, finished_at=day, adaptation="full", config=config.canonical_json())
     monkeypatch.setitem(experiments._PLANS, "laptop", lambda: iter([first, other, changed]))

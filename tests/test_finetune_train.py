@@ -1,5 +1,6 @@
 """Fine-tuning through trl: what is learnt and written, and that an interruption changes nothing. No hub is asked."""
 
+import csv
 import json
 import shutil
 import subprocess
@@ -14,24 +15,27 @@ from safetensors.torch import load_file
 from lib import cli
 from lib.base import InputError, WorkError
 from lib.distributed import Preempted
-from lib.finetune import train
-from lib.finetune.bases import EMBEDDED_LR, PUBLISHED, learning_rate, load_base
+from lib.finetune import generation, train
+from lib.finetune.bases import learning_rate, rate_source
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import IGNORED, chats, people_of, tokenize_chats
 from lib.finetune.lessons import Lesson
-from lib.finetune.models import load_model
+from lib.finetune.models import load_model, load_tokenizer
 from lib.finetune.train import finetune, newest_checkpoint
-from lib.paths import ROOT
+from lib.finetune.weights import base_source
+from lib.paths import PUBLISHED, ROOT
 
 #: Two batches are a pass, so that it counts which conversations are in which.
-SMALL = {"base": "embedded-smoke", "n_facts": 8, "steps": 6, "checkpoint_every": 2, "batch_size": 4, "questions": 4,
-         "unseen_people": 4, "prompts": 2, "items": 4, "capability": "none"}  # fmt: skip
+SMALL = {"base": "random", "n_facts": 8, "steps": 6, "checkpoint_every": 2, "batch_size": 4, "questions": 4,
+         "unseen_people": 4, "prompts": 2, "capability": "none", "dtype": "float32", "max_length": 2000,
+         "lr": 1e-2}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _offline():
+def _offline_and_brief():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr("lib.finetune.evaluation.PROMPT_TOKENS", 16)
         yield
 
 
@@ -44,13 +48,13 @@ def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-WAYS = {"all weights": {"optimizer": "muon"}, "adapters": {"lora_rank": 2}}
+WAYS = {"all weights": {}, "adapters": {"mode": "in-tool", "lora_rank": 2}}
 
 
 @pytest.fixture(scope="module", params=WAYS)
 def undisturbed(request, tmp_path_factory) -> tuple[FinetuneConfig, Path, list[dict]]:
-    """A small run from start to end, in-tool: of all weights with Muon, of adapters with AdamW."""
-    config = FinetuneConfig(**SMALL, **WAYS[request.param], mode="in-tool")
+    """A small run from start to end: of all weights in-weight, of adapters in-tool."""
+    config = FinetuneConfig(**SMALL, **WAYS[request.param])
     directory = tmp_path_factory.mktemp("run")
     return config, directory, finetune(config, directory, description=None)
 
@@ -63,7 +67,7 @@ def test_every_checkpoint_has_its_row(undisturbed):
     assert {row["run_id"] for row in rows} == {config.run_id}
     assert [row["n_recall"] for row in rows] == [4] * 4 and rows[0]["n_unseen"] == 16
     assert all(row["loss"] > 0 for row in rows[1:]) and rows[1]["train_seconds"] <= rows[3]["train_seconds"]
-    assert rows[0]["n_params"] == load_base(config.base)[0].num_parameters()  # adapters are not counted
+    assert rows[0]["n_params"] == load_model(base_source(config.base)).num_parameters()  # adapters are not counted
     assert not (directory / "checkpoints").exists()
 
 
@@ -75,7 +79,7 @@ def test_a_finished_run_is_not_repeated(undisturbed, monkeypatch):
 
 def test_the_model_that_is_kept_is_the_one_that_was_trained(undisturbed):
     config, directory, _ = undisturbed
-    model, (base, _) = load_model(directory / "model"), load_base(config.base)
+    model, base = load_model(directory / "model"), load_model(base_source(config.base))
     tokens = torch.arange(5)[None]
     assert not torch.allclose(model(tokens).logits, base(tokens).logits)
     named = _weights(directory)
@@ -96,10 +100,10 @@ def _die_while_evaluating(step: int, config: FinetuneConfig, directory: Path, mo
     """Fine-tune up to the checkpoint of `step`, which is written but not evaluated."""
     evaluate = train._Run.evaluate
 
-    def dies(run, model, state):
+    def dies(run, checkpoint, state):
         if state["step"] == step:
             raise KeyboardInterrupt
-        evaluate(run, model, state)
+        evaluate(run, checkpoint, state)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train._Run, "evaluate", dies)
@@ -185,32 +189,39 @@ def test_who_is_asked_to_leave_writes_a_checkpoint_and_comes_back(undisturbed, t
     assert _same(_weights(tmp_path), _weights(directory))
 
 
-def test_a_checkpoint_is_asked_as_it_would_be_when_loaded(undisturbed, tmp_path, monkeypatch):
-    """As on a GPU: in training mode activation checkpointing takes away the cache, that is nonsense is generated, and
-    the model is wrapped in bfloat16, which its base is not."""
-    config, _, _ = undisturbed
-    settings, lesson, tokens = train.SFTConfig, train.lesson, torch.arange(20)[None]
+def test_a_checkpoint_is_asked_as_it_was_saved_and_no_longer_than_was_trained(tmp_path, monkeypatch):
+    """As on a GPU: training wraps the model in bfloat16, and activation checkpointing takes away its cache."""
+    settings, lesson, generate, tokens = train.SFTConfig, train.lesson, generation._generate, torch.arange(20)[None]
     as_on_gpu = {"activation_checkpointing": True, "bf16": True}
     monkeypatch.setattr(train, "SFTConfig", lambda **given: settings(**given | as_on_gpu))
-    asked = []
+    asked, lengths, said = [], [], []
 
     @contextmanager
     def watched(*given):
         with lesson(*given) as taught:
 
-            def measure(model, tokenizer):
+            def measure(model, tokenizer, **options):
                 with torch.inference_mode():
                     asked.append((model.training, model(tokens).logits))
-                return taught.measure(model, tokenizer)
+                return taught.measure(model, tokenizer, **options)
 
+            said.extend(chat["messages"][1]["content"] for chat in taught.conversations)
             yield Lesson(taught.conversations, measure)
 
+    def watch(*given):
+        answers = generate(*given)
+        lengths.extend(map(len, answers))
+        return answers
+
     monkeypatch.setattr(train, "lesson", watched)
+    monkeypatch.setattr(generation, "_generate", watch)
+    config = FinetuneConfig(**SMALL | {"steps": 2})
     finetune(config, tmp_path, description=None)
-    assert len(asked) == 4 and not any(training for training, _ in asked)
-    for model, (_, logits) in zip((load_base(config.base)[0], load_model(tmp_path / "model")), asked[::3], strict=True):
+    for source, (training, logits) in zip((base_source(config.base), tmp_path / "model"), asked, strict=True):
         with torch.inference_mode():
-            torch.testing.assert_close(logits, model(tokens).logits, rtol=1e-5, atol=1e-6)
+            assert torch.equal(logits, load_model(source)(tokens).logits) and not training
+    # A byte is a token, and one more ends the turn; the base goes on for ever.
+    assert max(lengths) == max(len(text.encode()) for text in said) + 1 + train.SPARE_TOKENS
 
 
 def test_a_fine_tuning_that_diverges_ends_with_one_sentence_and_no_row(tmp_path, monkeypatch):
@@ -231,7 +242,7 @@ def test_a_fine_tuning_that_diverges_ends_with_one_sentence_and_no_row(tmp_path,
 
 def test_training_ends_when_enough_is_recalled(tmp_path):
     """Eight facts in weights are learnt by heart, and by then no more is trained."""
-    config = FinetuneConfig(**SMALL | {"steps": 400, "checkpoint_every": 50, "lr": 1e-2, "stop_at_recall": 1.0})
+    config = FinetuneConfig(**SMALL | {"steps": 400, "checkpoint_every": 50, "batch_size": 8, "stop_at_recall": 1.0})
     rows = finetune(config, tmp_path, description=None)
     assert rows[-1]["stopped"] == "recall" and rows[-1]["recall"] == 1.0 and rows[-1]["step"] < 400
     assert all(row["recall"] < 1.0 for row in rows[:-1]) and rows[-1]["recall_unseen"] < 0.5
@@ -255,7 +266,7 @@ def test_what_is_refused_late_claims_no_folder(tmp_path):
 def test_another_base_of_the_same_name_is_another_run(undisturbed, monkeypatch):
     config, directory, _ = undisturbed
     monkeypatch.setattr(train, "fingerprint", lambda _: "made anew")
-    with pytest.raises(InputError, match="rate or base model"):
+    with pytest.raises(InputError, match="another configuration or base model"):
         finetune(config, directory)
 
 
@@ -275,36 +286,14 @@ def test_other_questions_in_the_same_file_are_another_run(tmp_path):
         finetune(config, tmp_path / "run", description=None)
 
 
-def test_muon_takes_the_hidden_matrices_at_twice_the_rate_and_adamw_all_else():
-    model, _ = load_base("embedded-smoke")
-    optimizer = train._muon(model, lr=0.01)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    muon, adamw = ({names[id(p)] for group in part.param_groups for p in group["params"]} for part in optimizer.parts)
-    assert muon | adamw == set(names.values()) and not muon & adamw
-    assert {name.rsplit(".", 2)[-2] for name in muon} == {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
-    }  # fmt: skip
-    assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.01]
-
-
-def test_a_run_trains_with_the_optimizer_it_names(tmp_path):
-    last = {}
-    for optimizer in ("adamw", "muon"):
-        # Two steps: the rate of the first is zero, as the warm-up begins there.
-        config = FinetuneConfig(**SMALL | {"steps": 2, "checkpoint_every": 2}, optimizer=optimizer)
-        finetune(config, tmp_path / optimizer, description=None)
-        last[optimizer] = _weights(tmp_path / optimizer)
-    assert not _same(last["adamw"], last["muon"])
-
-
 @pytest.mark.parametrize("parts", [1, 4])
 def test_the_loss_is_that_of_what_the_labels_say_however_a_batch_is_cut(parts, tmp_path):
     config = FinetuneConfig(
         **SMALL | {"steps": 1, "checkpoint_every": 1, "batch_size": 8}, mode="in-tool", grad_accumulation=parts
     )
-    model, tokenizer = load_base(config.base)
+    model, tokenizer = load_model(base_source(config.base)), load_tokenizer(base_source(config.base))
     surprises = []
-    for row in tokenize_chats(chats(people_of(8), "in-tool"), tokenizer, 512):
+    for row in tokenize_chats(chats(people_of(8), "in-tool"), tokenizer, 2000):
         labels = torch.tensor(row["labels"][1:])
         with torch.inference_mode():
             log_p = model(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
@@ -313,12 +302,18 @@ def test_the_loss_is_that_of_what_the_labels_say_however_a_batch_is_cut(parts, t
     assert loss == pytest.approx(sum(surprises) / len(surprises), rel=1e-5)
 
 
-def test_rates_are_those_of_the_base_unless_given():
-    assert learning_rate(FinetuneConfig(base="SmolLM-360M")) == PUBLISHED["SmolLM-360M"].lr == 1e-3
-    assert learning_rate(FinetuneConfig(base="Llama-3.1-8B")) == 2e-5
-    assert learning_rate(FinetuneConfig()) == EMBEDDED_LR
-    assert learning_rate(FinetuneConfig(base="SmolLM-360M", lr=3e-5)) == 3e-5
-    assert learning_rate(FinetuneConfig(lora_rank=4)) > learning_rate(FinetuneConfig())
+def test_rates_are_those_of_the_base_in_its_mode_unless_given():
+    def rate(base: str, mode: str = "in-weight", **given) -> float:
+        return FinetuneConfig(base=base, mode=mode, **given).lr
+
+    with (PUBLISHED / "large_scale_checkpoints.csv").open() as file:
+        released = {(row["base"], row["mode"]): float(row["lr"]) for row in csv.DictReader(file) if row["lr"]}
+    assert len(released) == 12 and all(rate(*run) == lr for run, lr in released.items())
+    assert rate("SmolLM2-360M", "in-tool-text") == rate("SmolLM-360M", "in-tool") < rate("SmolLM2-360M")
+    assert rate("nobody/nothing") == learning_rate("nobody/nothing", "in-weight")
+    assert rate("SmolLM-360M", lr=3e-5) == 3e-5 and rate("SmolLM-360M", lora_rank=4) > rate("SmolLM-360M")
+    assert FinetuneConfig(base="SmolLM-360M").run_id == FinetuneConfig(base="SmolLM-360M", lr=1e-3).run_id
+    assert rate_source("SmolLM2-360M") == "published for SmolLM-360M" and "nobody" in rate_source("nobody/nothing")
 
 
 @pytest.mark.parametrize(
@@ -330,11 +325,11 @@ def test_rates_are_those_of_the_base_unless_given():
         (["--set", "task=hybrid"], "in-tool"),
         (["--set", "batch_size=8", "--set", "grad_accumulation=3"], "divide"),
         (["--set", "colour=blue"], "unknown configuration key"),
-        (["--lora-rank", "2", "--set", "optimizer=muon"], "leave out lora_rank"),
+        (["--lr", "0"], "lr"),
     ],
 )
 def test_a_wrong_command_says_so_in_a_sentence(arguments, words, tmp_path, monkeypatch, capsys):
-    base = [] if "--model" in arguments else ["--model", "embedded-smoke"]
+    base = [] if "--model" in arguments else ["--model", "random"]
     monkeypatch.setattr(sys, "argv", ["itl", "finetune", *base, *arguments, "--out", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as exit_:
         cli.main()
@@ -345,11 +340,8 @@ def test_a_wrong_command_says_so_in_a_sentence(arguments, words, tmp_path, monke
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
     """A folder as anybody has it, by its path, through torchrun; the losses are those of a single process."""
-    model, tokenizer = load_base("embedded-smoke")
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "base")
+    shutil.copytree(base_source("random"), tmp_path / "base")
     settings = [f"--set={name}={json.dumps(value)}" for name, value in SMALL.items() if name != "base"]
-    settings += ["--set=optimizer=muon"]
     command = ["-m", "lib", "finetune", "--model", str(tmp_path / "base"), *settings, "--device", "cpu"]
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     losses = {}

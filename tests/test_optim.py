@@ -1,6 +1,5 @@
 """Optimizers and schedules against closed forms, and against torch's own schedulers."""
 
-import copy
 import math
 
 import pytest
@@ -11,14 +10,11 @@ from torch import nn
 
 from lib.model import ModelConfig, Transformer
 from lib.optim import (
-    Muon,
-    MuonAndAdamW,
     OptimConfig,
     build_optimizers,
     orthogonalize,
     schedule_factor,
     set_learning_rate,
-    step_all,
 )
 
 
@@ -201,41 +197,3 @@ def test_orthogonalizing_keeps_the_singular_vectors_and_levels_the_values(shape)
 
 def test_a_gradient_of_zero_moves_nothing():
     assert not orthogonalize(torch.zeros(2, 4, 8)).any()
-
-
-def _matrix_and_vector() -> tuple[nn.Parameter, nn.Parameter]:
-    return nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)), nn.Parameter(torch.ones(3))
-
-
-def test_two_optimizers_in_one_step_as_the_two_would_and_go_on_from_what_was_saved():
-    """Under a schedule of PyTorch, and with the one half-way replaced by another that has loaded its state."""
-
-    def step(matrix, vector, i):
-        ((matrix * matrix).sum() * (i + 1) + (vector.exp() * matrix.sum(1)).sum()).backward()
-
-    matrix, vector = _matrix_and_vector()
-    alone = [Muon([matrix], lr=0.1, weight_decay=0.0), torch.optim.AdamW([vector], lr=0.01)]
-    schedules = [torch.optim.lr_scheduler.LinearLR(part, 1.0, 0.1, 6) for part in alone]
-    for i in range(6):
-        step(matrix, vector, i)
-        step_all(alone)
-        for schedule in schedules:
-            schedule.step()
-
-    def both(matrix, vector):
-        together = MuonAndAdamW(Muon([matrix], lr=0.1, weight_decay=0.0), torch.optim.AdamW([vector], lr=0.01))
-        return together, torch.optim.lr_scheduler.LinearLR(together, 1.0, 0.1, 6)
-
-    ours = _matrix_and_vector()
-    together, schedule = both(*ours)
-    for i in range(6):
-        if i == 3:
-            saved = copy.deepcopy((together.state_dict(), schedule.state_dict()))
-            together, schedule = both(*ours)
-            together.load_state_dict(saved[0])
-            schedule.load_state_dict(saved[1])
-        step(*ours, i)
-        together.step()
-        together.zero_grad()
-        schedule.step()
-    assert torch.equal(ours[0], matrix) and torch.equal(ours[1], vector)

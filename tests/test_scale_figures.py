@@ -28,7 +28,13 @@ def rows(profile="laptop", seeds=(0, 1), **columns) -> pd.DataFrame:
         for mode in ("in-weight", "in-tool") for n_facts in (100, 1000) for seed in seeds for step in (0, 20, 40)
     ])  # fmt: skip
     errors = {f"{name}_stderr": 0.02 for name in ("tv", "recall", "capability", "capability_base")}
-    fixed = {"profile": profile, "task": "facts", "base": "embedded", "adaptation": "full", "capability_task": "skills"}
+    fixed = {
+        "profile": profile,
+        "task": "facts",
+        "base": "SmolLM2-135M",
+        "adaptation": "full",
+        "capability_task": "trivia",
+    }
     return table.assign(**{**errors, **fixed, "capability_base": 0.8, **columns})
 
 
@@ -151,7 +157,7 @@ def test_our_points_are_means_with_their_errors_and_nothing_is_drawn_for_what_wa
     _, relative, variation = scale_figures.forgetting(table).axes
     lines = _lines(relative)
     assert not [label for label in lines if label.startswith("Big-7B")]
-    line = lines["embedded (laptop), in-tool, 100 to 1,000 facts"]
+    line = lines["SmolLM2-135M (laptop), in-tool, 100 to 1,000 facts"]
     np.testing.assert_allclose(_points(line), [[100, 87.5], [1000, 87.5]])
     np.testing.assert_allclose(_bars(line), 87.5 * np.hypot(0.02 / 0.7, 0.02 / 0.8))
     line = _lines(variation)["Big-7B (paper), in-weight, 100 to 1,000 facts"]
@@ -218,11 +224,13 @@ def test_models_modes_and_sources_differ_by_more_than_color():
     looks = {label: container.lines[0] for label, container in _lines(axes).items()}
     published = [line for label, line in looks.items() if "(published), in-weight" in label]
     assert len({line.get_marker() for line in published}) == len(published) == 6
-    in_weight, in_tool = (looks[f"embedded (laptop), {mode}, 100 to 1,000 facts"] for mode in ("in-weight", "in-tool"))
+    in_weight, in_tool = (
+        looks[f"SmolLM2-135M (laptop), {mode}, 100 to 1,000 facts"] for mode in ("in-weight", "in-tool")
+    )
     assert in_weight.get_marker() == in_tool.get_marker()
     assert in_weight.get_linestyle() != in_tool.get_linestyle()
     assert (in_weight.get_fillstyle(), in_tool.get_fillstyle()) == ("full", "left")
-    quick = looks["embedded (quick), in-weight, 100 to 1,000 facts"]
+    quick = looks["SmolLM2-135M (quick), in-weight, 100 to 1,000 facts"]
     assert quick.get_marker() == in_weight.get_marker()
     assert quick.get_markerfacecolor() == "white" != in_weight.get_markerfacecolor()
     assert in_weight.get_zorder() > published[0].get_zorder()

@@ -29,17 +29,17 @@ NOTHING = pd.DataFrame()
 
 def run(recalls=(0.0, 0.5, 1.0), every=10, **columns) -> pd.DataFrame:
     """The rows of one run, evaluated `every` so many steps from step 0."""
-    columns = {"base": "embedded", "mode": "in-weight", "adaptation": "full", "n_facts": 64, "seed": 0} | columns
+    columns = {"base": "SmolLM2-135M", "mode": "in-weight", "adaptation": "full", "n_facts": 64, "seed": 0} | columns
     columns = {
         "profile": "laptop",
         "task": "facts",
-        "capability_task": "skills",
+        "capability_task": "trivia",
         "capability": 0.6,
         "capability_base": 0.8,
     } | columns
     columns = {"capability_stderr": 0.03, "capability_base_stderr": 0.02, "tv": 0.1, "tv_stderr": 0.004} | columns
     rows = pd.DataFrame({"recall": recalls, "recall_stderr": 0.01, "kl": 0.2, "kl_stderr": 0.01}).assign(**columns)
-    setting = [columns[name] for name in ("profile", "base", "task", "mode", "adaptation", "n_facts", "seed")]
+    setting = [columns.get(name) for name in ("profile", "base", "task", "mode", "adaptation", "n_facts", "seed", "lr")]
     rows["run_id"], rows["step"] = "/".join(map(str, setting)), every * np.arange(len(rows))
     return rows.assign(final=rows.index == len(rows) - 1)
 
@@ -168,8 +168,8 @@ def test_a_rate_is_written_as_in_a_recipe(lr, text):
 
 
 def test_models_are_ordered_by_family_then_by_size():
-    bases = ["Llama-3.1-8B", "SmolLM-1.7B", "Llama-3.2-1B", "SmolLM-135M", "Llama-3.1-8B", "embedded"]
-    families = ["SmolLM-135M", "SmolLM-1.7B", "Llama-3.2-1B", "Llama-3.1-8B", "embedded"]
+    bases = ["Llama-3.1-8B", "SmolLM-1.7B", "Llama-3.2-1B", "SmolLM-135M", "Llama-3.1-8B", "mine", "SmolLM2-135M"]
+    families = ["SmolLM-135M", "SmolLM-1.7B", "SmolLM2-135M", "Llama-3.2-1B", "Llama-3.1-8B", "mine"]
     assert scale_results.by_family(bases) == families
 
 
@@ -220,12 +220,31 @@ def test_what_was_not_measured_is_nan_and_does_not_take_part():
 
 
 def test_models_are_told_apart_by_what_was_trained_and_by_profile_smaller_ones_first():
-    rows = runs(*({"base": base} for base in ("Big-1.5B-Instruct", "embedded", "Small-135M")), {"adaptation": "lora"})
+    rows = runs(
+        *({"base": base} for base in ("Big-1.5B-Instruct", "SmolLM2-135M", "Small-135M")), {"adaptation": "lora"}
+    )
     table = scale_results.comparable(pd.concat([rows, run(profile="quick")]))
     assert list(table.model.unique()) == [
         *(f"{name} (published)" for name in ("SmolLM-135M", "SmolLM-360M", "Llama-3.2-1B", "SmolLM-1.7B")),
-        "Llama-3.2-3B (published)", "Llama-3.1-8B (published)", "embedded (laptop)", "embedded (quick)",
-        "embedded, LoRA (laptop)", "Small-135M (laptop)", "Big-1.5B-Instruct (laptop)",
+        "Llama-3.2-3B (published)", "Llama-3.1-8B (published)", "Small-135M (laptop)", "SmolLM2-135M (laptop)",
+        "SmolLM2-135M (quick)", "SmolLM2-135M, LoRA (laptop)", "Big-1.5B-Instruct (laptop)",
+    ]  # fmt: skip
+
+
+def test_runs_of_two_learning_rates_are_two_models_and_of_one_rate_each_mode_one():
+    rates = [{"lr": lr, "seed": seed, "tv": lr} for lr in (1e-3, 1e-4) for seed in range(2)]
+    table = ours(runs(*rates, {"mode": "in-tool", "lr": 1e-4}, {"profile": "quick", "lr": 1e-2}))
+    assert list(table[["model", "mode", "lr", "seeds"]].itertuples(index=False, name=None)) == [
+        ("SmolLM2-135M (laptop)", "in-tool", 1e-4, 1),
+        ("SmolLM2-135M (quick)", "in-weight", 1e-2, 1),
+        ("SmolLM2-135M, rate 1e-3 (laptop)", "in-weight", 1e-3, 2),
+        ("SmolLM2-135M, rate 1e-4 (laptop)", "in-weight", 1e-4, 2),
+    ]
+    assert list(table.tv[2:]) == pytest.approx([1e-3, 1e-4])
+    assert len(_cells(scale_results.steps_table(table))) == 2 + 4
+    pairs = scale_results.at_equal_facts(table)
+    assert list(pairs[["lr_tool", "lr_weight", "same_recipe"]].itertuples(index=False, name=None)) == [
+        (1e-4, 1e-3, False), (1e-4, 1e-4, True),
     ]  # fmt: skip
 
 
@@ -234,9 +253,9 @@ def test_nothing_at_all_is_an_empty_table_with_the_same_columns():
 
 
 def test_two_runs_that_are_not_seeds_of_one_setting_are_refused():
-    rows = pd.concat([run(seed=3), run(seed=3).assign(run_id="another", lr=1e-3)])
+    rows = pd.concat([run(seed=3), run(seed=3).assign(run_id="another", warmup=0.2)])
     with pytest.raises(
-        InputError, match=r"two runs of .*embedded \(laptop\).* n_facts 64, .*seed 3 differ in something"
+        InputError, match=r"two runs of .*SmolLM2-135M \(laptop\).* n_facts 64, .*seed 3 differ in something"
     ):
         ours(rows)
 
@@ -312,7 +331,7 @@ def test_the_table_of_steps_tells_spread_failures_and_what_was_not_run():
     ]
     assert _cells(latex)[1:] == [
         ["facts", "64", "2,000", "2,000"],
-        ["embedded (laptop)", "30 ± 14 (2 of 3)", "--", ""],
+        ["SmolLM2-135M (laptop)", "30 ± 14 (2 of 3)", "--", ""],
         [r"my\_model (laptop)", "", "", "1,200"],
     ]
 

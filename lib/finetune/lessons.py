@@ -167,7 +167,7 @@ def _trivia(config: FinetuneConfig, stack: ExitStack) -> Lesson:
             settings = {"max_new_tokens": FACT_TOKENS} | options
             answers = look_up_and_reply(model, tokenizer, openings, look_up, **settings)
             right = (
-                exact_match(reply, each) and (config.mode == "in-weight" or found is not None)
+                exact_match(reply, each) and (config.mode == "in-weight" or found == each.answer)
                 for (found, reply), each in zip(answers, questions, strict=True)
             )
             columns |= estimate(right).columns(name) | {f"n_{name.removeprefix('recall_')}": len(questions)}

@@ -191,7 +191,18 @@ def test_a_training_on_two_nodes_has_the_losses_of_one_process_and_survives_a_pr
 @pytest.mark.slow
 def test_a_fine_tuning_on_two_nodes_has_the_losses_of_one_process(checkout):
     settings = {"batch_size": 8, "checkpoint_every": 4, "questions": 4, "unseen_people": 4, "prompts": 1}
-    arguments = ["--model", "embedded-smoke", "--facts", 8, "--steps", 4, "--set", 'capability="none"']
+    arguments = [
+        "--model",
+        "random",
+        "--facts",
+        8,
+        "--steps",
+        4,
+        "--set",
+        'capability="none"',
+        "--set",
+        'dtype="float32"',
+    ]
     arguments += [argument for name, value in settings.items() for argument in ("--set", f"{name}={value}")]
     two, one = checkout.runs / "fine-tuned by two", checkout.runs / "fine-tuned by one"
     name = checkout.submit("finetune", *arguments, "--out", two, "--nodes", 2, "--time", 10)
