@@ -86,7 +86,7 @@ def _rows() -> str:
     ]
     for section in (*results.TABLES, experiments.SECTION):
         known = experiments.committed_rows() if section == experiments.SECTION else results.committed_rows(section)
-        for profile in known.profile.unique():
+        for profile in known.profile.unique() if len(known) else ():
             read = partial(results.read_rows, section) if section in results.TABLES else experiments.rows
             table.append(_row_of(section, profile, read(profile)))
     return "\n".join(table)
