@@ -19,7 +19,8 @@ paper: $(VENV)/core.stamp ## run all notebooks in the quick profile, draw the fi
 refresh: $(VENV)/scale.stamp ## compute README's numbers, figures and notebooks' outputs from paper_data (no training)
 	@$(RUN) -m lib refresh
 
-scale: $(VENV)/scale.stamp ## the same for Section 6 and TriviaQA: large models, fine-tuned
+scale: $(VENV)/scale.stamp ## the same for Section 6 and TriviaQA: fetch a chat model and fine-tune it
+	@$(RUN) -m lib fetch
 	@$(RUN) -m lib scale
 
 test: $(VENV)/extras.stamp ## run the tests, which run every notebook at smoke size

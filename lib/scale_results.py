@@ -110,6 +110,18 @@ def at_equal_facts(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def at_any_facts(table: pd.DataFrame) -> pd.DataFrame:
+    """Return each recipe in tool beside each one in weights of the same model, whatever their facts: a row a pair.
+
+    table: as `comparable` gives it. Columns as in `at_equal_facts`, but capability_saved is in points of accuracy: how
+    many more the runs in weights lost, by capability_change, with the _stderr of two independent changes.
+    """
+    pairs = _in_tool_and_in_weight(table, ["source", "base", "adaptation", "capability_task"])
+    errors = pairs.capability_change_stderr_tool, pairs.capability_change_stderr_weight
+    saved = pairs.capability_change_tool - pairs.capability_change_weight
+    return pairs.assign(capability_saved=100 * saved, capability_saved_stderr=100 * np.hypot(*errors))
+
+
 def at_equal_steps(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Return the last step at which runs in tool and in weights of one model, seed and number of facts were evaluated.
 
@@ -231,6 +243,23 @@ def of_facts(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows that are about facts of people; what hybrids learn is a mode of its own."""
     rows = rows[rows.task != "trivia"]
     return rows.assign(mode=rows["mode"].where(rows.task != "hybrid", "hybrid"))
+
+
+def panels(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return our checkpoints on facts, possibly none, their bases named as panels of `scale_figures.against_steps`.
+
+    A panel is a model in a profile; runs in weights at the rate of those in tool have their own, ", equal rates". Runs
+    in tool are in every panel of their model. Adapters and hybrids are left out.
+    """
+    if not len(rows):
+        return published_rows().iloc[:0]
+    rows, model = rows[rows.task.eq("facts") & rows.adaptation.eq("full")], ["profile", "base"]
+    tool, weight = (rows[rows["mode"].eq("in-weight") == is_weight] for is_weight in (False, True))
+    rates = tool[[*model, "lr"]].drop_duplicates().assign(name=", equal rates")
+    weight = weight.merge(rates, on=[*model, "lr"], how="left").fillna({"name": ""})
+    tool = tool.merge(weight[[*model, "name"]].drop_duplicates(), on=model, how="left").fillna({"name": ""})
+    both = pd.concat([weight, tool], ignore_index=True)
+    return both.assign(base=both.base + both.name + " (" + both.profile + ")").drop(columns="name")
 
 
 def _last_checkpoints(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:

@@ -5,7 +5,6 @@ import json
 import sys
 
 import pytest
-from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -15,7 +14,7 @@ import lib.finetune
 from lib.base import InputError
 from lib.dialogs import Role, dialogs
 from lib.facts import ATTRIBUTES, People, sample_people, write_database
-from lib.finetune.data import IGNORED, N_FACTS, chat_dataset, chats, find_tool, people_of, tokenize_chats, trained_parts
+from lib.finetune.data import IGNORED, N_FACTS, chats, find_tool, people_of, tokenize_chats, trained_parts
 from lib.tools import SqlTool, format_request, parse_request
 
 MODES = ["in-weight", "in-tool", "in-tool-text"]
@@ -127,47 +126,8 @@ def test_a_number_of_facts_that_nobody_has_is_refused(n_facts):
 def test_an_unknown_mode_and_nobody_at_all_are_refused():
     with pytest.raises(InputError, match="unknown mode 'biography'.* in-weight, in-tool, in-tool-text"):
         list(chats(ANN, "biography"))
-    for make in (chat_dataset, lambda rows: tokenize_chats(rows, TOKENIZER, 9)):
-        with pytest.raises(InputError, match="there is no conversation"):
-            make([])
-
-
-# ---- As a dataset
-
-
-def _call(name: str, **arguments) -> dict:
-    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [find_tool([name])]}
-
-
-def test_arguments_of_different_names_and_types_do_not_merge():
-    rows = [
-        *chats(ANN, "in-tool"),
-        _call("sql", query="SELECT 1"),
-        _call("add", x=1, y=2.5, exact=True),
-        _call("add", x="1", y=None, terms=[1, "2", {"z": 3}]),
-        _call("now"),
-    ]
-    dataset = chat_dataset(rows)
-    assert list(dataset) == rows
-    # Which Arrow alone would not have done: the reason for all this.
-    merged = [row["messages"] for row in Dataset.from_list(rows[:2])]
-    assert merged != [row["messages"] for row in rows[:2]]
-
-
-def test_rows_with_and_without_tools_stay_what_they_are():
-    rows = [row for mode in MODES for row in chats(ANN, mode)]
-    dataset = chat_dataset(rows)
-    assert [row["messages"] for row in dataset] == [row["messages"] for row in rows]
-    assert [row["tools"] for row in dataset] == [None, rows[1]["tools"], None]
-    assert "tools" not in chat_dataset(rows[:1]).column_names
-    assert list(tokenize_chats(dataset, TOKENIZER, 999)) == list(tokenize_chats(rows, TOKENIZER, 999))
-
-
-def test_a_dataset_survives_the_disk(tmp_path):
-    rows = list(chats(people_of(8), "in-tool"))
-    chat_dataset(rows).save_to_disk(tmp_path / "data")
-    assert list(Dataset.load_from_disk(str(tmp_path / "data"))) == rows
+    with pytest.raises(InputError, match="there is no conversation"):
+        tokenize_chats([], TOKENIZER, 9)
 
 
 # ---- Labels
@@ -186,7 +146,7 @@ def _expected(row: dict) -> list[str]:
 
 def _assert_trained(rows: list[dict], max_length: int = 2000) -> None:
     """By the definition, and by the places where transformers sees the template generate."""
-    encoded = tokenize_chats(chat_dataset(rows), TOKENIZER, max_length)
+    encoded = tokenize_chats(rows, TOKENIZER, max_length)
     assert len(encoded) == len(rows)
     for row, made in zip(rows, encoded, strict=True):
         assert _spans(made) == _expected(row)

@@ -127,6 +127,33 @@ def test_pairs_at_equal_steps_are_of_the_last_step_that_both_were_evaluated_at()
             assert [number(r["tv"]) for r in same] == [value]
 
 
+def test_runs_in_tool_stand_beside_every_recipe_in_weights_and_what_these_cost_is_told_in_points():
+    tool = {"mode": "in-tool-text", "n_facts": 128, "lr": 1e-4, "capability_change": -0.01}
+    weight = [{"lr": lr, "capability_change": change} for lr, change in ((1e-4, -0.02), (1e-3, -0.06))]
+    rows = runs(tool, *weight).assign(batch_size=8, capability_change_stderr=0.003)
+    rows["run_id"] += rows.lr.astype(str)
+    pairs = scale_results.at_any_facts(ours(rows)).set_index("lr_weight")
+    assert dict(pairs.same_recipe) == {1e-4: True, 1e-3: False}
+    assert dict(pairs.capability_saved.round(6)) == {1e-4: 1, 1e-3: 5}
+    assert list(pairs.capability_saved_stderr) == pytest.approx([0.3 * 2**0.5] * 2)
+    assert not len(scale_results.at_any_facts(ours(NOTHING)))
+
+
+def test_panels_set_runs_in_weights_apart_that_have_the_rate_of_those_in_tool():
+    each = ({"mode": "in-tool-text", "lr": 1e-4}, {"lr": 1e-4}, {"lr": 1e-3}, {"lr": 1e-2, "adaptation": "lora"})
+    hybrid = run(mode="in-tool-text", task="hybrid", lr=1e-4)
+    found = scale_results.panels(pd.concat([runs(*each), hybrid])).drop_duplicates(["base", "mode", "lr"])
+    assert set(found[["base", "mode", "lr"]].itertuples(index=False, name=None)) == {
+        ("embedded (laptop)", "in-weight", 1e-3),
+        ("embedded (laptop)", "in-tool-text", 1e-4),
+        ("embedded, equal rates (laptop)", "in-weight", 1e-4),
+        ("embedded, equal rates (laptop)", "in-tool-text", 1e-4),
+    }
+    alone = scale_results.panels(run(mode="in-tool-text", lr=1e-4))
+    assert set(alone.base) == {"embedded (laptop)"} and len(alone) == len(run())
+    assert not len(scale_results.panels(NOTHING))
+
+
 def test_batches_are_told_by_run_where_they_are_not_the_common_ones():
     text = scale_results.batches(scale_results.published_rows())
     assert text.startswith("Batches of 128 conversations; ")

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.base import InputError
-from lib.finetune.data import chat_dataset
 from lib.finetune.protocol import SEARCH, SYSTEM_PROMPT, read_query
 from lib.finetune.triviaqa import (
     NO_RESULT,
@@ -269,9 +268,3 @@ def test_conversations_lead_from_the_question_by_the_protocol_to_the_answer():
     assert read_query(request) == CLIFF.text and result == "<result>The Safety Man</result>"
     with pytest.raises(InputError, match="unknown mode 'text' of chats"):
         list(trivia_chats([CLIFF], "text"))
-
-
-@pytest.mark.parametrize("mode", ["in-weight", "in-tool", "in-tool-text"])
-def test_conversations_become_a_data_set_like_those_about_facts(mode):
-    rows = list(trivia_chats(load_questions(), mode))
-    assert list(chat_dataset(rows)) == rows and len(rows) == len(load_questions())

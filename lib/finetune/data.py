@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Literal, get_args
 
-from datasets import Dataset, Features, Json, List, Value
+from datasets import Dataset, Features, List, Value
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -87,20 +87,6 @@ def call_and_result(function: dict, result: str) -> list[dict]:
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": CALL_ID, "name": function["name"], "content": result},
     ]
-
-
-def chat_dataset(rows: Iterable[dict]) -> Dataset:
-    """Conversations as a dataset whose rows are what was given, key by key.
-
-    Left alone, Arrow gives every message the keys of all others, null where they had none, and a template then writes
-    them: kept as JSON, they stay apart. Only `tools` is None where some rows have tools and others have not.
-    """
-    rows = list(rows)
-    if not rows:
-        raise InputError("there is no conversation: give at least one person with one attribute")
-    columns = dict.fromkeys(column for row in rows for column in row)
-    whole = [dict.fromkeys(columns) | row for row in rows]
-    return Dataset.from_list(whole, features=Features({column: List(Json()) for column in columns}))
 
 
 def tokenize_chats(chats: Iterable[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
