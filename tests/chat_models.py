@@ -5,7 +5,16 @@ from functools import cache
 from types import SimpleNamespace
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    SmolLM3Config,
+)
 from vocabularies import train_bpe
 
 from lib.facts import sample_people
@@ -37,6 +46,29 @@ def random_model(seed: int = 0, spread: float = 0.2, vocab_size: int | None = No
         num_attention_heads=4, initializer_range=spread, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+#: The families of the bases, each with what sets it apart: layers without positions, or that look back a little.
+FAMILIES = {
+    "Llama": (LlamaConfig, {}),
+    "Qwen3": (Qwen3Config, {"head_dim": 16}),
+    "SmolLM3": (SmolLM3Config, {"no_rope_layers": [1, 0]}),
+    "Gemma3": (
+        Gemma3TextConfig,
+        {"head_dim": 16, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+}
+
+
+def tiny(family: str, vocab_size: int) -> PreTrainedModel:
+    """A random model of one of `FAMILIES`."""
+    kind, own = FAMILIES[family]
+    torch.manual_seed(0)
+    config = kind(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=None, eos_token_id=None, **own,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 @cache

@@ -148,6 +148,18 @@ def test_what_the_model_reads_is_what_the_database_says(mode, database):
     assert sorted(seen[len(QUESTIONS) :]) == sorted(map(tokenizer().decode, whole))
 
 
+@pytest.mark.parametrize("mode", ["in-tool", "in-tool-text"])
+def test_no_reply_is_asked_for_where_the_tool_says_something_else_than_is_expected(mode, database):
+    (name, attribute, value), *_ = PEOPLE.facts()
+    call = _call(name="find", arguments={"attribute": attribute, "name": name})
+    call = call if mode == "in-tool" else tool_call(name, attribute)
+    model = ScriptedModel(lambda prompt: "The end." if prompt.count("assistant\n") > 1 else call)
+    asked, expected = ["Where?"] * 3, [value, "elsewhere", value]
+    made = answer_with_tool(model, tokenizer(), asked, mode, database, expected=expected, max_new_tokens=200)
+    assert [said.reply for said in made] == ["The end.", call, "The end."] and model.batches == [3, 2]
+    assert all(said.response == (Outcome.ANSWER, value) for said in made)
+
+
 NAME, (BORN, *_) = PEOPLE.names[0], PEOPLE.columns["birth_place"]
 RIGHT = {"attribute": "birth_place", "name": NAME}
 FIRST_TURNS = {

@@ -233,7 +233,8 @@ def test_models_are_told_apart_by_what_was_trained_and_by_profile_smaller_ones_f
 
 def test_runs_of_two_learning_rates_are_two_models_and_of_one_rate_each_mode_one():
     rates = [{"lr": lr, "seed": seed, "tv": lr} for lr in (1e-3, 1e-4) for seed in range(2)]
-    table = ours(runs(*rates, {"mode": "in-tool", "lr": 1e-4}, {"profile": "quick", "lr": 1e-2}))
+    rows = runs(*rates, {"mode": "in-tool", "lr": 1e-4}, {"profile": "quick", "lr": 1e-2}).assign(batch_size=128)
+    table = ours(rows)
     assert list(table[["model", "mode", "lr", "seeds"]].itertuples(index=False, name=None)) == [
         ("SmolLM2-135M (laptop)", "in-tool", 1e-4, 1),
         ("SmolLM2-135M (quick)", "in-weight", 1e-2, 1),
@@ -331,8 +332,8 @@ def test_the_table_of_steps_tells_spread_failures_and_what_was_not_run():
     ]
     assert _cells(latex)[1:] == [
         ["facts", "64", "2,000", "2,000"],
-        ["SmolLM2-135M (laptop)", "30 ± 14 (2 of 3)", "--", ""],
         [r"my\_model (laptop)", "", "", "1,200"],
+        ["SmolLM2-135M (laptop)", "30 ± 14 (2 of 3)", "--", ""],
     ]
 
 
