@@ -149,9 +149,12 @@ def relative(rows: pd.DataFrame) -> pd.DataFrame:
 
     The error of the ratio a / b is, to first order, sqrt(da^2 + (a / b)^2 db^2) / b as if a and b were measured
     independently. They answer the same questions, so it is rather too large. The published error is this one, too.
+    Where both were compared item by item (capability_change_stderr), as ours are, it is that of the change.
     """
     ratio = rows.capability / rows.capability_base
     error = np.hypot(rows.capability_stderr, ratio * rows.capability_base_stderr) / rows.capability_base
+    if "capability_change_stderr" in rows:
+        error = (rows.capability_change_stderr.astype(float) / rows.capability_base).fillna(error)
     return pd.DataFrame({"capability_relative": 100 * ratio, "capability_relative_stderr": 100 * error})
 
 
