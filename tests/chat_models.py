@@ -60,13 +60,13 @@ FAMILIES = {
 }
 
 
-def tiny(family: str, vocab_size: int) -> PreTrainedModel:
+def tiny(family: str, vocab_size: int, **options) -> PreTrainedModel:
     """A random model of one of `FAMILIES`."""
     kind, own = FAMILIES[family]
     torch.manual_seed(0)
     config = kind(
         vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=0, bos_token_id=None, eos_token_id=None, **own,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=None, eos_token_id=None, **own, **options,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config).eval()
 

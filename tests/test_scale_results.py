@@ -144,13 +144,13 @@ def test_panels_set_runs_in_weights_apart_that_have_the_rate_of_those_in_tool():
     hybrid = run(mode="in-tool-text", task="hybrid", lr=1e-4)
     found = scale_results.panels(pd.concat([runs(*each), hybrid])).drop_duplicates(["base", "mode", "lr"])
     assert set(found[["base", "mode", "lr"]].itertuples(index=False, name=None)) == {
-        ("embedded (laptop)", "in-weight", 1e-3),
-        ("embedded (laptop)", "in-tool-text", 1e-4),
-        ("embedded, equal rates (laptop)", "in-weight", 1e-4),
-        ("embedded, equal rates (laptop)", "in-tool-text", 1e-4),
+        ("SmolLM2-135M (laptop)", "in-weight", 1e-3),
+        ("SmolLM2-135M (laptop)", "in-tool-text", 1e-4),
+        ("SmolLM2-135M, equal rates (laptop)", "in-weight", 1e-4),
+        ("SmolLM2-135M, equal rates (laptop)", "in-tool-text", 1e-4),
     }
     alone = scale_results.panels(run(mode="in-tool-text", lr=1e-4))
-    assert set(alone.base) == {"embedded (laptop)"} and len(alone) == len(run())
+    assert set(alone.base) == {"SmolLM2-135M (laptop)"} and len(alone) == len(run())
     assert not len(scale_results.panels(NOTHING))
 
 

