@@ -338,6 +338,7 @@ def test_a_wrong_command_says_so_in_a_sentence(arguments, words, tmp_path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # three times torch is loaded
 def test_two_processes_train_as_one_does(tmp_path):
     """A folder as anybody has it, by its path, through torchrun; the losses are those of a single process."""
     shutil.copytree(base_source("random"), tmp_path / "base")
