@@ -16,6 +16,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from lib import paths
 from lib.figure_style import HOLLOW, RC, STYLES, nothing_yet
@@ -48,6 +49,7 @@ def against_steps(rows: pd.DataFrame, metric: str) -> Figure:
     rows = of_facts(rows[rows.step > 0])
     bases = by_family(rows.base)
     looks = _looks_of_runs(rows)
+    narrow = len(rows) > 0 and rows.step.max() < 30 * rows.step.min()  # in which powers of ten are hardly any labels
     n_columns = min(3, max(1, len(bases)))
     n_rows = max(1, -(-len(bases) // n_columns))
     with matplotlib.rc_context({**RC, "figure.figsize": (2.6 * n_columns + 2.0, 2.2 * n_rows + 0.4)}):
@@ -63,7 +65,10 @@ def against_steps(rows: pd.DataFrame, metric: str) -> Figure:
                 axes.text(0.04, 0.04, f"{', '.join(unmeasured)}: no values", transform=axes.transAxes, fontsize=7)
             axes.set_title(f"{base}\n{_rates(runs)}", fontsize=8)
             axes.set(xscale="log", yscale="log" if metric in _DISTANCES else "linear")
+            if narrow:
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.yaxis.set_major_formatter("{x:g}")
             if metric == "capability_relative":
                 _dotted(axes, 100)
