@@ -359,7 +359,7 @@ def chat_recall_throughput(base: str, *, n_facts: int = 300, rounds: int = 2) ->
         tokenizer = models.load_tokenizer(Path(folder) / "model")
     facts, recall = list(data.people_of(n_facts).facts()), {}
     chats = data.tokenize_chats(data.chats(data.people_of(n_facts), "in-weight"), tokenizer, max_length=2048)
-    limit = max(map(train.longest_turn, chats["labels"])) + train.SPARE_TOKENS
+    limit = train.turn_limit(chats)
 
     def ours() -> int:
         recall["ours"] = evaluation.measure_recall(model, tokenizer, facts, "in-weight", max_new_tokens=limit).mean

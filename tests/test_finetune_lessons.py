@@ -3,6 +3,8 @@
 import json
 import re
 from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
 
 import pytest
 from chat_models import ScriptedModel, random_model, tokenizer
@@ -219,6 +221,24 @@ def test_a_run_may_take_the_test_at_its_ends_only(made, tmp_path):
     ("given", "at_hand", "test"),
     [("any", True, "hellaswag"), ("any", False, "trivia"), ("hellaswag", False, "hellaswag"), ("none", True, None)],
 )
-def test_the_test_is_the_one_that_is_asked_for_or_at_hand(made, monkeypatch, given, at_hand, test):
+def test_the_test_is_the_one_that_is_asked_for_or_at_hand(made, monkeypatch, tmp_path, given, at_hand, test):
     monkeypatch.setattr(examination, "hellaswag_is_at_hand", lambda: at_hand)
-    assert examined(made, capability=given).test == test
+    assert columns_of_test(made, tmp_path, capability=given) == test
+    monkeypatch.setattr(examination, "hellaswag_is_at_hand", lambda: not at_hand)  # since then
+    assert columns_of_test(made, tmp_path, "1.parts", capability=given) == test
+
+
+def columns_of_test(made: list[str], folder: Path, record: str = "0.parts", **config) -> str | None:
+    return examined(made, **config)(random_model(1), folder / record)["capability_task"]
+
+
+def test_the_base_is_asked_anew_where_the_items_are_others(made, monkeypatch, tmp_path):
+    for number, text in enumerate(("one item", "another")):
+        (tmp_path / "items").write_text(text)
+        monkeypatch.setenv("ITL_HELLASWAG", str(tmp_path / "items"))
+        columns = examined(made)(random_model(1), tmp_path / str(number))
+        assert columns["capability_source"] == f"file {sha256(text.encode()).hexdigest()[:8]}"
+    assert made.count("the base's capability") == 2
+    monkeypatch.setenv("ITL_HELLASWAG", str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match="cannot read .*nothing, which ITL_HELLASWAG names"):
+        examined(made)(random_model(1), tmp_path / "2")

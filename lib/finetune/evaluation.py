@@ -25,7 +25,7 @@ from lib.dialogs import question
 from lib.finetune.data import ChatMode, check_mode
 from lib.finetune.generation import answer_with_tool, encode_prompts, generate_tokens, reply_all
 from lib.finetune.models import no_bars_in_logs
-from lib.finetune.triviaqa import load_questions
+from lib.finetune.triviaqa import SHIPPED, load_questions
 from lib.monitor import progress
 from lib.paths import runs
 from lib.recall import Fact
@@ -230,31 +230,43 @@ def measure_capability(
     """
     name = task if isinstance(task, str) else task["task"]
     right: dict[str, list[float]] = {"acc": [], "acc_norm": []}
-    with TemporaryDirectory() as folder, no_bars_in_logs():
+    with TemporaryDirectory() as folder:
         manager = TaskManager(include_path=str(_tasks_folder(folder)), include_defaults=False)
         try:
-            n_there = len(manager.load([task])["tasks"][name].eval_docs)
+            with no_bars_in_logs():
+                n_there = len(manager.load([task])["tasks"][name].eval_docs)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"cannot load the items of {name} ({str(error).splitlines()[0]}): HellaSwag comes from the hub, "
                 f"once, or from a file that {HELLASWAG} names"
             ) from None
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         items = range(min(n_items or n_there, n_there))
-    with TemporaryDirectory() as folder, progress(len(items), description) as bar:
-        manager = TaskManager(include_path=str(_tasks_folder(folder)), include_defaults=False)
-        for start in items[::ITEMS_AT_A_TIME]:
-            chunk = list(items[start : start + ITEMS_AT_A_TIME])
-            options = {"samples": {name: chunk}, "bootstrap_iters": 0}
-            with no_bars_in_logs():
-                measured = lm_eval.simple_evaluate(harness, tasks=[task], task_manager=manager, **options)
-            rows = sorted(measured["samples"][name], key=lambda row: row["doc_id"])
-            for metric in right:
-                if metric not in rows[0]:
-                    raise InputError(f"the task {name} has no metric {metric}: give a multiple-choice task")
-                right[metric] += [float(row[metric]) for row in rows]
-            bar.update(len(chunk))
+        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        with progress(len(items), description) as bar:
+            for start in items[::ITEMS_AT_A_TIME]:
+                chunk = list(items[start : start + ITEMS_AT_A_TIME])
+                options = {"samples": {name: chunk}, "bootstrap_iters": 0}
+                with no_bars_in_logs():
+                    measured = lm_eval.simple_evaluate(harness, tasks=[task], task_manager=manager, **options)
+                rows = sorted(measured["samples"][name], key=lambda row: row["doc_id"])
+                for metric in right:
+                    if metric not in rows[0]:
+                        raise InputError(f"the task {name} has no metric {metric}: give a multiple-choice task")
+                    right[metric] += [float(row[metric]) for row in rows]
+                bar.update(len(chunk))
     return right
+
+
+def capability_source(test: str) -> str:
+    """Where the items of a test come from: "hub", or a digest of the file they are in, the repository's for trivia."""
+    file = SHIPPED if test == "trivia" else os.environ.get(HELLASWAG)
+    if file is None:
+        return "hub"
+    try:
+        with open(file, "rb") as content:
+            return f"file {hashlib.file_digest(content, 'sha256').hexdigest()[:8]}"
+    except OSError as error:
+        raise InputError(f"cannot read {file}, which {HELLASWAG} names: {error.strerror}") from None
 
 
 def hellaswag_is_at_hand() -> bool:

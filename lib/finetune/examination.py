@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from lib.finetune.evaluation import (
     PROMPT_TOKENS,
     base_answers,
     capability_columns,
+    capability_source,
     hellaswag_is_at_hand,
     kept,
     measure_capability,
@@ -58,7 +59,7 @@ class Examination:
         recall = partial(self.lesson.measure, model, self.tokenizer, description=self._doing("recall"), **self.options)
         parts: dict[str, Callable[[], dict]] = {
             "recall": recall,
-            "capability": lambda: self._capability(model, is_last(measured["recall"]["recall"])),
+            "capability": lambda: self._capability(model, self._test(record), is_last(measured["recall"]["recall"])),
             "divergence": lambda: self._divergence(model),
         }
         for name, measure in parts.items():
@@ -70,26 +71,29 @@ class Examination:
     def _doing(self, what: str) -> str | None:
         return self.description and f"{self.description}, {what}"
 
-    @cached_property
-    def test(self) -> str | None:
-        """The capability test of this run."""
-        if self.config.capability == "any":
-            return "hellaswag" if hellaswag_is_at_hand() else "trivia"
-        return None if self.config.capability == "none" else self.config.capability
+    def _test(self, record: Path) -> str | None:
+        """The capability test of this run; what is at hand is looked up once, for the base, whose record says it."""
+        of_base = record.with_name("0.parts")
+        if self.config.capability != "any":
+            return None if self.config.capability == "none" else self.config.capability
+        if of_base.exists() and (said := json.loads(of_base.read_text()).get("capability")):
+            return said["capability_task"]
+        return "hellaswag" if hellaswag_is_at_hand() else "trivia"
 
-    def _capability(self, model: PreTrainedModel, is_last: bool) -> dict:
-        if self.test is None or (self.config.capability_at_end and not is_last):
-            return {"capability": None, "capability_stderr": None, "capability_task": self.test}
-        task = "hellaswag" if self.test == "hellaswag" else trivia_choices(self.tokenizer)
-        n = self.config.items
+    def _capability(self, model: PreTrainedModel, test: str | None, is_last: bool) -> dict:
+        if test is None or (self.config.capability_at_end and not is_last):
+            return {"capability": None, "capability_stderr": None, "capability_task": test}
+        task = "hellaswag" if test == "hellaswag" else trivia_choices(self.tokenizer)
+        n, source = self.config.items, capability_source(test)
 
         def ask(asked: PreTrainedModel, who: str) -> dict[str, list[float]]:
-            return measure_capability(asked, self.tokenizer, task, n, description=self._doing(f"{self.test}{who}"))
+            return measure_capability(asked, self.tokenizer, task, n, description=self._doing(f"{test}{who}"))
 
         base = self.base(model.device, model.dtype)
-        before = kept([*self._key(model), self.test, n], lambda: ask(base, " of the base"))
+        before = kept([*self._key(model), test, source, n], lambda: ask(base, " of the base"))
         right = before if model is base else ask(model, "")
-        return {**capability_columns(right, before), "capability_task": self.test, "n_capability": len(right["acc"])}
+        about = {"capability_task": test, "capability_source": source, "n_capability": len(right["acc"])}
+        return capability_columns(right, before) | about
 
     def _divergence(self, model: PreTrainedModel) -> dict:
         base, doing = self.base(model.device, model.dtype), self._doing("base's answers to prompts")

