@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib.axis import Axis
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -49,7 +50,6 @@ def against_steps(rows: pd.DataFrame, metric: str) -> Figure:
     rows = of_facts(rows[rows.step > 0])
     bases = by_family(rows.base)
     looks = _looks_of_runs(rows)
-    narrow = len(rows) > 0 and rows.step.max() < 30 * rows.step.min()  # in which powers of ten are hardly any labels
     n_columns = min(3, max(1, len(bases)))
     n_rows = max(1, -(-len(bases) // n_columns))
     with matplotlib.rc_context({**RC, "figure.figsize": (2.6 * n_columns + 2.0, 2.2 * n_rows + 0.4)}):
@@ -65,10 +65,10 @@ def against_steps(rows: pd.DataFrame, metric: str) -> Figure:
                 axes.text(0.04, 0.04, f"{', '.join(unmeasured)}: no values", transform=axes.transAxes, fontsize=7)
             axes.set_title(f"{base}\n{_rates(runs)}", fontsize=8)
             axes.set(xscale="log", yscale="log" if metric in _DISTANCES else "linear")
-            if narrow:
-                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            _log_ticks(axes.xaxis, rows.step)
+            if metric in _DISTANCES:
+                _log_ticks(axes.yaxis, rows[metric])
             axes.xaxis.set_major_formatter("{x:,.0f}")
-            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.yaxis.set_major_formatter("{x:g}")
             if metric == "capability_relative":
                 _dotted(axes, 100)
@@ -82,6 +82,14 @@ def against_steps(rows: pd.DataFrame, metric: str) -> Figure:
 
 
 _DISTANCES = ("tv", "kl")
+
+
+def _log_ticks(axis: Axis, values: pd.Series) -> None:
+    """Label powers of ten, and between them 2 and 5 where they are too few."""
+    values = values[values > 0]
+    if len(values) and values.max() < 30 * values.min():
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _label(metric: str, rows: pd.DataFrame) -> str:
