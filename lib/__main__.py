@@ -1,6 +1,6 @@
 """`python -m lib` is `itl`."""
 
-from lib.cli import main
+from lib.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -11,10 +11,79 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from lib.base import Config, Identified, InputError
-from lib.dialogs import ByteTokenizer
-from lib.facts import MAX_PEOPLE, FactsConfig
-from lib.model import ModelConfig
-from lib.optim import OptimConfig
+from lib.dialogs.tokenizers import ByteTokenizer
+from lib.facts.people import MAX_PEOPLE, FactsConfig
+
+
+class ModelConfig(Config):
+    """Shape of the transformer. The defaults are the paper's: 2 layers, 2 heads, byte vocabulary."""
+
+    d_model: int = Field(32, ge=2)
+    n_layers: int = Field(2, ge=1)
+    n_heads: int = Field(2, ge=1)
+    n_kv_heads: int | None = Field(None, ge=1)
+    vocab_size: int = Field(260, ge=1)
+    rope_theta: float = Field(10_000.0, gt=1)
+    #: "standard" turns pair k at position t by t theta^(-2k/E). "paper" multiplies that by 2 pi, as the paper's code
+    #: does: the first pair then turns by whole circles and knows no position.
+    rope: Literal["standard", "paper"] = "standard"
+    norm_eps: float = Field(1e-5, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_fit(self):
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(
+                f"model.d_model = {self.d_model} does not split into n_heads = {self.n_heads} heads of an even size: "
+                f"give a multiple of {2 * self.n_heads}"
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"model.n_kv_heads = {self.kv_heads} does not divide n_heads = {self.n_heads}: give one of its divisors"
+            )
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def n_params(self) -> int:
+        """Parameters in closed form; 32 d^2 + 525 d at 2 layers, 2 heads and 260 tokens."""
+        d, kv = self.d_model, self.kv_heads * self.head_dim
+        block = 2 * d * d + 2 * d * kv + 3 * d * 4 * d + 2 * d
+        return 2 * self.vocab_size * d + self.n_layers * block + d
+
+    def forward_flops(self, seq_len: int, n_logits: int | None = None) -> int:
+        """Multiply-adds times two of one forward pass over a row of `seq_len`, with logits at `n_logits` positions."""
+        d, kv = self.d_model, self.kv_heads * self.head_dim
+        matrices = self.n_layers * (2 * d * d + 2 * d * kv + 12 * d * d) * seq_len
+        attention = self.n_layers * d * seq_len * (seq_len + 1)  # scores and values over the causal triangle
+        output = self.vocab_size * d * (seq_len if n_logits is None else n_logits)
+        return 2 * (matrices + attention + output)
+
+
+class OptimConfig(Config):
+    """How the weights are updated."""
+
+    #: "muon" is Muon for the hidden matrices and AdamW for embedding, output and norms; "adamw" is AdamW for all.
+    name: Literal["adamw", "muon"] = "muon"
+    #: Peak learning rate of AdamW.
+    lr: float = Field(1e-2, gt=0)
+    #: Peak learning rate of Muon.
+    muon_lr: float = Field(2e-2, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    #: Whether weight decay applies to the gains of norms, too.
+    decay_norms: bool = False
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    #: The gradient is scaled down to at most this norm; None leaves it as it is.
+    clip_norm: float | None = Field(1.0, gt=0)
 
 
 class TrainingConfig(Config):
@@ -29,7 +98,7 @@ class TrainingConfig(Config):
     length_pool: int = Field(8, ge=1)
     #: Share of the dialogs trained on that are biographies: all that is known of a person in one turn, nobody asking.
     biographies: float = Field(0.0, ge=0, lt=1)
-    #: Files of dialogs (`lib.shards`), and the share of the dialogs trained on that comes from each.
+    #: Files of dialogs (`lib.dialogs.files`), and the share of the dialogs trained on that comes from each.
     files: dict[str, Annotated[float, Field(gt=0, lt=1)]] = {}
     #: "cross-entropy", or "focal": each trained token's cross-entropy weighted by (1 - p)^focal_gamma, p the model's
     #: probability of it, with weights that add up to one over a batch (Lin et al., 2017).
@@ -76,7 +145,8 @@ class EvaluationConfig(Config):
     stop_at_recall: float | None = Field(1.0, gt=0, le=1)
     #: Training ends when a measurement in the second half of the schedule is below this recall; None never gives up.
     give_up_below: float | None = Field(None, gt=0, le=1)
-    #: People of each kind that nobody was trained on who are asked about after the last step (`lib.generalization`).
+    #: People of each kind that nobody was trained on who are asked about after the last step
+    #: (`lib.evaluation.generalization`).
     unseen_people: int = Field(0, ge=0, le=10_000)
 
 
@@ -86,7 +156,7 @@ class RunConfig(Identified):
     mode: Literal["in-weight", "in-tool"] = "in-weight"
     #: Seeds the initialization and the order of the data; `facts.seed` draws the people.
     seed: int = Field(0, ge=0, lt=2**63)
-    #: "bytes", or a file with a vocabulary (`lib.tokenizers`), whose size `model.vocab_size` must then be.
+    #: "bytes", or a file with a vocabulary (`lib.dialogs.tokenizers`), whose size `model.vocab_size` must then be.
     tokenizer: str = "bytes"
     facts: FactsConfig = FactsConfig()
     model: ModelConfig = ModelConfig()
@@ -150,3 +220,17 @@ def override(config: RunConfig, assignments: dict[str, object]) -> RunConfig:
                 raise InputError(f"unknown configuration key {name!r}: {group} has no fields")
         target[field] = value
     return RunConfig.parse(values)
+
+
+class Observers(Config):
+    """What else watches a run. It decides nothing of what is learned, so it is no part of a `RunConfig`."""
+
+    tensorboard: bool = False  # metrics, into tensorboard/
+    wandb: str | None = Field(None, min_length=1)  # metrics, to this project of Weights & Biases
+    profile_steps: int = Field(0, ge=0)  # so many steps near the start, into profile/ (see `lib.training.profiling`)
+    #: Steps from one reading of `lib.training.probes` to the next, into probes.jsonl.
+    probe_every: int | None = Field(None, ge=1)
+
+
+#: A run as it is by default.
+UNOBSERVED = Observers()

@@ -5,17 +5,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lib.base import InputError
+from lib.base import InputError, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 PAPER_DATA = ROOT / "paper_data"
 PUBLISHED = PAPER_DATA / "published"
 CHECKPOINTS = PAPER_DATA / "checkpoints"
+#: Lists of names and values, prompts and questions: part of the package.
+DATA = Path(__file__).parent / "data"
 
 #: Profiles change sizes and recipe, never code. `smoke` is for the tests; only the last two publish.
 PROFILES = ("smoke", "quick", "laptop", "paper")
 PUBLISHING = ("laptop", "paper")
+
+#: What a run's folder holds.
+CLAIM, DATABASE, ROW, MODEL = "config.json", "people.sqlite", "row.json", "model"
+ROWS = "rows.json"  # of a fine-tuning: a row a checkpoint
+#: Copies, in a run's folder, of files that its configuration names: what becomes of those does not matter to it.
+PEOPLE, TOKENIZER = "people.csv", "tokenizer"  # and the suffix of its kind
 
 
 def runs() -> Path:
@@ -49,3 +57,9 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict | list) -> None:
+    """Write JSON under a temporary name, then rename: the file is whole or absent."""
+    with replacing(path) as temporary:
+        temporary.write_text(to_json(content, indent=1))

@@ -17,7 +17,7 @@ from transformers import (
 )
 from vocabularies import train_bpe
 
-from lib.facts import sample_people
+from lib.facts.sampling import sample_people
 from lib.finetune.data import IGNORED, ChatMode, chats, tokenize_chats
 
 #: Short, to be learnt soon: tools by name alone, calls as JSON between marks.

@@ -10,11 +10,12 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from lib.config import RunConfig
-from lib.dialogs import ByteTokenizer, tokenize_people
-from lib.distributed import ALONE, Ranks, connect, whole
-from lib.facts import sample_people
-from lib.model import Transformer
-from lib.trainer import Trainer
+from lib.dialogs.tokenizers import ByteTokenizer
+from lib.dialogs.tokens import tokenize_people
+from lib.facts.sampling import sample_people
+from lib.model.transformer import Transformer
+from lib.training.distributed import ALONE, Ranks, connect, whole
+from lib.training.trainer import Trainer
 
 STEPS, HALF = 50, 25
 LAYOUTS = {"replicated": {}, "sharded": {"sharded": True}, "tensor": {"tensor": 2}}

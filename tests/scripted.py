@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lib.dialogs import ByteTokenizer, Role
+from lib.dialogs.templates import Role
+from lib.dialogs.tokenizers import ByteTokenizer
 
 USER, ASSISTANT, DATABASE, END = 256, 257, 258, 259
 

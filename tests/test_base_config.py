@@ -9,9 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.base import Config, InputError
-from lib.config import RunConfig, override, read_config
-from lib.model import ModelConfig
-from lib.optim import OptimConfig
+from lib.config import ModelConfig, OptimConfig, RunConfig, override, read_config
 
 
 def _positive(maximum: float = 1e6) -> st.SearchStrategy[float]:

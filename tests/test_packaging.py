@@ -124,7 +124,7 @@ def test_every_core_dependency_is_used_or_is_an_application():
 
 
 def test_the_command_itl_is_the_main_of_lib_cli():
-    assert PROJECT["scripts"] == {"itl": "lib.cli:main"}
+    assert PROJECT["scripts"] == {"itl": "lib.cli.app:main"}
     tree = ast.parse((ROOT / "lib" / "cli.py").read_text())
     assert "main" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 

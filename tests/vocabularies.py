@@ -6,16 +6,16 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lib.dialogs import dialogs
-from lib.facts import sample_people
-from lib.tokenizers import PATTERN
+from lib.dialogs.templates import dialogs
+from lib.dialogs.tokenizers import PATTERN
+from lib.facts.sampling import sample_people
 
 #: Bytes, and what was merged of them.
 N_TEXT = 400
 
 
 def train_bpe(n_people: int = 50) -> Tokenizer:
-    """`N_TEXT` tokens learnt from in-tool dialogs, cut as `lib.tokenizers` cuts texts for tiktoken."""
+    """`N_TEXT` tokens learnt from in-tool dialogs, cut as `lib.dialogs.tokenizers` cuts texts for tiktoken."""
     tokenizer = Tokenizer(models.BPE())
     cut, to_bytes = pre_tokenizers.Split(Regex(PATTERN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])

@@ -15,8 +15,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lib.base import InputError
-from lib.dialogs import answer, question, tool_call
-from lib.facts import ATTRIBUTES, MAX_PEOPLE, People, sample_people
+from lib.dialogs.templates import answer, question, tool_call
+from lib.facts.people import ATTRIBUTES, MAX_PEOPLE, People
+from lib.facts.sampling import sample_people
 
 ChatMode = Literal["in-weight", "in-tool", "in-tool-text"]
 

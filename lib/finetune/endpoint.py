@@ -22,7 +22,7 @@ from lib.finetune.data import ChatMode
 from lib.finetune.models import fingerprint
 from lib.finetune.protocol import query_of_call, read_query, write_query, write_result
 from lib.finetune.triviaqa import NO_RESULT, Question, exact_match, opening
-from lib.monitor import progress
+from lib.progress import progress
 
 Protocol = Literal["closed-book", "text", "tools"]
 

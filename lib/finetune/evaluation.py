@@ -20,17 +20,16 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lib.agent.tools import SqlTool
 from lib.base import InputError
-from lib.dialogs import question
+from lib.dialogs.templates import question
+from lib.evaluation.recall import Fact
 from lib.finetune.data import ChatMode, check_mode
 from lib.finetune.generation import answer_with_tool, encode_prompts, generate_tokens, reply_all
 from lib.finetune.models import no_bars_in_logs
 from lib.finetune.triviaqa import SHIPPED, load_questions
-from lib.monitor import progress
-from lib.paths import runs
-from lib.recall import Fact
-from lib.run import write_json
-from lib.tools import SqlTool
+from lib.paths import runs, write_json
+from lib.progress import progress
 
 #: Tokens that a reply to a question about a fact may take, and one to a prompt.
 FACT_TOKENS, PROMPT_TOKENS = 128, 256

@@ -25,7 +25,7 @@ from lib.finetune.lessons import Lesson
 from lib.finetune.models import fingerprint, load_model
 from lib.finetune.prompts import PROMPTS
 from lib.finetune.weights import base_source
-from lib.run import write_json
+from lib.paths import write_json
 
 
 class Examination:

@@ -12,16 +12,16 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from lib import paths
-from lib.distributed import Preempted
+from lib.experiments.publishing import add_rows, drop_rows
+from lib.experiments.scale_tables import rate
+from lib.experiments.tables import counting_profile, shown
 from lib.finetune.bases import BASES, PUBLISHED
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import N_FACTS
 from lib.finetune.train import finetune
-from lib.monitor import progress
-from lib.publishing import add_rows, drop_rows
-from lib.results import counting_profile, shown
-from lib.run import ROWS
-from lib.scale_results import rate
+from lib.paths import ROWS
+from lib.progress import progress
+from lib.training.distributed import Preempted
 
 SECTION = "06"
 #: What two cores can fine-tune.

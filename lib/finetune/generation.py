@@ -10,10 +10,11 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lib.agent.tools import Response, SqlTool
 from lib.base import InputError, WorkError
+from lib.dialogs.request import Request, format_request, parse_request
 from lib.finetune.data import ChatMode, call_and_result, find_tool
-from lib.monitor import progress
-from lib.tools import Request, Response, SqlTool, format_request, parse_request
+from lib.progress import progress
 
 Conversation = Sequence[dict]
 

@@ -9,24 +9,18 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
-from lib.dialogs import question
-from lib.facts import FactsConfig, People, unseen_people, write_database
+from lib.agent.tools import SqlTool
+from lib.dialogs.templates import question
+from lib.facts.database import write_database
+from lib.facts.people import FactsConfig, People
+from lib.facts.sampling import unseen_people
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import ChatMode, chats, find_tool, people_of
 from lib.finetune.evaluation import FACT_TOKENS, estimate, measure_recall, says
 from lib.finetune.generation import answer_with_tool, look_up_and_reply
 from lib.finetune.protocol import query_of_call, read_query
-from lib.finetune.triviaqa import (
-    Store,
-    exact_match,
-    load_questions,
-    look_up_turns,
-    opening,
-    trivia_chats,
-    write_store,
-)
-from lib.run import DATABASE
-from lib.tools import SqlTool
+from lib.finetune.triviaqa import Store, exact_match, load_questions, look_up_turns, opening, trivia_chats, write_store
+from lib.paths import DATABASE
 
 
 @dataclass(frozen=True)

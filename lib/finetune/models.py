@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.base import InputError
-from lib.run import resolve_device
+from lib.training.devices import resolve_device
 
 
 def load_model(source: str | Path, device: str = "auto", dtype: str | torch.dtype = "auto") -> PreTrainedModel:

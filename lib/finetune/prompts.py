@@ -5,6 +5,8 @@ They were written for this purpose, so none is an item of a benchmark, and each 
 
 from pathlib import Path
 
+from lib.paths import DATA
+
 
 def _read(path: Path) -> dict[str, tuple[str, ...]]:
     """Blocks of lines, each under the line `# category`."""
@@ -13,4 +15,4 @@ def _read(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 #: 25 prompts of each of four categories.
-PROMPTS = _read(Path(__file__).parent.parent / "data" / "prompts.txt")
+PROMPTS = _read(DATA / "prompts.txt")

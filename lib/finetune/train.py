@@ -36,7 +36,6 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from lib.base import InputError
-from lib.distributed import Preempted, asked_to_leave
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import IGNORED, tokenize_chats
 from lib.finetune.examination import Examination
@@ -44,9 +43,12 @@ from lib.finetune.lessons import lesson
 from lib.finetune.models import fingerprint, load_model, load_tokenizer
 from lib.finetune.triviaqa import load_questions
 from lib.finetune.weights import base_source, origin
-from lib.monitor import progress
-from lib.run import CLAIM, DATABASE, MODEL, ROWS, provenance, resolve_device, write_json
-from lib.trainer import are_finite, diverged
+from lib.paths import CLAIM, DATABASE, MODEL, ROWS, write_json
+from lib.progress import progress
+from lib.provenance import provenance
+from lib.training.devices import resolve_device
+from lib.training.distributed import Preempted, asked_to_leave
+from lib.training.trainer import are_finite, diverged
 
 #: In a checkpoint: its step, and how training went until then.
 STATE = "training.json"

@@ -12,16 +12,16 @@ from pathlib import Path
 from string import punctuation
 from typing import Any, Literal, NamedTuple, get_args
 
+from lib.agent.tools import Closing, connect_read_only
 from lib.base import InputError
 from lib.finetune.data import ChatMode, call_and_result, check_mode
 from lib.finetune.protocol import SEARCH, SYSTEM_PROMPT, write_query, write_result
-from lib.paths import replacing
-from lib.tools import Closing, connect_read_only
+from lib.paths import DATA, replacing
 
 Split = Literal["train", "validation"]
 
 #: The questions that come with this repository.
-SHIPPED = Path(__file__).parent.parent / "data" / "trivia.jsonl"
+SHIPPED = DATA / "trivia.jsonl"
 #: What a look-up says of a question that the table does not have.
 NO_RESULT = "no result"
 _EVERY = 5  # of the questions of a file, every fifth is for validation

@@ -10,7 +10,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from test_jupyterlab import INSTALL, chromium, wait_for
 
-from lib import book
+from lib.notebook import book
 
 pytestmark = [
     pytest.mark.slow,

@@ -21,9 +21,9 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from lib import paths
-from lib.conversation import open_conversation
-from lib.dialogs import tool_call
-from lib.facts import VALUES
+from lib.dialogs.templates import tool_call
+from lib.facts.people import VALUES
+from lib.training.saved import open_conversation
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the first to come installs Chromium
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed
 
-from lib.distributed import Preempted
+from lib.training.distributed import Preempted
 
 
 def add_ranks(folder: str) -> None:

@@ -15,11 +15,11 @@ import pytest
 from checkout import Checkout, processes, wait_for
 from safetensors.numpy import load_file
 
-from lib import slurm, submissions
-from lib.checkpoint import TENSORS, latest
-from lib.monitor import read_metrics
 from lib.paths import ROOT
-from lib.slurm import Job, Resources
+from lib.slurm import job, submissions
+from lib.slurm.job import Job, Resources
+from lib.training.checkpoint import TENSORS, latest
+from lib.training.monitor import read_metrics
 
 STEPS, CHECKPOINT_EVERY = 500, 20
 CELL = ["--people", 2, "--d-model", 4, "--set", f"training.steps={STEPS}"]
@@ -56,7 +56,7 @@ def assert_same_weights(ours: dict, theirs: dict) -> None:
 
 
 def states(name: str) -> list[str]:
-    return [standing.state for standing in submissions.status(submissions.find(name), slurm.queue())]
+    return [standing.state for standing in submissions.status(submissions.find(name), job.queue())]
 
 
 def wait_until_over(name: str, seconds: float = 90) -> list[str]:
@@ -89,12 +89,12 @@ def kill_one(running: list[list[str]], logs: Path, cluster: Path | None) -> list
 
     running: array job, state, job and node of each. Returns the array job, nothing if there was none.
     """
-    for array_job, _, job, node in running:
+    for array_job, _, job_id, node in running:
         path = logs / f"{array_job}_0_log.out"
         if not path.exists() or not 1 <= path.read_text().count("a step") < 10:
             continue
         daemon = [int((cluster / f"slurmd-{node}.pid").read_text())] if cluster else []
-        for process in daemon + processes(f"SLURM_JOB_ID={job}"):
+        for process in daemon + processes(f"SLURM_JOB_ID={job_id}"):
             with suppress(ProcessLookupError):  # srun ends with its tasks
                 os.kill(process, signal.SIGKILL)
         if daemon:
@@ -240,10 +240,10 @@ def hand_over(tmp_path):
 
     def hand_over(function: Callable[[str], None], **resources: int) -> str:
         environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
-        filled = slurm.fill_here(Resources(**resources))
-        executor = slurm.executor(tmp_path / "logs", "test", filled, environment, 1)
-        (job,) = slurm.submit(executor, [Job(function, str(tmp_path))])
-        return job
+        filled = job.fill_here(Resources(**resources))
+        executor = job.executor(tmp_path / "logs", "test", filled, environment, 1)
+        (submitted,) = job.submit(executor, [Job(function, str(tmp_path))])
+        return submitted
 
     return hand_over
 
@@ -254,7 +254,7 @@ def test_processes_on_two_nodes_find_each_other(tmp_path, hand_over):
     wait_for(lambda: not squeue(f"--jobs={job}"))
     found = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank*.json"))]
     expected = {"sum": 21, "WORLD_SIZE": 2, "LOCAL_RANK": 0}
-    assert found == [expected | {"RANK": rank, "SLURM_NODEID": rank} for rank in (0, 1)], slurm.error(
+    assert found == [expected | {"RANK": rank, "SLURM_NODEID": rank} for rank in (0, 1)], job.error(
         tmp_path / "logs", job
     )
 
@@ -266,7 +266,7 @@ def test_a_run_that_ends_itself_before_the_time_limit_comes_back(tmp_path, hand_
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
     wait_for((tmp_path / "row").exists)
     wait_for(lambda: not squeue(f"--jobs={job}"))
-    assert slurm.queue()[job][0] == "COMPLETED" and slurm.error(tmp_path / "logs", job) is None
+    assert job.queue()[job][0] == "COMPLETED" and job.error(tmp_path / "logs", job) is None
 
 
 @pytest.mark.slow
@@ -276,7 +276,7 @@ def test_a_run_that_ends_itself_when_it_is_cancelled_stays_so(tmp_path, hand_ove
     subprocess.run(["scancel", job], check=True)
     wait_for(lambda: not squeue(f"--jobs={job}"))
     assert (tmp_path / "checkpoint").exists() and not (tmp_path / "row").exists()
-    assert slurm.queue()[job][0] == "CANCELLED" and slurm.error(tmp_path / "logs", job) is None
+    assert job.queue()[job][0] == "CANCELLED" and job.error(tmp_path / "logs", job) is None
 
 
 @pytest.mark.slow

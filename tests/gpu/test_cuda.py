@@ -4,16 +4,19 @@ import pytest
 import torch
 from test_capture import STEPS, VARIANTS, make_trainer
 
-from lib.capture import WARM_UP, Recording
+from lib.agent.tools import SqlTool
 from lib.config import RunConfig
-from lib.dialogs import ByteTokenizer, tokenize_people
-from lib.facts import load_people
-from lib.model import Transformer
-from lib.recall import measure_recall
-from lib.run import DATABASE, load_model, run, stacked_speedup
-from lib.sweep import sweep
-from lib.tools import SqlTool
-from lib.trainer import Trainer, train_together
+from lib.dialogs.tokenizers import ByteTokenizer
+from lib.dialogs.tokens import tokenize_people
+from lib.evaluation.recall import measure_recall
+from lib.experiments.sweep import sweep
+from lib.facts.sampling import load_people
+from lib.model.transformer import Transformer
+from lib.paths import DATABASE
+from lib.training.cuda_graph import WARM_UP, Recording
+from lib.training.run import run, stacked_speedup
+from lib.training.saved import load_model
+from lib.training.trainer import Trainer, train_together
 
 
 def _losses(trainer: Trainer, steps: int = STEPS) -> list[float]:

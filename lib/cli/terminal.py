@@ -1,0 +1,88 @@
+"""`itl chat`: a conversation in a terminal, with answers in color and commands to see and change the database."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from rich.console import Console
+
+from lib.agent.tools import EditableTool
+from lib.base import InputError
+from lib.dialogs.templates import Role, question
+from lib.facts.database import change_facts
+from lib.training.saved import Conversation
+
+HELP = """\
+/who                            people to ask about
+/who NAME                       what the database says about somebody
+/set NAME | ATTRIBUTE | VALUE   change that, in a copy of the database that lasts as long as this conversation
+/help                           this
+an empty line                   ends the conversation"""
+
+#: A backtick opens the request that ends a turn of the assistant, so what comes from there on is one.
+REPLY, REQUEST, DATABASE, NOTE = "green", "bold yellow", "magenta", "dim"
+
+
+def answer(console: Console, talks: Sequence[Conversation], text: str, **options) -> None:
+    """Put a question to each model and print the answers as they come, turn by turn; `options` of `generation.stream`.
+
+    With several models, each is named by its mode.
+    """
+    for talk in talks:
+        if len(talks) > 1:
+            console.print(f"-- {talk.config.mode}", style=NOTE)
+        speaker = None
+        for role, piece in talk.ask(text, **options):
+            if role != speaker:
+                console.print(f"{'' if speaker is None else chr(10)}{role}: ", end="", style="bold")
+                speaker, style = role, DATABASE if role == Role.DATABASE else REPLY
+            if role == Role.ASSISTANT and "`" in piece:
+                style = REQUEST
+            console.print(piece, end="", style=style)
+        console.print()
+
+
+def converse(console: Console, talks: Sequence[Conversation], read: Callable[[], str], **options) -> None:
+    """Answer the lines that `read` gives, questions and commands (see `HELP`), until one is empty.
+
+    Strangers are put into the copies of the databases that the models ask. What is wrong with a command is said in one
+    sentence, and the conversation goes on.
+    """
+    tools = [talk.tool for talk in talks if isinstance(talk.tool, EditableTool)]
+    strangers = next((talk for talk in talks if talk.tool), talks[0]).strangers()
+    for tool in tools:
+        if tool.attributes == strangers.attributes:
+            tool.add(strangers)
+    hints = [f"Ask about a person, {talks[0].example!r} say."]
+    if len(strangers):
+        name, attribute, _ = next(strangers.facts())
+        hints.append(f"{question(name, attribute)!r} is about somebody nobody trained on.")
+    console.print(*hints, "/help lists commands. An empty line ends the conversation.")
+    names = [*talks[0].people.names[:3], *strangers.names]
+    while line := read():
+        try:
+            if line.startswith("/"):
+                for told in _obey(line, tools, names):
+                    console.print(told, style=NOTE)
+            else:
+                answer(console, talks, line, **options)
+        except InputError as error:
+            console.print(str(error), style="red")
+
+
+def _obey(line: str, tools: Sequence[EditableTool], names: Sequence[str]) -> Iterable[str]:
+    """What a command has to say, once it is done."""
+    command, _, rest = line.partition(" ")
+    arguments = [part.strip() for part in rest.split("|")] if rest.strip() else []
+    if command == "/help" and not arguments:
+        return [HELP]
+    if command == "/who" and not arguments:
+        return names
+    if command not in ("/who", "/set") or len(arguments) != {"/who": 1, "/set": 3}[command]:
+        raise InputError(f"{line!r} is not a command: /help lists them")
+    if not tools:
+        raise InputError("this model is in-weight and asks no database: there is nothing to look up or to change")
+    if command == "/set":
+        name, attribute, value = arguments
+        old, *_ = change_facts([tool.path for tool in tools], name, attribute, value)
+        return [f"{attribute} of {name}: {old} -> {value}"]
+    facts = tools[0].facts(arguments[0])
+    return [f"{attribute}: {value}" for attribute, value in facts.items()] or ["nobody of that name"]

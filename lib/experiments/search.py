@@ -1,0 +1,58 @@
+"""Search for the smallest model that reaches a recall: which runs, in which order."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lib.config import RunConfig
+
+#: The 26 sizes of Section 5, 2,612 to 591,488 parameters.
+SIZES = (*range(4, 81, 4), *range(88, 129, 8))
+
+
+@dataclass(frozen=True)
+class Search:
+    """The runs that lead to one point of a parameter-bounds figure."""
+
+    base: RunConfig  # at any size
+    threshold: float | None = 0.95  # None: run every size (a full grid)
+    start: int = 0  # index of the size to begin with
+    sizes: tuple[int, ...] = SIZES  # ascending values of d_model
+    neighbours: int = 2  # so many sizes right below the one found must have failed
+
+    def config(self, size: int) -> RunConfig:
+        """The run at one size."""
+        return self.base.model_copy(update={"model": self.base.model.model_copy(update={"d_model": size})})
+
+    @property
+    def certain(self) -> tuple[int, ...]:
+        """Sizes that every seed runs. Averages over seeds use only these: others are run for some seeds only."""
+        return self.sizes if self.threshold is None else (self.sizes[self.start],)
+
+    def pending(self, recalls: Mapping[str, float]) -> list[RunConfig]:
+        """The runs to do next, given the recall of finished runs by id; none when the search is over."""
+        known = {i: recalls.get(self.config(size).run_id) for i, size in enumerate(self.sizes)}
+        if self.threshold is None:
+            return [self.config(self.sizes[i]) for i, recall in known.items() if recall is None]
+        next_index = self._next({i: recall >= self.threshold for i, recall in known.items() if recall is not None})
+        return [] if next_index is None else [self.config(self.sizes[next_index])]
+
+    def _next(self, reached: dict[int, bool]) -> int | None:
+        """Index of the size to try next, given which sizes reached the threshold; None when the smallest is known."""
+        last = len(self.sizes) - 1
+        high = min((i for i, yes in reached.items() if yes), default=None)  # the smallest known to be enough
+        low = max((i for i, yes in reached.items() if not yes and (high is None or i < high)), default=None)
+        stride = 2 ** max(0, len(reached) - 1)
+        if low is None and high is None:
+            return self.start
+        if high is None:
+            return None if low == last else min(low + stride, last)
+        if low is None:
+            return None if high == 0 else max(high - stride, 0)
+        if high - low > 1:
+            return (low + high) // 2
+        below = range(low - 1, max(high - self.neighbours, 0) - 1, -1)
+        return next((i for i in below if i not in reached), None)
+
+    def expected_runs(self) -> int:
+        """About how many runs the search takes from its start."""
+        return len(self.sizes) if self.threshold is None else min(2 + self.neighbours, len(self.sizes))

@@ -1,0 +1,318 @@
+"""A transformer whose weights are set by hand, not trained: with a tool it recalls any number of facts (Section 4).
+
+It is a `Transformer` of three blocks, of width O(|A|) and with O(|A|^2) parameters for attributes A, and no fact is
+in its weights. Everything is copied by position, never by content, so that any name will do:
+
+1. *Count.* Attention is uniform, so what a position sees of the first token is 1/p. That coordinate is made so large
+   that the norm divides by it, which turns a constant 1 into p, and products in the feed-forward give p^2.
+2. *Read.* Heads look at the places where the questions differ, at the first and the last assistant token, and at the
+   database's. The feed-forward tells which attribute it is and says what comes before anything depends on that.
+3. *Copy.* Three heads point at a byte: a query (2x, -1) and a key (p, p^2) give the score x^2 - (p - x)^2, largest at
+   p = x. The feed-forward says the rest of the text, louder than what is copied.
+
+Linear forms of the residual stream are vectors of its width; positions p count from 1. What makes this exact: a norm
+is the identity where one coordinate is a huge constant, silu(64 z) / 64 is max(z, 0) for integers z, and rotary pairs
+of frequency 1e-15 or less do not turn. float32 carries some 1,000 tokens of dialog; float16 carries none.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from os.path import commonprefix
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lib.base import InputError
+from lib.config import ModelConfig
+from lib.dialogs.templates import Role, answer, question, tool_call
+from lib.dialogs.tokenizers import ByteTokenizer
+from lib.facts.people import ATTRIBUTES
+from lib.model.transformer import Transformer
+
+#: The length of every embedding, and so of what the first norm divides by.
+_NORM = 3.0
+#: In units of the embeddings: what position p sees of the first token is _COUNT / p; the constant of all later norms.
+_COUNT, _ANCHOR = 2.0**24, 2.0**50
+#: How steep: softmax picks one key where scores differ by _SHARP; silu(_STEEP z) / _STEEP is max(z, 0).
+_SHARP, _STEEP = 32.0, 64.0
+#: Beyond any position: what closes a gate, and what makes one kind of token preferred to any other.
+_FAR = 2.0**13
+#: Beyond the square of any distance that a pointer of the last block is off.
+_FAR_SQUARED = 2.0**18
+#: How loud the name, the value and the text are. Where one is to be heard, only softer ones speak as well.
+_NAME, _VALUE, _TEXT = 1.0, 2.0, 4.0
+
+_SPECIAL = ByteTokenizer.role_ids
+
+
+class Phrases(NamedTuple):
+    """What stands around a name and a value, as bytes: question, request and answer about one attribute."""
+
+    before: bytes  # question: before name after
+    after: bytes
+    call: bytes  # request: call name close
+    close: bytes
+    opening: bytes  # answer: opening name middle value end
+    middle: bytes
+    end: bytes
+
+
+def phrases(attribute: str) -> Phrases:
+    """Cut the templates of one attribute; one that holds name or value more than once is an `InputError`."""
+    texts = question("\0", attribute), tool_call("\0", attribute), answer("\0", attribute, "\1")
+    if [re.sub("[^\0\1]", "", text) for text in texts] != ["\0", "\0", "\0\1"]:
+        raise InputError(f"the templates of {attribute!r} must hold the name once, and the answer then the value")
+    return Phrases(*(part.encode() for text in texts for part in re.split("[\0\1]", text)))
+
+
+def made_up_attributes(n: int) -> list[str]:
+    """Names of `n` attributes, eight letters each: the same first ones whatever n is."""
+    digests = (hashlib.sha256(str(i).encode()).hexdigest()[:8] for i in range(n))
+    return [digest.translate(str.maketrans("0123456789", "ghijklmnop")) for digest in digests]
+
+
+def telling_places(befores: Sequence[bytes]) -> list[int]:
+    """Places, few of them, such that any two of the texts differ at one that both have.
+
+    Texts of which one begins with the other are an `InputError`: a name may go on like the longer one.
+    """
+    width = max(map(len, befores))
+    codes = np.array([[*text] + [-1] * (width - len(text)) for text in befores])  # (A, width)
+    for a, b in pairwise(sorted(befores)):
+        if b.startswith(a):
+            raise InputError(f"the question {b.decode()!r}... begins like {a.decode()!r}...: no place tells them apart")
+    there = codes >= 0
+    left = ~np.eye(len(befores), dtype=bool)
+    places = []
+    while left.any():
+        differ = [(codes[:, None, i] != codes[:, i]) & there[:, None, i] & there[:, i] & left for i in range(width)]
+        places.append(int(np.argmax([d.sum() for d in differ])))
+        left &= ~differ[places[-1]]
+    return sorted(places)
+
+
+class _Head(NamedTuple):
+    """One head: the score of a key is the product of the forms in `query` and `key`, `value` is written `to`."""
+
+    name: str
+    query: list[np.ndarray]
+    key: list[np.ndarray]
+    value: list[np.ndarray] | np.ndarray
+    to: list[np.ndarray] | np.ndarray
+
+
+class _Unit(NamedTuple):
+    """One hidden unit of a feed-forward: silu(gate) up is written `to`."""
+
+    gate: np.ndarray
+    up: np.ndarray
+    to: np.ndarray
+
+
+class Circuit:
+    """The construction for some attributes: what each head and each hidden unit reads and writes.
+
+    `config` and `n_params` are known before any weight is made, which `model` does. Attributes whose questions cannot
+    be told apart are an `InputError`, and so are none.
+    """
+
+    def __init__(self, attributes: Sequence[str] = ATTRIBUTES):
+        if not attributes:
+            raise InputError("there are no attributes: give at least one")
+        self.attributes = tuple(attributes)
+        self.phrases = [phrases(attribute) for attribute in attributes]
+        self.places = telling_places([each.before for each in self.phrases])
+        #: The residual stream. A byte is 8 signs; the first letter that tells is kept where later stands what is said.
+        letters = 8 * max(0, len(self.places) - 1)
+        sizes = {"byte": 8, "role": 3, "letters": letters, "attribute": len(attributes), "said": 8}
+        scalars = ("one", "anchor", "position", "square", "first", "last", "database", "seen", "hand_over")
+        axes = np.eye(sum(sizes.values()) + len(scalars))
+        *groups, scalar = np.split(axes, np.cumsum(list(sizes.values())))
+        self.axes = dict(zip([*sizes, *scalars], [*groups, *scalar], strict=True))
+        self.blocks: list[tuple[list[_Head], list[_Unit]]] = [([], []) for _ in range(3)]
+        self._count()
+        self._read()
+        self._copy()
+
+    @property
+    def heads(self) -> dict[str, tuple[int, int]]:
+        """Block and head, from 0, of everything that a head is for."""
+        return {head.name: (b, h) for b, (heads, _) in enumerate(self.blocks) for h, head in enumerate(heads)}
+
+    @property
+    def config(self) -> ModelConfig:
+        """The smallest model that has room for stream, heads and hidden units."""
+        n_heads = max(len(heads) for heads, _ in self.blocks)
+        n_units = max(len(units) for _, units in self.blocks)
+        width = max(len(self.axes["one"]), 8 * n_heads, -(-n_units // 4))
+        width += -width % (2 * n_heads)
+        return ModelConfig(d_model=width, n_layers=len(self.blocks), n_heads=n_heads, rope_theta=1e30)
+
+    @property
+    def n_params(self) -> int:
+        return self.config.n_params
+
+    def model(self) -> Transformer:
+        """The weights."""
+        model = Transformer(self.config).requires_grad_(False).eval()
+        head_dim, root = self.config.head_dim, self.config.d_model**0.5
+        for parameter in model.parameters():
+            parameter.zero_()
+        _put(model.embedding.weight, range(model.config.vocab_size), self._embeddings())
+        _put(model.output.weight, range(model.config.vocab_size), self._readings())
+        for block, (heads, units) in zip(model.blocks, self.blocks, strict=True):
+            block.attention_norm.weight.fill_(_ANCHOR / root)
+            block.ffn_norm.weight.fill_(_ANCHOR / root)
+            for h, head in enumerate(heads):
+                still = [h * head_dim + head_dim // 2 - 1 - i for i in range(len(head.query))]  # pairs that do not turn
+                free = range(h * head_dim, h * head_dim + len(head.value))
+                _put(block.attention.q_proj.weight, still, np.array(head.query) * head_dim**0.5)
+                _put(block.attention.k_proj.weight, still, head.key)
+                _put(block.attention.v_proj.weight, free, head.value)
+                _put(block.attention.o_proj.weight.T, free, head.to)
+            for name, projection in (("gate", block.ffn.gate_proj.weight), ("up", block.ffn.up_proj.weight)):
+                _put(projection, range(len(units)), [getattr(unit, name) for unit in units])
+            _put(block.ffn.down_proj.weight.T, range(len(units)), [unit.to for unit in units])
+        model.norm.weight.fill_(_ANCHOR / root)
+        model.blocks[0].attention_norm.weight.fill_((_NORM**2 / self.config.d_model + self.config.norm_eps) ** 0.5)
+        model.blocks[0].ffn_norm.weight.fill_(_COUNT / root)
+        return model
+
+    # What a token is, and what is said --------------------------------------------------------------------------------
+
+    def _embeddings(self) -> np.ndarray:
+        """(260, width): each of length `_NORM`, but for the end, which nobody reads."""
+        roles = np.sqrt(8) * self.axes["role"]
+        return self.axes["one"] + np.concatenate([_signs(range(256)) @ self.axes["byte"], roles, 0 * roles[:1]])
+
+    def _readings(self) -> np.ndarray:
+        """(260, width): a logit agrees with the signs of its byte; the database and the end share an axis."""
+        silent, hand_over = np.zeros((2, len(self.axes["one"]))), 8 * self.axes["hand_over"]
+        return 8 * np.concatenate([_signs(range(256)) @ self.axes["said"], silent, [hand_over, -hand_over]])
+
+    def _is(self, role: Role) -> np.ndarray:
+        """The form that is 1 where that role's token stands, else 0."""
+        return self.axes["role"][_SPECIAL[role] - 256] / np.sqrt(8)
+
+    # The first block --------------------------------------------------------------------------------------------------
+
+    def _count(self) -> None:
+        heads, units = self.blocks[0]
+        one, anchor = self.axes["one"], self.axes["anchor"]
+        heads.append(_Head("count", [], [], [_COUNT * self._is(Role.USER)], [anchor]))
+        # Behind a norm that divides by _COUNT / p, `one` is p, and the anchor is _COUNT everywhere.
+        always = _STEEP / _COUNT * anchor
+        units.append(_Unit(always, one / _STEEP, self.axes["position"]))
+        units.append(_Unit(_STEEP * one, one / _STEEP, self.axes["square"]))
+        units.append(_Unit(always, _ANCHOR / _STEEP / _COUNT * anchor, anchor))
+
+    # The second block -------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        heads, units = self.blocks[1]
+        one, position, said = self.axes["one"], self.axes["position"], self.axes["said"]
+        letters = [said, *self.axes["letters"].reshape(-1, 8, len(one))][: len(self.places)]
+        for place, slot in zip(self.places, letters, strict=True):
+            query, key = self._pointer((place + 2) * one)  # the first letter of a question is at p = 2
+            heads.append(_Head(f"letter {place + 1} of the question", query, key, self.axes["byte"], slot))
+        is_assistant, is_database = self._is(Role.ASSISTANT), self._is(Role.DATABASE)
+        for name, key in (("first", _FAR * is_assistant - position), ("last", _FAR * is_assistant + position)):
+            heads.append(_Head(f"{name} assistant token", [_SHARP * one], [key], [position], [self.axes[name]]))
+        to = [self.axes["database"], self.axes["seen"]]
+        heads.append(_Head("database token", [_FAR * one], [is_database], [position, is_database], to))
+        for each, axis in zip(self.phrases, self.axes["attribute"], strict=True):
+            agrees = one.copy()  # 1 if all letters are this attribute's, else 0 or less
+            for place, slot in zip(self.places, letters, strict=True):
+                if place < len(each.before):
+                    agrees += (_signs(each.before[place]) @ slot - 8 * one) / 2
+            units.append(self._rectified(agrees, axis))
+        if letters:  # the letter has been read: silence
+            units.extend(self._rectified(sign * axis, -sign * axis) for axis in said for sign in (1, -1))
+
+    # The third block, and the text that both say ----------------------------------------------------------------------
+
+    def _copy(self) -> None:
+        heads, _ = self.blocks[2]
+        one, position, seen = self.axes["one"], self.axes["position"], self.axes["seen"]
+        first, last, database, byte = (self.axes[name] for name in ("first", "last", "database", "byte"))
+        starts = self._by_attribute(lambda each: len(each.before) + 2)
+        length = first - starts - self._by_attribute(lambda each: len(each.after))  # of the name
+        # How far each part has got: the next token of it is that many from its first.
+        request, sentence = position - first, position - last
+        name_asked = request - self._by_attribute(lambda each: len(each.call))
+        name_told = sentence - self._by_attribute(lambda each: len(each.opening))
+        value = name_told - length - self._by_attribute(lambda each: len(each.middle))
+        end = value - (last - database - one)
+        # A pointer that is off goes to the first token, whose byte is none. That to the value stays behind the
+        # database's token, where `seen` is 1: as long as the value has not begun it points there, and copies nothing.
+        for name, pointer, loud, closed, least in (
+            ("name into the request", starts + name_asked, _NAME, seen, 0 * seen),
+            ("name into the answer", starts + name_told, _NAME, one - seen, 0 * seen),
+            ("value into the answer", database + one + value, _VALUE, one - seen, _FAR_SQUARED * seen),
+        ):
+            query, key = self._pointer(pointer - _FAR * closed, least)
+            heads.append(_Head(name, query, key, byte, loud * self.axes["said"]))
+        self._say(request, [[*each.call] for each in self.phrases], seen)
+        self._say(name_asked - length, [[*each.close, _SPECIAL[Role.DATABASE]] for each in self.phrases], seen)
+        self._say(sentence, [[*each.opening] for each in self.phrases], one - seen)
+        self._say(name_told - length, [[*each.middle] for each in self.phrases], one - seen)
+        self._say(end, [[*each.end, ByteTokenizer.end] for each in self.phrases], one - seen)
+
+    def _by_attribute(self, number) -> np.ndarray:
+        """The form that is number(phrases) of the attribute in question."""
+        return np.array([number(each) for each in self.phrases]) @ self.axes["attribute"]
+
+    def _pointer(self, to: np.ndarray, bonus: np.ndarray | float = 0.0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Query and key of a head that attends to position `to` or the nearest with the bonus of a key."""
+        return [2 * _SHARP * to, _SHARP * self.axes["one"]], [self.axes["position"], bonus - self.axes["square"]]
+
+    def _rectified(self, form: np.ndarray, to: np.ndarray) -> _Unit:
+        """max(form, 0), written `to`."""
+        return _Unit(_STEEP * form, self.axes["one"] / _STEEP, to)
+
+    def _say(self, start: np.ndarray, texts: list[list[int]], closed: np.ndarray) -> None:
+        """Say token k of the attribute's text where `start` is k, unless `closed`, which is 0 or at least 1.
+
+        What all texts begin or end with is spelled once.
+        """
+        one = self.axes["one"]
+        common = commonprefix(texts)
+        rests = [text[len(common) :] for text in texts]
+        shared = commonprefix([rest[::-1] for rest in rests])[::-1]
+        owns = [rest[: len(rest) - len(shared)] for rest in rests]
+        self._spell(start, common, closed)
+        for own, axis in zip(owns, self.axes["attribute"], strict=True):
+            self._spell(start - len(common) * one, own, closed + one - axis)
+        lengths = np.array([len(common) + len(own) for own in owns])
+        self._spell(start - lengths @ self.axes["attribute"], shared, closed)
+
+    def _spell(self, start: np.ndarray, text: list[int], closed: np.ndarray) -> None:
+        """Hinges whose sum is token k of the text where `start` is k, and 0 before and behind it."""
+        needs_attribute = (self.axes["attribute"] @ (start + closed)).any()
+        _, units = self.blocks[2 if needs_attribute else 1]
+        sounds = np.array([self._sound(token) for token in text]).reshape(-1, len(start))
+        bends = np.diff(np.pad(sounds, ((2, 2), (0, 0))), n=2, axis=0) if text else []
+        for k, bend in enumerate(bends, start=-1):
+            if bend.any():
+                units.append(self._rectified(start - k * self.axes["one"] - _FAR * closed, bend))
+
+    def _sound(self, token: int) -> np.ndarray:
+        """What is written to the stream to say a token."""
+        if token < 256:
+            return _TEXT * _signs(token) @ self.axes["said"]
+        return _TEXT * self.axes["hand_over"] * (1 if token == _SPECIAL[Role.DATABASE] else -1)
+
+
+def _signs(byte: int | Sequence[int]) -> np.ndarray:
+    """(..., 8): the bits of a byte as -1 and 1."""
+    return 2.0 * (np.asarray(byte)[..., None] >> np.arange(8) & 1) - 1
+
+
+def _put(matrix: torch.Tensor, rows: Sequence[int], forms: Sequence[np.ndarray]) -> None:
+    """Write forms into rows of a matrix, over its first columns."""
+    if len(rows):
+        forms = torch.as_tensor(np.array(forms), dtype=matrix.dtype)
+        matrix[list(rows), : forms.shape[1]] = forms

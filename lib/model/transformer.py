@@ -1,0 +1,225 @@
+"""The transformer that all experiments of Section 5 train.
+
+Decoder-only, RMSNorm before each block, rotary positions, grouped-query attention, SwiGLU of width 4 d_model, untied
+output, no biases: Llama's architecture, so that weights travel to and from Hugging Face's `LlamaForCausalLM`.
+Shapes: B rows, S positions, D = d_model, H query heads, K key-value heads, E = head_dim, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lib.config import ModelConfig
+
+
+def rotary_angles(config: ModelConfig, n_positions: int, device=None) -> torch.Tensor:
+    """Angles (n_positions, E / 2) in radians, computed in float64: by how much each pair turns at each position."""
+    pair = torch.arange(config.head_dim // 2, dtype=torch.float64, device=device)
+    frequency = config.rope_theta ** (-2 * pair / config.head_dim)
+    if config.rope == "paper":
+        frequency = 2 * math.pi * frequency
+    return torch.arange(n_positions, dtype=torch.float64, device=device)[:, None] * frequency
+
+
+def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], head_dim: int) -> torch.Tensor:
+    """Turn the pairs (k, k + E/2) of every head in x (B, S, n E).
+
+    `rotary`: cos and sin (..., S, n E or more), the same for every head, sin negated in the first half of each. Heads
+    lie side by side because products with long rows are several times as fast as with rows of one head.
+    """
+    cos, sin = (table[..., : x.shape[-1]] for table in rotary)
+    partner = x.unflatten(-1, (-1, head_dim)).roll(head_dim // 2, -1).flatten(-2)
+    return x * cos + partner * sin
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the positions that each row has seen: `lengths` (B,) of `capacity` positions."""
+
+    keys: torch.Tensor  # (L, B, K, capacity, E)
+    values: torch.Tensor  # (L, B, K, capacity, E)
+    lengths: torch.Tensor  # (B,) int64
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    def select(self, rows: torch.Tensor) -> "KVCache":
+        """The cache of some rows only, for a batch from which finished rows have left."""
+        return KVCache(self.keys[:, rows], self.values[:, rows], self.lengths[rows])
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        kv = config.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.k_proj = nn.Linear(config.d_model, kv, bias=False)
+        self.v_proj = nn.Linear(config.d_model, kv, bias=False)
+        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cached: tuple[torch.Tensor, ...] | None = None,
+        first: int = 0,
+    ) -> torch.Tensor:
+        """x (B, S, D) -> (B, S - first, D): what the positions from `first` on see.
+
+        `rotary`: cos and sin (..., S, D) for `rotate`. `cached`: the layer's keys and values (B, K, T, E), the
+        positions (B, S) where this step's are written, and which of the T are visible (B, 1, S, T).
+        """
+        B, S, _ = x.shape
+        E = self.config.head_dim
+        cos, sin = rotary
+        q = rotate(self.q_proj(x[:, first:]), (cos[..., first:, :], sin[..., first:, :]), E)
+        q = q.view(B, S - first, -1, E).transpose(1, 2)  # (B, H, S - first, E)
+        k = rotate(self.k_proj(x), rotary, E).view(B, S, -1, E).transpose(1, 2)  # (B, K, S, E)
+        v = self.v_proj(x).view(B, S, -1, E).transpose(1, 2)
+        visible = None
+        if first:
+            visible = torch.ones(S - first, S, dtype=torch.bool, device=x.device).tril(first)
+        if cached is not None:
+            keys, values, positions, visible = cached
+            row = torch.arange(B, device=x.device)[:, None]
+            keys[row, :, positions] = k.transpose(1, 2)
+            values[row, :, positions] = v.transpose(1, 2)
+            k, v = keys, values
+        grouped = self.config.kv_heads != self.config.n_heads
+        options = {"attn_mask": visible, "is_causal": visible is None, "enable_gqa": grouped}
+        if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # whose kernel is twice as slow in bfloat16
+            with torch.autocast("cpu", enabled=False):
+                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, **options)
+        return self.o_proj(y.transpose(1, 2).reshape(B, S - first, -1))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward block of width 4 D."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
+        self.up_proj = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
+        self.down_proj = nn.Linear(4 * config.d_model, config.d_model, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, S, D) -> (B, S, D)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with its norm and residual."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.ffn = SwiGLU(config)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cached: tuple[torch.Tensor, ...] | None = None,
+        first: int = 0,
+    ) -> torch.Tensor:
+        """x (B, S, D) -> (B, S - first, D), see `Attention`."""
+        x = x[:, first:] + self.attention(self.attention_norm(x), rotary, cached, first)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """The language model: tokens (B, S) -> logits (B, S, V)."""
+
+    def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
+        """`generator` seeds the initialization.
+
+        Matrices are normal with variance 1 / inputs, those that write to the residual stream 1 / (2 L inputs);
+        embeddings are standard normal.
+        """
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self._rotary_table: tuple[torch.Tensor, torch.Tensor] | None = None
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                std = 1.0 if name == "embedding.weight" else parameter.shape[1] ** -0.5
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    std /= math.sqrt(2 * config.n_layers)
+                nn.init.normal_(parameter, std=std, generator=generator)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def forward(self, tokens: torch.Tensor, first: int = 0, select: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (B, S - first, V) of the next token at the positions from `first` on of tokens (B, S).
+
+        The last block computes queries and feed-forward at those positions only. With a mask `select` (B, S - first),
+        logits are those of its N true positions: (N, V) in row-major order.
+        """
+        x = self.embedding(tokens)
+        cos, sin = self.rotary(tokens.shape[1], x.dtype)
+        rotary = cos[: tokens.shape[1]], sin[: tokens.shape[1]]
+        for block in self.blocks[:-1]:
+            x = block(x, rotary)
+        x = self.blocks[-1](x, rotary, first=first)
+        return self.output(self.norm(x if select is None else x[select]))
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache for `batch_size` rows of at most `capacity` tokens."""
+        c = self.config
+        shape = (c.n_layers, batch_size, c.kv_heads, capacity, c.head_dim)
+        keys, values = self.embedding.weight.new_zeros((2, *shape))
+        return KVCache(keys, values, torch.zeros(batch_size, dtype=torch.int64, device=self.device))
+
+    @torch.inference_mode()
+    def decode(self, tokens: torch.Tensor, cache: KVCache, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """Append tokens (B, S) to the cache and return the logits (B, V) after each row's last one.
+
+        Row b appends its first `lengths[b]` tokens (at least one; all S if None); what follows them is padding that a
+        later call overwrites. For inference alone: no gradients. Raises ValueError if a row, its padding included,
+        would outgrow the cache.
+        """
+        B, S = tokens.shape
+        positions = cache.lengths[:, None] + torch.arange(S, device=tokens.device)  # (B, S)
+        seen = int(positions.max()) + 1
+        if seen > cache.capacity:
+            raise ValueError(f"a row of {seen} tokens does not fit into a cache of {cache.capacity}")
+        visible = (torch.arange(seen, device=tokens.device) <= positions[:, :, None])[:, None]  # (B, 1, S, seen)
+        x = self.embedding(tokens)
+        cos, sin = self.rotary(seen, x.dtype)
+        rotary = cos[positions], sin[positions]  # (B, S, D)
+        for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
+            cached = keys[:, :, :seen], values[:, :, :seen], positions, visible
+            x = block(x, rotary, cached)
+        appended = torch.full_like(cache.lengths, S) if lengths is None else lengths
+        cache.lengths += appended
+        last = x[torch.arange(B, device=x.device), appended - 1]
+        return self.output(self.norm(last))
+
+    def rotary(self, n_positions: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin (n_positions or more, D) for `rotate`, from a table that grows by doubling."""
+        table = self._rotary_table
+        if table is None or len(table[0]) < n_positions or (table[0].dtype, table[0].device) != (dtype, self.device):
+            with torch.inference_mode(False):  # an evaluation may come first, and training must be able to use it
+                angles = rotary_angles(self.config, max(256, 2 ** (n_positions - 1).bit_length()), self.device)
+                cos, sin = angles.cos(), angles.sin()
+                table = tuple(
+                    torch.cat(halves, -1).tile(self.config.n_heads).to(dtype) for halves in ((cos, cos), (-sin, sin))
+                )
+            self._rotary_table = table
+        return table

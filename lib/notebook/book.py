@@ -1,0 +1,174 @@
+"""The notebooks as a book: a site of pages that can be searched and read without a network (extra `[book]`).
+
+Sphinx builds it from a folder that is laid out for it: the notebooks, the worked solutions, the pages in Markdown, and
+tables of contents made from what is there. This module is also the extension that Sphinx loads: equations become
+MathML, which browsers draw themselves, and solutions are folded away.
+"""
+
+import io
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import nbformat
+
+from lib import paths
+from lib.base import InputError, WorkError
+from lib.notebook import runner
+
+REPOSITORY = "in-tool-learning/in-tool-learning"
+
+#: What a page offers, below its title; `{download}` is MyST's for a file that lies beside the page.
+_OFFERS = (
+    f"[Binder](https://mybinder.org/v2/gh/{REPOSITORY}/main?labpath=notebooks%2F{{path}}) · "
+    f"[Colab](https://colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{{path}}) · "
+    "{{download}}`the notebook <{name}>`"
+)
+_CONFIGURATION = {
+    "project": "In-tool learning",
+    "html_title": "In-tool learning",
+    "extensions": ["myst_nb", "lib.notebook.book"],
+    "exclude_patterns": [],
+    "nb_execution_mode": "off",
+    "nb_merge_streams": True,
+    "nb_ipywidgets_js": {},  # they would come from a server; what is in the book are pictures
+    "myst_enable_extensions": ["dollarmath"],
+    "html_math_renderer": "mathml",
+    "html_theme": "furo",
+    "html_theme_options": {"navigation_with_keys": True},
+    "html_show_sourcelink": False,
+    "html_show_copyright": False,
+    "html_use_index": False,  # nothing is marked for one
+    "html_copy_source": False,
+    "html_show_search_summary": False,  # asks for pages, which a browser refuses to one that was opened as a file
+    "html_css_files": ["book.css"],
+    "html_static_path": ["_static"],
+}
+#: Wide tables scroll by themselves rather than move the page of a phone; pictures stay white in the dark.
+_CSS = """\
+.cell_output { overflow-x: auto; }
+.cell_output img { background: white; }
+.cell_output p > em:only-child { font-size: var(--font-size--small); }
+table.docutils td { vertical-align: top; }
+div.cell div.cell_output table { color: inherit; font-size: var(--font-size--small); }
+details.solution { border-left: 3px solid var(--color-brand-primary); padding-left: 1em; margin: 1em 0; }
+details.solution > summary { cursor: pointer; font-weight: bold; }
+math { font-size: 1.1em; }
+math[display="block"] { display: block math; overflow-x: auto; overflow-y: hidden; padding: 0.4em 0; }
+"""
+
+
+def build(out: Path | None = None, profile: str | None = None) -> Path:
+    """Build the book into the folder `out`, by default runs/book, and return its first page.
+
+    The notebooks are the committed ones with the outputs they have; with `profile`, the executed copies of that
+    profile where there are any. What was in `out` is replaced, once all pages are made.
+
+    Raises InputError without the extra or for an unknown profile, WorkError if Sphinx warns: a link to nowhere, say.
+    """
+    executed = paths.profile_dir(profile) / "notebooks" if profile else None
+    out = out or paths.runs() / "book"
+    if out.exists() and any(out.iterdir()) and not (out / "searchindex.js").is_file():
+        raise InputError(f"{out} holds something else than a book: name a folder that is not there yet")
+    try:
+        import furo  # noqa: F401
+        import latex2mathml  # noqa: F401
+        import myst_nb  # noqa: F401
+        from sphinx.application import Sphinx
+        from sphinx.util.docutils import docutils_namespace
+    except ModuleNotFoundError as missing:
+        raise InputError(f"the book takes the package {missing.name}: pip install -e '.[book]'") from None
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".book-", dir=out.parent) as folder, docutils_namespace():
+        source, made, warnings = Path(folder, "source"), Path(folder, "made"), io.StringIO()
+        lay_out(source, executed)
+        app = Sphinx(
+            source, None, made, Path(folder, "doctrees"), "html", _CONFIGURATION, status=None, warning=warnings
+        )
+        app.build()
+        if told := re.sub(r"\x1b\[[\d;]+m", "", warnings.getvalue()).strip().replace(f"{source}/", ""):
+            raise WorkError(f"the book was not built: {told}")
+        for leftover in (".buildinfo", "objects.inv"):
+            (made / leftover).unlink(missing_ok=True)
+        if out.exists():
+            out.rename(Path(folder, "earlier"))
+        made.rename(out)
+    return out / "index.html"
+
+
+def lay_out(source: Path, executed: Path | None = None) -> None:
+    """Write the folder that Sphinx builds from: pages, and contents made from what notebooks/ holds."""
+    known = runner.all_notebooks()
+    solved = sorted((paths.NOTEBOOKS / "solutions").glob("*.ipynb"))
+    (source / "solutions").mkdir(parents=True)
+    (source / "_static").mkdir()
+    (source / "_static" / "book.css").write_text(_CSS)
+    for path in known:
+        copy = executed / path.name if executed else path
+        _lay_notebook(copy if copy.is_file() else path, source / path.name, path.name)
+    for path in solved:
+        _lay_notebook(path, source / "solutions" / path.name, f"solutions/{path.name}")
+    pages = sorted(paths.NOTEBOOKS.glob("*.md"))
+    for path in pages:
+        shutil.copy(path, source)
+    teaching = [path.stem for path in pages if path.stem != "index"]
+    with (source / "index.md").open("a", encoding="utf-8") as index:
+        index.write(_contents("Notebooks", [path.stem for path in known]))
+        index.write(_contents("Teaching", [*teaching, "solutions/index"]))
+    solutions = "# Solutions\n\nTry first. Each solution is folded below its exercise.\n"
+    (source / "solutions" / "index.md").write_text(solutions + _contents("", [path.stem for path in solved]))
+
+
+def _contents(caption: str, pages: list[str]) -> str:
+    caption = [f":caption: {caption}"] if caption else []
+    return "\n".join(["", "```{toctree}", *caption, ":maxdepth: 1", "", *pages, "```", ""])
+
+
+def _lay_notebook(path: Path, target: Path, name: str) -> None:
+    """A notebook as MyST reads it: names of notebooks are links, pictures have their alternative text."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("widgets", None)  # live only where there is a kernel
+    known = "|".join(re.escape(other.stem) for other in runner.all_notebooks())
+    up = "../" * name.count("/")
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(rf"(?<!\[)`({known})`", rf"[`\1`]({up}\1.ipynb)", cell.source)
+        for output in cell.get("outputs", []):
+            if alt := output.get("metadata", {}).get("image/png", {}).get("alt"):
+                cell.metadata["mystnb"] = {"image": {"alt": alt}}
+    title, _, rest = notebook.cells[0].source.partition("\n")
+    offers = _OFFERS.format(path=name.replace("/", "%2F"), name=target.name)
+    notebook.cells[0].source = f"{title}\n\n{offers}\n{rest}"
+    nbformat.write(notebook, target)
+
+
+# --- what Sphinx loads
+
+
+def setup(app) -> dict[str, bool]:
+    """Sphinx's way in."""
+    app.add_html_math_renderer("mathml", inline_renderers=(_math, None), block_renderers=(_math, None))
+    app.connect("doctree-read", _fold_solutions)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def _math(translator, node) -> None:
+    from docutils import nodes
+    from latex2mathml.converter import convert
+
+    translator.body.append(convert(node.astext(), display="inline" if isinstance(node, nodes.math) else "block"))
+    raise nodes.SkipNode
+
+
+def _fold_solutions(app, doctree) -> None:
+    """On the pages of solutions, fold what follows the exercise, which is the first thing below each heading."""
+    from docutils import nodes
+
+    if app.env.docname.startswith("solutions/"):
+        for section in doctree.findall(nodes.section):
+            if isinstance(section.parent, nodes.section):
+                opening = '<details class="solution"><summary>Solution</summary>'
+                section.insert(2, nodes.raw("", opening, format="html"))
+                section.append(nodes.raw("", "</details>", format="html"))

@@ -1,0 +1,193 @@
+"""Two models side by side in a notebook: asked the same, one of them with a database that can be changed in between."""
+
+from asyncio import TimerHandle, get_running_loop
+from collections.abc import Sequence
+from contextlib import ExitStack
+from html import escape
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import ipywidgets
+from IPython.display import HTML
+
+from lib.base import InputError
+from lib.dialogs.templates import Role, Turn, question
+from lib.facts.people import VALUES, People
+from lib.notebook import widgets
+from lib.training.saved import open_conversation
+
+#: What a turn can be, and its color: all dark enough for white letters on them.
+COLORS = {"question": "#595959", "tool call": "#0072B2", "database": "#8F3D77", "reply": "#00734F"}
+_BOX = "border-left: 4px solid {0}; padding: 2px 8px; margin: 6px 0; line-height: 1.4"
+_LABEL = "background: {0}; color: white; padding: 0 6px; border-radius: 3px; font-size: 85%"
+_TEXT = "display: block; white-space: pre-wrap; overflow-wrap: anywhere"
+_COLUMNS = "display: grid; grid-template-columns: repeat({0}, minmax(0, 1fr)); gap: 0 16px"
+#: A window that shows the end of what is in it.
+_WINDOW = "display: flex; flex-direction: column-reverse; max-height: 32em; overflow-y: auto"
+#: How long the text of a question may take to follow the Enter key.
+_ENTER_SECONDS = 0.2
+#: Values of an attribute that are suggested: not the 17,136 dates.
+_MAX_SUGGESTED = 300
+
+
+def labels(turns: Sequence[Turn]) -> list[str]:
+    """What each turn of a dialog is, a key of `COLORS`: the assistant calls the tool where the database speaks next."""
+    kinds = {Role.USER: "question", Role.DATABASE: "database"}
+    followers = [turn.role for turn in turns[1:]]
+    return [
+        kinds.get(turn.role, "tool call" if follower == Role.DATABASE else "reply")
+        for turn, follower in zip_longest(turns, followers)
+    ]
+
+
+def transcript(turns: Sequence[Turn]) -> str:
+    """A dialog as HTML: each turn with its label, in the label's color."""
+    return "".join(_told(label, turn.text) for label, turn in zip(labels(turns), turns, strict=True))
+
+
+def _told(label: str, text: str) -> str:
+    color = COLORS[label]
+    return (
+        f'<div style="{_BOX.format(color)}"><b style="{_LABEL.format(color)}">{label}</b>'
+        f'<span style="{_TEXT}">{escape(text)}</span></div>'
+    )
+
+
+class Asked(NamedTuple):
+    """A question and, by mode, each model's whole dialog about it."""
+
+    question: str
+    dialogs: dict[str, list[Turn]]
+
+
+class Changed(NamedTuple):
+    """A fact that was changed in the database."""
+
+    name: str
+    attribute: str
+    old: str
+    new: str
+
+
+class Chat:
+    """An in-weight and an in-tool model that answer the same questions. As the value of a cell it is a chat window.
+
+    in_weight, in_tool: folders of runs. people: put into the database that the in-tool model asks, which is a copy of
+    the run's own, until `close`. `history` holds what was `Asked` and `Changed`. Raises `InputError` as
+    `open_conversation` does, for a folder of the other mode, and for people with other attributes.
+    """
+
+    def __init__(self, in_weight: Path, in_tool: Path, people: People, device: str = "auto"):
+        self.history: list[Asked | Changed] = []
+        self.people = people
+        with ExitStack() as stack:
+            folders = {"in-weight": in_weight, "in-tool": in_tool}
+            self._talks = {
+                mode: stack.enter_context(open_conversation(folder, device=device, editable=True))
+                for mode, folder in folders.items()
+            }
+            for mode, talk in self._talks.items():
+                if talk.config.mode != mode:
+                    raise InputError(
+                        f"the model in {folders[mode]} is {talk.config.mode}: one that is {mode} is expected"
+                    )
+            self.tool = self._talks["in-tool"].tool
+            self.tool.add(people)
+            self._open = stack.pop_all()
+
+    def close(self) -> None:
+        """Delete the copy of the database."""
+        self._open.close()
+
+    def ask(self, text: str) -> dict[str, list[Turn]]:
+        """Both models' dialogs about a question."""
+        asked = Asked(text, {mode: talk.turns(text) for mode, talk in self._talks.items()})
+        self.history.append(asked)
+        return asked.dialogs
+
+    def change(self, name: str, attribute: str, value: str) -> str:
+        """Change a fact in the copy of the database, see `facts.change_fact`; returns the old value."""
+        old = self.tool.change(name, attribute, value)
+        self.history.append(Changed(name, attribute, old, value))
+        return old
+
+    def html(self) -> str:
+        """All of `history`, a column for each model."""
+        told = "".join(self._entry(entry) for entry in self.history) or "<p>Nothing was asked yet.</p>"
+        return f'<div role="log" aria-label="conversation with two models" style="max-width: 70em">{told}</div>'
+
+    def _entry(self, entry: Asked | Changed) -> str:
+        if isinstance(entry, Changed):
+            return _told("database", f"changed: {entry.attribute} of {entry.name}, {entry.old} → {entry.new}")
+        cells = (
+            f"<div><b>{mode}</b>, {self._talks[mode].model.config.n_params:,} parameters{transcript(turns[1:])}</div>"
+            for mode, turns in entry.dialogs.items()
+        )
+        return _told("question", entry.question) + f'<div style="{_COLUMNS.format(2)}">{"".join(cells)}</div>'
+
+    def _ipython_display_(self) -> None:
+        widgets.show(self.widget(), HTML(self.html()))
+
+    def widget(self) -> ipywidgets.Widget:
+        """The chat window: what was said, a field to ask, and fields to change a fact of the database."""
+        log, told = ipywidgets.HTML(), ipywidgets.HTML()
+
+        def update(sentence: str) -> None:
+            log.value, told.value = f'<div tabindex="0" style="{_WINDOW}">{self.html()}</div>', sentence
+
+        known = self._talks["in-weight"].people.names[:3]
+        names = [name for name in dict.fromkeys([*self.people.names, *known]) if self.tool.facts(name)]
+        name = _field(ipywidgets.Dropdown, "who", options=names)
+        attribute = _field(ipywidgets.Dropdown, "fact", options=self.tool.attributes)
+        value = _field(ipywidgets.Combobox, "new value")
+        text = _field(ipywidgets.Text, "question", width="32em", continuous_update=False)
+        ask = ipywidgets.Button(description="Ask both", button_style="primary")
+        change = ipywidgets.Button(description="Change the database", layout={"width": "auto"})
+        entered: list[TimerHandle] = []
+
+        def choose(_=None) -> None:
+            now, suggested = self.tool.facts(name.value)[attribute.value], VALUES.get(attribute.value, ())
+            text.value = question(name.value, attribute.value)
+            value.value, value.placeholder = "", f"now: {now}"
+            value.options = sorted(suggested) if len(suggested) <= _MAX_SUGGESTED else ()
+
+        def do_ask(_=None) -> None:
+            if text.value.strip():
+                self.ask(text.value.strip())
+                update("")
+
+        def do_change(_=None) -> None:
+            try:
+                self.change(name.value, attribute.value, value.value.strip())
+            except InputError as error:
+                told.value = f'<span role="alert">{escape(str(error))}</span>'
+                return
+            update("Ask again: does the answer change?")
+            choose()
+
+        def do_enter(_=None) -> None:
+            if entered:
+                entered.pop().cancel()
+                do_ask()
+
+        def on_enter(_, content: dict, __) -> None:
+            # The text follows in a message of its own, unless it is what it was before.
+            if content.get("event") == "submit" and not entered:
+                entered.append(get_running_loop().call_later(_ENTER_SECONDS, do_enter))
+
+        for chosen in (name, attribute):
+            chosen.observe(choose, "value")
+        text.on_msg(on_enter)
+        text.observe(do_enter, "value")
+        ask.on_click(do_ask)
+        change.on_click(do_change)
+        update("")
+        choose()
+        rows = [[text, ask], [name, attribute, value, change]]
+        wrapping = [ipywidgets.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows]
+        return ipywidgets.VBox([log, *wrapping, told])
+
+
+def _field(kind: type[ipywidgets.Widget], name: str, width: str = "auto", **options) -> ipywidgets.Widget:
+    return kind(description=name, style={"description_width": "initial"}, layout={"width": width}, **options)

@@ -1,0 +1,96 @@
+"""Progress: a bar, a widget or lines of text."""
+
+import os
+import sys
+import time
+
+from tqdm import tqdm
+
+#: Seconds between two lines of progress where nobody watches.
+LINE_INTERVAL = 10.0
+
+
+class _Lines:
+    """Progress as a line of text now and then, for logs and batch-run notebooks; nothing if it is over soon."""
+
+    def __init__(self, total: int, description: str, initial: int):
+        self.total, self.description, self.n, self.initial = total, description, initial, initial
+        self.start = self.last = time.monotonic()
+        self.text = ""
+        self.file = sys.stdout if _in_kernel() else sys.stderr
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+        now = time.monotonic()
+        if now - self.last >= LINE_INTERVAL:
+            self.last = now
+            meter = tqdm.format_meter(
+                self.n,
+                self.total,
+                now - self.start,
+                prefix=self.description,
+                postfix=self.text,
+                initial=self.initial,
+                bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+            )
+            print(meter, file=self.file, flush=True)
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        self.text = text
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _in_kernel() -> bool:
+    """Whether this code runs in a Jupyter kernel; the notebook runner imports ipykernel without being one."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+def is_watched() -> bool:
+    """Whether somebody may use widgets: this is a Jupyter kernel, and no batch run of a notebook (see `progress`)."""
+    return _in_kernel() and not os.environ.get("ITL_PROGRESS")
+
+
+def progress(total: int, description: str | None, initial: int = 0):
+    """A context manager with `update(n)` and `set_postfix_str`.
+
+    It shows a bar in a terminal, a widget in JupyterLab, and lines of text now and then elsewhere.
+
+    No description, no display. ITL_PROGRESS=lines asks for lines (batch-run notebooks), =off for nothing.
+    """
+    asked = os.environ.get("ITL_PROGRESS", "")
+    if description is None or asked == "off":
+        return tqdm(total=total, disable=True)
+    if is_watched():
+        return _widget(total, description, initial)
+    if asked == "lines" or not sys.stderr.isatty():
+        return _Lines(total, description, initial)
+    return tqdm(total=total, desc=description, initial=initial, leave=False)
+
+
+def _widget(total: int, description: str, initial: int) -> tqdm:
+    """tqdm's bar for JupyterLab, gone from the notebook once it is closed.
+
+    Left to itself a closed bar leaves an output that reads "Error displaying widget" when the notebook is opened again,
+    and one that was closed before its end, as early stopping does, turns red and stays.
+    """
+    from IPython.display import display
+    from tqdm.notebook import tqdm as tqdm_notebook  # brings all of IPython and the widgets
+
+    class Widget(tqdm_notebook):
+        def close(self):
+            if not self.disable:
+                super().close()
+                shown.update({"text/plain": ""}, raw=True)
+
+    bar = Widget(total=total, desc=description, initial=initial, leave=False, display=False)
+    shown = display(bar.container, display_id=True)
+    return bar

@@ -1,0 +1,50 @@
+"""Where a number comes from: machine, versions, commit."""
+
+import platform
+import subprocess
+from datetime import UTC, datetime
+from functools import cache
+
+import torch
+
+from lib import paths
+
+#: In the root of a copy of the code: the commit it was copied from.
+COMMIT = "COMMIT"
+
+
+def provenance(device: torch.device) -> dict:
+    """Where a number comes from: time, machine, versions, commit."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": f"{device.type} ({name})",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+
+
+@cache
+def commit() -> str:
+    """The commit of the code, marked `-dirty` if lib differs from it; `unknown` outside a git checkout of it.
+
+    A copy of the code (`lib.slurm.submissions.snapshot`) has a file that says what it was copied from. A copy without
+    one may lie in the checkout of something else, whose commit says nothing about it.
+    """
+    if (paths.ROOT / COMMIT).exists():
+        return (paths.ROOT / COMMIT).read_text().strip()
+    try:
+        if not paths.ROOT.samefile(_git("rev-parse", "--show-toplevel")) or not _git("ls-files", "--", "lib"):
+            return "unknown"
+        head = _git("rev-parse", "HEAD")
+        return f"{head}-dirty" if _git("status", "--porcelain", "--", "lib") else head
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(paths.ROOT), *arguments], capture_output=True, text=True, check=True
+    ).stdout.strip()

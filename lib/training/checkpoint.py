@@ -1,0 +1,228 @@
+"""Checkpoints: tensors as safetensors, the rest as JSON, nothing that could run code.
+
+A checkpoint is a folder. It is written under a temporary name, its completeness marker last, and then renamed, so a
+folder with a marker is whole; the marker holds a checksum of every file, so damage is noticed, not loaded, and what
+else lies in the folder is not read. Ranks that share the weights out write a file each; any number of ranks, one of
+them too, reads them again.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import save as to_bytes
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from lib.base import InputError, WorkError, to_json
+from lib.training.distributed import ALONE, Ranks
+
+# torch warns on every save that no process group exists. That is intended here, so silence it.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+TENSORS, STATE, MARKER = "tensors.safetensors", "state.json", "COMPLETE.json"
+
+
+def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
+    """Write a checkpoint atomically: after a crash at any moment `folder` is whole or absent, never a mixture.
+
+    What a crashed writer left is cleared away by the next one; there must be only one at a time.
+    """
+    temporary = _begin(folder)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    (temporary / TENSORS).write_bytes(to_bytes(tensors))  # `save_file` would hide that a disk is full
+    _commit(temporary, folder, to_json(state))
+
+
+def _begin(folder: Path) -> Path:
+    """An empty folder to write into."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    for leftover in (temporary, _replaced(folder)):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True, exist_ok=True)  # another rank may be as fast
+    return temporary
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _commit(temporary: Path, folder: Path, state: str) -> None:
+    """Make the tensors in `temporary` a whole checkpoint and give it its name."""
+    (temporary / STATE).write_text(state)
+    # Some systems put hidden files beside those that are written.
+    written = sorted(path for path in temporary.iterdir() if not path.name.startswith("."))
+    sums = {path.name: _checksum(path) for path in written}
+    for name in sums:
+        _flush_to_disk(temporary / name)
+    (temporary / MARKER).write_text(json.dumps(sums))
+    _flush_to_disk(temporary / MARKER)
+    if folder.exists():
+        folder.rename(_replaced(folder))  # in one step: deleting takes several
+    temporary.rename(folder)
+    shutil.rmtree(_replaced(folder), ignore_errors=True)
+
+
+def load(
+    folder: Path,
+    like: Callable[[str, torch.Size, torch.dtype], torch.Tensor] = lambda _, shape, dtype: torch.empty(
+        shape, dtype=dtype
+    ),
+    ranks: Ranks = ALONE,
+    verify: bool = True,
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and state of a checkpoint; an `InputError` says what is missing or damaged.
+
+    like: makes the tensor to read into from its name, shape and type, where a rank wants a part of it only. verify:
+    compute checksums, which `latest` has done for what it returns.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no checkpoint at {folder}")
+    problem = damage(folder) if verify else None
+    if problem:
+        raise InputError(f"the checkpoint {folder} {problem}: use an earlier one or train again")
+    try:
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        reader.fs = _Named(_checksums(folder))
+        found = reader.read_metadata().state_dict_metadata
+        tensors = {name: like(name, entry.size, entry.properties.dtype) for name, entry in found.items()}
+        dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
+        return tensors, json.loads((folder / STATE).read_text())
+    except (SafetensorError, CheckpointException, ValueError) as error:
+        raise InputError(f"the checkpoint {folder} cannot be read: {error}") from None
+
+
+class _Named(FileSystem):
+    """Lists, of the files in a folder, those of some names only."""
+
+    def __init__(self, names: Iterable[str]):
+        super().__init__()
+        self.names = sorted(names)
+
+    def ls(self, path: str) -> list[str]:
+        return [str(Path(path) / name) for name in self.names]
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """The checksum of each file of a checkpoint, as its marker says. Raises `OSError` and `ValueError`."""
+    sums = json.loads((folder / MARKER).read_text())
+    if not isinstance(sums, dict) or not all(Path(name).name == name for name in sums) or not sums.keys() > {STATE}:
+        raise ValueError(f"{MARKER} is not readable")
+    return sums
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None if it is whole."""
+    try:
+        sums = _checksums(folder)
+    except OSError:
+        return f"is incomplete ({MARKER} is missing)"
+    except ValueError:
+        return f"is damaged ({MARKER} is not readable)"
+    for name, checksum in sums.items():
+        try:
+            found = _checksum(folder / name)
+        except OSError:  # it may be deleted just now
+            return f"is damaged ({name} is missing)"
+        if found != checksum:
+            return f"is damaged ({name} has changed since it was written)"
+    return None
+
+
+class _StepWriter(dcp.HuggingFaceStorageWriter):
+    """Every rank writes a file; when all are there, the first makes them a whole checkpoint and deletes old ones."""
+
+    def __init__(self, folder: Path, state: str, keep: int):
+        super().__init__(str(folder.with_name(f".{folder.name}.tmp")), save_distributed=True)
+        self.folder, self.state, self.keep = folder, state, keep
+
+    def set_up_storage_writer(self, is_coordinator: bool, *arguments, **options) -> None:
+        super().set_up_storage_writer(is_coordinator, *arguments, **options)
+        if is_coordinator:  # before any rank writes, for they wait for the coordinator's plan
+            _begin(self.folder)
+
+    def finish(self, metadata, results) -> None:
+        _commit(Path(self.path), self.folder, self.state)
+        found = steps(self.folder.parent)
+        here = found.index(self.folder) + 1
+        # Later ones are damaged: this run has passed over them.
+        for folder in found[: max(0, here - self.keep)] + found[here:]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_step(
+    root: Path, step: int, tensors: dict[str, torch.Tensor], state: dict, keep: int, ranks: Ranks = ALONE
+) -> Future:
+    """Begin to write the checkpoint of one step below `root`, after which all but the latest `keep` are deleted.
+
+    Tensors and state are copied at once and may change then; `finish` waits for the rest.
+    """
+    writer = _StepWriter(root / f"step_{step:08d}", to_json(state), keep)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    return dcp.async_save(tensors, storage_writer=writer, process_group=ranks.saving_group, no_dist=ranks.size == 1)
+
+
+def finish(saving: Future) -> None:
+    """Wait for `save_step`; a disk that is full, say, is a `WorkError`. What was written before is still there."""
+    try:
+        saving.result()
+    except CheckpointException as error:
+        (cause, *_) = (failure[0] for failure in error.failures.values())
+        if not isinstance(cause, OSError):
+            raise cause from error
+        raise WorkError(
+            f"a checkpoint could not be written ({cause}): see to it, the same command goes on from the one before"
+        ) from error
+
+
+def latest(root: Path) -> Path | None:
+    """The latest whole checkpoint below `root`; what is incomplete or damaged is skipped with a warning."""
+    for folder in reversed(steps(root)):
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        warnings.warn(f"skipping the checkpoint {folder}: it {problem}", stacklevel=2)
+    return None
+
+
+def steps(root: Path) -> list[Path]:
+    """The checkpoints of `save_step` below `root`, oldest first, whole or not; none without such a folder."""
+    return sorted((path for path in root.glob("step_*") if _STEP.fullmatch(path.name)), key=step_of)
+
+
+#: How `save_step` names a folder, in writing (hidden) or whole. All else is somebody else's, and is left alone.
+_STEP = re.compile(r"step_(\d{8,})")
+_HIDDEN = re.compile(rf"\.{_STEP.pattern}\.(tmp|old)")
+
+
+def step_of(folder: Path) -> int:
+    """The step after which one of `steps` was written."""
+    return int(_STEP.fullmatch(folder.name)[1])
+
+
+def delete_steps(root: Path) -> None:
+    """Delete all checkpoints of `save_step` below `root`, what a crashed writer left among them."""
+    for folder in (*steps(root), *(path for path in root.glob(".step_*") if _HIDDEN.fullmatch(path.name))):
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # not there, or somebody keeps something in it
+        root.rmdir()
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush_to_disk(path: Path) -> None:
+    with path.open("r+b") as file:  # Windows flushes only what may be written
+        os.fsync(file.fileno())

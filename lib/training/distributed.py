@@ -1,0 +1,283 @@
+"""The processes that train one model together, how its weights lie on them, and the signals that ask them to leave.
+
+Processes are started by torchrun, or by Slurm through submitit; they find each other by the variables that these set.
+Without them a process is alone, and everything here does nothing.
+"""
+
+import atexit
+import logging
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lib.base import InputError, WorkError
+from lib.config import ModelConfig
+from lib.model.transformer import Transformer
+
+if TYPE_CHECKING:  # sharding and tensor parallelism take most of a second to import: only who needs them does
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class Preempted(WorkError):
+    """A signal asked the process to leave; a checkpoint is written, the same command goes on from there."""
+
+    exit_code = 75  # EX_TEMPFAIL: try again
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, and how they divide it: data ranks take parts of a batch, tensor ranks of a matrix."""
+
+    rank: int = 0
+    size: int = 1
+    mesh: "DeviceMesh | None" = None  # (data ranks, tensor ranks)
+    sharded: bool = False  # data ranks share the weights out (FSDP2) instead of each having all of them (DDP)
+    cpu_group: dist.ProcessGroup | None = None  # for what the hosts tell each other while their devices are busy
+    saving_group: dist.ProcessGroup | None = None  # for the threads that write checkpoints meanwhile
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes, measures and speaks."""
+        return self.rank == 0
+
+    @property
+    def data_size(self) -> int:
+        return self.mesh["data"].size() if self.mesh else 1
+
+    @property
+    def data_rank(self) -> int:
+        return self.mesh["data"].get_local_rank() if self.mesh else 0
+
+    def wrap(self, model: Transformer) -> nn.Module:
+        """Lay the weights of `model` out over the ranks, in place; returns the module to call for a training step."""
+        if self.mesh is None:
+            return model
+        if self.mesh["tensor"].size() > 1:
+            _split_matrices(model, self.mesh["tensor"])
+        if self.data_size == 1:
+            return model
+        # DDP does not know weights that are split already, so beside split matrices data ranks share out.
+        if self.sharded or self.mesh["tensor"].size() > 1:
+            from torch.distributed.fsdp import fully_shard
+
+            for block in model.blocks:
+                fully_shard(block, mesh=self.mesh["data"])
+            return fully_shard(model, mesh=self.mesh["data"])
+        return DistributedDataParallel(model, process_group=self.mesh["data"].get_group())
+
+    def whole(self, model: Transformer) -> Transformer:
+        """The same model with all of its weights in this process: itself where they are. Every rank has to ask."""
+        parameters = dict(model.named_parameters())
+        if not any(map(_is_divided, parameters.values())):
+            return model
+        with torch.device(model.device):
+            copy = Transformer(model.config)
+        copy.load_state_dict({name: whole(parameter.detach()) for name, parameter in parameters.items()})
+        return copy
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over data ranks."""
+        if self.data_size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor, group=self.mesh["data"].get_group())
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        if self.size > 1:
+            votes = torch.tensor(int(flag))
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.cpu_group)
+            return bool(votes)
+        return flag
+
+    def first_does(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns in the first process; the others wait, and if it raised, they raise, too."""
+        if self.size == 1:
+            return work()
+        outcome: list = [None, None]
+        failed = None
+        if self.is_first:
+            try:
+                outcome[0] = work()
+            except Exception as error:
+                told = isinstance(error, InputError | WorkError)  # others may not survive the way to another process
+                outcome[1] = error if told else WorkError(f"the first process failed: {type(error).__name__}: {error}")
+                failed = error
+        dist.broadcast_object_list(outcome, src=0, group=self.cpu_group)
+        if outcome[1] is not None:
+            raise failed or outcome[1]
+        return outcome[0]
+
+
+#: A process on its own.
+ALONE = Ranks()
+
+
+def world_size() -> int:
+    """How many processes torchrun or Slurm started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process is alone, or the first of those that were started with it."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def local_device(device: torch.device) -> torch.device:
+    """Each process's own GPU where there are several processes; no GPU for one of them is an `InputError`."""
+    if world_size() == 1 or device.type != "cuda":
+        return device
+    rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if rank >= count:
+        raise InputError(f"process {rank} of this machine has no GPU, there are {count}: start one process a GPU")
+    return torch.device("cuda", rank)
+
+
+@contextmanager
+def connect(device: torch.device, config: ModelConfig, sharded: bool = False, tensor: int = 1) -> Iterator[Ranks]:
+    """Join the other processes that train a model of this `config`, each on its `local_device`.
+
+    sharded: data ranks share the weights out. tensor: so many ranks split each matrix; the ranks that are left over
+    divide the batch. What cannot be divided so is an `InputError`; a rank that dies makes the others raise `WorkError`.
+    """
+    size = world_size()
+    if tensor < 1 or size % tensor:
+        raise InputError(f"tensor = {tensor} does not divide the {size} processes: give one of its divisors")
+    if config.n_heads % tensor or config.kv_heads % tensor:
+        raise InputError(f"tensor = {tensor} does not divide the {config.kv_heads} key-value heads of the model")
+    if size == 1:
+        yield ALONE
+        return
+    # Two sums where a tensor is divided in two ways, and views that a sharded block returns: harmless here.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module returned a view")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        if not dist.is_initialized():  # once: a process that leaves and joins again finds the keys of the last time
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            atexit.register(_disconnect)
+        from torch.distributed.device_mesh import init_device_mesh
+
+        mesh = init_device_mesh(device.type, (size // tensor, tensor), mesh_dim_names=("data", "tensor"))
+        # While the first process measures the others wait, as long as it takes; one that dies is noticed at once.
+        groups = [dist.new_group(backend="gloo", timeout=timedelta(days=7)) for _ in range(2)]
+        yield Ranks(dist.get_rank(), size, mesh, sharded, *groups)
+    except BaseException as error:
+        _disconnect()  # which the others notice
+        if isinstance(error, RuntimeError) and _is_of_the_network(error):
+            raise WorkError(
+                "the connection to another process of this run is gone: start all of them again, they go on from the "
+                f"last checkpoint ({str(error).splitlines()[0][:200]})"
+            ) from error
+        raise
+
+
+def _disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _is_of_the_network(error: RuntimeError) -> bool:
+    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    return isinstance(error, dist.DistNetworkError) or any(text in str(error) for text in gone)
+
+
+def _is_divided(tensor: torch.Tensor) -> bool:
+    """Whether ranks have parts of it: whether it is a DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor of which this rank has a part; every rank has to ask."""
+    return tensor.full_tensor() if _is_divided(tensor) else tensor
+
+
+def part_like(tensor: torch.Tensor, all_of_it: torch.Tensor) -> torch.Tensor:
+    """`all_of_it`, which every rank has, laid out over the ranks as `tensor` is."""
+    if not _is_divided(tensor):
+        return all_of_it
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(all_of_it, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+# Tensor parallelism ---------------------------------------------------------------------------------------------------
+
+
+def _split_matrices(model: Transformer, mesh: "DeviceMesh") -> None:
+    """Heads and hidden units over tensor ranks, embedding and output by vocabulary: two sums a block, one at an end."""
+    from torch.distributed.tensor import DTensor, Replicate, distribute_module
+    from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+    class Replicated(ParallelStyle):
+        """A module that every tensor rank computes whole, with its weights as tensors of the mesh like all others."""
+
+        def _apply(self, module: nn.Module, mesh: "DeviceMesh") -> nn.Module:
+            return distribute_module(
+                module,
+                mesh,
+                input_fn=lambda _, inputs, mesh: tuple(DTensor.from_local(x, mesh, [Replicate()]) for x in inputs),
+                output_fn=lambda _, output, mesh: output.to_local(),
+            )
+
+    plan: dict[str, ParallelStyle] = {
+        "embedding": RowwiseParallel(input_layouts=Replicate()),
+        "norm": Replicated(),
+        "output": ColwiseParallel(output_layouts=Replicate()),
+        "blocks.*.attention_norm": Replicated(),
+        "blocks.*.ffn_norm": Replicated(),
+    }
+    plan |= {f"blocks.*.{name}": ColwiseParallel() for name in _INTO}
+    plan |= {f"blocks.*.{name}": RowwiseParallel() for name in _OUT_OF}
+    parallelize_module(model, mesh, plan)
+
+
+_INTO = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "ffn.gate_proj", "ffn.up_proj")
+_OUT_OF = ("attention.o_proj", "ffn.down_proj")
+
+
+@contextmanager
+def gradients_stay_here(module: nn.Module) -> Iterator[None]:
+    """Within, backward passes of a wrapped module add up in each rank: for all parts of a batch but the last."""
+    if isinstance(module, DistributedDataParallel):
+        with module.no_sync():
+            yield
+    elif hasattr(module, "set_requires_gradient_sync"):  # FSDP2 adds it
+        module.set_requires_gradient_sync(False)
+        yield
+        module.set_requires_gradient_sync(True)
+    else:
+        yield
+
+
+# Signals --------------------------------------------------------------------------------------------------------------
+
+#: What a cluster sends before it takes a machine away; submitit uses the second before a time limit.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]
+
+
+@contextmanager
+def asked_to_leave() -> Iterator[threading.Event]:
+    """An event that is set when a signal asks this process to leave; the handlers that were there come back after."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield event
+        return
+    before = {number: signal.signal(number, lambda *_: event.set()) for number in SIGNALS}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,140 @@
+"""Optimizers and learning-rate schedules."""
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+import torch
+from torch import nn
+
+from lib.config import OptimConfig
+from lib.training.distributed import part_like, whole
+
+
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon with all matrices of one shape orthogonalized together.
+
+    Small models spend more on launching kernels than on arithmetic, so stacks of matrices save most of the time of a
+    step. The iteration runs in the weights' own precision, where PyTorch rounds to bfloat16: it is no slower at these
+    sizes, and equal gradients then give equal steps whatever else is in the stack. Nesterov momentum only.
+    """
+
+    def step(self) -> None:
+        """One update of every matrix that has a gradient."""
+        _update_matrices([self])
+
+
+def step_all(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """One step of all `optimizers`, those of several models among them; gradients are None after it."""
+    muons = [optimizer for optimizer in optimizers if isinstance(optimizer, Muon)]
+    for optimizer in optimizers:
+        if optimizer not in muons:
+            optimizer.step()
+    _update_matrices(muons)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def _update_matrices(optimizers: Sequence[Muon]) -> None:
+    stacks: dict[tuple, list[tuple[nn.Parameter, dict, torch.Tensor]]] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = optimizer.state[parameter]
+                    if not state:
+                        state["momentum_buffer"] = torch.zeros_like(parameter)
+                    alike = stacks.setdefault((parameter.shape, group["momentum"]), [])
+                    alike.append((parameter, group, state["momentum_buffer"]))
+    for ((rows, columns), momentum), alike in stacks.items():
+        gradients, moments = [parameter.grad for parameter, _, _ in alike], [moment for _, _, moment in alike]
+        torch._foreach_lerp_(moments, gradients, 1 - momentum)
+        torch._foreach_lerp_(gradients, moments, momentum)
+        updates = orthogonalize(torch.stack([whole(gradient) for gradient in gradients]))
+        for _, members in groupby(zip(alike, updates, strict=True), key=lambda member: id(member[0][1])):
+            members = list(members)
+            parameters = [parameter for (parameter, _, _), _ in members]
+            steps = [part_like(parameter, update) for (parameter, _, _), update in members]
+            group = members[0][0][1]
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(steps, group["lr"] * math.sqrt(max(1, rows / columns)))
+            torch._foreach_sub_(parameters, steps)
+
+
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """U S' V^T for matrices U S V^T (N, rows, columns), with singular values S' near 1: five Newton-Schulz steps."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # as in `torch.optim.Muon`: steepest at zero, not convergent
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def build_optimizers(
+    model: nn.Module, config: OptimConfig, rates_on_device: bool = False
+) -> list[torch.optim.Optimizer]:
+    """The optimizers of `model`: AdamW alone, or Muon for the hidden matrices and AdamW for the rest.
+
+    Every parameter group carries its peak rate as `peak_lr`; `set_learning_rate` follows the schedule from there.
+    Weight decay spares norms unless `config.decay_norms`. `rates_on_device`: rates are tensors beside the parameters,
+    so that steps can be recorded (`lib.training.cuda_graph`).
+    """
+    matrices, tables, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            vectors.append(parameter)
+        elif name.startswith(("embedding", "output")):
+            tables.append(parameter)
+        else:
+            matrices.append(parameter)
+    decayed = tables + matrices if config.name == "adamw" else tables
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [{"params": decayed}, {"params": vectors, "weight_decay": config.weight_decay * config.decay_norms}],
+            lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True,
+            capturable=rates_on_device,
+        )
+    ]  # fmt: skip
+    if config.name == "muon":
+        optimizers.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+            if rates_on_device:
+                group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+    return optimizers
+
+
+def schedule_factor(config: OptimConfig, step: int, total_steps: int) -> float:
+    """What the peak rate is multiplied by in `step` (from 0) of `total_steps`, in (0, 1].
+
+    Linear warm-up, then constant, or down half a cosine or a line that would reach zero one step after the last.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """Scale all gradients down to at most `max_norm`, the norm of all of them together, over all ranks."""
+    parameters = list(parameters)
+    norm = whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Set every group to `factor` times its peak rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            rate = factor * group["peak_lr"]
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate

@@ -1,0 +1,85 @@
+"""Recall along the way, measured by a job of its own from the checkpoints that a training job writes meanwhile."""
+
+import json
+import time
+from collections.abc import Collection, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+from filelock import FileLock
+
+from lib.agent.tools import SqlTool
+from lib.base import InputError
+from lib.config import RunConfig
+from lib.dialogs.tokens import tokenize_people
+from lib.evaluation.recall import bits_of_dialogs, measure_recall
+from lib.facts.people import People
+from lib.model.transformer import Transformer
+from lib.paths import DATABASE, ROW
+from lib.training import checkpoint
+from lib.training.devices import resolve_device
+from lib.training.monitor import Record
+from lib.training.saved import load_model, own_files, read_claim, read_people, run_tokenizer
+from lib.training.trainer import below
+
+#: Seconds from one look for new checkpoints to the next.
+POLL_INTERVAL = 1.0
+
+
+def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = False) -> Iterator[dict]:
+    """Measure every whole checkpoint of a run, and the model of a finished one, over all facts; none of them twice.
+
+    Yields {"step", "recall", "recall_ATTRIBUTE" for each, "nll_bits"}, which a row has too, and appends it to
+    evaluations.jsonl in the run's folder. With `watch` it goes on until the run has its row. Checkpoints that are
+    incomplete or damaged are left out, and so are those that retention deletes before they are read. Raises
+    `InputError` if the folder holds no run, or as `read_people` does.
+    """
+    directory, device = Path(directory), resolve_device(device)
+    config = read_claim(directory)[0]
+    people = read_people(directory, config)
+    with (
+        FileLock(directory / ".evaluations.lock"),  # a second process waits and finds everything measured
+        Record(directory / "evaluations.jsonl") as record,
+    ):
+        while True:
+            finished = (directory / ROW).exists()  # asked first: then there is nothing new after what is found
+            for step, model in _not_yet(directory, config, record.steps):
+                measured = _measure(model.to(device), people, config, directory)
+                record.write(step, **measured)
+                yield {"step": step, **measured}
+            if finished or not watch:
+                return
+            time.sleep(POLL_INTERVAL)
+
+
+def _not_yet(directory: Path, config: RunConfig, measured: Collection[int]) -> Iterator[tuple[int, Transformer]]:
+    """The models of a run after the steps that are not among those measured."""
+    for folder in checkpoint.steps(directory / "checkpoints"):
+        step = checkpoint.step_of(folder)
+        if step in measured:
+            continue
+        try:
+            tensors, _ = checkpoint.load(folder)
+        except (InputError, OSError):
+            if checkpoint.damage(folder):  # or deleted by now
+                continue
+            raise
+        model = Transformer(config.model)
+        model.load_state_dict(below("model.", tensors))
+        yield step, model
+    if (directory / ROW).exists():  # then there may be no checkpoints any more
+        step = json.loads((directory / ROW).read_text())["steps"]
+        if step not in measured:
+            yield step, load_model(directory)[0]
+
+
+def _measure(model: Transformer, people: People, config: RunConfig, directory: Path) -> dict[str, float]:
+    tokenizer = run_tokenizer(own_files(directory, config))
+    with SqlTool(directory / DATABASE) if config.mode == "in-tool" else nullcontext() as tool:
+        measured = measure_recall(model, list(people.facts()), tokenizer, tool)
+    bits = bits_of_dialogs(model, tokenize_people(people, config.mode, tokenizer))
+    return {
+        "recall": measured.overall,
+        **{f"recall_{attribute}": share for attribute, share in measured.by_attribute().items()},
+        "nll_bits": float(bits.mean()),
+    }

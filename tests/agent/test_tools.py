@@ -1,0 +1,373 @@
+import sqlite3
+import threading
+from time import monotonic
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib.agent.tools import ERROR_TEXTS, CalculatorTool, Outcome, SqlTool, connect_read_only
+from lib.base import InputError
+from lib.dialogs.request import Request, format_request, parse_request
+from lib.facts.database import write_database
+from lib.facts.people import VALUES, People
+from lib.facts.sampling import sample_people
+
+PROSE = "To answer this question I will make a request to the database:\n"
+PEOPLE = sample_people(100, seed=1)
+
+
+@pytest.fixture
+def database(tmp_path):
+    write_database(PEOPLE, tmp_path / "people.db")
+    return tmp_path / "people.db"
+
+
+# ---- The request language
+
+attributes = st.text(min_size=1).filter(lambda text: len(text.split()) == 1 and text == text.strip())
+names = st.text(st.characters(exclude_characters="\n"), min_size=1) | st.sampled_from(
+    ["FOR", " FOR ", "FIND a FOR b", "```", "O'Neil; DROP TABLE people", '"', "Zoë Ø", "a\rb", "a\u2028b", "\ud800"]
+)
+prose = st.text() | st.just(PROSE.rstrip("\n"))
+
+
+@given(attributes, names, prose)
+def test_a_request_is_read_back_from_behind_any_prose(attribute, name, prose):
+    block = format_request(attribute, name)
+    assert parse_request(block) == Request(attribute, name)
+    assert parse_request(f"{prose}\n{block}") == Request(attribute, name)
+
+
+@given(attributes, names, st.text(min_size=1))
+def test_nothing_may_follow_a_request(attribute, name, more):
+    assert parse_request(format_request(attribute, name) + more) is None
+
+
+def test_a_request_looks_like_this():
+    assert format_request("occupation", "Ann Lee") == "```sql\nFIND occupation FOR Ann Lee\n```"
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        "",
+        "Ann Lee works as an actor.",
+        "FIND occupation FOR Ann Lee",
+        "```sql\n```",
+        "```sql\n\n```",
+        "```\nFIND occupation FOR Ann Lee\n```",
+        "```SQL\nFIND occupation FOR Ann Lee\n```",
+        "``` sql\nFIND occupation FOR Ann Lee\n```",
+        "x```sql\nFIND occupation FOR Ann Lee\n```",
+        "```sql\nFIND occupation FOR Ann Lee",
+        "```sql\nFIND occupation FOR Ann Lee```",
+        "```sql\nFIND occupation FOR Ann Lee\n````",
+        "```sql\nFIND occupation FOR\n```",
+        "```sql\nFIND occupation FOR \n```",
+        "```sql\nFIND  FOR Ann Lee\n```",
+        "```sql\nFIND FOR Ann Lee\n```",
+        "```sql\nFIND birth date FOR Ann Lee\n```",
+        "```sql\nfind occupation for Ann Lee\n```",
+        "```sql\n FIND occupation FOR Ann Lee\n```",
+        "```sql\nSELECT occupation FROM people\n```",
+        "```sql\nFIND occupation FOR Ann Lee\nFIND birth_date FOR Ann Lee\n```",
+    ],
+)
+def test_everything_else_is_malformed(database, turn):
+    assert parse_request(turn) is None
+    with SqlTool(database) as tool:
+        assert tool(turn).outcome is Outcome.MALFORMED
+        assert tool.n_queries == 0
+
+
+# ---- The SQL tool
+
+
+def ask(tool, attribute, name):
+    return tool(PROSE + format_request(attribute, name))
+
+
+def test_every_fact_is_answered_by_its_value_alone(database):
+    with SqlTool(database) as tool:
+        for name, attribute, value in PEOPLE.facts():
+            response = ask(tool, attribute, name)
+            assert response.ok and response.text == value
+        assert tool.n_queries == PEOPLE.n_facts
+
+
+def test_what_is_not_an_answer_has_an_outcome_and_a_fixed_text_of_its_own(database):
+    name = PEOPLE.names[0]
+    with SqlTool(database) as tool:
+        outcomes = {
+            Outcome.NO_MATCH: [
+                ask(tool, "occupation", other)
+                for other in ["Nobody", name.lower(), name + " ", "%", "' OR 1=1 --", "\ud800", "a\0b", "x" * 2_000_000]
+            ],
+            Outcome.UNKNOWN_ATTRIBUTE: [
+                ask(tool, other, name)
+                for other in ["height", "name", "Occupation", "occupation,", '"height"', "*", "rowid", "1"]
+            ],
+            Outcome.MALFORMED: [tool("hello")],
+        }
+        assert tool.n_queries == len(outcomes[Outcome.NO_MATCH])
+    for outcome, responses in outcomes.items():
+        for response in responses:
+            assert (response.outcome, response.text, response.ok) == (outcome, ERROR_TEXTS[outcome], False)
+
+
+def test_no_error_text_can_be_a_value():
+    assert len(set(ERROR_TEXTS.values())) == len(ERROR_TEXTS) == len(Outcome) - 1
+    assert not set(ERROR_TEXTS.values()) & {value for values in VALUES.values() for value in values}
+    # A value, of a CSV file too, is one line.
+    assert all("\n" in text for text in ERROR_TEXTS.values())
+
+
+def test_the_attributes_can_be_restricted(database):
+    with SqlTool(database, attributes=["occupation"]) as tool:
+        assert tool.attributes == ("occupation",)
+        assert ask(tool, "occupation", PEOPLE.names[0]).ok
+        assert ask(tool, "birth_date", PEOPLE.names[0]).outcome is Outcome.UNKNOWN_ATTRIBUTE
+    for unknown in ["height", "name"]:
+        with pytest.raises(InputError, match=f"unknown attribute '{unknown}'.*birth_date, birth_place"):
+            SqlTool(database, attributes=[unknown])
+
+
+def test_names_and_columns_may_hold_what_means_something_in_sql(tmp_path):
+    people = People(["Robert'); DROP TABLE people;--", '"', "FOR FOR", "Ægir Þór"], {"order": ["a", "b'", "c", "d"]})
+    write_database(people, tmp_path / "people ?#%20.db")
+    with SqlTool(tmp_path / "people ?#%20.db") as tool:
+        assert [ask(tool, "order", name).text for name in people.names] == people.columns["order"]
+
+
+def test_a_foreign_database_may_have_odd_columns_and_empty_cells(tmp_path):
+    path = tmp_path / "foreign.db"
+    connection = sqlite3.connect(path)
+    connection.execute('CREATE TABLE people (id INTEGER, name TEXT, "a""b" TEXT, age INTEGER)')
+    connection.execute("INSERT INTO people VALUES (1, 'Ann', 'x', NULL), (2, 'Bo', 'y', 30)")
+    connection.commit()
+    connection.close()
+    with SqlTool(path) as tool:
+        assert tool.attributes == ("id", 'a"b', "age")
+        assert [ask(tool, 'a"b', "Ann").text, ask(tool, "age", "Bo").text] == ["x", "30"]
+        assert ask(tool, "age", "Ann").outcome is Outcome.NO_MATCH
+
+
+def test_a_query_that_takes_too_long_is_a_timeout(tmp_path):
+    path = tmp_path / "slow.db"
+    connection = sqlite3.connect(path)
+    connection.execute(
+        """CREATE VIEW people AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)
+        SELECT 'Ann' AS name, i AS age FROM n WHERE i < 0"""
+    )
+    connection.close()
+    with SqlTool(path, time_budget=0.1) as tool:
+        start = monotonic()
+        response = ask(tool, "age", "Ann")
+        assert 0.1 <= monotonic() - start < 30  # a busy machine is slow; an endless query would take days
+        assert (response.outcome, response.text) == (Outcome.TIMEOUT, ERROR_TEXTS[Outcome.TIMEOUT])
+        assert tool("hello").outcome is Outcome.MALFORMED
+
+
+# ---- What cannot be opened
+
+
+TABLES = {"no table": "CREATE TABLE cities (name TEXT)", "no name": "CREATE TABLE people (age TEXT)"}
+
+
+def bad_database(kind, folder):
+    path = folder / f"{kind}.db"
+    if kind == "text":
+        path.write_text("not a database, but long enough to have a header" * 20)
+    elif kind == "empty":
+        path.touch()
+    elif kind == "folder":
+        path.mkdir()
+    elif kind in TABLES:
+        connection = sqlite3.connect(path)
+        connection.execute(TABLES[kind])
+        connection.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "there is no database"),
+        ("folder", "there is no database"),
+        ("text", "file is not a database"),
+        ("empty", "no such table: people"),
+        ("no table", "no such table: people"),
+        ("no name", "no column 'name'"),
+    ],
+)
+def test_a_bad_database_is_one_sentence(tmp_path, kind, message):
+    path = bad_database(kind, tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=message) as caught:
+        SqlTool(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_locked_database_is_one_sentence(database):
+    writer = sqlite3.connect(database, isolation_level=None)
+    writer.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(InputError, match=f"{database}: database is locked"):
+        SqlTool(database, time_budget=0.1)
+    writer.close()
+    SqlTool(database).close()
+
+
+def test_a_database_damaged_later_is_an_error_and_no_answer(tmp_path):
+    people = sample_people(20_000)
+    write_database(people, tmp_path / "people.db")
+    with SqlTool(tmp_path / "people.db") as tool:
+        content = bytearray((tmp_path / "people.db").read_bytes())
+        content[4096:] = b"\xff" * (len(content) - 4096)
+        (tmp_path / "people.db").write_bytes(content)
+        with pytest.raises(InputError, match="cannot read people"):
+            ask(tool, "occupation", people.names[0])
+
+
+# ---- What the connection refuses, whatever the SQL
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "ATTACH '{new}' AS other",
+        "ATTACH ':memory:' AS other",
+        "VACUUM INTO '{new}'",
+        "VACUUM",
+        "PRAGMA user_version",
+        "PRAGMA query_only = OFF",
+        "PRAGMA journal_mode = WAL",
+        "SELECT * FROM pragma_database_list",
+        "CREATE TABLE pets (name)",
+        "CREATE TEMP TABLE pets (name)",
+        "CREATE TEMP VIEW pets AS SELECT 1",
+        "CREATE VIRTUAL TABLE pets USING fts5(name)",
+        "CREATE INDEX places ON people (birth_place)",
+        "INSERT INTO people (name) VALUES ('Ann')",
+        "UPDATE people SET occupation = 'actor'",
+        "DELETE FROM people",
+        "DROP TABLE people",
+        "ALTER TABLE people ADD COLUMN height",
+        "REINDEX",
+        "ANALYZE",
+        "BEGIN EXCLUSIVE",
+        "COMMIT",
+        "ROLLBACK",
+        "SAVEPOINT here",
+        "DETACH main",
+        "SELECT load_extension('{new}')",
+        "SELECT writefile('{new}', 'x')",
+        "SELECT randomblob(1000000000)",
+    ],
+)
+def test_only_reading_is_allowed(database, sql):
+    before = database.read_bytes()
+    connection = connect_read_only(database)
+    with pytest.raises(sqlite3.Error, match="not authorized|no such function|within a transaction"):
+        connection.execute(sql.format(new=database.parent / "new.db")).fetchall()
+    assert connection.execute("SELECT occupation FROM people WHERE name = ?", PEOPLE.names[:1]).fetchall() == [
+        (PEOPLE.value(0, "occupation"),)
+    ]
+    connection.close()
+    assert database.read_bytes() == before
+    assert list(database.parent.iterdir()) == [database]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n WHERE i < 0",
+        "SELECT 1 FROM people a, people b, people c, people d, people e WHERE a.name || e.name = b.occupation",
+        "SELECT a.name FROM people a, people b, people c, people d, people e ORDER BY a.name || e.name",
+    ],
+)
+def test_an_endless_query_is_stopped_within_its_time_budget(database, sql):
+    connection = connect_read_only(database, time_budget=0.1)
+    start = monotonic()
+    with pytest.raises(sqlite3.OperationalError) as caught:
+        connection.execute(sql).fetchall()
+    assert caught.value.sqlite_errorname == "SQLITE_INTERRUPT"
+    assert 0.1 <= monotonic() - start < 30  # a busy machine is slow; an endless query would take days
+    assert connection.execute("SELECT name FROM people LIMIT 1").fetchall()
+    connection.close()
+
+
+def test_a_query_cannot_fill_the_memory_with_one_value(database):
+    connection = connect_read_only(database)
+    with pytest.raises(sqlite3.DataError, match="too big"):
+        connection.execute(
+            "WITH RECURSIVE t(s) AS (SELECT name FROM people UNION ALL SELECT s || s FROM t) SELECT s FROM t"
+        ).fetchall()
+    connection.close()
+
+
+def test_an_unknown_column_in_quotes_is_not_answered_by_its_own_name(database):
+    connection = connect_read_only(database)
+    with pytest.raises(sqlite3.OperationalError, match="no such column"):
+        connection.execute('SELECT people."height" FROM people')
+    connection.close()
+    with SqlTool(database) as tool:
+        for attribute in ["height", '"height"', "[height]", "'height'"]:
+            assert ask(tool, attribute, PEOPLE.names[0]).outcome is Outcome.UNKNOWN_ATTRIBUTE
+
+
+def test_the_database_stands_still_while_it_is_read(database):
+    tool = SqlTool(database)
+    writer = sqlite3.connect(database, timeout=0.05)
+    with pytest.raises(sqlite3.OperationalError, match="locked"), writer:
+        writer.execute("UPDATE people SET occupation = 'actor'")
+    writer.close()
+    others = []
+    thread = threading.Thread(target=lambda: others.append(ask_once(database)))
+    thread.start()
+    thread.join()
+    assert others == [PEOPLE.value(0, "occupation")]
+    write_database(PEOPLE[:1], database)
+    assert ask(tool, "occupation", PEOPLE.names[1]).text == PEOPLE.value(1, "occupation")
+    tool.close()
+
+
+def ask_once(database):
+    with SqlTool(database) as tool:
+        return ask(tool, "occupation", PEOPLE.names[0]).text
+
+
+# ---- The calculator
+
+
+@given(st.dates(), st.dates())
+def test_an_age_is_the_number_of_birthdays(born, on):
+    request = f"AGE {born.day}/{born.month}/{born.year:04} ON {on.day}/{on.month}/{on.year:04}"
+    response = CalculatorTool()(f"Let me see:\n```calc\n{request}\n```")
+    if on < born:
+        assert response.outcome is Outcome.NO_MATCH
+    else:
+        birthdays = [(year, born.month, born.day) for year in range(born.year + 1, on.year + 1)]
+        assert response.ok and int(response.text) == sum(day <= (on.year, on.month, on.day) for day in birthdays)
+
+
+@pytest.mark.parametrize(
+    ("request_line", "outcome", "text"),
+    [
+        ("AGE 12/3/1970 ON 1/1/2020", Outcome.ANSWER, "49"),
+        ("AGE 12/3/1970 ON 12/3/2020", Outcome.ANSWER, "50"),
+        ("YEARS 1970 TO 2020", Outcome.ANSWER, "50"),
+        ("YEARS 1970 TO 1970", Outcome.ANSWER, "0"),
+        ("YEARS 2020 TO 1970", Outcome.NO_MATCH, ERROR_TEXTS[Outcome.NO_MATCH]),
+        ("AGE 30/2/1970 ON 1/1/2020", Outcome.NO_MATCH, ERROR_TEXTS[Outcome.NO_MATCH]),
+        ("AGE 1/1/2020 ON 2/1/0000", Outcome.NO_MATCH, ERROR_TEXTS[Outcome.NO_MATCH]),
+        ("YEARS 1970", Outcome.MALFORMED, ERROR_TEXTS[Outcome.MALFORMED]),
+        ("YEARS 1_70 TO 2020", Outcome.MALFORMED, ERROR_TEXTS[Outcome.MALFORMED]),
+        ("FIND occupation FOR Ann Lee", Outcome.MALFORMED, ERROR_TEXTS[Outcome.MALFORMED]),
+    ],
+)
+def test_the_calculator_answers_with_typed_outcomes(request_line, outcome, text):
+    response = CalculatorTool()(f"```calc\n{request_line}\n```")
+    assert (response.outcome, response.text) == (outcome, text)
+    assert CalculatorTool()(f"```sql\n{request_line}\n```").outcome is Outcome.MALFORMED

@@ -1,0 +1,650 @@
+"""The command line: what works, end to end, and what every kind of bad input is answered with."""
+
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from lib import paths
+from lib.cli import app
+from lib.facts.sampling import sample_people
+from lib.notebook.runner import NotebookError
+from lib.training import checkpoint
+from lib.training.saved import open_conversation
+
+TINY = ["--people", "2", "--d-model", "8", "--set", "training.steps=8", "--set", "evaluation.every=null"]
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def _main(*arguments: str) -> int:
+    """Run `itl` in this process; returns its exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        patch.setattr(sys, "argv", ["itl", *arguments])
+        app.main()
+    return exit_.value.code or 0
+
+
+@pytest.fixture
+def itl(capsys) -> Callable[..., Answer]:
+    """A function that runs `itl` in this process and returns what it answered."""
+
+    def run(*arguments: str) -> Answer:
+        capsys.readouterr()
+        code = _main(*arguments)
+        return Answer(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Folders in-weight and in-tool, each with a run of a tiny model that knows next to nothing."""
+    folder = tmp_path_factory.mktemp("trained")
+    for mode in ("in-weight", "in-tool"):
+        assert _main("train", "--mode", mode, *TINY, "--out", str(folder / mode)) == 0
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Iterator[Path]:
+    """The current folder, in which runs/ is too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("COLUMNS", "80")
+    yield tmp_path
+
+
+def _snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+# ---- Bad input
+
+
+class Bad(NamedTuple):
+    """One cause: the command, words that its answer has, and what is done before."""
+
+    command: str
+    words: tuple[str, ...]
+    prepare: Callable[[Path], None] | None = None
+
+
+def _file(name: str, content: str) -> Callable[[Path], None]:
+    def prepare(here: Path) -> None:
+        (here / name).parent.mkdir(exist_ok=True)
+        (here / name).write_text(content)
+
+    return prepare
+
+
+def _damage(name: str, change: Callable[[bytes], bytes] | None) -> Callable[[Path], None]:
+    """Change a file of the run in-weight/, or delete it."""
+
+    def prepare(here: Path) -> None:
+        path = here / "in-weight" / "model" / name
+        if change is None:
+            path.unlink()
+        else:
+            path.write_bytes(change(path.read_bytes()))
+
+    return prepare
+
+
+def _flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def _database(sql: str) -> Callable[[Path], None]:
+    def prepare(here: Path) -> None:
+        with sqlite3.connect(here / "some.sqlite") as connection:
+            connection.execute(sql)
+        connection.close()
+
+    return prepare
+
+
+def _finished_run_of_another_size(here: Path) -> None:
+    shutil.copytree(here / "in-weight", here / "run")
+
+
+def _linked(here: Path) -> None:
+    (here / "people.csv").write_text("name,pet\nAnn,cat\n")
+    (here / "other.csv").hardlink_to(here / "people.csv")
+
+
+CSV = "train --csv people.csv --out run"
+BAD = {
+    # People
+    "negative people": Bad("data --out x.sqlite --people -3", ("facts.n_people", "greater than or equal to 1", "-3")),
+    "no people": Bad("train --people 0", ("facts.n_people", "greater than or equal to 1", "0")),
+    "too many people": Bad("data --out x.sqlite --people 5000000", ("facts.n_people", "less than or equal to 4578012")),
+    "people in letters": Bad("train --people many", ("--people", "integer")),
+    "an impossible correlation": Bad(
+        "data --out x.sqlite --alpha 1.5", ("facts.alpha", "less than or equal to 1", "1.5")
+    ),
+    "a negative seed": Bad("train --seed -1", ("seed", "greater than or equal to 0", "-1")),
+    "correlation of people from a CSV": Bad(
+        "data --out x.sqlite --csv people.csv --alpha 0.5",
+        ("facts.alpha", "must be 0", "facts.csv"),
+        _file("people.csv", "name,pet\nAnn,cat\n"),
+    ),
+    "a CSV that is missing": Bad(CSV, ("cannot read people from people.csv", "No such file")),
+    "a CSV without a column name": Bad(
+        CSV, ("people.csv", "no column 'name'", "who"), _file("people.csv", "who,pet\nAnn,cat\n")
+    ),
+    "a CSV with a name twice": Bad(
+        CSV, ("people.csv", "'Ann' twice", "unique"), _file("people.csv", "name,pet\nAnn,a\nAnn,b\n")
+    ),
+    "a CSV with nobody": Bad(CSV, ("people.csv has no people",), _file("people.csv", "name,pet\n")),
+    "a CSV with an attribute that cannot be asked for": Bad(
+        CSV, ("people.csv", "bad column name 'first pet'", "letters"), _file("people.csv", "name,first pet\nAnn,cat\n")
+    ),
+    "a CSV with an empty cell": Bad(
+        CSV, ("people.csv, person 1", "non-empty"), _file("people.csv", "name,pet\nAnn,\n")
+    ),
+    # Configurations
+    "heads that do not divide d_model": Bad(
+        "train --d-model 32 --set model.n_heads=3", ("model.d_model = 32", "n_heads = 3", "multiple of 6")
+    ),
+    "key-value heads that do not divide heads": Bad(
+        "train --set model.n_heads=4 --set model.n_kv_heads=3", ("model.n_kv_heads = 3", "divisors")
+    ),
+    "a vocabulary without room for bytes": Bad(
+        "train --set model.vocab_size=100", ("model.vocab_size = 100", "at least 260")
+    ),
+    "an unknown configuration key": Bad(
+        "train --set training.epochs=3", ("unknown configuration key 'training.epochs'", "accepted are", "batch_size")
+    ),
+    "an unknown group": Bad("train --set trainer.steps=3", ("unknown configuration key 'trainer'", "training")),
+    "a group in place of a field": Bad("train --set model=3", ("model takes an object", "3")),
+    "a value of the wrong type": Bad("train --set training.steps=many", ("training.steps", "integer", "'many'")),
+    "a rate that is not finite": Bad("train --set optim.lr=Infinity", ("optim.lr", "finite")),
+    "--set without a value": Bad("train --set training.steps", ("--set takes field=value", "'training.steps'")),
+    "a mode that does not exist": Bad("train --mode both", ("--mode", "'both'", "'in-weight', 'in-tool'")),
+    "a missing configuration": Bad("train --config c.json", ("cannot read the configuration c.json", "No such file")),
+    "a configuration that is not JSON": Bad(
+        "train --config c.json", ("c.json is not JSON",), _file("c.json", "{seed: 1}")
+    ),
+    "a configuration that is a list": Bad("train --config c.json", ("object with fields",), _file("c.json", "[1]")),
+    "a configuration with an unknown key": Bad("train --config c.json", ("'seeds'",), _file("c.json", '{"seeds": 1}')),
+    # Folders and files
+    "a folder that holds something else": Bad(
+        "train --out run", ("run is not empty and holds no run", "new folder"), _file("run/thesis.tex", "words")
+    ),
+    "the folder of another run": Bad(
+        "train --people 3 --out run", ("run holds a run of another configuration",), _finished_run_of_another_size
+    ),
+    "a file in place of a folder": Bad("train --out run", ("run is a file",), _file("run", "")),
+    "a folder below a file": Bad("train --out file/run", ("cannot make the folder file/run",), _file("file", "")),
+    "a database in a folder that does not exist": Bad(
+        "data --out nowhere/x.sqlite", ("cannot write the database nowhere/x.sqlite", "existing folder")
+    ),
+    "a database in place of a folder": Bad(
+        "data --out in-weight", ("cannot write the database in-weight", "file name")
+    ),
+    "dialogs in a folder that does not exist": Bad(
+        "data --out x.sqlite --dialogs nowhere/d.jsonl", ("cannot write nowhere/d.jsonl", "existing folder")
+    ),
+    "a database in place of the people it is made from": Bad(
+        "data --csv people.csv --out ./people.csv",
+        ("--csv and --out name the same file", "people.csv"),
+        _file("people.csv", "name,pet\nAnn,cat\n"),
+    ),
+    "a database in place of its people by another name": Bad(
+        "data --csv people.csv --out other.csv", ("--csv and --out name the same file",), _linked
+    ),
+    "dialogs in place of the people": Bad(
+        "data --csv people.csv --out x.sqlite --dialogs people.csv",
+        ("--csv and --dialogs name the same file",),
+        _file("people.csv", "name,pet\nAnn,cat\n"),
+    ),
+    "dialogs and a database in one file": Bad(
+        "data --out x.sqlite --dialogs in-weight/../x.sqlite", ("--out and --dialogs name the same file",)
+    ),
+    "a database in place of a pipe": Bad(
+        "data --out pipe", ("cannot write the database pipe", "a file name"), lambda here: os.mkfifo(here / "pipe")
+    ),
+    "a database in place of what a link leads to": Bad(
+        "data --out link", ("cannot write the database link",), lambda here: (here / "link").symlink_to("/dev/null")
+    ),
+    "dialogs in place of a pipe": Bad(
+        "data --out x.sqlite --dialogs pipe", ("cannot write pipe",), lambda here: os.mkfifo(here / "pipe")
+    ),
+    "more parts of a batch than dialogs": Bad(
+        "train --people 2 --out run --set training.grad_accumulation=100", ("grad_accumulation = 100", "8 dialogs")
+    ),
+    # Checkpoints
+    "a run that is missing": Bad("recall nothing", ("there is no checkpoint at nothing",)),
+    "a run that is not finished": Bad("chat run Hello?", ("run is incomplete",), _file("run/config.json", "{}")),
+    "a truncated checkpoint": Bad(
+        "recall in-weight",
+        ("damaged", checkpoint.TENSORS, "has changed"),
+        _damage(checkpoint.TENSORS, lambda b: b[:-100]),
+    ),
+    "a flipped bit": Bad("chat in-weight Hello?", ("damaged", checkpoint.TENSORS), _damage(checkpoint.TENSORS, _flip)),
+    "a flipped bit in the state": Bad(
+        "recall in-weight", ("damaged", checkpoint.STATE), _damage(checkpoint.STATE, _flip)
+    ),
+    "a checkpoint without its marker": Bad(
+        "recall in-weight", ("incomplete", checkpoint.MARKER, "train again"), _damage(checkpoint.MARKER, None)
+    ),
+    "a checkpoint without its tensors": Bad(
+        "recall in-weight", ("damaged", checkpoint.TENSORS, "missing"), _damage(checkpoint.TENSORS, None)
+    ),
+    # Databases
+    "a missing database": Bad("recall in-tool --database no.sqlite", ("there is no database no.sqlite",)),
+    "a file that is no database": Bad(
+        "recall in-tool --database some.sqlite", ("some.sqlite", "not a database"), _file("some.sqlite", "words " * 99)
+    ),
+    "a database without people": Bad(
+        "chat in-tool Hello? --database some.sqlite", ("some.sqlite", "no such table"), _database("CREATE TABLE x (y)")
+    ),
+    "a database without a column name": Bad(
+        "recall in-tool --database some.sqlite",
+        ("some.sqlite", "no column 'name'"),
+        _database("CREATE TABLE people (who)"),
+    ),
+    "an unknown attribute": Bad(
+        "recall in-tool --database some.sqlite",
+        ("unknown attribute 'birth_date'", "some.sqlite has pet"),
+        _database("CREATE TABLE people (name, pet)"),
+    ),
+    "a database for a model that asks none": Bad(
+        "recall in-weight --database in-tool/people.sqlite", ("in-weight", "asks no database", "leave")
+    ),
+    # Notebooks
+    "an unknown notebook": Bad("notebooks 77", ("'77' is not a notebook", "00_quickstart")),
+    "a parameter that a notebook does not have": Bad(
+        "notebooks 00 -p color=red", ("00_quickstart has no parameter 'color'", "it accepts", "profile: str")
+    ),
+    "a parameter of the wrong type": Bad(
+        "notebooks 05_1 -p threshold=high", ("parameter threshold", "'high'", "float")
+    ),
+    "a parameter without a value": Bad("notebooks 05_1 -p threshold", ("'threshold'", "name=value")),
+    "the profile as a parameter": Bad("notebooks 05_1 -p profile=quick", ("profile", "option", "not as a parameter")),
+    # Sweeps and figures
+    "an unknown section": Bad("sweep 05_9", ("there is no experiment 05_9", "05_1")),
+    "an unknown profile": Bad("sweep 05_1 --profile huge", ("--profile", "'huge'", "'quick', 'laptop', 'paper'")),
+    "publishing quick results": Bad("sweep 05_1 --publish", ("quick does not publish", "laptop and paper")),
+    "a sweep without processes": Bad("sweep 05_1 --profile smoke --jobs 0", ("jobs = 0", "at least one process")),
+    "a stack of no models": Bad("sweep 05_1 --profile smoke --stack 0", ("stack = 0", "1 for each alone")),
+    "half a model": Bad("sweep 05_1 --profile smoke --stack 0.5", ("--stack", "integer")),
+    "negative hours": Bad("sweep 05_1 --max-hours -1", ("--max-hours", "0")),
+    "a sweep on a device that is not there": Bad(
+        "sweep 05_1 --profile smoke --jobs 1 --device abacus", ("no device 'abacus'", "auto or cpu")
+    ),
+    "an unknown figure after a known one": Bad(
+        "figures parameter_bounds bounds --profile quick", ("there is no figure 'bounds'", "parameter_bounds")
+    ),
+    # Devices and options
+    "an unknown device": Bad("train --device abacus", ("no device 'abacus'", "auto or cpu")),
+    "an evaluation of a folder without a run": Bad("evaluate .", ("is not the folder of a run", "config.json")),
+    "an evaluation on a device that is not there": Bad("evaluate in-weight --device abacus", ("no device 'abacus'",)),
+    "negative steps to profile": Bad("train --profile-steps -1", ("observers.profile_steps", "-1")),
+    "probes every zero steps": Bad("train --probe-every 0", ("observers.probe_every", "0")),
+    "half a step between probes": Bad("train --probe-every 0.5", ("--probe-every", "integer")),
+    "an unknown device for questions": Bad("recall in-weight --device abacus", ("no device 'abacus'", "auto or cpu")),
+    "a negative temperature": Bad("chat in-weight Hello? --temperature -1", ("--temperature", "0")),
+    "an unknown option": Bad("train --epochs 3", ("No such option", "--epochs")),
+    "an unknown command": Bad("trian", ("No such command 'trian'",)),
+    "an option without its value": Bad("train --people", ("--people", "requires an argument")),
+    "a missing argument": Bad("recall", ("Missing argument",)),
+}
+
+
+@pytest.fixture
+def prepared(here, trained, request) -> tuple[Path, Bad]:
+    """The current folder with copies of the trained runs and with what the cause of `request.param` needs."""
+    bad = BAD[request.param]
+    shutil.copytree(trained, here, dirs_exist_ok=True)
+    if bad.prepare:
+        bad.prepare(here)
+    return here, bad
+
+
+def _assert_one_sentence(answer: Answer, words: tuple[str, ...]) -> None:
+    assert answer.code == 2
+    assert answer.err.startswith("itl: ") and answer.err.endswith("\n") and answer.err.count("\n") == 1, answer.err
+    assert "Traceback" not in answer.err + answer.out
+    for word in words:
+        assert word in answer.err
+
+
+@pytest.mark.parametrize("prepared", BAD, indirect=True)
+def test_bad_input_is_answered_with_one_sentence_and_changes_no_file(prepared, itl):
+    folder, bad = prepared
+    before = _snapshot(folder)
+    answer = itl(*bad.command.split())
+    _assert_one_sentence(answer, bad.words)
+    assert _snapshot(folder) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "prepared",
+    ["negative people", "heads that do not divide d_model", "a flipped bit", "an unknown option"],
+    indirect=True,
+)
+def test_bad_input_to_a_real_process_is_answered_the_same_way(prepared):
+    folder, bad = prepared
+    before = _snapshot(folder)
+    environment = {**os.environ, "PYTHONPATH": str(paths.ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "lib", *bad.command.split()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    _assert_one_sentence(Answer(done.returncode, done.stdout, done.stderr), bad.words)
+    assert _snapshot(folder) == before
+
+
+@pytest.mark.parametrize("spoil", ["changed", "gone", "elsewhere"])
+def test_a_run_asks_about_the_people_it_was_trained_on_whatever_becomes_of_their_file(here, itl, monkeypatch, spoil):
+    (here / "people.csv").write_text('name,pet\nZoe,cat\nBob,"a, b"\nAnn,dog\n')
+    options = ["--d-model", "8", "--set", "training.steps=8", "--set", "evaluation.every=null"]
+    assert itl("train", "--csv", "people.csv", *options, "--mode", "in-tool", "--out", "run").code == 0
+    model = "run"
+    if spoil == "changed":
+        (here / "people.csv").write_text("name,pet\nZoe,eel\nBob,ant\nAnn,dog\nEve,fox\n")
+    elif spoil == "gone":
+        (here / "people.csv").unlink()
+    else:
+        (here / "there").mkdir()
+        (here / "there" / "people.csv").write_text("name,pet\nEve,fox\n")
+        (here / "run").rename(here / "moved")
+        monkeypatch.chdir(here / "there")
+        model = "../moved"
+    for folder in (model, f"{model}/model"):
+        with open_conversation(Path(folder), Path(model, "people.sqlite")) as talk:
+            assert list(talk.people.facts()) == [("Zoe", "pet", "cat"), ("Bob", "pet", "a, b"), ("Ann", "pet", "dog")]
+            assert "Zoe" in talk.example
+    answer = itl("recall", model)
+    assert answer.code == 0 and "on 3 questions" in answer.out
+    assert itl("evaluate", model).code == 0
+    monkeypatch.setattr(app, "_read_line", iter(["/who", ""]).__next__)
+    said = itl("chat", model).out
+    assert all(name in said for name in ("Zoe", "Bob", "Ann")) and "Eve" not in said
+    # Without the copy, as in runs from before there was one, other people are refused.
+    Path(model, "people.csv").unlink()
+    assert itl("recall", model).code == 2
+
+
+def test_a_locked_database_is_answered_with_one_sentence(here, trained, itl):
+    shutil.copytree(trained / "in-tool", here / "in-tool")
+    connection = sqlite3.connect(here / "in-tool" / "people.sqlite", isolation_level=None)
+    connection.execute("BEGIN EXCLUSIVE")
+    before = _snapshot(here)
+    _assert_one_sentence(itl("recall", "in-tool"), ("in-tool/people.sqlite", "database is locked"))
+    assert _snapshot(here) == before
+    connection.close()
+    assert itl("recall", "in-tool").code == 0
+
+
+def test_tensorboard_that_is_not_installed_is_answered_with_one_sentence(here, itl, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    _assert_one_sentence(itl("train", *TINY, "--tensorboard"), ("TensorBoard", "not installed", "[monitor]"))
+    assert list(here.iterdir()) == []
+
+
+def test_weights_and_biases_that_is_not_installed_is_answered_with_one_sentence(here, itl, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    _assert_one_sentence(itl("train", *TINY, "--wandb", "p"), ("Weights & Biases", "not installed", "[monitor]"))
+    assert list(here.iterdir()) == []
+
+
+def test_weights_and_biases_without_an_account_says_how_to_do_without(here):
+    """In a process of its own: the package remembers how it was set up first."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"PYTHONPATH": str(paths.ROOT), "HOME": str(here / "home"), "ITL_RUNS": str(here / "runs")}
+    command = [sys.executable, "-m", "lib", "train", *TINY, "--wandb", "p"]
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    _assert_one_sentence(Answer(done.returncode, done.stdout, done.stderr), ("API key", "WANDB_MODE=offline"))
+    assert not (here / "runs").exists()
+
+
+def test_an_interrupted_command_says_how_to_go_on(here, itl, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lib.training.run.run", interrupt)
+    answer = itl("train", *TINY)
+    assert (answer.code, answer.err) == (130, "itl: interrupted: the same command goes on from here\n")
+
+
+def test_a_notebook_that_fails_is_no_bad_input(itl, monkeypatch):
+    def fail(*_, **__):
+        raise NotebookError("00_quickstart failed in cell [3]\nof many")
+
+    monkeypatch.setattr("lib.notebook.runner.run_many", fail)
+    answer = itl("notebooks", "00")
+    assert (answer.code, answer.err) == (1, "itl: 00_quickstart failed in cell [3] of many\n")
+
+
+def test_an_error_that_nobody_foresaw_keeps_its_traceback(monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("lib.training.run.run", fail)
+    monkeypatch.setattr(sys, "argv", ["itl", "train"])
+    with pytest.raises(ZeroDivisionError):
+        app.main()
+
+
+# ---- What works
+
+
+def test_train_makes_a_run_that_recall_and_chat_work_on(here, itl):
+    command = ["train", "--mode", "in-weight", "--people", "8", "--d-model", "8", "--set", "training.steps=20"]
+    answer = itl(*command)
+    assert answer.code == 0, answer.err
+    (folder,) = (here / "runs" / "train").iterdir()
+    row = json.loads((folder / "row.json").read_text())
+    assert (row["run_id"], row["n_people"], row["d_model"], row["steps"]) == (folder.name, 8, 8, 20)
+    assert f"run {folder.name}: in-weight, d_model 8, 6,248 parameters" in answer.out
+    assert f"recall {row['recall']:.4f} on 32 questions after 20 steps" in answer.out
+    assert str(folder) in answer.out
+
+    recalled = itl("recall", str(folder))
+    assert recalled.code == 0 and recalled.out.startswith(f"recall {row['recall']:.4f} on 32 questions\n")
+    assert {line.split()[0] for line in recalled.out.splitlines()[1:]} == set(sample_people(1).attributes)
+
+    said = itl("chat", str(folder), "Where was Ann born?")
+    assert said.code == 0 and said.out.startswith("assistant: ")
+
+
+def test_the_same_command_does_not_train_again(here, itl, monkeypatch):
+    first = itl("train", *TINY, "--out", "run")
+    monkeypatch.setattr("lib.training.run.Trainer", None)
+    assert itl("train", *TINY, "--out", "run") == first
+
+
+def test_what_watches_a_run_writes_into_its_folder_and_changes_neither_its_id_nor_its_weights(here, itl, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HOME", str(here / "home"))
+    watched = itl(*"train --profile-steps 2 --probe-every 4 --tensorboard --wandb facts --out watched".split(), *TINY)
+    plain = itl("train", *TINY, "--out", "plain")
+    assert (watched.code, plain.code) == (0, 0)
+    assert watched.out.splitlines()[0] == plain.out.splitlines()[0]  # its id
+    weights = [(here / name / "model" / checkpoint.TENSORS).read_bytes() for name in ("watched", "plain")]
+    assert weights[0] == weights[1]
+    added = {path.name for path in (here / "watched").iterdir()} - {path.name for path in (here / "plain").iterdir()}
+    assert added == {"profile", "probes.jsonl", "tensorboard", "wandb"}
+
+
+def test_evaluate_measures_what_a_run_left_once_and_says_where_it_is(here, trained, itl):
+    shutil.copytree(trained / "in-tool", here / "run")
+    row = json.loads((here / "run" / "row.json").read_text())
+    first = itl("evaluate", "run", "--watch")
+    assert first.out.splitlines() == [
+        f"step 8: recall {row['recall']:.4f}, {row['nll_bits']:.2f} bits a question",
+        "all that was measured is in run/evaluations.jsonl",
+    ]
+    assert itl("evaluate", "run").out.splitlines() == first.out.splitlines()[1:]
+
+
+def test_options_and_files_make_the_same_configuration(here, itl):
+    (here / "c.json").write_text('{"mode": "in-tool", "training": {"steps": 4}, "optim": {"lr": 0.5}}')
+    options = ["--people", "2", "--d-model", "4", "--seed", "3", "--out", "run"]
+    for assignment in ("optim.lr=0.25", "optim.schedule=constant", "evaluation.every=null"):
+        options += ["--set", assignment]
+    answer = itl("train", "--config", "c.json", *options)
+    assert answer.code == 0, answer.err
+    config = json.loads((here / "run" / "config.json").read_text())["config"]
+    assert (config["mode"], config["seed"], config["facts"]["seed"], config["facts"]["n_people"]) == (
+        "in-tool",
+        3,
+        3,
+        2,
+    )
+    assert (config["optim"]["lr"], config["optim"]["schedule"]) == (0.25, "constant")
+    assert (config["training"]["steps"], config["evaluation"]["every"], config["model"]["d_model"]) == (4, None, 4)
+
+
+def test_facts_of_ones_own_are_learned_from_a_csv(here, itl):
+    (here / "pets.csv").write_text("name,pet,favorite_food\nAnn,cat,rice\nBob,dog,plums\n")
+    command = ["train", "--csv", "pets.csv", "--d-model", "8", "--set", "training.steps=4", "--out", "run"]
+    assert itl(*command).code == 0
+    row = json.loads((here / "run" / "row.json").read_text())
+    assert (row["n_people"], row["n_facts"], row["n_questions"]) == (2, 4, 4)
+    assert {name for name in row if name.startswith("recall_")} == {"recall_pet", "recall_favorite_food"}
+
+
+def test_an_in_tool_model_is_asked_with_its_own_database_or_another(trained, here, itl):
+    folder = str(trained / "in-tool")
+    answer = itl("recall", folder)
+    assert answer.code == 0, answer.err
+    assert "on 8 questions, " in answer.out and f"queries to {folder}/people.sqlite" in answer.out
+    assert itl("data", "--out", "others.sqlite", "--people", "5", "--seed", "9").code == 0
+    assert "queries to others.sqlite" in itl("recall", folder, "--database", "others.sqlite").out
+
+
+def test_data_writes_a_database_and_the_dialogs_of_the_same_people(here, itl):
+    answer = itl("data", "--out", "x.sqlite", "--people", "3", "--dialogs", "d.jsonl", "--mode", "in-tool")
+    assert answer.code == 0
+    assert "3 people with 12 facts (birth_date, birth_place, current_address, occupation) in x.sqlite" in answer.out
+    with sqlite3.connect(here / "x.sqlite") as connection:
+        stored = dict(connection.execute("SELECT name, birth_place FROM people"))
+    people = sample_people(3)
+    assert stored == dict(zip(people.names, people.columns["birth_place"], strict=True))
+    dialogs = [json.loads(line) for line in (here / "d.jsonl").read_text().splitlines()]
+    assert len(dialogs) == 12
+    assert [role for role, _ in dialogs[0]] == ["user", "assistant", "database", "assistant"]
+    assert {text for dialog in dialogs for role, text in dialog if role == "database"} >= set(stored.values())
+    assert sorted(path.name for path in here.iterdir()) == ["d.jsonl", "x.sqlite"]
+
+
+def test_a_conversation_ends_with_an_empty_line_or_the_end_of_the_input(trained, here, itl, monkeypatch):
+    for lines in (["Who?", ""], ["Who?"]):
+        left = iter(lines)
+
+        def read(_, left=left) -> str:
+            try:
+                return next(left)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr(app.console, "input", read)
+        answer = itl("chat", str(trained / "in-weight"))
+        assert answer.code == 0 and answer.err == ""
+        assert answer.out.count("assistant: ") == 1 and "An empty line ends the conversation" in answer.out
+
+
+def test_figures_of_a_profile_that_does_not_count_go_to_runs(here, itl):
+    answer = itl("figures", "parameter_bounds", "--profile", "quick")
+    folder = here / "runs" / "quick" / "figures"
+    assert answer.code == 0
+    assert answer.out.split() == [str(folder / "parameter_bounds.pdf"), str(folder / "parameter_bounds.png")]
+    assert sorted(map(str, folder.iterdir())) == answer.out.split()
+
+
+def test_a_dry_run_of_a_sweep_says_what_is_ahead(here, itl):
+    answer = itl("sweep", "05_1", "--profile", "smoke", "--dry-run")
+    assert answer.code == 0 and "0 runs done now" in answer.out and "in-tool, 8 facts, d = 4, seed 0" in answer.out
+    assert list(here.iterdir()) == []
+
+
+def test_a_sweep_is_told_how_many_models_may_train_as_one(here, itl, monkeypatch):
+    from lib.experiments.sweep import Report
+
+    asked = []
+    monkeypatch.setattr("lib.experiments.sweep.sweep", lambda *_, stack, **__: asked.append(stack) or Report())
+    assert [itl("sweep", "05_1", "--stack", "3").code, itl("sweep", "05_1", "--stack", "1").code] == [0, 0]
+    assert asked == [3, 1]
+
+
+def test_a_sweep_with_a_failed_cell_exits_with_1(here, itl, monkeypatch):
+    from lib.experiments.sweep import Report
+
+    monkeypatch.setattr("lib.experiments.sweep.sweep", lambda *_, **__: Report(failed={"0123": "ValueError: no"}))
+    assert itl("sweep", "05_1").code == 1
+
+
+def test_a_sweep_is_published_when_asked(here, itl, monkeypatch):
+    from lib.experiments.sweep import Report
+
+    published = []
+    monkeypatch.setattr("lib.experiments.sweep.sweep", lambda *_, **__: Report())
+    monkeypatch.setattr("lib.experiments.publishing.commit", lambda: "a" * 40)
+    monkeypatch.setattr("lib.experiments.publishing.publish", lambda *arguments: published.append(arguments) or 7)
+    monkeypatch.setattr("lib.notebook.refresh.refresh", lambda say: published.append("refreshed"))
+    assert itl("sweep", "05_1", "--profile", "laptop", "--publish", "--dry-run").code == 0
+    assert published == []
+    answer = itl("sweep", "05_1", "--profile", "laptop", "--publish")
+    assert published == [("05_1", "laptop"), "refreshed"]
+    assert "7 new rows in" in answer.out and "parameter_bounds.csv" in answer.out
+
+
+def test_a_sweep_that_could_not_be_published_does_not_start(here, itl, monkeypatch):
+    monkeypatch.setattr("lib.experiments.sweep.sweep", None)
+    monkeypatch.setattr("lib.experiments.publishing.commit", lambda: "a" * 40 + "-dirty")
+    answer = itl("sweep", "05_1", "--profile", "laptop", "--publish")
+    _assert_one_sentence(answer, ("not as in a commit", "only rows that can be traced"))
+
+
+def test_notebooks_are_run_with_the_parameters_that_were_typed(itl, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "lib.notebook.runner.run_many", lambda *arguments, **options: asked.append((arguments, options))
+    )
+    assert itl("notebooks", "05_1", "--profile", "smoke", "-p", "threshold=0.5", "--reuse").code == 0
+    ((names, profile, values), options) = asked.pop()
+    assert [name.stem for name in names] == ["05_1_parameter_bounds"]
+    assert (profile, values, options) == ("smoke", {"threshold": 0.5}, {"in_place": False, "reuse": True})
+
+
+def test_paper_runs_every_notebook_and_says_where_everything_is(here, itl, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "lib.notebook.runner.run_many", lambda *arguments, **options: asked.append((arguments, options))
+    )
+    answer = itl("paper")
+    ((names, profile, values), options) = asked.pop()
+    numbered = [path for path in sorted(paths.NOTEBOOKS.glob("*.ipynb")) if path.stem[:2] not in ("06", "A1", "A2")]
+    assert names == numbered
+    assert (profile, values, options) == ("quick", {}, {"in_place": False, "reuse": True})
+    for place in ("figures", "notebooks"):
+        assert str(here / "runs" / "quick" / place) in answer.out
+
+
+def test_help_lists_the_commands_and_nothing_at_all_shows_it(itl):
+    answer = itl("--help")
+    assert answer.code == 0
+    for command in ("data", "train", "recall", "evaluate", "chat", "sweep", "figures", "notebooks", "paper", "test"):
+        assert command in answer.out
+    told = re.sub(r"[│\s]+", " ", answer.out)
+    for command in app.app.registered_commands:
+        said = " ".join(command.callback.__doc__.split("\n\n")[0].split())
+        assert said in told  # nothing in brackets, say, is taken for markup
+    bare = itl()
+    assert bare.code == 2 and "Usage" in bare.out + bare.err and "itl: \n" not in bare.err

@@ -1,0 +1,223 @@
+"""The paper's experiments as data: the search finds the true minimum, and the grids are the published ones."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib.base import InputError
+from lib.config import RunConfig, override
+from lib.experiments.plan import quickstart, searches
+from lib.experiments.search import SIZES, Search
+from lib.experiments.summaries import bounds_searches
+from lib.paths import PROFILES
+
+THRESHOLD = 0.95
+
+
+def _search(n_sizes: int, start: int) -> Search:
+    return Search(RunConfig(), threshold=THRESHOLD, start=start, sizes=SIZES[:n_sizes])
+
+
+def _run_all(search: Search, recall_of: dict[int, float]) -> dict[str, float]:
+    """What a sweep does: run what is pending until nothing is. `recall_of` is the truth for each size."""
+    recalls: dict[str, float] = {}
+    while pending := search.pending(recalls):
+        for config in pending:
+            assert config.run_id not in recalls, "a finished run is never repeated"
+            recalls[config.run_id] = recall_of[config.model.d_model]
+    return recalls
+
+
+def _smallest_found(search: Search, recalls: dict[str, float]) -> int | None:
+    enough = (size for size in search.sizes if recalls.get(search.config(size).run_id, -1) >= THRESHOLD)
+    return min(enough, default=None)
+
+
+@st.composite
+def _monotone_tables(draw) -> tuple[Search, dict[int, float]]:
+    search = _search(n_sizes := draw(st.integers(1, len(SIZES))), draw(st.integers(0, n_sizes - 1)))
+    recalls = sorted(draw(st.lists(st.floats(0, 1), min_size=n_sizes, max_size=n_sizes)))
+    first = draw(st.integers(0, n_sizes))  # where the threshold is crossed, else it would mostly be near the end
+    table = [min(r, 0.94) if i < first else max(r, THRESHOLD) for i, r in enumerate(recalls)]
+    return search, dict(zip(search.sizes, table, strict=True))
+
+
+@given(_monotone_tables())
+def test_a_search_finds_the_true_minimum_from_any_start(case):
+    search, recall_of = case
+    truth = next((size for size in search.sizes if recall_of[size] >= THRESHOLD), None)
+    recalls = _run_all(search, recall_of)
+    assert _smallest_found(search, recalls) == truth
+    assert len(recalls) <= 10  # doubling strides, then halves: never the whole grid of 26
+
+
+@given(_monotone_tables())
+def test_a_search_from_the_minimum_takes_three_runs(case):
+    search, recall_of = case
+    truth = next((i for i, size in enumerate(search.sizes) if recall_of[size] >= THRESHOLD), None)
+    if truth is not None:
+        recalls = _run_all(_search(len(search.sizes), truth), recall_of)
+        assert len(recalls) == 1 + min(truth, 2)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=len(SIZES)), st.data())
+def test_a_search_ends_at_a_crossing_where_recall_is_not_monotone(table, data):
+    search = _search(len(table), data.draw(st.integers(0, len(table) - 1)))
+    recall_of = dict(zip(search.sizes, table, strict=True))
+    recalls = _run_all(search, recall_of)
+    found = _smallest_found(search, recalls)
+    if found is None:
+        assert search.config(search.sizes[-1]).run_id in recalls
+    else:
+        index = search.sizes.index(found)
+        for size in search.sizes[max(0, index - 2) : index]:
+            assert recalls[search.config(size).run_id] < THRESHOLD
+
+
+@given(_monotone_tables(), st.data())
+def test_a_search_finds_what_the_full_grid_finds_where_luck_moves_the_crossing_by_a_size(case, data):
+    """Below the first size that is always enough, one in three sizes at most was lucky: the grid's answer is found."""
+    search, recall_of = case
+    first = next((i for i, size in enumerate(search.sizes) if recall_of[size] >= THRESHOLD), len(search.sizes))
+    lucky = first - 2
+    if lucky >= 0 and data.draw(st.booleans()):
+        recall_of[search.sizes[lucky]] = THRESHOLD
+    grid = Search(search.base, threshold=None, sizes=search.sizes)
+    found, on_grid = (_smallest_found(s, _run_all(s, recall_of)) for s in (search, grid))
+    if first < len(search.sizes):
+        assert found == on_grid
+
+
+@given(_monotone_tables(), st.integers(0, 9), st.integers(0, 2**32))
+def test_what_is_next_is_a_function_of_the_finished_rows_alone(case, n_finished, seed):
+    search, recall_of = case
+    finished = list(_run_all(search, recall_of).items())[:n_finished]
+    random.Random(seed).shuffle(finished)
+    foreign = {"0" * 12: 1.0, RunConfig(seed=7).run_id: 0.0}
+    resumed = Search(search.base, search.threshold, search.start, search.sizes)
+    expected = search.pending(dict(finished))
+    assert resumed.pending({**foreign, **dict(finished)}) == expected == search.pending(dict(finished))
+
+
+def test_a_full_grid_asks_for_every_size_that_has_no_row():
+    search = Search(RunConfig(), threshold=None)
+    assert [config.model.d_model for config in search.pending({})] == list(SIZES)
+    recalls = {search.config(size).run_id: 1.0 for size in SIZES[3:]}
+    assert [config.model.d_model for config in search.pending(recalls)] == list(SIZES[:3])
+    assert _run_all(search, dict.fromkeys(SIZES, 0.0)).keys() == {search.config(size).run_id for size in SIZES}
+    assert search.expected_runs() == 26
+
+
+def test_the_sizes_are_those_of_the_paper():
+    assert len(SIZES) == 26 and list(SIZES) == sorted(set(SIZES))
+    parameters = [Search(RunConfig()).config(size).model.n_params for size in SIZES]
+    assert (parameters[0], parameters[SIZES.index(32)], parameters[-1]) == (2_612, 49_568, 591_488)
+
+
+def test_the_paper_profile_is_the_published_grid():
+    configs = [config for search in searches("05_1", "paper") for config in search.pending({})]
+    assert len({config.run_id for config in configs}) == len(configs) == 7_800
+    assert {config.facts.n_people for config in configs} == {2**k for k in range(1, 16)}
+    assert {config.seed for config in configs} == set(range(10))
+    for config in configs:
+        assert config.seed == config.facts.seed
+        assert config.training.steps == 100_000 and config.evaluation.stop_at_recall is None
+        optim = config.optim
+        assert (optim.name, optim.lr, optim.weight_decay, optim.decay_norms) == ("adamw", 1e-3, 0.1, True)
+        assert (optim.beta1, optim.beta2, optim.warmup_steps, optim.schedule) == (0.9, 0.95, 50, "cosine")
+        assert optim.clip_norm is None and config.training.batch_size == 128
+        assert config.training.loss == "cross-entropy"
+        assert config.model.rope == "paper"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("section", ["05_1", "05_1_biographies", "05_2", "05_3"])
+def test_every_profile_holds_valid_distinct_runs(section, profile):
+    plan = searches(section, profile)
+    ids = set()
+    for search in plan:
+        assert search.start in range(len(search.sizes))
+        assert list(search.sizes) == sorted(search.sizes)
+        for size in search.sizes:
+            config = search.config(size)  # built without validation
+            assert RunConfig.parse(config.model_dump()) == config
+            assert config.model.d_model == size
+            ids.add(config.run_id)
+    assert len(ids) == sum(len(search.sizes) for search in plan)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_bounds_of_every_profile_are_of_both_modes_and_its_generalization_too(profile):
+    for plan in (bounds_searches(profile), searches("05_2", profile)):
+        assert {search.base.mode for search in plan} == {"in-weight", "in-tool"}
+    assert all(search.base.evaluation.unseen_people for search in searches("05_2", profile))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_compressibility_is_about_correlation_and_law_alone(profile):
+    plan = searches("05_3", profile)
+    assert {search.base.mode for search in plan} == {"in-weight"}
+    settings = {
+        search.base.model_copy(
+            update={"seed": 0, "facts": search.base.facts.model_copy(update={"alpha": 0, "seed": 0})}
+        ).canonical_json()
+        for search in plan
+    }
+    assert len(settings) == len({(search.base.facts.n_people, search.base.facts.law) for search in plan})
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_with_biographies_everything_is_as_without_and_questions_are_asked_as_often(profile):
+    """A biography for every four questions: a fifth of the dialogs, so a quarter more steps."""
+    without = [search for search in searches("05_1", profile) if search.base.mode == "in-weight"]
+    with_them = searches("05_1_biographies", profile)
+    assert with_them
+    for search in with_them:
+        training = search.base.training
+        (plain,) = (
+            other
+            for other in without
+            if override(other.base, {"training": training.model_dump()}) == search.base
+            and (other.start, other.sizes, other.threshold) == (search.start, search.sizes, search.threshold)
+        )
+        assert training.questions == pytest.approx(0.8)
+        assert training.steps * training.questions == pytest.approx(plain.base.training.steps, abs=1)
+
+
+def test_laptop_steps_grow_with_the_facts_an_in_weight_model_has_to_learn():
+    steps = {
+        4 * s.base.facts.n_people: s.base.training.steps
+        for s in searches("05_1", "laptop")
+        if s.base.mode == "in-weight"
+    }
+    assert [steps[n] for n in sorted(steps)] == sorted(steps.values())
+    assert steps[4096] >= 4 * steps[1024]
+
+
+def test_smaller_profiles_are_smaller():
+    for section in ("05_1", "05_2", "05_3"):
+        cost = [
+            sum(s.expected_runs() * s.base.training.steps * s.base.facts.n_people for s in searches(section, profile))
+            for profile in PROFILES
+        ]
+        assert cost == sorted(cost)
+
+
+def test_the_quickstart_trains_one_model_of_each_mode():
+    for profile in PROFILES:
+        configs = quickstart(profile)
+        assert {mode: config.mode for mode, config in configs.items()} == {
+            "in-weight": "in-weight",
+            "in-tool": "in-tool",
+        }
+        for config in configs.values():
+            assert RunConfig.parse(config.model_dump()) == config
+    assert quickstart("smoke")["in-tool"].training.steps < quickstart("quick")["in-tool"].training.steps
+
+
+@pytest.mark.parametrize(("section", "profile"), [("05_9", "quick"), ("05_1", "enormous"), ("", "")])
+def test_an_unknown_experiment_is_one_sentence_that_lists_those_there_are(section, profile):
+    with pytest.raises(InputError, match=r"there are 05_1 \(smoke, quick, laptop, paper\)"):
+        searches(section, profile)

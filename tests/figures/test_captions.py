@@ -1,0 +1,87 @@
+"""Captions say what the rows say: counted here by hand, and by reading the committed tables with csv."""
+
+import csv
+import json
+import re
+
+import pandas as pd
+import pytest
+
+from lib import paths
+from lib.experiments import tables
+from lib.experiments.plan import searches
+from lib.figures import captions, from_scratch, style
+
+ROWS = pd.DataFrame(
+    [
+        ("laptop", "a", 2, "2026-01-31T23:59:59+00:00", "0123456789" * 4),
+        ("laptop", "b", 0, "2025-12-01T00:00:00+00:00", "abcdef0123" * 4 + "-dirty"),
+        ("laptop", "c", 0, "2026-01-02T00:00:00+00:00", "0123456789" * 4),
+        ("quick", "d", 1, "2026-02-01T00:00:00+00:00", "unknown"),
+    ],
+    columns=["profile", "run_id", "seed", "finished_at", "commit"],
+)
+
+
+def test_provenance_counts_runs_and_names_seeds_days_and_commits():
+    assert captions.provenance(ROWS) == (
+        "This repository (laptop): 3 runs, seeds 0, 2, 2025-12-01 to 2026-01-31, commits 0123456, abcdef0-dirty. "
+        "This repository (quick): 1 run, seed 1, 2026-02-01, commit unknown."
+    )
+    assert captions.provenance(pd.DataFrame()) == "This repository: no runs yet."
+
+
+def test_every_figure_has_a_caption_and_only_published_points_are_called_published():
+    assert captions.SOURCES.keys() == from_scratch.FIGURES.keys()
+    for name in from_scratch.FIGURES:
+        drawn = style.alt_text(from_scratch.draw(name, "laptop"))
+        has_published = "ublished" in drawn or name == "recall_vs_parameters"  # there in grey, without a name
+        assert has_published == ("Published: Houliston" in captions.caption(name, "laptop")), name
+
+
+def test_a_caption_is_of_the_committed_rows():
+    with (paths.PAPER_DATA / "parameter_bounds.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["profile"] == "laptop" and row["mode"] == "in-weight"]
+    today = [row for row in rows if '"focal"' in row["config"]]
+    sizes = {(row["n_facts"], row["d_model"]) for row in today}
+    rows = today + [row for row in rows if row not in today and (row["n_facts"], row["d_model"]) not in sizes]
+    text = captions.caption("bits_stored", "quick")
+    counts = re.findall(r"\(laptop(?:, earlier recipe)?\): ([\d,]+) runs?", text)
+    assert sum(int(count.replace(",", "")) for count in counts) == len(rows)
+    assert all(row["commit"][:7] in text and row["finished_at"][:10] in text for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "counts"),
+    [
+        ("parameter_bounds", "05_1", 1),
+        ("bits_stored", "05_1", 0),
+        ("lower_bound", "05_1", 0),
+        ("tool_calls", "05_2", 1),
+    ],
+)
+def test_what_a_profile_adds_is_told_where_it_is_drawn(name, section, counts, tmp_path, monkeypatch):
+    """In 5.2 the quick models are of another size than the laptop ones whose requests are drawn."""
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path))
+    search = searches(section, "quick")[0]
+    config = search.config(search.sizes[0])
+    folder = tables.sweep_dir(section, "quick") / config.run_id
+    folder.mkdir(parents=True)
+    row = {"run_id": config.run_id, "mode": config.mode, "n_facts": 16, "alpha": 0.0, "seed": 0}
+    row |= {"d_model": config.model.d_model, "n_params": config.model.n_params, "recall": 1.0, "trained_right_name": 1}
+    row |= {"finished_at": "2026-03-04T00:00:00+00:00", "commit": "unknown"}
+    (folder / "row.json").write_text(json.dumps(row))
+    assert ("(quick)" in style.alt_text(from_scratch.draw(name, "quick"))) == bool(counts)
+    assert captions.caption(name, "quick").count("This repository (quick): 1 run, seed 0, 2026-03-04") == counts
+
+
+def test_a_figure_is_shown_above_its_caption_and_saved_if_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path))
+    shown = []
+    monkeypatch.setattr(captions, "display", lambda *values: shown.extend(values))
+    captions.show("tool_calls", "quick", save=False, d_model=16)
+    assert not (tmp_path / "quick").exists()
+    captions.show("tool_calls", "quick")
+    assert (tmp_path / "quick" / "figures" / "tool_calls.pdf").is_file()
+    assert [type(value).__name__ for value in shown] == ["Figure", "Markdown"] * 2
+    assert shown[1].data == f"*{captions.caption('tool_calls', 'quick', d_model=16)}*"

@@ -1,0 +1,363 @@
+"""Figures: what is drawn is what the tables say, in whole files that are the same a second time."""
+
+import json
+import re
+import struct
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import paths
+from lib.base import InputError
+from lib.config import ModelConfig
+from lib.experiments import publishing, summaries, tables
+from lib.experiments.published import published_by_paper
+from lib.facts.people import ATTRIBUTES, FactsConfig
+from lib.figures import from_scratch, style
+
+PUBLISHED = published_by_paper("parameter_bounds")
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path, monkeypatch) -> Path:
+    """runs, paper_data and the folder of this repository are somewhere else, and empty."""
+    monkeypatch.setattr(paths, "ROOT", tmp_path / "root")
+    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path / "root" / "paper_data")
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
+    monkeypatch.delenv("ITL_FIGURES", raising=False)
+    base = SimpleNamespace(mode="in-tool", tokenizer="bytes", facts=FactsConfig(n_people=1), canonical_json=str)
+    sizes, config = range(99), lambda size: SimpleNamespace(run_id=f"{size:012d}")
+    search = SimpleNamespace(base=base, sizes=sizes, certain=sizes, config=config, threshold=None)
+    monkeypatch.setattr(tables, "searches", lambda section, profile, tokenizer="bytes": [search])
+    (tmp_path / "root" / "paper_data").mkdir(parents=True)
+    return tmp_path
+
+
+def _rows() -> list[dict]:
+    """Two seeds that find their bound at d = 8 and d = 12, for both modes and two numbers of facts."""
+    rows = []
+    for mode in style.STYLES:
+        for n_facts in (32, 128):
+            for seed, enough in ((0, 8), (1, 12)):
+                for d_model in (4, 8, 12):
+                    rows.append({
+                        "run_id": f"{len(rows):012d}", "mode": mode, "n_facts": n_facts, "alpha": 0.0, "seed": seed,
+                        "d_model": d_model, "n_params": ModelConfig(d_model=d_model).n_params,
+                        "recall": 1.0 if d_model >= enough else 0.3, "stopped": "budget",
+                        "commit": "a" * 40, **{f"nll_bits_{attribute}": 1.0 for attribute in ATTRIBUTES},
+                        "new_pair_recall": 0.25, "trained_right_name": 0.75,
+                    })  # fmt: skip
+    return rows
+
+
+def _finish(rows: list[dict], section: str, profile: str) -> None:
+    for row in rows:
+        folder = tables.sweep_dir(section, profile) / row["run_id"]
+        folder.mkdir(parents=True)
+        (folder / "row.json").write_text(json.dumps(row))
+
+
+def _png_size(path: Path) -> tuple[int, int]:
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n") and content.endswith(b"IEND\xaeB`\x82")
+    return struct.unpack(">II", content[16:24])
+
+
+def _pdf_text(path: Path) -> bytes:
+    """A PDF with its compressed streams unpacked."""
+    content = path.read_bytes()
+    assert content.startswith(b"%PDF-") and content.rstrip().endswith(b"%%EOF")
+    streams = re.findall(rb"stream\r?\n(.*?)\r?\nendstream", content, re.DOTALL)
+    return content + b"".join(zlib.decompressobj().decompress(stream) for stream in streams if stream[:1] == b"x")
+
+
+@pytest.mark.parametrize("name", from_scratch.FIGURES)
+@pytest.mark.parametrize("profile", ["quick", "laptop"])
+def test_every_figure_is_drawn_to_whole_files_that_are_the_same_a_second_time_and_not_after_new_rows(
+    places, name, profile
+):
+    section = {"generalization": "05_2", "tool_calls": "05_2", "compressibility": "05_3"}.get(name, "05_1")
+    options = {"d_model": 8} if name == "tool_calls" else {}
+
+    def drawn() -> list[bytes]:
+        written = style.save(from_scratch.draw(name, profile, **options), name, profile)
+        assert [path.name for path in written] == [f"{name}.pdf", f"{name}.png"]
+        assert sorted(path.name for path in written[0].parent.iterdir()) == sorted(path.name for path in written)
+        width, height = _png_size(written[1])
+        assert width > 1000 and height > 600  # 200 dots an inch
+        return [path.read_bytes() for path in written]
+
+    without_rows = drawn()
+    _finish(_rows(), section, profile)
+    if profile in paths.PUBLISHING:
+        publishing.publish(section, profile)
+    with_rows = drawn()
+    assert drawn() == with_rows
+    shows_quick_rows = name not in ("bits_stored", "lower_bound")
+    assert (with_rows != without_rows) == (profile == "laptop" or shows_quick_rows)
+
+
+@pytest.mark.parametrize("name", from_scratch.FIGURES)
+def test_text_in_a_pdf_stays_text(name):
+    pdf = _pdf_text(style.save(from_scratch.draw(name), name, "quick")[0])
+    assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType outlines, as journals ask for
+
+
+def test_a_quick_figure_goes_to_runs_and_leaves_the_committed_ones(places):
+    committed = places / "root" / "figures" / "parameter_bounds.png"
+    committed.parent.mkdir()
+    committed.write_bytes(b"committed")
+    (pdf, png) = style.save(from_scratch.draw("parameter_bounds", "quick"), "parameter_bounds", "quick")
+    assert pdf.parent == png.parent == places / "runs" / "quick" / "figures"
+    assert committed.read_bytes() == b"committed" and len(list(committed.parent.iterdir())) == 1
+    written = style.save(from_scratch.draw("parameter_bounds", "laptop"), "parameter_bounds", "laptop")
+    assert written[1] == committed and committed.read_bytes() != b"committed"
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_earlier_one(places, monkeypatch):
+    (pdf, png) = style.save(from_scratch.draw("parameter_bounds"), "parameter_bounds", "quick")
+    earlier = pdf.read_bytes(), png.read_bytes()
+
+    def fail(self, path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        style.save(from_scratch.draw("parameter_bounds"), "parameter_bounds", "quick")
+    assert (pdf.read_bytes(), png.read_bytes()) == earlier
+
+
+# ---- What is drawn
+
+
+def _lines(axes) -> dict[str, np.ndarray]:
+    """Points (N, 2) of each labelled line; those with error bars too."""
+    handles, labels = axes.get_legend_handles_labels()
+    lines = [handle.lines[0] if hasattr(handle, "lines") else handle for handle in handles]
+    return {label: line.get_xydata() for label, line in zip(labels, lines, strict=True)}
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.95])
+def test_the_published_points_are_drawn_where_the_table_has_them(threshold):
+    (axes,) = from_scratch.draw("parameter_bounds", "laptop", threshold=threshold).axes
+    drawn = _lines(axes)
+    names = {label.split(", ")[0]: label for label in drawn}
+    assert set(names) == {"in-weight", "in-tool"}
+    for mode in style.STYLES:
+        table = PUBLISHED[(PUBLISHED["mode"] == mode) & (PUBLISHED.recall_threshold == threshold)]
+        expected = table.dropna(subset="min_params_mean")[["n_facts", "min_params_mean"]].to_numpy()
+        assert len(expected) > 5
+        np.testing.assert_array_equal(drawn[names[mode]], expected[np.argsort(expected[:, 0])])
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert f"{threshold:.0%} recall" in axes.get_ylabel()
+
+
+def test_our_points_are_means_over_seeds_with_bars_to_the_extremes():
+    rows = pd.DataFrame(_rows())
+    figure = from_scratch.parameter_bounds(PUBLISHED, summaries.minimal_parameters(rows))
+    (axes,) = figure.axes
+    drawn = _lines(axes)
+    for mode in style.STYLES:
+        mean = (6_248 + 10_908) / 2
+        np.testing.assert_array_equal(drawn[f"{mode}, this repository"], [[32, mean], [128, mean]])
+    handles, labels = axes.get_legend_handles_labels()
+    container = handles[labels.index("in-tool, this repository")]
+    for segment in container.lines[2][0].get_segments():
+        assert sorted(segment[:, 1]) == [6_248, 10_908]
+
+
+def test_quick_points_are_hollow_and_come_on_top_of_those_committed():
+    table = summaries.minimal_parameters(pd.DataFrame(_rows()))
+    (axes,) = from_scratch.parameter_bounds(PUBLISHED, table, quick=table).axes
+    handles, labels = axes.get_legend_handles_labels()
+    for mode in style.STYLES:
+        quick = handles[labels.index(f"{mode}, just trained (quick)")].lines[0]
+        committed = handles[labels.index(f"{mode}, this repository")].lines[0]
+        assert quick.get_markerfacecolor() == "white" != committed.get_markerfacecolor()
+        assert quick.get_marker() == committed.get_marker()
+        assert quick.get_zorder() > committed.get_zorder()
+
+
+def test_the_modes_differ_by_more_than_color():
+    colors, markers = zip(*((style["color"], style["marker"]) for style in style.STYLES.values()), strict=True)
+    assert len(set(colors)) == len(set(markers)) == len(style.STYLES)
+    red, green, blue = np.array([matplotlib.colors.to_rgb(color) for color in colors]).T
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue
+    assert abs(grey[0] - grey[1]) > 0.08
+
+
+def test_recall_is_drawn_against_parameters_as_measured():
+    rows = pd.DataFrame(_rows())
+    left, right = from_scratch.recall_against_parameters(rows).axes
+    for axes, mode in ((left, "in-weight"), (right, "in-tool")):
+        assert axes.get_title() == mode and axes.get_xscale() == "log"
+        drawn = _lines(axes)
+        assert set(drawn) == {"32", "128"}
+        for points in drawn.values():  # means over the two seeds
+            np.testing.assert_allclose(points, [[2_612, 0.3], [6_248, 0.65], [10_908, 1.0]])
+
+
+def test_the_published_recall_curves_lie_behind_the_in_weight_panel():
+    published = published_by_paper("recall_vs_parameters_in_weight")
+    left, right = from_scratch.draw("recall_vs_parameters").axes
+    assert len(right.lines) == 0
+    curves = {float(np.nanmax(line.get_xdata())) for line in left.lines if len(line.get_xdata())}
+    assert curves == {float(curve.min_params_mean.max()) for _, curve in published.groupby("n_facts")}
+
+
+def _held(**columns) -> pd.DataFrame:
+    rows = pd.DataFrame([
+        {"n_facts": 64, "n_params": 2000, "stored_bits": 490.0, "recall": 1.0, "stopped": "recall"},
+        {"n_facts": 256, "n_params": 2000, "stored_bits": 900.0, "recall": 0.5, "stopped": "budget"},
+        {"n_facts": 256, "n_params": 4000, "stored_bits": 100.0, "recall": 0.0, "stopped": "hopeless"},
+    ])  # fmt: skip
+    return rows.assign(entropy_bits=rows.n_facts * 7.8, **columns)
+
+
+def test_full_models_are_filled_and_hopeless_ones_are_left_out():
+    (axes,) = from_scratch.bits_stored(_held()).axes
+    drawn = {
+        tuple(point): line.get_markerfacecolor() != "white"
+        for line in axes.lines if line.get_marker() == "o" for point in line.get_xydata()
+    }  # fmt: skip
+    assert drawn == {(2000, 490): False, (2000, 900): True}
+
+
+def test_the_line_of_two_bits_a_parameter_is_where_it_says():
+    (axes,) = from_scratch.bits_stored(_held(), bits_per_parameter=(2,)).axes
+    (line,) = [line for line in axes.lines if line.get_color() == "#777777"]
+    x, y = line.get_data()
+    np.testing.assert_allclose(y, 2 * np.asarray(x))
+
+
+def _shares() -> pd.DataFrame:
+    """Two seeds of an in-tool model that copies pairs of known names only, and an in-weight control."""
+    rows = []
+    for seed in (0, 1):
+        for n_facts in (256, 4096):
+            for kind in from_scratch.KINDS:
+                knows = kind == "trained" or (kind == "new_pair" and n_facts == 4096)
+                point = {"n_facts": n_facts, "n_params": 60_372, "d_model": 36, "seed": seed, "kind": kind}
+                for measure in ("recall", "right_name"):
+                    rows.append({**point, "mode": "in-tool", "measure": measure, "share": knows * (0.8 + 0.2 * seed)})
+                rows.append({**point, "mode": "in-weight", "measure": "recall", "share": 0.0})
+    return pd.DataFrame(rows)
+
+
+def test_the_construction_is_a_line_where_it_is_asked_for():
+    label = "constructed by hand (Section 4)"
+    (axes,) = from_scratch.draw("parameter_bounds", "laptop").axes
+    assert label not in axes.get_legend_handles_labels()[1]
+    (axes,) = from_scratch.draw("parameter_bounds", "laptop", by_hand=True).axes
+    lines = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    assert list(lines[label].get_ydata()) == [66_016] * 2
+
+
+def test_the_lower_bound_is_where_the_bits_divided_by_those_of_a_parameter_say():
+    rows = summaries.minimal_parameters(pd.DataFrame(_rows()))
+    (axes,) = from_scratch.lower_bound(PUBLISHED, rows, {"somebody": 2.5}, 5000, threshold=0.95).axes
+    labels = axes.get_legend_handles_labels()[::-1]
+    lines = dict(zip(*labels, strict=True))
+    bits, parameters = lines["2.5 bits a parameter (somebody)"].get_data()
+    assert list(parameters) == [each / 2.5 for each in bits]
+    (theirs,) = (line.get_xdata() for name, line in lines.items() if "published" in name)
+    assert (theirs[0], theirs[-1]) == tuple(bits)
+    assert theirs[-1] / theirs[0] == 65_536 / 8  # as many times the bits as facts
+    assert 0.85 * 31.25 < theirs[0] / 2 < 31.25  # eight facts are two people
+    ours = lines["smallest in-weight models, this repository"].lines[0]
+    smallest = np.mean([ModelConfig(d_model=d).n_params for d in (8, 12)])
+    assert list(ours.get_ydata()) == [smallest] * 2 and ours.get_xdata()[1] == 4 * ours.get_xdata()[0]
+    assert list(lines["constructed by hand (Section 4)"].get_ydata()) == [5000] * 2
+
+
+def test_recall_of_strangers_is_drawn_by_what_is_new_in_their_names():
+    figure = from_scratch.generalization(_shares(), guess=0.05)
+    assert [axes.get_title() for axes in figure.axes] == list(from_scratch.KINDS.values())[1:]
+    for axes, last in zip(figure.axes, (0.9, 0, 0, 0), strict=True):
+        drawn = _lines(axes)
+        np.testing.assert_allclose(drawn["60,372, in-tool"], [[256, 0], [4096, last]])
+        np.testing.assert_allclose(drawn["60,372, in-weight"], [[256, 0], [4096, 0]])
+
+
+def test_the_largest_models_are_drawn_strongest_the_only_ones_among_them():
+    def strengths(shares: pd.DataFrame) -> list[float]:
+        handles, labels = from_scratch.generalization(shares).axes[0].get_legend_handles_labels()
+        return [h.lines[0].get_alpha() for h, label in zip(handles, labels, strict=True) if "in-tool" in label]
+
+    assert strengths(_shares()) == [1]
+    small, middle, large = strengths(pd.concat(_shares().assign(n_params=n) for n in (900, 30_000, 7000)))
+    assert 0 < small < middle < large == 1
+
+
+def test_requests_are_drawn_for_models_of_one_size():
+    panels = dict(zip(from_scratch.KINDS, from_scratch.tool_calls(_shares(), 36).axes, strict=True))
+    np.testing.assert_allclose(_lines(panels["trained"])["name copied rightly"], [[256, 0.9], [4096, 0.9]])
+    np.testing.assert_allclose(_lines(panels["new_both"])["name copied rightly"], [[256, 0], [4096, 0]])
+    assert not _lines(from_scratch.tool_calls(_shares(), 56).axes[0])
+    own = from_scratch.tool_calls(_shares(), 56, own=_shares()).axes[0]
+    assert set(_lines(own)) == {"name copied rightly (quick)"}
+
+
+def test_compressibility_is_drawn_against_correlation_and_against_bits():
+    published = pd.DataFrame({
+        "n_facts": [4000, 4000], "alpha": [0.0, 1.0], "recall_threshold": [0.95, 0.95], "min_params": [50_000, 20_000],
+        "entropy_bits": [31_000.0, 20_000.0],
+    })  # fmt: skip
+    ours = published.rename(columns={"min_params": "min_params_mean"}).assign(
+        min_params_min=published.min_params, min_params_max=published.min_params + 5000
+    )
+    by_alpha, by_entropy = from_scratch.compressibility(published, ours).axes
+    for label in ("published: 4,000 facts, released law", "4,000 facts, this repository"):
+        np.testing.assert_allclose(_lines(by_alpha)[label], [[0, 50_000], [1, 20_000]])
+    np.testing.assert_allclose(_lines(by_entropy)["4,000 facts, this repository"], [[31_000, 50_000], [20_000, 20_000]])
+
+
+# ---- What is refused
+
+
+def test_an_unknown_figure_is_one_sentence_that_lists_those_there_are():
+    with pytest.raises(InputError, match="there is no figure 'bounds': there are parameter_bounds, recall"):
+        from_scratch.draw("bounds")
+
+
+#: What the label of published points says in each figure that has them: facts, of whom, by which law.
+PUBLISHED_LABELS = {
+    "parameter_bounds": {"in-weight, published: 8 to 65,536 facts, independent",
+                         "in-tool, published: 8 to 131,072 facts, independent"},
+    "lower_bound": {"smallest in-weight models, published: 8 to 65,536 facts, independent"},
+    "recall_vs_parameters": {"published: 4,096 to 32,768 facts, independent"},
+    "generalization": {"new first name, published: 256 to 131,072 facts, independent"},
+    "compressibility": {"published: 4,000 facts, released law", "published: 32,768 facts, released law"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", from_scratch.FIGURES)
+def test_a_published_points_label_names_facts_people_and_law(name):
+    figure = from_scratch.draw(name, "laptop")
+    legends = [*figure.legends, *filter(None, (axes.get_legend() for axes in figure.axes))]
+    labels = {text.get_text().replace("\n", " ") for legend in legends for text in legend.get_texts()}
+    assert {label for label in labels if "published" in label} == PUBLISHED_LABELS.get(name, set())
+
+
+def test_published_people_of_5_2_stand_among_those_with_new_first_names_only():
+    grey = "#888888"
+    for axes in from_scratch.draw("generalization", "laptop").axes:
+        has_theirs = any(line.get_color() == grey for line in axes.get_lines())
+        assert has_theirs == (axes.get_title() == "new first name")
+
+
+def test_published_points_of_5_3_stand_at_the_entropy_of_the_released_law():
+    by_entropy = from_scratch.draw("compressibility", "laptop").axes[1]
+    bits = by_entropy.get_lines()[0].get_xdata()  # of 1,000 people, alpha from 0 to 1
+    assert bits.max() == pytest.approx(31_250, abs=10) and bits.min() == pytest.approx(14_300, abs=50)
+
+
+def test_a_threshold_without_published_points_is_refused():
+    with pytest.raises(InputError, match=r"threshold = 0\.8: .* 0\.5, 0\.9, 0\.95, 0\.99"):
+        from_scratch.draw("parameter_bounds", "laptop", threshold=0.8)

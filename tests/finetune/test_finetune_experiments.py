@@ -1,0 +1,108 @@
+"""Section 6 as data: what a profile runs, and what of it is published."""
+
+import json
+
+import pytest
+import torch
+
+from lib import paths
+from lib.base import InputError
+from lib.finetune import experiments
+from lib.finetune.bases import learning_rate
+from lib.paths import PROFILES, ROWS
+from lib.training.distributed import Preempted
+
+CLEAN = "0123456789" * 4
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path)
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
+
+
+def _finish(fine_tuning, commit: str = CLEAN, steps: tuple[int, ...] = (0, 10), **columns) -> None:
+    folder = experiments.folder(fine_tuning, "laptop")
+    folder.mkdir(parents=True)
+    what = fine_tuning.model_dump(include={"base", "task", "mode", "n_facts", "seed", "lr"})
+    rows = [{"run_id": fine_tuning.run_id, **what, "step": step, "commit": commit, **columns} for step in steps]
+    (folder / ROWS).write_text(json.dumps(rows))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_fine_tuning_of_a_profile_is_another(profile):
+    plan = experiments.plan(profile)
+    assert len({config.run_id for config in plan}) == len(plan) > 1
+
+
+def test_laptop_compares_both_modes_as_published_and_at_one_rate_with_three_seeds():
+    plan = [config for config in experiments.plan("laptop") if config.task == "facts" and not config.lora_rank]
+    assert len({(config.base, config.batch_size, config.schedule, config.warmup) for config in plan}) == 1
+    of_seed = {seed: {(c.mode, c.n_facts, c.lr) for c in plan if c.seed == seed} for seed in range(3)}
+    assert of_seed[0] >= of_seed[1] == of_seed[2]
+    rates = {mode: {lr for its, _, lr in of_seed[1] if its == mode} for mode in ("in-weight", "in-tool-text")}
+    assert rates["in-tool-text"] < rates["in-weight"]
+    assert all(learning_rate(plan[0].base, mode) in of_mode for mode, of_mode in rates.items())
+
+
+def test_what_is_published_is_counted_once_and_stays_when_the_plan_goes(data, monkeypatch):
+    first, second, *_ = experiments.plan("laptop")
+    _finish(first)
+    assert experiments.publish("laptop") == 2 and experiments.publish("laptop") == 0
+    assert first not in experiments.missing("laptop") and second in experiments.missing("laptop")
+    _finish(second)
+    monkeypatch.setitem(experiments._PLANS, "laptop", lambda: iter([second]))
+    assert experiments.publish("laptop") == 2
+    assert set(experiments.committed_rows().run_id) == {first.run_id, second.run_id}
+    assert experiments.missing("laptop") == []
+    rows = experiments.rows("laptop")
+    assert set(rows[rows.superseded].run_id) == {first.run_id}
+
+
+def test_an_earlier_recipe_is_shown_where_todays_plan_has_no_run_of_the_point(data, monkeypatch):
+    first = experiments.plan("laptop")[0]
+    other = first.model_copy(update={"n_facts": 64})
+    changed = first.model_copy(update={"schedule": "cosine"})
+    for config, day in ((first, "2026-01-01"), (other, "2026-01-02"), (changed, "2026-01-03")):
+        _finish(config, finished_at=day, adaptation="full", config=config.canonical_json())
+    monkeypatch.setitem(experiments._PLANS, "laptop", lambda: iter([first, other, changed]))
+    experiments.publish("laptop")
+    for plan, shown in (([first], first), ([other], changed), ([], changed)):
+        monkeypatch.setitem(experiments._PLANS, "laptop", lambda plan=plan: iter(plan))
+        rows = experiments.shown_rows("quick")
+        assert set(rows.run_id) == {shown.run_id, other.run_id}
+        earlier = rows[rows.profile == "laptop, earlier recipe"]
+        assert set(earlier.run_id) == {shown.run_id, other.run_id} - {config.run_id for config in plan}
+    gone = experiments.drop(run_ids=[other.run_id])
+    assert len(gone) == 2 and set(experiments.committed_rows().run_id) == {first.run_id, changed.run_id}
+
+
+def test_a_sweep_runs_what_is_missing_and_tells_what_failed(data, monkeypatch):
+    first, second, third, fourth = plan = experiments.plan("laptop")[:4]
+    monkeypatch.setitem(experiments._PLANS, "laptop", lambda: iter(plan))
+    _finish(first)
+    reasons = {second: torch.OutOfMemoryError("no memory"), third: InputError("no such model")}
+
+    def finetune(config, directory, **_):
+        if reason := reasons.get(config):
+            raise reason
+        _finish(config)
+
+    monkeypatch.setattr(experiments, "finetune", finetune)
+    assert experiments.sweep("laptop", max_hours=0) == experiments.Report()
+    report = experiments.sweep("laptop")
+    assert report.done == 1 and experiments.missing("laptop") == [second, third]
+    assert report.failed == {
+        experiments.title(second): "OutOfMemoryError: no memory",
+        experiments.title(third): "InputError: no such model",
+    }
+    reasons[second] = Preempted("asked to leave")  # and no more is begun
+    with pytest.raises(Preempted):
+        experiments.sweep("laptop")
+
+
+def test_rows_of_changed_code_are_not_published(data):
+    _finish(experiments.plan("laptop")[0], commit=f"{CLEAN}-dirty")
+    with pytest.raises(InputError, match="clean commit"):
+        experiments.publish("laptop")
+    assert not experiments.table_path().exists()

@@ -1,0 +1,283 @@
+"""Answers of many conversations at once are those of each alone, and a tool is really asked."""
+
+import json
+import re
+
+import pytest
+import torch
+from chat_models import ScriptedModel, random_model, teach, tokenizer
+from hypothesis import example, given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+from trl.chat_template_utils import qwen3_template
+
+from lib.agent.tools import Outcome, SqlTool
+from lib.base import InputError, WorkError
+from lib.dialogs.request import Request
+from lib.dialogs.templates import answer, question, tool_call
+from lib.facts.database import write_database
+from lib.facts.sampling import sample_people
+from lib.finetune.data import chats, find_tool
+from lib.finetune.generation import answer_with_tool, encode_prompts, generate_tokens, read_call, reply_all
+
+PEOPLE = sample_people(3)
+QUESTIONS = [question(name, attribute) for name, attribute, _ in PEOPLE.facts()]
+
+
+def _asked(*texts: str) -> list[list[dict]]:
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def _greedy(model, prompt: list[int], ends: set[int], max_new_tokens: int) -> list[int]:
+    """By the definition: the whole text read again for each token, no cache, no padding."""
+    said: list[int] = []
+    while len(said) < max_new_tokens and not (said and said[-1] in ends):
+        with torch.inference_mode():
+            said.append(int(model(torch.tensor([prompt + said])).logits[0, -1].argmax()))
+    return said
+
+
+# ---- Many at a time
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 3])
+def test_answers_are_those_of_each_prompt_alone(batch_size):
+    model, texts = random_model(), ["x" * n + "?" for n in (1, 30, 2, 3, 17, 60, 5, 44, 8, 1, 12)]
+    ends = {tokenizer().eos_token_id, 101, 102, 103, 104, 105, 106}  # so that some end early
+    model.generation_config.eos_token_id = sorted(ends - {tokenizer().eos_token_id})
+    prompts = encode_prompts(tokenizer(), _asked(*texts))
+    expected = [_greedy(model, prompt, ends, 30) for prompt in prompts]
+    assert len({len(said) for said in expected}) > 2 and len(set(map(tuple, expected))) > 5
+    assert generate_tokens(model, tokenizer(), prompts, max_new_tokens=30, batch_size=batch_size) == expected
+    replies = reply_all(model, tokenizer(), _asked(*texts), max_new_tokens=30, batch_size=batch_size)
+    assert replies == [tokenizer().decode(said, skip_special_tokens=True) for said in expected]
+
+
+def test_batches_grow_and_order_is_kept():
+    model = ScriptedModel(lambda prompt: prompt.split("\n")[1].removesuffix("<|end|>").upper())
+    texts = [chr(97 + i % 26) * (i % 7 + 1) for i in range(100)]
+    assert reply_all(model, tokenizer(), _asked(*texts), max_new_tokens=20) == [text.upper() for text in texts]
+    assert model.batches == [8, 16, 32, 44]
+    model.batches.clear()
+    reply_all(model, tokenizer(), _asked(*texts[:20]), max_new_tokens=20, batch_size=12)
+    assert model.batches == [8, 12]
+    assert reply_all(model, tokenizer(), [], max_new_tokens=20) == []
+
+
+class _SmallMemory(ScriptedModel):
+    """A device on which a batch of more than `room` fails as on CUDA."""
+
+    def __init__(self, room: int, error: Exception):
+        super().__init__(lambda prompt: prompt.split("\n")[1].removesuffix("<|end|>"))
+        self.room, self.error = room, error
+
+    def generate(self, tokens, **options):
+        made = super().generate(tokens, **options)
+        if len(tokens) > self.room:
+            raise self.error
+        return made
+
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_batches_shrink_where_memory_runs_out():
+    model, texts = _SmallMemory(5, OUT_OF_MEMORY), [str(i) for i in range(20)]
+    assert reply_all(model, tokenizer(), _asked(*texts), max_new_tokens=9) == texts
+    assert model.batches == [8, 4, 4, 4, 4, 4]
+    with pytest.raises(WorkError, match=r"no memory for an answer to \d+ tokens: take a smaller model"):
+        reply_all(_SmallMemory(0, OUT_OF_MEMORY), tokenizer(), _asked("x"), max_new_tokens=9)
+    with pytest.raises(RuntimeError, match="device-side assert"):  # no matter of memory
+        reply_all(_SmallMemory(1, RuntimeError("device-side assert")), tokenizer(), _asked("x", "y"), max_new_tokens=9)
+
+
+def test_the_models_own_settings_do_not_make_it_less_greedy():
+    model, prompts = random_model(1), encode_prompts(tokenizer(), _asked("who?", "and when?"))
+    plain = generate_tokens(model, tokenizer(), prompts, max_new_tokens=20)
+    own = model.generation_config
+    own.do_sample, own.temperature, own.repetition_penalty, own.top_k = True, 5.0, 10.0, 3
+    assert generate_tokens(model, tokenizer(), prompts, max_new_tokens=20) == plain
+    assert plain == [_greedy(model, prompt, {tokenizer().eos_token_id}, 20) for prompt in prompts]
+    assert model.generation_config is own
+
+
+def test_what_cannot_be_asked_is_one_sentence():
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer().backend_tokenizer)
+    with pytest.raises(InputError, match="does not fit the tokenizer's chat template: .*chat_template is not set"):
+        encode_prompts(bare, _asked("x"))
+    with pytest.raises(InputError, match="no eos_token"):
+        generate_tokens(random_model(), bare, [[1]], max_new_tokens=1)
+
+
+# ---- With a tool
+
+
+@pytest.fixture
+def database(tmp_path):
+    write_database(PEOPLE, tmp_path / "people.sqlite")
+    with SqlTool(tmp_path / "people.sqlite") as tool:
+        yield tool
+
+
+def _call(**call) -> str:
+    return f"<call>{json.dumps(call)}</call>"
+
+
+@pytest.mark.parametrize("mode", ["in-tool", "in-tool-text"])
+def test_what_the_model_reads_is_what_the_database_says(mode, database):
+    seen = []
+
+    def reply(prompt: str) -> str:
+        """Asks for what is asked, then repeats the last turn, as its prompt has it."""
+        seen.append(prompt)
+        *_, (role, text) = re.findall(r"<\|start\|>(\w+)\n(.*?)<\|end\|>", prompt, re.DOTALL)
+        for name, attribute, _ in PEOPLE.facts():
+            if text == question(name, attribute):
+                if mode == "in-tool-text":
+                    return tool_call(name, attribute)
+                return _call(name="find", arguments={"attribute": attribute, "name": name})
+        return f"{role}: {text}"
+
+    made = answer_with_tool(ScriptedModel(reply), tokenizer(), QUESTIONS, mode, database, max_new_tokens=99)
+    speaker = "tool" if mode == "in-tool" else "user"
+    for said, (name, attribute, value) in zip(made, PEOPLE.facts(), strict=True):
+        assert said.request == Request(attribute, name) and said.response == (Outcome.ANSWER, value)
+        assert said.reply == f"{speaker}: {value}"
+    assert database.n_queries == len(QUESTIONS)
+    # What it read before it answered is what it would have been trained on.
+    rows = list(chats(PEOPLE, mode))
+    whole = [encode_prompts(tokenizer(), [row["messages"][:-1]], row.get("tools"))[0] for row in rows]
+    assert sorted(seen[len(QUESTIONS) :]) == sorted(map(tokenizer().decode, whole))
+
+
+@pytest.mark.parametrize("mode", ["in-tool", "in-tool-text"])
+def test_no_reply_is_asked_for_where_the_tool_says_something_else_than_is_expected(mode, database):
+    (name, attribute, value), *_ = PEOPLE.facts()
+    call = _call(name="find", arguments={"attribute": attribute, "name": name})
+    call = call if mode == "in-tool" else tool_call(name, attribute)
+    model = ScriptedModel(lambda prompt: "The end." if prompt.count("assistant\n") > 1 else call)
+    asked, expected = ["Where?"] * 3, [value, "elsewhere", value]
+    made = answer_with_tool(model, tokenizer(), asked, mode, database, expected=expected, max_new_tokens=200)
+    assert [said.reply for said in made] == ["The end.", call, "The end."] and model.batches == [3, 2]
+    assert all(said.response == (Outcome.ANSWER, value) for said in made)
+
+
+NAME, (BORN, *_) = PEOPLE.names[0], PEOPLE.columns["birth_place"]
+RIGHT = {"attribute": "birth_place", "name": NAME}
+FIRST_TURNS = {
+    "a call": ("in-tool", _call(name="find", arguments=RIGHT), Outcome.ANSWER),
+    "after some words": ("in-tool", "Let me see. " + _call(name="find", parameters=RIGHT), Outcome.ANSWER),
+    "an unknown person": ("in-tool", _call(name="find", arguments=RIGHT | {"name": "No One"}), Outcome.NO_MATCH),
+    "an unknown attribute": (
+        "in-tool", _call(name="find", arguments=RIGHT | {"attribute": "shoe_size"}), Outcome.UNKNOWN_ATTRIBUTE
+    ),
+    "another function": ("in-tool", _call(name="search", arguments=RIGHT), Outcome.MALFORMED),
+    "a missing argument": ("in-tool", _call(name="find", arguments={"name": NAME}), Outcome.MALFORMED),
+    "a number for a name": ("in-tool", _call(name="find", arguments=RIGHT | {"name": 7}), Outcome.MALFORMED),
+    "SQL for a name": (
+        "in-tool", _call(name="find", arguments=RIGHT | {"name": "x'; DROP TABLE people"}), Outcome.NO_MATCH
+    ),
+    "no call": ("in-tool", "I do not know.", None),
+    "half a call": ("in-tool", '<call>{"name": "find", "arguments": {"attr', None),
+    "half a character": ("in-tool", r'<call>{"name": "find", "arguments": {"name": "\ud83d"}}</call>', None),
+    "a request where a call is due": ("in-tool", tool_call(NAME, "birth_place"), None),
+    "a request": ("in-tool-text", tool_call(NAME, "birth_place"), Outcome.ANSWER),
+    "a request with more after it": ("in-tool-text", tool_call(NAME, "birth_place") + "\nSo?", None),
+    "a call where a request is due": ("in-tool-text", _call(name="find", arguments=RIGHT), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FIRST_TURNS)
+def test_whatever_is_said_first_the_dialog_goes_on_or_ends(case, database):
+    mode, first, outcome = FIRST_TURNS[case]
+    model = ScriptedModel(lambda prompt: "The end." if prompt.count("assistant\n") > 1 else first)
+    (said,) = answer_with_tool(model, tokenizer(), ["Where?"], mode, database, max_new_tokens=200)
+    if outcome is None:
+        assert said == (None, None, first)
+    else:
+        assert said.response.outcome is outcome and said.reply == "The end."
+        assert (said.response.text == BORN) == (outcome is Outcome.ANSWER)
+
+
+def test_a_model_that_learnt_to_ask_asks(tmp_path):
+    """Trained on `chats`, then asked here: what was trained fits what is asked. The database says something new."""
+    people = sample_people(1)
+    model = teach(1, "in-tool-text", steps=130)
+    (name,), moved = people.names, people.columns | {"birth_place": ["Atlantis"]}
+    write_database(type(people)([name], moved), tmp_path / "moved.sqlite")
+    with SqlTool(tmp_path / "moved.sqlite") as tool:
+        questions = [question(name, attribute) for attribute in people.attributes]
+        made = answer_with_tool(model, tokenizer(), questions, "in-tool-text", tool, max_new_tokens=100)
+    assert [said.request for said in made] == [Request(attribute, name) for attribute in people.attributes]
+    assert [said.response.text for said in made] == [column[0] for column in moved.values()]
+    unchanged = [i for i, attribute in enumerate(people.attributes) if attribute != "birth_place"]
+    expected = [answer(*fact) for fact in people.facts()]
+    assert [made[i].reply for i in unchanged] == [expected[i] for i in unchanged]
+
+
+# ---- Calls
+
+
+FORMS = {
+    "bare": '{"name": "find", "arguments": {"name": "Ann"}}',
+    "llama": '{"type": "function", "name": "find", "parameters": {"name": "Ann"}}',
+    "tags": '<tool_call>\n{"name": "find", "arguments": {"name": "Ann"}}\n</tool_call>',
+    "python tag": '<|python_tag|>{"name": "find", "parameters": {"name": "Ann"}}',
+    "a list": '[TOOL_CALLS][{"name": "find", "arguments": {"name": "Ann"}}]',
+    "nested": '{"type": "function", "function": {"name": "find", "arguments": {"name": "Ann"}}}',
+    "after braces": 'f(x) = {x} {"a": {}} {"name": "find", "arguments": {"name": "Ann"}}',
+    "the first of two": '{"name": "find", "arguments": {"name": "Ann"}}{"name": "find", "arguments": {}}',
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_common_forms_of_a_call_are_read(form):
+    said = tokenizer().encode(FORMS[form])
+    assert read_call(tokenizer(), [], said) == {"name": "find", "arguments": {"name": "Ann"}}
+
+
+texts = st.text(st.sampled_from('{}[]":,\\u8d \nnamefidrgt') | st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+@given(texts)
+@example('{"name": "", "arguments": {"x": "\\ud83d"}}')
+@example('{"a":' * 5000 + "[" * 5000)
+def test_no_text_is_too_odd(text):
+    call = read_call(tokenizer(), [], tokenizer().encode(text))
+    if call is not None:
+        assert isinstance(call["name"], str) and isinstance(call["arguments"], dict)
+        json.dumps(call, ensure_ascii=False).encode()
+
+
+@given(texts.filter(lambda text: "{" not in text), st.text(max_size=9), st.dictionaries(st.text(max_size=9), texts))
+def test_whatever_is_called_is_read_back(before, name, arguments):
+    said = before + json.dumps({"name": name, "arguments": arguments})
+    assert read_call(tokenizer(), [], tokenizer().encode(said)) == {"name": name, "arguments": arguments}
+
+
+def test_a_tokenizer_that_knows_its_calls_is_asked():
+    knowing = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer().backend_tokenizer, eos_token="<|end|>", chat_template=tokenizer().chat_template,
+        response_template=qwen3_template,
+    )  # fmt: skip
+    prompt = knowing.encode("<|im_start|>assistant\n")
+    said = '<think>{"name": "no", "arguments": {}}</think>\n\n<tool_call>\n{"name": "find", "arguments": {"name": "Ann"}}\n</tool_call><|im_end|>'  # noqa: E501
+    assert read_call(knowing, prompt, knowing.encode(said)) == {"name": "find", "arguments": {"name": "Ann"}}
+    assert read_call(tokenizer(), prompt, tokenizer().encode(said))["name"] == "no"  # which is why it is asked
+    for broken in ("<tool_call>\n{oh}\n</tool_call><|im_end|>", "I do not know.<|im_end|>", "<tool_call>[" * 9, ""):
+        assert read_call(knowing, prompt, knowing.encode(broken)) is None
+
+
+def test_the_tool_that_is_offered_has_the_attributes_of_the_database(database):
+    offered = []
+    options = tokenizer().apply_chat_template
+
+    def spy(*args, tools=None, **rest):
+        offered.append(tools)
+        return options(*args, tools=tools, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer(), "apply_chat_template", spy)
+        for mode in ("in-tool", "in-tool-text"):
+            answer_with_tool(ScriptedModel(lambda _: "-"), tokenizer(), ["x"], mode, database, max_new_tokens=9)
+    assert offered == [[find_tool(PEOPLE.attributes)], None]

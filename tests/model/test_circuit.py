@@ -1,0 +1,306 @@
+"""The transformer set by hand: it looks up any fact of anybody, and each head does what its name says."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from lib.agent.generation import generate
+from lib.agent.tools import Outcome, Response, SqlTool
+from lib.base import InputError
+from lib.config import ModelConfig, RunConfig
+from lib.dialogs.request import parse_request
+from lib.dialogs.templates import TEMPLATES, Template, in_tool_dialog
+from lib.dialogs.tokenizers import ByteTokenizer
+from lib.dialogs.tokens import encode_dialog
+from lib.evaluation import attention_maps
+from lib.evaluation.recall import measure_recall
+from lib.facts.database import write_database
+from lib.facts.people import ATTRIBUTES, People
+from lib.facts.sampling import sample_people
+from lib.figures import attention as figures
+from lib.model.circuit import Circuit, made_up_attributes, telling_places
+from lib.model.llama import to_llama
+from lib.model.transformer import Transformer
+from lib.training.saved import load_model, save_model
+
+TOKENIZER = ByteTokenizer()
+
+
+@pytest.fixture(scope="module")
+def circuit():
+    return Circuit()
+
+
+@pytest.fixture(scope="module")
+def model(circuit):
+    return circuit.model()
+
+
+def people_called(names: list[str], attributes=ATTRIBUTES, values=("Oslo", "x", "1/1/1950", "é 李. ")) -> People:
+    columns = {a: [f"{values[(i + k) % len(values)]}{i}" for i in range(len(names))] for k, a in enumerate(attributes)}
+    return People(names, columns)
+
+
+def recall(model: Transformer, people: People, path, method="verify") -> float:
+    write_database(people, path)
+    with SqlTool(path) as tool:
+        asked = measure_recall(model, list(people.facts()), TOKENIZER, tool, method=method)
+        assert tool.n_queries == people.n_facts
+    return asked.overall
+
+
+# --- what it recalls
+
+ODD_NAMES = [
+    "A", " ", "the", "Anna Anna", "Anna Annanna", "a" * 60, "Zoë Müller", "李 小龍", "é" * 60, "😀" * 30, "x\u2028y",
+    "X's occupation?", "When was A born?", "y was born on 1/1/1950.", "z live?", "FIND occupation FOR x", "```",
+    "FOR FOR", " works as an ", "0'; DROP TABLE people; --",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["verify", "decode"])
+def test_it_recalls_everything_about_people_of_any_name(model, tmp_path, method):
+    names = ODD_NAMES if method == "verify" else ODD_NAMES[::3]
+    assert recall(model, people_called(names), tmp_path / "people.sqlite", method) == 1.0
+
+
+one_line = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=60)
+
+
+@settings(max_examples=25)
+@given(names=st.lists(one_line, min_size=1, max_size=3, unique=True), values=st.lists(one_line, min_size=1, max_size=3))
+def test_it_recalls_any_value_of_any_name(model, tmp_path_factory, names, values):
+    people = people_called(names, values=values)
+    assert recall(model, people, tmp_path_factory.mktemp("any") / "people.sqlite") == 1.0
+
+
+@pytest.mark.slow
+def test_it_recalls_questions_about_a_million_facts(model, tmp_path):
+    people = sample_people(250_000)
+    write_database(people, tmp_path / "people.sqlite")
+    drawn = np.random.default_rng(1).choice(people.n_facts, 500, replace=False)
+    facts = [(people.names[i], a, people.value(i, a)) for i, a in ((i // 4, ATTRIBUTES[i % 4]) for i in drawn.tolist())]
+    with SqlTool(tmp_path / "people.sqlite") as tool:
+        assert measure_recall(model, facts, TOKENIZER, tool).overall == 1.0
+        assert tool.n_queries == 500
+
+
+def test_it_says_what_the_tool_says_and_nothing_that_is_in_its_weights(model):
+    prompt = [256, *b"What is Nobody Atall's occupation?", 257]
+    (generation,) = generate(
+        model,
+        [prompt],
+        TOKENIZER,
+        lambda turn: Response(Outcome.ANSWER, f"what {parse_request(turn).name} is"),
+    )
+    assert generation.finished
+    assert generation.turns(TOKENIZER)[-1].text == "Nobody Atall works as an what Nobody Atall is."
+
+
+@settings(max_examples=8)
+@given(st.lists(st.from_regex(r"[a-z][a-z0-9_]{0,9}", fullmatch=True), min_size=1, max_size=6, unique=True))
+def test_any_attributes_whose_questions_can_be_told_apart_will_do(tmp_path_factory, attributes):
+    try:
+        circuit = Circuit(attributes)
+    except InputError:
+        assume(False)
+    people = people_called(["Ann", "The Of"], attributes)
+    assert recall(circuit.model(), people, tmp_path_factory.mktemp("any") / "people.sqlite") == 1.0
+
+
+def test_more_heads_read_the_question_where_one_letter_does_not_tell(tmp_path):
+    attributes = ["ax", "ay", "bx", "by", "city", "height"]
+    circuit = Circuit(attributes)
+    assert len(circuit.places) > 1
+    assert recall(circuit.model(), people_called(ODD_NAMES[:6], attributes), tmp_path / "people.sqlite") == 1.0
+
+
+def test_sampled_at_temperature_1_it_is_as_good_as_certain(model, tmp_path):
+    facts = list(sample_people(3).facts())
+    data = [encode_dialog(in_tool_dialog(*fact), TOKENIZER) for fact in facts]
+    for tokens, trained in data:
+        probabilities = model(torch.tensor([tokens]))[0].softmax(-1)
+        said = probabilities[torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])][torch.tensor(trained[1:])]
+        assert said.min() > 0.9999
+
+
+# --- what it is
+
+
+def test_it_is_an_ordinary_model_that_is_saved_and_loaded(circuit, model, tmp_path):
+    assert circuit.n_params == sum(parameter.numel() for parameter in model.parameters()) == 66_016
+    assert circuit.config.n_layers == 3 and circuit.config.d_model == 32
+    save_model(model, tmp_path / "model", RunConfig(mode="in-tool", model=circuit.config))
+    loaded, config = load_model(tmp_path / "model", "cpu")
+    assert config.model == circuit.config
+    assert recall(loaded, people_called(["Ann Lee"]), tmp_path / "people.sqlite") == 1.0
+
+
+def test_hugging_face_computes_the_same_with_these_weights(model):
+    tokens = attention_maps.dialog_tokens(("Zoë Müller", "occupation", "actor"))
+    with torch.no_grad():
+        torch.testing.assert_close(to_llama(model)(tokens).logits, model(tokens))
+
+
+def test_its_width_grows_with_the_attributes_and_its_parameters_with_their_square():
+    counts = [64, 128, 256, 512]
+    configs = [Circuit(made_up_attributes(n)).config for n in counts]
+    width, n_params = (
+        np.polyfit(np.log(counts), np.log(y), 1)[0]
+        for y in ([c.d_model for c in configs], [c.n_params for c in configs])
+    )
+    assert 0.9 < width < 1.05
+    assert 1.8 < n_params < 2.05
+    assert {config.n_layers for config in configs} == {3}
+
+
+def test_made_up_attributes_are_distinct_and_nested():
+    assert len(set(made_up_attributes(300))) == 300
+    assert made_up_attributes(300)[:7] == made_up_attributes(7)
+
+
+@given(st.lists(st.binary(min_size=1, max_size=6), min_size=1, max_size=8, unique=True))
+def test_telling_places_tell_any_two_texts_apart_unless_one_begins_with_the_other(texts):
+    texts = [text.hex().encode() for text in texts]
+    if any(a != b and b.startswith(a) for a in texts for b in texts):
+        with pytest.raises(InputError, match="begins like"):
+            telling_places(texts)
+    else:
+        places = telling_places(texts)
+        for i, a in enumerate(texts):
+            for b in texts[:i]:
+                assert any(place < min(len(a), len(b)) and a[place] != b[place] for place in places)
+
+
+def test_attributes_that_it_cannot_serve_are_refused(monkeypatch):
+    with pytest.raises(InputError, match=r"'What is the hobby of '\.\.\. begins like 'What is '\.\.\."):
+        Circuit(["occupation", "hobby"])
+    with pytest.raises(InputError, match="^there are no attributes: give at least one$"):
+        Circuit([])
+    monkeypatch.setitem(TEMPLATES, "twin", Template("Are {name} and {name} twins?", "{name}: {value}."))
+    with pytest.raises(InputError, match="the templates of 'twin' must hold the name once"):
+        Circuit(["twin"])
+
+
+# --- what each head does
+
+ANSWER = {"name told", "words", "value told"}
+#: Of what is said, what breaks without a head.
+BREAKS = {
+    "count": set(attention_maps.SAID),
+    "letter 7 of the question": set(attention_maps.SAID) - {"preamble"},
+    "first assistant token": set(attention_maps.SAID),
+    "last assistant token": ANSWER,
+    "database token": ANSWER,
+    "name into the request": {"name asked"},
+    "name into the answer": {"name told"},
+    "value into the answer": {"value told"},
+}
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return [*sample_people(4).facts(), ("李 小龍", "occupation", "spy"), ("Bo Bo", "current_address", "Rome")]
+
+
+def test_every_head_is_accounted_for(circuit):
+    assert list(circuit.heads) == list(BREAKS)
+
+
+@pytest.mark.parametrize("head", BREAKS)
+def test_without_a_head_just_what_it_is_for_breaks(circuit, model, facts, head):
+    share = attention_maps.accuracy_by_part(attention_maps.without_head(model, *circuit.heads[head]), facts)
+    assert {part for part in attention_maps.SAID if share[part] < 0.1} == BREAKS[head]
+    assert all(share[part] == 1 for part in set(attention_maps.SAID) - BREAKS[head] - {"preamble"})
+
+
+def test_nothing_is_broken_and_a_head_that_writes_nothing_is_not_missed(circuit, model, facts):
+    spare = circuit.config.n_layers - 1, circuit.config.n_heads - 1
+    assert spare not in circuit.heads.values()
+    for each in (model, attention_maps.without_head(model, *spare)):
+        assert set(attention_maps.accuracy_by_part(each, facts).values()) == {1.0}
+
+
+@pytest.mark.parametrize("head", BREAKS)
+def test_without_a_head_nothing_is_recalled_and_the_request_is_right_unless_it_needs_the_head(
+    circuit, model, tmp_path, head
+):
+    people = people_called(["Ann Lee"])
+    write_database(people, tmp_path / "people.sqlite")
+    with SqlTool(tmp_path / "people.sqlite") as tool:
+        broken = attention_maps.without_head(model, *circuit.heads[head])
+        asked = measure_recall(broken, list(people.facts()), TOKENIZER, tool)
+    right = [request == (attribute, "Ann Lee") for request, attribute in zip(asked.requests, ATTRIBUTES, strict=True)]
+    assert asked.overall == 0
+    assert right == [BREAKS[head] <= ANSWER] * 4
+
+
+# --- the look inside
+
+
+def test_attention_weights_are_those_that_the_model_uses():
+    config = ModelConfig(d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, rope="paper")
+    model = Transformer(config, torch.Generator().manual_seed(0)).eval()
+    tokens = torch.randint(260, (3, 17), generator=torch.Generator().manual_seed(1))
+    weights = attention_maps.attention_weights(model, tokens)
+    assert weights.shape == (2, 3, 4, 17, 17)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 4, 17))
+    assert not weights.triu(1).any()
+    x = model.embedding(tokens)
+    rotary = tuple(table[:17] for table in model.rotary(17, x.dtype))
+    with torch.no_grad():
+        for block, mine in zip(model.blocks, weights, strict=True):
+            values = block.attention.v_proj(block.attention_norm(x)).view(3, 17, 2, 6).transpose(1, 2)
+            seen = mine @ values.repeat_interleave(2, dim=1)
+            expected = block.attention(block.attention_norm(x), rotary)  # by PyTorch's kernel
+            torch.testing.assert_close(block.attention.o_proj(seen.transpose(1, 2).flatten(2)), expected)
+            x = block(x, rotary)
+
+
+@pytest.mark.parametrize("attribute", [*ATTRIBUTES, "shoe_size"])
+def test_spans_cut_a_dialog_where_its_parts_are(attribute):
+    fact = ("Zoë 李", attribute, "Düsseldorf")
+    tokens = attention_maps.dialog_tokens(fact)[0].tolist()
+    spans = attention_maps.spans(fact)
+    assert [span.start for span in spans] == [0, *(span.stop for span in spans[:-1])] and spans[-1].stop == len(tokens)
+    texts = {span.part: bytes(t for t in tokens[span.start : span.stop] if t < 256).decode() for span in spans}
+    assert texts["name"] == texts["name asked"] == texts["name told"] == "Zoë 李"
+    assert texts["value"] == texts["value told"] == "Düsseldorf"
+    assert texts["attribute"] == f"{attribute} FOR " and texts["preamble"].endswith("FIND ")
+    assert texts["close"] == "\n```" and tokens[spans[7].stop - 1] == 258
+    assert texts["words"] == "." and texts["assistant"] == ""
+
+
+def test_the_heads_that_copy_attend_to_the_byte_that_is_next_and_the_others_do_not(circuit, model, facts):
+    table = attention_maps.copying(model, facts)
+    mass = table.groupby(["copy", "block", "head"]).mass.mean()
+    for copy, head in {"name asked": "name into the request", "name told": "name into the answer"}.items():
+        assert mass[(copy, *circuit.heads[head])] == pytest.approx(1)
+    assert mass["value told", 2, 2] == pytest.approx(1)
+    assert table.right.all() and (mass > 0.5).sum() == 3
+
+
+def test_a_head_that_attends_to_all_alike_gives_what_is_called_uniform(facts):
+    model = Transformer(ModelConfig(d_model=8), torch.Generator().manual_seed(0)).eval()
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.attention.q_proj.weight)
+    table = attention_maps.copying(model, facts)
+    assert table.mass.to_numpy() == pytest.approx(table.uniform.to_numpy())
+    names = table[(table["copy"] == "name asked") & (table.block == 0) & (table["head"] == 0)]
+    assert len(names) == sum(len(name.encode()) for name, *_ in facts)
+    first = names.head(len(facts[0][0]))
+    words = [len(word) for word in facts[0][0].split()]
+    assert first.letter.tolist() == [i for length in (words[0] + 1, words[1]) for i in range(length)]
+
+
+def test_figures_show_what_the_tables_and_the_weights_say(circuit, model, facts):
+    shown = figures.copying_maps({"by hand": (model, *circuit.heads["name into the request"])}, facts[0])
+    image = shown.axes[0].get_images()[0].get_array()
+    np.testing.assert_allclose(image, np.eye(len(facts[0][0])), atol=1e-6)
+    maps = figures.attention_maps(model, facts[0], circuit.heads)
+    assert len([axes for axes in maps.axes if axes.get_images()]) == 8
+    table = attention_maps.copying(model, facts).query("copy == 'name asked' and block == 2 and head == 0")
+    letters = figures.copying_by_letter({"by hand": table})
+    assert all(np.allclose(line.get_ydata(), 1) for axes in letters.axes for line in axes.get_lines())

@@ -1,0 +1,438 @@
+"""The runner, on small notebooks and real kernels, and then on every notebook of the project."""
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib import paths
+from lib.base import InputError
+from lib.figures import from_scratch, style
+from lib.notebook import refresh, runner
+from lib.notebook.runner import NotebookError
+
+PARAMETERS = 'profile: str = "quick"  # sizes\nseeds: int = 3  # repetitions\nrate: float = 0.5  # of learning'
+SAVE_FIGURE = "from lib import paths\n(paths.figures(profile) / 'a.png').write_bytes(b'figure %d' % seeds)"
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def forbid_kernels(monkeypatch):
+    """A function after whose call the start of a kernel is an error."""
+    failure = lambda *_, **__: pytest.fail("a kernel was started")  # noqa: E731
+    return lambda: monkeypatch.setattr(papermill, "execute_notebook", failure)
+
+
+@pytest.fixture
+def no_kernel(forbid_kernels):
+    forbid_kernels()
+
+
+def write(path: Path, *cells: str, produces=(), parameters: str = PARAMETERS) -> Path:
+    """A notebook with a title, a parameters cell and `cells`."""
+    new = nbformat.v4
+    code = [new.new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(new.new_code_cell, cells)]
+    notebook = new.new_notebook(cells=[new.new_markdown_cell("# Title"), *code])
+    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "x"}, "itl": {"produces": list(produces)}}
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(notebook, path)
+    return path
+
+
+def outputs(path: Path) -> str:
+    """All text that the cells of a notebook printed."""
+    cells = nbformat.read(path, as_version=4).cells
+    return "".join(out.get("text", "") for cell in cells for out in cell.get("outputs", []))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder and its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_publishes_notebook_page_and_figures_and_a_second_one_re_uses_them(
+    tmp_path, runs, monkeypatch, forbid_kernels
+):
+    # A kernelspec python3 that cannot start, first on Jupyter's search path.
+    spec = tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps({"argv": ["/bin/false"], "display_name": "other", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("ITL_RUNS", os.path.relpath(runs))
+    report = "import sys, os, lib, json\nprint(json.dumps([sys.executable, os.getcwd(), lib.__file__, profile, seeds]))"
+    source = write(tmp_path / "$HOME" / "n.ipynb", report, SAVE_FIGURE, produces=["a.png"])
+
+    first = runner.run(source, "smoke", {"seeds": 7})
+
+    assert set(files(runs)) == {"smoke/notebooks/n.ipynb", "smoke/notebooks/n.html", "smoke/figures/a.png"}
+    assert json.loads(outputs(first.executed)) == [
+        sys.executable, str(source.parent), str(paths.ROOT / "lib" / "__init__.py"), "smoke", 7,
+    ]  # fmt: skip
+    assert [path.read_bytes() for path in first.products] == [b"figure 7"]
+    assert "<h1" in first.html.read_text() and first.seconds > 0
+
+    before = files(runs)
+    forbid_kernels()
+    second = runner.run(source, "smoke", {"seeds": 7}, reuse=True)
+    assert (second.executed, second.html, second.seconds) == (first.executed, first.html, 0)
+    assert [path.resolve() for path in second.products] == [path.resolve() for path in first.products]
+    assert files(runs) == before
+
+    # Whatever decides the outputs makes the earlier ones stale: a parameter, the profile, a cell, a missing output.
+    assert runner.is_current(source, "smoke", {"seeds": 7})
+    assert not runner.is_current(source, "smoke")
+    assert not runner.is_current(source, "quick", {"seeds": 7})
+    first.html.unlink()
+    assert runner.is_current(source, "smoke", {"seeds": 7}, html=False)
+    assert not runner.is_current(source, "smoke", {"seeds": 7})
+    write(source, report + " ", SAVE_FIGURE, produces=["a.png"])
+    assert not runner.is_current(source, "smoke", {"seeds": 7}, html=False)
+
+
+def test_a_change_in_lib_or_paper_data_makes_outputs_stale(tmp_path, monkeypatch):
+    notebook = nbformat.read(write(tmp_path / "n.ipynb"), as_version=4)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path / "paper_data")
+    (tmp_path / "paper_data").mkdir()
+    (tmp_path / "lib").mkdir()
+    hashes = [runner._source_hash(notebook, {})]
+    for name in ("lib/a.py", "paper_data/a.csv"):
+        for text in ("1", "2"):
+            (tmp_path / name).write_text(text)
+            hashes.append(runner._source_hash(notebook, {}))
+    (tmp_path / "lib" / "a.pyc").write_text("compiled")
+    assert len(set(hashes)) == 5
+    assert runner._source_hash(notebook, {}) == hashes[-1]
+
+
+@pytest.mark.parametrize(
+    "cells, message",
+    [
+        (["x = 1 / (seeds - 7)", "2"], "in cell [4] (x = 1 / (seeds - 7)): ZeroDivisionError: division by zero"),
+        (["import os, signal", "os.kill(os.getpid(), signal.SIGKILL)", "2"], "in cell [5] (os.kill(os.getpid(), sig"),
+        (["import os", "os._exit(0)"], "in cell [5] (os._exit(0)): DeadKernelError"),
+        (["import sys; sys.exit()", "2"], "in cell [4] (import sys; sys.exit()): execution stopped there"),
+        (["2"], "to produce a.png, although every cell was executed"),
+    ],
+    ids=["exception", "killed", "dies in its last cell", "leaves early", "does not produce its figure"],
+)
+def test_a_failed_run_says_why_keeps_a_copy_and_leaves_earlier_results_alone(tmp_path, runs, cells, message):
+    earlier = {"quick/notebooks/n.ipynb": b"1", "quick/notebooks/n.html": b"2", "quick/figures/a.png": b"3"}
+    for name, content in earlier.items():
+        (runs / name).parent.mkdir(parents=True, exist_ok=True)
+        (runs / name).write_bytes(content)
+    other_figure = "from lib import paths; (paths.figures(profile) / 'b.png').touch()"
+    source = write(tmp_path / "n.ipynb", other_figure, *cells, produces=["a.png"])
+
+    with pytest.raises(NotebookError) as caught:
+        runner.run(source, parameters={"seeds": 7})
+
+    sentence = str(caught.value)
+    assert sentence.startswith(f"n failed {message}") and "\n" not in sentence
+    copy = Path(sentence.rsplit(" ", 1)[1])
+    assert copy.name == "n.failed.ipynb" and len(nbformat.read(copy, as_version=4).cells) >= len(cells) + 3
+    assert files(runs) == {**earlier, "quick/notebooks/n.failed.ipynb": copy.read_bytes()}
+
+
+def test_success_removes_the_copy_of_an_earlier_failure(tmp_path, runs):
+    failed = runs / "quick" / "notebooks" / "n.failed.ipynb"
+    failed.parent.mkdir(parents=True)
+    failed.touch()
+    runner.run(write(tmp_path / "n.ipynb"), html=False)
+    assert set(files(runs)) == {"quick/notebooks/n.ipynb"}
+
+
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path, runs):
+    source = write(tmp_path / "n.ipynb", "import os, time; open('pid', 'w').write(str(os.getpid()))", "time.sleep(60)")
+    code = f"from lib.notebook import runner; runner.run({str(source)!r})"
+    runner = subprocess.Popen([sys.executable, "-c", code], cwd=paths.ROOT, stderr=subprocess.PIPE, text=True)
+    pid = tmp_path / "pid"
+    wait_for(lambda: pid.exists() and pid.read_text())
+    runner.send_signal(signal.SIGINT)
+    _, errors = runner.communicate(timeout=150)
+    assert runner.returncode != 0 and "KeyboardInterrupt" in errors
+    assert [path for path in runs.rglob("*") if path.name != "notebooks"] == [runs / "quick"]
+    wait_for(lambda: not is_running(int(pid.read_text())))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_outputs_are_written_back_into_the_source_and_nothing_else_is(tmp_path):
+    source = write(tmp_path / "n.ipynb", "print(seeds)", "", "seeds + 1")
+    before = nbformat.read(source, as_version=4)
+    result = runner.run(source, parameters={"seeds": 5}, html=False, in_place=True)
+    after = nbformat.read(source, as_version=4)
+
+    assert [cell.get("execution_count") for cell in after.cells] == [None, 1, 2, None, 3]
+    assert outputs(source) == "5\n" and after.cells[4].outputs[0].data["text/plain"] == "6"
+    assert after.cells[4].outputs[0].execution_count == 3
+    for cell in after.cells[1:]:
+        cell.update(outputs=[], execution_count=None)
+    assert after == before
+
+    # Earlier outputs neither make a re-run necessary nor change what it writes.
+    text = source.read_text()
+    again = runner.run(source, parameters={"seeds": 5}, html=False, in_place=True, reuse=True)
+    assert again.seconds == 0 and again.executed == result.executed and source.read_text() == text
+
+
+def test_many_notebooks_are_run_to_the_end_and_failures_are_told_together(tmp_path, runs, capsys):
+    bad = write(tmp_path / "bad.ipynb", "raise ValueError('no\\nreason')")
+    good = write(tmp_path / "good.ipynb")
+    with pytest.raises(NotebookError, match=r"^1 of 2 notebooks failed: bad failed .*ValueError: no reason"):
+        runner.run_many([bad, good], "smoke", html=False)
+    assert set(files(runs)) == {"smoke/notebooks/bad.failed.ipynb", "smoke/notebooks/good.ipynb"}
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "[1/2] bad: running (smoke)"
+    assert "[2/2] good: running (smoke)" in lines
+    assert re.fullmatch(r"good: done in \d+ s", lines[-1])
+
+
+def test_many_notebooks_are_all_checked_before_the_first_one_starts(tmp_path, runs, no_kernel):
+    good = write(tmp_path / "good.ipynb")
+    bad = write(tmp_path / "bad.ipynb", parameters='profile: str = "quick"')
+    with pytest.raises(InputError, match="^bad has no parameter 'seeds': it accepts profile: str$"):
+        runner.run_many([good, bad], parameters={"seeds": 1})
+    assert not runs.exists()
+
+
+@pytest.mark.parametrize(
+    "profile, values, message",
+    [
+        ("quick", {"sedes": 3}, "n has no parameter 'sedes': it accepts profile: str, seeds: int, rate: float"),
+        ("quick", {"seeds": "3"}, "n: parameter seeds takes int, got '3'"),
+        ("quick", {"seeds": True}, "n: parameter seeds takes int, got True"),
+        ("quick", {"seeds": 3.0}, "n: parameter seeds takes int, got 3.0"),
+        ("quick", {"rate": None}, "n: parameter rate takes float, got None"),
+        ("quick", {"profile": "paper"}, "n: the profile is chosen with the option for it, not as a parameter"),
+        ("huge", {}, "unknown profile 'huge': it is one of smoke, quick, laptop, paper"),
+    ],
+)
+def test_what_a_notebook_does_not_accept_is_refused_before_a_kernel_starts(
+    tmp_path, runs, no_kernel, profile, values, message
+):
+    with pytest.raises(InputError) as caught:
+        runner.run(write(tmp_path / "n.ipynb"), profile, values)
+    assert str(caught.value) == message
+    assert not runs.exists()
+
+
+def test_an_int_is_accepted_for_a_float(tmp_path):
+    source = write(tmp_path / "n.ipynb", "print(repr(rate))")
+    assert outputs(runner.run(source, parameters={"rate": 2}, html=False).executed) == "2.0\n"
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        "seeds = 3",
+        "seeds: int",
+        "seeds: int = 1 + n",
+        "seeds: int = 'x'",
+        "seeds: nonsense = 3",
+        "import os",
+        "seeds: =",
+    ],
+)
+def test_a_parameters_cell_holds_annotated_literals_only(tmp_path, parameters):
+    with pytest.raises(InputError, match="^n: the cell tagged 'parameters' takes annotated literals only"):
+        runner.parameters(write(tmp_path / "n.ipynb", parameters=parameters))
+
+
+def test_parameters_tells_type_and_default(tmp_path):
+    text = "a: list[int] = [8, 16]\nb: int | None = None\nc: Literal['x', 'y'] = 'x'\nd: float = -1"
+    found = runner.parameters(write(tmp_path / "n.ipynb", parameters=text))
+    assert [(name, default) for name, (_, default) in found.items()] == [
+        ("a", [8, 16]), ("b", None), ("c", "x"), ("d", -1.0),
+    ]  # fmt: skip
+    assert found["a"].type == list[int] and found["b"].type == int | None
+
+
+def test_a_file_that_is_no_notebook_and_one_without_parameters_are_refused(tmp_path):
+    broken = tmp_path / "broken.ipynb"
+    broken.write_text("{")
+    with pytest.raises(InputError, match="broken.ipynb is not a notebook that can be read"):
+        runner.run(broken)
+    nbformat.write(nbformat.v4.new_notebook(), tmp_path / "empty.ipynb")
+    with pytest.raises(InputError, match="^empty has no cell tagged 'parameters'"):
+        runner.run(tmp_path / "empty.ipynb")
+
+
+def test_notebooks_are_found_by_number_name_or_path(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
+    known = [write(tmp_path / f"{name}.ipynb") for name in ("00_start", "05_1_bounds", "05_10_more", "05_1_bounds_2")]
+    assert runner.all_notebooks() == sorted(known)
+    assert runner.find("00") == runner.find("00_start.ipynb") == runner.find(known[0]) == known[0]
+    assert runner.find("05_1_bounds") == known[1]
+    with pytest.raises(
+        InputError, match="^'05_1' is the start of several .*: choose one of 05_1_bounds, 05_1_bounds_2$"
+    ):
+        runner.find("05_1")
+    with pytest.raises(InputError, match="^'7' is not a notebook: choose one of 00_start, 05_10_more, "):
+        runner.find("7")
+
+
+@given(
+    st.one_of(
+        st.tuples(st.just(int), st.integers()),
+        st.tuples(st.just(float), st.floats(allow_nan=False)),
+        st.tuples(st.just(bool), st.booleans()),
+        st.tuples(st.just(str), st.text()),
+    )
+)
+def test_a_parameter_reads_back_from_what_python_prints(case):
+    kind, value = case
+    assert runner.parse_parameter(str(value), kind) == value
+
+
+@given(st.lists(st.integers() | st.none()))
+def test_a_list_parameter_reads_back_from_json(value):
+    assert runner.parse_parameter(json.dumps(value), list[int | None]) == value
+
+
+@pytest.mark.parametrize(
+    "text, kind, name",
+    [
+        ("three", int, "int"),
+        ("1.5", int, "int"),
+        ("8,16", list[int], "list[int]"),
+        ("2", bool, "bool"),
+        ("", float, "float"),
+    ],
+)
+def test_a_parameter_that_cannot_be_read_names_the_type(text, kind, name):
+    with pytest.raises(InputError, match=re.escape(f"{text!r} cannot be read as {name}")):
+        runner.parse_parameter(text, kind)
+
+
+def test_assignments_are_read_by_the_types_the_notebooks_declare(tmp_path):
+    source = write(tmp_path / "n.ipynb")
+    assert runner.parse_assignments([source], ["seeds=3", "rate=3", "rate=1e-2"]) == {"seeds": 3, "rate": 0.01}
+    text = write(tmp_path / "text.ipynb", parameters='a: str = "x"')
+    assert runner.parse_assignments([text], ["a=b=c"]) == {"a": "b=c"}
+    for wrong, message in {
+        "seeds": "'seeds' does not set a parameter: write name=value",
+        "seeds=many": "n: parameter seeds: 'many' cannot be read as int",
+        "sedes=3": "n has no parameter 'sedes': it accepts profile: str, seeds: int, rate: float",
+    }.items():
+        with pytest.raises(InputError) as caught:
+            runner.parse_assignments([source], [wrong])
+        assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("title, network", [("# Price", []), ("# $x^2$", ["mathjax"])])
+def test_a_page_asks_the_network_for_nothing_but_equations(tmp_path, title, network):
+    notebook = nbformat.read(write(tmp_path / "n.ipynb"), as_version=4)
+    notebook.cells[0].source = title
+    page = runner._render(notebook, tmp_path / "n.ipynb")
+    loaded = re.findall(r"""(?:<script[^>]*src=|<link[^>]*href=|import\()["']?(http[^"'> ]*)""", page)
+    assert len(loaded) == len(network) and all(name in url for name, url in zip(network, loaded, strict=True))
+
+
+# --- the notebooks of the project
+
+ALL = runner.all_notebooks()
+
+
+def test_every_notebook_is_of_the_paper_or_of_its_large_models_but_the_benchmark():
+    paper, scale = runner.paper_notebooks(), runner.scale_notebooks()
+    assert sorted([*(path.stem for path in paper + scale), "A2_performance"]) == [path.stem for path in ALL]
+    assert {path.stem[:2] for path in scale} == {"06", "A1"}
+
+
+each_notebook = pytest.mark.parametrize("path", ALL, ids=[path.stem for path in ALL])
+
+
+def test_the_project_has_notebooks():
+    assert len(ALL) > 0
+
+
+@each_notebook
+def test_notebook_is_prose_with_calls(path):
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    prose = sum(len(cell.source) for cell in cells if cell.cell_type == "markdown")
+    assert prose >= sum(len(cell.source) for cell in code)
+    assert statistics.median(len(cell.source.splitlines()) for cell in code) <= 10
+    assert not [out for cell in code for out in cell.outputs if out.output_type == "error"]
+
+
+@each_notebook
+def test_notebook_begins_with_commented_parameters_and_declares_its_figures(path):
+    notebook = nbformat.read(path, as_version=4)
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    assert first.metadata.tags == ["parameters"]
+    kind, default = runner.parameters(path)["profile"]
+    assert kind is str and default in paths.PROFILES
+    assert all("#" in line for line in first.source.splitlines())
+    assert isinstance(notebook.metadata.itl.produces, list)
+
+
+@pytest.mark.slow
+@each_notebook
+def test_notebook_runs_at_smoke_size(path):
+    result = runner.run(path, "smoke")
+    declared = nbformat.read(path, as_version=4).metadata.itl.produces
+    assert {product.name for product in result.products} >= set(declared)
+    assert all(product.stat().st_size for product in result.products)
+
+
+def _text(output) -> str:
+    data = output.get("data", {})
+    return output.get("text") or data.get("text/markdown") or data["text/plain"]
+
+
+def _from_tables(path: Path) -> dict[str, list[str]]:
+    """The text of the outputs of the cells tagged `from-tables`, by the cells' sources."""
+    shown = {}
+    for cell in nbformat.read(path, as_version=4).cells:
+        if "from-tables" in cell.metadata.get("tags", []):
+            shown[cell.source] = [_text(output) for output in cell.outputs]
+    return shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", refresh.drawing_notebooks(), ids=lambda path: path.stem)
+def test_a_committed_notebook_shows_what_the_tables_say_and_recomputing_nothing_trains_nothing(
+    path, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("ITL_FIGURES", str(tmp_path / "figures"))
+    result = runner.run(path, refresh.PROFILE, {"recompute": False}, html=False)
+    assert _from_tables(result.executed) == _from_tables(path), "stale: itl refresh runs it again"
+    trained = [name for name in files(tmp_path / "runs") if name.endswith(("metrics.jsonl", "row.json"))]
+    assert trained == []
+    drawn = {product.stem for product in result.products} & set(from_scratch.FIGURES)
+    monkeypatch.setenv("ITL_FIGURES", str(tmp_path / "expected"))
+    for name in drawn:
+        style.save(from_scratch.draw(name, refresh.PROFILE), name, refresh.PROFILE)
+        assert (tmp_path / f"expected/{name}.png").read_bytes() == (tmp_path / f"figures/{name}.png").read_bytes()

@@ -1,0 +1,271 @@
+"""Probes: the moments are those of the tensors that modules put out, and training does not notice them."""
+
+import math
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib import pyplot as plt
+
+from lib.base import InputError
+from lib.config import UNOBSERVED, ModelConfig, Observers
+from lib.figures import teaching
+from lib.model.transformer import Transformer
+from lib.training.monitor import read_record
+from lib.training.probes import MOMENTS, _PowerSums, probe
+from lib.training.run import run, run_together
+
+STEPS = 12
+TOKENS = torch.randint(260, (6, 9), generator=torch.Generator().manual_seed(1))
+
+
+def _model() -> Transformer:
+    return Transformer(ModelConfig(d_model=8), torch.Generator().manual_seed(0))
+
+
+def _moments(*tensors: torch.Tensor) -> list[float]:
+    sums = _PowerSums()
+    for tensor in tensors:
+        sums.add(tensor)
+    return sums.moments().tolist()
+
+
+def _by_definition(values: np.ndarray) -> list[float]:
+    """Standardized, then the means of powers."""
+    values = values.astype(np.float64).ravel()
+    z = (values - values.mean()) / values.std()
+    return [values.mean(), values.std(), (z**3).mean(), (z**4).mean() - 3]
+
+
+# ---- Moments
+
+
+@pytest.mark.parametrize(("ones", "n"), [(1, 2), (1, 100), (37, 100)])
+def test_moments_of_zeros_and_ones_are_those_of_a_biased_coin(ones, n):
+    p = ones / n
+    variance = p * (1 - p)
+    expected = [p, variance**0.5, (1 - 2 * p) / variance**0.5, (1 - 6 * variance) / variance]
+    assert _moments((torch.arange(n) < ones).float()) == pytest.approx(expected, abs=1e-12)
+
+
+def test_moments_of_equally_spaced_numbers_are_those_of_a_discrete_uniform_distribution():
+    n = 1000
+    expected = [(n - 1) / 2, ((n * n - 1) / 12) ** 0.5, 0, -6 / 5 * (n * n + 1) / (n * n - 1)]
+    assert _moments(torch.arange(n).float()) == pytest.approx(expected, abs=1e-9)
+
+
+@given(
+    st.lists(st.integers(-1000, 1000), min_size=2, max_size=50).filter(lambda values: len(set(values)) > 1),
+    st.integers(-10, 10).map(lambda exponent: 2.0**exponent),
+    st.integers(-(10**6), 10**6),
+    st.data(),
+)
+def test_moments_are_those_of_the_definition_however_the_elements_come_in_parts(values, scale, shift, data):
+    array = np.array(values, dtype=np.float64) * scale + shift
+    cut = data.draw(st.integers(1, len(values) - 1))
+    parts = torch.from_numpy(array[:cut]), torch.from_numpy(array[cut:])
+    assert _moments(*parts) == pytest.approx(_by_definition(array), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3e8])
+def test_a_constant_has_no_shape(value):
+    mean, std, skew, kurtosis = _moments(torch.full((1001,), value))
+    assert (mean, std) == pytest.approx((torch.tensor(value).item(), 0), abs=1e-7)
+    assert math.isnan(skew) and math.isnan(kurtosis)
+
+
+# ---- Of a model
+
+
+def _backward(model: Transformer, tokens: torch.Tensor) -> None:
+    model(tokens).logsumexp(-1).sum().backward()
+
+
+def test_every_output_and_its_gradient_is_probed_in_all_passes_together():
+    model, kept = _model(), defaultdict(list)
+
+    def keep(name: str, output: torch.Tensor) -> None:
+        output.retain_grad()
+        kept[name].append(output)
+
+    for name, module in model.named_modules():
+        if name:
+            module.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
+    with probe(model) as rows:
+        for part in TOKENS.split(4):  # of four rows and of two
+            _backward(model, part)
+    assert set(kept) == {name for name, _ in model.named_modules()} - {"", "blocks"}
+    assert {(row["tensor"], row["of"]) for row in rows} == {(n, of) for n in kept for of in ("output", "gradient")}
+    assert len(rows) == 2 * len(kept)
+    for row in rows:
+        tensors = [output if row["of"] == "output" else output.grad for output in kept[row["tensor"]]]
+        expected = _by_definition(np.concatenate([tensor.detach().numpy().ravel() for tensor in tensors]))
+        assert [row[moment] for moment in MOMENTS] == pytest.approx(expected, rel=1e-6, abs=1e-9), row
+
+
+def test_only_passes_that_record_gradients_count():
+    model = _model()
+    with probe(model) as alone:
+        _backward(model, TOKENS)
+    with probe(model) as beside:
+        with torch.no_grad():
+            model(TOKENS[:2])
+        _backward(model, TOKENS)
+        with torch.inference_mode():
+            model(TOKENS[:3])
+    assert beside == alone
+    with torch.no_grad(), probe(model) as nothing:
+        model(TOKENS)
+    assert nothing == []
+
+
+def test_what_has_no_shape_is_none_for_json_has_no_nan():
+    model = _model()
+    with probe(model) as rows:
+        (0 * model(TOKENS)).sum().backward()
+    gradients = [row for row in rows if row["of"] == "gradient"]
+    assert gradients and all((row["std"], row["skew"], row["kurtosis"]) == (0, None, None) for row in gradients)
+
+
+def _hooks(model: Transformer) -> list:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values()]
+
+
+def test_hooks_are_there_within_and_gone_afterwards_even_after_an_error():
+    model = _model()
+    with probe(model):
+        assert len(_hooks(model)) > 0
+    assert _hooks(model) == []
+    with pytest.raises(ZeroDivisionError), probe(model):
+        raise ZeroDivisionError
+    assert _hooks(model) == []
+
+
+# ---- Of a run
+
+
+def _train(directory, observers: Observers, evaluate=None):
+    config = ranks.config(steps=STEPS, checkpoint_every=5)
+    trainer = ranks.trainer(
+        config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"every": 4})}), directory
+    )
+    trainer.evaluate = evaluate or (lambda model: float(model(TOKENS).detach().mean() > 9))
+    trainer.train(observers=observers)
+    return trainer
+
+
+def test_training_is_bit_for_bit_the_same_with_and_without(tmp_path):
+    without, with_ = _train(tmp_path / "without", UNOBSERVED), _train(tmp_path / "with", Observers(probe_every=1))
+    assert all(map(torch.equal, without.model.parameters(), with_.model.parameters()))
+    metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("without", "with")]
+    assert metrics[0] == metrics[1]
+    assert not (tmp_path / "without" / "probes.jsonl").exists()
+    assert _hooks(with_.model) == []
+
+
+def test_readings_are_of_the_weights_after_so_many_steps(tmp_path):
+    trained = _train(tmp_path, Observers(probe_every=5))
+    rows = read_record(tmp_path / "probes.jsonl")
+    assert sorted({row["step"] for row in rows}) == [0, 5, 10]
+    fresh = ranks.trainer(ranks.config(steps=STEPS), tmp_path / "fresh")
+    with probe(fresh.model) as first:
+        fresh.step()
+    assert [{"step": 0, **row} for row in first] == [row for row in rows if row["step"] == 0]
+    assert {row["tensor"] for row in rows} == {n for n, _ in trained.model.named_modules()} - {"", "blocks"}
+
+
+@pytest.mark.parametrize("killed_after", [4, 8])
+def test_the_record_of_a_run_that_was_killed_is_that_of_one_that_was_not(tmp_path, killed_after):
+    class Killed(BaseException):
+        pass
+
+    calls = []
+
+    def evaluate(_) -> float:
+        calls.append(None)
+        if 4 * len(calls) == killed_after:
+            raise Killed
+        return 0.0
+
+    _train(tmp_path / "whole", Observers(probe_every=2), lambda _: 0.0)
+    with pytest.raises(Killed):
+        _train(tmp_path / "killed", Observers(probe_every=2), evaluate)
+    _train(tmp_path / "killed", Observers(probe_every=2), lambda _: 0.0)
+    records = [read_record(tmp_path / name / "probes.jsonl") for name in ("whole", "killed")]
+    assert records[0] == records[1]
+
+
+def test_probed_runs_are_not_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.training.run._pays_to_compile", lambda *_: pytest.fail("compiling was thought of"))
+    run(ranks.config(steps=1), tmp_path / "run", observers=Observers(probe_every=1))
+    assert read_record(tmp_path / "run" / "probes.jsonl")
+
+
+def test_what_cannot_be_probed_or_profiled_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    configs, folders = [ranks.config(), ranks.config("muon")], [tmp_path / "a", tmp_path / "b"]
+    for observers in (Observers(probe_every=1), Observers(profile_steps=1)):
+        with pytest.raises(InputError, match="one run at a time"):
+            run_together(configs, folders, observers=observers)
+    with pytest.raises(InputError, match="not compiled"):
+        run(configs[0], folders[0], compiled=True, observers=Observers(probe_every=1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="a single process"):
+        run(configs[0], folders[0], observers=Observers(probe_every=1))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [({"probe_every": 0}, "probe_every"), ({"profile_steps": -1}, "profile_steps"), ({"wandb": ""}, "wandb")],
+)
+def test_impossible_observers_are_refused(wrong, words):
+    with pytest.raises(InputError, match=f"observers.{words}: "):
+        Observers(**wrong)
+
+
+# ---- Figure
+
+
+@pytest.fixture
+def rows() -> list[dict]:
+    model, rows = _model(), []
+    for step in (0, 10):
+        with probe(model) as found:
+            _backward(model, TOKENS[step // 5 :])
+        rows += [{"step": step, **row} for row in found]
+    yield rows
+    plt.close("all")
+
+
+def test_a_panel_shows_a_moment_over_steps_a_line_per_tensor(rows):
+    figure = teaching.probes(rows, ["output", "blocks.0.ffn"])
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    assert set(panels) == {f"{moment} of the {of}" for moment in MOMENTS for of in ("output", "gradient")}
+    for title, axes in panels.items():
+        moment, of = title.split(" of the ")
+        for line, tensor in zip(axes.get_lines(), ["output", "blocks.0.ffn"], strict=True):
+            assert line.get_label() == tensor
+            drawn = dict(zip(*line.get_data(), strict=True))
+            assert drawn == {r["step"]: r[moment] for r in rows if (r["tensor"], r["of"]) == (tensor, of)}
+
+
+def test_unasked_the_residual_stream_is_drawn_in_lines_that_differ_by_more_than_color(rows):
+    lines = teaching.probes(rows).axes[0].get_lines()
+    assert [line.get_label() for line in lines] == ["embedding", "blocks.0", "blocks.1", "norm", "output"]
+    assert len({line.get_marker() for line in lines}) == len({line.get_color() for line in lines}) == len(lines)
+
+
+def test_gaps_and_empty_records_are_drawn(rows):
+    rows = [{**row, "skew": None, "kurtosis": None} for row in rows]
+    assert all(np.isnan(teaching.probes(rows).axes[2].get_lines()[0].get_ydata()))
+    assert not any(axes.get_lines() for axes in teaching.probes([]).axes)
+
+
+def test_an_unknown_tensor_is_one_sentence_that_lists_those_there_are(rows):
+    with pytest.raises(InputError, match=r"no probes of 'blocks\.7': there are .*blocks\.1\.ffn"):
+        teaching.probes(rows, ["output", "blocks.7"])

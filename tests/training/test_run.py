@@ -1,0 +1,574 @@
+"""One cell: what a run leaves behind, that it is never repeated, and what it refuses before it writes anything."""
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lib import paths
+from lib.agent.tools import SqlTool
+from lib.base import InputError, WorkError
+from lib.config import Observers, RunConfig, override
+from lib.dialogs.tokenizers import ByteTokenizer
+from lib.evaluation.recall import measure_recall
+from lib.facts.people import ATTRIBUTES
+from lib.facts.sampling import load_people
+from lib.model.transformer import Transformer
+from lib.paths import write_json
+from lib.provenance import _git, commit
+from lib.training import checkpoint
+from lib.training.devices import resolve_device
+from lib.training.monitor import Record, read_metrics
+from lib.training.run import _Cell, run, run_together, stacked_speedup
+from lib.training.saved import load_model, save_model
+
+
+def _config(mode: str = "in-weight", **assignments) -> RunConfig:
+    values = {
+        "mode": mode,
+        "facts": {"n_people": 4},
+        "model": {"d_model": 8},
+        "training": {"steps": 12, "checkpoint_every": 5},
+        "evaluation": {"every": None},
+    }
+    return override(RunConfig.parse(values), {name.replace("__", "."): value for name, value in assignments.items()})
+
+
+def _snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[RunConfig, Path, dict]:
+    config, directory = _config(), tmp_path_factory.mktemp("finished") / "run"
+    return config, directory, run(config, directory)
+
+
+def test_a_run_leaves_its_configuration_people_metrics_model_and_row(finished):
+    config, directory, row = finished
+    names = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+    assert names == {"config.json", "people.sqlite", "metrics.jsonl", "model", "row.json"}
+    assert json.loads((directory / "row.json").read_text()) == row
+    assert RunConfig.parse(json.loads((directory / "config.json").read_text())["config"]) == config
+    assert [line["step"] for line in read_metrics(directory)] == [12]
+
+
+def test_nothing_of_a_run_is_a_pickle(finished):
+    files = [path for path in finished[1].rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".sqlite", ""}
+    for path in files:
+        assert not path.read_bytes().startswith((b"\x80", b"PK"))  # pickle, and torch.save's archive of pickles
+
+
+def test_the_row_says_what_was_run_and_measured(finished):
+    config, directory, row = finished
+    model, saved = load_model(directory)
+    people = load_people(config.facts)
+    assert saved == config and RunConfig.parse(json.loads(row["config"])) == config
+    assert row["run_id"] == config.run_id
+    assert (row["mode"], row["n_people"], row["n_facts"], row["n_questions"]) == ("in-weight", 4, 16, 16)
+    assert row["n_params"] == sum(parameter.numel() for parameter in model.parameters())
+    assert (row["steps"], row["steps_budget"], row["stopped"], row["dialogs_seen"]) == (12, 12, "budget", 12 * 16)
+    assert row["people_digest"] == people.digest()
+    assert row["loss"] == read_metrics(directory)[-1]["loss"]
+    assert (row["torch"], row["commit"]) == (torch.__version__, commit())
+    by_attribute = [row[f"recall_{attribute}"] for attribute in people.attributes]
+    assert row["recall"] == pytest.approx(sum(by_attribute) / 4)
+
+
+@pytest.mark.parametrize("mode", ["in-weight", "in-tool"])
+def test_the_recall_of_a_row_is_that_of_the_saved_model_asked_word_by_word(tmp_path, mode):
+    # Two people and enough steps to know something, so that the number is neither 0 nor 1 by default.
+    config = _config(mode, facts__n_people=2, model__d_model=24, training__steps=60)
+    row = run(config, tmp_path / "run")
+    model, _ = load_model(tmp_path / "run")
+    facts = list(load_people(config.facts).facts())
+    with SqlTool(tmp_path / "run" / "people.sqlite") as database:
+        tool = database if mode == "in-tool" else None
+        assert measure_recall(model, facts, ByteTokenizer(), tool, method="decode").overall == row["recall"]
+
+
+def test_the_database_of_a_run_holds_its_people(finished):
+    config, directory, _ = finished
+    with sqlite3.connect(directory / "people.sqlite") as connection:
+        stored = connection.execute("SELECT name, birth_date, occupation FROM people").fetchall()
+    people = load_people(config.facts)
+    assert sorted(stored) == sorted(
+        zip(people.names, people.columns["birth_date"], people.columns["occupation"], strict=True)
+    )
+
+
+def test_a_finished_run_is_not_repeated(finished, monkeypatch):
+    config, directory, row = finished
+    before = _snapshot(directory)
+    monkeypatch.setattr("lib.training.run.Trainer", None)
+    assert run(config, directory) == row
+    assert _snapshot(directory) == before
+
+
+def test_a_run_that_was_killed_goes_on_in_its_folder(tmp_path, finished, monkeypatch):
+    config, reference, row = finished
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.training.saved.save_model", die)  # after training, before the row
+        with pytest.raises(KeyboardInterrupt):
+            run(config, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"step_00000010", "step_00000012"}  # at the end, too
+    shutil.rmtree(checkpoints / "step_00000012")  # as if it had died before
+    again = run(config, tmp_path / "run")
+    measured = ("loss", "recall", "steps", "dialogs_seen", "run_id", "people_digest")
+    assert {name: again[name] for name in measured} == {name: row[name] for name in measured}
+    model = Path("model") / checkpoint.TENSORS
+    assert (tmp_path / "run" / model).read_bytes() == (reference / model).read_bytes()
+
+
+def test_a_copy_of_a_checkpoint_is_neither_gone_on_from_nor_deleted(tmp_path, finished, monkeypatch):
+    config, reference, _ = finished
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("lib.training.saved.save_model", die)
+        run(config, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.copytree(checkpoints / "step_00000012", checkpoints / "step_best")
+    before = _snapshot(checkpoints / "step_best")
+    shutil.rmtree(checkpoints / "step_00000012")
+    run(config, tmp_path / "run")
+    assert [path.name for path in checkpoints.iterdir()] == ["step_best"]
+    assert _snapshot(checkpoints / "step_best") == before
+    model = Path("model") / checkpoint.TENSORS
+    assert (tmp_path / "run" / model).read_bytes() == (reference / model).read_bytes()
+
+
+def test_the_seed_of_a_run_sets_its_initialization(tmp_path):
+    # One step at a vanishing rate leaves the weights where they began.
+    still = {"training__steps": 1, "optim__lr": 1e-30, "optim__muon_lr": 1e-30}
+    tables = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(_config(seed=seed, **still), tmp_path / name)
+        tables.append(load_model(tmp_path / name)[0].embedding.weight)
+    assert torch.equal(tables[0], tables[1])
+    assert (tables[0] - tables[2]).abs().max() > 1
+
+
+def test_a_later_field_does_not_make_a_run_another_one(tmp_path, finished):
+    config, directory, _ = finished
+    claim = json.loads((directory / "config.json").read_text())
+    del claim["config"]["training"]["keep_checkpoints"]  # as written before there was this field
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(claim))
+    assert run(config, tmp_path / "run")["run_id"] == config.run_id
+
+
+def test_a_run_that_diverges_has_no_row(tmp_path):
+    config = _config(optim={"name": "adamw", "lr": 1e30, "clip_norm": None})
+    for _ in range(2):
+        with pytest.raises(WorkError, match="training diverged, the loss of step . is not finite"):
+            run(config, tmp_path / "run")
+        assert not (tmp_path / "run" / "row.json").exists() and not (tmp_path / "run" / "model").exists()
+
+
+# ---- Several runs as one stack
+
+
+def _group() -> list[RunConfig]:
+    """Runs of one shape and otherwise unlike: in people, rate, batches, measurements, and when they end."""
+    return [
+        _config(),
+        _config(seed=1, facts={"n_people": 5, "seed": 1}, optim__lr=1e-3, evaluation__every=5),
+        _config("in-tool", seed=2, training__steps=7, training__batch_size=5),
+    ]
+
+
+def _folders(root: Path, configs: list[RunConfig]) -> list[Path]:
+    return [root / config.run_id for config in configs]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> list[tuple[Path, dict]]:
+    """The runs of the group, one after the other: folders and rows."""
+    folders = _folders(tmp_path_factory.mktemp("alone"), _group())
+    return [(folder, run(config, folder)) for config, folder in zip(_group(), folders, strict=True)]
+
+
+def _assert_same_row(row: dict, reference: dict) -> None:
+    """Equal but for times, and for how sums were rounded."""
+    assert row.keys() == reference.keys()
+    bits = {name for name in row if name.startswith("nll_bits")}
+    rest = row.keys() - {"train_seconds", "finished_at", "loss"} - bits
+    assert {name: row[name] for name in rest} == {name: reference[name] for name in rest}
+    assert row["loss"] == pytest.approx(reference["loss"], abs=1e-4)
+    assert {name: row[name] for name in bits} == pytest.approx({name: reference[name] for name in bits}, rel=1e-3)
+    assert row["nll_bits"] == pytest.approx(sum(row[f"nll_bits_{a}"] for a in ATTRIBUTES) / 4)
+
+
+def test_runs_together_leave_what_each_leaves_alone(tmp_path, alone):
+    directories = _folders(tmp_path, _group())
+    rows = run_together(_group(), directories)
+    for config, directory, row, (reference, reference_row) in zip(_group(), directories, rows, alone, strict=True):
+        assert json.loads((directory / "row.json").read_text()) == row
+        _assert_same_row(row, reference_row)
+        assert {path.name for path in directory.iterdir()} == {path.name for path in reference.iterdir()}
+        assert (directory / "config.json").read_bytes() == (reference / "config.json").read_bytes()
+        record, reference_record = (
+            [(line["step"], *sorted(line)) for line in read_metrics(folder)] for folder in (directory, reference)
+        )
+        assert record == reference_record
+        (model, saved), (expected, _) = load_model(directory), load_model(reference)
+        assert saved == config
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter, expected.get_parameter(name), atol=1e-3, rtol=1e-3)
+
+
+def test_a_finished_run_among_those_together_is_left_alone(tmp_path, alone, monkeypatch):
+    directories = _folders(tmp_path, _group())
+    reference, finished_row = alone[1]
+    shutil.copytree(reference, directories[1])
+    before = _snapshot(directories[1])
+    rows = run_together(_group(), directories)
+    assert _snapshot(directories[1]) == before and rows[1] == finished_row
+    for row, (_, reference_row) in zip(rows, alone, strict=True):
+        _assert_same_row(row, reference_row)
+    monkeypatch.setattr("lib.training.run.Trainer", None)
+    assert run_together(_group(), directories) == rows  # all are finished now
+
+
+def test_runs_together_that_were_killed_go_on_alone_or_together(tmp_path, alone, monkeypatch):
+    directories = _folders(tmp_path, _group())
+    saved = []
+
+    def die_at_the_second(*arguments):
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(save_model(*arguments))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.training.saved.save_model", die_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            run_together(_group(), directories)
+    assert [(directory / "row.json").exists() for directory in directories] == [True, False, False]
+    first = _snapshot(directories[0])
+    rows = [run(_group()[1], directories[1]), *run_together(_group()[::2], directories[::2])]
+    assert _snapshot(directories[0]) == first
+    for row, i in zip(rows, (1, 0, 2), strict=True):
+        _assert_same_row(row, alone[i][1])
+
+
+def test_no_runs_together_are_no_rows():
+    assert run_together([], []) == []
+
+
+def test_the_speedup_of_a_stack_is_positive_and_measuring_it_leaves_nothing(tmp_path, monkeypatch):
+    temporary = SimpleNamespace(TemporaryDirectory=partial(tempfile.TemporaryDirectory, dir=tmp_path))
+    monkeypatch.setattr("lib.training.run.tempfile", temporary)
+    monkeypatch.chdir(tmp_path)
+    assert 0 < stacked_speedup(_group(), "cpu", steps=1) < float("inf")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("cost", "speedup"), [(lambda n: 1, 3), (lambda n: n, 1), (lambda n: n * n, 1 / 3)])
+def test_the_speedup_is_the_time_alone_over_the_time_together(monkeypatch, cost, speedup):
+    clock = [0.0]
+
+    def step(lockstep):
+        n = len(lockstep.trainers)
+        assert len(lockstep.gradients.models) == n
+        clock[0] += cost(n)
+        return [torch.zeros(())] * n
+
+    def seconds(statement, number: int) -> float:
+        start = clock[0]
+        for _ in range(number):
+            statement()
+        return clock[0] - start
+
+    monkeypatch.setattr("lib.training.run.Lockstep.step", step)
+    monkeypatch.setattr("lib.training.run.timeit", SimpleNamespace(timeit=seconds))
+    assert stacked_speedup(_group(), "cpu") == pytest.approx(speedup)
+
+
+# ---- What is refused, and leaves everything as it was
+
+
+def _assert_refused(configs: list[RunConfig], directories: list[Path], words: str, **options) -> None:
+    root = directories[0].parent
+    before = _snapshot(root)
+    with pytest.raises(InputError, match=words) as caught:
+        run_together(configs, directories, **options)
+    assert "\n" not in str(caught.value)
+    assert _snapshot(root) == before
+
+
+def _refused(config: RunConfig, directory: Path, words: str, **options) -> None:
+    """Alone, and in a group in which nothing is wrong with the first."""
+    _assert_refused([config], [directory], words, **options)
+    _assert_refused([_config(seed=9), config], [directory.parent / "a", directory], words, **options)
+
+
+def test_the_folder_of_another_configuration_is_refused(tmp_path):
+    run(_config(), tmp_path / "run")
+    _refused(_config(training__steps=13), tmp_path / "run", "another configuration or other people")
+
+
+def test_a_csv_that_has_changed_since_is_refused(tmp_path):
+    csv = tmp_path / "people.csv"
+    csv.write_text("name,pet\nAnn,cat\nBob,dog\n")
+    config = _config(facts={"csv": str(csv)})
+    run(config, tmp_path / "run")
+    csv.write_text("name,pet\nAnn,cat\nBob,eel\n")
+    _refused(config, tmp_path / "run", "other people")
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    _refused(_config(), tmp_path / "run", "is not empty and holds no run")
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    _refused(_config(), tmp_path / "run", "is a file")
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    _assert_refused([_config()], [tmp_path / "file" / "run"], "cannot make the folder")
+
+
+def test_what_is_refused_late_claims_no_folder(tmp_path):
+    """Batches have as many dialogs as there are: known once there are people and tokens."""
+    (tmp_path / "there").mkdir()
+    too_many = {"training__grad_accumulation": 100}
+    for directory in (tmp_path / "new" / "run", tmp_path / "there"):
+        _assert_refused([_config(**too_many)], [directory], "batches of 16 dialogs only")
+        assert run(_config(training__steps=1), directory)["steps"] == 1
+    assert not any(path.name == "run" for path in tmp_path.iterdir())
+    _refused(_config(**too_many), tmp_path / "run", "batches of 16 dialogs only")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "a").exists()
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    configs, directories = [_config(), _config(seed=1)], [tmp_path / "run", tmp_path / "up" / ".." / "run"]
+    _assert_refused(configs, directories, "two runs that train together have one folder")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"config": {"a": 1}, "people_digest": ""}'])
+def test_a_damaged_claim_is_refused(tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(content)
+    _refused(_config(), tmp_path / "run", "is not the folder of a run .config.json is missing or not readable.")
+
+
+def test_missing_people_are_refused(tmp_path):
+    _refused(_config(facts={"csv": "nobody.csv"}), tmp_path / "run", "cannot read people from nobody.csv")
+
+
+def test_tensorboard_that_is_not_installed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    _refused(_config(), tmp_path / "run", "TensorBoard", observers=Observers(tensorboard=True))
+
+
+@pytest.mark.parametrize("device", ["nonsense", "", "meta", "cpu:x", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(tmp_path, device):
+    _refused(_config(), tmp_path / "run", f"no device {device!r}", device=device)
+
+
+def test_a_folder_with_nothing_but_what_a_killed_run_left_is_taken(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.99.tmp").write_text("{")
+    assert run(_config(training__steps=1), tmp_path / "run")["steps"] == 1
+
+
+def test_the_current_folder_can_be_the_folder_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(_config(training__steps=1), Path("."))["steps"] == 1
+    assert (tmp_path / "row.json").exists()
+
+
+# ---- Models
+
+
+def test_a_saved_model_is_loaded_with_its_weights(tmp_path):
+    config = _config()
+    model = Transformer(config.model, torch.Generator().manual_seed(3))
+    save_model(model, tmp_path / "model", config)
+    for folder in (tmp_path, tmp_path / "model"):
+        loaded, saved = load_model(folder)
+        assert saved == config and not loaded.training
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    config = _config()
+    save_model(Transformer(config.model), tmp_path, override(config, {"model.d_model": 16}))
+    with pytest.raises(InputError, match="do not fit its configuration"):
+        load_model(tmp_path)
+
+
+def test_a_run_that_is_not_finished_has_no_model_yet(tmp_path):
+    with pytest.raises(InputError, match="there is no checkpoint"):
+        load_model(tmp_path / "nothing")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(InputError, match="is incomplete"):
+        load_model(tmp_path / "run")
+
+
+def test_auto_is_a_device_that_exists():
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
+# ---- Provenance
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    """A git checkout with one commit that holds lib/code.py, in place of this one."""
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "code.py").write_text("x = 1\n")
+    for name in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{name}_NAME", "a")
+        monkeypatch.setenv(f"GIT_{name}_EMAIL", "a@b.c")
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        _git(*arguments)
+    commit.cache_clear()
+    yield tmp_path
+    commit.cache_clear()
+
+
+def test_the_commit_of_a_clean_tree_is_named(checkout):
+    (checkout / "notes.txt").write_text("not code")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True).stdout.strip()
+    assert len(head) == 40 and commit() == head
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_the_commit_of_a_checkout_around_the_code_is_not_the_codes(checkout, monkeypatch, ignored):
+    """Code that was unpacked in a checkout of something else, which ignores it or not, or has it beside its own."""
+    inner = checkout / "unpacked"
+    (inner / "lib").mkdir(parents=True)
+    (inner / "lib" / "code.py").write_text("y = 1\n")
+    if ignored:
+        (checkout / ".gitignore").write_text("unpacked\n")
+    _git("add", ".")
+    _git("commit", "-qm", "second")
+    monkeypatch.setattr(paths, "ROOT", inner)
+    assert commit() == "unknown"
+
+
+def test_the_commit_of_a_checkout_that_ignores_the_code_is_not_the_codes(checkout):
+    _git("rm", "-q", "-r", "--cached", "lib")
+    (checkout / ".gitignore").write_text("lib\n")
+    _git("add", ".")
+    _git("commit", "-qm", "second")
+    assert commit() == "unknown"
+
+
+@pytest.mark.parametrize("change", ["code.py", "new.py"])
+def test_a_tree_whose_code_differs_from_its_commit_is_dirty(checkout, change):
+    (checkout / "lib" / change).write_text("x = 2\n")
+    assert commit().endswith("-dirty")
+
+
+def test_without_a_checkout_the_commit_is_unknown(checkout, monkeypatch):
+    monkeypatch.setenv("GIT_DIR", str(checkout / "nowhere"))
+    assert commit() == "unknown"
+
+
+def test_the_commit_is_that_of_the_code_that_was_imported(checkout, tmp_path, monkeypatch):
+    head = _git("rev-parse", "HEAD")
+
+    finish = _Cell.finish
+
+    def finish_after_someone_commits(*arguments):
+        (checkout / "lib" / "code.py").write_text("x = 2\n")
+        _git("commit", "-qam", "second")
+        return finish(*arguments)
+
+    monkeypatch.setattr(_Cell, "finish", finish_after_someone_commits)
+    assert run(_config(), tmp_path / "runs" / "run")["commit"] == head
+
+
+# ---- Files, and two processes at once
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "row.json"
+    write_json(path, {"a": 1})
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    write_json(path, {"a": 3})
+    assert json.loads(path.read_text()) == {"a": 3}
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_what_json_cannot_say_is_not_written(tmp_path, number):
+    def write_record() -> None:
+        with Record(tmp_path / "record.jsonl") as record:
+            record.write(1, loss=number)
+
+    for write in (
+        lambda: write_json(tmp_path / "row.json", {"loss": number}),
+        lambda: checkpoint.save(tmp_path / "model", {"w": torch.zeros(1)}, {"loss": number}),
+        lambda: checkpoint.save_step(tmp_path, 1, {"w": torch.zeros(1)}, {"loss": number}, keep=1),
+        write_record,
+    ):
+        with pytest.raises(WorkError, match="not finite") as caught:
+            write()
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "row.json").exists() and (tmp_path / "record.jsonl").read_text() == ""
+
+
+def _run_group(start, configs: list[dict], directories: list[Path], out: Path) -> None:
+    """In a process: a group of runs, whose locks are taken so slowly that two wrong orders would block each other."""
+    lock = _Cell.lock
+    _Cell.lock = lambda cell, locks: (lock(cell, locks), time.sleep(0.3))
+    start.wait()
+    out.write_text(json.dumps(run_together([RunConfig.parse(config) for config in configs], directories)))
+
+
+@pytest.mark.slow
+def test_two_processes_with_overlapping_groups_produce_each_cell_once(tmp_path):
+    configs = [_config(seed=seed) for seed in range(4)]
+    directories = _folders(tmp_path, configs)
+    context, groups = get_context("spawn"), ([0, 1, 2], [3, 2, 1])
+    start, processes = context.Barrier(2), []
+    for group in groups:
+        arguments = start, [configs[i].model_dump() for i in group], [directories[i] for i in group]
+        out = tmp_path / f"{group[0]}.json"
+        processes.append(context.Process(target=_run_group, args=(*arguments, out), daemon=True))
+        processes[-1].start()
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    rows = [json.loads((tmp_path / f"{group[0]}.json").read_text()) for group in groups]
+    first, second = (dict(zip(group, of_group, strict=True)) for group, of_group in zip(groups, rows, strict=True))
+    assert (first[1], first[2]) == (second[1], second[2])  # to the second in which they were finished: one run
+    for directory, config in zip(directories, configs, strict=True):
+        assert json.loads((directory / "row.json").read_text())["run_id"] == config.run_id
+        assert [line["step"] for line in read_metrics(directory)] == [12]
