@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from lib.base import InputError
+from lib.base import InputError, WorkError
 from lib.config import RunConfig
 from lib.experiments import tables
 from lib.experiments.plan import searches
@@ -48,6 +48,11 @@ class Report:
     missing: list[RunConfig] = field(default_factory=list)  # cells that could start now
     runs_ahead: int = 0  # about how many cells are left, those that depend on others included
     hours_ahead: float = 0.0  # about how many hours they take one process
+
+    def check(self) -> None:
+        """Raise `WorkError` if a run failed: a notebook must not go on as if it had its rows."""
+        if self.failed:
+            raise WorkError("; ".join(f"{run}: {reason}" for run, reason in self.failed.items()))
 
     def __str__(self) -> str:
         done = f"{self.done_now} runs done now, {self.done_before} before; "

@@ -15,7 +15,6 @@ import lm_eval
 import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -274,7 +273,7 @@ def hellaswag_is_at_hand() -> bool:
         return True
     try:
         HfApi().dataset_info("Rowan/hellaswag", timeout=5)
-    except (HfHubHTTPError, OSError):  # HF_HUB_OFFLINE among them
+    except Exception:  # what is raised where nothing answers depends on the HTTP client, and is not documented
         return False
     return True
 

@@ -12,6 +12,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from lib import paths
+from lib.base import WorkError
 from lib.experiments.publishing import add_rows, drop_rows
 from lib.experiments.scale_tables import rate
 from lib.experiments.tables import counting_profile, shown
@@ -92,6 +93,11 @@ class Report:
 
     done: int = 0
     failed: dict[str, str] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise `WorkError` if a run failed: a notebook must not go on as if it had its rows."""
+        if self.failed:
+            raise WorkError("; ".join(f"{run}: {reason}" for run, reason in self.failed.items()))
 
 
 def sweep(profile: str, *, device: str = "auto", max_hours: float = math.inf) -> Report:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from lib.facts.people import People
 from lib.facts.sampling import sample_people
 from lib.finetune import evaluation
 from lib.finetune.evaluation import (
+    HELLASWAG,
     base_answers,
     capability_columns,
     divergences,
@@ -308,6 +312,14 @@ def test_a_change_of_capability_has_the_error_of_paired_answers(items):
             assert columns[name + suffix] == pytest.approx(values.mean())
             error = values.std(ddof=1) / len(items) ** 0.5
             assert columns[f"{name}{suffix}_stderr"] == pytest.approx(error, abs=1e-12)
+
+
+def test_a_hub_that_does_not_answer_has_no_hellaswag():
+    ask = "from lib.finetune.evaluation import hellaswag_is_at_hand as ask; print(ask())"
+    for there in ("http://127.0.0.1:9", "http://no-such-host.invalid"):
+        online = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", HELLASWAG)}
+        answer = subprocess.check_output([sys.executable, "-c", ask], env=online | {"HF_ENDPOINT": there}, text=True)
+        assert answer == "False\n"
 
 
 def test_a_task_that_cannot_be_had_is_one_sentence(colors, tmp_path, monkeypatch):

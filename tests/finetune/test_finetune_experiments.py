@@ -1,12 +1,13 @@
 """Section 6 as data: what a profile runs, and what of it is published."""
 
 import json
+import re
 
 import pytest
 import torch
 
 from lib import paths
-from lib.base import InputError
+from lib.base import InputError, WorkError
 from lib.finetune import experiments
 from lib.finetune.bases import learning_rate
 from lib.paths import PROFILES, ROWS
@@ -96,6 +97,8 @@ def test_a_sweep_runs_what_is_missing_and_tells_what_failed(data, monkeypatch):
         experiments.title(second): "OutOfMemoryError: no memory",
         experiments.title(third): "InputError: no such model",
     }
+    with pytest.raises(WorkError, match=f"^{re.escape(experiments.title(second))}: OutOfMemoryError: no memory; "):
+        report.check()
     reasons[second] = Preempted("asked to leave")  # and no more is begun
     with pytest.raises(Preempted):
         experiments.sweep("laptop")
