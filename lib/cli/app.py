@@ -295,10 +295,9 @@ def figures(
     profile: ProfileOption = Profile.laptop,
 ) -> None:
     """Draw the figures from paper_data."""
-    from lib.figures import from_scratch as drawing
-    from lib.figures import style
+    from lib.figures import record, style
 
-    drawn = {name: drawing.draw(name, profile.value) for name in names or drawing.FIGURES}
+    drawn = {name: record.draw(name, profile.value) for name in names or record.FIGURES}
     for name, figure in drawn.items():
         for path in style.save(figure, name, profile.value):
             console.print(str(path))
@@ -321,7 +320,7 @@ def paper(profile: ProfileOption = Profile.quick) -> None:
     """Run the notebooks of the paper, draw its figures, render everything to HTML; what is up to date is re-used."""
     from lib.notebook import runner
 
-    _run_all(runner.paper_notebooks(), profile.value)
+    _run_all(runner.all_notebooks("paper"), profile.value)
 
 
 @app.command()
@@ -329,7 +328,7 @@ def scale(profile: ProfileOption = Profile.quick) -> None:
     """The same for Section 6 and the appendix on TriviaQA: large models, fine-tuned (extra `scale`)."""
     from lib.notebook import runner
 
-    _run_all(runner.scale_notebooks(), profile.value)
+    _run_all(runner.all_notebooks("scale"), profile.value)
 
 
 @app.command()
@@ -354,10 +353,7 @@ def _run_notebooks(names, profile: str, assignments: list[str], *, in_place: boo
 
     chosen = [runner.find(name) for name in names] if names else runner.all_notebooks()
     values = runner.parse_assignments(chosen, assignments)
-    try:
-        runner.run_many(chosen, profile, values, in_place=in_place, reuse=reuse)
-    except runner.NotebookError as error:
-        raise SystemExit(_complain(str(error), 1)) from None
+    runner.run_many(chosen, profile, values, in_place=in_place, reuse=reuse)
 
 
 for command in (finetune.bases, finetune.fetch, finetune.finetune, finetune.trivia):

@@ -129,22 +129,27 @@ def small_house(tmp_path, monkeypatch) -> Path:
     """A folder of notebooks with one short one, and an executed copy of it in the quick profile."""
     folder = tmp_path / "notebooks"
     folder.mkdir()
+    (folder / "solutions").mkdir()
     (folder / "index.md").write_text("# Small\n")
-    cells = [nbformat.v4.new_markdown_cell("# One\n\nText."), nbformat.v4.new_code_cell("2 * 21")]
+    (folder / "lesson_plan.md").write_text("# Plan\n")
+    parameters = nbformat.v4.new_code_cell("profile: str = 'quick'", metadata={"tags": ["parameters"]})
+    cells = [nbformat.v4.new_markdown_cell("# One\n\nText."), parameters, nbformat.v4.new_code_cell("2 * 21")]
     source = nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
-    nbformat.write(source, folder / "one.ipynb")
-    cells[1].outputs = [nbformat.v4.new_output("execute_result", {"text/plain": "forty-two"}, execution_count=1)]
+    for path in ("01_one.ipynb", "01_one-Copy1.ipynb", "Untitled.ipynb", "solutions/01_one.ipynb"):
+        nbformat.write(source, folder / path)
+    cells[2].outputs = [nbformat.v4.new_output("execute_result", {"text/plain": "forty-two"}, execution_count=1)]
     monkeypatch.setattr(paths, "NOTEBOOKS", folder)
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
     executed = tmp_path / "runs" / "quick" / "notebooks"
     executed.mkdir(parents=True)
-    nbformat.write(source, executed / "one.ipynb")
+    nbformat.write(source, executed / "01_one.ipynb")
     return folder
 
 
 def test_a_profile_shows_its_executed_copies_and_a_second_build_replaces_the_first(small_house, monkeypatch):
-    page = book.build().with_name("one.html")
+    page = book.build().with_name("01_one.html")
     assert "forty-two" not in page.read_text()
+    assert {path.stem for path in page.parent.glob("*_*.html")} == {"01_one", "lesson_plan"}  # no copies
     monkeypatch.setattr("sys.argv", ["itl", "book", "--profile", "quick"])
     with pytest.raises(SystemExit) as end:
         app.main()
