@@ -5,18 +5,15 @@ from itertools import cycle
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.figures.style import HOLLOW, STYLES, draw_means, name_bits_line, panels, published_label, smallest
+from lib.figures.style import STYLES, draw_means, name_bits_line, panels, published_label, smallest
 
 
-def compressibility(
-    points: pd.DataFrame, published: pd.DataFrame, own: pd.DataFrame | None = None, threshold: float = 0.95
-) -> Figure:
+def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: float = 0.95) -> Figure:
     """Draw parameters needed against the correlation of facts, and against the entropy of the database (Section 5.3).
 
-    points, own: as `summaries.compressibility_bounds` gives them; `own` (quick) is hollow. published: the paper's, a
-    line per number of facts, at the entropy of databases of the released law. All have a column entropy_bits.
+    points: as `summaries.compressibility_bounds` gives them. published: the paper's, a line per number of facts, at the
+    entropy of databases of the released law. Both have a column entropy_bits.
     """
-    tables = [(points, "this repository", {})] + ([(own, "just trained (quick)", HOLLOW)] if own is not None else [])
     with panels((8.6, 3.4), 1, 2, sharey=True) as (figure, (by_alpha, by_entropy)):
         published = published[published.recall_threshold == threshold]
         for (_, theirs), line in zip(published.groupby("n_facts"), cycle(("-", "--")), strict=False):
@@ -24,11 +21,10 @@ def compressibility(
             label = published_label(theirs.n_facts, law="released law")
             by_alpha.plot(theirs.alpha, theirs.min_params, label=label, **style)
             by_entropy.plot(theirs.entropy_bits, theirs.min_params, **style)
-        for table, name, face in tables:
-            for shade, (n_facts, ours) in enumerate(smallest(table, threshold).groupby("n_facts")):
-                style = {**STYLES["in-weight"], **face, "alpha": max(0.4, 1 - 0.3 * shade)}
-                for axes, x in ((by_alpha, "alpha"), (by_entropy, "entropy_bits")):
-                    draw_means(axes, ours, x, f"{n_facts:,} facts, {name}", **style)
+        for shade, (n_facts, ours) in enumerate(smallest(points, "in-weight", threshold).groupby("n_facts")):
+            for axes, x in ((by_alpha, "alpha"), (by_entropy, "entropy_bits")):
+                look = {**STYLES["in-weight"], "alpha": max(0.4, 1 - 0.3 * shade)}
+                draw_means(axes, ours, x, f"{n_facts:,} facts, this repository", **look)
         by_alpha.set(xlabel="correlation alpha", ylabel=f"parameters needed for {threshold:.0%} recall", yscale="log")
         by_entropy.set(xlabel="entropy of the database, bits", xscale="log")
         low, high = by_entropy.get_xlim()

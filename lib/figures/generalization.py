@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from lib.experiments.published import PUBLISHED_KIND
 from lib.facts.people import FactsConfig, best_constant_guess
 from lib.facts.sampling import unseen_people
-from lib.figures.style import HOLLOW, STYLES, draw_means, nothing_yet, panels, published_label
+from lib.figures.style import STYLES, draw_means, nothing_yet, panels, published_label
 
 #: What is new in the names of unseen people, as a legend says it.
 KINDS = {
@@ -19,12 +19,12 @@ KINDS = {
 }
 
 
-def generalization(shares: pd.DataFrame, published: pd.DataFrame, own: pd.DataFrame | None = None) -> Figure:
+def generalization(shares: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """Draw recall of unseen people against the number of training facts, a panel per kind of name (Section 5.2).
 
-    shares, own: as `summaries.unseen_shares` gives them; those of `own` (quick) are hollow. A line per size, in-tool
-    and, dashed, in-weight: mean over seeds with bars from the smallest to the largest. published: the paper's points,
-    grey, in the panel of people of `PUBLISHED_KIND`. Dotted: the recall of the best constant answers.
+    shares: as `summaries.unseen_shares` gives them; a line per size, in-tool and, dashed, in-weight: mean over seeds
+    with bars from the smallest to the largest. published: the paper's points, grey, in the panel of people of
+    `PUBLISHED_KIND`. Dotted: the recall of the best constant answers.
     """
     kinds = list(KINDS)[1:]
     guess = best_constant_guess(unseen_people(FactsConfig(n_people=1), 1000)[PUBLISHED_KIND])
@@ -32,9 +32,7 @@ def generalization(shares: pd.DataFrame, published: pd.DataFrame, own: pd.DataFr
         for axes, kind in zip(row, kinds, strict=True):
             if kind == PUBLISHED_KIND:
                 _published_recall(axes, published)
-            _lines_by_size(axes, _chosen(shares, kind, "recall"), "{:,}, {}")
-            if own is not None:
-                _lines_by_size(axes, _chosen(own, kind, "recall"), "{:,}, {} (quick)", **HOLLOW)
+            _lines_by_size(axes, shares[(shares.kind == kind) & (shares.measure == "recall")])
             axes.axhline(guess, color="#555555", linewidth=0.9, linestyle=":", label="best constant guess")
             axes.set(title=KINDS[kind], xlabel="training facts", ylim=(-0.04, 1.06))
             axes.set_xscale("log", base=2)
@@ -46,17 +44,13 @@ def generalization(shares: pd.DataFrame, published: pd.DataFrame, own: pd.DataFr
     return figure
 
 
-def _chosen(shares: pd.DataFrame, kind: str, measure: str) -> pd.DataFrame:
-    return shares[(shares.kind == kind) & (shares.measure == measure)]
-
-
-def _lines_by_size(axes, table: pd.DataFrame, label: str, **face) -> None:
+def _lines_by_size(axes, table: pd.DataFrame) -> None:
     """Draw share against n_facts: a line per size, each mode in its color, larger models stronger."""
     for mode, style in STYLES.items():
         groups = list(table[table["mode"] == mode].groupby("n_params"))
         for strength, (n_params, rows) in zip(np.linspace(1, 0.35, len(groups))[::-1], groups, strict=True):
             look = {**style, "alpha": strength, "linestyle": "-" if mode == "in-tool" else "--"}
-            draw_means(axes, rows, "n_facts", label.format(n_params, mode), of="share", **look, **face)
+            draw_means(axes, rows, "n_facts", f"{n_params:,}, {mode}", of="share", **look)
 
 
 def _published_recall(axes, published: pd.DataFrame) -> None:
@@ -77,19 +71,18 @@ MEASURES = {
 TOOL_CALLS_D_MODEL = 24
 
 
-def tool_calls(shares: pd.DataFrame, own: pd.DataFrame | None = None, d_model: int = TOOL_CALLS_D_MODEL) -> Figure:
+def tool_calls(shares: pd.DataFrame, d_model: int = TOOL_CALLS_D_MODEL) -> Figure:
     """Draw what the first requests of in-tool models of one size are like, against the number of training facts.
 
-    shares: as `summaries.unseen_shares` gives them; mean over seeds with bars from the smallest to the largest. own:
-    the same of the quick profile, of any size, hollow.
+    shares: as `summaries.unseen_shares` gives them, those of the quick profile of any size; mean over seeds with bars
+    from the smallest to the largest.
     """
-    tables = [(shares[shares.d_model == d_model], "", {})] + ([(own, " (quick)", HOLLOW)] if own is not None else [])
+    shares = shares[(shares["mode"] == "in-tool") & of_size(shares, d_model)]
     with panels((9.6, 3.1), 1, len(KINDS), sharey=True, sharex=True) as (figure, row):
         for axes, (kind, title) in zip(row, KINDS.items(), strict=True):
             for measure, (label, style) in MEASURES.items():
-                for table, suffix, face in tables:
-                    rows = _chosen(table[table["mode"] == "in-tool"], kind, measure)
-                    draw_means(axes, rows, "n_facts", label + suffix, of="share", **{**style, **face})
+                chosen = shares[(shares.kind == kind) & (shares.measure == measure)]
+                draw_means(axes, chosen, "n_facts", label, of="share", **style)
             axes.set(xlabel="training facts", ylim=(-0.04, 1.06))
             axes.set_title(title, fontsize=8)
             axes.set_xscale("log", base=2)
@@ -100,3 +93,8 @@ def tool_calls(shares: pd.DataFrame, own: pd.DataFrame | None = None, d_model: i
         if handles:
             figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
     return figure
+
+
+def of_size(table: pd.DataFrame, d_model: int = TOOL_CALLS_D_MODEL) -> pd.Series:
+    """Return which rows `tool_calls` draws: those of one size, and all of the quick profile."""
+    return (table.d_model == d_model) | table.get("own", False)

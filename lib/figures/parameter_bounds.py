@@ -12,7 +12,6 @@ from lib.facts.people import VALUES
 from lib.figures.style import (
     BESIDE,
     EARLIER,
-    HOLLOW,
     STYLES,
     draw_means,
     name_bits_line,
@@ -25,42 +24,29 @@ from lib.model.bounds import BY_HAND_PARAMETERS, MEASURED_BITS, bits_at_recall, 
 
 
 def parameter_bounds(
-    points: pd.DataFrame,
-    published: pd.DataFrame,
-    own: pd.DataFrame | None = None,
-    threshold: float = 0.95,
-    by_hand: bool = False,
+    points: pd.DataFrame, published: pd.DataFrame, threshold: float = 0.95, by_hand: bool = False
 ) -> Figure:
     """Draw parameters needed for a recall `threshold` against the number of facts (Section 5.1, main figure).
 
     Tables as `summaries.minimal_parameters` gives them. Published points lie behind as lines with a band of one
-    standard deviation, ours in front with bars from the smallest to the largest seed; `own` (quick) is hollow.
+    standard deviation, ours in front with bars from the smallest to the largest seed.
     by_hand: also draw the parameters of the construction of Section 4, which recalls any number of facts.
     """
     with panels() as (figure, axes):
-        tables_of_ours = [(points, "this repository", {"zorder": 3})]
-        if own is not None:
-            tables_of_ours.append((own, "just trained (quick)", HOLLOW))
         for mode, style in STYLES.items():
-            theirs = _of_mode(published, mode, threshold)
+            theirs = smallest(published, mode, threshold)
             mean, std = theirs["mean"], theirs["std"]
             label = published_label(theirs.n_facts, mode)
             axes.plot(theirs.n_facts, mean, color=style["color"], alpha=0.45, linewidth=1.4, label=label)
             axes.fill_between(theirs.n_facts, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
-            for table, name, face in tables_of_ours:
-                ours = _of_mode(table, mode, threshold)
-                draw_means(axes, ours, "n_facts", f"{mode}, {name}", linestyle="none", **style, **face)
+            ours = smallest(points, mode, threshold)
+            draw_means(axes, ours, "n_facts", f"{mode}, this repository", linestyle="none", zorder=3, **style)
         if by_hand:
             _by_hand_line(axes)
         axes.set(yscale="log", xlabel="facts", ylabel=f"parameters needed for {threshold:.0%} recall")
         axes.set_xscale("log", base=2)
         axes.legend(fontsize=7.5)
     return figure
-
-
-def _of_mode(table: pd.DataFrame, mode: str, threshold: float) -> pd.DataFrame:
-    table = smallest(table, threshold)
-    return table[table["mode"] == mode]
 
 
 def _by_hand_line(axes) -> None:
@@ -74,21 +60,19 @@ def lower_bound(points: pd.DataFrame, published: pd.DataFrame, threshold: float 
     Tables as `summaries.minimal_parameters` gives them. The lines are P = bits / b for the b bits that a parameter was
     measured to hold at most: models below one would hold more. Another line is the construction with a tool.
     """
+    style, label = STYLES["in-weight"], "smallest in-weight models"
     bits_per_fact = bits_at_recall(threshold) / len(VALUES)
+    theirs, ours = (smallest(table, "in-weight", threshold) for table in (published, points))
+    bits = theirs.n_facts * bits_per_fact
+    ends = bits.min(), bits.max()
     with panels() as (figure, axes):
-        color = STYLES["in-weight"]["color"]
-        theirs, ours = (
-            table.assign(bits=table.n_facts * bits_per_fact)
-            for table in (_of_mode(table, "in-weight", threshold) for table in (published, points))
-        )
-        label = "smallest in-weight models"
-        axes.plot(theirs.bits, theirs["mean"], color=color, alpha=0.45, label=published_label(theirs.n_facts, label))
-        look = {**STYLES["in-weight"], "linestyle": "none", "zorder": 3}
-        draw_means(axes, ours, "bits", f"{label}, this repository", **look)
-        bits = theirs.bits.min(), theirs.bits.max()
+        name = published_label(theirs.n_facts, label)
+        axes.plot(bits, theirs["mean"], color=style["color"], alpha=0.45, label=name)
+        ours = ours.assign(bits=ours.n_facts * bits_per_fact)
+        draw_means(axes, ours, "bits", f"{label}, this repository", linestyle="none", zorder=3, **style)
         for (who, per_parameter), line in zip(MEASURED_BITS.items(), cycle(("--", ":")), strict=False):
-            bound = [parameters_needed(each, per_parameter) for each in bits]
-            axes.plot(bits, bound, color="#555555", linestyle=line, label=f"{per_parameter:g} bits a parameter ({who})")
+            bound = [parameters_needed(each, per_parameter) for each in ends]
+            axes.plot(ends, bound, color="#555555", linestyle=line, label=f"{per_parameter:g} bits a parameter ({who})")
         _by_hand_line(axes)
         axes.set(xscale="log", yscale="log", ylabel="parameters")
         axes.set_xlabel(f"bits that recalling {threshold:.0%} of the facts takes")
@@ -96,27 +80,22 @@ def lower_bound(points: pd.DataFrame, published: pd.DataFrame, threshold: float 
     return figure
 
 
-def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame, own: pd.DataFrame | None = None) -> Figure:
+def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """Draw recall at the end of training against model size, a line per number of facts (Section 5.1).
 
-    rows, own: of finished runs; those of `own` (quick) are dashed, with hollow points. A point is the mean over the
-    seeds that ran this size, with bars from the smallest to the largest: not all seeds, where a search chose sizes.
-    published: the paper's in-weight curves, drawn behind.
+    rows: of finished runs. A point is the mean over the seeds that ran this size, with bars from the smallest to the
+    largest: not all seeds, where a search chose sizes. published: the paper's in-weight curves, drawn behind.
     """
-    tables_of_ours = [(rows, "{:,}", {})]
-    if own is not None:
-        tables_of_ours.append((own, "{:,} (quick)", {"linestyle": "--", "markerfacecolor": "white"}))
-    tables_of_ours = [each for each in tables_of_ours if len(each[0])]
-    counts = sorted({n_facts for table, *_ in tables_of_ours for n_facts in table.n_facts})
+    counts = sorted(set(rows.get("n_facts", ())))
     shades = dict(zip(counts, np.linspace(0, 0.85, len(counts)), strict=True))
     with panels((8.6, 3.4), 1, 2, sharey=True, sharex=True) as (figure, row):
         for axes, mode in zip(row, STYLES, strict=True):
-            for table, label, style in tables_of_ours:
+            if counts:
                 # A run that was given up has no recall at the end of training.
-                ended = table[(table["mode"] == mode) & (table.stopped != "hopeless")]
+                ended = rows[(rows["mode"] == mode) & (rows.stopped != "hopeless")]
                 for n_facts, runs in ended.groupby("n_facts"):
                     look = {"color": plt.get_cmap("viridis")(shades[n_facts]), "marker": "o", "markersize": 3.5}
-                    draw_means(axes, runs, "n_params", label.format(n_facts), of="recall", **look, **style)
+                    draw_means(axes, runs, "n_params", f"{n_facts:,}", of="recall", **look)
             if mode == "in-weight":
                 _published_recall(axes, published)
             axes.set(xscale="log", xlabel="parameters", title=mode, ylim=(-0.03, 1.06))

@@ -19,7 +19,7 @@ class Record(NamedTuple):
     """All about one figure. A new one is a function in a file of its section, and an entry of `FIGURES`."""
 
     shows: str  # the first sentence of its caption
-    draw: Callable[..., Figure]  # of `points`, of `published` and `own` if it has them, and of its options
+    draw: Callable[..., Figure]  # of `points`, of `published` if there are any, and of its options
     rows: Callable[..., pd.DataFrame]  # of a profile: the finished runs behind it
     points: Callable[..., pd.DataFrame]  # of a profile: the table that is drawn
     published: Callable[[], pd.DataFrame] | None = None  # the paper's points
@@ -119,14 +119,19 @@ def draw(name: str, profile: str = "laptop", **options) -> Figure:
     options: those of its record, `threshold` for parameter_bounds say. Raises InputError for an unknown figure, one
     that does not have these options, or a threshold that the paper does not count.
     """
-    record, own = _found(name, options), {}
-    if "threshold" in options:
-        tables.check_threshold(options["threshold"])
-    tokenizer = {"tokenizer": options.pop("tokenizer")} if "tokenizer" in options else {}
-    if record.has_own and profile not in paths.PUBLISHING:
-        own = {"own": record.points(profile, **tokenizer)}
+    record = _found(name, options)
+    points = _with_own(record, record.points, profile, options)
     published = {"published": record.published()} if record.published else {}
-    return record.draw(record.points(tables.counting_profile(profile)), **published, **own, **options)
+    return record.draw(points, **published, **{key: value for key, value in options.items() if key != "tokenizer"})
+
+
+def _with_own(record: Record, table: Callable[..., pd.DataFrame], profile: str, options: dict) -> pd.DataFrame:
+    """Return the table of the profile whose rows count, and of a quick one its own on top, marked in a column `own`."""
+    read = [table(tables.counting_profile(profile)).assign(own=False)]
+    if record.has_own and profile not in paths.PUBLISHING:
+        tokenizer = {"tokenizer": options["tokenizer"]} if "tokenizer" in options else {}
+        read.append(table(profile, **tokenizer).assign(own=True))
+    return pd.concat([part for part in read if len(part)] or read[:1], ignore_index=True)
 
 
 def _found(name: str, options: dict) -> Record:
@@ -135,6 +140,8 @@ def _found(name: str, options: dict) -> Record:
     known = FIGURES[name].options
     if unknown := [option for option in options if option not in known]:
         raise InputError(f"the figure {name} has no option {unknown[0]!r}: it has {', '.join(known) or 'none'}")
+    if "threshold" in options:
+        tables.check_threshold(options["threshold"])
     return FIGURES[name]
 
 
@@ -149,22 +156,16 @@ def show(name: str, profile: str, save: bool = True, **options) -> None:
 def caption(name: str, profile: str, **options) -> str:
     """Return what `draw` shows with the same arguments, what its published points are, and the `provenance` of ours."""
     record = _found(name, options)
-    tokenizer = {"tokenizer": options["tokenizer"]} if "tokenizer" in options else {}
-    rows = _behind(record, record.rows(tables.counting_profile(profile)), options)
-    if "d_model" in record.options and len(rows):
-        rows = rows[rows.d_model == options.get("d_model", generalization.TOOL_CALLS_D_MODEL)]
-    if record.has_own and profile not in paths.PUBLISHING:
-        own = _behind(record, record.rows(profile, **tokenizer), options)
-        rows = pd.concat([part for part in (rows, own) if len(part)] or [rows], ignore_index=True)
+    rows = _with_own(record, record.rows, profile, options)
+    if len(rows) and "threshold" in record.options:
+        threshold = options.get("threshold", 0.95)
+        rows = pd.concat(summaries.behind(part, threshold) for _, part in rows.groupby("own"))
+    if len(rows) and "d_model" in record.options:
+        rows = rows[generalization.of_size(rows, **options)]
+    if len(rows) and record.mode:
+        rows = rows[rows["mode"] == record.mode]
     theirs = f"Published: Houliston et al. (2025), {record.about_published}. " if record.published else ""
     return f"{record.shows}. {theirs}{provenance(rows)}"
-
-
-def _behind(record: Record, rows: pd.DataFrame, options: dict) -> pd.DataFrame:
-    """Return the rows whose points are drawn."""
-    if "threshold" in record.options:
-        rows = summaries.behind(rows, options.get("threshold", 0.95))
-    return rows[rows["mode"] == record.mode] if record.mode and len(rows) else rows
 
 
 def provenance(rows: pd.DataFrame) -> str:

@@ -19,7 +19,7 @@ STYLES = {
     "in-tool": {"color": "#0072B2", "marker": "s"},
 }
 
-#: Points of a profile that does not publish (quick).
+#: Points of a profile that does not publish (quick), drawn over the published ones.
 HOLLOW = {"markerfacecolor": "white", "markersize": 7, "zorder": 4}
 
 #: Points of runs that today's plan no longer asks for.
@@ -116,23 +116,28 @@ def draw_means(axes, table: pd.DataFrame, x: str, label: str, of: str | None = N
     """Draw means over seeds against the column `x`, with bars from the smallest to the largest.
 
     of: the column of `table`, a row per run, to average; None if `table` has the columns mean, min and max already.
-    Other databases and earlier recipes get points and labels of their own (see `tables.described`).
+    Other databases, earlier recipes (`tables.described`) and rows of the quick profile, whose column `own` is true, get
+    points and labels of their own.
     """
-    for (law, superseded), points in described(table).groupby(["law", "superseded"]):
+    table = described(table).assign(own=table.get("own", False))
+    for (own, law, superseded), points in table.groupby(["own", "law", "superseded"]):
         if of:
             points = points.groupby(x)[of].agg(["mean", "min", "max"]).reset_index()
-        name = label if law == "ours" else f"{label}, {law} law"
-        name, own = (f"{name}, earlier recipe", EARLIER) if superseded else (name, {})
-        style = {**look, **own, "alpha": look.get("alpha", 1) * own.get("alpha", 1)}
+        name, style = label, {"alpha": 1, **look}
+        if law != "ours":
+            name += f", {law} law"
+        if own:
+            name, style = f"{name} (quick)", {**style, **HOLLOW}
+        if superseded:
+            name, style = f"{name}, earlier recipe", {**style, **EARLIER, "alpha": style["alpha"] * EARLIER["alpha"]}
         bars = [points["mean"] - points["min"], points["max"] - points["mean"]]
         axes.errorbar(points[x], points["mean"], yerr=bars, label=name, **style)
 
 
-def smallest(table: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    """Return the points of `summaries.minimal_parameters` that are known at a threshold, as `draw_means` takes them."""
-    if not len(table):
-        return table
-    known = table[(table.recall_threshold == threshold) & table.min_params_mean.notna()]
+def smallest(table: pd.DataFrame, mode: str, threshold: float) -> pd.DataFrame:
+    """Return the points of `summaries.minimal_parameters` that are known for a mode and threshold, as `draw_means`
+    takes them."""
+    known = table[table["mode"].eq(mode) & table.recall_threshold.eq(threshold) & table.min_params_mean.notna()]
     return known.sort_values("n_facts", kind="stable").rename(columns=lambda name: name.removeprefix("min_params_"))
 
 

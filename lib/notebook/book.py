@@ -8,6 +8,7 @@ browsers draw themselves, and folds solutions away.
 import io
 import re
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -92,14 +93,11 @@ def build(out: Path | None = None, profile: str | None = None) -> Path:
     out = out or paths.runs() / "book"
     if out.exists() and any(out.iterdir()) and not (out / "searchindex.js").is_file():
         raise InputError(f"{out} holds something else than a book: name a folder that is not there yet")
-    try:
-        import furo  # noqa: F401
-        import latex2mathml  # noqa: F401
-        import myst_nb  # noqa: F401
-        from sphinx.application import Sphinx
-        from sphinx.util.docutils import docutils_namespace
-    except ModuleNotFoundError as missing:
-        raise InputError(f"the book takes the package {missing.name}: pip install -e '.[book]'") from None
+    for package in ("sphinx", "myst_nb", "furo", "latex2mathml"):
+        if not find_spec(package):
+            raise InputError(f"the book takes the package {package}: pip install -e '.[book]'")
+    from sphinx.application import Sphinx
+    from sphinx.util.docutils import docutils_namespace
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".book-", dir=out.parent) as folder, docutils_namespace():

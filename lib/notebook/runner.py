@@ -9,7 +9,6 @@ everything lives in a temporary folder: a failed run leaves earlier results as t
 
 import ast
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -30,7 +29,6 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
-from papermill.exceptions import PapermillExecutionError
 from pydantic import TypeAdapter, ValidationError
 
 from lib import paths
@@ -269,10 +267,8 @@ def _execute(source: Path, values: dict[str, Any], copy: Path, figures: Path) ->
             cwd=source.parent,
             progress_bar={"desc": source.stem, "leave": False} if sys.stderr.isatty() else False,
         )
-    except PapermillExecutionError as error:
-        cause = f"{error.ename}: {error.evalue}"
-    except Exception as error:
-        cause = f"{type(error).__name__}: {error}"
+    except Exception as error:  # of a cell, with its name and value; of papermill or the kernel
+        cause = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
     if not copy.exists():
         return f"before its first cell: {cause}"
     notebook = _read(copy)
@@ -348,10 +344,10 @@ def _write_back(executed: Path, source: Path) -> None:
     """Copy the outputs into the source and nothing else: no timings, no injected parameters, so diffs stay small."""
     notebook = _read(source)
     ran = [cell for cell in _read(executed).cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-    count = itertools.count(1)
     for cell, done in zip(notebook.cells, ran, strict=True):
         if cell.cell_type == "code":
-            cell.execution_count = next(count) if done.execution_count else None
+            # The cell of injected parameters is the second to run.
+            cell.execution_count = done.execution_count and max(1, done.execution_count - 1)
             cell.outputs = done.outputs
             for output in cell.outputs:
                 if output.output_type == "execute_result":

@@ -143,6 +143,11 @@ def test_a_figure_that_cannot_be_written_leaves_the_earlier_one(places, monkeypa
 # ---- What is drawn
 
 
+def _with_own(table: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
+    """The rows that count and those of the quick profile, as figures take them."""
+    return pd.concat([table.assign(own=False), own.assign(own=True)], ignore_index=True)
+
+
 def _lines(axes) -> dict[str, np.ndarray]:
     """Points (N, 2) of each labelled line; those with error bars too."""
     handles, labels = axes.get_legend_handles_labels()
@@ -181,10 +186,10 @@ def test_our_points_are_means_over_seeds_with_bars_to_the_extremes():
 
 def test_quick_points_are_hollow_and_come_on_top_of_those_committed():
     table = summaries.minimal_parameters(pd.DataFrame(_rows()))
-    (axes,) = parameter_bounds.parameter_bounds(table, PUBLISHED, own=table).axes
+    (axes,) = parameter_bounds.parameter_bounds(_with_own(table, table), PUBLISHED).axes
     handles, labels = axes.get_legend_handles_labels()
     for mode in style.STYLES:
-        quick = handles[labels.index(f"{mode}, just trained (quick)")].lines[0]
+        quick = handles[labels.index(f"{mode}, this repository (quick)")].lines[0]
         committed = handles[labels.index(f"{mode}, this repository")].lines[0]
         assert quick.get_markerfacecolor() == "white" != committed.get_markerfacecolor()
         assert quick.get_marker() == committed.get_marker()
@@ -312,7 +317,7 @@ def test_requests_are_drawn_for_models_of_one_size():
     np.testing.assert_allclose(_lines(panels["trained"])["name copied rightly"], [[256, 0.9], [4096, 0.9]])
     np.testing.assert_allclose(_lines(panels["new_both"])["name copied rightly"], [[256, 0], [4096, 0]])
     assert not _lines(generalization.tool_calls(_shares(), d_model=56).axes[0])
-    own = generalization.tool_calls(_shares(), own=_shares(), d_model=56).axes[0]
+    own = generalization.tool_calls(_with_own(_shares(), _shares()), d_model=56).axes[0]
     assert set(_lines(own)) == {"name copied rightly (quick)"}
 
 
