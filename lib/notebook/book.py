@@ -15,7 +15,7 @@ import nbformat
 
 from lib import paths
 from lib.base import InputError, WorkError
-from lib.notebook import runner
+from lib.notebook.catalog import all_notebooks
 
 REPOSITORY = "in-tool-learning/in-tool-learning"
 
@@ -104,7 +104,7 @@ def build(out: Path | None = None, profile: str | None = None) -> Path:
         made, static, warnings = Path(folder, "made"), Path(folder, "static"), io.StringIO()
         static.mkdir()
         (static / "book.css").write_text(_CSS)
-        pages = [path.name for path in runner.all_notebooks()] + ["solutions/*.ipynb", "*.md"]
+        pages = [path.name for path in all_notebooks()] + ["solutions/*.ipynb", "*.md"]
         configuration = {
             **_CONFIGURATION,
             "include_patterns": pages,  # and no copies or checkpoints that lie around

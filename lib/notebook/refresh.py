@@ -13,7 +13,7 @@ from lib.base import WorkError
 from lib.experiments import published, tables
 from lib.figures import record, style
 from lib.figures.parameter_bounds import bounds_in_words
-from lib.notebook import runner
+from lib.notebook import catalog, runner
 
 PROFILE = "laptop"
 
@@ -39,7 +39,7 @@ def refresh(say: Callable[[str], None] = print) -> None:
 
 def drawing_notebooks() -> list:
     """Return the notebooks that can draw without training: those with a parameter `recompute`."""
-    return [path for path in runner.all_notebooks() if "recompute" in runner.parameters(path)]
+    return [path for path in catalog.all_notebooks() if "recompute" in catalog.parameters(path)]
 
 
 def _draw(name: str) -> None:

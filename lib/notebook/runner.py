@@ -7,20 +7,17 @@ executed and every figure it declares in its metadata, `{"itl": {"produces": ["n
 everything lives in a temporary folder: a failed run leaves earlier results as they were, and a copy to look at.
 """
 
-import ast
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import nbformat
 import papermill
@@ -29,131 +26,14 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
-from pydantic import TypeAdapter, ValidationError
 
 from lib import paths
-from lib.base import InputError, WorkError
+from lib.base import WorkError
+from lib.notebook.catalog import checked, find, metadata, produces, read
 
 
 class NotebookError(WorkError):
     """A notebook failed; the message names the notebook, the cell, the cause and the executed copy."""
-
-
-# Which notebooks there are, and what they accept ----------------------------------------------------------------------
-
-
-def all_notebooks(group: str | None = None) -> list[Path]:
-    """Return the project's notebooks in the order of the paper: called like 05_1_name, with a cell of parameters.
-
-    Others, a copy or an Untitled.ipynb, are passed over with one line that names them. group: only those that `itl
-    paper` runs, all unless their metadata say `{"itl": {"paper": false}}`, or `itl scale`, if they say "scale": true.
-    """
-    read = {path: _read(path) for path in _named()}
-    ours = [path for path, notebook in read.items() if _parameters_cell(notebook)]
-    if others := sorted(path.name for path in {*paths.NOTEBOOKS.glob("*.ipynb")} - {*ours}):
-        _say(f"passing over {', '.join(others)}: not called like 05_1_name, or without a cell tagged 'parameters'")
-    return [path for path in ours if group is None or _metadata(read[path]).get(group, group == "paper")]
-
-
-def _named() -> list[Path]:
-    return sorted(path for path in paths.NOTEBOOKS.glob("*.ipynb") if re.fullmatch(r"[0-9A-Z]\d_\w+", path.stem))
-
-
-def find(name: str | Path) -> Path:
-    """Return the notebook called `name`: a path, a full name, or its number ("05_1" finds 05_1_parameter_bounds).
-
-    Raises InputError if there is none, or more than one.
-    """
-    if (path := Path(name)).suffix == ".ipynb" and path.is_file():
-        return path.resolve()
-    name = path.stem if path.suffix == ".ipynb" else str(name)
-    known = _named()
-    matches = [p for p in known if p.stem == name] or [p for p in known if p.stem.startswith(f"{name}_")]
-    if len(matches) == 1:
-        return matches[0]
-    problem = "is the start of several notebooks" if matches else "is not a notebook"
-    raise InputError(f"{name!r} {problem}: choose one of {', '.join(p.stem for p in matches or known)}")
-
-
-def parameters(path: Path) -> dict[str, Any]:
-    """Return the types of a notebook's parameters: its cell tagged `parameters` holds lines like `seeds: int = 3`.
-
-    Raises InputError if there is no such cell, if it holds anything else, or if a value is not of its type.
-    """
-    cell = _parameters_cell(_read(path))
-    if cell is None:
-        raise InputError(f"{path.stem} has no cell tagged 'parameters', so it cannot be run with a profile")
-    kinds = {}
-    try:
-        for line in ast.parse(cell.source).body:
-            kind = kinds[line.target.id] = _type(line.annotation)
-            TypeAdapter(kind).validate_python(ast.literal_eval(line.value), strict=True)
-    except (SyntaxError, ValueError, AttributeError, TypeError):
-        raise InputError(
-            f"{path.stem}: the cell tagged 'parameters' takes annotated literals only, such as 'seeds: int = 3'"
-        ) from None
-    return kinds
-
-
-def _parameters_cell(notebook: NotebookNode) -> NotebookNode | None:
-    return next((cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])), None)
-
-
-def _type(node: ast.expr) -> Any:
-    """Return the type that an annotation names; one that parameters cannot have is a ValueError."""
-    match node:
-        case ast.Name("int" | "float" | "bool" | "str" as name):
-            return {"int": int, "float": float, "bool": bool, "str": str}[name]
-        case ast.Constant(None):
-            return None
-        case ast.Subscript(ast.Name("list"), item):
-            return list[_type(item)]
-        case ast.Subscript(ast.Name("Literal"), values):
-            return Literal[ast.literal_eval(values)]
-        case ast.BinOp(left, ast.BitOr(), right):
-            return _type(left) | _type(right)
-    raise ValueError(ast.unparse(node))
-
-
-def parse_assignments(names: Sequence[str | Path], assignments: Sequence[str]) -> dict[str, Any]:
-    """Return parameters typed as "seeds=3" or "sizes=[8, 16]", read as the types that the notebooks `names` declare.
-
-    Raises InputError if one of the notebooks has no such parameter, or if the value cannot be read.
-    """
-    values = {}
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise InputError(f"{assignment!r} does not set a parameter: write name=value")
-        for source in map(find, names):
-            values[name] = _validated(source, name, text, TypeAdapter.validate_strings, TypeAdapter.validate_json)
-    return values
-
-
-def checked(path: Path, profile: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return all values that a run would hand to the notebook; InputError if it does not accept them."""
-    paths.profile_dir(profile)
-    values = values or {}
-    if "profile" in values:
-        raise InputError(f"{path.stem}: the profile is chosen with the option for it, not as a parameter")
-    values = {"profile": profile, **values}
-    return {name: _validated(path, name, value, TypeAdapter.validate_python) for name, value in values.items()}
-
-
-def _validated(path: Path, name: str, value: Any, *readers: Callable) -> Any:
-    """Return a value as the first of `readers` that finds it of the parameter's type gives it, or raise InputError."""
-    known = parameters(path)
-    if name not in known:
-        listed = ", ".join(f"{key}: {_type_name(kind)}" for key, kind in known.items())
-        raise InputError(f"{path.stem} has no parameter {name!r}: it accepts {listed or 'none'}")
-    for read in readers:
-        with suppress(ValidationError):
-            return read(TypeAdapter(known[name]), value, strict=True)
-    raise InputError(f"{path.stem}: parameter {name} takes {_type_name(known[name])}, got {value!r}")
-
-
-def _type_name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
 
 
 # Running --------------------------------------------------------------------------------------------------------------
@@ -216,9 +96,9 @@ def run_many(
 
 def source_hash(source: Path, values: Mapping[str, Any]) -> str:
     """Return a hash of all that decides a notebook's outputs: cells, parameters, code beside it, `lib`, paper_data."""
-    notebook = _read(source)
+    notebook = read(source)
     cells = [(cell.cell_type, cell.source) for cell in notebook.cells]
-    digest = hashlib.sha256(json.dumps([cells, _produces(notebook), dict(values)], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([cells, produces(notebook), dict(values)], sort_keys=True).encode())
     files = [file for folder in (paths.ROOT / "lib", paths.PAPER_DATA) for file in sorted(folder.rglob("*"))]
     for path in [*files, *sorted(source.parent.glob("*.py"))]:
         if path.is_file() and path.suffix != ".pyc":
@@ -229,7 +109,7 @@ def source_hash(source: Path, values: Mapping[str, Any]) -> str:
 def _is_current(executed: Path, figures: Path, now: str) -> bool:
     if not (executed.is_file() and executed.with_suffix(".html").is_file()):
         return False
-    earlier = _metadata(_read(executed))
+    earlier = metadata(read(executed))
     return earlier.get("source_hash") == now and all((figures / name).is_file() for name in earlier["produces"])
 
 
@@ -243,7 +123,7 @@ def _run(source: Path, values: dict[str, Any], executed: Path, figures: Path) ->
             if copy.exists():
                 problem += f"; its executed copy is {_publish(copy, failed)}"
             raise NotebookError(f"{source.stem} failed {problem}")
-        page.write_text(render(_read(copy), source), encoding="utf-8")
+        page.write_text(render(read(copy), source), encoding="utf-8")
         _publish(page, executed.with_suffix(".html"))
         for figure in drawn.iterdir():
             _publish(figure, figures / figure.name)
@@ -271,16 +151,16 @@ def _execute(source: Path, values: dict[str, Any], copy: Path, figures: Path) ->
         cause = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
     if not copy.exists():
         return f"before its first cell: {cause}"
-    notebook = _read(copy)
+    notebook = read(copy)
     code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
     if cause or code[-1].execution_count is None or any(out.output_type == "error" for out in code[-1].outputs):
         # papermill calls every cell of a dead kernel's notebook completed, but only those that ran have a start time.
         ran = [cell for cell in code if cell.metadata.papermill.start_time]
         where = f"in cell [{len(ran)}] ({ran[-1].source.strip().splitlines()[0]})" if ran else "at its start"
         return f"{where}: {textwrap.shorten(cause or 'execution stopped there', 400)}"
-    if missing := [name for name in _produces(notebook) if not (figures / name).is_file()]:
+    if missing := [name for name in produces(notebook) if not (figures / name).is_file()]:
         return f"to produce {', '.join(missing)}, although every cell was executed"
-    notebook.metadata["itl"] = {"produces": _produces(notebook), "source_hash": now}
+    notebook.metadata["itl"] = {"produces": produces(notebook), "source_hash": now}
     nbformat.write(notebook, copy)
     return None
 
@@ -304,26 +184,11 @@ def _this_interpreter(figures: Path) -> type[AsyncKernelManager]:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> NotebookNode:
-    try:
-        return nbformat.read(path, as_version=4)
-    except Exception as error:
-        raise InputError(f"{path} is not a notebook that can be read: {textwrap.shorten(str(error), 200)}") from None
-
-
-def _metadata(notebook: NotebookNode) -> dict[str, Any]:
-    return notebook.metadata.get("itl", {})
-
-
-def _produces(notebook: NotebookNode) -> list[str]:
-    return _metadata(notebook).get("produces", [])
-
-
 #: Pictures get the alternative text that their metadata hold. The page needs no network: require.js and mermaid are
 #: left out, and MathJax is loaded only where there are equations.
 _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {%- block data_png scoped -%}
-{%- set alt = output | get_metadata('alt', 'image/png') -%}
+{%- set alt = output | getmetadata('alt', 'image/png') -%}
 {{ super() | replace('<img ', '<img alt="' ~ (alt | escape_html) ~ '" ' if alt else '<img ', 1) }}
 {%- endblock -%}
 {%- block html_head_js_requirejs -%}{%- endblock -%}
@@ -342,8 +207,8 @@ def render(notebook: NotebookNode, source: Path) -> str:
 
 def _write_back(executed: Path, source: Path) -> None:
     """Copy the outputs into the source and nothing else: no timings, no injected parameters, so diffs stay small."""
-    notebook = _read(source)
-    ran = [cell for cell in _read(executed).cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    notebook = read(source)
+    ran = [cell for cell in read(executed).cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     for cell, done in zip(notebook.cells, ran, strict=True):
         if cell.cell_type == "code":
             # The cell of injected parameters is the second to run.

@@ -13,7 +13,7 @@ from bs4 import BeautifulSoup
 from lib import paths
 from lib.base import InputError, WorkError
 from lib.cli import app
-from lib.notebook import book, runner
+from lib.notebook import book, catalog
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*MystReferenceResolver.app")  # of what MyST uses of Sphinx
 
@@ -50,7 +50,7 @@ def site(tmp_path_factory) -> Site:
 @pytest.mark.slow
 def test_every_notebook_has_a_page_with_its_title_that_the_contents_name_once(site):
     contents = [tag["href"] for tag in site.pages["index.html"].select(".sidebar-tree a.reference.internal[href]")]
-    for path in runner.all_notebooks():
+    for path in catalog.all_notebooks():
         title = nbformat.read(path, 4).cells[0].source.splitlines()[0].removeprefix("# ")
         assert site.pages[f"{path.stem}.html"].h1.text.removesuffix("¶").strip("# ") == title
         assert contents.count(f"{path.stem}.html") == 1
@@ -62,7 +62,7 @@ def test_every_notebook_has_a_page_with_its_title_that_the_contents_name_once(si
 @pytest.mark.slow
 def test_outputs_of_notebooks_are_on_their_pages_with_alternative_text(site):
     pictures = 0
-    for path in runner.all_notebooks():
+    for path in catalog.all_notebooks():
         told = [
             " ".join(output.metadata["image/png"]["alt"].split())
             for cell in nbformat.read(path, 4).cells
@@ -97,7 +97,7 @@ def test_links_lead_to_what_is_there_and_nothing_is_loaded_from_a_network(site):
 @pytest.mark.slow
 def test_equations_are_mathml(site):
     equations = site.pages["04_theory.html"].find_all("math")
-    sources = [cell.source for cell in nbformat.read(runner.find("04"), 4).cells if cell.cell_type == "markdown"]
+    sources = [cell.source for cell in nbformat.read(catalog.find("04"), 4).cells if cell.cell_type == "markdown"]
     assert len([tag for tag in equations if tag["display"] == "block"]) == "\n".join(sources).count("$$") / 2
     assert {"∑", "≥"} <= {tag.text for tag in site.pages["04_theory.html"].select("math mo")}
     assert not any("MathJax" in str(page) for page in site.pages.values())

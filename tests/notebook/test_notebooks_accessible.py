@@ -7,9 +7,9 @@ import nbformat
 import pytest
 from bs4 import BeautifulSoup
 
-from lib.notebook import runner
+from lib.notebook import catalog, runner
 
-ALL = runner.all_notebooks()
+ALL = catalog.all_notebooks()
 MISSING = "No description has been provided for this image"  # what nbconvert says where it finds none
 
 

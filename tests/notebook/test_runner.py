@@ -9,18 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal
 
 import nbformat
 import papermill
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from lib import paths
 from lib.base import InputError
 from lib.figures import record, style
-from lib.notebook import refresh, runner
+from lib.notebook import catalog, refresh, runner
 from lib.notebook.runner import NotebookError
 
 PARAMETERS = 'profile: str = "quick"  # sizes\nseeds: int = 3  # repetitions\nrate: float = 0.5  # of learning'
@@ -259,30 +256,6 @@ def test_an_int_is_accepted_for_a_float(tmp_path):
     assert outputs(runner.run(source, parameters={"rate": 2})) == "2.0\n"
 
 
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        "seeds = 3",
-        "seeds: int",
-        "seeds: int = 1 + n",
-        "seeds: int = 'x'",
-        "seeds: nonsense = 3",
-        "seeds: print('called') = 3",
-        "import os",
-        "seeds: =",
-    ],
-)
-def test_a_parameters_cell_holds_annotated_literals_only(tmp_path, parameters):
-    with pytest.raises(InputError, match="^n: the cell tagged 'parameters' takes annotated literals only"):
-        runner.parameters(write(tmp_path / "n.ipynb", parameters=parameters))
-
-
-def test_parameters_tells_types(tmp_path):
-    text = "a: list[int] = [8, 16]\nb: int | None = None\nc: Literal['x', 'y'] = 'x'\nd: float = -1"
-    found = runner.parameters(write(tmp_path / "n.ipynb", parameters=text))
-    assert found == {"a": list[int], "b": int | None, "c": Literal["x", "y"], "d": float}
-
-
 def test_a_file_that_is_no_notebook_and_one_without_parameters_are_refused(tmp_path):
     broken = tmp_path / "broken.ipynb"
     broken.write_text("{")
@@ -291,80 +264,6 @@ def test_a_file_that_is_no_notebook_and_one_without_parameters_are_refused(tmp_p
     nbformat.write(nbformat.v4.new_notebook(), tmp_path / "empty.ipynb")
     with pytest.raises(InputError, match="^empty has no cell tagged 'parameters'"):
         runner.run(tmp_path / "empty.ipynb")
-
-
-def test_notebooks_are_found_by_number_name_or_path(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
-    known = [write(tmp_path / f"{name}.ipynb") for name in ("00_start", "05_1_bounds", "05_10_more", "05_1_bounds_2")]
-    assert runner.all_notebooks() == sorted(known)
-    assert capsys.readouterr().err == ""
-    assert runner.find("00") == runner.find("00_start.ipynb") == runner.find(known[0]) == known[0]
-    assert runner.find("05_1_bounds") == known[1]
-    with pytest.raises(
-        InputError, match="^'05_1' is the start of several .*: choose one of 05_1_bounds, 05_1_bounds_2$"
-    ):
-        runner.find("05_1")
-    with pytest.raises(InputError, match="^'7' is not a notebook: choose one of 00_start, 05_10_more, "):
-        runner.find("7")
-
-
-def test_what_a_person_leaves_around_is_passed_over_and_named_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
-    ours = write(tmp_path / "05_1_bounds.ipynb")
-    for name in ("05_1_bounds-Copy1", "Untitled", "05_1_bounds (1)"):
-        write(tmp_path / f"{name}.ipynb")
-    (tmp_path / "empty.ipynb").touch()
-    nbformat.write(nbformat.v4.new_notebook(), tmp_path / "07_notes.ipynb")
-    for group in (None, "paper"):
-        assert runner.all_notebooks(group) == [ours]
-        (line,) = capsys.readouterr().err.splitlines()
-        names = "05_1_bounds (1).ipynb, 05_1_bounds-Copy1.ipynb, 07_notes.ipynb, Untitled.ipynb, empty.ipynb"
-        assert line.startswith(f"passing over {names}: ")
-    assert runner.all_notebooks("scale") == []
-    assert runner.find("05_1") == ours
-
-
-@pytest.fixture(scope="module")
-def typed(tmp_path_factory) -> Path:
-    """A notebook with a parameter of each type, called like it."""
-    lines = ["int: int = 1", "float: float = 1.0", "bool: bool = True", "str: str = ''", "list: list[int | None] = []"]
-    return write(tmp_path_factory.mktemp("typed") / "n.ipynb", parameters="\n".join(lines))
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
-@given(value=st.integers() | st.floats(allow_nan=False) | st.booleans() | st.text())
-def test_a_parameter_reads_back_from_what_python_prints(typed, value):
-    name = type(value).__name__
-    assert runner.parse_assignments([typed], [f"{name}={value}"]) == {name: value}
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
-@given(value=st.lists(st.integers() | st.none()))
-def test_a_list_parameter_reads_back_from_json(typed, value):
-    assert runner.parse_assignments([typed], [f"list={json.dumps(value)}"]) == {"list": value}
-
-
-@pytest.mark.parametrize(
-    "text, name", [("three", "int"), ("1.5", "int"), ("8,16", "list"), ("2", "bool"), ("", "float")]
-)
-def test_a_parameter_that_cannot_be_read_names_the_type(typed, text, name):
-    with pytest.raises(InputError, match=re.escape(f"n: parameter {name} takes {name}") + f".*, got {text!r}"):
-        runner.parse_assignments([typed], [f"{name}={text}"])
-
-
-def test_assignments_are_read_by_the_types_the_notebooks_declare(tmp_path):
-    source = write(tmp_path / "n.ipynb")
-    assert runner.parse_assignments([source], ["seeds=3", "rate=3", "rate=1e-2"]) == {"seeds": 3, "rate": 0.01}
-    text = write(tmp_path / "text.ipynb", parameters='a: str = "x"')
-    assert runner.parse_assignments([text], ["a=b=c"]) == {"a": "b=c"}
-    for wrong, message in {
-        "seeds": "'seeds' does not set a parameter: write name=value",
-        "seeds=many": "n: parameter seeds takes int, got 'many'",
-        "sedes=3": "n has no parameter 'sedes': it accepts profile: str, seeds: int, rate: float",
-    }.items():
-        with pytest.raises(InputError) as caught:
-            runner.parse_assignments([source], [wrong])
-        assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("title, network", [("# Price", []), ("# $x^2$", ["mathjax"])])
@@ -378,11 +277,11 @@ def test_a_page_asks_the_network_for_nothing_but_equations(tmp_path, title, netw
 
 # --- the notebooks of the project
 
-ALL = runner.all_notebooks()
+ALL = catalog.all_notebooks()
 
 
 def test_every_notebook_is_of_the_paper_or_of_its_large_models_but_the_benchmark():
-    paper, scale = runner.all_notebooks("paper"), runner.all_notebooks("scale")
+    paper, scale = catalog.all_notebooks("paper"), catalog.all_notebooks("scale")
     assert sorted([*(path.stem for path in paper + scale), "A2_performance"]) == [path.stem for path in ALL]
     assert {path.stem[:2] for path in scale} == {"06", "A1"}
 
@@ -409,7 +308,7 @@ def test_notebook_begins_with_commented_parameters_and_declares_its_figures(path
     notebook = nbformat.read(path, as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     assert first.metadata.tags == ["parameters"]
-    assert runner.parameters(path)["profile"] is str
+    assert catalog.parameters(path)["profile"] is str
     assert papermill.inspect_notebook(path)["profile"]["default"].strip('"') in paths.PROFILES
     assert all("#" in line for line in first.source.splitlines())
     assert isinstance(notebook.metadata.itl.produces, list)
