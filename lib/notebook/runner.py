@@ -188,7 +188,7 @@ def _this_interpreter(figures: Path) -> type[AsyncKernelManager]:
 #: left out, and MathJax is loaded only where there are equations.
 _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {%- block data_png scoped -%}
-{%- set alt = output | getmetadata('alt', 'image/png') -%}
+{%- set alt = output | get_metadata('alt', 'image/png') -%}
 {{ super() | replace('<img ', '<img alt="' ~ (alt | escape_html) ~ '" ' if alt else '<img ', 1) }}
 {%- endblock -%}
 {%- block html_head_js_requirejs -%}{%- endblock -%}
