@@ -122,9 +122,9 @@ def _validated(path: Path, name: str, value: Any, *readers: Callable) -> Any:
     if name not in known:
         listed = ", ".join(f"{key}: {_type_name(kind)}" for key, kind in known.items())
         raise InputError(f"{path.stem} has no parameter {name!r}: it accepts {listed or 'none'}")
-    for read in readers:
+    for reader in readers:
         with suppress(ValidationError):
-            return read(TypeAdapter(known[name]), value, strict=True)
+            return reader(TypeAdapter(known[name]), value, strict=True)
     raise InputError(f"{path.stem}: parameter {name} takes {_type_name(known[name])}, got {value!r}")
 
 
