@@ -295,10 +295,9 @@ def figures(
     profile: ProfileOption = Profile.laptop,
 ) -> None:
     """Draw the figures from paper_data."""
-    from lib.figures import from_scratch as drawing
-    from lib.figures import style
+    from lib.figures import record, style
 
-    drawn = {name: drawing.draw(name, profile.value) for name in names or drawing.FIGURES}
+    drawn = {name: record.draw(name, profile.value) for name in names or record.FIGURES}
     for name, figure in drawn.items():
         for path in style.save(figure, name, profile.value):
             console.print(str(path))
@@ -319,17 +318,17 @@ def notebooks(
 @app.command()
 def paper(profile: ProfileOption = Profile.quick) -> None:
     """Run the notebooks of the paper, draw its figures, render everything to HTML; what is up to date is re-used."""
-    from lib.notebook import runner
+    from lib.notebook import catalog
 
-    _run_all(runner.paper_notebooks(), profile.value)
+    _run_all(catalog.all_notebooks("paper"), profile.value)
 
 
 @app.command()
 def scale(profile: ProfileOption = Profile.quick) -> None:
     """The same for Section 6 and the appendix on TriviaQA: large models, fine-tuned (extra `scale`)."""
-    from lib.notebook import runner
+    from lib.notebook import catalog
 
-    _run_all(runner.scale_notebooks(), profile.value)
+    _run_all(catalog.all_notebooks("scale"), profile.value)
 
 
 @app.command()
@@ -350,14 +349,11 @@ def _run_all(names, profile: str) -> None:
 
 
 def _run_notebooks(names, profile: str, assignments: list[str], *, in_place: bool, reuse: bool) -> None:
-    from lib.notebook import runner
+    from lib.notebook import catalog, runner
 
-    chosen = [runner.find(name) for name in names] if names else runner.all_notebooks()
-    values = runner.parse_assignments(chosen, assignments)
-    try:
-        runner.run_many(chosen, profile, values, in_place=in_place, reuse=reuse)
-    except runner.NotebookError as error:
-        raise SystemExit(_complain(str(error), 1)) from None
+    chosen = [catalog.find(name) for name in names] if names else catalog.all_notebooks()
+    values = catalog.parse_assignments(chosen, assignments)
+    runner.run_many(chosen, profile, values, in_place=in_place, reuse=reuse)
 
 
 for command in (finetune.bases, finetune.fetch, finetune.finetune, finetune.trivia):

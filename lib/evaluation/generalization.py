@@ -1,7 +1,6 @@
 """What a trained model says of people that it was not trained on (Section 5.2)."""
 
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import reduce
@@ -13,7 +12,6 @@ from lib.config import RunConfig
 from lib.dialogs.tokenizers import Tokenizer
 from lib.evaluation.recall import Fact, Recall, measure_recall
 from lib.facts.database import write_database
-from lib.facts.people import People
 from lib.facts.sampling import load_people, unseen_people
 
 
@@ -54,9 +52,3 @@ def request_shares(measured: Recall, facts: Sequence[Fact]) -> dict[str, float]:
         "right_name": sum(request is not None and request.name == fact[0] for request, fact in pairs),
     }
     return {name: count / len(pairs) for name, count in right.items()}
-
-
-def best_constant_guess(people: People) -> float:
-    """Recall of who knows every attribute's most frequent value among `people`, and nothing of anybody."""
-    most = [Counter(column).most_common(1)[0][1] for column in people.columns.values()]
-    return sum(most) / people.n_facts

@@ -1,28 +1,31 @@
-"""How every figure looks, what it says to who cannot see it, and where it is written."""
+"""The look that all figures share, what is drawn alike in several, alternative text, and writing to files."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
+import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from lib import paths
+from lib.experiments.tables import described
 
-#: Color-blind safe (Okabe and Ito) and apart in grey; a marker each, so that color is never the only difference.
+#: Color-blind safe (Okabe and Ito) and distinct in grey; a marker each, so that color is never the only difference.
 STYLES = {
     "in-weight": {"color": "#D55E00", "marker": "o"},
     "in-tool": {"color": "#0072B2", "marker": "s"},
 }
 
-#: How points of a profile that does not publish are told from those that count.
+#: Points of a profile that does not publish (quick), drawn over the published ones.
 HOLLOW = {"markerfacecolor": "white", "markersize": 7, "zorder": 4}
 
-#: How points of runs that today's plan no longer asks for are told from those that it does.
+#: Points of runs that today's plan no longer asks for.
 EARLIER = {"markerfacecolor": "white", "alpha": 0.55}
 
 RC = {
-    "figure.figsize": (5.2, 3.6),
     "figure.constrained_layout.use": True,
     "figure.dpi": 110,
     "font.size": 9,
@@ -30,20 +33,37 @@ RC = {
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "errorbar.capsize": 2,
     "grid.color": "#DDDDDD",
     "grid.linewidth": 0.6,
+    "legend.fontsize": 7,
     "legend.frameon": False,
+    "legend.title_fontsize": 7,
     "lines.markersize": 5,
     "pdf.fonttype": 42,  # text stays text
     "savefig.dpi": 200,
 }
 
 
-def alt_text(figure: Figure) -> str:
-    """What a figure shows, for who cannot see it: its label (`figure.set_label`) or else what its axes say.
+#: Where a legend stands beside its panel.
+BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
 
-    For each panel its title and what is drawn against what, then the legends.
-    """
+
+@contextmanager
+def panels(
+    size: tuple[float, float] = (5.2, 3.6),
+    n_rows: int = 1,
+    n_columns: int = 1,
+    rc: dict | None = None,
+    **options,
+) -> Iterator[tuple[Figure, plt.Axes]]:
+    """Yield what `plt.subplots` gives, a figure of a size in inches and its axes, in this look (and `rc` over it)."""
+    with matplotlib.rc_context({**RC, "figure.figsize": size, **(rc or {})}):
+        yield plt.subplots(n_rows, n_columns, **options)
+
+
+def alt_text(figure: Figure) -> str:
+    """Return a figure's alternative text: its label (`figure.set_label`) or else its titles, axes and legends."""
     if figure.get_label():
         return figure.get_label()
     panels, shown, y = [], [], ""
@@ -59,7 +79,7 @@ def alt_text(figure: Figure) -> str:
 
 
 def _describe_in_notebooks() -> None:
-    """From now on a notebook's outputs hold the alternative text of every figure, as metadata of the picture."""
+    """Make IPython store the alternative text of every figure that it displays, as metadata of the picture."""
     if ipython := sys.modules.get("IPython"):
         if shell := ipython.get_ipython():
             describe = lambda figure, **_: ({}, {"image/png": {"alt": alt_text(figure)}})  # noqa: E731
@@ -76,7 +96,7 @@ def save(figure: Figure, name: str, profile: str) -> list[Path]:
     written = []
     for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
         path = folder / f"{name}{suffix}"
-        # The context once more: resolution and fonts are asked for only now.
+        # Resolution and fonts are looked up when a figure is written, so the context is needed again.
         with paths.replacing(path) as temporary, matplotlib.rc_context(RC):
             figure.savefig(temporary, format=suffix[1:], metadata=metadata)
         written.append(path)
@@ -84,5 +104,51 @@ def save(figure: Figure, name: str, profile: str) -> list[Path]:
     return written
 
 
+# Drawn alike in several figures ---------------------------------------------------------------------------------------
+
+
 def nothing_yet(axes, mode: str) -> None:
+    """Write in the middle of an empty panel that no run of this mode has finished."""
     axes.text(0.5, 0.5, f"no {mode} runs yet", transform=axes.transAxes, ha="center", color="#777777")
+
+
+def draw_means(axes, table: pd.DataFrame, x: str, label: str, of: str | None = None, **look) -> None:
+    """Draw means over seeds against the column `x`, with bars from the smallest to the largest.
+
+    of: the column of `table`, a row per run, to average; None if `table` has the columns mean, min and max already.
+    Other databases, earlier recipes (`tables.described`) and rows of the quick profile, whose column `own` is true, get
+    points and labels of their own.
+    """
+    table = described(table).assign(own=table.get("own", False))
+    for (own, law, superseded), points in table.groupby(["own", "law", "superseded"]):
+        if of:
+            points = points.groupby(x)[of].agg(["mean", "min", "max"]).reset_index()
+        name, style = label, {"alpha": 1, **look}
+        if law != "ours":
+            name += f", {law} law"
+        if own:
+            name, style = f"{name} (quick)", {**style, **HOLLOW}
+        if superseded:
+            name, style = f"{name}, earlier recipe", {**style, **EARLIER, "alpha": style["alpha"] * EARLIER["alpha"]}
+        bars = [points["mean"] - points["min"], points["max"] - points["mean"]]
+        axes.errorbar(points[x], points["mean"], yerr=bars, label=name, **style)
+
+
+def smallest(table: pd.DataFrame, mode: str, threshold: float) -> pd.DataFrame:
+    """Return the points of `summaries.minimal_parameters` that are known for a mode and threshold, as `draw_means`
+    takes them."""
+    known = table[table["mode"].eq(mode) & table.recall_threshold.eq(threshold) & table.min_params_mean.notna()]
+    return known.sort_values("n_facts", kind="stable").rename(columns=lambda name: name.removeprefix("min_params_"))
+
+
+def published_label(n_facts: pd.Series, about: str = "", law: str = "independent") -> str:
+    """Return the label of published points: how many facts, about whom, and by which law the database was drawn."""
+    counts = sorted(set(n_facts))
+    span = f"{counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else "") if counts else "no"
+    return ", ".join(filter(None, [about, f"published: {span} facts", law]))
+
+
+def name_bits_line(axes, bits: float, end: tuple[float, float], **place) -> None:
+    """Write at the right end of a line how many bits a parameter it stands for."""
+    text = f"{bits:g} bit{'s' * (bits != 1)} a parameter"
+    axes.annotate(text, end, color="#555555", fontsize=7, textcoords="offset points", annotation_clip=False, **place)

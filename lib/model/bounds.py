@@ -13,6 +13,8 @@ from lib.facts.people import VALUES
 
 #: Bits that a trained parameter was measured to hold at most, by who measured it.
 MEASURED_BITS = {"Allen-Zhu & Li 2024": 2.0, "Morris et al. 2025": 3.6}
+#: Parameters of `lib.model.circuit.Circuit()`, which is not imported here because it needs torch.
+BY_HAND_PARAMETERS = 66_016
 
 
 def parameters_needed(bits: float, bits_per_parameter: float) -> float:

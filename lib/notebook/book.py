@@ -1,35 +1,58 @@
 """The notebooks as a book: a site of pages that can be searched and read without a network (extra `[book]`).
 
-Sphinx builds it from a folder that is laid out for it: the notebooks, the worked solutions, the pages in Markdown, and
-tables of contents made from what is there. This module is also the extension that Sphinx loads: equations become
-MathML, which browsers draw themselves, and solutions are folded away.
+Sphinx builds it from notebooks/ as it is: the notebooks, the worked solutions, the pages in Markdown. This module is
+also the extension that Sphinx loads. It adds to pages as they are read what they lack, makes equations MathML, which
+browsers draw themselves, and folds solutions away.
 """
 
 import io
 import re
-import shutil
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
 
 from lib import paths
 from lib.base import InputError, WorkError
-from lib.notebook import runner
+from lib.notebook.catalog import all_notebooks
 
 REPOSITORY = "in-tool-learning/in-tool-learning"
 
-#: What a page offers, below its title; `{download}` is MyST's for a file that lies beside the page.
+#: Links below the title of each page; `{download}` is MyST's for a file that lies beside the page.
 _OFFERS = (
     f"[Binder](https://mybinder.org/v2/gh/{REPOSITORY}/main?labpath=notebooks%2F{{path}}) · "
     f"[Colab](https://colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{{path}}) · "
     "{{download}}`the notebook <{name}>`"
 )
+#: The tables of contents, which the first page ends with; README and JupyterLab show that page without them.
+_CONTENTS = """
+
+```{toctree}
+:caption: Notebooks
+:glob:
+
+[0-9A-Z][0-9]_*
+```
+
+```{toctree}
+:caption: Teaching
+:glob:
+
+*_plan
+```
+
+```{toctree}
+:caption: Worked solutions
+:glob:
+
+solutions/*
+```
+"""
 _CONFIGURATION = {
     "project": "In-tool learning",
     "html_title": "In-tool learning",
     "extensions": ["myst_nb", "lib.notebook.book"],
-    "exclude_patterns": [],
     "nb_execution_mode": "off",
     "nb_merge_streams": True,
     "nb_ipywidgets_js": {},  # they would come from a server; what is in the book are pictures
@@ -43,7 +66,6 @@ _CONFIGURATION = {
     "html_copy_source": False,
     "html_show_search_summary": False,  # asks for pages, which a browser refuses to one that was opened as a file
     "html_css_files": ["book.css"],
-    "html_static_path": ["_static"],
 }
 #: Wide tables scroll by themselves rather than move the page of a phone; pictures stay white in the dark.
 _CSS = """\
@@ -67,28 +89,31 @@ def build(out: Path | None = None, profile: str | None = None) -> Path:
 
     Raises InputError without the extra or for an unknown profile, WorkError if Sphinx warns: a link to nowhere, say.
     """
-    executed = paths.profile_dir(profile) / "notebooks" if profile else None
+    executed = str(paths.profile_dir(profile) / "notebooks") if profile else ""
     out = out or paths.runs() / "book"
     if out.exists() and any(out.iterdir()) and not (out / "searchindex.js").is_file():
         raise InputError(f"{out} holds something else than a book: name a folder that is not there yet")
-    try:
-        import furo  # noqa: F401
-        import latex2mathml  # noqa: F401
-        import myst_nb  # noqa: F401
-        from sphinx.application import Sphinx
-        from sphinx.util.docutils import docutils_namespace
-    except ModuleNotFoundError as missing:
-        raise InputError(f"the book takes the package {missing.name}: pip install -e '.[book]'") from None
+    for package in ("sphinx", "myst_nb", "furo", "latex2mathml"):
+        if not find_spec(package):
+            raise InputError(f"the book takes the package {package}: pip install -e '.[book]'")
+    from sphinx.application import Sphinx
+    from sphinx.util.docutils import docutils_namespace
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".book-", dir=out.parent) as folder, docutils_namespace():
-        source, made, warnings = Path(folder, "source"), Path(folder, "made"), io.StringIO()
-        lay_out(source, executed)
-        app = Sphinx(
-            source, None, made, Path(folder, "doctrees"), "html", _CONFIGURATION, status=None, warning=warnings
-        )
-        app.build()
-        if told := re.sub(r"\x1b\[[\d;]+m", "", warnings.getvalue()).strip().replace(f"{source}/", ""):
+        made, static, warnings = Path(folder, "made"), Path(folder, "static"), io.StringIO()
+        static.mkdir()
+        (static / "book.css").write_text(_CSS)
+        pages = [path.name for path in all_notebooks()] + ["solutions/*.ipynb", "*.md"]
+        configuration = {
+            **_CONFIGURATION,
+            "include_patterns": pages,  # and no copies or checkpoints that lie around
+            "html_static_path": [str(static.resolve())],
+            "executed": executed,
+        }
+        places = paths.NOTEBOOKS, None, made, Path(folder, "doctrees")
+        Sphinx(*places, "html", configuration, status=None, warning=warnings).build()
+        if told := re.sub(r"\x1b\[[\d;]+m", "", warnings.getvalue()).strip().replace(f"{paths.NOTEBOOKS}/", ""):
             raise WorkError(f"the book was not built: {told}")
         for leftover in (".buildinfo", "objects.inv"):
             (made / leftover).unlink(missing_ok=True)
@@ -98,60 +123,39 @@ def build(out: Path | None = None, profile: str | None = None) -> Path:
     return out / "index.html"
 
 
-def lay_out(source: Path, executed: Path | None = None) -> None:
-    """Write the folder that Sphinx builds from: pages, and contents made from what notebooks/ holds."""
-    known = runner.all_notebooks()
-    solved = sorted((paths.NOTEBOOKS / "solutions").glob("*.ipynb"))
-    (source / "solutions").mkdir(parents=True)
-    (source / "_static").mkdir()
-    (source / "_static" / "book.css").write_text(_CSS)
-    for path in known:
-        copy = executed / path.name if executed else path
-        _lay_notebook(copy if copy.is_file() else path, source / path.name, path.name)
-    for path in solved:
-        _lay_notebook(path, source / "solutions" / path.name, f"solutions/{path.name}")
-    pages = sorted(paths.NOTEBOOKS.glob("*.md"))
-    for path in pages:
-        shutil.copy(path, source)
-    teaching = [path.stem for path in pages if path.stem != "index"]
-    with (source / "index.md").open("a", encoding="utf-8") as index:
-        index.write(_contents("Notebooks", [path.stem for path in known]))
-        index.write(_contents("Teaching", [*teaching, "solutions/index"]))
-    solutions = "# Solutions\n\nTry first. Each solution is folded below its exercise.\n"
-    (source / "solutions" / "index.md").write_text(solutions + _contents("", [path.stem for path in solved]))
-
-
-def _contents(caption: str, pages: list[str]) -> str:
-    caption = [f":caption: {caption}"] if caption else []
-    return "\n".join(["", "```{toctree}", *caption, ":maxdepth: 1", "", *pages, "```", ""])
-
-
-def _lay_notebook(path: Path, target: Path, name: str) -> None:
-    """A notebook as MyST reads it: names of notebooks are links, pictures have their alternative text."""
-    notebook = nbformat.read(path, as_version=4)
-    notebook.metadata.pop("widgets", None)  # live only where there is a kernel
-    known = "|".join(re.escape(other.stem) for other in runner.all_notebooks())
-    up = "../" * name.count("/")
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            cell.source = re.sub(rf"(?<!\[)`({known})`", rf"[`\1`]({up}\1.ipynb)", cell.source)
-        for output in cell.get("outputs", []):
-            if alt := output.get("metadata", {}).get("image/png", {}).get("alt"):
-                cell.metadata["mystnb"] = {"image": {"alt": alt}}
-    title, _, rest = notebook.cells[0].source.partition("\n")
-    offers = _OFFERS.format(path=name.replace("/", "%2F"), name=target.name)
-    notebook.cells[0].source = f"{title}\n\n{offers}\n{rest}"
-    nbformat.write(notebook, target)
-
-
-# --- what Sphinx loads
+# The extension that Sphinx loads --------------------------------------------------------------------------------------
 
 
 def setup(app) -> dict[str, bool]:
-    """Sphinx's way in."""
+    """Register this module with Sphinx."""
+    app.add_config_value("executed", "", "env")
     app.add_html_math_renderer("mathml", inline_renderers=(_math, None), block_renderers=(_math, None))
+    app.connect("source-read", _complete)
     app.connect("doctree-read", _fold_solutions)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def _complete(app, page: str, source: list[str]) -> None:
+    """Add contents to the first page; to notebooks their offers, links to others, and alternative text of pictures."""
+    if page == "index":
+        source[0] += _CONTENTS
+    path = app.env.doc2path(page)
+    if path.suffix != ".ipynb":
+        return
+    copy = Path(app.config.executed, f"{page}.ipynb")
+    notebook = nbformat.reads(copy.read_text("utf-8") if app.config.executed and copy.is_file() else source[0], 4)
+    notebook.metadata.pop("widgets", None)  # live only where there is a kernel
+    known = "|".join(re.escape(other) for other in app.env.found_docs if "/" not in other)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(rf"(?<!\[)`({known})`", r"[`\1`](/\1.ipynb)", cell.source)
+        for output in cell.get("outputs", []):
+            if alt := output.get("metadata", {}).get("image/png", {}).get("alt"):
+                cell.metadata["mystnb"] = {"image": {"alt": alt}}
+    offers = _OFFERS.format(path=f"{page.replace('/', '%2F')}.ipynb", name=path.name)
+    title, _, rest = notebook.cells[0].source.partition("\n")
+    notebook.cells[0].source = f"{title}\n\n{offers}\n{rest}"
+    source[0] = nbformat.writes(notebook)
 
 
 def _math(translator, node) -> None:

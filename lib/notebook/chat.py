@@ -1,12 +1,12 @@
 """Two models side by side in a notebook: asked the same, one of them with a database that can be changed in between."""
 
-from asyncio import TimerHandle, get_running_loop
+from asyncio import get_running_loop
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
 import ipywidgets
 from IPython.display import HTML
@@ -17,22 +17,22 @@ from lib.facts.people import VALUES, People
 from lib.notebook import widgets
 from lib.training.saved import open_conversation
 
-#: What a turn can be, and its color: all dark enough for white letters on them.
+#: The color of each kind of turn, dark enough for white letters.
 COLORS = {"question": "#595959", "tool call": "#0072B2", "database": "#8F3D77", "reply": "#00734F"}
 _BOX = "border-left: 4px solid {0}; padding: 2px 8px; margin: 6px 0; line-height: 1.4"
 _LABEL = "background: {0}; color: white; padding: 0 6px; border-radius: 3px; font-size: 85%"
 _TEXT = "display: block; white-space: pre-wrap; overflow-wrap: anywhere"
-_COLUMNS = "display: grid; grid-template-columns: repeat({0}, minmax(0, 1fr)); gap: 0 16px"
-#: A window that shows the end of what is in it.
+_COLUMNS = "display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 16px"
+#: A window that stays scrolled to its end.
 _WINDOW = "display: flex; flex-direction: column-reverse; max-height: 32em; overflow-y: auto"
-#: How long the text of a question may take to follow the Enter key.
-_ENTER_SECONDS = 0.2
-#: Values of an attribute that are suggested: not the 17,136 dates.
+#: The browser sends the Enter key, and then the text: how long to wait for it.
+ENTER_SECONDS = 0.2
+#: Attributes with more values than this, birth dates, get no suggestions.
 _MAX_SUGGESTED = 300
 
 
 def labels(turns: Sequence[Turn]) -> list[str]:
-    """What each turn of a dialog is, a key of `COLORS`: the assistant calls the tool where the database speaks next."""
+    """Return the kind of each turn of a dialog, a key of `COLORS`; a turn before the database's is a tool call."""
     kinds = {Role.USER: "question", Role.DATABASE: "database"}
     followers = [turn.role for turn in turns[1:]]
     return [
@@ -42,7 +42,7 @@ def labels(turns: Sequence[Turn]) -> list[str]:
 
 
 def transcript(turns: Sequence[Turn]) -> str:
-    """A dialog as HTML: each turn with its label, in the label's color."""
+    """Return a dialog as HTML: each turn with its label, in the label's color."""
     return "".join(_told(label, turn.text) for label, turn in zip(labels(turns), turns, strict=True))
 
 
@@ -54,44 +54,23 @@ def _told(label: str, text: str) -> str:
     )
 
 
-class Asked(NamedTuple):
-    """A question and, by mode, each model's whole dialog about it."""
-
-    question: str
-    dialogs: dict[str, list[Turn]]
-
-
-class Changed(NamedTuple):
-    """A fact that was changed in the database."""
-
-    name: str
-    attribute: str
-    old: str
-    new: str
-
-
 class Chat:
     """An in-weight and an in-tool model that answer the same questions. As the value of a cell it is a chat window.
 
-    in_weight, in_tool: folders of runs. people: put into the database that the in-tool model asks, which is a copy of
-    the run's own, until `close`. `history` holds what was `Asked` and `Changed`. Raises `InputError` as
-    `open_conversation` does, for a folder of the other mode, and for people with other attributes.
+    in_weight, in_tool: folders of runs. people: added to the database that the in-tool model asks, which is a copy of
+    the run's own, until `close`. Raises `InputError` as `open_conversation` does, for a folder of the other mode, and
+    for people with other attributes.
     """
 
     def __init__(self, in_weight: Path, in_tool: Path, people: People, device: str = "auto"):
-        self.history: list[Asked | Changed] = []
         self.people = people
+        self._talks, self._log = {}, []
         with ExitStack() as stack:
-            folders = {"in-weight": in_weight, "in-tool": in_tool}
-            self._talks = {
-                mode: stack.enter_context(open_conversation(folder, device=device, editable=True))
-                for mode, folder in folders.items()
-            }
-            for mode, talk in self._talks.items():
+            for mode, folder in (("in-weight", in_weight), ("in-tool", in_tool)):
+                talk = stack.enter_context(open_conversation(folder, device=device, editable=True))
                 if talk.config.mode != mode:
-                    raise InputError(
-                        f"the model in {folders[mode]} is {talk.config.mode}: one that is {mode} is expected"
-                    )
+                    raise InputError(f"the model in {folder} is {talk.config.mode}: one that is {mode} is expected")
+                self._talks[mode] = talk
             self.tool = self._talks["in-tool"].tool
             self.tool.add(people)
             self._open = stack.pop_all()
@@ -101,41 +80,32 @@ class Chat:
         self._open.close()
 
     def ask(self, text: str) -> dict[str, list[Turn]]:
-        """Both models' dialogs about a question."""
-        asked = Asked(text, {mode: talk.turns(text) for mode, talk in self._talks.items()})
-        self.history.append(asked)
-        return asked.dialogs
+        """Return both models' dialogs about a question, by mode."""
+        dialogs = {mode: talk.turns(text) for mode, talk in self._talks.items()}
+        columns = "".join(
+            f"<div><b>{mode}</b>, {self._talks[mode].model.config.n_params:,} parameters{transcript(turns[1:])}</div>"
+            for mode, turns in dialogs.items()
+        )
+        self._log.append(f'{_told("question", text)}<div style="{_COLUMNS}">{columns}</div>')
+        return dialogs
 
     def change(self, name: str, attribute: str, value: str) -> str:
-        """Change a fact in the copy of the database, see `facts.change_fact`; returns the old value."""
+        """Change a fact in the copy of the database, see `facts.change_fact`; return the old value."""
         old = self.tool.change(name, attribute, value)
-        self.history.append(Changed(name, attribute, old, value))
+        self._log.append(_told("database", f"changed: {attribute} of {name}, {old} → {value}"))
         return old
 
     def html(self) -> str:
-        """All of `history`, a column for each model."""
-        told = "".join(self._entry(entry) for entry in self.history) or "<p>Nothing was asked yet.</p>"
+        """Return all that was asked and changed, answers in a column for each model."""
+        told = "".join(self._log) or "<p>Nothing was asked yet.</p>"
         return f'<div role="log" aria-label="conversation with two models" style="max-width: 70em">{told}</div>'
-
-    def _entry(self, entry: Asked | Changed) -> str:
-        if isinstance(entry, Changed):
-            return _told("database", f"changed: {entry.attribute} of {entry.name}, {entry.old} → {entry.new}")
-        cells = (
-            f"<div><b>{mode}</b>, {self._talks[mode].model.config.n_params:,} parameters{transcript(turns[1:])}</div>"
-            for mode, turns in entry.dialogs.items()
-        )
-        return _told("question", entry.question) + f'<div style="{_COLUMNS.format(2)}">{"".join(cells)}</div>'
 
     def _ipython_display_(self) -> None:
         widgets.show(self.widget(), HTML(self.html()))
 
     def widget(self) -> ipywidgets.Widget:
-        """The chat window: what was said, a field to ask, and fields to change a fact of the database."""
+        """Return the chat window: what was said, a field to ask, and fields to change a fact of the database."""
         log, told = ipywidgets.HTML(), ipywidgets.HTML()
-
-        def update(sentence: str) -> None:
-            log.value, told.value = f'<div tabindex="0" style="{_WINDOW}">{self.html()}</div>', sentence
-
         known = self._talks["in-weight"].people.names[:3]
         names = [name for name in dict.fromkeys([*self.people.names, *known]) if self.tool.facts(name)]
         name = _field(ipywidgets.Dropdown, "who", options=names)
@@ -144,7 +114,9 @@ class Chat:
         text = _field(ipywidgets.Text, "question", width="32em", continuous_update=False)
         ask = ipywidgets.Button(description="Ask both", button_style="primary")
         change = ipywidgets.Button(description="Change the database", layout={"width": "auto"})
-        entered: list[TimerHandle] = []
+
+        def update(sentence: str = "") -> None:
+            log.value, told.value = f'<div tabindex="0" style="{_WINDOW}">{self.html()}</div>', sentence
 
         def choose(_=None) -> None:
             now, suggested = self.tool.facts(name.value)[attribute.value], VALUES.get(attribute.value, ())
@@ -155,9 +127,9 @@ class Chat:
         def do_ask(_=None) -> None:
             if text.value.strip():
                 self.ask(text.value.strip())
-                update("")
+                update()
 
-        def do_change(_=None) -> None:
+        def do_change(_) -> None:
             try:
                 self.change(name.value, attribute.value, value.value.strip())
             except InputError as error:
@@ -166,27 +138,19 @@ class Chat:
             update("Ask again: does the answer change?")
             choose()
 
-        def do_enter(_=None) -> None:
-            if entered:
-                entered.pop().cancel()
-                do_ask()
-
         def on_enter(_, content: dict, __) -> None:
-            # The text follows in a message of its own, unless it is what it was before.
-            if content.get("event") == "submit" and not entered:
-                entered.append(get_running_loop().call_later(_ENTER_SECONDS, do_enter))
+            if content.get("event") == "submit":
+                get_running_loop().call_later(ENTER_SECONDS, do_ask)
 
         for chosen in (name, attribute):
             chosen.observe(choose, "value")
         text.on_msg(on_enter)
-        text.observe(do_enter, "value")
         ask.on_click(do_ask)
         change.on_click(do_change)
-        update("")
+        update()
         choose()
-        rows = [[text, ask], [name, attribute, value, change]]
-        wrapping = [ipywidgets.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows]
-        return ipywidgets.VBox([log, *wrapping, told])
+        row = partial(ipywidgets.HBox, layout={"flex_flow": "row wrap"})
+        return ipywidgets.VBox([log, row([text, ask]), row([name, attribute, value, change]), told])
 
 
 def _field(kind: type[ipywidgets.Widget], name: str, width: str = "auto", **options) -> ipywidgets.Widget:

@@ -1,21 +1,19 @@
-"""Make again all that is computed from paper_data: `itl refresh`, which every publishing ends with.
+"""Compute again all that follows from paper_data: `itl refresh`, which every publishing ends with. Nothing is trained.
 
 That is paper_data/compared, the numbers in README.md, figures/, and the notebooks that draw from tables. Those are
-executed in place with `recompute=False` in the profile laptop, whose rows the tables hold: in it the committed outputs
-are what the tables say, and the figures go to figures/. Nothing is trained.
+executed in place with `recompute=False` in the profile laptop, whose rows the tables hold.
 """
 
 import re
 from collections.abc import Callable
 from functools import partial
 
-import pandas as pd
-
 from lib import paths
 from lib.base import WorkError
 from lib.experiments import published, tables
-from lib.figures import captions, from_scratch, style
-from lib.notebook import runner
+from lib.figures import record, style
+from lib.figures.parameter_bounds import bounds_in_words
+from lib.notebook import catalog, runner
 
 PROFILE = "laptop"
 
@@ -26,7 +24,7 @@ def refresh(say: Callable[[str], None] = print) -> None:
         f"paper_data/compared, {section}": partial(published.write, section) for section in published.SECTIONS
     }
     steps["the numbers of README.md"] = write_readme
-    steps |= {f"figures/{name}": partial(_draw, name) for name in from_scratch.FIGURES}
+    steps |= {f"figures/{name}": partial(_draw, name) for name in record.FIGURES}
     steps["the notebooks that draw from tables"] = _run_notebooks
     failed = []
     for name, step in steps.items():
@@ -40,24 +38,23 @@ def refresh(say: Callable[[str], None] = print) -> None:
 
 
 def drawing_notebooks() -> list:
-    """The notebooks that can draw without training: those with a parameter `recompute`."""
-    return [path for path in runner.all_notebooks() if "recompute" in runner.parameters(path)]
+    """Return the notebooks that can draw without training: those with a parameter `recompute`."""
+    return [path for path in catalog.all_notebooks() if "recompute" in catalog.parameters(path)]
 
 
 def _draw(name: str) -> None:
-    style.save(from_scratch.draw(name, PROFILE), name, PROFILE)
+    style.save(record.draw(name, PROFILE), name, PROFILE)
 
 
 def _run_notebooks() -> None:
-    options = {"in_place": True, "reuse": True, "html": False}
-    runner.run_many(drawing_notebooks(), PROFILE, {"recompute": False}, **options)
+    runner.run_many(drawing_notebooks(), PROFILE, {"recompute": False}, in_place=True, reuse=True)
 
 
 # README.md ------------------------------------------------------------------------------------------------------------
 
 
 def write_readme() -> None:
-    """Replace what stands between `<!-- begin:NAME -->` and `<!-- end -->` by what `BLOCKS[NAME]` computes."""
+    """Replace the text between `<!-- begin:NAME -->` and `<!-- end -->` by what `BLOCKS[NAME]` computes."""
     path = paths.ROOT / "README.md"
     text = computed(path.read_text(encoding="utf-8"))
     with paths.replacing(path) as temporary:
@@ -74,32 +71,29 @@ def _main_figure() -> str:
     lines = [
         "*Parameters of the smallest model that recalls 95% of the facts. Lines: published, mean and standard",
         "deviation over the seeds of 10 that get there. Points: trained by this repository, pale by an earlier recipe.",
-        *captions.bounds_in_words(PROFILE),
+        *bounds_in_words(PROFILE),
     ]
     return "\n".join(lines) + "*"
 
 
 def _rows() -> str:
-    """The state of the tables: rows, seeds and facts of each section and profile (takes the extra `scale`)."""
+    """Return the state of the tables: rows, seeds and facts of each section and profile (takes the extra `scale`)."""
     from lib.finetune import experiments
 
-    table = [
+    lines = [
         "| section | profile | rows | not in today's plan | seeds | facts |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for section in (*tables.TABLES, experiments.SECTION):
-        known = experiments.committed_rows() if section == experiments.SECTION else tables.committed_rows(section)
-        for profile in known.profile.unique() if len(known) else ():
-            read = partial(tables.read_rows, section) if section in tables.TABLES else experiments.rows
-            table.append(_row_of(section, profile, read(profile)))
-    return "\n".join(table)
-
-
-def _row_of(section: str, profile: str, rows: pd.DataFrame) -> str:
-    low, high = rows.n_facts.min(), rows.n_facts.max()
-    facts = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-    cells = section, profile, f"{len(rows):,}", f"{rows.superseded.sum():,}", f"{rows.seed.nunique()}", facts
-    return f"| {' | '.join(cells)} |"
+    read = {section: partial(tables.read_rows, section) for section in tables.TABLES}
+    known = {section: tables.committed_rows(section) for section in tables.TABLES}
+    read[experiments.SECTION], known[experiments.SECTION] = experiments.rows, experiments.committed_rows()
+    for section, committed in known.items():
+        for profile in committed.profile.unique() if len(committed) else ():
+            rows = read[section](profile)
+            facts = " to ".join(f"{n:,}" for n in dict.fromkeys([rows.n_facts.min(), rows.n_facts.max()]))
+            counts = f"{len(rows):,} | {rows.superseded.sum():,} | {rows.seed.nunique()}"
+            lines.append(f"| {section} | {profile} | {counts} | {facts} |")
+    return "\n".join(lines)
 
 
 #: What README.md computes, by name.

@@ -1,8 +1,9 @@
-"""Things to play with in a notebook, and the picture that stands in for them where no kernel runs."""
+"""Widgets of the notebooks, and the picture that stands in for them where no kernel runs."""
 
 import base64
 import io
 from collections.abc import Callable
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -10,17 +11,15 @@ import ipywidgets
 import numpy as np
 from IPython.display import display
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.config import ModelConfig
-from lib.experiments import summaries, tables
+from lib.experiments import tables
 from lib.experiments.plan import ALPHAS
-from lib.experiments.published import published_by_paper, published_correlated
 from lib.experiments.search import SIZES
 from lib.facts.entropy import bits_per_person, entropy_bits_per_person
 from lib.facts.people import RELEASED
-from lib.figures import from_scratch
+from lib.figures.record import FIGURES
 from lib.figures.style import alt_text
 from lib.progress import is_watched
 
@@ -32,8 +31,8 @@ _HIDE = "<style>.jp-OutputArea-child:has(+ .jp-OutputArea-child .itl-live) { dis
 def show(widget: ipywidgets.Widget, still: Any) -> None:
     """Display `still` and, where somebody is there to use it, `widget` in its place.
 
-    Both are outputs of the cell, so that the first is saved with the notebook: GitHub and HTML show it, and it is left
-    when the kernel is gone. Only while the widget lives it hides the first.
+    Both are outputs of the cell: `still` is saved with the notebook and shown by GitHub, in HTML, and when the kernel
+    is gone; it is hidden only while the widget is live.
     """
     display(still)
     if is_watched():
@@ -44,7 +43,8 @@ def show(widget: ipywidgets.Widget, still: Any) -> None:
 
 
 def explore(draw: Callable[..., Figure], **controls: ipywidgets.Widget) -> None:
-    """Display the figure that `draw` makes of the controls' values, with the controls: it follows them (see `show`)."""
+    """Display the figure that `draw` makes of the controls' values, with the controls, and draw it again when they
+    change (see `show`)."""
     picture = ipywidgets.HTML()
 
     def follow(_=None) -> Figure:
@@ -60,79 +60,83 @@ def explore(draw: Callable[..., Figure], **controls: ipywidgets.Widget) -> None:
 
 
 def image(figure: Figure) -> str:
-    """A figure as HTML with its alternative text."""
+    """Return a figure as HTML with its alternative text."""
     file = io.BytesIO()
     figure.savefig(file, format="png")
     source = base64.b64encode(file.getvalue()).decode()
     return f'<img alt="{escape(alt_text(figure))}" src="data:image/png;base64,{source}" style="max-width: 100%">'
 
 
-# What is explored -----------------------------------------------------------------------------------------------------
+# The explorers of Sections 5.1 and 5.3 --------------------------------------------------------------------------------
 
 
 def smallest_model(bits: float, bits_per_parameter: float) -> tuple[int, int] | None:
-    """d_model and parameters of the smallest of the paper's models that could hold `bits`; None if none of them can."""
+    """Return d_model and parameters of the smallest of the paper's models that could hold `bits`; None if none can."""
     sizes = ((size, ModelConfig(d_model=size).n_params) for size in SIZES)
     return next((found for found in sizes if found[1] * bits_per_parameter >= bits), None)
 
 
-def _named(model: tuple[int, int] | None) -> str:
-    return "the smallest model is d = {} ({:,} parameters)".format(*model) if model else "no model is large enough"
-
-
 def explore_capacity(profile: str, threshold: float = 0.95) -> None:
-    """Section 5.1 to play with: facts and bits a parameter, and the smallest model that could do, beside the points."""
-    tables.check_threshold(threshold)
-    published, ours = published_by_paper("parameter_bounds"), summaries.bounds(tables.counting_profile(profile))
+    """Show Section 5.1's figure, the bits of a number of facts, and the smallest model that could hold them."""
     counts = 2 ** np.arange(6, 19)
+    figure_of = _with_tables("parameter_bounds", profile, threshold)
 
     def draw(facts: int, bits: float) -> Figure:
-        figure = from_scratch.parameter_bounds(published, ours, threshold=threshold)
-        (axes,) = figure.axes
+        figure = figure_of()
         held = facts / 4 * bits_per_person()
-        _mark(axes, (counts, counts / 4 * bits_per_person() / bits), (facts, held / bits), bits)
-        axes.set_title(f"{facts:,} facts, {held:,.0f} bits: {_named(smallest_model(held, bits))}", fontsize=9)
+        _mark(figure.axes[0], counts, counts / 4 * bits_per_person(), (facts, held), bits)
+        figure.axes[0].set_title(f"{facts:,} facts, {held:,.0f} bits: {_in_words(held, bits)}", fontsize=9)
         return figure
 
-    explore(draw, facts=_choice("facts", counts.tolist(), 4096), bits=_slider("bits a parameter", 2, (0.25, 4, 0.25)))
+    explore(draw, facts=_choice("facts", counts.tolist(), 4096), bits=_bits())
 
 
 def explore_correlation(profile: str, threshold: float = 0.95) -> None:
-    """Section 5.3 to play with: correlation, and the bits and parameters that follow, for the published databases."""
-    tables.check_threshold(threshold)
-    published = published_correlated()
-    ours = summaries.compressibility_bounds(tables.counting_profile(profile))
+    """Show Section 5.3's figure, and the bits and the smallest model that follow from a correlation."""
+    figure_of = _with_tables("compressibility", profile, threshold)
 
     def draw(facts: int, alpha: float, bits: float) -> Figure:
         alphas = np.union1d(ALPHAS, alpha)
         held = np.array([facts // 4 * entropy_bits_per_person(facts // 4, 0, float(a), RELEASED) for a in alphas])
         now = float(held[alphas == alpha][0])
-        figure = from_scratch.compressibility(published, ours, None, threshold)
-        by_alpha, by_entropy = figure.axes
-        _mark(by_alpha, (alphas, held / bits), (alpha, now / bits), bits)
-        _mark(by_entropy, (held, held / bits), (now, now / bits), bits)
-        by_alpha.legend(fontsize=7)
+        figure = figure_of()
+        for axes, x, at in zip(figure.axes, (alphas, held), (alpha, now), strict=True):
+            _mark(axes, x, held, (at, now), bits)
         figure.suptitle(
             f"{facts:,} facts, alpha = {alpha:g}: {4 * now / facts:.1f} bits a person, {now:,.0f} in all: "
-            f"{_named(smallest_model(now, bits))}",
+            f"{_in_words(now, bits)}",
             fontsize=9,
         )
         return figure
 
-    explore(
-        draw,
-        facts=_choice("facts", sorted(published.n_facts.unique().tolist()), 4000),
-        alpha=_slider("correlation", 0.5, (0, 1, 0.05)),
-        bits=_slider("bits a parameter", 2, (0.25, 4, 0.25)),
+    alpha = ipywidgets.FloatSlider(0.5, min=0, max=1, step=0.05, description="correlation", **_LOOK)
+    explore(draw, facts=_choice("facts", [4000, 32_768], 4000), alpha=alpha, bits=_bits())
+
+
+def _with_tables(name: str, profile: str, threshold: float) -> Callable[[], Figure]:
+    """Return a function that draws a figure as often as it is called, of tables that are read once."""
+    tables.check_threshold(threshold)
+    figure = FIGURES[name]
+    return partial(
+        figure.draw, figure.points(tables.counting_profile(profile)), figure.published(), threshold=threshold
     )
 
 
-def _mark(axes: Axes, line: tuple, point: tuple[float, float], bits: float) -> None:
-    """What the bits take at so many bits a parameter, as a line and, where the controls stand, a star."""
+def _in_words(held: float, bits: float) -> str:
+    model = smallest_model(held, bits)
+    return "the smallest model is d = {} ({:,} parameters)".format(*model) if model else "no model is large enough"
+
+
+def _mark(axes, x: np.ndarray, held: np.ndarray, now: tuple[float, float], bits: float) -> None:
+    """Draw the parameters that `held` bits take at so many bits a parameter, and a star where the controls stand."""
     color = "#009E73"
-    axes.plot(*line, color=color, linestyle="--", linewidth=1.2, label=f"the bits, {bits:g} a parameter")
-    axes.plot(*point, color=color, marker="*", markersize=13, markeredgecolor="white", zorder=5)
-    axes.legend(fontsize=7.5)
+    axes.plot(x, held / bits, color=color, linestyle="--", linewidth=1.2, label=f"the bits, {bits:g} a parameter")
+    axes.plot(now[0], now[1] / bits, color=color, marker="*", markersize=13, markeredgecolor="white", zorder=5)
+    axes.legend(fontsize=7)
+
+
+#: A figure takes a fifth of a second: it is drawn when the slider is let go.
+_LOOK = {"continuous_update": False, "style": {"description_width": "9em"}, "layout": {"width": "30em"}}
 
 
 def _choice(name: str, options: list[int], value: int) -> ipywidgets.SelectionSlider:
@@ -140,10 +144,5 @@ def _choice(name: str, options: list[int], value: int) -> ipywidgets.SelectionSl
     return ipywidgets.SelectionSlider(options=labelled, value=value, description=name, **_LOOK)
 
 
-def _slider(name: str, value: float, span: tuple[float, float, float]) -> ipywidgets.FloatSlider:
-    low, high, step = span
-    return ipywidgets.FloatSlider(value=value, min=low, max=high, step=step, description=name, **_LOOK)
-
-
-#: A figure takes a fifth of a second: it is drawn when the slider is let go.
-_LOOK = {"continuous_update": False, "style": {"description_width": "9em"}, "layout": {"width": "30em"}}
+def _bits() -> ipywidgets.FloatSlider:
+    return ipywidgets.FloatSlider(2, min=0.25, max=4, step=0.25, description="bits a parameter", **_LOOK)

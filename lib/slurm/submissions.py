@@ -243,11 +243,11 @@ def pack(hours: Sequence[float], limit: float) -> list[list[int]]:
 
 def notebook_task(name: str, profile: str, assignments: Sequence[str]) -> Notebook:
     """A notebook as a task, `assignments` as `itl notebooks -p` takes them; `InputError` if it would be refused."""
-    from lib.notebook import runner
+    from lib.notebook import catalog
 
-    source = runner.find(name)
-    parameters = runner.parse_assignments([source], assignments)
-    runner.checked(source, profile, parameters)
+    source = catalog.find(name)
+    parameters = catalog.parse_assignments([source], assignments)
+    catalog.checked(source, profile, parameters)
     name = source.stem if source.parent == paths.NOTEBOOKS else str(source.resolve())
     return Notebook(name=name, profile=profile, parameters=parameters, figures=str(paths.figures(profile).resolve()))
 

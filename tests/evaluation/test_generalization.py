@@ -10,9 +10,9 @@ from lib.config import RunConfig
 from lib.dialogs.request import Request
 from lib.dialogs.templates import answer, question, tool_call
 from lib.dialogs.tokenizers import ByteTokenizer
-from lib.evaluation.generalization import best_constant_guess, measure_generalization, request_shares
+from lib.evaluation.generalization import measure_generalization, request_shares
 from lib.evaluation.recall import Recall
-from lib.facts.people import FIRST_NAMES, LAST_NAMES, VALUES, FactsConfig
+from lib.facts.people import FIRST_NAMES, LAST_NAMES, VALUES, FactsConfig, best_constant_guess
 from lib.facts.sampling import UNSEEN, load_people, sample_people, unseen_people
 from lib.training.run import run
 

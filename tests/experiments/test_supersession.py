@@ -10,7 +10,7 @@ from matplotlib.container import ErrorbarContainer
 from lib import paths
 from lib.experiments import publishing, summaries, tables
 from lib.experiments.plan import searches
-from lib.figures import captions, from_scratch
+from lib.figures import record
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def published(tmp_path, monkeypatch):
 def _points(name: str) -> dict[tuple[int, str], set[tuple[float, float]]]:
     """What a figure draws of this repository: points by panel and label, whether of today's plan or of an earlier."""
     drawn = defaultdict(set)
-    for panel, axes in enumerate(from_scratch.draw(name, "laptop").axes):
+    for panel, axes in enumerate(record.draw(name, "laptop").axes):
         handles, labels = axes.get_legend_handles_labels()
         for handle, label in zip(handles, labels, strict=True):
             if isinstance(handle, ErrorbarContainer):
@@ -42,7 +42,7 @@ def _of_half_the_points(plan: list) -> list:
 
 @pytest.mark.parametrize("left", [_of_half_the_points, lambda plan: []], ids=["half", "none"])
 def test_a_plan_that_loses_searches_loses_no_row_and_no_figure_a_point(published, monkeypatch, left):
-    drawn = {name: _points(name) for name in from_scratch.FIGURES}
+    drawn = {name: _points(name) for name in record.FIGURES}
     rows = {section: tables.committed_rows(section) for section in tables.TABLES}
     assert sum(len(points) for of_figure in drawn.values() for points in of_figure.values()) > 200
 
@@ -52,12 +52,12 @@ def test_a_plan_that_loses_searches_loses_no_row_and_no_figure_a_point(published
         pd.testing.assert_frame_equal(tables.committed_rows(section), before)
     for name, points in drawn.items():
         assert _points(name) == points, name
-        assert "laptop, earlier recipe" in captions.caption(name, "laptop")
+        assert "laptop, earlier recipe" in record.caption(name, "laptop")
     assert tables.read_rows("05_1", "laptop").superseded.any()
 
 
 def test_a_plan_without_half_of_the_seeds_still_draws_every_point_but_never_averages_recipes(published, monkeypatch):
-    drawn = {name: _points(name) for name in from_scratch.FIGURES}
+    drawn = {name: _points(name) for name in record.FIGURES}
     monkeypatch.setattr(tables, "searches", lambda *a: [s for s in searches(*a) if s.base.seed == 0])
     of_seeds = summaries.minimal_parameters(summaries.bounds_rows("laptop"), [0.95])
     assert of_seeds[~of_seeds.superseded].seeds.max() == 1  # the other seeds of the recipe are not averaged with it

@@ -13,7 +13,7 @@ from bs4 import BeautifulSoup
 from lib import paths
 from lib.base import InputError, WorkError
 from lib.cli import app
-from lib.notebook import book, runner
+from lib.notebook import book, catalog
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*MystReferenceResolver.app")  # of what MyST uses of Sphinx
 
@@ -50,7 +50,7 @@ def site(tmp_path_factory) -> Site:
 @pytest.mark.slow
 def test_every_notebook_has_a_page_with_its_title_that_the_contents_name_once(site):
     contents = [tag["href"] for tag in site.pages["index.html"].select(".sidebar-tree a.reference.internal[href]")]
-    for path in runner.all_notebooks():
+    for path in catalog.all_notebooks():
         title = nbformat.read(path, 4).cells[0].source.splitlines()[0].removeprefix("# ")
         assert site.pages[f"{path.stem}.html"].h1.text.removesuffix("¶").strip("# ") == title
         assert contents.count(f"{path.stem}.html") == 1
@@ -62,7 +62,7 @@ def test_every_notebook_has_a_page_with_its_title_that_the_contents_name_once(si
 @pytest.mark.slow
 def test_outputs_of_notebooks_are_on_their_pages_with_alternative_text(site):
     pictures = 0
-    for path in runner.all_notebooks():
+    for path in catalog.all_notebooks():
         told = [
             " ".join(output.metadata["image/png"]["alt"].split())
             for cell in nbformat.read(path, 4).cells
@@ -97,7 +97,7 @@ def test_links_lead_to_what_is_there_and_nothing_is_loaded_from_a_network(site):
 @pytest.mark.slow
 def test_equations_are_mathml(site):
     equations = site.pages["04_theory.html"].find_all("math")
-    sources = [cell.source for cell in nbformat.read(runner.find("04"), 4).cells if cell.cell_type == "markdown"]
+    sources = [cell.source for cell in nbformat.read(catalog.find("04"), 4).cells if cell.cell_type == "markdown"]
     assert len([tag for tag in equations if tag["display"] == "block"]) == "\n".join(sources).count("$$") / 2
     assert {"∑", "≥"} <= {tag.text for tag in site.pages["04_theory.html"].select("math mo")}
     assert not any("MathJax" in str(page) for page in site.pages.values())
@@ -129,22 +129,27 @@ def small_house(tmp_path, monkeypatch) -> Path:
     """A folder of notebooks with one short one, and an executed copy of it in the quick profile."""
     folder = tmp_path / "notebooks"
     folder.mkdir()
+    (folder / "solutions").mkdir()
     (folder / "index.md").write_text("# Small\n")
-    cells = [nbformat.v4.new_markdown_cell("# One\n\nText."), nbformat.v4.new_code_cell("2 * 21")]
+    (folder / "lesson_plan.md").write_text("# Plan\n")
+    parameters = nbformat.v4.new_code_cell("profile: str = 'quick'", metadata={"tags": ["parameters"]})
+    cells = [nbformat.v4.new_markdown_cell("# One\n\nText."), parameters, nbformat.v4.new_code_cell("2 * 21")]
     source = nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
-    nbformat.write(source, folder / "one.ipynb")
-    cells[1].outputs = [nbformat.v4.new_output("execute_result", {"text/plain": "forty-two"}, execution_count=1)]
+    for path in ("01_one.ipynb", "01_one-Copy1.ipynb", "Untitled.ipynb", "solutions/01_one.ipynb"):
+        nbformat.write(source, folder / path)
+    cells[2].outputs = [nbformat.v4.new_output("execute_result", {"text/plain": "forty-two"}, execution_count=1)]
     monkeypatch.setattr(paths, "NOTEBOOKS", folder)
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
     executed = tmp_path / "runs" / "quick" / "notebooks"
     executed.mkdir(parents=True)
-    nbformat.write(source, executed / "one.ipynb")
+    nbformat.write(source, executed / "01_one.ipynb")
     return folder
 
 
 def test_a_profile_shows_its_executed_copies_and_a_second_build_replaces_the_first(small_house, monkeypatch):
-    page = book.build().with_name("one.html")
+    page = book.build().with_name("01_one.html")
     assert "forty-two" not in page.read_text()
+    assert {path.stem for path in page.parent.glob("*_*.html")} == {"01_one", "lesson_plan"}  # no copies
     monkeypatch.setattr("sys.argv", ["itl", "book", "--profile", "quick"])
     with pytest.raises(SystemExit) as end:
         app.main()

@@ -7,9 +7,9 @@ import nbformat
 import pytest
 from bs4 import BeautifulSoup
 
-from lib.notebook import runner
+from lib.notebook import catalog, runner
 
-ALL = runner.all_notebooks()
+ALL = catalog.all_notebooks()
 MISSING = "No description has been provided for this image"  # what nbconvert says where it finds none
 
 
@@ -32,7 +32,7 @@ def problems(page: str, folder: Path) -> list[str]:
 
 @cache
 def rendered(path: Path) -> str:
-    return runner._render(nbformat.read(path, as_version=4), path)
+    return runner.render(nbformat.read(path, as_version=4), path)
 
 
 @pytest.mark.parametrize("path", ALL, ids=[path.stem for path in ALL])
@@ -55,12 +55,12 @@ def test_what_is_wrong_is_found(tmp_path):
     png = {"image/png": "AA"}
     outputs = [new.new_output("display_data", png, metadata={"image/png": {"alt": 'some "words" <b>'}})]
     told = new.new_notebook(cells=[new.new_markdown_cell(good), new.new_code_cell("", outputs=outputs)])
-    page = runner._render(told, tmp_path / "n.ipynb")
+    page = runner.render(told, tmp_path / "n.ipynb")
     assert problems(page, tmp_path) == []
     assert BeautifulSoup(page, "html.parser")("img")[-1]["alt"] == 'some "words" <b>'
 
     bad = "# A\n\n### D\n\n# E\n\n[1](#c) [2](gone.md) ![](data:image/png;base64,AA)"
     outputs = [new.new_output("display_data", png)]
     untold = new.new_notebook(cells=[new.new_markdown_cell(bad), new.new_code_cell("", outputs=outputs)])
-    found = problems(runner._render(untold, tmp_path / "n.ipynb"), tmp_path)
+    found = problems(runner.render(untold, tmp_path / "n.ipynb"), tmp_path)
     assert found == ["picture 0", "picture 1", "h3 after h1", "title", "link #c", "link gone.md"]

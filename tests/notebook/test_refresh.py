@@ -35,13 +35,13 @@ def test_a_step_that_fails_stops_no_other_and_is_named(monkeypatch):
     def fail():
         raise OSError("disk full")
 
-    monkeypatch.setattr(refresh.comparison, "write", done.append)
+    monkeypatch.setattr(refresh.published, "write", done.append)
     monkeypatch.setattr(refresh, "write_readme", fail)
     monkeypatch.setattr(refresh, "_draw", done.append)
     monkeypatch.setattr(refresh, "_run_notebooks", lambda: done.append("notebooks"))
     with pytest.raises(WorkError, match="the numbers of README.md: OSError: disk full"):
         refresh.refresh(said.append)
-    assert done == [*refresh.comparison.SECTIONS, *refresh.figures.FIGURES, "notebooks"]
+    assert done == [*refresh.published.SECTIONS, *refresh.record.FIGURES, "notebooks"]
     assert len(said) == len(done) + 1
 
 

@@ -13,13 +13,11 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lib import paths
 from lib.base import InputError
-from lib.figures import from_scratch, style
-from lib.notebook import refresh, runner
+from lib.figures import record, style
+from lib.notebook import catalog, refresh, runner
 from lib.notebook.runner import NotebookError
 
 PARAMETERS = 'profile: str = "quick"  # sizes\nseeds: int = 3  # repetitions\nrate: float = 0.5  # of learning'
@@ -81,44 +79,50 @@ def test_a_run_publishes_notebook_page_and_figures_and_a_second_one_re_uses_them
     first = runner.run(source, "smoke", {"seeds": 7})
 
     assert set(files(runs)) == {"smoke/notebooks/n.ipynb", "smoke/notebooks/n.html", "smoke/figures/a.png"}
-    assert json.loads(outputs(first.executed)) == [
+    assert json.loads(outputs(first)) == [
         sys.executable, str(source.parent), str(paths.ROOT / "lib" / "__init__.py"), "smoke", 7,
     ]  # fmt: skip
-    assert [path.read_bytes() for path in first.products] == [b"figure 7"]
-    assert "<h1" in first.html.read_text() and first.seconds > 0
+    assert (runs / "smoke" / "figures" / "a.png").read_bytes() == b"figure 7"
+    assert "<h1" in first.with_suffix(".html").read_text()
 
     before = files(runs)
     forbid_kernels()
-    second = runner.run(source, "smoke", {"seeds": 7}, reuse=True)
-    assert (second.executed, second.html, second.seconds) == (first.executed, first.html, 0)
-    assert [path.resolve() for path in second.products] == [path.resolve() for path in first.products]
+    assert runner.run(source, "smoke", {"seeds": 7}, reuse=True) == first
     assert files(runs) == before
 
-    # Whatever decides the outputs makes the earlier ones stale: a parameter, the profile, a cell, a missing output.
-    assert runner.is_current(source, "smoke", {"seeds": 7})
-    assert not runner.is_current(source, "smoke")
-    assert not runner.is_current(source, "quick", {"seeds": 7})
-    first.html.unlink()
-    assert runner.is_current(source, "smoke", {"seeds": 7}, html=False)
-    assert not runner.is_current(source, "smoke", {"seeds": 7})
+    # Whatever decides the outputs makes the earlier ones stale: a parameter, the profile, a missing output, a cell.
+    def is_stale(profile: str = "smoke", **parameters) -> bool:
+        try:
+            runner.run(source, profile, parameters, reuse=True)
+        except pytest.fail.Exception:
+            return True
+        return False
+
+    assert not is_stale(seeds=7)
+    assert is_stale() and is_stale("quick", seeds=7)
+    page = first.with_suffix(".html")
+    page.rename(tmp_path / "page")
+    assert is_stale(seeds=7)
+    (tmp_path / "page").rename(page)
+    assert not is_stale(seeds=7)
     write(source, report + " ", SAVE_FIGURE, produces=["a.png"])
-    assert not runner.is_current(source, "smoke", {"seeds": 7}, html=False)
+    assert is_stale(seeds=7)
 
 
-def test_a_change_in_lib_or_paper_data_makes_outputs_stale(tmp_path, monkeypatch):
-    notebook = nbformat.read(write(tmp_path / "n.ipynb"), as_version=4)
+def test_a_change_in_code_or_paper_data_makes_outputs_stale(tmp_path, monkeypatch):
+    source = write(tmp_path / "notebooks" / "n.ipynb")
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr(paths, "PAPER_DATA", tmp_path / "paper_data")
     (tmp_path / "paper_data").mkdir()
     (tmp_path / "lib").mkdir()
-    hashes = [runner._source_hash(notebook, {})]
-    for name in ("lib/a.py", "paper_data/a.csv"):
+    hashes = [runner.source_hash(source, {})]
+    for name in ("lib/a.py", "paper_data/a.csv", "notebooks/benchmarks.py"):
         for text in ("1", "2"):
             (tmp_path / name).write_text(text)
-            hashes.append(runner._source_hash(notebook, {}))
+            hashes.append(runner.source_hash(source, {}))
     (tmp_path / "lib" / "a.pyc").write_text("compiled")
-    assert len(set(hashes)) == 5
-    assert runner._source_hash(notebook, {}) == hashes[-1]
+    assert len(set(hashes)) == 7
+    assert runner.source_hash(source, {}) == hashes[-1]
 
 
 @pytest.mark.parametrize(
@@ -154,8 +158,8 @@ def test_success_removes_the_copy_of_an_earlier_failure(tmp_path, runs):
     failed = runs / "quick" / "notebooks" / "n.failed.ipynb"
     failed.parent.mkdir(parents=True)
     failed.touch()
-    runner.run(write(tmp_path / "n.ipynb"), html=False)
-    assert set(files(runs)) == {"quick/notebooks/n.ipynb"}
+    runner.run(write(tmp_path / "n.ipynb"))
+    assert set(files(runs)) == {"quick/notebooks/n.ipynb", "quick/notebooks/n.html"}
 
 
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path, runs):
@@ -186,10 +190,10 @@ def wait_for(condition, seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
-def test_outputs_are_written_back_into_the_source_and_nothing_else_is(tmp_path):
+def test_outputs_are_written_back_into_the_source_and_nothing_else_is(tmp_path, forbid_kernels):
     source = write(tmp_path / "n.ipynb", "print(seeds)", "", "seeds + 1")
     before = nbformat.read(source, as_version=4)
-    result = runner.run(source, parameters={"seeds": 5}, html=False, in_place=True)
+    executed = runner.run(source, parameters={"seeds": 5}, in_place=True)
     after = nbformat.read(source, as_version=4)
 
     assert [cell.get("execution_count") for cell in after.cells] == [None, 1, 2, None, 3]
@@ -201,16 +205,17 @@ def test_outputs_are_written_back_into_the_source_and_nothing_else_is(tmp_path):
 
     # Earlier outputs neither make a re-run necessary nor change what it writes.
     text = source.read_text()
-    again = runner.run(source, parameters={"seeds": 5}, html=False, in_place=True, reuse=True)
-    assert again.seconds == 0 and again.executed == result.executed and source.read_text() == text
+    forbid_kernels()
+    assert runner.run(source, parameters={"seeds": 5}, in_place=True, reuse=True) == executed
+    assert source.read_text() == text
 
 
 def test_many_notebooks_are_run_to_the_end_and_failures_are_told_together(tmp_path, runs, capsys):
     bad = write(tmp_path / "bad.ipynb", "raise ValueError('no\\nreason')")
     good = write(tmp_path / "good.ipynb")
     with pytest.raises(NotebookError, match=r"^1 of 2 notebooks failed: bad failed .*ValueError: no reason"):
-        runner.run_many([bad, good], "smoke", html=False)
-    assert set(files(runs)) == {"smoke/notebooks/bad.failed.ipynb", "smoke/notebooks/good.ipynb"}
+        runner.run_many([bad, good], "smoke")
+    assert set(files(runs)) == {f"smoke/notebooks/{name}" for name in ("bad.failed.ipynb", "good.ipynb", "good.html")}
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "[1/2] bad: running (smoke)"
     assert "[2/2] good: running (smoke)" in lines
@@ -248,33 +253,7 @@ def test_what_a_notebook_does_not_accept_is_refused_before_a_kernel_starts(
 
 def test_an_int_is_accepted_for_a_float(tmp_path):
     source = write(tmp_path / "n.ipynb", "print(repr(rate))")
-    assert outputs(runner.run(source, parameters={"rate": 2}, html=False).executed) == "2.0\n"
-
-
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        "seeds = 3",
-        "seeds: int",
-        "seeds: int = 1 + n",
-        "seeds: int = 'x'",
-        "seeds: nonsense = 3",
-        "import os",
-        "seeds: =",
-    ],
-)
-def test_a_parameters_cell_holds_annotated_literals_only(tmp_path, parameters):
-    with pytest.raises(InputError, match="^n: the cell tagged 'parameters' takes annotated literals only"):
-        runner.parameters(write(tmp_path / "n.ipynb", parameters=parameters))
-
-
-def test_parameters_tells_type_and_default(tmp_path):
-    text = "a: list[int] = [8, 16]\nb: int | None = None\nc: Literal['x', 'y'] = 'x'\nd: float = -1"
-    found = runner.parameters(write(tmp_path / "n.ipynb", parameters=text))
-    assert [(name, default) for name, (_, default) in found.items()] == [
-        ("a", [8, 16]), ("b", None), ("c", "x"), ("d", -1.0),
-    ]  # fmt: skip
-    assert found["a"].type == list[int] and found["b"].type == int | None
+    assert outputs(runner.run(source, parameters={"rate": 2})) == "2.0\n"
 
 
 def test_a_file_that_is_no_notebook_and_one_without_parameters_are_refused(tmp_path):
@@ -287,84 +266,22 @@ def test_a_file_that_is_no_notebook_and_one_without_parameters_are_refused(tmp_p
         runner.run(tmp_path / "empty.ipynb")
 
 
-def test_notebooks_are_found_by_number_name_or_path(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
-    known = [write(tmp_path / f"{name}.ipynb") for name in ("00_start", "05_1_bounds", "05_10_more", "05_1_bounds_2")]
-    assert runner.all_notebooks() == sorted(known)
-    assert runner.find("00") == runner.find("00_start.ipynb") == runner.find(known[0]) == known[0]
-    assert runner.find("05_1_bounds") == known[1]
-    with pytest.raises(
-        InputError, match="^'05_1' is the start of several .*: choose one of 05_1_bounds, 05_1_bounds_2$"
-    ):
-        runner.find("05_1")
-    with pytest.raises(InputError, match="^'7' is not a notebook: choose one of 00_start, 05_10_more, "):
-        runner.find("7")
-
-
-@given(
-    st.one_of(
-        st.tuples(st.just(int), st.integers()),
-        st.tuples(st.just(float), st.floats(allow_nan=False)),
-        st.tuples(st.just(bool), st.booleans()),
-        st.tuples(st.just(str), st.text()),
-    )
-)
-def test_a_parameter_reads_back_from_what_python_prints(case):
-    kind, value = case
-    assert runner.parse_parameter(str(value), kind) == value
-
-
-@given(st.lists(st.integers() | st.none()))
-def test_a_list_parameter_reads_back_from_json(value):
-    assert runner.parse_parameter(json.dumps(value), list[int | None]) == value
-
-
-@pytest.mark.parametrize(
-    "text, kind, name",
-    [
-        ("three", int, "int"),
-        ("1.5", int, "int"),
-        ("8,16", list[int], "list[int]"),
-        ("2", bool, "bool"),
-        ("", float, "float"),
-    ],
-)
-def test_a_parameter_that_cannot_be_read_names_the_type(text, kind, name):
-    with pytest.raises(InputError, match=re.escape(f"{text!r} cannot be read as {name}")):
-        runner.parse_parameter(text, kind)
-
-
-def test_assignments_are_read_by_the_types_the_notebooks_declare(tmp_path):
-    source = write(tmp_path / "n.ipynb")
-    assert runner.parse_assignments([source], ["seeds=3", "rate=3", "rate=1e-2"]) == {"seeds": 3, "rate": 0.01}
-    text = write(tmp_path / "text.ipynb", parameters='a: str = "x"')
-    assert runner.parse_assignments([text], ["a=b=c"]) == {"a": "b=c"}
-    for wrong, message in {
-        "seeds": "'seeds' does not set a parameter: write name=value",
-        "seeds=many": "n: parameter seeds: 'many' cannot be read as int",
-        "sedes=3": "n has no parameter 'sedes': it accepts profile: str, seeds: int, rate: float",
-    }.items():
-        with pytest.raises(InputError) as caught:
-            runner.parse_assignments([source], [wrong])
-        assert str(caught.value) == message
-
-
 @pytest.mark.parametrize("title, network", [("# Price", []), ("# $x^2$", ["mathjax"])])
 def test_a_page_asks_the_network_for_nothing_but_equations(tmp_path, title, network):
     notebook = nbformat.read(write(tmp_path / "n.ipynb"), as_version=4)
     notebook.cells[0].source = title
-    page = runner._render(notebook, tmp_path / "n.ipynb")
+    page = runner.render(notebook, tmp_path / "n.ipynb")
     loaded = re.findall(r"""(?:<script[^>]*src=|<link[^>]*href=|import\()["']?(http[^"'> ]*)""", page)
     assert len(loaded) == len(network) and all(name in url for name, url in zip(network, loaded, strict=True))
 
 
 # --- the notebooks of the project
 
-ALL = runner.all_notebooks()
+ALL = catalog.all_notebooks()
 
 
 def test_every_notebook_is_of_the_paper_or_of_its_large_models_but_the_benchmark():
-    paper, scale = runner.paper_notebooks(), runner.scale_notebooks()
+    paper, scale = catalog.all_notebooks("paper"), catalog.all_notebooks("scale")
     assert sorted([*(path.stem for path in paper + scale), "A2_performance"]) == [path.stem for path in ALL]
     assert {path.stem[:2] for path in scale} == {"06", "A1"}
 
@@ -391,19 +308,18 @@ def test_notebook_begins_with_commented_parameters_and_declares_its_figures(path
     notebook = nbformat.read(path, as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     assert first.metadata.tags == ["parameters"]
-    kind, default = runner.parameters(path)["profile"]
-    assert kind is str and default in paths.PROFILES
+    assert catalog.parameters(path)["profile"] is str
+    assert papermill.inspect_notebook(path)["profile"]["default"].strip('"') in paths.PROFILES
     assert all("#" in line for line in first.source.splitlines())
     assert isinstance(notebook.metadata.itl.produces, list)
 
 
 @pytest.mark.slow
 @each_notebook
-def test_notebook_runs_at_smoke_size(path):
-    result = runner.run(path, "smoke")
+def test_notebook_runs_at_smoke_size(path, runs):
+    runner.run(path, "smoke")
     declared = nbformat.read(path, as_version=4).metadata.itl.produces
-    assert {product.name for product in result.products} >= set(declared)
-    assert all(product.stat().st_size for product in result.products)
+    assert all((runs / "smoke" / "figures" / name).stat().st_size for name in declared)
 
 
 def _text(output) -> str:
@@ -427,12 +343,12 @@ def test_a_committed_notebook_shows_what_the_tables_say_and_recomputing_nothing_
 ):
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("ITL_FIGURES", str(tmp_path / "figures"))
-    result = runner.run(path, refresh.PROFILE, {"recompute": False}, html=False)
-    assert _from_tables(result.executed) == _from_tables(path), "stale: itl refresh runs it again"
+    executed = runner.run(path, refresh.PROFILE, {"recompute": False})
+    assert _from_tables(executed) == _from_tables(path), "stale: itl refresh runs it again"
     trained = [name for name in files(tmp_path / "runs") if name.endswith(("metrics.jsonl", "row.json"))]
     assert trained == []
-    drawn = {product.stem for product in result.products} & set(from_scratch.FIGURES)
+    drawn = {product.stem for product in (tmp_path / "figures").iterdir()} & set(record.FIGURES)
     monkeypatch.setenv("ITL_FIGURES", str(tmp_path / "expected"))
     for name in drawn:
-        style.save(from_scratch.draw(name, refresh.PROFILE), name, refresh.PROFILE)
+        style.save(record.draw(name, refresh.PROFILE), name, refresh.PROFILE)
         assert (tmp_path / f"expected/{name}.png").read_bytes() == (tmp_path / f"figures/{name}.png").read_bytes()

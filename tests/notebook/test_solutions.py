@@ -7,9 +7,9 @@ import nbformat
 import pytest
 
 from lib import paths
-from lib.notebook import runner
+from lib.notebook import catalog
 
-TEACHING = [path for path in runner.all_notebooks() if path.stem != "99_all_figures"]
+TEACHING = [path for path in catalog.all_notebooks() if path.stem != "99_all_figures"]
 each_notebook = pytest.mark.parametrize("path", TEACHING, ids=lambda path: path.stem)
 
 

@@ -15,6 +15,7 @@ from lib.experiments.published import published_correlated
 from lib.experiments.search import SIZES
 from lib.facts.entropy import entropy_bits_per_person
 from lib.facts.people import RELEASED
+from lib.figures import record
 from lib.notebook import widgets
 
 
@@ -86,7 +87,8 @@ def test_capacity_can_be_explored(shown):
 
 def test_correlation_can_be_explored(shown, monkeypatch):
     few = published_correlated().query("n_facts == 4000")  # the entropy of more takes seconds
-    monkeypatch.setattr(widgets, "published_correlated", lambda: few)
+    figure = record.FIGURES["compressibility"]._replace(published=lambda: few)
+    monkeypatch.setitem(record.FIGURES, "compressibility", figure)
     widgets.explore_correlation("quick")
     facts, alpha, bits, _ = window(shown[1]).children[1].children
     assert (facts.value, bits.value) == (4000, 2)

@@ -3,6 +3,8 @@
 import json
 import re
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +20,14 @@ from lib.config import ModelConfig
 from lib.experiments import publishing, summaries, tables
 from lib.experiments.published import published_by_paper
 from lib.facts.people import ATTRIBUTES, FactsConfig
-from lib.figures import from_scratch, style
+from lib.figures import compressibility, generalization, parameter_bounds, record, style
+from lib.model.bounds import BY_HAND_PARAMETERS, MEASURED_BITS
+from lib.model.circuit import Circuit
 
+REPOSITORY = paths.ROOT
 PUBLISHED = published_by_paper("parameter_bounds")
+PUBLISHED_RECALL = published_by_paper("recall_vs_parameters_in_weight")
+PUBLISHED_UNSEEN = published_by_paper("generalization")
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +83,7 @@ def _pdf_text(path: Path) -> bytes:
     return content + b"".join(zlib.decompressobj().decompress(stream) for stream in streams if stream[:1] == b"x")
 
 
-@pytest.mark.parametrize("name", from_scratch.FIGURES)
+@pytest.mark.parametrize("name", record.FIGURES)
 @pytest.mark.parametrize("profile", ["quick", "laptop"])
 def test_every_figure_is_drawn_to_whole_files_that_are_the_same_a_second_time_and_not_after_new_rows(
     places, name, profile
@@ -85,7 +92,7 @@ def test_every_figure_is_drawn_to_whole_files_that_are_the_same_a_second_time_an
     options = {"d_model": 8} if name == "tool_calls" else {}
 
     def drawn() -> list[bytes]:
-        written = style.save(from_scratch.draw(name, profile, **options), name, profile)
+        written = style.save(record.draw(name, profile, **options), name, profile)
         assert [path.name for path in written] == [f"{name}.pdf", f"{name}.png"]
         assert sorted(path.name for path in written[0].parent.iterdir()) == sorted(path.name for path in written)
         width, height = _png_size(written[1])
@@ -102,9 +109,9 @@ def test_every_figure_is_drawn_to_whole_files_that_are_the_same_a_second_time_an
     assert (with_rows != without_rows) == (profile == "laptop" or shows_quick_rows)
 
 
-@pytest.mark.parametrize("name", from_scratch.FIGURES)
+@pytest.mark.parametrize("name", record.FIGURES)
 def test_text_in_a_pdf_stays_text(name):
-    pdf = _pdf_text(style.save(from_scratch.draw(name), name, "quick")[0])
+    pdf = _pdf_text(style.save(record.draw(name), name, "quick")[0])
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType outlines, as journals ask for
 
 
@@ -112,15 +119,15 @@ def test_a_quick_figure_goes_to_runs_and_leaves_the_committed_ones(places):
     committed = places / "root" / "figures" / "parameter_bounds.png"
     committed.parent.mkdir()
     committed.write_bytes(b"committed")
-    (pdf, png) = style.save(from_scratch.draw("parameter_bounds", "quick"), "parameter_bounds", "quick")
+    (pdf, png) = style.save(record.draw("parameter_bounds", "quick"), "parameter_bounds", "quick")
     assert pdf.parent == png.parent == places / "runs" / "quick" / "figures"
     assert committed.read_bytes() == b"committed" and len(list(committed.parent.iterdir())) == 1
-    written = style.save(from_scratch.draw("parameter_bounds", "laptop"), "parameter_bounds", "laptop")
+    written = style.save(record.draw("parameter_bounds", "laptop"), "parameter_bounds", "laptop")
     assert written[1] == committed and committed.read_bytes() != b"committed"
 
 
 def test_a_figure_that_cannot_be_written_leaves_the_earlier_one(places, monkeypatch):
-    (pdf, png) = style.save(from_scratch.draw("parameter_bounds"), "parameter_bounds", "quick")
+    (pdf, png) = style.save(record.draw("parameter_bounds"), "parameter_bounds", "quick")
     earlier = pdf.read_bytes(), png.read_bytes()
 
     def fail(self, path, **_):
@@ -129,11 +136,16 @@ def test_a_figure_that_cannot_be_written_leaves_the_earlier_one(places, monkeypa
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", fail)
     with pytest.raises(OSError, match="disk full"):
-        style.save(from_scratch.draw("parameter_bounds"), "parameter_bounds", "quick")
+        style.save(record.draw("parameter_bounds"), "parameter_bounds", "quick")
     assert (pdf.read_bytes(), png.read_bytes()) == earlier
 
 
 # ---- What is drawn
+
+
+def _with_own(table: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
+    """The rows that count and those of the quick profile, as figures take them."""
+    return pd.concat([table.assign(own=False), own.assign(own=True)], ignore_index=True)
 
 
 def _lines(axes) -> dict[str, np.ndarray]:
@@ -145,7 +157,7 @@ def _lines(axes) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("threshold", [0.5, 0.95])
 def test_the_published_points_are_drawn_where_the_table_has_them(threshold):
-    (axes,) = from_scratch.draw("parameter_bounds", "laptop", threshold=threshold).axes
+    (axes,) = record.draw("parameter_bounds", "laptop", threshold=threshold).axes
     drawn = _lines(axes)
     names = {label.split(", ")[0]: label for label in drawn}
     assert set(names) == {"in-weight", "in-tool"}
@@ -160,7 +172,7 @@ def test_the_published_points_are_drawn_where_the_table_has_them(threshold):
 
 def test_our_points_are_means_over_seeds_with_bars_to_the_extremes():
     rows = pd.DataFrame(_rows())
-    figure = from_scratch.parameter_bounds(PUBLISHED, summaries.minimal_parameters(rows))
+    figure = parameter_bounds.parameter_bounds(summaries.minimal_parameters(rows), PUBLISHED)
     (axes,) = figure.axes
     drawn = _lines(axes)
     for mode in style.STYLES:
@@ -174,10 +186,10 @@ def test_our_points_are_means_over_seeds_with_bars_to_the_extremes():
 
 def test_quick_points_are_hollow_and_come_on_top_of_those_committed():
     table = summaries.minimal_parameters(pd.DataFrame(_rows()))
-    (axes,) = from_scratch.parameter_bounds(PUBLISHED, table, quick=table).axes
+    (axes,) = parameter_bounds.parameter_bounds(_with_own(table, table), PUBLISHED).axes
     handles, labels = axes.get_legend_handles_labels()
     for mode in style.STYLES:
-        quick = handles[labels.index(f"{mode}, just trained (quick)")].lines[0]
+        quick = handles[labels.index(f"{mode}, this repository (quick)")].lines[0]
         committed = handles[labels.index(f"{mode}, this repository")].lines[0]
         assert quick.get_markerfacecolor() == "white" != committed.get_markerfacecolor()
         assert quick.get_marker() == committed.get_marker()
@@ -194,21 +206,20 @@ def test_the_modes_differ_by_more_than_color():
 
 def test_recall_is_drawn_against_parameters_as_measured():
     rows = pd.DataFrame(_rows())
-    left, right = from_scratch.recall_against_parameters(rows).axes
+    left, right = parameter_bounds.recall_against_parameters(rows, PUBLISHED_RECALL).axes
     for axes, mode in ((left, "in-weight"), (right, "in-tool")):
         assert axes.get_title() == mode and axes.get_xscale() == "log"
-        drawn = _lines(axes)
+        drawn = {label: points for label, points in _lines(axes).items() if not label.startswith("published")}
         assert set(drawn) == {"32", "128"}
         for points in drawn.values():  # means over the two seeds
             np.testing.assert_allclose(points, [[2_612, 0.3], [6_248, 0.65], [10_908, 1.0]])
 
 
 def test_the_published_recall_curves_lie_behind_the_in_weight_panel():
-    published = published_by_paper("recall_vs_parameters_in_weight")
-    left, right = from_scratch.draw("recall_vs_parameters").axes
+    left, right = record.draw("recall_vs_parameters").axes
     assert len(right.lines) == 0
     curves = {float(np.nanmax(line.get_xdata())) for line in left.lines if len(line.get_xdata())}
-    assert curves == {float(curve.min_params_mean.max()) for _, curve in published.groupby("n_facts")}
+    assert curves == {float(curve.min_params_mean.max()) for _, curve in PUBLISHED_RECALL.groupby("n_facts")}
 
 
 def _held(**columns) -> pd.DataFrame:
@@ -221,7 +232,7 @@ def _held(**columns) -> pd.DataFrame:
 
 
 def test_full_models_are_filled_and_hopeless_ones_are_left_out():
-    (axes,) = from_scratch.bits_stored(_held()).axes
+    (axes,) = parameter_bounds.bits_stored(_held()).axes
     drawn = {
         tuple(point): line.get_markerfacecolor() != "white"
         for line in axes.lines if line.get_marker() == "o" for point in line.get_xydata()
@@ -229,11 +240,12 @@ def test_full_models_are_filled_and_hopeless_ones_are_left_out():
     assert drawn == {(2000, 490): False, (2000, 900): True}
 
 
-def test_the_line_of_two_bits_a_parameter_is_where_it_says():
-    (axes,) = from_scratch.bits_stored(_held(), bits_per_parameter=(2,)).axes
-    (line,) = [line for line in axes.lines if line.get_color() == "#777777"]
-    x, y = line.get_data()
-    np.testing.assert_allclose(y, 2 * np.asarray(x))
+def test_the_lines_of_one_and_two_bits_a_parameter_are_where_they_say():
+    (axes,) = parameter_bounds.bits_stored(_held()).axes
+    lines = [line for line in axes.lines if line.get_color() == "#777777"]
+    for bits, line in zip((1, 2), lines, strict=True):
+        x, y = line.get_data()
+        np.testing.assert_allclose(y, bits * np.asarray(x))
 
 
 def _shares() -> pd.DataFrame:
@@ -241,7 +253,7 @@ def _shares() -> pd.DataFrame:
     rows = []
     for seed in (0, 1):
         for n_facts in (256, 4096):
-            for kind in from_scratch.KINDS:
+            for kind in generalization.KINDS:
                 knows = kind == "trained" or (kind == "new_pair" and n_facts == 4096)
                 point = {"n_facts": n_facts, "n_params": 60_372, "d_model": 36, "seed": seed, "kind": kind}
                 for measure in ("recall", "right_name"):
@@ -252,20 +264,25 @@ def _shares() -> pd.DataFrame:
 
 def test_the_construction_is_a_line_where_it_is_asked_for():
     label = "constructed by hand (Section 4)"
-    (axes,) = from_scratch.draw("parameter_bounds", "laptop").axes
+    (axes,) = record.draw("parameter_bounds", "laptop").axes
     assert label not in axes.get_legend_handles_labels()[1]
-    (axes,) = from_scratch.draw("parameter_bounds", "laptop", by_hand=True).axes
+    (axes,) = record.draw("parameter_bounds", "laptop", by_hand=True).axes
     lines = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    assert list(lines[label].get_ydata()) == [66_016] * 2
+    assert list(lines[label].get_ydata()) == [BY_HAND_PARAMETERS] * 2
+
+
+def test_the_construction_has_as_many_parameters_as_figures_say():
+    assert Circuit().n_params == BY_HAND_PARAMETERS
 
 
 def test_the_lower_bound_is_where_the_bits_divided_by_those_of_a_parameter_say():
     rows = summaries.minimal_parameters(pd.DataFrame(_rows()))
-    (axes,) = from_scratch.lower_bound(PUBLISHED, rows, {"somebody": 2.5}, 5000, threshold=0.95).axes
+    (axes,) = parameter_bounds.lower_bound(rows, PUBLISHED, threshold=0.95).axes
     labels = axes.get_legend_handles_labels()[::-1]
     lines = dict(zip(*labels, strict=True))
-    bits, parameters = lines["2.5 bits a parameter (somebody)"].get_data()
-    assert list(parameters) == [each / 2.5 for each in bits]
+    for who, per_parameter in MEASURED_BITS.items():
+        bits, parameters = lines[f"{per_parameter:g} bits a parameter ({who})"].get_data()
+        assert list(parameters) == [each / per_parameter for each in bits]
     (theirs,) = (line.get_xdata() for name, line in lines.items() if "published" in name)
     assert (theirs[0], theirs[-1]) == tuple(bits)
     assert theirs[-1] / theirs[0] == 65_536 / 8  # as many times the bits as facts
@@ -273,12 +290,12 @@ def test_the_lower_bound_is_where_the_bits_divided_by_those_of_a_parameter_say()
     ours = lines["smallest in-weight models, this repository"].lines[0]
     smallest = np.mean([ModelConfig(d_model=d).n_params for d in (8, 12)])
     assert list(ours.get_ydata()) == [smallest] * 2 and ours.get_xdata()[1] == 4 * ours.get_xdata()[0]
-    assert list(lines["constructed by hand (Section 4)"].get_ydata()) == [5000] * 2
+    assert list(lines["constructed by hand (Section 4)"].get_ydata()) == [BY_HAND_PARAMETERS] * 2
 
 
-def test_recall_of_strangers_is_drawn_by_what_is_new_in_their_names():
-    figure = from_scratch.generalization(_shares(), guess=0.05)
-    assert [axes.get_title() for axes in figure.axes] == list(from_scratch.KINDS.values())[1:]
+def test_recall_of_unseen_people_is_drawn_by_what_is_new_in_their_names():
+    figure = generalization.generalization(_shares(), PUBLISHED_UNSEEN)
+    assert [axes.get_title() for axes in figure.axes] == list(generalization.KINDS.values())[1:]
     for axes, last in zip(figure.axes, (0.9, 0, 0, 0), strict=True):
         drawn = _lines(axes)
         np.testing.assert_allclose(drawn["60,372, in-tool"], [[256, 0], [4096, last]])
@@ -287,7 +304,7 @@ def test_recall_of_strangers_is_drawn_by_what_is_new_in_their_names():
 
 def test_the_largest_models_are_drawn_strongest_the_only_ones_among_them():
     def strengths(shares: pd.DataFrame) -> list[float]:
-        handles, labels = from_scratch.generalization(shares).axes[0].get_legend_handles_labels()
+        handles, labels = generalization.generalization(shares, PUBLISHED_UNSEEN).axes[0].get_legend_handles_labels()
         return [h.lines[0].get_alpha() for h, label in zip(handles, labels, strict=True) if "in-tool" in label]
 
     assert strengths(_shares()) == [1]
@@ -296,11 +313,11 @@ def test_the_largest_models_are_drawn_strongest_the_only_ones_among_them():
 
 
 def test_requests_are_drawn_for_models_of_one_size():
-    panels = dict(zip(from_scratch.KINDS, from_scratch.tool_calls(_shares(), 36).axes, strict=True))
+    panels = dict(zip(generalization.KINDS, generalization.tool_calls(_shares(), d_model=36).axes, strict=True))
     np.testing.assert_allclose(_lines(panels["trained"])["name copied rightly"], [[256, 0.9], [4096, 0.9]])
     np.testing.assert_allclose(_lines(panels["new_both"])["name copied rightly"], [[256, 0], [4096, 0]])
-    assert not _lines(from_scratch.tool_calls(_shares(), 56).axes[0])
-    own = from_scratch.tool_calls(_shares(), 56, own=_shares()).axes[0]
+    assert not _lines(generalization.tool_calls(_shares(), d_model=56).axes[0])
+    own = generalization.tool_calls(_with_own(_shares(), _shares()), d_model=56).axes[0]
     assert set(_lines(own)) == {"name copied rightly (quick)"}
 
 
@@ -310,9 +327,9 @@ def test_compressibility_is_drawn_against_correlation_and_against_bits():
         "entropy_bits": [31_000.0, 20_000.0],
     })  # fmt: skip
     ours = published.rename(columns={"min_params": "min_params_mean"}).assign(
-        min_params_min=published.min_params, min_params_max=published.min_params + 5000
+        mode="in-weight", min_params_min=published.min_params, min_params_max=published.min_params + 5000
     )
-    by_alpha, by_entropy = from_scratch.compressibility(published, ours).axes
+    by_alpha, by_entropy = compressibility.compressibility(ours, published).axes
     for label in ("published: 4,000 facts, released law", "4,000 facts, this repository"):
         np.testing.assert_allclose(_lines(by_alpha)[label], [[0, 50_000], [1, 20_000]])
     np.testing.assert_allclose(_lines(by_entropy)["4,000 facts, this repository"], [[31_000, 50_000], [20_000, 20_000]])
@@ -323,7 +340,7 @@ def test_compressibility_is_drawn_against_correlation_and_against_bits():
 
 def test_an_unknown_figure_is_one_sentence_that_lists_those_there_are():
     with pytest.raises(InputError, match="there is no figure 'bounds': there are parameter_bounds, recall"):
-        from_scratch.draw("bounds")
+        record.draw("bounds")
 
 
 #: What the label of published points says in each figure that has them: facts, of whom, by which law.
@@ -337,9 +354,9 @@ PUBLISHED_LABELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", from_scratch.FIGURES)
+@pytest.mark.parametrize("name", record.FIGURES)
 def test_a_published_points_label_names_facts_people_and_law(name):
-    figure = from_scratch.draw(name, "laptop")
+    figure = record.draw(name, "laptop")
     legends = [*figure.legends, *filter(None, (axes.get_legend() for axes in figure.axes))]
     labels = {text.get_text().replace("\n", " ") for legend in legends for text in legend.get_texts()}
     assert {label for label in labels if "published" in label} == PUBLISHED_LABELS.get(name, set())
@@ -347,17 +364,28 @@ def test_a_published_points_label_names_facts_people_and_law(name):
 
 def test_published_people_of_5_2_stand_among_those_with_new_first_names_only():
     grey = "#888888"
-    for axes in from_scratch.draw("generalization", "laptop").axes:
+    for axes in record.draw("generalization", "laptop").axes:
         has_theirs = any(line.get_color() == grey for line in axes.get_lines())
         assert has_theirs == (axes.get_title() == "new first name")
 
 
 def test_published_points_of_5_3_stand_at_the_entropy_of_the_released_law():
-    by_entropy = from_scratch.draw("compressibility", "laptop").axes[1]
+    by_entropy = record.draw("compressibility", "laptop").axes[1]
     bits = by_entropy.get_lines()[0].get_xdata()  # of 1,000 people, alpha from 0 to 1
     assert bits.max() == pytest.approx(31_250, abs=10) and bits.min() == pytest.approx(14_300, abs=50)
 
 
+def test_an_option_that_a_figure_does_not_have_is_one_sentence():
+    with pytest.raises(InputError, match="the figure generalization has no option 'threshold': it has none"):
+        record.draw("generalization", threshold=0.9)
+
+
+def test_drawing_from_tables_imports_no_torch():
+    code = "import sys; from lib.figures import record, teaching; "
+    code += "[record.draw(name) for name in ('lower_bound', 'generalization')]; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
 def test_a_threshold_without_published_points_is_refused():
     with pytest.raises(InputError, match=r"threshold = 0\.8: .* 0\.5, 0\.9, 0\.95, 0\.99"):
-        from_scratch.draw("parameter_bounds", "laptop", threshold=0.8)
+        record.draw("parameter_bounds", "laptop", threshold=0.8)

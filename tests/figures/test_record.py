@@ -10,7 +10,7 @@ import pytest
 from lib import paths
 from lib.experiments import tables
 from lib.experiments.plan import searches
-from lib.figures import captions, from_scratch, style
+from lib.figures import record, style
 
 ROWS = pd.DataFrame(
     [
@@ -24,19 +24,18 @@ ROWS = pd.DataFrame(
 
 
 def test_provenance_counts_runs_and_names_seeds_days_and_commits():
-    assert captions.provenance(ROWS) == (
+    assert record.provenance(ROWS) == (
         "This repository (laptop): 3 runs, seeds 0, 2, 2025-12-01 to 2026-01-31, commits 0123456, abcdef0-dirty. "
         "This repository (quick): 1 run, seed 1, 2026-02-01, commit unknown."
     )
-    assert captions.provenance(pd.DataFrame()) == "This repository: no runs yet."
+    assert record.provenance(pd.DataFrame()) == "This repository: no runs yet."
 
 
 def test_every_figure_has_a_caption_and_only_published_points_are_called_published():
-    assert captions.SOURCES.keys() == from_scratch.FIGURES.keys()
-    for name in from_scratch.FIGURES:
-        drawn = style.alt_text(from_scratch.draw(name, "laptop"))
+    for name in record.FIGURES:
+        drawn = style.alt_text(record.draw(name, "laptop"))
         has_published = "ublished" in drawn or name == "recall_vs_parameters"  # there in grey, without a name
-        assert has_published == ("Published: Houliston" in captions.caption(name, "laptop")), name
+        assert has_published == ("Published: Houliston" in record.caption(name, "laptop")), name
 
 
 def test_a_caption_is_of_the_committed_rows():
@@ -45,7 +44,7 @@ def test_a_caption_is_of_the_committed_rows():
     today = [row for row in rows if '"focal"' in row["config"]]
     sizes = {(row["n_facts"], row["d_model"]) for row in today}
     rows = today + [row for row in rows if row not in today and (row["n_facts"], row["d_model"]) not in sizes]
-    text = captions.caption("bits_stored", "quick")
+    text = record.caption("bits_stored", "quick")
     counts = re.findall(r"\(laptop(?:, earlier recipe)?\): ([\d,]+) runs?", text)
     assert sum(int(count.replace(",", "")) for count in counts) == len(rows)
     assert all(row["commit"][:7] in text and row["finished_at"][:10] in text for row in rows)
@@ -71,17 +70,17 @@ def test_what_a_profile_adds_is_told_where_it_is_drawn(name, section, counts, tm
     row |= {"d_model": config.model.d_model, "n_params": config.model.n_params, "recall": 1.0, "trained_right_name": 1}
     row |= {"finished_at": "2026-03-04T00:00:00+00:00", "commit": "unknown"}
     (folder / "row.json").write_text(json.dumps(row))
-    assert ("(quick)" in style.alt_text(from_scratch.draw(name, "quick"))) == bool(counts)
-    assert captions.caption(name, "quick").count("This repository (quick): 1 run, seed 0, 2026-03-04") == counts
+    assert ("(quick)" in style.alt_text(record.draw(name, "quick"))) == bool(counts)
+    assert record.caption(name, "quick").count("This repository (quick): 1 run, seed 0, 2026-03-04") == counts
 
 
 def test_a_figure_is_shown_above_its_caption_and_saved_if_asked(tmp_path, monkeypatch):
     monkeypatch.setenv("ITL_RUNS", str(tmp_path))
     shown = []
-    monkeypatch.setattr(captions, "display", lambda *values: shown.extend(values))
-    captions.show("tool_calls", "quick", save=False, d_model=16)
+    monkeypatch.setattr(record, "display", lambda *values: shown.extend(values))
+    record.show("tool_calls", "quick", save=False, d_model=16)
     assert not (tmp_path / "quick").exists()
-    captions.show("tool_calls", "quick")
+    record.show("tool_calls", "quick")
     assert (tmp_path / "quick" / "figures" / "tool_calls.pdf").is_file()
     assert [type(value).__name__ for value in shown] == ["Figure", "Markdown"] * 2
-    assert shown[1].data == f"*{captions.caption('tool_calls', 'quick', d_model=16)}*"
+    assert shown[1].data == f"*{record.caption('tool_calls', 'quick', d_model=16)}*"

@@ -1,0 +1,100 @@
+"""Figures of Section 5.2: recall of people nobody was trained on, and the requests about them."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lib.experiments.published import PUBLISHED_KIND
+from lib.facts.people import FactsConfig, best_constant_guess
+from lib.facts.sampling import unseen_people
+from lib.figures.style import STYLES, draw_means, nothing_yet, panels, published_label
+
+#: What is new in the names of unseen people, as a legend says it.
+KINDS = {
+    "trained": "trained people",
+    "new_pair": "seen names, new pair",
+    "new_first": "new first name",
+    "new_last": "new last name",
+    "new_both": "both names new",
+}
+
+
+def generalization(shares: pd.DataFrame, published: pd.DataFrame) -> Figure:
+    """Draw recall of unseen people against the number of training facts, a panel per kind of name (Section 5.2).
+
+    shares: as `summaries.unseen_shares` gives them; a line per size, in-tool and, dashed, in-weight: mean over seeds
+    with bars from the smallest to the largest. published: the paper's points, grey, in the panel of people of
+    `PUBLISHED_KIND`. Dotted: the recall of the best constant answers.
+    """
+    kinds = list(KINDS)[1:]
+    guess = best_constant_guess(unseen_people(FactsConfig(n_people=1), 1000)[PUBLISHED_KIND])
+    with panels((9.6, 3.1), 1, len(kinds), sharey=True, sharex=True) as (figure, row):
+        for axes, kind in zip(row, kinds, strict=True):
+            if kind == PUBLISHED_KIND:
+                _published_recall(axes, published)
+            _lines_by_size(axes, shares[(shares.kind == kind) & (shares.measure == "recall")])
+            axes.axhline(guess, color="#555555", linewidth=0.9, linestyle=":", label="best constant guess")
+            axes.set(title=KINDS[kind], xlabel="training facts", ylim=(-0.04, 1.06))
+            axes.set_xscale("log", base=2)
+        row[0].set_ylabel("recall")
+        entries = {
+            label: handle for axes in row for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(entries.values(), entries, loc="outside right center", title="parameters")
+    return figure
+
+
+def _lines_by_size(axes, table: pd.DataFrame) -> None:
+    """Draw share against n_facts: a line per size, each mode in its color, larger models stronger."""
+    for mode, style in STYLES.items():
+        groups = list(table[table["mode"] == mode].groupby("n_params"))
+        for strength, (n_params, rows) in zip(np.linspace(1, 0.35, len(groups))[::-1], groups, strict=True):
+            look = {**style, "alpha": strength, "linestyle": "-" if mode == "in-tool" else "--"}
+            draw_means(axes, rows, "n_facts", f"{n_params:,}, {mode}", of="share", **look)
+
+
+def _published_recall(axes, published: pd.DataFrame) -> None:
+    grey = {"color": "#888888", "linewidth": 0.8}
+    for (mode, _), points in published.groupby(["mode", "n_params"]):
+        axes.plot(points.n_facts, points.ood_recall, linestyle="-" if mode == "in-tool" else "--", zorder=1, **grey)
+    label = published_label(published.n_facts, KINDS[PUBLISHED_KIND])
+    axes.plot([], [], label=label.replace(", ", ",\n"), **grey)
+
+
+#: What is right about requests, as a legend says it.
+MEASURES = {
+    "well_formed": ("well-formed", {"color": "#000000", "marker": "^", "linestyle": ":"}),
+    "right_attribute": ("right attribute", {"color": "#009E73", "marker": "D", "linestyle": "--"}),
+    "right_name": ("name copied rightly", {"color": "#0072B2", "marker": "s", "linestyle": "-"}),
+}
+#: The size whose requests are drawn unless another is asked for: every seed has it at every number of facts.
+TOOL_CALLS_D_MODEL = 24
+
+
+def tool_calls(shares: pd.DataFrame, d_model: int = TOOL_CALLS_D_MODEL) -> Figure:
+    """Draw what the first requests of in-tool models of one size are like, against the number of training facts.
+
+    shares: as `summaries.unseen_shares` gives them, those of the quick profile of any size; mean over seeds with bars
+    from the smallest to the largest.
+    """
+    shares = shares[(shares["mode"] == "in-tool") & of_size(shares, d_model)]
+    with panels((9.6, 3.1), 1, len(KINDS), sharey=True, sharex=True) as (figure, row):
+        for axes, (kind, title) in zip(row, KINDS.items(), strict=True):
+            for measure, (label, style) in MEASURES.items():
+                chosen = shares[(shares.kind == kind) & (shares.measure == measure)]
+                draw_means(axes, chosen, "n_facts", label, of="share", **style)
+            axes.set(xlabel="training facts", ylim=(-0.04, 1.06))
+            axes.set_title(title, fontsize=8)
+            axes.set_xscale("log", base=2)
+            if not axes.get_lines():
+                nothing_yet(axes, "in-tool")
+        row[0].set_ylabel("share of first requests")
+        handles, labels = row[0].get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def of_size(table: pd.DataFrame, d_model: int = TOOL_CALLS_D_MODEL) -> pd.Series:
+    """Return which rows `tool_calls` draws: those of one size, and all of the quick profile."""
+    return (table.d_model == d_model) | table.get("own", False)

@@ -1,0 +1,181 @@
+"""Figures of Section 5.1 and of Section 4's bound: parameters against facts, recall and bits."""
+
+from itertools import cycle
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from lib.experiments import summaries, tables
+from lib.facts.people import VALUES
+from lib.figures.style import (
+    BESIDE,
+    EARLIER,
+    STYLES,
+    draw_means,
+    name_bits_line,
+    nothing_yet,
+    panels,
+    published_label,
+    smallest,
+)
+from lib.model.bounds import BY_HAND_PARAMETERS, MEASURED_BITS, bits_at_recall, parameters_needed
+
+
+def parameter_bounds(
+    points: pd.DataFrame, published: pd.DataFrame, threshold: float = 0.95, by_hand: bool = False
+) -> Figure:
+    """Draw parameters needed for a recall `threshold` against the number of facts (Section 5.1, main figure).
+
+    Tables as `summaries.minimal_parameters` gives them. Published points lie behind as lines with a band of one
+    standard deviation, ours in front with bars from the smallest to the largest seed.
+    by_hand: also draw the parameters of the construction of Section 4, which recalls any number of facts.
+    """
+    with panels() as (figure, axes):
+        for mode, style in STYLES.items():
+            theirs = smallest(published, mode, threshold)
+            mean, std = theirs["mean"], theirs["std"]
+            label = published_label(theirs.n_facts, mode)
+            axes.plot(theirs.n_facts, mean, color=style["color"], alpha=0.45, linewidth=1.4, label=label)
+            axes.fill_between(theirs.n_facts, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
+            ours = smallest(points, mode, threshold)
+            draw_means(axes, ours, "n_facts", f"{mode}, this repository", linestyle="none", zorder=3, **style)
+        if by_hand:
+            _by_hand_line(axes)
+        axes.set(yscale="log", xlabel="facts", ylabel=f"parameters needed for {threshold:.0%} recall")
+        axes.set_xscale("log", base=2)
+        axes.legend(fontsize=7.5)
+    return figure
+
+
+def _by_hand_line(axes) -> None:
+    look = {"color": "#009E73", "linestyle": "-.", "linewidth": 1.4}
+    axes.axhline(BY_HAND_PARAMETERS, **look, label="constructed by hand (Section 4)")
+
+
+def lower_bound(points: pd.DataFrame, published: pd.DataFrame, threshold: float = 0.95) -> Figure:
+    """Draw parameters of the smallest in-weight models against what they have to know, and Section 4's bounds.
+
+    Tables as `summaries.minimal_parameters` gives them. The lines are P = bits / b for the b bits that a parameter was
+    measured to hold at most: models below one would hold more. Another line is the construction with a tool.
+    """
+    style, label = STYLES["in-weight"], "smallest in-weight models"
+    bits_per_fact = bits_at_recall(threshold) / len(VALUES)
+    theirs, ours = (smallest(table, "in-weight", threshold) for table in (published, points))
+    bits = theirs.n_facts * bits_per_fact
+    ends = bits.min(), bits.max()
+    with panels() as (figure, axes):
+        name = published_label(theirs.n_facts, label)
+        axes.plot(bits, theirs["mean"], color=style["color"], alpha=0.45, label=name)
+        ours = ours.assign(bits=ours.n_facts * bits_per_fact)
+        draw_means(axes, ours, "bits", f"{label}, this repository", linestyle="none", zorder=3, **style)
+        for (who, per_parameter), line in zip(MEASURED_BITS.items(), cycle(("--", ":")), strict=False):
+            bound = [parameters_needed(each, per_parameter) for each in ends]
+            axes.plot(ends, bound, color="#555555", linestyle=line, label=f"{per_parameter:g} bits a parameter ({who})")
+        _by_hand_line(axes)
+        axes.set(xscale="log", yscale="log", ylabel="parameters")
+        axes.set_xlabel(f"bits that recalling {threshold:.0%} of the facts takes")
+        axes.legend()
+    return figure
+
+
+def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame) -> Figure:
+    """Draw recall at the end of training against model size, a line per number of facts (Section 5.1).
+
+    rows: of finished runs. A point is the mean over the seeds that ran this size, with bars from the smallest to the
+    largest: not all seeds, where a search chose sizes. published: the paper's in-weight curves, drawn behind.
+    """
+    counts = sorted(set(rows.get("n_facts", ())))
+    shades = dict(zip(counts, np.linspace(0, 0.85, len(counts)), strict=True))
+    with panels((8.6, 3.4), 1, 2, sharey=True, sharex=True) as (figure, row):
+        for axes, mode in zip(row, STYLES, strict=True):
+            if counts:
+                # A run that was given up has no recall at the end of training.
+                ended = rows[(rows["mode"] == mode) & (rows.stopped != "hopeless")]
+                for n_facts, runs in ended.groupby("n_facts"):
+                    look = {"color": plt.get_cmap("viridis")(shades[n_facts]), "marker": "o", "markersize": 3.5}
+                    draw_means(axes, runs, "n_params", f"{n_facts:,}", of="recall", **look)
+            if mode == "in-weight":
+                _published_recall(axes, published)
+            axes.set(xscale="log", xlabel="parameters", title=mode, ylim=(-0.03, 1.06))
+            if not axes.get_lines():
+                nothing_yet(axes, mode)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(title="facts", **BESIDE)
+        row[0].set_ylabel("recall at the end of training")
+    return figure
+
+
+def _published_recall(axes, published: pd.DataFrame) -> None:
+    for n_facts, curve in published.groupby("n_facts"):
+        axes.plot(curve.min_params_mean, curve.recall, color="#999999", linewidth=1, zorder=1)
+        middle = curve.iloc[(curve.recall - 0.6).abs().argmin()]
+        spot = {"color": "#777777", "fontsize": 7, "rotation": 80, "ha": "right", "va": "center"}
+        axes.annotate(f"{n_facts:,}", (middle.min_params_mean, middle.recall), **spot)
+    label = published_label(published.n_facts).replace(": ", ":\n").replace(", ", ",\n")
+    axes.plot([], [], color="#999999", linewidth=1, label=label)
+
+
+def bits_stored(held: pd.DataFrame) -> Figure:
+    """Draw bits that in-weight models hold against their parameters (Section 4's bound; not in the paper's Section 5).
+
+    held: as `summaries.capacity` gives it; runs that were given up are left out. Filled points are overloaded models,
+    of recall below 95%.
+    """
+    held = tables.described(held[(held.stopped != "hopeless") & held.stored_bits.gt(0)])
+    with panels((5.6, 3.8)) as (figure, axes):
+        groups = list(held.groupby("n_facts"))
+        for shade, (n_facts, runs) in zip(np.linspace(0, 0.85, len(groups)), groups, strict=True):
+            color = plt.get_cmap("viridis")(shade)
+            for (superseded, known), points in runs.groupby(["superseded", runs.recall >= 0.95]):
+                look = {**(EARLIER if superseded else {}), "markerfacecolor": "white" if known else color}
+                axes.plot(points.n_params, points.stored_bits, "o", color=color, **look)
+            axes.plot([], [], "o", color=color, label=f"{n_facts:,}")
+            axes.axhline(runs.entropy_bits.mean(), color=color, linewidth=0.7, linestyle=":")
+        axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="bits stored")
+        low, high = axes.get_xlim()
+        for bits in (1, 2):
+            axes.plot([low, high], [bits * low, bits * high], color="#777777", linewidth=0.9, zorder=1)
+            name_bits_line(axes, bits, (high, bits * high), xytext=(-2, 3), ha="right", va="bottom")
+        axes.set_xlim(low, high)
+        if high < 50 * low:  # matplotlib's own ticks run into each other
+            axes.set_xticks([tick for tick in 5000 * 2 ** np.arange(8) if low <= tick <= high])
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.xaxis.set_minor_formatter("")
+        if held.superseded.any():
+            axes.plot([], [], "o", **{"color": "#777777", **EARLIER}, label="pale: earlier recipe")
+        if groups:
+            axes.legend(title="facts", **BESIDE)
+        else:
+            nothing_yet(axes, "in-weight")
+    return figure
+
+
+def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
+    """Return sentences about our points of `parameter_bounds`: the last number of facts that both modes have, and where
+    a mode's points end."""
+    profile = tables.counting_profile(profile)
+    table = summaries.bounds(profile).query("recall_threshold == @threshold")
+    found = table.dropna(subset="min_params_mean").set_index(["n_facts", "mode"])
+    both = found.min_params_mean.unstack().reindex(columns=["in-weight", "in-tool"]).dropna()
+    sentences = []
+    if len(both):
+        n_facts, last = both.index[-1], both.iloc[-1]
+        points = found.loc[n_facts]
+        seeds = points.seeds_reaching_it.min()
+        earlier = ", of an earlier recipe" if points.superseded.astype(bool).any() else ""
+        sentences.append(
+            f"At {n_facts:,} facts it takes {last['in-weight']:,.0f} parameters in weights and {last['in-tool']:,.0f} "
+            f"with a tool (means over {seeds} seed{'s' if seeds > 1 else ''} or more{earlier})."
+        )
+    rows = summaries.behind(summaries.bounds_rows(profile), threshold)
+    for mode, unknown in table[table.min_params_mean.isna()].groupby("mode"):
+        n_facts = unknown.n_facts.min()
+        runs = rows[(rows["mode"] == mode) & (rows.n_facts == n_facts)]
+        if not (runs.recall >= threshold).any():  # else some size is enough, but no smaller one was tried
+            tried = runs.n_params.max()
+            sentences.append(
+                f"At {n_facts:,} facts no smallest {mode} model is known yet (largest tried: {tried:,} parameters)."
+            )
+    return sentences

@@ -1,0 +1,195 @@
+"""The registry of the figures of Sections 4 and 5: drawn from paper_data, with a caption read off the same rows."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import pandas as pd
+from IPython.display import Markdown, display
+from matplotlib.figure import Figure
+
+from lib import paths
+from lib.base import InputError
+from lib.experiments import summaries, tables
+from lib.experiments.published import published_by_paper, published_correlated
+from lib.figures import compressibility, generalization, parameter_bounds, style
+
+
+class Record(NamedTuple):
+    """All about one figure. A new one is a function in a file of its section, and an entry of `FIGURES`."""
+
+    shows: str  # the first sentence of its caption
+    draw: Callable[..., Figure]  # of `points`, of `published` if there are any, and of its options
+    rows: Callable[..., pd.DataFrame]  # of a profile: the finished runs behind it
+    points: Callable[..., pd.DataFrame]  # of a profile: the table that is drawn
+    published: Callable[[], pd.DataFrame] | None = None  # the paper's points
+    about_published: str = ""  # over which seeds, and when, the paper's points were measured
+    options: tuple[str, ...] = ()  # of threshold, d_model, by_hand; tokenizer says whose own rows to add
+    mode: str | None = None  # if only runs of one mode are drawn
+    has_own: bool = True  # whether a profile that does not publish (quick) adds its own rows
+
+
+def _sizes(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
+    return tables.sizes_shown(summaries.bounds_rows(profile, tokenizer))
+
+
+def _held(profile: str) -> pd.DataFrame:
+    return tables.sizes_shown(tables.read_rows("05_1", profile))
+
+
+def _unseen(profile: str) -> pd.DataFrame:
+    return summaries.unseen_shares(summaries.generalization_rows(profile))
+
+
+_SMALLEST = "Parameters of the smallest model that recalls enough facts"
+_TEN_SEEDS = "10 seeds, measured at the end of training"
+_ONE_SEED = "one seed, the best of about 100 evaluations"
+
+#: Every figure that is drawn from the tables of Sections 4 and 5, by the name of its files.
+FIGURES = {
+    "parameter_bounds": Record(
+        shows=_SMALLEST,
+        draw=parameter_bounds.parameter_bounds,
+        rows=summaries.bounds_rows,
+        points=summaries.bounds,
+        published=partial(published_by_paper, "parameter_bounds"),
+        about_published=_TEN_SEEDS,
+        options=("threshold", "by_hand", "tokenizer"),
+    ),
+    "recall_vs_parameters": Record(
+        shows="Recall at the end of training",
+        draw=parameter_bounds.recall_against_parameters,
+        rows=_sizes,
+        points=_sizes,
+        published=partial(published_by_paper, "recall_vs_parameters_in_weight"),
+        about_published=_TEN_SEEDS,
+        options=("tokenizer",),
+    ),
+    "bits_stored": Record(
+        shows="Entropy of the answers minus the model's negative log-likelihood of them",
+        draw=parameter_bounds.bits_stored,
+        rows=_held,
+        points=lambda profile: summaries.capacity(_held(profile)),
+        mode="in-weight",
+        has_own=False,
+    ),
+    "lower_bound": Record(
+        shows=_SMALLEST,
+        draw=parameter_bounds.lower_bound,
+        rows=summaries.bounds_rows,
+        points=summaries.bounds,
+        published=partial(published_by_paper, "parameter_bounds"),
+        about_published=_TEN_SEEDS,
+        options=("threshold",),
+        mode="in-weight",
+        has_own=False,
+    ),
+    "generalization": Record(
+        shows="Recall of people nobody was trained on",
+        draw=generalization.generalization,
+        rows=summaries.generalization_rows,
+        points=_unseen,
+        published=partial(published_by_paper, "generalization"),
+        about_published=_ONE_SEED,
+    ),
+    "tool_calls": Record(
+        shows="First requests about people, trained on or not",
+        draw=generalization.tool_calls,
+        rows=summaries.generalization_rows,
+        points=_unseen,
+        options=("d_model",),
+        mode="in-tool",
+    ),
+    "compressibility": Record(
+        shows=_SMALLEST,
+        draw=compressibility.compressibility,
+        rows=partial(tables.read_rows, "05_3"),
+        points=summaries.compressibility_bounds,
+        published=published_correlated,
+        about_published=_ONE_SEED,
+        options=("threshold",),
+        mode="in-weight",
+    ),
+}
+
+
+def draw(name: str, profile: str = "laptop", **options) -> Figure:
+    """Draw a figure of `FIGURES` from paper_data; profiles that do not publish add their own rows.
+
+    options: those of its record, `threshold` for parameter_bounds say. Raises InputError for an unknown figure, one
+    that does not have these options, or a threshold that the paper does not count.
+    """
+    record = _found(name, options)
+    points = _with_own(record, record.points, profile, options)
+    published = {"published": record.published()} if record.published else {}
+    return record.draw(points, **published, **{key: value for key, value in options.items() if key != "tokenizer"})
+
+
+def _with_own(record: Record, table: Callable[..., pd.DataFrame], profile: str, options: dict) -> pd.DataFrame:
+    """Return the table of the profile whose rows count, and of a quick one its own on top, marked in a column `own`."""
+    read = [table(tables.counting_profile(profile)).assign(own=False)]
+    if record.has_own and profile not in paths.PUBLISHING:
+        tokenizer = {"tokenizer": options["tokenizer"]} if "tokenizer" in options else {}
+        read.append(table(profile, **tokenizer).assign(own=True))
+    return pd.concat([part for part in read if len(part)] or read[:1], ignore_index=True)
+
+
+def _found(name: str, options: dict) -> Record:
+    if name not in FIGURES:
+        raise InputError(f"there is no figure {name!r}: there are {', '.join(FIGURES)}")
+    known = FIGURES[name].options
+    if unknown := [option for option in options if option not in known]:
+        raise InputError(f"the figure {name} has no option {unknown[0]!r}: it has {', '.join(known) or 'none'}")
+    if "threshold" in options:
+        tables.check_threshold(options["threshold"])
+    return FIGURES[name]
+
+
+def show(name: str, profile: str, save: bool = True, **options) -> None:
+    """Draw a figure as `draw` does, `save` it for its profile, and show it in a notebook above its caption."""
+    figure = draw(name, profile, **options)
+    if save:
+        style.save(figure, name, profile)
+    display(figure, Markdown(f"*{caption(name, profile, **options)}*"))
+
+
+def caption(name: str, profile: str, **options) -> str:
+    """Return what `draw` shows with the same arguments, what its published points are, and the `provenance` of ours."""
+    record = _found(name, options)
+    rows = _with_own(record, record.rows, profile, options)
+    if len(rows) and "threshold" in record.options:
+        threshold = options.get("threshold", 0.95)
+        rows = pd.concat(summaries.behind(part, threshold) for _, part in rows.groupby("own"))
+    if len(rows) and "d_model" in record.options:
+        rows = rows[generalization.of_size(rows, **options)]
+    if len(rows) and record.mode:
+        rows = rows[rows["mode"] == record.mode]
+    theirs = f"Published: Houliston et al. (2025), {record.about_published}. " if record.published else ""
+    return f"{record.shows}. {theirs}{provenance(rows)}"
+
+
+def provenance(rows: pd.DataFrame) -> str:
+    """Return how many runs, which seeds, when and by which commits: a sentence per profile, and per earlier recipe.
+
+    rows: of finished runs, with the columns profile, run_id, seed, finished_at (ISO 8601) and commit.
+    """
+    if not len(rows):
+        return "This repository: no runs yet."
+    earlier = tables.described(rows).superseded.map({True: ", earlier recipe", False: ""})
+    sentences = []
+    for who, runs in rows.groupby(rows.profile + earlier, sort=False):
+        n_runs = runs.run_id.nunique()
+        days = " to ".join(dict.fromkeys([runs.finished_at.min()[:10], runs.finished_at.max()[:10]]))
+        commits = [commit[:7] + commit[40:] for commit in runs["commit"].unique()]  # 40 digits, then perhaps -dirty
+        told = f"{n_runs:,} run{'s' * (n_runs > 1)}", _listed("seed", sorted(runs.seed.unique())), days
+        sentences.append(f"This repository ({who}): {', '.join(told)}, {_listed('commit', commits)}.")
+    return " ".join(sentences)
+
+
+def _listed(what: str, values: list) -> str:
+    return f"{what}{'s' * (len(values) > 1)} {', '.join(map(str, values))}"
+
+
+def say(sentence: str) -> None:
+    """Show a sentence, Markdown with computed numbers in it, as prose in a notebook."""
+    display(Markdown(sentence))

@@ -1,0 +1,150 @@
+"""The project's notebooks: which there are, and which parameters they accept."""
+
+import ast
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import nbformat
+from nbformat import NotebookNode
+from pydantic import TypeAdapter, ValidationError
+
+from lib import paths
+from lib.base import InputError
+
+
+def all_notebooks(group: str | None = None) -> list[Path]:
+    """Return the project's notebooks in the order of the paper: called like 05_1_name, with a cell of parameters.
+
+    Others, a copy or an Untitled.ipynb, are passed over with one line that names them. group: only those that `itl
+    paper` runs, all unless their metadata say `{"itl": {"paper": false}}`, or `itl scale`, if they say "scale": true.
+    """
+    notebooks = {path: read(path) for path in _named()}
+    ours = [path for path, notebook in notebooks.items() if _parameters_cell(notebook)]
+    if others := sorted(path.name for path in {*paths.NOTEBOOKS.glob("*.ipynb")} - {*ours}):
+        told = "not called like 05_1_name, or without a cell tagged 'parameters'"
+        print(f"passing over {', '.join(others)}: {told}", file=sys.stderr)
+    return [path for path in ours if group is None or metadata(notebooks[path]).get(group, group == "paper")]
+
+
+def _named() -> list[Path]:
+    return sorted(path for path in paths.NOTEBOOKS.glob("*.ipynb") if re.fullmatch(r"[0-9A-Z]\d_\w+", path.stem))
+
+
+def find(name: str | Path) -> Path:
+    """Return the notebook called `name`: a path, a full name, or its number ("05_1" finds 05_1_parameter_bounds).
+
+    Raises InputError if there is none, or more than one.
+    """
+    if (path := Path(name)).suffix == ".ipynb" and path.is_file():
+        return path.resolve()
+    name = path.stem if path.suffix == ".ipynb" else str(name)
+    known = _named()
+    matches = [p for p in known if p.stem == name] or [p for p in known if p.stem.startswith(f"{name}_")]
+    if len(matches) == 1:
+        return matches[0]
+    problem = "is the start of several notebooks" if matches else "is not a notebook"
+    raise InputError(f"{name!r} {problem}: choose one of {', '.join(p.stem for p in matches or known)}")
+
+
+def parameters(path: Path) -> dict[str, Any]:
+    """Return the types of a notebook's parameters: its cell tagged `parameters` holds lines like `seeds: int = 3`.
+
+    Raises InputError if there is no such cell, if it holds anything else, or if a value is not of its type.
+    """
+    cell = _parameters_cell(read(path))
+    if cell is None:
+        raise InputError(f"{path.stem} has no cell tagged 'parameters', so it cannot be run with a profile")
+    kinds = {}
+    try:
+        for line in ast.parse(cell.source).body:
+            kind = kinds[line.target.id] = _type(line.annotation)
+            TypeAdapter(kind).validate_python(ast.literal_eval(line.value), strict=True)
+    except (SyntaxError, ValueError, AttributeError, TypeError):
+        raise InputError(
+            f"{path.stem}: the cell tagged 'parameters' takes annotated literals only, such as 'seeds: int = 3'"
+        ) from None
+    return kinds
+
+
+def _parameters_cell(notebook: NotebookNode) -> NotebookNode | None:
+    return next((cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])), None)
+
+
+def _type(node: ast.expr) -> Any:
+    """Return the type that an annotation names; one that parameters cannot have is a ValueError."""
+    match node:
+        case ast.Name("int" | "float" | "bool" | "str" as name):
+            return {"int": int, "float": float, "bool": bool, "str": str}[name]
+        case ast.Constant(None):
+            return None
+        case ast.Subscript(ast.Name("list"), item):
+            return list[_type(item)]
+        case ast.Subscript(ast.Name("Literal"), values):
+            return Literal[ast.literal_eval(values)]
+        case ast.BinOp(left, ast.BitOr(), right):
+            return _type(left) | _type(right)
+    raise ValueError(ast.unparse(node))
+
+
+def parse_assignments(sources: Sequence[Path], assignments: Sequence[str]) -> dict[str, Any]:
+    """Return parameters typed as "seeds=3" or "sizes=[8, 16]", read as the types that the notebooks `sources` declare.
+
+    Raises InputError if one of the notebooks has no such parameter, or if the value cannot be read.
+    """
+    values = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise InputError(f"{assignment!r} does not set a parameter: write name=value")
+        for source in sources:
+            values[name] = _validated(source, name, text, TypeAdapter.validate_strings, TypeAdapter.validate_json)
+    return values
+
+
+def checked(path: Path, profile: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return all values that a run would hand to the notebook; InputError if it does not accept them."""
+    paths.profile_dir(profile)
+    values = values or {}
+    if "profile" in values:
+        raise InputError(f"{path.stem}: the profile is chosen with the option for it, not as a parameter")
+    values = {"profile": profile, **values}
+    return {name: _validated(path, name, value, TypeAdapter.validate_python) for name, value in values.items()}
+
+
+def _validated(path: Path, name: str, value: Any, *readers: Callable) -> Any:
+    """Return a value as the first of `readers` that finds it of the parameter's type gives it, or raise InputError."""
+    known = parameters(path)
+    if name not in known:
+        listed = ", ".join(f"{key}: {_type_name(kind)}" for key, kind in known.items())
+        raise InputError(f"{path.stem} has no parameter {name!r}: it accepts {listed or 'none'}")
+    for reader in readers:
+        with suppress(ValidationError):
+            return reader(TypeAdapter(known[name]), value, strict=True)
+    raise InputError(f"{path.stem}: parameter {name} takes {_type_name(known[name])}, got {value!r}")
+
+
+def _type_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
+
+
+def read(path: Path) -> NotebookNode:
+    """Return a notebook; InputError if the file is none."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except Exception as error:
+        raise InputError(f"{path} is not a notebook that can be read: {textwrap.shorten(str(error), 200)}") from None
+
+
+def metadata(notebook: NotebookNode) -> dict[str, Any]:
+    """Return what a notebook's metadata say to this project."""
+    return notebook.metadata.get("itl", {})
+
+
+def produces(notebook: NotebookNode) -> list[str]:
+    """Return the files of figures that a notebook declares to draw."""
+    return metadata(notebook).get("produces", [])

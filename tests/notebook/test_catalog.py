@@ -1,0 +1,114 @@
+"""Which notebooks there are, and what they accept: read from small notebooks, without a kernel."""
+
+import json
+import re
+from pathlib import Path
+from typing import Literal
+
+import nbformat
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_runner import write
+
+from lib import paths
+from lib.base import InputError
+from lib.notebook import catalog
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        "seeds = 3",
+        "seeds: int",
+        "seeds: int = 1 + n",
+        "seeds: int = 'x'",
+        "seeds: nonsense = 3",
+        "seeds: print('called') = 3",
+        "import os",
+        "seeds: =",
+    ],
+)
+def test_a_parameters_cell_holds_annotated_literals_only(tmp_path, parameters):
+    with pytest.raises(InputError, match="^n: the cell tagged 'parameters' takes annotated literals only"):
+        catalog.parameters(write(tmp_path / "n.ipynb", parameters=parameters))
+
+
+def test_parameters_tells_types(tmp_path):
+    text = "a: list[int] = [8, 16]\nb: int | None = None\nc: Literal['x', 'y'] = 'x'\nd: float = -1"
+    found = catalog.parameters(write(tmp_path / "n.ipynb", parameters=text))
+    assert found == {"a": list[int], "b": int | None, "c": Literal["x", "y"], "d": float}
+
+
+def test_notebooks_are_found_by_number_name_or_path(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
+    known = [write(tmp_path / f"{name}.ipynb") for name in ("00_start", "05_1_bounds", "05_10_more", "05_1_bounds_2")]
+    assert catalog.all_notebooks() == sorted(known)
+    assert capsys.readouterr().err == ""
+    assert catalog.find("00") == catalog.find("00_start.ipynb") == catalog.find(known[0]) == known[0]
+    assert catalog.find("05_1_bounds") == known[1]
+    with pytest.raises(
+        InputError, match="^'05_1' is the start of several .*: choose one of 05_1_bounds, 05_1_bounds_2$"
+    ):
+        catalog.find("05_1")
+    with pytest.raises(InputError, match="^'7' is not a notebook: choose one of 00_start, 05_10_more, "):
+        catalog.find("7")
+
+
+def test_what_a_person_leaves_around_is_passed_over_and_named_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
+    ours = write(tmp_path / "05_1_bounds.ipynb")
+    for name in ("05_1_bounds-Copy1", "Untitled", "05_1_bounds (1)"):
+        write(tmp_path / f"{name}.ipynb")
+    (tmp_path / "empty.ipynb").touch()
+    nbformat.write(nbformat.v4.new_notebook(), tmp_path / "07_notes.ipynb")
+    for group in (None, "paper"):
+        assert catalog.all_notebooks(group) == [ours]
+        (line,) = capsys.readouterr().err.splitlines()
+        names = "05_1_bounds (1).ipynb, 05_1_bounds-Copy1.ipynb, 07_notes.ipynb, Untitled.ipynb, empty.ipynb"
+        assert line.startswith(f"passing over {names}: ")
+    assert catalog.all_notebooks("scale") == []
+    assert catalog.find("05_1") == ours
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory) -> Path:
+    """A notebook with a parameter of each type, called like it."""
+    lines = ["int: int = 1", "float: float = 1.0", "bool: bool = True", "str: str = ''", "list: list[int | None] = []"]
+    return write(tmp_path_factory.mktemp("typed") / "n.ipynb", parameters="\n".join(lines))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@given(value=st.integers() | st.floats(allow_nan=False) | st.booleans() | st.text())
+def test_a_parameter_reads_back_from_what_python_prints(typed, value):
+    name = type(value).__name__
+    assert catalog.parse_assignments([typed], [f"{name}={value}"]) == {name: value}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@given(value=st.lists(st.integers() | st.none()))
+def test_a_list_parameter_reads_back_from_json(typed, value):
+    assert catalog.parse_assignments([typed], [f"list={json.dumps(value)}"]) == {"list": value}
+
+
+@pytest.mark.parametrize(
+    "text, name", [("three", "int"), ("1.5", "int"), ("8,16", "list"), ("2", "bool"), ("", "float")]
+)
+def test_a_parameter_that_cannot_be_read_names_the_type(typed, text, name):
+    with pytest.raises(InputError, match=re.escape(f"n: parameter {name} takes {name}") + f".*, got {text!r}"):
+        catalog.parse_assignments([typed], [f"{name}={text}"])
+
+
+def test_assignments_are_read_by_the_types_the_notebooks_declare(tmp_path):
+    source = write(tmp_path / "n.ipynb")
+    assert catalog.parse_assignments([source], ["seeds=3", "rate=3", "rate=1e-2"]) == {"seeds": 3, "rate": 0.01}
+    text = write(tmp_path / "text.ipynb", parameters='a: str = "x"')
+    assert catalog.parse_assignments([text], ["a=b=c"]) == {"a": "b=c"}
+    for wrong, message in {
+        "seeds": "'seeds' does not set a parameter: write name=value",
+        "seeds=many": "n: parameter seeds takes int, got 'many'",
+        "sedes=3": "n has no parameter 'sedes': it accepts profile: str, seeds: int, rate: float",
+    }.items():
+        with pytest.raises(InputError) as caught:
+            catalog.parse_assignments([source], [wrong])
+        assert str(caught.value) == message
