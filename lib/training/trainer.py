@@ -182,8 +182,9 @@ class Trainer:
     def _count(self, n_trained: int) -> None:
         """Count a step, and the arithmetic that the model needs for its dialogs without padding (forward times 3)."""
         rows = self.batches[self.counters["step"]]
-        n, n_read = len(rows), int(self.lengths[rows].sum()) - len(rows)
-        self.throughput.count(n_trained, 3 * n * self.config.model.forward_flops(round(n_read / n), n_trained / n))
+        n = len(rows)
+        length, n_logits = round(int(self.lengths[rows].sum()) / n) - 1, round(n_trained / n)
+        self.throughput.count(n_trained, 3 * n * self.config.model.forward_flops(length, n_logits))
         self.counters["dialogs_seen"] += n
         self.counters["step"] += 1
 
@@ -296,7 +297,7 @@ class Trainer:
         folder = self.ranks.first_does(lambda: checkpoint.latest(self.directory / "checkpoints"))
         if folder is None:
             return
-        tensors, state = checkpoint.load(folder, self._empty_like, self.ranks, verify=False)
+        tensors, state = checkpoint.load(folder, self._empty_like, self.ranks)
         self.model.load_state_dict(below("model.", tensors))
         for i, optimizer in enumerate(self.optimizers):
             slots: dict[int, dict[str, torch.Tensor]] = {}
