@@ -58,7 +58,7 @@ class ModelConfig(Config):
         return 2 * self.vocab_size * d + self.n_layers * block + d
 
     def forward_flops(self, seq_len: int, n_logits: int | None = None) -> int:
-        """Return the operations of a forward pass over a row of `seq_len` with `n_logits` logits: 2 per multiply-add."""
+        """Return operations of a forward pass over `seq_len` tokens with logits at `n_logits`: 2 per multiply-add."""
         d, kv = self.d_model, self.kv_heads * self.head_dim
         matrices = self.n_layers * (2 * d * d + 2 * d * kv + 12 * d * d) * seq_len
         attention = self.n_layers * d * seq_len * (seq_len + 1)  # scores and values over the causal triangle

@@ -174,7 +174,9 @@ def test_throughput_is_tokens_and_arithmetic_a_second_without_pauses(monkeypatch
         with throughput.paused():
             clock.now += 60
         assert throughput.read() == {"tokens_per_second": 200.0, "tflops": 0.5, "mfu": 0.25}
-    assert "mfu" not in Throughput(None, 1).read()
+    throughput = Throughput(None, 1)
+    clock.now += 1
+    assert throughput.read() == {"tokens_per_second": 0.0, "tflops": 0.0}
 
 
 # ---- TensorBoard

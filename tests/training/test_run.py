@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import traceback
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from lib.provenance import _git, commit
 from lib.training import checkpoint
 from lib.training.devices import resolve_device
 from lib.training.monitor import Record, read_metrics
+from lib.training.optim import Muon
 from lib.training.run import run
 from lib.training.saved import load_model, save_model
 from lib.training.trainer import Trainer
@@ -171,6 +173,19 @@ def test_a_later_field_does_not_make_a_run_another_one(tmp_path, finished):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(claim))
     assert run(config, tmp_path / "run")["run_id"] == config.run_id
+
+
+def test_the_way_from_a_run_to_the_optimizer_is_short(tmp_path, monkeypatch):
+    ways, step = [], Muon.step
+
+    def seen(optimizer: Muon) -> None:
+        frames = traceback.extract_stack()
+        ways.append([frame.name for frame in frames if Path(frame.filename).is_relative_to(paths.ROOT / "lib")])
+        step(optimizer)
+
+    monkeypatch.setattr(Muon, "step", seen)
+    run(_config(training__steps=1), tmp_path / "run")
+    assert ways == [["run", "train", "step"]]
 
 
 def test_a_run_that_diverges_has_no_row(tmp_path):
