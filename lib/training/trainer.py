@@ -226,6 +226,7 @@ class Trainer:
             self.check_losses()
             monitor.log(step, loss=self.loss(), **self.throughput.read())
         if self.evaluate and evaluation.every and step % evaluation.every == 0:
+            self.losses[-1].item()  # waits for the device, as an evaluation would, whose time is left out
             with self.throughput.paused():
                 model = self.ranks.full_model(self.model)
                 recall = self.ranks.first_does(lambda: self.evaluate(model))
