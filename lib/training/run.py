@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ from lib.training import checkpoint
 from lib.training.devices import fastest_threads, resolve_device, usable_cores, using_threads
 from lib.training.distributed import Preempted, asked_to_leave, connect, local_device, world_size
 from lib.training.monitor import check_observers
-from lib.training.saved import Claim, check_claim, claimed_threads, copies, located, locked, run_tokenizer, save_model
+from lib.training.saved import Claim, check_claim, copies, located, locked, read_claim, run_tokenizer, save_model
 from lib.training.trainer import Ending, Trainer
 
 
@@ -100,7 +101,7 @@ def run(
             replayed = device.type == "cuda" and ranks.size == 1 and not (compiled or observers.probe_every or files)
             trainer = Trainer(model, data, config, directory, None, compiled, sources, ranks, replayed)
 
-            ranks.first_does(lambda: _claim(directory, claim, config_here, people, threads))
+            ranks.first_does(lambda: _claim(directory, replace(claim, threads=threads), config_here, people))
             asks = ranks.is_first and config.mode == "in-tool"
             tool = stack.enter_context(SqlTool(directory / DATABASE)) if asks else None
             facts = list(people.facts())
@@ -171,7 +172,7 @@ def _choose_threads(directory: Path, device: torch.device, trial: Callable[[], T
     """
     given = torch.get_num_threads()
     if (directory / CLAIM).exists():
-        return claimed_threads(directory) or given
+        return read_claim(directory).threads or given
     most = min(given, usable_cores())
     if most == 1 or "OMP_NUM_THREADS" in os.environ or device.type != "cpu" or world_size() > 1:
         return given
@@ -187,10 +188,10 @@ def _pays_to_compile(config: RunConfig, device: torch.device) -> bool:
     return device.type == "cpu" and config.flops() > 4e12 and shutil.which("g++") is not None
 
 
-def _claim(directory: Path, claim: Claim, config_here: RunConfig, people: People, threads: int) -> None:
+def _claim(directory: Path, claim: Claim, config_here: RunConfig, people: People) -> None:
     """Write into the folder which run it belongs to, and the run's people and tokenizer: it trusts no file outside."""
     if not (directory / CLAIM).exists():
-        claim.write(directory, threads)
+        claim.write(directory)
     own = copies(directory, claim.config)
     if (copied := own.get(claim.config.facts.csv)) and not copied.exists():
         write_people_csv(people, copied)

@@ -3,12 +3,11 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
 
 from filelock import FileLock
 
@@ -28,35 +27,28 @@ from lib.training.devices import resolve_device
 # Claims ---------------------------------------------------------------------------------------------------------------
 
 
-class Claim(NamedTuple):
-    """What tells a run from any other, files by what they hold."""
+@dataclass(frozen=True)
+class Claim:
+    """What tells a run from any other, files by what they hold; and the number of threads that it computes with."""
 
     config: RunConfig
     people_digest: str
-    files: dict[str, str] = {}  # names of the folders with the tokens of files of dialogs, by the files' paths
+    files: dict[str, str] = field(default_factory=dict)  # folders with the tokens of files of dialogs, by their paths
     tokenizer: str = "bytes"
+    threads: int | None = field(default=None, compare=False)  # None in claims of earlier versions
 
-    def write(self, directory: Path, threads: int) -> None:
-        """Write it into the folder, with the number of threads that the run computes with."""
-        content = {**self._asdict(), "config": self.config.model_dump(mode="json"), "threads": threads}
-        write_json(directory / CLAIM, content)
+    def write(self, directory: Path) -> None:
+        """Write it into the folder of the run."""
+        write_json(directory / CLAIM, {**vars(self), "config": self.config.model_dump(mode="json")})
 
 
 def read_claim(directory: Path) -> Claim:
     """Return the claim in a run's folder; an `InputError` if there is none."""
     try:
         claim = json.loads((directory / CLAIM).read_text())
-        claim.pop("threads", None)
         return Claim(**{**claim, "config": RunConfig.parse(claim["config"])})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # `InputError` among them: another version's
+    except (OSError, ValueError, KeyError, TypeError):  # `InputError` among them: fields of another version
         raise InputError(f"{directory} is not the folder of a run ({CLAIM} is missing or not readable)") from None
-
-
-def claimed_threads(directory: Path) -> int | None:
-    """Return the number of threads that a run began with; None if it has not begun, or its claim does not say."""
-    with suppress(OSError):
-        return json.loads((directory / CLAIM).read_text()).get("threads")
-    return None
 
 
 def check_claim(directory: Path, claim: Claim) -> None:

@@ -35,7 +35,7 @@ def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = Fa
     `InputError` if the folder holds no run, or as `read_people` does.
     """
     directory, device = Path(directory), resolve_device(device)
-    config = read_claim(directory)[0]
+    config = read_claim(directory).config
     people = read_people(directory, config)
     with (
         FileLock(directory / ".evaluations.lock"),  # a second process waits and finds everything measured

@@ -434,15 +434,15 @@ def _run_in_process(config: dict, directory: Path, out: Path) -> None:
 def test_a_second_process_waits_for_the_first_and_finds_its_row(tmp_path):
     context, processes = get_context("spawn"), []
     for i in range(2):
-        arguments = _config(training__steps=200).model_dump(), tmp_path / "run", tmp_path / f"{i}.json"
+        arguments = _config(training__steps=60).model_dump(), tmp_path / "run", tmp_path / f"{i}.json"
         processes.append(context.Process(target=_run_in_process, args=arguments, daemon=True))
         processes[-1].start()
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=600)  # of a busy machine
     assert [process.exitcode for process in processes] == [0, 0]
     rows = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
     assert rows[0] == rows[1]  # to the second in which they were finished: one run
-    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [50, 100, 150, 200]
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [50, 60]
 
 
 # ---- Threads
