@@ -58,7 +58,7 @@ class ModelConfig(Config):
         return 2 * self.vocab_size * d + self.n_layers * block + d
 
     def forward_flops(self, seq_len: int, n_logits: int | None = None) -> int:
-        """Multiply-adds times two of one forward pass over a row of `seq_len`, with logits at `n_logits` positions."""
+        """Return operations of a forward pass over `seq_len` tokens with logits at `n_logits`: 2 per multiply-add."""
         d, kv = self.d_model, self.kv_heads * self.head_dim
         matrices = self.n_layers * (2 * d * d + 2 * d * kv + 12 * d * d) * seq_len
         attention = self.n_layers * d * seq_len * (seq_len + 1)  # scores and values over the causal triangle
@@ -94,17 +94,17 @@ class TrainingConfig(Config):
     steps: int | None = Field(None, ge=1)
     #: Dialogs a step, never more than the dataset holds.
     batch_size: int = Field(64, ge=1)
-    #: So many batches at a time are sorted by the length of their dialogs, for less padding; 1: batches are random.
+    #: Batches whose dialogs are sorted by length together, for less padding; 1: batches are random.
     length_pool: int = Field(8, ge=1)
-    #: Share of the dialogs trained on that are biographies: all that is known of a person in one turn, nobody asking.
+    #: Share of the training dialogs that are biographies: all facts about a person in one turn, without a question.
     biographies: float = Field(0.0, ge=0, lt=1)
-    #: Files of dialogs (`lib.dialogs.files`), and the share of the dialogs trained on that comes from each.
+    #: Files of dialogs (`lib.dialogs.files`), and the share of the training dialogs that comes from each.
     files: dict[str, Annotated[float, Field(gt=0, lt=1)]] = {}
     #: "cross-entropy", or "focal": each trained token's cross-entropy weighted by (1 - p)^focal_gamma, p the model's
     #: probability of it, with weights that add up to one over a batch (Lin et al., 2017).
     loss: Literal["cross-entropy", "focal"] = "cross-entropy"
     focal_gamma: float = Field(2.0, gt=0, le=5)
-    #: A step's batch is cut into this many parts whose gradients add up.
+    #: Parts that a step's batch is cut into; their gradients add up.
     grad_accumulation: int = Field(1, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: int = Field(500, ge=1)
@@ -126,27 +126,26 @@ class TrainingConfig(Config):
 
     @property
     def questions(self) -> float:
-        """Share of the dialogs trained on that are questions about the people."""
+        """Share of the training dialogs that are questions about the people."""
         return 1 - self.biographies - sum(self.files.values())
 
     def total_steps(self, n_dialogs: int) -> int:
-        """Steps of the schedule on a dataset of `n_dialogs`."""
+        """Return the number of steps of the schedule on a dataset of `n_dialogs`."""
         return self.steps or max(600, math.ceil(150 * n_dialogs / self.batch_size))
 
 
 class EvaluationConfig(Config):
-    """How recall is measured while training goes on, and when it is enough."""
+    """How recall is measured during training, and when it is enough."""
 
     #: Steps between two measurements; None measures at the end only.
     every: int | None = Field(100, ge=1)
-    #: Questions asked while training goes on, the first ones of the dataset; the end always asks all.
+    #: Questions asked during training, the first ones of the dataset; the last measurement asks all.
     questions: int = Field(1024, ge=1)
     #: Training ends when the last two measurements reached this recall; None trains to the last step.
     stop_at_recall: float | None = Field(1.0, gt=0, le=1)
     #: Training ends when a measurement in the second half of the schedule is below this recall; None never gives up.
     give_up_below: float | None = Field(None, gt=0, le=1)
-    #: People of each kind that nobody was trained on who are asked about after the last step
-    #: (`lib.evaluation.generalization`).
+    #: People of each kind of unseen people (`lib.evaluation.generalization`) asked about after the last step.
     unseen_people: int = Field(0, ge=0, le=10_000)
 
 
@@ -188,17 +187,17 @@ class RunConfig(Identified):
         return self
 
     def flops(self) -> float:
-        """Floating-point operations of the whole training, about: three forward passes a step."""
+        """Return about how many floating-point operations the whole training takes: three forward passes a step."""
         n_dialogs = 4 * self.facts.n_people
         share = self.training.biographies
-        # Tokens of a dialog, in the mean, if they are bytes; those of files are taken for questions.
+        # Mean tokens a dialog, if they are bytes; dialogs of files are taken for questions.
         length = round((1 - share) * (66 if self.mode == "in-weight" else 184) + share * 140)
         batch = min(self.training.batch_size, n_dialogs)
         return 3.0 * self.training.total_steps(n_dialogs) * batch * self.model.forward_flops(length, length // 2)
 
 
 def read_config(path: Path) -> RunConfig:
-    """The configuration in a JSON file, or an `InputError` that names the file."""
+    """Return the configuration in a JSON file; an `InputError` names the file."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -209,7 +208,7 @@ def read_config(path: Path) -> RunConfig:
 
 
 def override(config: RunConfig, assignments: dict[str, object]) -> RunConfig:
-    """`config` with fields replaced by dotted name: `{"model.d_model": 64}`. Raises `InputError`."""
+    """Return `config` with fields replaced by dotted name: `{"model.d_model": 64}`. Raises `InputError`."""
     values = config.model_dump(exclude_defaults=True)
     for name, value in assignments.items():
         *groups, field = name.split(".")
@@ -223,7 +222,7 @@ def override(config: RunConfig, assignments: dict[str, object]) -> RunConfig:
 
 
 class Observers(Config):
-    """What else watches a run. It decides nothing of what is learned, so it is no part of a `RunConfig`."""
+    """What else watches a run: no part of its `RunConfig`, for it changes nothing that is learned."""
 
     tensorboard: bool = False  # metrics, into tensorboard/
     wandb: str | None = Field(None, min_length=1)  # metrics, to this project of Weights & Biases
@@ -232,5 +231,5 @@ class Observers(Config):
     probe_every: int | None = Field(None, ge=1)
 
 
-#: A run as it is by default.
+#: Nothing else watches.
 UNOBSERVED = Observers()

@@ -6,12 +6,12 @@ import time
 
 from tqdm import tqdm
 
-#: Seconds between two lines of progress where nobody watches.
+#: Seconds between two lines of progress in logs.
 LINE_INTERVAL = 10.0
 
 
 class _Lines:
-    """Progress as a line of text now and then, for logs and batch-run notebooks; nothing if it is over soon."""
+    """Progress as lines of text, ten seconds apart, for logs and batch-run notebooks; short work prints none."""
 
     def __init__(self, total: int, description: str, initial: int):
         self.total, self.description, self.n, self.initial = total, description, initial, initial
@@ -49,22 +49,21 @@ class _Lines:
 
 
 def _in_kernel() -> bool:
-    """Whether this code runs in a Jupyter kernel; the notebook runner imports ipykernel without being one."""
+    """Return whether this code runs in a Jupyter kernel; the notebook runner imports ipykernel without being one."""
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 def is_watched() -> bool:
-    """Whether somebody may use widgets: this is a Jupyter kernel, and no batch run of a notebook (see `progress`)."""
+    """Return whether somebody may use widgets: in a Jupyter kernel, but no batch run of a notebook."""
     return _in_kernel() and not os.environ.get("ITL_PROGRESS")
 
 
 def progress(total: int, description: str | None, initial: int = 0):
-    """A context manager with `update(n)` and `set_postfix_str`.
+    """Return a context manager with `update(n)` and `set_postfix_str`.
 
-    It shows a bar in a terminal, a widget in JupyterLab, and lines of text now and then elsewhere.
-
-    No description, no display. ITL_PROGRESS=lines asks for lines (batch-run notebooks), =off for nothing.
+    It shows a bar in a terminal, a widget in JupyterLab, and lines of text elsewhere; without a description, nothing.
+    The variable ITL_PROGRESS asks for lines (`lines`, in batch-run notebooks) or nothing (`off`).
     """
     asked = os.environ.get("ITL_PROGRESS", "")
     if description is None or asked == "off":
@@ -77,7 +76,7 @@ def progress(total: int, description: str | None, initial: int = 0):
 
 
 def _widget(total: int, description: str, initial: int) -> tqdm:
-    """tqdm's bar for JupyterLab, gone from the notebook once it is closed.
+    """Return tqdm's bar for JupyterLab, which is gone from the notebook once it is closed.
 
     Left to itself a closed bar leaves an output that reads "Error displaying widget" when the notebook is opened again,
     and one that was closed before its end, as early stopping does, turns red and stays.

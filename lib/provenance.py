@@ -4,17 +4,21 @@ import platform
 import subprocess
 from datetime import UTC, datetime
 from functools import cache
-
-import torch
+from typing import TYPE_CHECKING
 
 from lib import paths
+
+if TYPE_CHECKING:
+    import torch
 
 #: In the root of a copy of the code: the commit it was copied from.
 COMMIT = "COMMIT"
 
 
-def provenance(device: torch.device) -> dict:
-    """Where a number comes from: time, machine, versions, commit."""
+def provenance(device: "torch.device") -> dict:
+    """Return the columns of a row that say where its numbers come from."""
+    import torch
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -28,7 +32,7 @@ def provenance(device: torch.device) -> dict:
 
 @cache
 def commit() -> str:
-    """The commit of the code, marked `-dirty` if lib differs from it; `unknown` outside a git checkout of it.
+    """Return the commit of the code, marked `-dirty` if lib differs from it; `unknown` outside a git checkout of it.
 
     A copy of the code (`lib.slurm.submissions.snapshot`) has a file that says what it was copied from. A copy without
     one may lie in the checkout of something else, whose commit says nothing about it.

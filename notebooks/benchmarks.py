@@ -30,8 +30,8 @@ from lib.model.llama import to_llama
 from lib.model.transformer import Transformer
 from lib.progress import progress
 from lib.training.devices import resolve_device
-from lib.training.gradients import IGNORED
-from lib.training.trainer import Lockstep, Trainer
+from lib.training.loss import IGNORED
+from lib.training.trainer import Trainer
 
 
 def take_turns(
@@ -78,7 +78,7 @@ def training_throughput(
 ) -> pd.DataFrame:
     """Dialogs a second of our step and of a plain Hugging Face loop, both with fused AdamW.
 
-    `compiled` adds our step with torch.compile, but on a GPU, where ours are recorded. Rows: those of `take_turns`, and
+    `compiled` adds our step with torch.compile, but on a GPU, where ours are replayed. Rows: those of `take_turns`, and
     share_of_peak: the arithmetic a second of the whole model at every token (ours leaves some of it out) over that of a
     large matrix product.
     """
@@ -95,7 +95,7 @@ def training_throughput(
             "ours": _our_steps(_trainer(config, folder, data), steps),
             "Hugging Face": _their_steps(config, data, steps),
         }
-        if compiled and not torch.cuda.is_available():  # where steps are recorded instead
+        if compiled and not torch.cuda.is_available():  # where steps are replayed instead
             contenders["ours, compiled"] = _our_steps(_trainer(config, folder, data, compiled=True), steps)
         table = take_turns(contenders, rounds, f"training {mode}, d = {d_model}, {dtype}")
     flops = 3 * config.model.forward_flops(round(data.lengths().float().mean().item()) - 1)
@@ -113,7 +113,7 @@ def _trainer(
     model = Transformer(config.model, torch.Generator().manual_seed(config.seed))
     on_gpu = torch.cuda.is_available()
     model = model.to("cuda" if on_gpu else "cpu")
-    return Trainer(model, data, config, Path(folder), compiled=compiled, recorded=on_gpu and not compiled, **options)
+    return Trainer(model, data, config, Path(folder), compiled=compiled, cuda_graph=on_gpu and not compiled, **options)
 
 
 def _our_steps(trainer: Trainer, steps: int) -> Callable[[], int]:
@@ -163,32 +163,6 @@ def matrix_product_peak(dtype: str, size: int = 2048, rounds: int = 5) -> float:
         _finish_device_work()
         seconds.append(time.perf_counter() - started)
     return 2 * size**3 / min(seconds[1:])
-
-
-def stacking_throughput(n_models: int, d_model: int = 32, *, steps: int = 5, rounds: int = 3) -> pd.DataFrame:
-    """Model steps a second of runs that differ in their seeds, as one stack and one after the other.
-
-    Rows: those of `take_turns`.
-    """
-    configs = [
-        RunConfig.parse({"seed": i, "facts": {"seed": i}, "model": {"d_model": d_model}}) for i in range(n_models)
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        trainers = [_trainer(config, Path(folder) / str(i), _dataset(config)) for i, config in enumerate(configs)]
-        stack = Lockstep(trainers)
-
-        def together() -> int:
-            for _ in range(steps):
-                stack.step()
-            return steps * n_models
-
-        def alone() -> int:
-            for trainer in trainers:
-                for _ in range(steps):
-                    trainer.step()
-            return steps * n_models
-
-        return take_turns({"one stack": together, "one by one": alone}, rounds, f"stack of {n_models}")
 
 
 # Recall ---------------------------------------------------------------------------------------------------------------

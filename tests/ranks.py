@@ -14,7 +14,8 @@ from lib.dialogs.tokenizers import ByteTokenizer
 from lib.dialogs.tokens import tokenize_people
 from lib.facts.sampling import sample_people
 from lib.model.transformer import Transformer
-from lib.training.distributed import ALONE, Ranks, connect, whole
+from lib.training.distributed import ALONE, Ranks, connect, full_tensor
+from lib.training.monitor import read_metrics
 from lib.training.trainer import Trainer
 
 STEPS, HALF = 50, 25
@@ -52,7 +53,13 @@ def losses(trainer: Trainer, steps: int) -> list[float]:
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: whole(tensor.detach()).clone() for name, tensor in trainer.model.named_parameters()}
+    return {name: full_tensor(tensor.detach()).clone() for name, tensor in trainer.model.named_parameters()}
+
+
+def record(directory: Path) -> list[dict]:
+    """The metrics of a run but for how fast it was."""
+    rates = ("tokens_per_second", "tflops", "mfu")
+    return [{name: line[name] for name in line if name not in rates} for line in read_metrics(directory)]
 
 
 def launch(n: int, work: Callable, *arguments) -> None:
@@ -106,7 +113,7 @@ def count_exchanges(rank: int, folder: Path) -> None:
 
     with connect(torch.device("cpu"), config().model) as ranks:
         run = trainer(config(grad_accumulation=4), folder, ranks)
-        run.gradients.called[0].register_comm_hook(None, counting)
+        run.module.register_comm_hook(None, counting)
         run.step()
         before = calls
         for _ in range(3):

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lib import paths
 from lib.base import Config, InputError
 from lib.config import ModelConfig, OptimConfig, RunConfig, override, read_config
 
@@ -267,3 +270,11 @@ def test_no_default_has_changed_since_there_are_rows():
         )
 
     assert unchanged(since_2026_11_23, RunConfig().model_dump())
+
+
+def test_configuring_and_planning_runs_imports_no_torch():
+    """Torch takes seconds to import; asking for help and planning a sweep should not wait for that."""
+    modules = "lib.config, lib.paths, lib.progress, lib.provenance, lib.training.devices"
+    code = f"import sys, {modules}; lib.training.devices.usable_cores(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -47,7 +47,7 @@ def converse(console: Console, talks: Sequence[Conversation], read: Callable[[],
     sentence, and the conversation goes on.
     """
     tools = [talk.tool for talk in talks if isinstance(talk.tool, EditableTool)]
-    strangers = next((talk for talk in talks if talk.tool), talks[0]).strangers()
+    strangers = next((talk for talk in talks if talk.tool), talks[0]).unseen()
     for tool in tools:
         if tool.attributes == strangers.attributes:
             tool.add(strangers)

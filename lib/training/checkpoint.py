@@ -1,9 +1,9 @@
 """Checkpoints: tensors as safetensors, the rest as JSON, nothing that could run code.
 
 A checkpoint is a folder. It is written under a temporary name, its completeness marker last, and then renamed, so a
-folder with a marker is whole; the marker holds a checksum of every file, so damage is noticed, not loaded, and what
-else lies in the folder is not read. Ranks that share the weights out write a file each; any number of ranks, one of
-them too, reads them again.
+folder with a marker is whole; the marker holds a checksum of every file, so damage is noticed, not loaded, and other
+files in the folder are not read. Ranks that share the weights out write a file each; any number of ranks, or a single
+process, can read them.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
 
 
 def _begin(folder: Path) -> Path:
-    """An empty folder to write into."""
+    """Make an empty folder to write into."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     for leftover in (temporary, _replaced(folder)):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -75,21 +75,16 @@ def _commit(temporary: Path, folder: Path, state: str) -> None:
 
 def load(
     folder: Path,
-    like: Callable[[str, torch.Size, torch.dtype], torch.Tensor] = lambda _, shape, dtype: torch.empty(
-        shape, dtype=dtype
-    ),
+    like: Callable[[str, torch.Size, torch.dtype], torch.Tensor] = lambda _, size, kind: torch.empty(size, dtype=kind),
     ranks: Ranks = ALONE,
-    verify: bool = True,
 ) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and state of a checkpoint; an `InputError` says what is missing or damaged.
+    """Return tensors and state of a checkpoint; an `InputError` says what is missing or damaged.
 
-    like: makes the tensor to read into from its name, shape and type, where a rank wants a part of it only. verify:
-    compute checksums, which `latest` has done for what it returns.
+    like: makes the tensor to read into from its name, shape and type, where a rank wants a part of it only.
     """
     if not folder.is_dir():
         raise InputError(f"there is no checkpoint at {folder}")
-    problem = damage(folder) if verify else None
-    if problem:
+    if problem := damage(folder):
         raise InputError(f"the checkpoint {folder} {problem}: use an earlier one or train again")
     try:
         reader = dcp.HuggingFaceStorageReader(str(folder))
@@ -103,7 +98,7 @@ def load(
 
 
 class _Named(FileSystem):
-    """Lists, of the files in a folder, those of some names only."""
+    """Lists only the files of given names in a folder."""
 
     def __init__(self, names: Iterable[str]):
         super().__init__()
@@ -114,7 +109,7 @@ class _Named(FileSystem):
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """The checksum of each file of a checkpoint, as its marker says. Raises `OSError` and `ValueError`."""
+    """Return the checksum of each file of a checkpoint, as its marker says. Raises `OSError` and `ValueError`."""
     sums = json.loads((folder / MARKER).read_text())
     if not isinstance(sums, dict) or not all(Path(name).name == name for name in sums) or not sums.keys() > {STATE}:
         raise ValueError(f"{MARKER} is not readable")
@@ -122,7 +117,7 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None if it is whole."""
+    """Say what is wrong with a checkpoint folder; None if it is whole."""
     try:
         sums = _checksums(folder)
     except OSError:
@@ -140,7 +135,7 @@ def damage(folder: Path) -> str | None:
 
 
 class _StepWriter(dcp.HuggingFaceStorageWriter):
-    """Every rank writes a file; when all are there, the first makes them a whole checkpoint and deletes old ones."""
+    """Has every rank write a file; then the first makes them a whole checkpoint and deletes old ones."""
 
     def __init__(self, folder: Path, state: str, keep: int):
         super().__init__(str(folder.with_name(f".{folder.name}.tmp")), save_distributed=True)
@@ -173,7 +168,7 @@ def save_step(
 
 
 def finish(saving: Future) -> None:
-    """Wait for `save_step`; a disk that is full, say, is a `WorkError`. What was written before is still there."""
+    """Wait for `save_step`; a failure, as of a full disk, is a `WorkError`. Earlier checkpoints are still there."""
     try:
         saving.result()
     except CheckpointException as error:
@@ -186,32 +181,31 @@ def finish(saving: Future) -> None:
 
 
 def latest(root: Path) -> Path | None:
-    """The latest whole checkpoint below `root`; what is incomplete or damaged is skipped with a warning."""
+    """Return the latest whole checkpoint below `root`; skip incomplete and damaged ones with a warning."""
     for folder in reversed(steps(root)):
-        problem = damage(folder)
-        if problem is None:
+        if not (problem := damage(folder)):
             return folder
         warnings.warn(f"skipping the checkpoint {folder}: it {problem}", stacklevel=2)
     return None
 
 
 def steps(root: Path) -> list[Path]:
-    """The checkpoints of `save_step` below `root`, oldest first, whole or not; none without such a folder."""
+    """Return the checkpoints of `save_step` below `root`, oldest first, whole or not."""
     return sorted((path for path in root.glob("step_*") if _STEP.fullmatch(path.name)), key=step_of)
 
 
-#: How `save_step` names a folder, in writing (hidden) or whole. All else is somebody else's, and is left alone.
+#: Names that `save_step` gives a folder: whole, or (hidden) while it is written. All other folders are left alone.
 _STEP = re.compile(r"step_(\d{8,})")
 _HIDDEN = re.compile(rf"\.{_STEP.pattern}\.(tmp|old)")
 
 
 def step_of(folder: Path) -> int:
-    """The step after which one of `steps` was written."""
+    """Return the step after which one of `steps` was written."""
     return int(_STEP.fullmatch(folder.name)[1])
 
 
 def delete_steps(root: Path) -> None:
-    """Delete all checkpoints of `save_step` below `root`, what a crashed writer left among them."""
+    """Delete all checkpoints of `save_step` below `root`, and what a crashed writer left."""
     for folder in (*steps(root), *(path for path in root.glob(".step_*") if _HIDDEN.fullmatch(path.name))):
         shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):  # not there, or somebody keeps something in it

@@ -1,69 +1,72 @@
-"""Work of a GPU that is recorded once and replayed: CUDA graphs.
+"""CUDA graphs: the work of a training step, captured once and then replayed.
 
 A step of a small model is some hundred kernels of a few microseconds each, and Python takes longer to launch one than
-the GPU to run it. Replayed, all of them are launched at once.
+the GPU to run it. A replay launches all of them at once.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
-Work = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
-
-#: Calls that are made as they are: libraries and optimizers allocate what they keep, which no recording may.
+#: Steps that run as they are before one is captured: libraries and optimizers allocate what they keep, which no
+#: captured step may.
 WARM_UP = 3
 
 
-class Recording:
-    """Does the same work again and again, tensors in and tensors out: recorded in the fourth call, then replayed.
+class CudaGraph:
+    """The same GPU work again and again, on inputs of the same shapes: captured the fourth time, then replayed.
 
-    Inputs have the same shapes in every call, and the work takes nothing else that changes but tensors whose memory
-    stays where it is; the host decides nothing on the way. Where that memory moves, a new recording is due. Away from a
-    GPU the work is done as it is.
+    The work reads nothing else that changes but tensors whose memory stays where it is, and the host decides nothing
+    on the way. Where that memory moves, a new graph is due. Away from a GPU nothing is captured.
     """
 
     def __init__(self):
-        self._calls = 0
+        self._warmed_up = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None
         self._inputs: Sequence[torch.Tensor] = ()
-        self._outputs: Sequence[torch.Tensor] = ()
 
-    def __call__(self, work: Work, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """What `work(inputs)` gives. A ValueError for inputs of other shapes than those recorded."""
+    @property
+    def is_captured(self) -> bool:
+        return self._graph is not None
+
+    @contextmanager
+    def capture(self, inputs: Sequence[torch.Tensor]) -> Iterator[Sequence[torch.Tensor]]:
+        """Run the work of the `with` block on the tensors that this yields; after `WARM_UP` calls, capture it, too.
+
+        Tensors that a captured block makes keep their memory, and every replay writes them anew.
+        """
         if not inputs[0].is_cuda:
-            return work(inputs)
-        if self._calls < WARM_UP:
-            self._calls += 1
-            return self._aside(work, inputs)
-        if self._graph is None:
-            self._record(work, inputs)
-        if [tensor.shape for tensor in inputs] != [held.shape for held in self._inputs]:
-            raise ValueError("what is replayed has other inputs than what was recorded")
-        for held, new in zip(self._inputs, inputs, strict=True):
-            held.copy_(new, non_blocking=True)
-        self._graph.replay()
-        return [output.clone() for output in self._outputs]  # the next call writes over what the graph holds
-
-    def _aside(self, work: Work, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """The work on the stream on which it is to be recorded, as CUDA asks for."""
-        usual = torch.cuda.current_stream(inputs[0].device)
-        self._stream = self._stream or torch.cuda.Stream(inputs[0].device)
-        self._stream.wait_stream(usual)
-        with torch.cuda.stream(self._stream), warnings.catch_warnings():
-            # PyTorch's optimizers warn of a step that could be recorded and is not: it will be.
-            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-            outputs = work(inputs)
-        usual.wait_stream(self._stream)
-        return outputs
-
-    def _record(self, work: Work, inputs: Sequence[torch.Tensor]) -> None:
+            yield inputs
+            return
+        device = inputs[0].device
+        if self._warmed_up < WARM_UP:
+            self._warmed_up += 1
+            usual = torch.cuda.current_stream(device)
+            self._stream = self._stream or torch.cuda.Stream(device)  # not the usual one, as CUDA asks for
+            self._stream.wait_stream(usual)
+            with torch.cuda.stream(self._stream), warnings.catch_warnings():
+                # PyTorch's optimizers warn of a step that could be captured and is not: it will be.
+                warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+                yield inputs
+            usual.wait_stream(self._stream)
+            return
         graph, held = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
         # A thread that writes a checkpoint may go on meanwhile.
         with (
-            torch.cuda.device(inputs[0].device),
+            torch.cuda.device(device),
             torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
         ):
-            outputs = work(held)
-        self._graph, self._inputs, self._outputs = graph, held, outputs
+            yield held
+        self._graph, self._inputs = graph, held
+        graph.replay()  # capturing runs nothing
+
+    def replay(self, inputs: Sequence[torch.Tensor]) -> None:
+        """Run the captured work on `inputs`; a ValueError if their shapes are not those captured."""
+        if [tensor.shape for tensor in inputs] != [held.shape for held in self._inputs]:
+            raise ValueError("the inputs to replay have other shapes than those captured")
+        for held, new in zip(self._inputs, inputs, strict=True):
+            held.copy_(new, non_blocking=True)
+        self._graph.replay()

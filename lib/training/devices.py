@@ -1,17 +1,27 @@
-"""Devices and cores that a process may use."""
+"""Devices, cores and threads that a process may use. Importing this module imports no torch."""
 
 import os
-from collections.abc import Iterator
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from lib.base import InputError
 
+if TYPE_CHECKING:
+    import torch
 
-def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one; a device that this machine does not have is an `InputError`."""
+#: Floating-point operations a second of dense matrix products in bfloat16, as NVIDIA states them, by part of the name.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+#: How much faster more threads must be to be worth another core.
+WORTH_A_CORE = 1.1
+
+
+def resolve_device(device: str) -> "torch.device":
+    """Return the device; `auto` is CUDA where there is one. One that this machine does not have is an `InputError`."""
+    import torch
+
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -22,8 +32,18 @@ def resolve_device(device: str) -> torch.device:
         raise InputError(f"this machine has no device {device!r}: use auto or cpu") from None
 
 
+def peak_flops(device: "torch.device", dtype: str) -> float | None:
+    """Return the most floating-point operations a second that a device can do in `dtype`; None if it is not known."""
+    import torch
+
+    if device.type != "cuda" or dtype != "bfloat16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
 def usable_cores() -> int:
-    """How many cores this process may keep busy, at least one: those that the machine has may be others' to use.
+    """Return how many cores this process may keep busy, at least one: others may have a claim on the rest.
 
     Less than all is left by an affinity (taskset, Slurm), by a quota of CPU time (containers) and by
     SLURM_CPUS_PER_TASK, where Slurm binds no process.
@@ -36,7 +56,7 @@ def usable_cores() -> int:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """The quotas of CPU time, in cores, of this process's control groups: its own and all that they are part of."""
+    """Yield the quotas of CPU time, in cores, of this process's control group and of all that it is part of."""
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, group = line.split(":", 2)
@@ -54,3 +74,38 @@ def _quotas(root: Path) -> Iterator[float]:
                         yield float(quota) / float(period)
                 if folder == top:
                     break
+
+
+def fastest_threads(step: Callable[[], object], most: int, rounds: int = 5) -> int:
+    """Return how many threads, of 1, 2, 4, ... up to `most`, make `step` fast, by a few steps of each in turn.
+
+    Medians count, and more threads only where they save a tenth of the time: beside a busy process each thread that
+    loses its core makes all others wait, so one thread is often faster than two.
+    """
+    choices = [n for n in (2**i for i in range(most.bit_length())) if n <= most]
+    seconds: dict[int, list[float]] = {n: [] for n in choices}
+    for turn in range(rounds + 1):
+        for n in choices:
+            with using_threads(n):
+                started = time.perf_counter()
+                step()
+                if turn:  # the first steps allocate
+                    seconds[n].append(time.perf_counter() - started)
+    best = choices[0]
+    for n in choices[1:]:
+        if WORTH_A_CORE * sorted(seconds[n])[rounds // 2] < sorted(seconds[best])[rounds // 2]:
+            best = n
+    return best
+
+
+@contextmanager
+def using_threads(n: int) -> Iterator[None]:
+    """Compute with `n` threads within."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,7 +1,7 @@
-"""The processes that train one model together, how its weights lie on them, and the signals that ask them to leave.
+"""Several processes that train one model: how its weights lie on them, and the signals that ask them to leave.
 
 Processes are started by torchrun, or by Slurm through submitit; they find each other by the variables that these set.
-Without them a process is alone, and everything here does nothing.
+Without those variables a process is alone, and everything here does nothing.
 """
 
 import atexit
@@ -25,7 +25,7 @@ from lib.base import InputError, WorkError
 from lib.config import ModelConfig
 from lib.model.transformer import Transformer
 
-if TYPE_CHECKING:  # sharding and tensor parallelism take most of a second to import: only who needs them does
+if TYPE_CHECKING:  # sharding and tensor parallelism take most of a second to import, so only runs that use them do
     from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -60,7 +60,7 @@ class Ranks:
         return self.mesh["data"].get_local_rank() if self.mesh else 0
 
     def wrap(self, model: Transformer) -> nn.Module:
-        """Lay the weights of `model` out over the ranks, in place; returns the module to call for a training step."""
+        """Lay the weights of `model` out over the ranks, in place; return the module to call for a training step."""
         if self.mesh is None:
             return model
         if self.mesh["tensor"].size() > 1:
@@ -76,25 +76,25 @@ class Ranks:
             return fully_shard(model, mesh=self.mesh["data"])
         return DistributedDataParallel(model, process_group=self.mesh["data"].get_group())
 
-    def whole(self, model: Transformer) -> Transformer:
-        """The same model with all of its weights in this process: itself where they are. Every rank has to ask."""
+    def full_model(self, model: Transformer) -> Transformer:
+        """Return the model with all of its weights in this process: itself where they are. Every rank has to ask."""
         parameters = dict(model.named_parameters())
         if not any(map(_is_divided, parameters.values())):
             return model
         with torch.device(model.device):
             copy = Transformer(model.config)
-        copy.load_state_dict({name: whole(parameter.detach()) for name, parameter in parameters.items()})
+        copy.load_state_dict({name: full_tensor(parameter.detach()) for name, parameter in parameters.items()})
         return copy
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over data ranks."""
+        """Return the sum over data ranks."""
         if self.data_size > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor, group=self.mesh["data"].get_group())
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
+        """Return whether the flag is set in any rank."""
         if self.size > 1:
             votes = torch.tensor(int(flag))
             dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.cpu_group)
@@ -102,7 +102,7 @@ class Ranks:
         return flag
 
     def first_does(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns in the first process; the others wait, and if it raised, they raise, too."""
+        """Return, in every process, what `work` returns in the first; if it raises there, all raise."""
         if self.size == 1:
             return work()
         outcome: list = [None, None]
@@ -111,7 +111,7 @@ class Ranks:
             try:
                 outcome[0] = work()
             except Exception as error:
-                told = isinstance(error, InputError | WorkError)  # others may not survive the way to another process
+                told = isinstance(error, InputError | WorkError)  # other errors may not survive pickling
                 outcome[1] = error if told else WorkError(f"the first process failed: {type(error).__name__}: {error}")
                 failed = error
         dist.broadcast_object_list(outcome, src=0, group=self.cpu_group)
@@ -120,22 +120,22 @@ class Ranks:
         return outcome[0]
 
 
-#: A process on its own.
+#: A single process.
 ALONE = Ranks()
 
 
 def world_size() -> int:
-    """How many processes torchrun or Slurm started for this run."""
+    """Return how many processes torchrun or Slurm started for this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
-    """Whether this process is alone, or the first of those that were started with it."""
+    """Return whether this process is alone, or the first of those that were started with it."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def local_device(device: torch.device) -> torch.device:
-    """Each process's own GPU where there are several processes; no GPU for one of them is an `InputError`."""
+    """Return the process's own GPU where there are several processes; an `InputError` if there are too few GPUs."""
     if world_size() == 1 or device.type != "cuda":
         return device
     rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -148,8 +148,8 @@ def local_device(device: torch.device) -> torch.device:
 def connect(device: torch.device, config: ModelConfig, sharded: bool = False, tensor: int = 1) -> Iterator[Ranks]:
     """Join the other processes that train a model of this `config`, each on its `local_device`.
 
-    sharded: data ranks share the weights out. tensor: so many ranks split each matrix; the ranks that are left over
-    divide the batch. What cannot be divided so is an `InputError`; a rank that dies makes the others raise `WorkError`.
+    sharded: data ranks share the weights out. tensor: so many ranks split each matrix, and the groups of so many divide
+    the batch. An impossible division is an `InputError`; a rank that dies makes the others raise `WorkError`.
     """
     size = world_size()
     if tensor < 1 or size % tensor:
@@ -171,11 +171,11 @@ def connect(device: torch.device, config: ModelConfig, sharded: bool = False, te
         from torch.distributed.device_mesh import init_device_mesh
 
         mesh = init_device_mesh(device.type, (size // tensor, tensor), mesh_dim_names=("data", "tensor"))
-        # While the first process measures the others wait, as long as it takes; one that dies is noticed at once.
+        # While the first process measures, the others wait, however long; a process that dies is noticed at once.
         groups = [dist.new_group(backend="gloo", timeout=timedelta(days=7)) for _ in range(2)]
         yield Ranks(dist.get_rank(), size, mesh, sharded, *groups)
     except BaseException as error:
-        _disconnect()  # which the others notice
+        _disconnect()  # the others notice that
         if isinstance(error, RuntimeError) and _is_of_the_network(error):
             raise WorkError(
                 "the connection to another process of this run is gone: start all of them again, they go on from the "
@@ -195,34 +195,48 @@ def _is_of_the_network(error: RuntimeError) -> bool:
 
 
 def _is_divided(tensor: torch.Tensor) -> bool:
-    """Whether ranks have parts of it: whether it is a DTensor."""
+    """Return whether ranks have parts of it: whether it is a DTensor."""
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor of which this rank has a part; every rank has to ask."""
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return all of a tensor of which this rank has a part; every rank has to ask."""
     return tensor.full_tensor() if _is_divided(tensor) else tensor
 
 
-def part_like(tensor: torch.Tensor, all_of_it: torch.Tensor) -> torch.Tensor:
-    """`all_of_it`, which every rank has, laid out over the ranks as `tensor` is."""
-    if not _is_divided(tensor):
-        return all_of_it
+def distribute_like(example: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor`, which every rank has in full, laid out over the ranks as `example` is."""
+    if not _is_divided(example):
+        return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(all_of_it, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    return distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)
+
+
+@contextmanager
+def no_sync(module: nn.Module) -> Iterator[None]:
+    """Keep gradients in each rank within: for all parts of a batch but the last."""
+    if isinstance(module, DistributedDataParallel):
+        with module.no_sync():
+            yield
+    elif hasattr(module, "set_requires_gradient_sync"):  # FSDP2 adds it
+        module.set_requires_gradient_sync(False)
+        yield
+        module.set_requires_gradient_sync(True)
+    else:
+        yield
 
 
 # Tensor parallelism ---------------------------------------------------------------------------------------------------
 
 
 def _split_matrices(model: Transformer, mesh: "DeviceMesh") -> None:
-    """Heads and hidden units over tensor ranks, embedding and output by vocabulary: two sums a block, one at an end."""
+    """Split heads and hidden units over tensor ranks, embedding and output by vocabulary: two sums a block."""
     from torch.distributed.tensor import DTensor, Replicate, distribute_module
     from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
     class Replicated(ParallelStyle):
-        """A module that every tensor rank computes whole, with its weights as tensors of the mesh like all others."""
+        """A module that every tensor rank computes in full, with its weights as DTensors like all others."""
 
         def _apply(self, module: nn.Module, mesh: "DeviceMesh") -> nn.Module:
             return distribute_module(
@@ -239,38 +253,22 @@ def _split_matrices(model: Transformer, mesh: "DeviceMesh") -> None:
         "blocks.*.attention_norm": Replicated(),
         "blocks.*.ffn_norm": Replicated(),
     }
-    plan |= {f"blocks.*.{name}": ColwiseParallel() for name in _INTO}
-    plan |= {f"blocks.*.{name}": RowwiseParallel() for name in _OUT_OF}
+    for name in ("attention.q_proj", "attention.k_proj", "attention.v_proj", "ffn.gate_proj", "ffn.up_proj"):
+        plan[f"blocks.*.{name}"] = ColwiseParallel()
+    for name in ("attention.o_proj", "ffn.down_proj"):
+        plan[f"blocks.*.{name}"] = RowwiseParallel()
     parallelize_module(model, mesh, plan)
-
-
-_INTO = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "ffn.gate_proj", "ffn.up_proj")
-_OUT_OF = ("attention.o_proj", "ffn.down_proj")
-
-
-@contextmanager
-def gradients_stay_here(module: nn.Module) -> Iterator[None]:
-    """Within, backward passes of a wrapped module add up in each rank: for all parts of a batch but the last."""
-    if isinstance(module, DistributedDataParallel):
-        with module.no_sync():
-            yield
-    elif hasattr(module, "set_requires_gradient_sync"):  # FSDP2 adds it
-        module.set_requires_gradient_sync(False)
-        yield
-        module.set_requires_gradient_sync(True)
-    else:
-        yield
 
 
 # Signals --------------------------------------------------------------------------------------------------------------
 
-#: What a cluster sends before it takes a machine away; submitit uses the second before a time limit.
+#: Signals that a cluster sends before it takes a machine away; submitit uses the second before a time limit.
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]
 
 
 @contextmanager
 def asked_to_leave() -> Iterator[threading.Event]:
-    """An event that is set when a signal asks this process to leave; the handlers that were there come back after."""
+    """Yield an event that is set when a signal asks this process to leave; the earlier handlers come back after."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield event

@@ -1,11 +1,13 @@
-"""What a run shows and writes down while it trains: progress and metrics as JSON lines always, the rest on request."""
+"""Progress and metrics of a run while it trains: a bar and JSON lines always, the rest on request."""
 
 import json
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from math import inf
 from pathlib import Path
+from types import ModuleType
 
 from torch import nn
 
@@ -20,10 +22,9 @@ from lib.training.profiling import profiled
 def check_observers(observers: Observers) -> None:
     """Raise `InputError` if something that is asked for is not installed, or has no account."""
     if observers.tensorboard:
-        summary_writer()
+        _summary_writer()
     if observers.wandb:
-        wandb = _wandb()
-        with _wandb_refusing():
+        with _wandb() as wandb:
             wandb.Settings(project=observers.wandb)
             wandb.login()
 
@@ -32,7 +33,7 @@ class Record:
     """Lines of JSON about steps, as {"step": 50, "loss": 2.5}: readable while they are written, and after a kill."""
 
     def __init__(self, path: Path, last: float = inf):
-        """Goes on with what is there, less a half-written line and those about steps after `last`."""
+        """Continue what is there, without a half-written line and those about steps after `last`."""
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_record(path) if line["step"] <= last] if path.exists() else []
         with replacing(path) as temporary:
@@ -53,7 +54,7 @@ class Record:
 
 
 class Monitor:
-    """The record of one run: `metrics.jsonl` in `directory` always, progress in steps, and what `observers` ask for.
+    """Writes `metrics.jsonl` in `directory` always, shows progress in steps, and does what `observers` ask for.
 
     A resumed run continues the record at `step`: lines that a killed run wrote after its last checkpoint are dropped.
     """
@@ -71,7 +72,7 @@ class Monitor:
             self.tensorboard = self.wandb = None
             if observers.tensorboard:
                 # purge_step hides what TensorBoard was told after the last checkpoint.
-                writer = summary_writer()(directory / "tensorboard", purge_step=step + 1)
+                writer = _summary_writer()(directory / "tensorboard", purge_step=step + 1)
                 self.tensorboard = stack.enter_context(writer)
             self.metrics = stack.enter_context(Record(directory / "metrics.jsonl", step))
             if observers.wandb:
@@ -96,7 +97,7 @@ class Monitor:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Within, the next training step of `model`: its activations are probed when that is due."""
+        """Probe the activations of the training step of `model` within, when that is due."""
         if self.probe_every and self.step % self.probe_every == 0:
             with probe(model) as rows:
                 yield
@@ -106,7 +107,7 @@ class Monitor:
             yield
 
     def advance(self) -> None:
-        """One step is done."""
+        """Show that one step is done."""
         self.step += 1
         self.bar.update(1)
         self._end_step()
@@ -119,7 +120,7 @@ class Monitor:
 
 
 class SilentMonitor(nullcontext):
-    """What the other ranks of a run have in place of a `Monitor`: the first speaks for all."""
+    """Takes the place of a `Monitor` in all ranks but the first, which speaks for all."""
 
     def __enter__(self):
         return self
@@ -132,8 +133,45 @@ class SilentMonitor(nullcontext):
     def advance(self) -> None: ...
 
 
+class Throughput:
+    """Trained tokens and model FLOPs a second since the last reading, counted by the host alone.
+
+    Model FLOPs are those that the dialogs need, without padding (`ModelConfig.forward_flops`, three times). Their share
+    of the devices' peak, `mfu`, is given where the peak is known.
+    """
+
+    def __init__(self, peak: float | None, n_devices: int):
+        self.peak, self.n_devices = peak, n_devices
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to count now."""
+        self.tokens, self.flops, self.since = 0, 0.0, time.perf_counter()
+
+    def count(self, tokens: int, flops: float) -> None:
+        """Add one step."""
+        self.tokens += tokens
+        self.flops += flops
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time within."""
+        started = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - started
+
+    def read(self) -> dict[str, float]:
+        """Return the rates, and begin again. On a GPU the steps must be done: wait for their losses first."""
+        seconds = time.perf_counter() - self.since
+        rates = {"tokens_per_second": self.tokens / seconds, "tflops": self.flops / seconds / 1e12}
+        if self.peak:
+            rates["mfu"] = self.flops / seconds / (self.peak * self.n_devices)
+        self.restart()
+        return {name: float(f"{rate:.4g}") for name, rate in rates.items()}
+
+
 def read_record(path: Path) -> list[dict]:
-    """All whole lines that a `Record` wrote, oldest first."""
+    """Return all whole lines that a `Record` wrote, oldest first."""
     lines = []
     for line in path.read_text().splitlines():
         with suppress(ValueError):  # the half-written last line of a process that was killed, or is writing
@@ -142,12 +180,12 @@ def read_record(path: Path) -> list[dict]:
 
 
 def read_metrics(directory: Path) -> list[dict]:
-    """The metrics that a `Monitor` wrote to `directory`, oldest first."""
+    """Return the metrics that a `Monitor` wrote to `directory`, oldest first."""
     return read_record(directory / "metrics.jsonl")
 
 
-def summary_writer() -> type:
-    """TensorBoard's writer, or an `InputError` if it is not installed."""
+def _summary_writer() -> type:
+    """Return TensorBoard's writer; an `InputError` if it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -155,33 +193,26 @@ def summary_writer() -> type:
     return SummaryWriter
 
 
-def _wandb():
-    """The package of Weights & Biases, or an `InputError` if it is not installed."""
+@contextmanager
+def _wandb() -> Iterator[ModuleType]:
+    """Yield the package of Weights & Biases; an `InputError` if it is not installed, or refuses."""
     try:
         import wandb
     except ImportError:
         raise InputError("Weights & Biases was asked for but is not installed: pip install -e '.[monitor]'") from None
-    return wandb
-
-
-@contextmanager
-def _wandb_refusing() -> Iterator[None]:
-    """What Weights & Biases refuses becomes an `InputError`."""
-    wandb = _wandb()
     try:
-        yield
+        yield wandb
     except wandb.Error as error:
         raise InputError(f"Weights & Biases: {str(error).rstrip('.')} (WANDB_MODE=offline takes no account)") from None
 
 
 def _wandb_run(project: str, directory: Path):
-    """The run of Weights & Biases that belongs to `directory`: one that was interrupted goes on as the same."""
+    """Return the run of Weights & Biases that belongs to `directory`: an interrupted one goes on as the same."""
     name = directory / "wandb" / "id"
     if not name.exists():
         name.parent.mkdir(parents=True, exist_ok=True)
         name.write_text(uuid.uuid4().hex)
-    wandb = _wandb()
-    with _wandb_refusing():
+    with _wandb() as wandb:
         return wandb.init(
             project=project,
             name=directory.resolve().name,

@@ -1,14 +1,14 @@
 """Optimizers and learning-rate schedules."""
 
 import math
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from lib.config import OptimConfig
-from lib.training.distributed import part_like, whole
+from lib.training.distributed import distribute_like, full_tensor
 
 
 class Muon(torch.optim.Muon):
@@ -19,51 +19,30 @@ class Muon(torch.optim.Muon):
     sizes, and equal gradients then give equal steps whatever else is in the stack. Nesterov momentum only.
     """
 
+    @torch.no_grad()
     def step(self) -> None:
-        """One update of every matrix that has a gradient."""
-        _update_matrices([self])
-
-
-def step_all(optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """One step of all `optimizers`, those of several models among them; gradients are None after it."""
-    muons = [optimizer for optimizer in optimizers if isinstance(optimizer, Muon)]
-    for optimizer in optimizers:
-        if optimizer not in muons:
-            optimizer.step()
-    _update_matrices(muons)
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-
-
-@torch.no_grad()
-def _update_matrices(optimizers: Sequence[Muon]) -> None:
-    stacks: dict[tuple, list[tuple[nn.Parameter, dict, torch.Tensor]]] = {}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
+        """Update every matrix that has a gradient."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    state = optimizer.state[parameter]
-                    if not state:
-                        state["momentum_buffer"] = torch.zeros_like(parameter)
-                    alike = stacks.setdefault((parameter.shape, group["momentum"]), [])
-                    alike.append((parameter, group, state["momentum_buffer"]))
-    for ((rows, columns), momentum), alike in stacks.items():
-        gradients, moments = [parameter.grad for parameter, _, _ in alike], [moment for _, _, moment in alike]
-        torch._foreach_lerp_(moments, gradients, 1 - momentum)
-        torch._foreach_lerp_(gradients, moments, momentum)
-        updates = orthogonalize(torch.stack([whole(gradient) for gradient in gradients]))
-        for _, members in groupby(zip(alike, updates, strict=True), key=lambda member: id(member[0][1])):
-            members = list(members)
-            parameters = [parameter for (parameter, _, _), _ in members]
-            steps = [part_like(parameter, update) for (parameter, _, _), update in members]
-            group = members[0][0][1]
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_mul_(steps, group["lr"] * math.sqrt(max(1, rows / columns)))
-            torch._foreach_sub_(parameters, steps)
+                    by_shape[parameter.shape].append(parameter)
+                    if not self.state[parameter]:
+                        self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            for (rows, columns), parameters in by_shape.items():
+                gradients = [parameter.grad for parameter in parameters]
+                moments = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+                torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
+                torch._foreach_lerp_(gradients, moments, group["momentum"])
+                updates = orthogonalize(torch.stack([full_tensor(gradient) for gradient in gradients]))
+                steps = [distribute_like(*pair) for pair in zip(parameters, updates, strict=True)]
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_mul_(steps, group["lr"] * math.sqrt(max(1, rows / columns)))
+                torch._foreach_sub_(parameters, steps)
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """U S' V^T for matrices U S V^T (N, rows, columns), with singular values S' near 1: five Newton-Schulz steps."""
+    """Return U S' V^T for matrices U S V^T (N, rows, columns), singular values S' near 1: five Newton-Schulz steps."""
     a, b, c = 3.4445, -4.7750, 2.0315  # as in `torch.optim.Muon`: steepest at zero, not convergent
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
@@ -77,11 +56,11 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 def build_optimizers(
     model: nn.Module, config: OptimConfig, rates_on_device: bool = False
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of `model`: AdamW alone, or Muon for the hidden matrices and AdamW for the rest.
+    """Return the optimizers of `model`: AdamW alone, or AdamW and, for the hidden matrices, Muon.
 
     Every parameter group carries its peak rate as `peak_lr`; `set_learning_rate` follows the schedule from there.
     Weight decay spares norms unless `config.decay_norms`. `rates_on_device`: rates are tensors beside the parameters,
-    so that steps can be recorded (`lib.training.cuda_graph`).
+    so that a CUDA graph reads them (`lib.training.cuda_graph`).
     """
     matrices, tables, vectors = [], [], []
     for name, parameter in model.named_parameters():
@@ -110,7 +89,7 @@ def build_optimizers(
 
 
 def schedule_factor(config: OptimConfig, step: int, total_steps: int) -> float:
-    """What the peak rate is multiplied by in `step` (from 0) of `total_steps`, in (0, 1].
+    """Return the factor in (0, 1] of the peak rate in `step` (from 0) of `total_steps`.
 
     Linear warm-up, then constant, or down half a cosine or a line that would reach zero one step after the last.
     """
@@ -122,13 +101,6 @@ def schedule_factor(config: OptimConfig, step: int, total_steps: int) -> float:
     return 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
-    """Scale all gradients down to at most `max_norm`, the norm of all of them together, over all ranks."""
-    parameters = list(parameters)
-    norm = whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-
-
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
     """Set every group to `factor` times its peak rate."""
     for optimizer in optimizers:
@@ -138,3 +110,10 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) ->
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """Scale all gradients down to at most `max_norm`, the norm of all of them together, over all ranks."""
+    parameters = list(parameters)
+    norm = full_tensor(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

@@ -1,33 +1,33 @@
-"""`run(config, directory) -> row`: one cell from facts to result, what every launcher calls.
+"""`run(config, directory) -> row`: one run from facts to result, the function that every launcher calls.
 
-The folder of a run holds `config.json`, `people.sqlite`, copies of the files that say who its people and what its
-tokens are, `metrics.jsonl`, `checkpoints/`, and once it is finished `model/` (weights alone) and `row.json`; beside
-them, what observers write (`lib.config.Observers`) and `evaluations.jsonl` (`lib.training.watch`). A finished run is
-never repeated; one that was killed goes on.
+The folder of a run holds `config.json`, `people.sqlite`, copies of the files with its people and its tokenizer,
+`metrics.jsonl`, `checkpoints/`, and once it is finished `model/` (weights alone) and `row.json`; beside them, what
+observers write (`lib.config.Observers`) and `evaluations.jsonl` (`lib.training.watch`). A finished run is never
+repeated; one that was killed goes on.
 """
 
+import copy
 import errno
 import json
+import os
 import shutil
-import tempfile
-import timeit
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from lib import paths
 from lib.agent.tools import SqlTool
 from lib.base import InputError, WorkError
-from lib.config import UNOBSERVED, ModelConfig, Observers, RunConfig
+from lib.config import UNOBSERVED, Observers, RunConfig
 from lib.dialogs.batches import Source
 from lib.dialogs.files import ConcatDialogs, open_dialogs, tokenize_file
 from lib.dialogs.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
 from lib.dialogs.tokens import TokenizedDialogs, join, tokenize_people
 from lib.evaluation.generalization import measure_generalization
-from lib.evaluation.recall import Fact, Recall, bits_of_dialogs, measure_recall
+from lib.evaluation.recall import bits_of_dialogs, measure_recall
 from lib.facts.csv import write_people_csv
 from lib.facts.database import write_database
 from lib.facts.people import People
@@ -36,29 +36,16 @@ from lib.model.transformer import Transformer
 from lib.paths import CLAIM, DATABASE, MODEL, ROW, write_json
 from lib.provenance import commit, provenance
 from lib.training import checkpoint
-from lib.training.cuda_graph import WARM_UP
-from lib.training.devices import resolve_device
-from lib.training.distributed import ALONE, Preempted, Ranks, asked_to_leave, connect, local_device, world_size
+from lib.training.devices import fastest_threads, resolve_device, usable_cores, using_threads
+from lib.training.distributed import Preempted, asked_to_leave, connect, local_device, world_size
 from lib.training.monitor import check_observers
-from lib.training.saved import _Identity, _located, _own_paths, read_claim, run_tokenizer, save_model
-from lib.training.trainer import Ending, Lockstep, Trainer, train_together
-
-#: How many times as fast a compiled step is, about (notebooks/A2_performance measures it).
-COMPILED_SPEEDUP = 1.4
+from lib.training.saved import Claim, check_claim, copies, located, locked, read_claim, run_tokenizer, save_model
+from lib.training.trainer import Ending, Trainer
 
 
-def run(config: RunConfig, directory: Path, **options) -> dict:
-    """Train and measure one model; returns its row (see `paper_data/README.md` for the columns).
-
-    `options` are those of `run_together`, and so are its errors.
-    """
-    (row,) = run_together([config], [directory], **options)
-    return row
-
-
-def run_together(
-    configs: Sequence[RunConfig],
-    directories: Sequence[Path],
+def run(
+    config: RunConfig,
+    directory: Path,
     *,
     device: str = "auto",
     description: str | None = None,
@@ -67,74 +54,78 @@ def run_together(
     sharded: bool = False,
     tensor: int = 1,
     inputs: Mapping[str, str] = {},  # noqa: B006
-) -> list[dict]:
-    """Several runs as one stack of models (see `train_together` for what they must have in common); returns the rows.
+    threads: int | None = None,
+) -> dict:
+    """Train and measure one model; return its row (see `paper_data/README.md` for the columns).
 
-    compiled: whether torch.compile fuses a single model's elementwise work; None does where it pays, and where nothing
-    is probed; on a GPU steps are recorded instead (`lib.training.cuda_graph`). observers: what else watches, without
-    changing what is learned, but for rounding where it keeps a GPU's steps from being recorded. A single run may be
-    trained by several processes, which all call this: sharded and tensor say how (`lib.training.distributed.connect`).
-    inputs: where files lie now, by the paths that configurations name them by.
+    compiled: whether torch.compile fuses elementwise work; None does where it pays, and where nothing is probed; on a
+    GPU steps are replayed instead (`lib.training.cuda_graph`). observers: what else watches, without changing what is
+    learned, but for rounding where it keeps a GPU from replaying steps. Several processes may train one run; all of
+    them call this, and sharded and tensor say how they divide it (`lib.training.distributed.connect`). inputs: where
+    files lie now, by the paths that the configuration names. threads: of the CPU; None keeps those that the run began
+    with, and a new run that may use several measures how many are fastest.
 
-    Raises `InputError` if a directory belongs to another configuration, people, tokens or files; then nothing was
-    trained; and `WorkError`, `Preempted` among them, if training could not go on: the same call does from where it was.
+    Raises `InputError` if the directory belongs to another configuration, people, tokens or files; then nothing was
+    trained; and `WorkError`, `Preempted` among them, if training could not go on: the same call continues it.
     """
-    device = local_device(resolve_device(device))
+    device, directory = local_device(resolve_device(device)), Path(directory)
     check_observers(observers)
-    if (observers.probe_every or observers.profile_steps) and len(configs) > 1:
-        raise InputError("probes and the profiler watch one run at a time: give each a call of its own")
     if observers.probe_every and (compiled or world_size() > 1):
         raise InputError("probes watch a model that is not compiled, in a single process")
-    commit()  # remembers the code that was imported, whatever is committed while the runs go on
-    cells = [_Cell(config, Path(directory), inputs) for config, directory in zip(configs, directories, strict=True)]
-    if len({cell.directory.resolve() for cell in cells}) < len(cells):
-        raise InputError("two runs that train together have one folder: give each its own")
-    if world_size() > 1 and len(cells) != 1:
-        raise InputError(f"{len(cells)} runs and {world_size()} processes: several processes train one run at a time")
-    with (
-        asked_to_leave() as asked,
-        connect(device, configs[0].model if configs else ModelConfig(), sharded, tensor) as ranks,
-        ExitStack() as stack,
-    ):
-        missing = ranks.first_does(lambda: _lock(cells, stack))
-        to_do = [cells[i] for i in missing]
-        if compiled is None and not observers.probe_every:  # hooks would be compiled away
-            compiled = len(to_do) == 1 and ranks.size == 1 and _pays_to_compile(to_do[0].config, device)
-        if compiled:
-            torch.compiler.reset()  # what this process compiled for runs of other shapes counts against a limit
-        # Texts of files can be of any length, and a recording takes all batches as long as the longest.
-        recorded = (
-            device.type == "cuda"
-            and ranks.size == 1
-            and not (compiled or observers.probe_every or any(cell.files for cell in to_do))
-        )
-        with _full_disks_told():
-            for cell in to_do:
-                cell.prepare(device, compiled, ranks, recorded)
-            ranks.first_does(lambda: _claim(to_do, stack))  # now that nothing is refused
-            endings = train_together([cell.trainer for cell in to_do], description, observers, asked)
-            for cell, ending in zip(to_do, endings, strict=True):
-                cell.finish(ending)
+    if threads is not None and threads < 1:
+        raise InputError(f"threads = {threads}: a run takes at least one")
+    commit()  # remembers the code that was imported, whatever is committed while the run goes on
+    config_here = located(config, inputs)
+    people, tokenizer = read_inputs(config_here)
+    with asked_to_leave() as asked, ExitStack() as stack, _full_disk_told():
+        files = {path: tokenize_file(inputs.get(path, path), tokenizer) for path in sorted(config.training.files)}
+        claim = Claim(config, people.digest(), {path: folder.name for path, folder in files.items()}, tokenizer.name)
+        check_claim(directory, claim)
+        ranks = stack.enter_context(connect(device, config.model, sharded, tensor))
+        lock = locked(directory, claim)
+        if not ranks.first_does(lambda: stack.enter_context(lock) or (directory / ROW).exists()):
+            # Prepare: nothing is written, and what cannot be done is refused before the folder is claimed.
+            questions = tokenize_people(people, config.mode, tokenizer)
+            data, sources = _dataset(config, people, tokenizer, questions, files)
+            model = Transformer(config.model, torch.Generator().manual_seed(config.seed)).to(device)
+            threads = threads or _choose_threads(
+                directory, device, lambda: Trainer(copy.deepcopy(model), data, config, directory, sources=sources)
+            )
+            stack.enter_context(using_threads(threads))
+            if compiled is None:
+                may_compile = ranks.size == 1 and not observers.probe_every  # hooks would be compiled away
+                compiled = may_compile and _pays_to_compile(config, device)
+            if compiled:
+                torch.compiler.reset()  # what this process compiled for runs of other shapes counts against a limit
+            # Texts of files can be of any length, and a CUDA graph takes all batches as long as the longest.
+            replayed = device.type == "cuda" and ranks.size == 1 and not (compiled or observers.probe_every or files)
+            trainer = Trainer(model, data, config, directory, None, compiled, sources, ranks, replayed)
+
+            ranks.first_does(lambda: _claim(directory, replace(claim, threads=threads), config_here, people))
+            asks = ranks.is_first and config.mode == "in-tool"
+            tool = stack.enter_context(SqlTool(directory / DATABASE)) if asks else None
+            facts = list(people.facts())
+            some = facts[: config.evaluation.questions]
+            trainer.evaluate = lambda model: measure_recall(model, some, tokenizer, tool).overall
+            ending = trainer.train(description, observers, asked)
+
+            model = ranks.full_model(trainer.model)
+
+            def measure() -> None:
+                row = _row(model, config, people, tokenizer, tool, questions, ending, trainer.total_steps)
+                save_model(model, directory / MODEL, config, tokenizer.name)
+                write_json(directory / ROW, row)
+                checkpoint.delete_steps(directory / "checkpoints")
+
+            ranks.first_does(measure)
         if ranks.any(asked.is_set()):  # while everything was measured
             raise Preempted("asked to leave: this run is finished, the same command goes on after it")
-        return ranks.first_does(lambda: [json.loads((cell.directory / ROW).read_text()) for cell in cells])
-
-
-def _lock(cells: "list[_Cell]", locks: ExitStack) -> list[int]:
-    """Lock the folders of all cells; the places of those that have no row yet."""
-    for cell in sorted(cells, key=lambda cell: cell.directory.resolve()):  # no two processes wait for each other
-        cell.lock(locks)
-    return [i for i, cell in enumerate(cells) if not (cell.directory / ROW).exists()]
-
-
-def _claim(cells: "list[_Cell]", databases: ExitStack) -> None:
-    for cell in cells:
-        cell.claim(databases)
+        return ranks.first_does(lambda: json.loads((directory / ROW).read_text()))
 
 
 @contextmanager
-def _full_disks_told() -> Iterator[None]:
-    """A disk that takes no more is no mistake in the code."""
+def _full_disk_told() -> Iterator[None]:
+    """Make a full disk a `WorkError`: it is no mistake in the code."""
     try:
         yield
     except OSError as error:
@@ -143,179 +134,92 @@ def _full_disks_told() -> Iterator[None]:
         raise WorkError(f"there is no room left ({error}): make some, the same command goes on from there") from error
 
 
-class _Cell:
-    """One run: its folder, and while it goes on, its people, database, model and trainer."""
+def read_inputs(config: RunConfig) -> tuple[People, Tokenizer]:
+    """Return the people and the tokenizer of a run, from the files that it names as they are now.
 
-    def __init__(self, config: RunConfig, directory: Path, inputs: Mapping[str, str] = {}):  # noqa: B006
-        """Raises `InputError` unless `directory` is this run's, or free, and its people and dialogs can be read."""
-        self.config, self.directory, self.located = config, directory, _located(config, inputs)
-        self.people, self.tokenizer = read_inputs(self.located)
-        with _full_disks_told():
-            #: The folders with the tokens of the files of dialogs, by path.
-            self.files = {
-                path: tokenize_file(inputs.get(path, path), self.tokenizer) for path in sorted(config.training.files)
-            }
-        #: What tells this run from any other, files by what they hold.
-        files = {path: folder.name for path, folder in self.files.items()}
-        self.identity = config, self.people.digest(), files, self.tokenizer.name
-        _check_claim(directory, self.identity)
-
-    def lock(self, locks: ExitStack) -> None:
-        """Make the folder and keep other processes from it until `locks` closes; if it is not claimed then, it goes."""
-        new = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make the folder {self.directory}: {error.strerror}") from None
-        locks.enter_context(FileLock(self.directory / ".lock"))  # a second process waits and finds the row
-        locks.callback(self._leave, new)
-        _check_claim(self.directory, self.identity)
-
-    def _leave(self, new: list[Path]) -> None:
-        """Delete what was made for this run if it was refused."""
-        if not (self.directory / CLAIM).exists():
-            (self.directory / ".lock").unlink(missing_ok=True)
-            with suppress(OSError):  # somebody keeps something in one
-                for folder in new:
-                    folder.rmdir()
-
-    def claim(self, stack: ExitStack) -> None:
-        """Write into the folder whose it is and what it asks, and open its database until `stack` closes."""
-        if not (self.directory / CLAIM).exists():
-            config, people, files, tokenizer = self.identity
-            claim = {"config": config.model_dump(mode="json"), "people_digest": people, "files": files}
-            write_json(self.directory / CLAIM, {**claim, "tokenizer": tokenizer})
-        own = _own_paths(self.directory, self.config)
-        if (copy := own.get(self.config.facts.csv)) and not copy.exists():
-            write_people_csv(self.people, copy)
-        if (copy := own.get(self.config.tokenizer)) and not copy.exists():
-            self._copy_tokenizer(copy)
-        write_database(self.people, self.directory / DATABASE)
-        database = stack.enter_context(SqlTool(self.directory / DATABASE))
-        self.tool = database if self.config.mode == "in-tool" else None
-
-    def _copy_tokenizer(self, copy: Path) -> None:
-        source = tokenizer_file(self.located.tokenizer)
-        with paths.replacing(copy) as temporary:
-            shutil.copyfile(source, temporary)
-        if load_tokenizer(str(copy)).name != self.tokenizer.name:
-            copy.unlink()
-            raise InputError(f"{source} has changed while it was read: give a file that is finished")
-
-    def prepare(
-        self,
-        device: torch.device,
-        compiled: bool,
-        ranks: Ranks = ALONE,
-        recorded: bool = False,
-    ) -> None:
-        """Make the data and the trainer; nothing is written."""
-        self.ranks = ranks
-        self.tool = None
-        self.facts = list(self.people.facts())
-        probe = self.facts[: self.config.evaluation.questions]
-        self.questions = tokenize_people(self.people, self.config.mode, self.tokenizer)
-        data, sources = self._dataset()
-        self.trainer = Trainer(
-            Transformer(self.config.model, torch.Generator().manual_seed(self.config.seed)).to(device),
-            data,
-            self.config,
-            self.directory,
-            lambda model: self.recall(model, probe).overall,
-            compiled,
-            sources,
-            ranks,
-            recorded,
-        )
-
-    def _dataset(self) -> tuple[TokenizedDialogs | ConcatDialogs, list[Source]]:
-        """Everything that is trained on: the people's questions, their biographies, and what the files hold."""
-        training = self.config.training
-        parts, shares = [self.questions], [training.questions]
-        if training.biographies:
-            parts.append(tokenize_people(self.people, "biography", self.tokenizer))
-            shares.append(training.biographies)
-        for path, folder in self.files.items():
-            parts.append(open_dialogs(folder))
-            shares.append(training.files[path])
-        sources = [Source(len(part), share) for part, share in zip(parts, shares, strict=True)]
-        return ConcatDialogs(parts) if self.files else join(parts), sources
-
-    def recall(self, model: Transformer, questions: list[Fact]) -> Recall:
-        return measure_recall(model, questions, self.tokenizer, self.tool)
-
-    def finish(self, ending: Ending) -> None:
-        """Measure and save the model, and write the row."""
-        model = self.ranks.whole(self.trainer.model)
-        self.ranks.first_does(lambda: write_json(self.directory / ROW, self._row(model, ending)))
-        if self.ranks.is_first:  # the model is kept, the way to it is not
-            checkpoint.delete_steps(self.directory / "checkpoints")
-
-    def _row(self, model: Transformer, ending: Ending) -> dict:
-        measured, bits = self.recall(model, self.facts), bits_of_dialogs(model, self.questions)
-        asks_unseen = self.config.evaluation.unseen_people > 0
-        save_model(model, self.directory / MODEL, self.config, self.tokenizer.name)
-        return {
-            "run_id": self.config.run_id,
-            **_configuration_columns(self.config, self.people),
-            "steps_budget": self.trainer.total_steps,
-            "n_params": self.config.model.n_params,
-            "steps": ending.steps,
-            "stopped": ending.stopped,
-            "dialogs_seen": ending.dialogs_seen,
-            "loss": ending.loss,
-            "nll_bits": float(bits.mean()),
-            **{f"nll_bits_{a}": float(bits[measured.attributes == a].mean()) for a in self.people.attributes},
-            "recall": measured.overall,
-            **{f"recall_{attribute}": share for attribute, share in measured.by_attribute().items()},
-            "n_questions": len(self.facts),
-            **(measure_generalization(model, self.config, self.tokenizer) if asks_unseen else {}),
-            "train_seconds": round(ending.seconds, 2),
-            "people_digest": self.people.digest(),
-            **({} if self.config.tokenizer == "bytes" else {"tokenizer": self.tokenizer.name}),
-            **provenance(model.device),
-            "config": self.config.canonical_json(),
-        }
-
-
-def stacked_speedup(configs: Sequence[RunConfig], device: str = "auto", steps: int = 3) -> float:
-    """How many times as fast all runs are as one stack as one after the other, by a few steps measured here and now.
-
-    One after the other they would be compiled where that pays, which counts as `COMPILED_SPEEDUP`.
+    Raises `InputError` if they cannot be read, or a file of dialogs gives less than one dialog a pass.
     """
-    device = resolve_device(device)
-    with tempfile.TemporaryDirectory() as folder:
-        cells = [_Cell(config, Path(folder) / str(i)) for i, config in enumerate(configs)]
-        for cell in cells:
-            cell.directory.mkdir()
-            cell.prepare(device, compiled=False, recorded=device.type == "cuda" and not cell.files)
-        alone = sum(
-            _seconds(Lockstep([cell.trainer]), steps)
-            / (COMPILED_SPEEDUP if _pays_to_compile(cell.config, device) else 1)
-            for cell in cells
-        )
-        return alone / _seconds(Lockstep([cell.trainer for cell in cells]), steps)
+    people = load_people(config.facts)
+    for path, share in config.training.files.items():
+        if round(people.n_facts * share / config.training.questions) == 0:
+            raise InputError(
+                f"training.files: {path} takes {share:g} of the dialogs, "
+                f"less than one in a pass over the {people.n_facts} questions: give it a larger share"
+            )
+    return people, run_tokenizer(config)
 
 
-def _seconds(lockstep: Lockstep, steps: int) -> float:
-    """Seconds of so many steps after the first ones."""
-    for _ in range(1 + WARM_UP if lockstep.recording else 1):
-        float(lockstep.step()[-1])  # waits for the device
-    return timeit.timeit(lambda: float(lockstep.step()[-1]), number=steps)
+def _dataset(
+    config: RunConfig, people: People, tokenizer: Tokenizer, questions: TokenizedDialogs, files: Mapping[str, Path]
+) -> tuple[TokenizedDialogs | ConcatDialogs, list[Source]]:
+    """Return all dialogs that are trained on: questions about the people, their biographies, and those of files."""
+    training = config.training
+    parts, shares = [questions], [training.questions]
+    if training.biographies:
+        parts.append(tokenize_people(people, "biography", tokenizer))
+        shares.append(training.biographies)
+    for path, folder in files.items():
+        parts.append(open_dialogs(folder))
+        shares.append(training.files[path])
+    sources = [Source(len(part), share) for part, share in zip(parts, shares, strict=True)]
+    return ConcatDialogs(parts) if files else join(parts), sources
+
+
+def _choose_threads(directory: Path, device: torch.device, trial: Callable[[], Trainer]) -> int:
+    """Return how many threads a run computes with: those it began with, else those that its environment asks for.
+
+    Where that asks for nothing, a new run on a CPU tries out how many are fastest, in a few steps of `trial`.
+    """
+    given = torch.get_num_threads()
+    if (directory / CLAIM).exists():
+        return read_claim(directory).threads or given
+    most = min(given, usable_cores())
+    if most == 1 or "OMP_NUM_THREADS" in os.environ or device.type != "cpu" or world_size() > 1:
+        return given
+    return fastest_threads(trial().step, most)
 
 
 def _pays_to_compile(config: RunConfig, device: torch.device) -> bool:
-    """Whether a run is long enough for what torch.compile saves to make up for the 10 to 25 seconds that it takes.
+    """Return whether a run is long enough for torch.compile to save the 10 to 25 seconds that it takes.
 
     Eager, a core does some 3e10 floating-point operations a second, so the limit is about two minutes. On a GPU steps
-    are recorded instead (`lib.training.cuda_graph`).
+    are replayed instead (`lib.training.cuda_graph`).
     """
     return device.type == "cpu" and config.flops() > 4e12 and shutil.which("g++") is not None
 
 
-def _configuration_columns(config: RunConfig, people: People) -> dict:
-    """What tables and figures group by; the whole configuration is in the column `config`."""
+def _claim(directory: Path, claim: Claim, config_here: RunConfig, people: People) -> None:
+    """Write into the folder which run it belongs to, and the run's people and tokenizer: it trusts no file outside."""
+    if not (directory / CLAIM).exists():
+        claim.write(directory)
+    own = copies(directory, claim.config)
+    if (copied := own.get(claim.config.facts.csv)) and not copied.exists():
+        write_people_csv(people, copied)
+    if (copied := own.get(claim.config.tokenizer)) and not copied.exists():
+        source = tokenizer_file(config_here.tokenizer)
+        with paths.replacing(copied) as temporary:
+            shutil.copyfile(source, temporary)
+        if load_tokenizer(str(copied)).name != claim.tokenizer:
+            copied.unlink()
+            raise InputError(f"{source} has changed while it was read: give a file that is finished")
+    write_database(people, directory / DATABASE)
+
+
+def _row(
+    model: Transformer,
+    config: RunConfig,
+    people: People,
+    tokenizer: Tokenizer,
+    tool: SqlTool | None,
+    questions: TokenizedDialogs,
+    ending: Ending,
+    steps_budget: int,
+) -> dict:
+    """Measure the model; return what tables and figures group by, and what they show."""
+    facts = list(people.facts())
+    measured, bits = measure_recall(model, facts, tokenizer, tool), bits_of_dialogs(model, questions)
     return {
+        "run_id": config.run_id,
         "mode": config.mode,
         "n_people": len(people),
         "n_facts": people.n_facts,
@@ -326,30 +230,21 @@ def _configuration_columns(config: RunConfig, people: People) -> dict:
         "lr": config.optim.lr,
         "batch_size": config.training.batch_size,
         "dtype": config.training.dtype,
+        "steps_budget": steps_budget,
+        "n_params": config.model.n_params,
+        "steps": ending.steps,
+        "stopped": ending.stopped,
+        "dialogs_seen": ending.dialogs_seen,
+        "loss": ending.loss,
+        "nll_bits": float(bits.mean()),
+        **{f"nll_bits_{a}": float(bits[measured.attributes == a].mean()) for a in people.attributes},
+        "recall": measured.overall,
+        **{f"recall_{attribute}": share for attribute, share in measured.by_attribute().items()},
+        "n_questions": len(facts),
+        **(measure_generalization(model, config, tokenizer) if config.evaluation.unseen_people else {}),
+        "train_seconds": round(ending.seconds, 2),
+        "people_digest": people.digest(),
+        **({} if config.tokenizer == "bytes" else {"tokenizer": tokenizer.name}),
+        **provenance(model.device),
+        "config": config.canonical_json(),
     }
-
-
-def _check_claim(directory: Path, identity: _Identity) -> None:
-    """Raise `InputError` unless `directory` is that run's, or free: what begins with a dot does not count."""
-    if (directory / CLAIM).exists():
-        if read_claim(directory) != identity:
-            raise InputError(
-                f"{directory} holds a run of another configuration or other people or dialogs or another tokenizer: "
-                "give another folder"
-            )
-    elif directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory} is a file: give a new folder")
-    elif directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
-        raise InputError(f"{directory} is not empty and holds no run: give a new folder")
-
-
-def read_inputs(config: RunConfig) -> tuple[People, Tokenizer]:
-    """The people and the tokenizer of a run, from the files that it names as they are now. Raises `InputError`."""
-    people = load_people(config.facts)
-    for path, share in config.training.files.items():
-        if round(people.n_facts * share / config.training.questions) == 0:
-            raise InputError(
-                f"training.files: {path} takes {share:g} of the dialogs, "
-                f"less than one in a pass over the {people.n_facts} questions: give it a larger share"
-            )
-    return people, run_tokenizer(config)

@@ -1,13 +1,15 @@
-"""A run's folder opened again: its people, tokenizer and model, to ask and to talk to."""
+"""A run's folder: claimed for one configuration, locked while it trains, and opened again to ask and to talk to."""
 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+
+from filelock import FileLock
 
 from lib.agent.generation import chat
 from lib.agent.tools import EditableTool, SqlTool
@@ -18,54 +20,110 @@ from lib.dialogs.tokenizers import Tokenizer, load_tokenizer
 from lib.facts.people import People
 from lib.facts.sampling import load_people, unseen_people
 from lib.model.transformer import Transformer
-from lib.paths import CLAIM, DATABASE, MODEL, PEOPLE, ROW, TOKENIZER
+from lib.paths import CLAIM, DATABASE, MODEL, PEOPLE, ROW, TOKENIZER, write_json
 from lib.training import checkpoint
 from lib.training.devices import resolve_device
 
-#: Configuration, digest of the people, tokens of the files by path, name of the tokenizer.
-_Identity = tuple[RunConfig, str, dict[str, str], str]
+# Claims ---------------------------------------------------------------------------------------------------------------
 
 
-def read_claim(directory: Path) -> _Identity:
-    """What a run's folder was claimed with."""
+@dataclass(frozen=True)
+class Claim:
+    """What tells a run from any other, files by what they hold; and the number of threads that it computes with."""
+
+    config: RunConfig
+    people_digest: str
+    files: dict[str, str] = field(default_factory=dict)  # folders with the tokens of files of dialogs, by their paths
+    tokenizer: str = "bytes"
+    threads: int | None = field(default=None, compare=False)  # None in claims of earlier versions
+
+    def write(self, directory: Path) -> None:
+        """Write it into the folder of the run."""
+        write_json(directory / CLAIM, {**vars(self), "config": self.config.model_dump(mode="json")})
+
+
+def read_claim(directory: Path) -> Claim:
+    """Return the claim in a run's folder; an `InputError` if there is none."""
     try:
         claim = json.loads((directory / CLAIM).read_text())
-        config = RunConfig.parse(claim["config"])
-        return config, claim["people_digest"], claim.get("files", {}), claim.get("tokenizer", "bytes")
+        return Claim(**{**claim, "config": RunConfig.parse(claim["config"])})
     except (OSError, ValueError, KeyError, TypeError):  # `InputError` among them: fields of another version
         raise InputError(f"{directory} is not the folder of a run ({CLAIM} is missing or not readable)") from None
 
 
-def _located(config: RunConfig, inputs: Mapping[str, str]) -> RunConfig:
-    """`config` with its people and tokens where they lie now, by the paths that it names them by."""
+def check_claim(directory: Path, claim: Claim) -> None:
+    """Raise `InputError` unless `directory` is that run's, or free: what begins with a dot does not count."""
+    if (directory / CLAIM).exists():
+        if read_claim(directory) != claim:
+            raise InputError(
+                f"{directory} holds a run of another configuration or other people or dialogs or another tokenizer: "
+                "give another folder"
+            )
+    elif directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file: give a new folder")
+    elif directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
+        raise InputError(f"{directory} is not empty and holds no run: give a new folder")
+
+
+@contextmanager
+def locked(directory: Path, claim: Claim) -> Iterator[None]:
+    """Make a run's folder and keep other processes from it; they wait. If it is not claimed within, it goes again.
+
+    Raises `InputError` if it cannot be made, or as `check_claim` does.
+    """
+    new = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {directory}: {error.strerror}") from None
+    with FileLock(directory / ".lock"):
+        try:
+            check_claim(directory, claim)
+            yield
+        finally:
+            if not (directory / CLAIM).exists():  # the run was refused
+                (directory / ".lock").unlink(missing_ok=True)
+                with suppress(OSError):  # somebody keeps something in one
+                    for folder in new:
+                        folder.rmdir()
+
+
+# Files that a configuration names ------------------------------------------------------------------------------------
+
+
+def located(config: RunConfig, inputs: Mapping[str, str]) -> RunConfig:
+    """Return `config` with the present paths of people and tokenizer, by the paths that it names."""
     facts = config.facts.model_copy(update={"csv": inputs.get(config.facts.csv, config.facts.csv)})
     return config.model_copy(update={"facts": facts, "tokenizer": inputs.get(config.tokenizer, config.tokenizer)})
 
 
-def _own_paths(directory: Path, config: RunConfig) -> dict[str, Path]:
-    """Where a run's folder has its copies of people and tokens, by the paths that the configuration names."""
-    own = {}
+def copies(directory: Path, config: RunConfig) -> dict[str, Path]:
+    """Return where a run's folder has its copies of people and tokenizer, by the paths that the configuration names."""
+    found = {}
     if config.facts.csv is not None:
-        own[config.facts.csv] = directory / PEOPLE
+        found[config.facts.csv] = directory / PEOPLE
     if config.tokenizer != "bytes":
         kind = ".tiktoken" if config.tokenizer.endswith(".tiktoken") else ".json"
-        own[config.tokenizer] = directory / f"{TOKENIZER}{kind}"
-    return own
+        found[config.tokenizer] = directory / f"{TOKENIZER}{kind}"
+    return found
 
 
 def own_files(folder: Path, config: RunConfig) -> RunConfig:
-    """`config` with the copies that a run's folder, or that of its model, has in place of the files that it names."""
-    own = _own_paths(_run_folder(folder), config)
-    return _located(config, {path: str(copy) for path, copy in own.items() if copy.exists()})
+    """Return `config` with a run's own copies, if there are any, in place of the files that it names.
+
+    folder: of the run, or of its model.
+    """
+    own = copies(_run_folder(folder), config)
+    return located(config, {path: str(copy) for path, copy in own.items() if copy.exists()})
 
 
 def _run_folder(folder: Path) -> Path:
-    """The folder of the run whose folder, or whose model's folder, that is."""
+    """Return the folder of the run whose folder, or whose model's folder, that is."""
     return folder.parent if folder.name == MODEL and (folder.parent / CLAIM).exists() else folder
 
 
 def read_people(folder: Path, config: RunConfig) -> People:
-    """Whom the model in a run's folder was trained on, whatever has become of the file that they came from.
+    """Return the people that the model in a run's folder was trained on, from the run's copy of their file, if any.
 
     Raises `InputError` if that cannot be told: the folder has no copy, and the file is gone or holds others.
     """
@@ -82,13 +140,30 @@ def read_people(folder: Path, config: RunConfig) -> People:
     )
 
 
+def run_tokenizer(config: RunConfig) -> Tokenizer:
+    """Return the tokenizer of a run; an `InputError` if its model has not as many tokens as the file."""
+    tokenizer, vocab_size = load_tokenizer(config.tokenizer), config.model.vocab_size
+    if config.tokenizer != "bytes" and vocab_size != tokenizer.vocab_size:
+        raise InputError(
+            f"model.vocab_size = {vocab_size}, but {config.tokenizer} has {tokenizer.vocab_size} tokens, the four "
+            f"special ones included: set model.vocab_size to {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
 def save_model(model: Transformer, folder: Path, config: RunConfig, tokenizer: str = "bytes") -> None:
     """Write the weights alone, with the configuration that made them and the name of its tokenizer."""
     checkpoint.save(folder, model.state_dict(), {"config": config.model_dump(mode="json"), "tokenizer": tokenizer})
 
 
 def load_model(folder: Path, device: str = "auto") -> tuple[Transformer, RunConfig]:
-    """The model of a run's folder, or of a folder that `save_model` wrote, ready to be asked."""
+    """Return the model of a run's folder, or of a folder that `save_model` wrote, ready to be asked.
+
+    Raises `InputError` if the weights are missing or damaged, or the tokenizer is not the one they were trained with.
+    """
     home = folder = Path(folder)
     if (folder / MODEL).is_dir():
         folder = folder / MODEL
@@ -105,20 +180,12 @@ def load_model(folder: Path, device: str = "auto") -> tuple[Transformer, RunConf
     return model.to(device).eval(), config
 
 
-def run_tokenizer(config: RunConfig) -> Tokenizer:
-    """The tokenizer of a run; an `InputError` if its model has not as many tokens as the file."""
-    tokenizer, vocab_size = load_tokenizer(config.tokenizer), config.model.vocab_size
-    if config.tokenizer != "bytes" and vocab_size != tokenizer.vocab_size:
-        raise InputError(
-            f"model.vocab_size = {vocab_size}, but {config.tokenizer} has {tokenizer.vocab_size} tokens, the four "
-            f"special ones included: set model.vocab_size to {tokenizer.vocab_size}"
-        )
-    return tokenizer
+# Conversations --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What `open_conversation` opens."""
+    """A run's model with its tokenizer and tool, see `open_conversation`."""
 
     folder: Path
     model: Transformer
@@ -129,26 +196,26 @@ class Conversation:
 
     @cached_property
     def people(self) -> People:
-        """Whom the model was trained on. Raises `InputError` as `read_people` does."""
+        """The people that the model was trained on. Raises `InputError` as `read_people` does."""
         return read_people(self.folder, self.config)
 
     @property
     def example(self) -> str:
-        """A question about someone whom the model was trained on."""
+        """A question about someone that the model was trained on."""
         name, attribute, _ = next(self.people.facts())
         return question(name, attribute)
 
-    def strangers(self, n: int = 3) -> People:
-        """People of wholly new names, on neither of which a model is trained; nobody if this one learned a file."""
+    def unseen(self, n: int = 3) -> People:
+        """Return people whose first and last names are in no training data; nobody if the run read its people."""
         facts = self.config.facts
         return unseen_people(facts, n)["new_both"] if facts.csv is None else People([], {})
 
     def ask(self, text: str, **options) -> Iterator[tuple[Role, str]]:
-        """The answer, streamed as `generation.chat` does; `options` are those of `generation.stream`."""
+        """Stream the answer as `generation.chat` does; `options` are those of `generation.stream`."""
         return chat(self.model, text, self.tokenizer, self.tool, **options)
 
     def turns(self, text: str, **options) -> list[Turn]:
-        """The question and what follows it, turn by turn; `options` as for `ask`."""
+        """Return the question and what follows it, turn by turn; `options` as for `ask`."""
         answer = groupby(self.ask(text, **options), key=itemgetter(0))
         return [Turn(Role.USER, text), *(Turn(role, "".join(piece for _, piece in said)) for role, said in answer)]
 

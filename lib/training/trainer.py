@@ -1,13 +1,12 @@
-"""The training loop, for one run or for several of the same shape in lock-step."""
+"""The training loop of one run: batches, steps, metrics, evaluations and checkpoints."""
 
 import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,11 +18,12 @@ from lib.dialogs.files import ConcatDialogs, ReadAhead
 from lib.dialogs.tokens import TokenizedDialogs, send
 from lib.model.transformer import Transformer
 from lib.training import checkpoint
-from lib.training.cuda_graph import Recording
-from lib.training.distributed import ALONE, Preempted, Ranks
-from lib.training.gradients import IGNORED, Batch, Gradients, Sums
-from lib.training.monitor import Monitor, SilentMonitor
-from lib.training.optim import build_optimizers, clip_gradients, schedule_factor, set_learning_rate, step_all
+from lib.training.cuda_graph import CudaGraph
+from lib.training.devices import peak_flops
+from lib.training.distributed import ALONE, Preempted, Ranks, no_sync
+from lib.training.loss import IGNORED, Batch, Sums, batch_loss, compiled_batch_loss
+from lib.training.monitor import Monitor, SilentMonitor, Throughput
+from lib.training.optim import build_optimizers, clip_gradients, schedule_factor, set_learning_rate
 
 #: Steps between two lines of metrics.
 LOG_EVERY = 50
@@ -43,12 +43,12 @@ class Ending:
 class Trainer:
     """Trains a model on a dataset; killed at any moment and started again, it ends with the same weights, bit for bit.
 
-    Trained alone, on the same kind of device, with the same versions and number of threads, that is: sums in another
-    order round differently, and on GPUs some kernels choose their order as they run.
+    That holds on the same kind of device, with the same versions and number of threads: sums in another order round
+    differently, and on GPUs some kernels choose their order as they run.
 
-    What a step does depends on the configuration and the step alone (`Batches`, the schedule) and on what a checkpoint
-    holds: weights, optimizer state, random state, and the counters below. A step never waits for an accelerator: the
-    data lies on it, or is read ahead, and what the host must know of a batch, its lengths, the host keeps.
+    A step depends on the configuration and the step's number (`Batches`, the schedule) and on what a checkpoint holds:
+    weights, optimizer state, random state, and the counters below. A step never waits for an accelerator: the data
+    lies on it, or is read ahead, and the host keeps the lengths of all dialogs.
     """
 
     def __init__(
@@ -61,70 +61,148 @@ class Trainer:
         compiled: bool = False,
         sources: Sequence[Source] = (),
         ranks: Ranks = ALONE,
-        recorded: bool = False,
+        cuda_graph: bool = False,
     ):
         """`evaluate` returns a recall in [0, 1]; `directory` receives checkpoints and metrics; `sources`
         are those of `Batches`. `ranks` train the model together; the first of them evaluates and writes.
 
         `compiled` has torch.compile fuse a step's elementwise work: seconds at the start (see `lib.training.run`).
-        `recorded` pads all batches to one shape and keeps the rates beside the weights, so that a GPU can replay a step
-        from a recording (`lib.training.cuda_graph`): of a single rank that does not compile, else it is a ValueError.
+        `cuda_graph` pads all batches to one shape and keeps the rates beside the weights, so that a GPU can replay a
+        step (`lib.training.cuda_graph`): of a single rank that does not compile, else it is a ValueError.
         """
-        if recorded and (compiled or ranks.size > 1):
-            raise ValueError("steps are recorded of a single rank, and of a model that is not compiled")
-        self.model, self.config, self.directory, self.evaluate = model, config, directory, evaluate
-        self.ranks, self.recorded = ranks, recorded
-        self.gradients = Gradients([model], config.training.dtype == "bfloat16", compiled, ranks, config.training.gamma)
+        if cuda_graph and (compiled or ranks.size > 1):
+            raise ValueError("a CUDA graph is of a single rank, and of a model that is not compiled")
+        self.model, self.config, self.directory, self.evaluate, self.ranks = model, config, directory, evaluate, ranks
+        self.module = ranks.wrap(model)
+        self.optimizers = build_optimizers(model, config.optim, rates_on_device=cuda_graph)
         self.data = data.to(model.device)
         self.lengths, self.first_trained = data.lengths().cpu(), data.first_trained()
         self.n_trained = data.trained_counts()
-        self.optimizers = build_optimizers(model, config.optim, rates_on_device=recorded)
         training = config.training
         self.batches = Batches(self.lengths, training.batch_size, config.seed, sources, training.length_pool)
         # A thread costs more than it saves where nothing has to be read.
         self._ahead = ReadAhead(self._make_batch) if isinstance(data, ConcatDialogs) else None
-        self.total_steps = config.training.total_steps(self.batches.n_dialogs)
-        smallest, self.n_parts = self.batches.n_dialogs // self.batches.per_epoch, config.training.grad_accumulation
-        if smallest < self.n_parts * ranks.data_size:
+        self.total_steps = training.total_steps(self.batches.n_dialogs)
+        smallest, n_parts = self.batches.n_dialogs // self.batches.per_epoch, training.grad_accumulation
+        if smallest < n_parts * ranks.data_size:
             each = f" on {ranks.data_size} processes" if ranks.data_size > 1 else ""
             raise InputError(
-                f"training.grad_accumulation = {self.n_parts}{each}, but there are batches of {smallest} dialogs only"
+                f"training.grad_accumulation = {n_parts}{each}, but there are batches of {smallest} dialogs only"
             )
-        self._shape = self._largest_shape() if recorded else None
         self.counters = {"step": 0, "dialogs_seen": 0, "seconds": 0.0, "reached": 0, "hopeless": False}
-        self.losses: list[torch.Tensor] = []
+        self.losses: list[torch.Tensor] = []  # of the last steps, in this rank: they add up over data ranks
+        self.throughput = Throughput(peak_flops(model.device, training.dtype), ranks.size)
         self._saving: Future | None = None
-        #: The rotary table that the steps of a recording read: an evaluation may make the model's anew.
-        self._table: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.record_anew()
+        self.cuda_graph, self._shape = None, None
+        if cuda_graph:  # the shape that all parts of all batches fit into
+            n_rows = math.ceil(math.ceil(self.batches.n_dialogs / self.batches.per_epoch) / n_parts)
+            self.cuda_graph, self._shape = CudaGraph(), (n_rows, *self._span(torch.arange(len(self.lengths))))
+        self._batch_loss = batch_loss
+        if compiled:
+            self.model.rotary(1, torch.float32)  # a table built while compiling ties the code to one length
+            with self._autocast():
+                self._batch_loss = compiled_batch_loss(self.module, self._make_batch(0)[0][0], training.gamma)
 
-    def train(self, description: str | None = None, observers: Observers = UNOBSERVED) -> Ending:
-        """Train from the latest checkpoint in `directory`, or from the start, to the end."""
-        return train_together([self], description, observers)[0]
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        description: str | None = None,
+        observers: Observers = UNOBSERVED,
+        asked: threading.Event | None = None,
+    ) -> Ending:
+        """Train from the latest checkpoint in `directory`, or from the start, to the end.
+
+        After the step in which `asked` is set everything is saved and `Preempted` raised. Raises `WorkError` if
+        training diverges or a checkpoint cannot be written.
+        """
+        self.resume()
+        counters, is_first = self.counters, self.ranks.is_first
+        args = self.directory, self.total_steps, counters["step"], description, observers
+        with Monitor(*args) if is_first else SilentMonitor() as monitor:
+            try:
+                now = time.monotonic()
+                self.throughput.restart()
+                while self.stopped is None:
+                    with monitor.watching(self.model):
+                        self.step()
+                    self.report(monitor)
+                    before, now = now, time.monotonic()
+                    counters["seconds"] += now - before
+                    leaving = self.ranks.any(asked is not None and asked.is_set())
+                    if self.checkpoint_is_due or self.stopped or leaving:
+                        self.save()
+                    if leaving:
+                        raise Preempted("asked to leave: the same command goes on from here")
+            finally:
+                self.finish_saving()
+        return Ending(counters["step"], self.loss(), counters["dialogs_seen"], counters["seconds"], self.stopped)
 
     def step(self) -> None:
-        """One update of the weights."""
-        Lockstep([self]).step()
+        """Update the weights once, on the next batch: forward, loss, backward, clip, step."""
+        training, clip_norm = self.config.training, self.config.optim.clip_norm
+        factor = schedule_factor(self.config.optim, self.counters["step"], self.total_steps)
+        set_learning_rate(self.optimizers, factor)
+        parts, n_trained = self.next_batch()
+        inputs = [send(torch.tensor(n_trained), self.model.device)]
+        inputs += [tensor for part in parts for tensor in (part.tokens, part.targets)]
+        if self.cuda_graph and self.cuda_graph.is_captured:
+            self.cuda_graph.replay(inputs)  # the block below, without Python
+        else:
+            with self.cuda_graph.capture(inputs) if self.cuda_graph else nullcontext(inputs) as (count, *tensors):
+                sums = []
+                for i, (tokens, targets) in enumerate(zip(tensors[::2], tensors[1::2], strict=True)):
+                    is_last = i == len(parts) - 1
+                    with nullcontext() if is_last else no_sync(self.module):  # ranks exchange gradients once a step
+                        with self._autocast():
+                            part = Batch(tokens, targets, parts[i].first)
+                            totals = self._batch_loss(self.module, part, training.gamma)
+                        means = Sums(*(total / count for total in totals))
+                        (self.ranks.data_size * means.weighted).backward()  # ranks take the mean of their gradients
+                    sums.append([mean.detach() for mean in means])
+                mean = Sums(*map(sum, zip(*sums, strict=True)))
+                if training.gamma:  # the weights of the targets are to add up to one
+                    gradients = [parameter.grad for parameter in self.model.parameters()]
+                    torch._foreach_mul_(gradients, 1 / self.ranks.sum(mean.weight))
+                if clip_norm is not None:
+                    clip_gradients(self.model.parameters(), clip_norm)
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                self._loss = mean.cross_entropy
+                # An evaluation may make the model's rotary table anew; a replay reads this one.
+                self._rotary = self.model.rotary(1, self.model.embedding.weight.dtype)
+        self.losses = [*self.losses[1 - LOG_EVERY :], self._loss.clone()]  # a replay writes over it
+        self._count(n_trained)
 
-    def record_anew(self) -> None:
-        """Forget what was recorded of steps: weights, optimizer state or rates have other memory now."""
-        self.recording = Recording() if self.recorded else None
+    def _autocast(self) -> torch.autocast:
+        bfloat16 = self.config.training.dtype == "bfloat16"
+        return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=bfloat16)
+
+    def _count(self, n_trained: int) -> None:
+        """Count a step, and the arithmetic that the model needs for its dialogs without padding (forward times 3)."""
+        rows = self.batches[self.counters["step"]]
+        n = len(rows)
+        length, n_logits = round(int(self.lengths[rows].sum()) / n) - 1, round(n_trained / n)
+        self.throughput.count(n_trained, 3 * n * self.config.model.forward_flops(length, n_logits))
+        self.counters["dialogs_seen"] += n
+        self.counters["step"] += 1
+
+    # Batches ----------------------------------------------------------------------------------------------------------
 
     def next_batch(self) -> tuple[list[Batch], int]:
-        """This rank's parts of the step's batch, and how many tokens are trained in all parts of all ranks."""
+        """Return this rank's parts of the step's batch, and how many tokens all parts of all ranks train."""
         return (self._ahead or self._make_batch)(self.counters["step"])
 
     def _make_batch(self, step: int) -> tuple[list[Batch], int]:
         rows = self.batches[step]
-        parts = [
-            # Every so many rows: they come sorted by length, and no rank should get all the long ones.
-            part[self.ranks.data_rank :: self.ranks.data_size]
-            for part in rows.tensor_split(self.n_parts)
-        ]
-        return [self._part(part) for part in parts], int(self.n_trained[rows].sum())
+        # Every so many rows: they come sorted by length, and no rank should get all the long ones.
+        share = slice(self.ranks.data_rank, None, self.ranks.data_size)
+        parts = rows.tensor_split(self.config.training.grad_accumulation)
+        return [self._part(part[share]) for part in parts], int(self.n_trained[rows].sum())
 
     def _part(self, rows: torch.Tensor) -> Batch:
-        n_rows, length, first = self._shape or self._shape_of(rows)
+        n_rows, length, first = self._shape or (len(rows), *self._span(rows))
         padding = n_rows - len(rows)
         if padding:
             rows = torch.cat([rows, rows[:1].expand(padding)])
@@ -134,49 +212,24 @@ class Trainer:
             targets[-padding:] = IGNORED
         return Batch(tokens[:, :-1], targets[:, first + 1 :], first)
 
-    def _shape_of(self, rows: torch.Tensor) -> tuple[int, int, int]:
-        """Of a batch: how many rows, how long, and the position before the first that is trained."""
-        return len(rows), int(self.lengths[rows].max()), int(self.first_trained[rows].min()) - 1
+    def _span(self, rows: torch.Tensor) -> tuple[int, int]:
+        """Return the length of the longest of these dialogs, and the position before the first that is trained."""
+        return int(self.lengths[rows].max()), int(self.first_trained[rows].min()) - 1
 
-    def _largest_shape(self) -> tuple[int, int, int]:
-        """The shape that all parts of all batches fit into."""
-        n_rows = math.ceil(math.ceil(self.batches.n_dialogs / self.batches.per_epoch) / self.n_parts)
-        _, length, first = self._shape_of(torch.arange(len(self.lengths)))
-        return n_rows, length, first
+    # Metrics and the end ----------------------------------------------------------------------------------------------
 
-    def set_rate(self) -> None:
-        """Set this step's learning rate."""
-        factor = schedule_factor(self.config.optim, self.counters["step"], self.total_steps)
-        set_learning_rate(self.optimizers, factor)
-
-    def prepare_update(self, weight: torch.Tensor) -> None:
-        """Scale and clip the gradients, and keep what a recording of this step goes on reading.
-
-        weight: the mean weight of the targets, of all parts of this rank's batch; the weights are to add up to one.
-        """
-        if self.config.training.gamma:
-            gradients = [parameter.grad for parameter in self.model.parameters()]
-            torch._foreach_mul_(gradients, 1 / self.ranks.sum(weight))
-        self._table = self.model.rotary(1, self.model.embedding.weight.dtype)
-        if self.config.optim.clip_norm is not None:
-            clip_gradients(self.model.parameters(), self.config.optim.clip_norm)
-
-    def count_step(self, loss: torch.Tensor) -> None:
-        """Record that the weights were updated."""
-        self.losses = [*self.losses[1 - LOG_EVERY :], loss]
-        self.counters["dialogs_seen"] += len(self.batches[self.counters["step"]])
-        self.counters["step"] += 1
-
-    def report(self, monitor: Monitor) -> None:
-        """After a step: what is due of metrics and evaluation."""
+    def report(self, monitor: Monitor | SilentMonitor) -> None:
+        """Log the metrics and evaluate, where the step that was just done is one of those."""
         step, counters, evaluation = self.counters["step"], self.counters, self.config.evaluation
         monitor.advance()
         if step % LOG_EVERY == 0 or step == self.total_steps:
             self.check_losses()
-            monitor.log(step, loss=self.loss())
+            monitor.log(step, loss=self.loss(), **self.throughput.read())
         if self.evaluate and evaluation.every and step % evaluation.every == 0:
-            model = self.ranks.whole(self.model)
-            recall = self.ranks.first_does(lambda: self.evaluate(model))
+            self.losses[-1].item()  # waits for the device, as an evaluation would, whose time is left out
+            with self.throughput.paused():
+                model = self.ranks.full_model(self.model)
+                recall = self.ranks.first_does(lambda: self.evaluate(model))
             monitor.log(step, recall=recall)
             reached = recall >= (evaluation.stop_at_recall or float("inf"))
             counters["reached"] = counters["reached"] + 1 if reached else 0
@@ -197,7 +250,7 @@ class Trainer:
         return "hopeless" if self.counters["hopeless"] else None
 
     def loss(self) -> float:
-        """Mean loss of the last steps, in nats per trained token; every rank has to ask."""
+        """Return the mean loss of the last steps, in nats per trained token; every rank has to ask."""
         return float(self._all_losses().mean()) if self.losses else float("nan")
 
     def check_losses(self) -> None:
@@ -207,22 +260,20 @@ class Trainer:
             step = self.counters["step"] - len(finite) + finite.index(False) + 1
             raise diverged(f"the loss of step {step} is not finite")
 
-    def _check(self) -> None:
-        """Raise `WorkError` if training has diverged: a checkpoint of that must not take the place of a good one."""
-        self.check_losses()
-        if self.ranks.any(not are_finite(self.model.parameters())):
-            raise diverged(f"the weights are not finite after step {self.counters['step']}")
-
     def _all_losses(self) -> torch.Tensor:
         return self.ranks.sum(torch.stack(self.losses))
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Begin to write a checkpoint of everything that the next step depends on; `finish_saving` waits for it.
 
-        Raises `WorkError` in place of a checkpoint if training has diverged.
+        Raises `WorkError` if training has diverged: that must not take the place of a good checkpoint.
         """
         self.finish_saving()
-        self._check()
+        self.check_losses()
+        if self.ranks.any(not are_finite(self.model.parameters())):
+            raise diverged(f"the weights are not finite after step {self.counters['step']}")
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for i, optimizer in enumerate(self.optimizers):
             for parameter, slots in optimizer.state_dict()["state"].items():
@@ -247,7 +298,7 @@ class Trainer:
         folder = self.ranks.first_does(lambda: checkpoint.latest(self.directory / "checkpoints"))
         if folder is None:
             return
-        tensors, state = checkpoint.load(folder, self._empty_like, self.ranks, verify=False)
+        tensors, state = checkpoint.load(folder, self._empty_like, self.ranks)
         self.model.load_state_dict(below("model.", tensors))
         for i, optimizer in enumerate(self.optimizers):
             slots: dict[int, dict[str, torch.Tensor]] = {}
@@ -261,10 +312,11 @@ class Trainer:
         if self.model.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.model.device)
         self.counters |= state["counters"]
-        self.record_anew()
+        if self.cuda_graph:
+            self.cuda_graph = CudaGraph()  # optimizer state and rates have other memory now
 
     def _empty_like(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """What a tensor of a checkpoint is read into: like the weight that it is or belongs to, if it has its shape."""
+        """Return what a tensor of a checkpoint is read into, laid out over the ranks as the weight it belongs to."""
         weight = None
         if name.startswith("model."):
             weight = self.model.get_parameter(name.removeprefix("model."))
@@ -277,114 +329,17 @@ class Trainer:
         return torch.empty(shape, dtype=dtype)
 
 
-def train_together(
-    trainers: Sequence[Trainer],
-    description: str | None = None,
-    observers: Observers = UNOBSERVED,
-    asked: threading.Event | None = None,
-) -> list[Ending]:
-    """Train several runs to their ends, one step of each at a time. Each ends as it would alone, to rounding.
-
-    All models of a call have one shape, and their runs one dtype, loss and number of gradient parts (`stack_key`, else
-    a ValueError). Data, seeds, batches, rates and numbers of steps may differ; a run that ends leaves the others. After
-    the step in which `asked` is set, or with the last one, everything is saved and `Preempted` raised.
-    """
-    if len({stack_key(trainer.config) for trainer in trainers}) > 1:
-        raise ValueError("runs that train together need the same model, dtype, loss and grad_accumulation")
-    with ExitStack() as stack:
-        monitors = {}
-        for trainer in trainers:
-            trainer.resume()
-            monitors[trainer] = stack.enter_context(
-                Monitor(trainer.directory, trainer.total_steps, trainer.counters["step"], description, observers)
-                if trainer.ranks.is_first
-                else SilentMonitor()
-            )
-            stack.callback(trainer.finish_saving)
-        lockstep, now = None, time.monotonic()
-        while active := [trainer for trainer in trainers if trainer.stopped is None]:
-            if lockstep is None or len(lockstep.trainers) != len(active):
-                lockstep = Lockstep(active)
-            with monitors[active[0]].watching(active[0].model):  # the only one, if its activations are probed
-                lockstep.step()
-            for trainer in active:
-                trainer.report(monitors[trainer])
-            before, now = now, time.monotonic()
-            for trainer in active:
-                trainer.counters["seconds"] += (now - before) / len(active)
-            leaving = trainers[0].ranks.any(asked is not None and asked.is_set())
-            for trainer in active:
-                if trainer.checkpoint_is_due or trainer.stopped or leaving:
-                    trainer.save()
-            if leaving:
-                raise Preempted("asked to leave: the same command goes on from here")
-    return [
-        Ending(t.counters["step"], t.loss(), t.counters["dialogs_seen"], t.counters["seconds"], t.stopped)
-        for t in trainers
-    ]
-
-
 def are_finite(weights: Iterable[torch.Tensor]) -> bool:
-    """Whether all elements of all tensors are finite, as far as they lie on this rank; waits for the device."""
+    """Return whether all elements of all tensors are finite, as far as they lie on this rank; waits for the device."""
     here = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in weights]
     return bool(torch.stack([tensor.detach().isfinite().all() for tensor in here]).all())
 
 
 def diverged(how: str) -> WorkError:
-    """The end of a training that has diverged."""
+    """Return the error that ends a training that has diverged."""
     return WorkError(f"training diverged, {how}: lower the learning rate (the last good checkpoint is kept)")
 
 
-def stack_key(config: RunConfig) -> tuple:
-    """What runs that train together have in common."""
-    return config.model, config.training.dtype, config.training.grad_accumulation, config.training.gamma
-
-
-class Lockstep:
-    """Updates the models of some trainers, one step of each at a time. Several become one stack, till the next does."""
-
-    def __init__(self, trainers: Sequence[Trainer]):
-        self.trainers = list(trainers)
-        if len(self.trainers) == 1:
-            self.gradients, self.recording = self.trainers[0].gradients, self.trainers[0].recording
-        else:
-            bfloat16 = self.trainers[0].config.training.dtype == "bfloat16"
-            gamma = self.trainers[0].config.training.gamma
-            self.gradients = Gradients([trainer.model for trainer in self.trainers], bfloat16, gamma=gamma)
-            for trainer in self.trainers:
-                trainer.record_anew()
-            self.recording = Recording() if all(trainer.recorded for trainer in self.trainers) else None
-
-    def step(self) -> Sequence[torch.Tensor]:
-        """One update of the weights of every model; returns their losses (scalars)."""
-        parts, n_trained = zip(*(trainer.next_batch() for trainer in self.trainers), strict=True)
-        for trainer in self.trainers:
-            trainer.set_rate()
-        counts = send(torch.tensor(n_trained), self.trainers[0].model.device)
-        inputs = [counts, *(t for of_trainer in parts for batch in of_trainer for t in (batch.tokens, batch.targets))]
-        firsts = [[batch.first for batch in of_trainer] for of_trainer in parts]  # of one shape: always the same
-        update = partial(self._update, firsts)
-        losses = self.recording(update, inputs) if self.recording else update(inputs)
-        for trainer, loss in zip(self.trainers, losses, strict=True):
-            trainer.count_step(loss)
-        return losses
-
-    def _update(self, firsts: list[list[int]], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What the device does in a step: the losses' gradients, part by part of the batches, and the update."""
-        counts, tensors = inputs[0], iter(inputs[1:])
-        parts = [[Batch(next(tensors), next(tensors), first) for first in of_trainer] for of_trainer in firsts]
-        n_parts = len(parts[0])
-        sums = [
-            self.gradients.accumulate(batches, counts, last=i == n_parts)
-            for i, batches in enumerate(zip(*parts, strict=True), start=1)
-        ]
-        means = [Sums(*map(sum, zip(*of_parts, strict=True))) for of_parts in zip(*sums, strict=True)]
-        for trainer, mean in zip(self.trainers, means, strict=True):
-            trainer.prepare_update(mean.weight)
-        step_all([optimizer for trainer in self.trainers for optimizer in trainer.optimizers])
-        return [mean.cross_entropy for mean in means]
-
-
 def below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors whose names start with `prefix`, without it."""
+    """Return the tensors whose names start with `prefix`, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

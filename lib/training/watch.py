@@ -1,4 +1,4 @@
-"""Recall along the way, measured by a job of its own from the checkpoints that a training job writes meanwhile."""
+"""Recall during training, measured beside it from the checkpoints that it writes."""
 
 import json
 import time
@@ -35,7 +35,7 @@ def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = Fa
     `InputError` if the folder holds no run, or as `read_people` does.
     """
     directory, device = Path(directory), resolve_device(device)
-    config = read_claim(directory)[0]
+    config = read_claim(directory).config
     people = read_people(directory, config)
     with (
         FileLock(directory / ".evaluations.lock"),  # a second process waits and finds everything measured
@@ -53,7 +53,7 @@ def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = Fa
 
 
 def _not_yet(directory: Path, config: RunConfig, measured: Collection[int]) -> Iterator[tuple[int, Transformer]]:
-    """The models of a run after the steps that are not among those measured."""
+    """Yield the models of a run, and their steps, that are not measured yet."""
     for folder in checkpoint.steps(directory / "checkpoints"):
         step = checkpoint.step_of(folder)
         if step in measured:

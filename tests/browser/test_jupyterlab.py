@@ -227,7 +227,7 @@ def talk_to_both(lab) -> None:
         return [texts(cell) for cell in asked()[-1].find_elements(By.XPATH, "./div")]
 
     with open_conversation(paths.CHECKPOINTS / "in-tool", device="cpu") as talk:
-        new_people = talk.strangers()
+        new_people = talk.unseen()
     name, place = new_people.names[1], new_people.columns["birth_place"][1]
     other = next(country for country in VALUES["birth_place"] if country != place)
     told(1)

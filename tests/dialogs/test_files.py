@@ -570,7 +570,7 @@ def test_a_run_goes_on_from_files_where_it_was_and_from_changed_ones_not_at_all(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("lib.training.saved.save_model", die)
+        patch.setattr("lib.training.run.save_model", die)
         with pytest.raises(KeyboardInterrupt):
             run(config, tmp_path / "run")
     before = files[0].read_bytes()

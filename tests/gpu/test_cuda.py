@@ -1,8 +1,8 @@
-"""Training on a GPU, where steps are recorded and replayed, against the same steps as they are, and against a CPU."""
+"""Training on a GPU, where steps are replayed from a CUDA graph, against eager steps and against a CPU."""
 
 import pytest
 import torch
-from test_capture import STEPS, VARIANTS, make_trainer
+from test_cuda_graph import STEPS, VARIANTS, make_trainer
 
 from lib.agent.tools import SqlTool
 from lib.config import RunConfig
@@ -13,10 +13,11 @@ from lib.experiments.sweep import sweep
 from lib.facts.sampling import load_people
 from lib.model.transformer import Transformer
 from lib.paths import DATABASE
-from lib.training.cuda_graph import WARM_UP, Recording
-from lib.training.run import run, stacked_speedup
+from lib.training.cuda_graph import WARM_UP, CudaGraph
+from lib.training.monitor import read_metrics
+from lib.training.run import run
 from lib.training.saved import load_model
-from lib.training.trainer import Trainer, train_together
+from lib.training.trainer import Trainer
 
 
 def _losses(trainer: Trainer, steps: int = STEPS) -> list[float]:
@@ -28,29 +29,18 @@ def _losses(trainer: Trainer, steps: int = STEPS) -> list[float]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_recorded_steps_have_the_losses_of_steps_as_they_are_and_of_a_cpu(variant, tmp_path):
-    ways = {"cpu": ("cpu", False), "as it is": ("cuda", False), "recorded": ("cuda", True)}
+def test_replayed_steps_have_the_losses_of_eager_ones_and_of_a_cpu(variant, tmp_path):
+    ways = {"cpu": ("cpu", False), "eager": ("cuda", False), "replayed": ("cuda", True)}
     losses = {
-        way: _losses(make_trainer(variant, tmp_path / way, recorded, device))
-        for way, (device, recorded) in ways.items()
+        way: _losses(make_trainer(variant, tmp_path / way, cuda_graph, device))
+        for way, (device, cuda_graph) in ways.items()
     }
     assert losses["cpu"][0] - losses["cpu"][-1] > 0.2
-    assert losses["recorded"] == pytest.approx(losses["cpu"], rel=1e-7)
-    assert losses["as it is"] == pytest.approx(losses["cpu"], rel=1e-7)
+    assert losses["replayed"] == pytest.approx(losses["cpu"], rel=1e-7)
+    assert losses["eager"] == pytest.approx(losses["cpu"], rel=1e-7)
 
 
-def test_a_recorded_stack_has_the_losses_of_each_alone_and_shrinks_as_runs_end(tmp_path):
-    variants = [
-        {"seed": i, "facts": {"n_people": 9 + i, "seed": i}, "training": {"steps": STEPS - 5 * i}} for i in range(3)
-    ]
-    alone = [make_trainer(variant, tmp_path / f"a{i}", False).train() for i, variant in enumerate(variants)]
-    trainers = [make_trainer(variant, tmp_path / f"s{i}", True, "cuda") for i, variant in enumerate(variants)]
-    together = train_together(trainers)
-    assert [e.steps for e in together] == [e.steps for e in alone]
-    assert [e.loss for e in together] == pytest.approx([e.loss for e in alone], rel=1e-7)
-
-
-def test_a_recorded_run_that_was_killed_ends_as_if_nothing_had_happened(tmp_path):
+def test_a_replayed_run_that_was_killed_ends_as_if_nothing_had_happened(tmp_path):
     variant = {"training": {"checkpoint_every": 8}}
     expected = make_trainer(variant, tmp_path / "whole", True, "cuda")
     expected.train()
@@ -66,7 +56,7 @@ def test_a_recorded_run_that_was_killed_ends_as_if_nothing_had_happened(tmp_path
         torch.testing.assert_close(tensor, expected.model.state_dict()[name], rtol=1e-7, atol=1e-9)
 
 
-def test_an_evaluation_that_sees_longer_texts_does_not_disturb_the_recording(tmp_path):
+def test_an_evaluation_that_sees_longer_texts_does_not_disturb_the_graph(tmp_path):
     def evaluate(model: Transformer) -> float:
         with torch.inference_mode():
             model(torch.zeros(1, 3000, dtype=torch.int64, device=model.device))  # the rotary table is made anew
@@ -79,19 +69,22 @@ def test_an_evaluation_that_sees_longer_texts_does_not_disturb_the_recording(tmp
     assert disturbed.loss == pytest.approx(make_trainer(variant, tmp_path / "b", False).train().loss, rel=1e-7)
 
 
-def test_the_work_is_done_once_a_call():
+def test_the_work_is_done_once_a_step():
     total = torch.zeros((), device="cuda")
-
-    def add(inputs):
-        total.add_(inputs[0].sum())
-        return [total * 2]
-
-    recording = Recording()
-    outputs = [recording(add, [torch.full((2,), float(i), device="cuda")])[0] for i in range(2 * WARM_UP + 2)]
+    graph, outputs = CudaGraph(), []
+    for i in range(2 * WARM_UP + 2):
+        inputs = [torch.full((2,), float(i), device="cuda")]
+        if graph.is_captured:
+            graph.replay(inputs)
+        else:
+            with graph.capture(inputs) as (held,):
+                total.add_(held.sum())
+                output = total * 2
+        outputs.append(float(output))
     sums = torch.arange(2 * WARM_UP + 2).mul(2).cumsum(0)
-    assert [float(o) for o in outputs] == (2 * sums).tolist()  # what a call returned stays as it was
-    with pytest.raises(ValueError, match="other inputs"):
-        recording(add, [torch.zeros(3, device="cuda")])
+    assert outputs == (2 * sums).tolist()
+    with pytest.raises(ValueError, match="other shapes"):
+        graph.replay([torch.zeros(3, device="cuda")])
 
 
 @pytest.mark.parametrize("mode", ["in-weight", "in-tool"])
@@ -110,13 +103,13 @@ def test_a_run_on_a_gpu_learns_and_a_cpu_gives_its_model_the_same_verdicts(mode,
     assert verdicts[0] == verdicts[1] and sum(verdicts[0]) / len(facts) == row["recall"]
 
 
-def test_bfloat16_trains_near_float32_when_recorded(tmp_path):
+def test_bfloat16_trains_near_float32_when_replayed(tmp_path):
     losses = []
     for dtype in ("float32", "bfloat16"):
         config = RunConfig.parse({"facts": {"n_people": 13}, "training": {"dtype": dtype, "batch_size": 12}})
         data = tokenize_people(load_people(config.facts), config.mode, ByteTokenizer())
         model = Transformer(config.model, torch.Generator().manual_seed(0)).cuda()
-        losses.append(_losses(Trainer(model, data, config, tmp_path / dtype, recorded=True)))
+        losses.append(_losses(Trainer(model, data, config, tmp_path / dtype, cuda_graph=True)))
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
@@ -127,5 +120,7 @@ def test_a_sweep_shares_the_gpu_among_processes(tmp_path, monkeypatch):
     assert (report.done_now, report.failed) == (2, {})
 
 
-def test_measuring_the_speedup_of_a_stack_raises_nothing():
-    assert stacked_speedup([RunConfig(seed=i) for i in range(3)], "cuda") > 0
+def test_metrics_give_the_share_of_a_known_peak(tmp_path):
+    trainer = make_trainer({"training": {"dtype": "bfloat16"}}, tmp_path, True, "cuda")
+    trainer.train()
+    assert 0 < read_metrics(tmp_path)[-1]["mfu"] < 1

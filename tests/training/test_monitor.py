@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import struct
 import sys
 import time
@@ -21,8 +20,8 @@ from lib.base import InputError
 from lib.config import UNOBSERVED, Observers
 from lib.paths import ROOT
 from lib.progress import _Lines, progress
-from lib.training.monitor import Monitor, read_metrics
-from lib.training.profiling import WAIT, WARM_UP, summary
+from lib.training.monitor import Monitor, Throughput, check_observers, read_metrics
+from lib.training.profiling import WAIT, WARM_UP
 
 
 class Terminal(io.StringIO):
@@ -164,6 +163,22 @@ def test_the_bar_shows_steps_and_the_last_metrics(tmp_path, monkeypatch):
         assert (record.bar.n, record.bar.postfix) == (3, "loss=1.235")
 
 
+def test_throughput_is_tokens_and_arithmetic_a_second_without_pauses(monkeypatch):
+    clock = SimpleNamespace(now=5.0)
+    monkeypatch.setattr("lib.training.monitor.time.perf_counter", lambda: clock.now)
+    throughput = Throughput(peak=1e12, n_devices=2)
+    for _ in range(2):
+        for _ in range(4):
+            clock.now += 0.5
+            throughput.count(tokens=100, flops=2.5e11)
+        with throughput.paused():
+            clock.now += 60
+        assert throughput.read() == {"tokens_per_second": 200.0, "tflops": 0.5, "mfu": 0.25}
+    throughput = Throughput(None, 1)
+    clock.now += 1
+    assert throughput.read() == {"tokens_per_second": 0.0, "tflops": 0.0}
+
+
 # ---- TensorBoard
 
 
@@ -236,7 +251,7 @@ def offline(tmp_path, monkeypatch):
 
 def test_weights_and_biases_gets_the_same_metrics_offline_and_without_an_account(tmp_path, offline):
     observers = Observers(wandb="facts")
-    observers.check()
+    check_observers(observers)
     with Monitor(tmp_path / "run", total=4, observers=observers) as record:
         record.log(1, loss=0.1 + 0.2)
         record.log(2, loss=0.75)
@@ -258,13 +273,13 @@ def test_an_interrupted_run_goes_on_as_the_same_run_of_weights_and_biases(tmp_pa
 
 def test_a_project_that_cannot_be_is_one_sentence(offline):
     with pytest.raises(InputError, match="Weights & Biases: Invalid project name 'a/b'"):
-        Observers(wandb="a/b").check()
+        check_observers(Observers(wandb="a/b"))
 
 
 def test_without_the_package_the_wish_for_weights_and_biases_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match=r"not installed: pip install -e '\.\[monitor\]'"):
-        Observers(wandb="facts").check()
+        check_observers(Observers(wandb="facts"))
 
 
 # ---- Profiles
@@ -295,9 +310,7 @@ def test_a_trace_holds_the_matrix_products_of_as_many_steps_as_were_asked_for(pr
 
 def test_a_summary_names_the_operators_and_the_memory(profile):
     text = (profile[0] / "summary.txt").read_text()
-    assert "aten::mm" in text and "3 steps of " in text
-    peak = float(re.search(r"peak memory, CPU: ([\d.]+) MB", text)[1])
-    assert peak > 4 * 260 * 16 * 60 / 1e6  # more than the gradient of the logits of a batch takes
+    assert text.startswith("3 steps\n") and "aten::mm" in text and "CPU Mem" in text
 
 
 def test_profiled_training_ends_with_the_same_weights_bit_for_bit(profile):
@@ -310,42 +323,3 @@ def test_training_that_ends_too_early_is_told_to_have_no_profile(tmp_path):
         with Monitor(tmp_path, total=3, observers=Observers(profile_steps=3)) as record:
             record.advance()
     assert not (tmp_path / "profile").exists()
-
-
-def test_a_gpu_is_busy_while_anything_runs_on_it():
-    def work(cat: str, ts: float, dur: float, device: int = 0) -> dict:
-        return {"ph": "X", "cat": cat, "name": cat, "ts": ts, "dur": dur, "args": {"device": device}}
-
-    def memory(device: int, kind: int, total: int) -> dict:
-        return {
-            "ph": "i",
-            "name": "[memory]",
-            "args": {"Device Type": kind, "Device Id": device, "Total Allocated": total},
-        }
-
-    steps = [
-        {"name": f"ProfilerStep#{i}", "cat": "user_annotation", "ts": 100.0 * i, "dur": 100.0, "args": {}}
-        for i in (1, 2)
-    ]
-    text = summary({
-        "traceEvents": [
-            {"name": "process_name", "ph": "M", "args": {"name": "python"}},
-            *steps,
-            {**steps[0], "cat": "gpu_user_annotation", "ts": 0.0, "dur": 900.0},
-            work("kernel", 90, 20),  # half of it before the first step
-            work("kernel", 150, 40),
-            work("gpu_memcpy", 160, 50),  # half of it at the same time
-            work("kernel", 165, 5),
-            work("gpu_memset", 295, 50),  # most of it after the last step
-            work("kernel", 120, 10, device=1),
-            memory(0, 1, 5_000_000), memory(0, 1, 2_000_000), memory(1, 1, 1_000_000), memory(-1, 0, 3_500_000),
-        ]
-    })  # fmt: skip
-    assert text.splitlines() == [
-        "2 steps of 0.10 ms",
-        "peak memory, GPU 0: 5.00 MB",
-        "peak memory, GPU 1: 1.00 MB",
-        "peak memory, CPU: 3.50 MB",
-        "GPU 0 was busy 38% of the time",  # 10 + 60 + 5 of 200
-        "GPU 1 was busy 5% of the time",
-    ]

@@ -122,6 +122,23 @@ def test_the_first_step_of_muon_is_nearly_the_orthogonal_part_of_the_gradient():
         assert (inside - inside.diagonal().diag()).abs().max() < 0.05, name
 
 
+def test_muon_steps_as_pytorchs_own_which_rounds_to_bfloat16():
+    ours, theirs = _model(), _model()
+    config = OptimConfig(name="muon", weight_decay=0.1)
+    _, muon = build_optimizers(ours, config)
+    matrices = [theirs.get_parameter(name) for name, _ in theirs.named_parameters() if _is_hidden_matrix(name)]
+    reference = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(4):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        muon.step()
+        reference.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=4 * 0.02 * 0.03)  # four steps of 0.02, 3 % of each
+
+
 def test_each_optimizer_follows_its_own_peak_rate():
     optimizers = build_optimizers(_model(), OptimConfig(name="muon", lr=0.004, muon_lr=0.02))
     set_learning_rate(optimizers, 0.5)

@@ -1,4 +1,4 @@
-"""One cell: what a run leaves behind, that it is never repeated, and what it refuses before it writes anything."""
+"""A run: what it leaves behind, that it is never repeated, and what it refuses before it writes anything."""
 
 import json
 import os
@@ -6,12 +6,9 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
-import time
-from functools import partial
+import traceback
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +19,6 @@ from lib.base import InputError, WorkError
 from lib.config import Observers, RunConfig, override
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.evaluation.recall import measure_recall
-from lib.facts.people import ATTRIBUTES
 from lib.facts.sampling import load_people
 from lib.model.transformer import Transformer
 from lib.paths import write_json
@@ -30,8 +26,10 @@ from lib.provenance import _git, commit
 from lib.training import checkpoint
 from lib.training.devices import resolve_device
 from lib.training.monitor import Record, read_metrics
-from lib.training.run import _Cell, run, run_together, stacked_speedup
+from lib.training.optim import Muon
+from lib.training.run import run
 from lib.training.saved import load_model, save_model
+from lib.training.trainer import Trainer
 
 
 def _config(mode: str = "in-weight", **assignments) -> RunConfig:
@@ -124,7 +122,7 @@ def test_a_run_that_was_killed_goes_on_in_its_folder(tmp_path, finished, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("lib.training.saved.save_model", die)  # after training, before the row
+        patch.setattr("lib.training.run.save_model", die)  # after training, before the row
         with pytest.raises(KeyboardInterrupt):
             run(config, tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -144,7 +142,7 @@ def test_a_copy_of_a_checkpoint_is_neither_gone_on_from_nor_deleted(tmp_path, fi
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("lib.training.saved.save_model", die)
+        patch.setattr("lib.training.run.save_model", die)
         run(config, tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
     shutil.copytree(checkpoints / "step_00000012", checkpoints / "step_best")
@@ -177,6 +175,19 @@ def test_a_later_field_does_not_make_a_run_another_one(tmp_path, finished):
     assert run(config, tmp_path / "run")["run_id"] == config.run_id
 
 
+def test_the_way_from_a_run_to_the_optimizer_is_short(tmp_path, monkeypatch):
+    ways, step = [], Muon.step
+
+    def seen(optimizer: Muon) -> None:
+        frames = traceback.extract_stack()
+        ways.append([frame.name for frame in frames if Path(frame.filename).is_relative_to(paths.ROOT / "lib")])
+        step(optimizer)
+
+    monkeypatch.setattr(Muon, "step", seen)
+    run(_config(training__steps=1), tmp_path / "run")
+    assert ways == [["run", "train", "step"]]
+
+
 def test_a_run_that_diverges_has_no_row(tmp_path):
     config = _config(optim={"name": "adamw", "lr": 1e30, "clip_norm": None})
     for _ in range(2):
@@ -185,141 +196,15 @@ def test_a_run_that_diverges_has_no_row(tmp_path):
         assert not (tmp_path / "run" / "row.json").exists() and not (tmp_path / "run" / "model").exists()
 
 
-# ---- Several runs as one stack
-
-
-def _group() -> list[RunConfig]:
-    """Runs of one shape and otherwise unlike: in people, rate, batches, measurements, and when they end."""
-    return [
-        _config(),
-        _config(seed=1, facts={"n_people": 5, "seed": 1}, optim__lr=1e-3, evaluation__every=5),
-        _config("in-tool", seed=2, training__steps=7, training__batch_size=5),
-    ]
-
-
-def _folders(root: Path, configs: list[RunConfig]) -> list[Path]:
-    return [root / config.run_id for config in configs]
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> list[tuple[Path, dict]]:
-    """The runs of the group, one after the other: folders and rows."""
-    folders = _folders(tmp_path_factory.mktemp("alone"), _group())
-    return [(folder, run(config, folder)) for config, folder in zip(_group(), folders, strict=True)]
-
-
-def _assert_same_row(row: dict, reference: dict) -> None:
-    """Equal but for times, and for how sums were rounded."""
-    assert row.keys() == reference.keys()
-    bits = {name for name in row if name.startswith("nll_bits")}
-    rest = row.keys() - {"train_seconds", "finished_at", "loss"} - bits
-    assert {name: row[name] for name in rest} == {name: reference[name] for name in rest}
-    assert row["loss"] == pytest.approx(reference["loss"], abs=1e-4)
-    assert {name: row[name] for name in bits} == pytest.approx({name: reference[name] for name in bits}, rel=1e-3)
-    assert row["nll_bits"] == pytest.approx(sum(row[f"nll_bits_{a}"] for a in ATTRIBUTES) / 4)
-
-
-def test_runs_together_leave_what_each_leaves_alone(tmp_path, alone):
-    directories = _folders(tmp_path, _group())
-    rows = run_together(_group(), directories)
-    for config, directory, row, (reference, reference_row) in zip(_group(), directories, rows, alone, strict=True):
-        assert json.loads((directory / "row.json").read_text()) == row
-        _assert_same_row(row, reference_row)
-        assert {path.name for path in directory.iterdir()} == {path.name for path in reference.iterdir()}
-        assert (directory / "config.json").read_bytes() == (reference / "config.json").read_bytes()
-        record, reference_record = (
-            [(line["step"], *sorted(line)) for line in read_metrics(folder)] for folder in (directory, reference)
-        )
-        assert record == reference_record
-        (model, saved), (expected, _) = load_model(directory), load_model(reference)
-        assert saved == config
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(parameter, expected.get_parameter(name), atol=1e-3, rtol=1e-3)
-
-
-def test_a_finished_run_among_those_together_is_left_alone(tmp_path, alone, monkeypatch):
-    directories = _folders(tmp_path, _group())
-    reference, finished_row = alone[1]
-    shutil.copytree(reference, directories[1])
-    before = _snapshot(directories[1])
-    rows = run_together(_group(), directories)
-    assert _snapshot(directories[1]) == before and rows[1] == finished_row
-    for row, (_, reference_row) in zip(rows, alone, strict=True):
-        _assert_same_row(row, reference_row)
-    monkeypatch.setattr("lib.training.run.Trainer", None)
-    assert run_together(_group(), directories) == rows  # all are finished now
-
-
-def test_runs_together_that_were_killed_go_on_alone_or_together(tmp_path, alone, monkeypatch):
-    directories = _folders(tmp_path, _group())
-    saved = []
-
-    def die_at_the_second(*arguments):
-        if saved:
-            raise KeyboardInterrupt
-        saved.append(save_model(*arguments))
-
-    with monkeypatch.context() as patch:
-        patch.setattr("lib.training.saved.save_model", die_at_the_second)
-        with pytest.raises(KeyboardInterrupt):
-            run_together(_group(), directories)
-    assert [(directory / "row.json").exists() for directory in directories] == [True, False, False]
-    first = _snapshot(directories[0])
-    rows = [run(_group()[1], directories[1]), *run_together(_group()[::2], directories[::2])]
-    assert _snapshot(directories[0]) == first
-    for row, i in zip(rows, (1, 0, 2), strict=True):
-        _assert_same_row(row, alone[i][1])
-
-
-def test_no_runs_together_are_no_rows():
-    assert run_together([], []) == []
-
-
-def test_the_speedup_of_a_stack_is_positive_and_measuring_it_leaves_nothing(tmp_path, monkeypatch):
-    temporary = SimpleNamespace(TemporaryDirectory=partial(tempfile.TemporaryDirectory, dir=tmp_path))
-    monkeypatch.setattr("lib.training.run.tempfile", temporary)
-    monkeypatch.chdir(tmp_path)
-    assert 0 < stacked_speedup(_group(), "cpu", steps=1) < float("inf")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(("cost", "speedup"), [(lambda n: 1, 3), (lambda n: n, 1), (lambda n: n * n, 1 / 3)])
-def test_the_speedup_is_the_time_alone_over_the_time_together(monkeypatch, cost, speedup):
-    clock = [0.0]
-
-    def step(lockstep):
-        n = len(lockstep.trainers)
-        assert len(lockstep.gradients.models) == n
-        clock[0] += cost(n)
-        return [torch.zeros(())] * n
-
-    def seconds(statement, number: int) -> float:
-        start = clock[0]
-        for _ in range(number):
-            statement()
-        return clock[0] - start
-
-    monkeypatch.setattr("lib.training.run.Lockstep.step", step)
-    monkeypatch.setattr("lib.training.run.timeit", SimpleNamespace(timeit=seconds))
-    assert stacked_speedup(_group(), "cpu") == pytest.approx(speedup)
-
-
 # ---- What is refused, and leaves everything as it was
 
 
-def _assert_refused(configs: list[RunConfig], directories: list[Path], words: str, **options) -> None:
-    root = directories[0].parent
-    before = _snapshot(root)
-    with pytest.raises(InputError, match=words) as caught:
-        run_together(configs, directories, **options)
-    assert "\n" not in str(caught.value)
-    assert _snapshot(root) == before
-
-
 def _refused(config: RunConfig, directory: Path, words: str, **options) -> None:
-    """Alone, and in a group in which nothing is wrong with the first."""
-    _assert_refused([config], [directory], words, **options)
-    _assert_refused([_config(seed=9), config], [directory.parent / "a", directory], words, **options)
+    before = _snapshot(directory.parent)
+    with pytest.raises(InputError, match=words) as caught:
+        run(config, directory, **options)
+    assert "\n" not in str(caught.value)
+    assert _snapshot(directory.parent) == before
 
 
 def test_the_folder_of_another_configuration_is_refused(tmp_path):
@@ -349,7 +234,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 
 def test_a_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    _assert_refused([_config()], [tmp_path / "file" / "run"], "cannot make the folder")
+    _refused(_config(), tmp_path / "file" / "run", "cannot make the folder")
 
 
 def test_what_is_refused_late_claims_no_folder(tmp_path):
@@ -357,16 +242,10 @@ def test_what_is_refused_late_claims_no_folder(tmp_path):
     (tmp_path / "there").mkdir()
     too_many = {"training__grad_accumulation": 100}
     for directory in (tmp_path / "new" / "run", tmp_path / "there"):
-        _assert_refused([_config(**too_many)], [directory], "batches of 16 dialogs only")
+        _refused(_config(**too_many), directory, "batches of 16 dialogs only")
         assert run(_config(training__steps=1), directory)["steps"] == 1
-    assert not any(path.name == "run" for path in tmp_path.iterdir())
     _refused(_config(**too_many), tmp_path / "run", "batches of 16 dialogs only")
-    assert not (tmp_path / "run").exists() and not (tmp_path / "a").exists()
-
-
-def test_two_runs_in_one_folder_are_refused(tmp_path):
-    configs, directories = [_config(), _config(seed=1)], [tmp_path / "run", tmp_path / "up" / ".." / "run"]
-    _assert_refused(configs, directories, "two runs that train together have one folder")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"config": {"a": 1}, "people_digest": ""}'])
@@ -388,6 +267,11 @@ def test_tensorboard_that_is_not_installed_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("device", ["nonsense", "", "meta", "cpu:x", "cuda:99"])
 def test_a_device_that_is_not_there_is_refused(tmp_path, device):
     _refused(_config(), tmp_path / "run", f"no device {device!r}", device=device)
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_a_run_takes_at_least_one_thread(tmp_path, threads):
+    _refused(_config(), tmp_path / "run", f"threads = {threads}", threads=threads)
 
 
 def test_a_folder_with_nothing_but_what_a_killed_run_left_is_taken(tmp_path):
@@ -496,14 +380,12 @@ def test_without_a_checkout_the_commit_is_unknown(checkout, monkeypatch):
 def test_the_commit_is_that_of_the_code_that_was_imported(checkout, tmp_path, monkeypatch):
     head = _git("rev-parse", "HEAD")
 
-    finish = _Cell.finish
-
-    def finish_after_someone_commits(*arguments):
+    def measure_after_someone_commits(*arguments):
         (checkout / "lib" / "code.py").write_text("x = 2\n")
         _git("commit", "-qam", "second")
-        return finish(*arguments)
+        return measure_recall(*arguments)
 
-    monkeypatch.setattr(_Cell, "finish", finish_after_someone_commits)
+    monkeypatch.setattr("lib.training.run.measure_recall", measure_after_someone_commits)
     assert run(_config(), tmp_path / "runs" / "run")["commit"] == head
 
 
@@ -544,31 +426,76 @@ def test_what_json_cannot_say_is_not_written(tmp_path, number):
     assert not (tmp_path / "row.json").exists() and (tmp_path / "record.jsonl").read_text() == ""
 
 
-def _run_group(start, configs: list[dict], directories: list[Path], out: Path) -> None:
-    """In a process: a group of runs, whose locks are taken so slowly that two wrong orders would block each other."""
-    lock = _Cell.lock
-    _Cell.lock = lambda cell, locks: (lock(cell, locks), time.sleep(0.3))
-    start.wait()
-    out.write_text(json.dumps(run_together([RunConfig.parse(config) for config in configs], directories)))
+def _run_in_process(config: dict, directory: Path, out: Path) -> None:
+    out.write_text(json.dumps(run(RunConfig.parse(config), directory)))
 
 
 @pytest.mark.slow
-def test_two_processes_with_overlapping_groups_produce_each_cell_once(tmp_path):
-    configs = [_config(seed=seed) for seed in range(4)]
-    directories = _folders(tmp_path, configs)
-    context, groups = get_context("spawn"), ([0, 1, 2], [3, 2, 1])
-    start, processes = context.Barrier(2), []
-    for group in groups:
-        arguments = start, [configs[i].model_dump() for i in group], [directories[i] for i in group]
-        out = tmp_path / f"{group[0]}.json"
-        processes.append(context.Process(target=_run_group, args=(*arguments, out), daemon=True))
+def test_a_second_process_waits_for_the_first_and_finds_its_row(tmp_path):
+    context, processes = get_context("spawn"), []
+    for i in range(2):
+        arguments = _config(training__steps=60).model_dump(), tmp_path / "run", tmp_path / f"{i}.json"
+        processes.append(context.Process(target=_run_in_process, args=arguments, daemon=True))
         processes[-1].start()
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=600)  # of a busy machine
     assert [process.exitcode for process in processes] == [0, 0]
-    rows = [json.loads((tmp_path / f"{group[0]}.json").read_text()) for group in groups]
-    first, second = (dict(zip(group, of_group, strict=True)) for group, of_group in zip(groups, rows, strict=True))
-    assert (first[1], first[2]) == (second[1], second[2])  # to the second in which they were finished: one run
-    for directory, config in zip(directories, configs, strict=True):
-        assert json.loads((directory / "row.json").read_text())["run_id"] == config.run_id
-        assert [line["step"] for line in read_metrics(directory)] == [12]
+    rows = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
+    assert rows[0] == rows[1]  # to the second in which they were finished: one run
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [50, 60]
+
+
+# ---- Threads
+
+
+@pytest.fixture
+def several_cores(monkeypatch):
+    """An environment that leaves the number of threads open; gives the threads that steps were computed with."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("lib.training.run.usable_cores", lambda: 2)
+    before, seen, step = torch.get_num_threads(), [], Trainer.step
+
+    def counted(trainer):
+        seen.append(torch.get_num_threads())
+        step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    torch.set_num_threads(2)
+    yield seen
+    assert torch.get_num_threads() == 2  # as it was before the run
+    torch.set_num_threads(before)
+
+
+def test_a_new_run_tries_out_threads_and_a_resumed_one_keeps_its_own(tmp_path, several_cores, monkeypatch):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("lib.training.run.save_model", die)
+        run(_config(), tmp_path / "run")
+    claimed = json.loads((tmp_path / "run" / "config.json").read_text())["threads"]
+    assert set(several_cores[:-12]) == {1, 2} and several_cores[-12:] == [claimed] * 12
+    for threads in (1, 2):  # whatever was fastest then
+        shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)
+        (tmp_path / "run" / "row.json").unlink(missing_ok=True)
+        claim = json.loads((tmp_path / "run" / "config.json").read_text())
+        write_json(tmp_path / "run" / "config.json", {**claim, "threads": threads})
+        several_cores.clear()
+        assert run(_config(), tmp_path / "run")["threads"] == threads
+        assert several_cores == [threads] * 12
+
+
+def test_trying_out_threads_changes_no_weight(tmp_path, several_cores, monkeypatch):
+    monkeypatch.setattr("lib.training.devices.WORTH_A_CORE", 1e9)  # one thread it is
+    run(_config(), tmp_path / "tried")
+    assert len(several_cores) > 12
+    run(_config(), tmp_path / "given", threads=1)
+    tensors = [(tmp_path / name / "model" / checkpoint.TENSORS).read_bytes() for name in ("tried", "given")]
+    assert tensors[0] == tensors[1]
+
+
+def test_threads_that_are_given_are_not_tried_out(tmp_path, several_cores, monkeypatch):
+    assert run(_config(), tmp_path / "option", threads=2)["threads"] == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert run(_config(), tmp_path / "variable")["threads"] == 2
+    assert several_cores == [2] * 24

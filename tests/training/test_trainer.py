@@ -1,6 +1,5 @@
 """Training: what a step computes, when it ends, and that a run goes on after a kill as if nothing had happened."""
 
-import math
 import os
 import random
 import shutil
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from safetensors.torch import load_file
 
@@ -26,7 +26,7 @@ from lib.facts.sampling import sample_people
 from lib.model.transformer import Transformer
 from lib.training import checkpoint
 from lib.training.monitor import read_metrics
-from lib.training.trainer import LOG_EVERY, Lockstep, Trainer
+from lib.training.trainer import LOG_EVERY, Trainer
 
 PEOPLE = sample_people(8)
 
@@ -114,6 +114,19 @@ def test_a_batch_has_no_more_parts_than_dialogs(data, tmp_path):
         _trainer(data, _config(grad_accumulation=100), tmp_path)
 
 
+def test_uneven_batches_are_cut_into_as_many_parts(tmp_path):
+    """20 dialogs in batches of at most 7 are two of 7 and one of 6, in four parts. More parts are refused."""
+    data = tokenize(dialogs(sample_people(5), "in-weight"), ByteTokenizer())
+    with pytest.raises(InputError, match="grad_accumulation = 7, but there are batches of 6"):
+        _trainer(data, _config(batch_size=7, grad_accumulation=7), tmp_path)
+    losses = []
+    for parts in (1, 4):
+        trainer = _trainer(data, _config(batch_size=7, grad_accumulation=parts), tmp_path / str(parts))
+        assert {len(trainer.batches[step]) for step in range(3)} == {6, 7}
+        losses.append(trainer.train().loss)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_gradient_accumulation_ends_with_the_weights_of_one_big_batch(data, tmp_path, optimizer):
     ends = {}
@@ -170,6 +183,19 @@ def test_training_lowers_the_loss_and_reports_what_it_did(data, tmp_path):
     assert (outcome.steps, outcome.dialogs_seen, outcome.stopped) == (120, 120 * 32, "budget")
 
 
+def test_every_loss_in_the_metrics_stands_beside_the_throughput_of_training_alone(data, tmp_path):
+    """Evaluations are left out of the time, and what is counted are the trained tokens of whole batches."""
+    config = _config(steps=60, batch_size=32, evaluation={"every": 1, "stop_at_recall": None})
+    trainer = _trainer(data, config, tmp_path, lambda _: time.sleep(0.05) or 0.0)
+    ending = trainer.train()
+    lines = [line for line in read_metrics(tmp_path) if "loss" in line]
+    assert [line["step"] for line in lines] == [50, 60] and all("mfu" not in line for line in lines)
+    tokens = sum(int(trainer.n_trained[trainer.batches[step]].sum()) for step in range(50))
+    assert tokens / lines[0]["tokens_per_second"] < ending.seconds - 60 * 0.05
+    flops = 3 * 50 * 32 * config.model.forward_flops(66, tokens / 50 / 32)
+    assert lines[0]["tflops"] / lines[0]["tokens_per_second"] == pytest.approx(flops / tokens / 1e12, rel=0.2)
+
+
 def test_the_reported_loss_is_the_mean_over_the_last_steps(data, tmp_path):
     trainer = _trainer(data, _config(steps=LOG_EVERY + 7), tmp_path)
     losses = []
@@ -189,12 +215,11 @@ def test_training_that_diverges_ends_with_the_step_and_keeps_good_checkpoints(da
     good = checkpoint.steps(tmp_path / "a" / "checkpoints")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     config = _config(steps=2 * LOG_EVERY, checkpoint_every=every, keep_checkpoints=1, **DIVERGING)
-    trainer, losses, step = _trainer(data, config, tmp_path / "b"), [], Lockstep.step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Lockstep, "step", lambda lockstep: losses.append(float(step(lockstep)[0])))
-        with pytest.raises(WorkError) as caught:
-            trainer.train()
-    bad = next(i for i, loss in enumerate(losses, start=len(good) + 1) if not math.isfinite(loss))
+    trainer = _trainer(data, config, tmp_path / "b")
+    with pytest.raises(WorkError) as caught:
+        trainer.train()
+    step = trainer.counters["step"]
+    bad = next(i for i, loss in enumerate(trainer.losses, start=step - len(trainer.losses) + 1) if not loss.isfinite())
     assert f"the loss of step {bad} is not finite" in str(caught.value) and "\n" not in str(caught.value)
     assert caught.value.exit_code == 1 and trainer.counters["step"] == max(every, 10)
     assert [folder.name for folder in checkpoint.steps(tmp_path / "b" / "checkpoints")] == [f.name for f in good]
@@ -303,9 +328,9 @@ def _everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.parametrize(("optimizer", "dtype"), [("adamw", "float32"), ("muon", "float32"), ("muon", "bfloat16")])
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(data, tmp_path, optimizer, dtype, recorded):
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(data, tmp_path, optimizer, dtype, cuda_graph):
     config = _config(
         optim={"name": optimizer, "warmup_steps": 5, "weight_decay": 0.1},
         evaluation={"every": 6},
@@ -316,7 +341,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(data, tmp_path, opti
         return 0.9 * float(torch.rand(()))  # uses the global random state, which must be restored too
 
     def trainer(part: str, init: int = 0, seed: int = 5) -> Trainer:
-        trainer = _trainer(data, config, tmp_path / part, evaluate, init, recorded=recorded)
+        trainer = _trainer(data, config, tmp_path / part, evaluate, init, cuda_graph=cuda_graph)
         torch.manual_seed(seed)
         return trainer
 
@@ -330,8 +355,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(data, tmp_path, opti
     assert _identical(_everything(parts), state)
     assert (outcome.steps, outcome.loss, outcome.dialogs_seen) == (expected.steps, expected.loss, expected.dialogs_seen)
     assert outcome.seconds > 0
-    record = [(tmp_path / part / "metrics.jsonl").read_text() for part in ("whole", "parts")]
-    assert record[0] == record[1]
+    assert ranks.record(tmp_path / "whole") == ranks.record(tmp_path / "parts")
     last = [checkpoint.load(tmp_path / part / "checkpoints" / "step_00000032")[0] for part in ("whole", "parts")]
     assert last[0].keys() == last[1].keys() and _identical(*last)
 
@@ -441,7 +465,7 @@ def test_a_process_killed_at_random_moments_ends_with_the_same_weights_and_recor
     _finish(reference)
     whole, killed = (load_file(tmp_path / part / "model" / "tensors.safetensors") for part in ("whole", "killed"))
     assert _identical(whole, killed), f"killed after the checkpoints of steps {moments}"
-    record = [(tmp_path / part / "metrics.jsonl").read_text() for part in ("whole", "killed")]
+    record = [ranks.record(tmp_path / part) for part in ("whole", "killed")]
     assert record[0] == record[1], f"killed after the checkpoints of steps {moments}"
     losses = [line["step"] for line in read_metrics(tmp_path / "killed") if "loss" in line]
     assert losses == sorted(set(losses)) and losses[-1] == 200

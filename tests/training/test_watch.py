@@ -16,7 +16,7 @@ from lib.base import InputError
 from lib.config import RunConfig, override
 from lib.training import checkpoint, watch
 from lib.training.monitor import read_record
-from lib.training.run import _Cell, run
+from lib.training.run import run
 from lib.training.watch import evaluate_checkpoints
 
 MEASURED = ("recall", "recall_birth_date", "recall_birth_place", "recall_current_address", "recall_occupation")
@@ -54,7 +54,7 @@ def stopped(tmp_path, monkeypatch) -> Path:
         raise Stopped
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(_Cell, "finish", stop)
+        patch.setattr("lib.training.run.save_model", stop)
         run(_config(), tmp_path / "run")
     return tmp_path / "run"
 

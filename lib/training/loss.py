@@ -1,0 +1,70 @@
+"""The loss of a batch: cross-entropy, or the focal loss."""
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+#: A target that has no loss.
+IGNORED = -100
+
+
+class Batch(NamedTuple):
+    """The part of a step's batch that is computed at once."""
+
+    tokens: torch.Tensor  # (B, S) int64
+    targets: torch.Tensor  # (B, S - first) int64: what follows the positions from `first` on, or IGNORED
+    first: int  # no row has a target before this position
+
+
+class Sums(NamedTuple):
+    """Sums over the targets of a batch: scalars."""
+
+    weighted: torch.Tensor  # cross-entropy times weight, in nats: what is differentiated
+    weight: torch.Tensor
+    cross_entropy: torch.Tensor  # in nats
+
+
+def summed_loss(logits: torch.Tensor, targets: torch.Tensor, gamma: float = 0.0) -> Sums:
+    """Return the focal loss of logits (..., V) at targets (...), with no loss where these are IGNORED.
+
+    A target's cross-entropy has the weight (1 - p)^gamma, p the model's probability of it (Lin et al., 2017), through
+    which no gradient flows: what is known already no longer counts. `gamma` = 0 is plain cross-entropy.
+    """
+    if logits.dtype == torch.bfloat16:
+        logits = logits.float()
+    logits, targets = logits.flatten(0, -2), targets.flatten()
+    if gamma == 0:
+        total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        return Sums(total, (targets != IGNORED).sum(), total)
+    losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")  # zero where IGNORED
+    unsure = -torch.expm1(-losses.detach())
+    # Where everything is known all weights are equal, not zero.
+    weights = unsure.clamp(min=torch.finfo(torch.float32).eps) ** gamma * (targets != IGNORED)
+    return Sums((weights * losses).sum(), weights.sum(), losses.detach().sum())
+
+
+def batch_loss(model: nn.Module, batch: Batch, gamma: float) -> Sums:
+    """Return `summed_loss` of the model's predictions."""
+    return summed_loss(model(batch.tokens, batch.first), batch.targets, gamma)
+
+
+def compiled_batch_loss(model: nn.Module, example: Batch, gamma: float) -> Callable[[nn.Module, Batch, float], Sums]:
+    """Return `batch_loss` with its elementwise work fused by torch.compile, for batches of any shape.
+
+    The example is computed once, gradients included, to see whether compiling works. Where it fails, for want of a
+    compiler or because a killed process left half a library, this warns and returns `batch_loss` as it is.
+    """
+    compiled = torch.compile(batch_loss, dynamic=True)
+    try:
+        compiled(model, example, gamma).weighted.backward()
+    except torch._dynamo.exc.TorchDynamoException as error:
+        cause = getattr(error, "inner_exception", error)
+        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        warnings.warn(f"training goes on without torch.compile, which failed: {reason}", stacklevel=2)
+        compiled = batch_loss
+    model.zero_grad(set_to_none=True)
+    return compiled
