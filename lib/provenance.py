@@ -4,17 +4,21 @@ import platform
 import subprocess
 from datetime import UTC, datetime
 from functools import cache
-
-import torch
+from typing import TYPE_CHECKING
 
 from lib import paths
+
+if TYPE_CHECKING:
+    import torch
 
 #: In the root of a copy of the code: the commit it was copied from.
 COMMIT = "COMMIT"
 
 
-def provenance(device: torch.device) -> dict:
+def provenance(device: "torch.device") -> dict:
     """Where a number comes from: time, machine, versions, commit."""
+    import torch  # who only asks for the commit does without it
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),

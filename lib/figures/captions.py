@@ -88,7 +88,7 @@ def caption(name: str, profile: str, **options) -> str:
     source = SOURCES[name]
     counting = {column: options.get(column, value) for column, value in source.only.items()}
     of_counting = {name: value for name, value in options.items() if name != "tokenizer"}
-    parts = [_chosen(source.rows(tables.counting_profile(profile), **of_counting), counting)]
+    parts = [_chosen(source.rows(tables.publishing_profile(profile), **of_counting), counting)]
     if source.own is not None and profile not in paths.PUBLISHING:
         parts.append(_chosen(source.rows(profile, **options), source.own))
     rows = pd.concat([part for part in parts if len(part)] or parts, ignore_index=True)
@@ -115,7 +115,7 @@ def provenance(rows: pd.DataFrame) -> str:
 
 def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     """Sentences about our points of `parameter_bounds`: where both modes have one last, and where ours end."""
-    counting = tables.counting_profile(profile)
+    counting = tables.publishing_profile(profile)
     table = summaries.bounds(counting).query("recall_threshold == @threshold")
     found = table.dropna(subset="min_params_mean").set_index(["n_facts", "mode"])
     both = found.min_params_mean.unstack().reindex(columns=["in-weight", "in-tool"]).dropna()

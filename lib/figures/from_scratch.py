@@ -377,7 +377,7 @@ def _draw_parameter_bounds(
     tables.check_threshold(threshold)
     return parameter_bounds(
         published_by_paper("parameter_bounds"),
-        summaries.bounds(tables.counting_profile(profile)),
+        summaries.bounds(tables.publishing_profile(profile)),
         None if profile in paths.PUBLISHING else summaries.bounds(profile, tokenizer),
         threshold,
         Circuit().n_params if by_hand else None,
@@ -386,19 +386,21 @@ def _draw_parameter_bounds(
 
 def _draw_lower_bound(profile: str, threshold: float = 0.95) -> Figure:
     tables.check_threshold(threshold)
-    laptop = summaries.bounds(tables.counting_profile(profile))
+    laptop = summaries.bounds(tables.publishing_profile(profile))
     return lower_bound(published_by_paper("parameter_bounds"), laptop, MEASURED_BITS, Circuit().n_params, threshold)
 
 
 def _draw_recall_against_parameters(profile: str, tokenizer: str = "bytes") -> Figure:
     published = published_by_paper("recall_vs_parameters_in_weight")
     own = None if profile in paths.PUBLISHING else tables.sizes_shown(summaries.bounds_rows(profile, tokenizer))
-    rows = tables.sizes_shown(summaries.bounds_rows(tables.counting_profile(profile)))
+    rows = tables.sizes_shown(summaries.bounds_rows(tables.publishing_profile(profile)))
     return recall_against_parameters(rows, own, published)
 
 
 def _draw_bits_stored(profile: str) -> Figure:
-    return bits_stored(summaries.capacity(tables.sizes_shown(tables.counting_rows("05_1", profile))))
+    return bits_stored(
+        summaries.capacity(tables.sizes_shown(tables.read_rows("05_1", tables.publishing_profile(profile))))
+    )
 
 
 def _shares(profile: str) -> pd.DataFrame:
@@ -410,7 +412,7 @@ def _own_shares(profile: str) -> pd.DataFrame | None:
 
 
 def _draw_generalization(profile: str) -> Figure:
-    shares = _shares(tables.counting_profile(profile))
+    shares = _shares(tables.publishing_profile(profile))
     guess = best_constant_guess(unseen_people(FactsConfig(n_people=1), 1000)[PUBLISHED_KIND])
     return generalization(shares, _own_shares(profile), published_by_paper("generalization"), guess)
 
@@ -420,7 +422,7 @@ TOOL_CALLS_D_MODEL = 24
 
 
 def _draw_tool_calls(profile: str, d_model: int = TOOL_CALLS_D_MODEL) -> Figure:
-    return tool_calls(_shares(tables.counting_profile(profile)), d_model, _own_shares(profile))
+    return tool_calls(_shares(tables.publishing_profile(profile)), d_model, _own_shares(profile))
 
 
 def _draw_compressibility(profile: str, threshold: float = 0.95) -> Figure:
@@ -428,7 +430,7 @@ def _draw_compressibility(profile: str, threshold: float = 0.95) -> Figure:
     own = None if profile in paths.PUBLISHING else summaries.compressibility_bounds(profile)
     return compressibility(
         published_correlated(),
-        summaries.compressibility_bounds(tables.counting_profile(profile)),
+        summaries.compressibility_bounds(tables.publishing_profile(profile)),
         own,
         threshold,
     )

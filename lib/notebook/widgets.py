@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 
 from lib.config import ModelConfig
 from lib.experiments import summaries, tables
-from lib.experiments.plan import ALPHAS
 from lib.experiments.published import published_by_paper, published_correlated
 from lib.experiments.search import SIZES
 from lib.facts.entropy import bits_per_person, entropy_bits_per_person
@@ -83,7 +82,7 @@ def _named(model: tuple[int, int] | None) -> str:
 def explore_capacity(profile: str, threshold: float = 0.95) -> None:
     """Section 5.1 to play with: facts and bits a parameter, and the smallest model that could do, beside the points."""
     tables.check_threshold(threshold)
-    published, ours = published_by_paper("parameter_bounds"), summaries.bounds(tables.counting_profile(profile))
+    published, ours = published_by_paper("parameter_bounds"), summaries.bounds(tables.publishing_profile(profile))
     counts = 2 ** np.arange(6, 19)
 
     def draw(facts: int, bits: float) -> Figure:
@@ -101,10 +100,10 @@ def explore_correlation(profile: str, threshold: float = 0.95) -> None:
     """Section 5.3 to play with: correlation, and the bits and parameters that follow, for the published databases."""
     tables.check_threshold(threshold)
     published = published_correlated()
-    ours = summaries.compressibility_bounds(tables.counting_profile(profile))
+    ours = summaries.compressibility_bounds(tables.publishing_profile(profile))
 
     def draw(facts: int, alpha: float, bits: float) -> Figure:
-        alphas = np.union1d(ALPHAS, alpha)
+        alphas = np.union1d(published.alpha, alpha)
         held = np.array([facts // 4 * entropy_bits_per_person(facts // 4, 0, float(a), RELEASED) for a in alphas])
         now = float(held[alphas == alpha][0])
         figure = from_scratch.compressibility(published, ours, None, threshold)
