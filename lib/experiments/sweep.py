@@ -247,7 +247,9 @@ def _title(config: RunConfig) -> str:
     correlation = f", alpha {config.facts.alpha:g}" if config.facts.alpha else ""
     law = ", released law" if config.facts.law == RELEASED else ""
     facts = f"{len(ATTRIBUTES) * config.facts.n_people} facts{correlation}{law}"
-    return f"{config.mode}, {facts}, d = {config.model.d_model}, seed {config.seed}"
+    shape = config.model.n_layers, config.model.n_heads
+    layers = "" if shape == (2, 2) else f", {shape[0]} layers of {shape[1]} heads"
+    return f"{config.mode}, {facts}, d = {config.model.d_model}{layers}, seed {config.seed}"
 
 
 def _expected(search: Search, recalls: dict[str, float]) -> list[RunConfig]:
