@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib import paths
@@ -212,6 +212,7 @@ def _replace_training(patch, of) -> list[str]:
     return asked
 
 
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.floats(0, 1), min_size=6, max_size=6), min_size=1, max_size=5))
 def test_any_searches_end_with_every_point_known_and_no_run_twice(tmp_path_factory, recalls):
     sizes = SIZES[:6]
