@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from contextlib import ExitStack
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +23,6 @@ from lib.cli.options import (
     ProfileOption,
     Section,
     Sharded,
-    Stack,
     Tensor,
     cell,
     console,
@@ -206,27 +204,25 @@ def _read_line() -> str:
 
 @app.command()
 def sweep(
-    section: Section,
+    section: Annotated[str, typer.Argument(help="section of the paper, as 05_1, or a YAML file of grids")],
     profile: ProfileOption = Profile.quick,
-    jobs: Annotated[int | None, typer.Option(help="cells at a time [default: one a core, or one a GPU]")] = None,
+    jobs: Annotated[int | None, typer.Option(help="runs at a time [default: one a core, or one a GPU]")] = None,
     dry_run: Annotated[bool, typer.Option(help="only say what is ahead")] = False,
-    max_hours: Annotated[float, typer.Option(min=0, help="start no new cell after this time")] = float("inf"),
+    max_hours: Annotated[float, typer.Option(min=0, help="start no new run after this time")] = float("inf"),
     device: Device = "auto",
-    stack: Stack = 8,
     publish: Annotated[bool, typer.Option(help="merge finished rows into paper_data (laptop and paper)")] = False,
 ) -> None:
-    """Run all models of a section that are not finished yet."""
+    """Run all models of a section, or of a file of your own, that are not finished yet."""
     if section == "06":
         return finetune.sweep(profile.value, jobs, dry_run, max_hours, device, publish, refresh)
     from lib.experiments import publishing, tables
     from lib.experiments import sweep as sweeps
 
     if publish:
+        tables.table_path(section)  # an experiment without a table is an `InputError`
         publishing.check_publishes(profile.value)
         publishing.check_traceable()
-    report = sweeps.sweep(
-        section, profile.value, jobs=jobs, dry_run=dry_run, max_hours=max_hours, device=device, stack=stack
-    )
+    report = sweeps.sweep(section, profile.value, jobs=jobs, dry_run=dry_run, max_hours=max_hours, device=device)
     console.print(str(report))
     if publish and not dry_run:
         console.print(f"{publishing.publish(section, profile.value)} new rows in {tables.table_path(section)}")
@@ -244,18 +240,18 @@ def drop(
     dry_run: Annotated[bool, typer.Option(help="only list them")] = False,
 ) -> None:
     """Take rows out of a table of paper_data: nothing else does. At least one option must say which."""
-    from lib.experiments import publishing, tables
-
     if section == "06":
-        from lib.finetune import experiments as table
+        from lib.finetune.experiments import table_of_rows
 
-        take, path = table.drop, table.table_path()
+        table = table_of_rows()
     else:
-        take, path = partial(publishing.drop, section), tables.table_path(section)
-    rows = take(profile=profile, run_ids=run_id or [], superseded=superseded, dry_run=dry_run)
+        from lib.experiments.publishing import table_of
+
+        table = table_of(section)
+    rows = table.drop(profile, run_id or [], superseded, dry_run)
     about = ["profile", "run_id", "mode", "n_facts", "seed", "superseded"]
     console.print(rows[about].drop_duplicates().to_string(index=False))
-    console.print(f"{len(rows)} rows {'would leave' if dry_run else 'have left'} {path}")
+    console.print(f"{len(rows)} rows {'would leave' if dry_run else 'have left'} {table.path}")
 
 
 @app.command()

@@ -111,6 +111,4 @@ ProfileOption = Annotated[
     Profile, typer.Option(help="smoke: seconds, for tests; quick: minutes; laptop: days of a core; paper: a cluster")
 ]
 
-
-Stack = Annotated[int, typer.Option(help="models of one shape that train as one where that is faster")]
 Parameters = Annotated[list[str], typer.Option("-p", help="name=value")]

@@ -15,7 +15,6 @@ from lib.cli.options import (
     ProfileOption,
     Section,
     Sharded,
-    Stack,
     Tensor,
     cell,
     console,
@@ -98,7 +97,6 @@ def submit_sweep(
     jobs: Annotated[int, typer.Option(help="jobs at a time")] = 16,
     hours: Annotated[float, typer.Option(min=0, help="pack searches into one job up to so many hours")] = 1.0,
     device: Device = "auto",
-    stack: Stack = 8,
     dry_run: Script = False,
 ) -> None:
     """Run all models of a section that are not finished yet, as a job array."""
@@ -106,7 +104,7 @@ def submit_sweep(
 
     if resources.nodes > 1 or resources.gpus > 1:
         raise InputError("each job of a sweep takes one node and at most one GPU: --jobs says how many run at a time")
-    tasks = submissions.sweep_tasks(section, profile.value, hours, device, stack)
+    tasks = submissions.sweep_tasks(section, profile.value, hours, device)
     if tasks:
         _submit(f"sweep-{section}-{profile.value}", tasks, resources, dry_run, jobs)
     else:

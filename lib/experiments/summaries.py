@@ -8,79 +8,85 @@ import pandas as pd
 
 from lib.experiments.search import SIZES, Search
 from lib.experiments.tables import (
-    _GROUP,
-    _POINT,
     COMPUTED,
+    GROUP,
+    POINT,
     THRESHOLDS,
-    _plan,
     described,
     law_named,
     read_rows,
+    searches_of,
     shown,
     sizes_shown,
 )
-from lib.facts.entropy import entropy_bits_by_attribute, entropy_bits_per_person
+from lib.facts.entropy import entropy_bits_by_attribute
 from lib.facts.people import ATTRIBUTES
 
-
-def bounds(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
-    """`minimal_parameters` of Section 5.1 in a profile, as `shown`."""
-    return _shown_bounds(bounds_rows(profile, tokenizer))
-
-
-def bounds_of_seeds(profile: str, threshold: float) -> pd.DataFrame:
-    """`minimal_parameters_of_seeds` of Section 5.1 in a profile, of what `bounds` shows."""
-    rows = bounds_rows(profile)
-    return minimal_parameters_of_seeds(behind(rows, threshold), threshold)
-
-
-def behind(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    """Return the rows behind the points that `bounds` shows at a threshold."""
-    points = minimal_parameters(rows, [threshold])
-    return described(rows).merge(shown(points, "min_params_mean")[_GROUP]) if len(rows) else rows
-
-
-def _shown_bounds(rows: pd.DataFrame) -> pd.DataFrame:
-    return shown(minimal_parameters(rows), "min_params_mean", [*_POINT, "recall_threshold"])
+# Rows of a section ----------------------------------------------------------------------------------------------------
 
 
 def bounds_searches(profile: str, tokenizer: str = "bytes") -> list[Search]:
-    """What Section 5.1 shows: its own searches, and in-tool the runs of 5.2 on databases that only it searches.
+    """Return what Section 5.1 shows: its own searches, and in-tool those of 5.2 on databases that only 5.2 searches.
 
-    Grids, searches without a threshold, do not count as that: they have no smallest model.
+    Grids, searches without a threshold, are left out: they have no smallest model.
     """
-    own = _plan("05_1", profile, tokenizer)
-    others = [search for search in _plan("05_2", profile, tokenizer) if search.base.mode == "in-tool"]
-    only_there = {_database_of(search) for search in others if search.threshold} - {_database_of(s) for s in own}
-    return own + [search for search in others if _database_of(search) in only_there]
-
-
-def _database_of(search: Search) -> tuple:
-    return search.base.mode, search.base.facts
+    own = searches_of("05_1", profile, tokenizer)
+    searched = {(search.base.mode, search.base.facts) for search in own}
+    others = [s for s in searches_of("05_2", profile, tokenizer) if s.base.mode == "in-tool" and s.threshold]
+    return own + [search for search in others if (search.base.mode, search.base.facts) not in searched]
 
 
 def bounds_rows(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
-    """The finished runs of `bounds_searches`, and superseded ones of 5.2 where 5.1 itself has found no bound."""
-    own, others = (read_rows(s, profile, _plan(s, profile, tokenizer)) for s in ("05_1", "05_2"))
+    """Return the finished runs of `bounds_searches`, and superseded ones of 5.2 where 5.1 itself has found no bound."""
+    own, others = (read_rows(s, profile, searches_of(s, profile, tokenizer)) for s in ("05_1", "05_2"))
     planned = {s.config(size).run_id for s in bounds_searches(profile, tokenizer) for size in s.sizes}
     if len(others):
         earlier = others.superseded & (others["mode"] == "in-tool")
-        is_grid = others.every_seed.fillna(False).groupby([others[name] for name in _GROUP]).transform("all")
-        found_here = minimal_parameters(own, [0.95]).dropna(subset="min_params_mean")[_POINT]
-        found_here = pd.MultiIndex.from_frame(others[_POINT]).isin(pd.MultiIndex.from_frame(found_here))
+        is_grid = others.every_seed.fillna(False).groupby([others[name] for name in GROUP]).transform("all")
+        found_here = minimal_parameters(own, [0.95]).dropna(subset="min_params_mean")[POINT]
+        found_here = pd.MultiIndex.from_frame(others[POINT]).isin(pd.MultiIndex.from_frame(found_here))
         earlier &= ~is_grid.astype(bool) & ~found_here
         others = others[earlier | others.run_id.isin(planned)]
     return pd.concat([rows for rows in (own, others) if len(rows)] or [own], ignore_index=True)
 
 
 def generalization_rows(profile: str) -> pd.DataFrame:
-    """The finished runs of Section 5.2 at the sizes that every seed is to have (`Search.certain`), as `shown`."""
+    """Return the finished runs of Section 5.2 at the sizes that every seed runs (`Search.certain`), as `shown`."""
     rows = read_rows("05_2", profile)
     return sizes_shown(rows[rows.every_seed.fillna(False).astype(bool)])
 
 
+# Parameters needed ----------------------------------------------------------------------------------------------------
+
+
+def bounds(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
+    """Return `minimal_parameters` of Section 5.1 in a profile, as `shown`."""
+    return _shown_bounds(bounds_rows(profile, tokenizer))
+
+
+def compressibility_bounds(profile: str) -> pd.DataFrame:
+    """Return `minimal_parameters` of Section 5.3's runs, as `shown`, with the entropy_bits of the databases."""
+    bounds = _shown_bounds(read_rows("05_3", profile))
+    return bounds.assign(entropy_bits=entropy_bits(bounds))
+
+
+def _shown_bounds(rows: pd.DataFrame) -> pd.DataFrame:
+    return shown(minimal_parameters(rows), "min_params_mean", [*POINT, "recall_threshold"])
+
+
+def bounds_of_seeds(profile: str, threshold: float) -> pd.DataFrame:
+    """Return `minimal_parameters_of_seeds` of what `bounds` shows of Section 5.1 in a profile."""
+    return minimal_parameters_of_seeds(behind(bounds_rows(profile), threshold), threshold)
+
+
+def behind(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """Return the rows behind the points that `bounds` shows at a threshold."""
+    points = minimal_parameters(rows, [threshold])
+    return described(rows).merge(shown(points, "min_params_mean")[GROUP]) if len(rows) else rows
+
+
 def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHOLDS) -> pd.DataFrame:
-    """Parameters of the smallest model that reaches each recall threshold, over seeds (Section 5.1).
+    """Return the parameters of the smallest model that reaches each recall threshold, over seeds (Section 5.1).
 
     rows: of one profile, with at most one run per mode, number of facts, correlation, law, recipe, seed and size.
 
@@ -91,23 +97,23 @@ def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHO
     ended. The columns shared with the published table have the published names.
     """
     if not len(rows):
-        return pd.DataFrame(columns=[*_GROUP, "recall_threshold", *_STATISTICS.values(), "finished_at"])
+        return pd.DataFrame(columns=[*GROUP, "recall_threshold", *_STATISTICS.values(), "finished_at"])
     tables = []
     for threshold in thresholds:
-        of_seeds = minimal_parameters_of_seeds(rows, threshold).groupby(_GROUP)
+        of_seeds = minimal_parameters_of_seeds(rows, threshold).groupby(GROUP)
         table = of_seeds.min_params.agg(list(_STATISTICS)).assign(finished_at=of_seeds.finished_at.max())
         tables.append(table.reset_index().assign(recall_threshold=threshold))
     table = pd.concat(tables).rename(columns=_STATISTICS)
-    return table.sort_values([*_GROUP, "recall_threshold"], ignore_index=True)
+    return table.sort_values([*GROUP, "recall_threshold"], ignore_index=True)
 
 
 def minimal_parameters_of_seeds(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    """What `minimal_parameters` summarizes, seed by seed: also seed and min_params, NaN if unknown."""
-    columns = [*_GROUP, "seed", "min_params", "finished_at"]
+    """Return what `minimal_parameters` summarizes, seed by seed, with columns seed and min_params (NaN if unknown)."""
+    columns = [*GROUP, "seed", "min_params", "finished_at"]
     if not len(rows):
         return pd.DataFrame(columns=columns)
     of_size = ["d_model", "n_params", "recall", "next_smaller", "finished_at"]
-    runs_of_seeds = described(rows).reindex(columns=[*_GROUP, "seed", *of_size]).groupby([*_GROUP, "seed"])
+    runs_of_seeds = described(rows).reindex(columns=[*GROUP, "seed", *of_size]).groupby([*GROUP, "seed"])
     found = [(*key, _smallest(runs, threshold), runs.finished_at.max()) for key, runs in runs_of_seeds]
     return pd.DataFrame(found, columns=columns)
 
@@ -123,7 +129,7 @@ _STATISTICS = {
 
 
 def _smallest(runs: pd.DataFrame, threshold: float) -> float:
-    """Parameters of the smallest size that reached `threshold` if the next smaller one did not, else NaN."""
+    """Return the parameters of the smallest size that reached `threshold` if the next smaller one did not, else NaN."""
     reached = dict(zip(runs.d_model, runs.recall >= threshold, strict=True))
     enough = min((size for size, yes in reached.items() if yes), default=None)
     if enough is None:
@@ -136,71 +142,68 @@ def _smallest(runs: pd.DataFrame, threshold: float) -> float:
     return float(run.n_params) if known else math.nan
 
 
-def capacity(rows: pd.DataFrame) -> pd.DataFrame:
-    """What in-weight models hold at least, in bits, for every run (Section 4's bound is about it).
-
-    rows: of finished runs; given back are those in-weight, with what tells them apart and entropy_bits, the joint
-    entropy of the database given the names; stored_bits, by how much knowing the model shortens a description of the
-    answers for somebody who knows which values there are, added up over attributes where it does; and
-    stored_bits_per_parameter. A lower bound: a model may know facts that it cannot spell yet.
-    """
-    columns = ["profile", "optimizer", "n_facts", "alpha", "seed", "d_model", "n_params", "steps", "stopped", "recall"]
-    columns += COMPUTED
-    nll = {attribute: f"nll_bits_{attribute}" for attribute in ATTRIBUTES}
-    rows = described(rows).reindex(columns=["mode", *columns, *nll.values()])
-    rows = rows[rows["mode"] == "in-weight"].reset_index(drop=True)
-    n_people = rows.n_facts.floordiv(4)
-    entropy = pd.DataFrame(
-        [
-            entropy_bits_by_attribute(int(n), int(seed), alpha, law_named(law))
-            for n, seed, alpha, law in zip(n_people, rows.seed, rows.alpha, rows.law, strict=True)
-        ],
-        index=rows.index,
-        columns=list(nll),
-    )
-    known = entropy.sub(rows[list(nll.values())].to_numpy(float)).clip(lower=0).sum(axis=1, skipna=False)
-    return rows[columns].assign(
-        entropy_bits=n_people * entropy.sum(axis=1),
-        stored_bits=n_people * known,
-        stored_bits_per_parameter=n_people * known / rows.n_params,
-    )
-
-
-def entropy_bits(rows: pd.DataFrame) -> pd.Series:
-    """Joint entropy in bits of each row's database (n_facts, alpha, law) given the names; without a seed, of seed 0."""
-    seeds = rows.get("seed", pd.Series(0, index=rows.index))
-    bits = [
-        n_facts // 4 * entropy_bits_per_person(n_facts // 4, seed, alpha, law_named(law))
-        for n_facts, seed, alpha, law in zip(rows.n_facts, seeds, rows.alpha, rows.law, strict=True)
-    ]
-    return pd.Series(bits, index=rows.index, dtype=float)
-
-
-def compressibility_bounds(profile: str) -> pd.DataFrame:
-    """`minimal_parameters` of Section 5.3's runs, as `shown`, with the entropy_bits of the databases."""
-    bounds = _shown_bounds(read_rows("05_3", profile))
-    return bounds.assign(entropy_bits=entropy_bits(bounds))
-
-
 def biographies_bounds(profile: str, threshold: float = 0.95) -> pd.DataFrame:
-    """Parameters needed without and with biographies among the training text, and their ratio, where both are known.
+    """Return the parameters needed without and with biographies in the training text, and their ratio.
 
-    A row per number of facts: needed_without and needed_with are means over the `seeds` of which both are known. Each
-    seed has a database and weights of its own: what other seeds need says nothing about biographies.
+    A row per number of facts where both are known: needed_without and needed_with are means over those `seeds`. Each
+    seed has a database and weights of its own, so what other seeds need says nothing about biographies.
     """
     with_them = minimal_parameters_of_seeds(read_rows("05_1_biographies", profile), threshold)
     without = minimal_parameters_of_seeds(bounds_rows(profile), threshold)
-    both = without.merge(with_them, on=[*_POINT, "recipe", "seed"], suffixes=("_without", "_with"))
+    both = without.merge(with_them, on=[*POINT, "recipe", "seed"], suffixes=("_without", "_with"))
     both = both.dropna(subset=["min_params_without", "min_params_with"])
     both["superseded"] = both.superseded_without.astype(bool) | both.superseded_with.astype(bool)
     needed = {f"needed_{which}": (f"min_params_{which}", "mean") for which in ("without", "with")}
-    table = both.groupby(_GROUP).agg(**needed, seeds=("seed", "size"), finished_at=("finished_at_with", "max"))
+    table = both.groupby(GROUP).agg(**needed, seeds=("seed", "size"), finished_at=("finished_at_with", "max"))
     table = shown(table.reset_index(), "needed_with")[["n_facts", "superseded", *needed, "seeds"]]
     return table.assign(ratio=table.needed_with / table.needed_without)
 
 
+# Bits stored ----------------------------------------------------------------------------------------------------------
+
+
+def capacity(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the bits that each in-weight model among finished runs stores at least (Section 4's bound is about them).
+
+    Columns: what tells the runs apart; entropy_bits, the joint entropy of the database given the names; stored_bits, by
+    how much knowing the model shortens a description of the answers for somebody who knows which values there are,
+    added up over the attributes where it does; and stored_bits_per_parameter. A lower bound: a model may know facts
+    that it cannot spell yet.
+    """
+    columns = ["profile", "optimizer", "n_facts", "alpha", "seed", "d_model", "n_params", "steps", "stopped", "recall"]
+    columns += COMPUTED
+    nll = [f"nll_bits_{attribute}" for attribute in ATTRIBUTES]
+    rows = described(rows).reindex(columns=["mode", *columns, *nll])
+    rows = rows[rows["mode"] == "in-weight"].reset_index(drop=True)
+    n_people, entropy = rows.n_facts // len(ATTRIBUTES), _entropy_per_person(rows)
+    stored = n_people * entropy.sub(rows[nll].to_numpy(float)).clip(lower=0).sum(axis=1, skipna=False)
+    return rows[columns].assign(
+        entropy_bits=n_people * entropy.sum(axis=1),
+        stored_bits=stored,
+        stored_bits_per_parameter=stored / rows.n_params,
+    )
+
+
+def entropy_bits(rows: pd.DataFrame) -> pd.Series:
+    """Return the joint entropy in bits of each row's database given the names (see `_entropy_per_person`)."""
+    return rows.n_facts // len(ATTRIBUTES) * _entropy_per_person(rows).sum(axis=1)
+
+
+def _entropy_per_person(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the bits a person of each attribute, for the database (n_facts, alpha, law, seed or 0) of each row."""
+    seeds = rows.get("seed", pd.Series(0, rows.index))
+    bits = [
+        entropy_bits_by_attribute(int(n_facts) // len(ATTRIBUTES), int(seed), alpha, law_named(law))
+        for n_facts, seed, alpha, law in zip(rows.n_facts, seeds, rows.alpha, rows.law, strict=True)
+    ]
+    return pd.DataFrame(bits, rows.index, columns=ATTRIBUTES, dtype=float)
+
+
+# Slopes, and recall of unseen people ----------------------------------------------------------------------------------
+
+
 def fit_line(points: pd.DataFrame, of: str = "min_params_mean", resamples: int = 2000) -> dict[str, float]:
-    """Parameters needed as a line in the facts: slope (parameters a fact), its 95% interval, intercept, n_points.
+    """Fit parameters needed as a line in the facts: slope (parameters a fact), its 95% interval, intercept, n_points.
 
     points: n_facts and the column `of`; those without a value are left out. The interval is the bootstrap's, over
     points: of means it says how much the slope depends on which numbers of facts were tried, of `min_params` also on
@@ -222,8 +225,7 @@ def fit_line(points: pd.DataFrame, of: str = "min_params_mean", resamples: int =
 
 
 def unseen_shares(rows: pd.DataFrame) -> pd.DataFrame:
-    """The columns about unseen people (`lib.evaluation.generalization`) as a tidy table: a row per run, kind and
-    measure.
+    """Return the columns about unseen people (`lib.evaluation.generalization`): a row per run, kind and measure.
 
     kind: what is new in the names, or `trained`; measure: recall, well_formed, right_attribute or right_name; share.
     """

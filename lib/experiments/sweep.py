@@ -1,40 +1,35 @@
-"""Execute the searches of an experiment: in parallel processes here, resumable, each cell once."""
+"""Run the searches of an experiment: each run in a process of its own, resumable, and none of them twice."""
 
 import json
 import math
 import os
-import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing import Pipe, current_process, get_context, parent_process
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from threading import RLock, Thread
 
 import pandas as pd
-import torch
-from tqdm import tqdm
 
+from lib import paths
 from lib.base import InputError, WorkError
 from lib.config import RunConfig
 from lib.experiments import tables
 from lib.experiments.plan import searches
 from lib.experiments.search import Search
-from lib.facts.people import RELEASED
+from lib.experiments.worker import attempt
+from lib.facts.people import ATTRIBUTES, RELEASED
+from lib.paths import ROW
 from lib.progress import progress
-from lib.training.devices import resolve_device, usable_cores
-from lib.training.distributed import Preempted
-from lib.training.run import run_together, stacked_speedup
-from lib.training.trainer import stack_key
 
-#: How often a failing cell is tried before it counts as failed.
+#: How often a failing run is tried before it counts as failed.
 TRIES = 2
 #: Floating-point operations a second of small models, about: of a core of a laptop, of an H200 with one to train.
 SPEEDS = {"cpu": 1.5e10, "cuda": 5e11}
-#: How many missing cells a report names.
+#: How many missing runs a report names.
 LISTED = 5
 
 
@@ -42,11 +37,11 @@ LISTED = 5
 class Report:
     """What a sweep did and what it left."""
 
-    done_before: int = 0  # cells that had a row already
+    done_before: int = 0  # runs that had a row already
     done_now: int = 0
     failed: dict[str, str] = field(default_factory=dict)  # run id -> the error's last line
-    missing: list[RunConfig] = field(default_factory=list)  # cells that could start now
-    runs_ahead: int = 0  # about how many cells are left, those that depend on others included
+    missing: list[RunConfig] = field(default_factory=list)  # runs that could start now
+    runs_ahead: int = 0  # about how many runs are left, those that depend on others included
     hours_ahead: float = 0.0  # about how many hours they take one process
 
     def check(self) -> None:
@@ -73,47 +68,44 @@ def sweep(
     dry_run: bool = False,
     max_hours: float = math.inf,
     device: str = "auto",
-    stack: int = 8,
     plan: Sequence[Search] | None = None,
     in_process: bool = False,
 ) -> Report:
-    """Run all that a section needs in a profile and that has no row yet, in `jobs` processes.
+    """Run all that an experiment needs in a profile and that has no row yet, `jobs` runs at a time.
 
-    By default that is one a core, or one a GPU: of several GPUs each process gets its own (see `assign_devices`). Up to
-    `stack` models of one shape train as one if that turns out to be faster on this machine. A failing cell is tried
-    once more, then reported; other searches go on. After `max_hours` no new cell starts. With `dry_run` nothing runs
-    and the report says what is ahead. `plan`: searches of the section, in place of all. `in_process`: here, one cell or
-    stack after the other, without processes; raises `Preempted`.
+    section: as `lib.experiments.plan.searches` takes it. jobs: by default one a core, or one a GPU; of several GPUs
+    each run gets one (see `assign_devices`). max_hours: after this time no run starts. dry_run: run nothing; the report
+    says what is ahead, on a CPU core unless `device` names a GPU. plan: searches to do instead of all of the section's.
+    in_process: run here, one after the other, without processes; raises `Preempted`.
+
+    A failing run is tried once more, then reported; the others go on.
     """
     if jobs is not None and jobs < 1:
         raise InputError(f"jobs = {jobs}: a sweep takes at least one process")
-    if stack < 1:
-        raise InputError(f"stack = {stack}: give how many models may train as one, 1 for each alone")
-    n_gpus = torch.cuda.device_count() if resolve_device(device).type == "cuda" else 0
-    devices = [device] if in_process else assign_devices(device, jobs, n_gpus, usable_cores())
     plan = searches(section, profile) if plan is None else plan
     rows, recalls = _known(section, profile, plan)
     report = Report(done_before=len(recalls))
     if not dry_run and _pending(plan, recalls):
         directory = tables.sweep_dir(section, profile)
         deadline = time.monotonic() + 3600 * max_hours
-        make = _Here if in_process else _Worker
-        _execute(plan, recalls, report, directory, make, devices, stack, deadline)
+        start, devices = (_Here, [device]) if in_process else (_Process, _devices(device, jobs))
+        _execute(plan, recalls, report, directory, start, devices, deadline)
     report.missing = _pending(plan, recalls)
     ahead = [config for search in plan for config in _expected(search, recalls)]
-    report.runs_ahead, report.hours_ahead = len(ahead), _hours(ahead, _speed(rows, "cuda" if n_gpus else "cpu"))
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    report.runs_ahead, report.hours_ahead = len(ahead), _hours(ahead, _speed(rows, kind))
     return report
 
 
 def hours_ahead(section: str, profile: str, plan: Sequence[Search]) -> list[float]:
-    """About how many hours each search of a plan still takes one core; 0 for one that is over."""
+    """Return about how many hours each search of a plan still takes one core; 0 for one that is over."""
     rows, recalls = _known(section, profile, plan)
     speed = _speed(rows, "cpu")
     return [_hours(_expected(search, recalls), speed) for search in plan]
 
 
 def assign_devices(device: str, jobs: int | None, n_gpus: int, n_cores: int) -> list[str]:
-    """The device of each of `jobs` processes; of GPUs that nobody has chosen among, each in turn.
+    """Return the device of each of `jobs` processes; several GPUs that nobody has chosen among take turns.
 
     n_gpus: 0 where `device` is none. Without `jobs`, one process a GPU or core.
     """
@@ -124,15 +116,24 @@ def assign_devices(device: str, jobs: int | None, n_gpus: int, n_cores: int) -> 
     return [device] * (jobs or 1)
 
 
+def _devices(device: str, jobs: int | None) -> list[str]:
+    import torch  # only here: planning and a finished sweep do without it
+
+    from lib.training.devices import resolve_device, usable_cores
+
+    n_gpus = torch.cuda.device_count() if resolve_device(device).type == "cuda" else 0
+    return assign_devices(device, jobs, n_gpus, usable_cores())
+
+
 def _known(section: str, profile: str, plan: Sequence[Search]) -> tuple[pd.DataFrame, dict[str, float]]:
-    """All rows, which tell the speed of devices, and by run id the recall of those that the plan asks for."""
+    """Return all rows, which tell the speed of devices, and by run id the recall of those that the plan asks for."""
     rows = tables.read_rows(section, profile, plan)
     done = rows[~rows.superseded]
     return rows, dict(zip(done.run_id, done.recall, strict=True)) if len(done) else {}
 
 
 def _pending(plan: Sequence[Search], recalls: dict[str, float]) -> list[RunConfig]:
-    """The cells that can start now, each once, in the order of the plan."""
+    """Return the runs that can start now, each once, in the order of the plan."""
     return list({config.run_id: config for search in plan for config in search.pending(recalls)}.values())
 
 
@@ -141,148 +142,118 @@ def _execute(
     recalls: dict[str, float],
     report: Report,
     directory: Path,
-    make: Callable[[str], "_Worker | _Here"],
+    start: "type[_Process] | type[_Here]",
     devices: list[str],
-    stack: int,
     deadline: float,
 ) -> None:
-    """Keep a worker on each of `devices` busy until nothing can start any more, adding to `recalls` and `report`."""
-    idle: list[tuple[str, _Worker | _Here | None]] = [(device, None) for device in reversed(devices)]
-    running: dict[Connection, tuple[str, _Worker | _Here, list[RunConfig]]] = {}
-    tries: Counter[str] = Counter()
-    faster_alone: set[tuple] = set()  # kinds of cells of which a stack was measured to be slower
-    with progress(len(plan), directory.parent.name + " " + directory.name) as bar:
+    """Keep a run on each of `devices` until nothing can start any more, adding to `recalls` and `report`."""
+    idle, tries = devices[::-1], Counter()
+    running: list[_Process | _Here] = []
+    with progress(len(plan), f"{directory.parent.name} {directory.name}") as bar:
         try:
             while True:
-                busy = {config.run_id for *_, configs in running.values() for config in configs}
-                ready = [c for c in _pending(plan, recalls) if c.run_id not in busy | report.failed.keys()]
+                known = report.failed.keys() | {run.config.run_id for run in running}
+                ready = [config for config in _pending(plan, recalls) if config.run_id not in known]
                 while ready and idle and time.monotonic() < deadline:
-                    alone = tries[ready[0].run_id] or _kind(ready[0]) in faster_alone
-                    share = math.ceil(len(ready) / len(idle))  # a stack leaves cells for the other workers
-                    configs = ready[:1] if alone else _alike(ready, tries)[: min(stack, share)]
-                    ready = [config for config in ready if config not in configs]
-                    device, worker = idle.pop()
-                    worker = worker or make(device)
-                    running[worker.pipe] = device, worker, configs
-                    worker.submit(configs, [directory / config.run_id for config in configs])
+                    config = ready.pop(0)
+                    running.append(start(config, directory / config.run_id, idle.pop()))
                 if not running:
                     return
-                for pipe in wait(list(running)):
-                    device, worker, configs = running.pop(pipe)
-                    found, error = worker.result()
-                    if error is None and found is None:
-                        faster_alone.add(_kind(configs[0]))
-                    elif error is None:
-                        recalls |= found
-                        report.done_now += len(configs)
-                        text = f"{_title(configs[-1])}: recall {found[configs[-1].run_id]:.3f}"
-                        bar.set_postfix_str(text, refresh=False)
-                    for config in configs if error else ():
-                        tries[config.run_id] += 1  # from now on alone: one failing cell fails no other
-                        if tries[config.run_id] >= TRIES:
-                            report.failed[config.run_id] = f"{_title(config)}: {error}"
-                    idle.append((device, worker if worker.process.is_alive() else None))
+                while not (ended := [run for run in running if run.ended()]):
+                    time.sleep(0.1)
+                for run in ended:
+                    running.remove(run)
+                    idle.append(run.device)
+                    run_id, title = run.config.run_id, _title(run.config)
+                    if error := run.error():
+                        tries[run_id] += 1
+                        if tries[run_id] == TRIES:
+                            report.failed[run_id] = f"{title}: {error}"
+                        continue
+                    recalls[run_id] = json.loads((directory / run_id / ROW).read_text())["recall"]
+                    report.done_now += 1
+                    bar.set_postfix_str(f"{title}: recall {recalls[run_id]:.3f}", refresh=False)
                 closed = sum(not search.pending(recalls) for search in plan)
                 bar.update(closed - bar.n)
         finally:
-            for _, worker, *_ in [*idle, *running.values()]:
-                if worker:
-                    worker.close()
+            for run in running:
+                run.stop()
 
 
-def _alike(ready: list[RunConfig], tries: Counter[str]) -> list[RunConfig]:
-    """The cells that could train as one stack with the first."""
-    return [config for config in ready if _kind(config) == _kind(ready[0]) and not tries[config.run_id]]
+class _Process:
+    """A run in a process of its own: its death harms no other run, and it does not outlive the sweep."""
 
+    def __init__(self, config: RunConfig, directory: Path, device: str):
+        self.config, self.device = config, device
+        self._said = tempfile.TemporaryFile()
+        path = [str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {
+            "PYTHONPATH": os.pathsep.join(path),
+            "PYTHONSAFEPATH": "1",
+        }  # no other lib, in the current folder
+        # Small models gain little from a second thread, and wait for it where cores are busy.
+        environment |= {"OMP_NUM_THREADS": "1", "ITL_PROGRESS": "off"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "lib.experiments.worker", config.canonical_json(), str(directory), device],
+            stdin=subprocess.PIPE,  # closes with this process, however it ends: then the run leaves
+            stdout=subprocess.DEVNULL,
+            stderr=self._said,
+            env=os.environ | environment,
+        )
 
-def _kind(config: RunConfig) -> tuple:
-    """What cells of a stack have in common; their mode too, for dialogs of like lengths."""
-    return config.mode, stack_key(config)
+    def ended(self) -> bool:
+        return self._process.poll() is not None
 
+    def error(self) -> str | None:
+        """Return what ended the process before its run was finished, in one line."""
+        code = self._process.returncode
+        self._said.seek(0)
+        lines = self._said.read().decode(errors="replace").split("\n")
+        said = [line.strip() for line in lines if line.strip()]
+        self._close()
+        if code == 1 and said:
+            return said[-1]
+        return f"its process died with exit code {code}" if code else None
 
-class _Worker:
-    """A process that runs cell after cell. Its death harms no other cell, and it does not outlive the sweep."""
+    def stop(self) -> None:
+        """Ask the process to leave, which it does with a checkpoint, and wait for it."""
+        self._process.terminate()
+        self._process.wait()
+        self._close()
 
-    def __init__(self, device: str):
-        context = get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, device), daemon=True)
-        self.process.start()
-        theirs.close()  # the process holds the only other end now, so its death ends the pipe
-
-    def submit(self, configs: list[RunConfig], directories: list[Path]) -> None:
-        with suppress(OSError):  # it has died, which `result` will say
-            self.pipe.send(([config.model_dump() for config in configs], directories))
-
-    def result(self) -> tuple[dict[str, float] | None, str | None]:
-        """Recall of each cell by id, None if they are faster alone; or the error that ended them."""
-        try:
-            return self.pipe.recv()
-        except (EOFError, OSError):
-            self.process.join()
-            return None, f"its process died with exit code {self.process.exitcode}"
-
-    def close(self) -> None:
-        self.process.terminate()
-
-
-def _work(pipe: Connection, device: str) -> None:
-    """The life of a worker: cells come in, recalls go out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the sweep, which ends its workers
-    Thread(target=_end_with_parent, daemon=True).start()
-    tqdm.set_lock(RLock())  # its default is a semaphore, which Python reports as leaked when a worker is ended
-    torch.set_num_threads(1)  # small models gain little from a second thread, and wait for it where cores are busy
-    with suppress(EOFError, Preempted):
-        while True:
-            pipe.send(_answer(*pipe.recv(), device))
-
-
-def _answer(configs: list[dict], directories: list[Path], device: str) -> tuple[dict[str, float] | None, str | None]:
-    """What a worker says about cells; see `_Worker.result`."""
-    try:
-        configs = [RunConfig.parse(config) for config in configs]
-        if len(configs) > 1 and stacked_speedup(configs[:2], device) < 1:  # if two gain nothing, nor do more
-            return None, None
-        rows = run_together(configs, directories, device=device)
-        return {row["run_id"]: row["recall"] for row in rows}, None
-    except Preempted:
-        raise
-    except Exception as error:
-        return None, f"{type(error).__name__}: {error}"[:2000]  # a pipe holds so much before anybody reads it
+    def _close(self) -> None:
+        self._process.stdin.close()
+        self._said.close()
 
 
 class _Here:
-    """Takes the place of a worker process: runs the cells in this one, while they are handed over."""
+    """A run in this process, finished when it is made."""
 
-    def __init__(self, device: str):
-        self.device, self.process = device, current_process()
-        self.pipe, self.theirs = Pipe()
+    def __init__(self, config: RunConfig, directory: Path, device: str):
+        self.config, self.device = config, device
+        self._error = attempt(config, directory, device)
 
-    def submit(self, configs: list[RunConfig], directories: list[Path]) -> None:
-        self.theirs.send(_answer([config.model_dump() for config in configs], directories, self.device))
+    def ended(self) -> bool:
+        return True
 
-    def result(self) -> tuple[dict[str, float] | None, str | None]:
-        return self.pipe.recv()
+    def error(self) -> str | None:
+        return self._error
 
-    def close(self) -> None:
-        self.pipe.close()
-        self.theirs.close()
-
-
-def _end_with_parent() -> None:
-    parent_process().join()
-    os._exit(1)
+    def stop(self) -> None:
+        pass
 
 
 def _title(config: RunConfig) -> str:
     correlation = f", alpha {config.facts.alpha:g}" if config.facts.alpha else ""
     law = ", released law" if config.facts.law == RELEASED else ""
-    facts = f"{4 * config.facts.n_people} facts{correlation}{law}"
-    return f"{config.mode}, {facts}, d = {config.model.d_model}, seed {config.seed}"
+    facts = f"{len(ATTRIBUTES) * config.facts.n_people} facts{correlation}{law}"
+    shape = config.model.n_layers, config.model.n_heads
+    layers = "" if shape == (2, 2) else f", {shape[0]} layers of {shape[1]} heads"
+    return f"{config.mode}, {facts}, d = {config.model.d_model}{layers}, seed {config.seed}"
 
 
 def _expected(search: Search, recalls: dict[str, float]) -> list[RunConfig]:
-    """The runs that a search still takes, as many and as large as it is likely to turn out."""
+    """Return the runs that a search still takes, as many and as large as it is likely to turn out."""
     pending = search.pending(recalls)
     if search.threshold is None or not pending:
         return pending
@@ -291,12 +262,12 @@ def _expected(search: Search, recalls: dict[str, float]) -> list[RunConfig]:
 
 
 def _hours(configs: list[RunConfig], speed: float) -> float:
-    """Hours that runs take one process of so many floating-point operations a second."""
+    """Return the hours that runs take one process of so many floating-point operations a second."""
     return sum(config.flops() for config in configs) / speed / 3600
 
 
 def _speed(rows: pd.DataFrame, device: str) -> float:
-    """Floating-point operations a second of the rows that such a device (cpu, cuda) made, or a guess."""
+    """Return the floating-point operations a second of the rows that such a device (cpu, cuda) made, or a guess."""
     rows = rows[rows.device.str.startswith(device)] if len(rows) else rows
     if not len(rows):
         return SPEEDS[device]

@@ -1,4 +1,4 @@
-"""Rows of finished runs as tidy tables: read and aggregate. `lib.experiments.publishing` writes them."""
+"""Rows of finished runs as tidy tables: read, and one recipe chosen for each point of a figure."""
 
 import json
 from ast import literal_eval
@@ -11,20 +11,31 @@ import pandas as pd
 from lib import paths
 from lib.base import InputError
 from lib.dialogs.tokenizers import load_tokenizer
-from lib.experiments.plan import searches
+from lib.experiments.plan import is_file, searches
 from lib.experiments.search import Search
 from lib.facts.people import LAWS, Law
 from lib.paths import ROW
 
-#: How the tables name a section's rows.
+#: The table of paper_data that holds a section's rows.
 TABLES = {
     "05_1": "parameter_bounds",
     "05_1_biographies": "biographies",
     "05_2": "generalization",
     "05_3": "compressibility",
 }
+#: Profiles that only tables have: no plan asks for their rows (paper_data/README.md).
+TABLE_ONLY = ("near-paper",)
 #: The recalls that the paper counts as knowing.
 THRESHOLDS = (0.5, 0.9, 0.95, 0.99)
+#: Columns that a plan decides and a table keeps for runs that no plan asks for any more.
+_MARKS = {"next_smaller": "Int64", "every_seed": "boolean"}
+#: Columns whose values may look like numbers (hexadecimal digits, versions), and those that may be empty.
+_DTYPES = dict.fromkeys(("run_id", "people_digest", "commit", "python", "torch"), str) | _MARKS
+#: Columns that are computed whenever rows are read, and never stored: a stored one would go stale with the plan.
+COMPUTED = ["superseded", "law", "recipe"]
+#: What a point of a figure is about; results of different recipes are never averaged.
+POINT = ["mode", "n_facts", "alpha", "law"]
+GROUP = [*POINT, "recipe", "superseded"]
 
 
 def check_threshold(threshold: float) -> None:
@@ -35,32 +46,27 @@ def check_threshold(threshold: float) -> None:
 
 
 def sweep_dir(section: str, profile: str) -> Path:
-    """Where a sweep keeps its runs: runs/<profile>/<section>/<run id>."""
-    return paths.profile_dir(profile) / section
+    """Return the folder of a sweep's runs: runs/<profile>/<section>, or runs/<name> for a user's file of grids."""
+    return paths.runs() / Path(section).stem if is_file(section) else paths.profile_dir(profile) / section
 
 
 def table_path(section: str) -> Path:
-    """Where a section's rows are committed: paper_data/<table>.csv."""
+    """Return where a section's rows are committed: paper_data/<table>.csv. Other experiments are an `InputError`."""
     if section not in TABLES:
-        raise InputError(f"there is no table for section {section}: there are {', '.join(TABLES)}")
+        raise InputError(
+            f"there is no table for section {section}: there are {', '.join(TABLES)}, other rows stay in runs"
+        )
     return paths.PAPER_DATA / f"{TABLES[section]}.csv"
 
 
+def read_table(path: Path) -> pd.DataFrame:
+    """Return the rows of a table of runs; empty before anything was published."""
+    return pd.read_csv(path, dtype=_DTYPES) if path.exists() else pd.DataFrame()
+
+
 def committed_rows(section: str) -> pd.DataFrame:
-    """The rows in paper_data, of all profiles; empty before anything was published."""
-    path = table_path(section)
-    if not path.exists():
-        return pd.DataFrame()
-    return pd.read_csv(path, dtype=_DTYPES)
-
-
-#: Columns whose values may look like numbers (hexadecimal digits, versions), and those that may be empty.
-_DTYPES = dict.fromkeys(("run_id", "people_digest", "commit", "python", "torch"), str)
-_DTYPES |= {"next_smaller": "Int64", "every_seed": "boolean"}
-#: Columns that are computed whenever rows are read, and never stored: a stored one would go stale with the plan.
-COMPUTED = ["superseded", "law", "recipe"]
-#: Profiles that only tables have: no plan asks for their rows (paper_data/README.md).
-TABLE_ONLY = ("near-paper",)
+    """Return a section's rows in paper_data, of all profiles."""
+    return read_table(table_path(section))
 
 
 def read_rows(section: str, profile: str, plan: Sequence[Search] | None = None) -> pd.DataFrame:
@@ -69,54 +75,46 @@ def read_rows(section: str, profile: str, plan: Sequence[Search] | None = None) 
     plan: the searches that ask for runs, today's unless given. A run in runs counts only if its tokenizer's file is
     what it was. The columns `COMPUTED` come on top: superseded (the plan does not ask for this run), and `described`.
     """
-    plan = _plan(section, profile) if plan is None else plan
+    plan = searches_of(section, profile) if plan is None else plan
     planned = _planned(plan)
-    tokenizers = {load_tokenizer(spec).name for spec in {s.base.tokenizer for s in plan}}
+    tokenizers = {load_tokenizer(spec).name for spec in {search.base.tokenizer for search in plan}}
     found = sorted(sweep_dir(section, profile).glob(f"*/{ROW}")) if planned else []
     fresh = [json.loads(path.read_text()) for path in found if path.parent.name in planned]
     fresh = [row for row in fresh if row.get("tokenizer", "bytes") in tokenizers]
-    known = committed_rows(section)
+    known = committed_rows(section) if section in TABLES else pd.DataFrame()
     tables = [known[known.profile == profile]] if len(known) else []
     tables = [table for table in (*tables, pd.DataFrame(fresh).assign(profile=profile)) if len(table)]
     rows = pd.concat(tables) if tables else pd.DataFrame(columns=["run_id"])
     return _marked(rows.drop_duplicates("run_id", keep="first").reset_index(drop=True), planned)
 
 
-def _plan(section: str, profile: str, tokenizer: str = "bytes") -> list[Search]:
+def searches_of(section: str, profile: str, tokenizer: str = "bytes") -> list[Search]:
+    """Return `searches`, none for a profile that only tables have."""
     return [] if profile in TABLE_ONLY else searches(section, profile, tokenizer)
 
 
 def _planned(plan: Sequence[Search]) -> dict[str, tuple[int, bool]]:
-    """What a plan says of each run: the next smaller size tried on its database (0: none), and `Search.certain`."""
+    """Return by run the `_MARKS`: the next smaller size tried on its database (0: none), and `Search.certain`."""
     sizes = defaultdict(set)
     for search in plan:
         sizes[search.base.canonical_json()] |= set(search.sizes)
     planned = {}
     for search in plan:
+        tried = sizes[search.base.canonical_json()]
         for size in search.sizes:
-            below = max((s for s in sizes[search.base.canonical_json()] if s < size), default=0)
             run_id = search.config(size).run_id
-            planned[run_id] = below, size in search.certain or planned.get(run_id, (0, False))[1]
+            certain = size in search.certain or planned.get(run_id, (0, False))[1]
+            planned[run_id] = max((other for other in tried if other < size), default=0), certain
     return planned
 
 
 def _marked(rows: pd.DataFrame, planned: dict[str, tuple[int, bool]]) -> pd.DataFrame:
-    """Rows as a plan sees them; those it does not ask for keep what the plan they were published under said."""
+    """Return rows as a plan sees them; those it does not ask for keep the marks that they were published with."""
     rows = rows.assign(superseded=~rows.run_id.isin(planned))
-    for i, (column, dtype) in enumerate({"next_smaller": "Int64", "every_seed": "boolean"}.items()):
-        stored = rows.get(column, pd.Series(pd.NA, rows.index, dtype))
-        marks = [
-            planned[run_id][i] if run_id in planned else old for run_id, old in zip(rows.run_id, stored, strict=True)
-        ]
-        rows[column] = pd.array(marks, dtype)
+    for i, (column, dtype) in enumerate(_MARKS.items()):
+        marks = pd.Series([planned[id_][i] if id_ in planned else pd.NA for id_ in rows.run_id], rows.index, dtype)
+        rows[column] = marks.fillna(rows[column].astype(dtype)) if column in rows else marks
     return described(rows)
-
-
-def marked_rows(section: str) -> list[pd.DataFrame]:
-    """Return all rows of a section's table, a table for each profile, marked as today's plans see them."""
-    known = committed_rows(section)
-    profiles = known.profile.unique() if len(known) else []
-    return [_marked(known[known.profile == name], _planned(_plan(section, name))) for name in profiles]
 
 
 def described(rows: pd.DataFrame) -> pd.DataFrame:
@@ -157,12 +155,7 @@ def _recipe(config: dict, steps: float, batch_size: float, n_facts: float) -> st
     return json.dumps({**model, **config.get("optim", {}), **training, "passes": passes}, sort_keys=True)
 
 
-#: What a point of a figure is about; results of different recipes are never averaged.
-_POINT = ["mode", "n_facts", "alpha", "law"]
-_GROUP = [*_POINT, "recipe", "superseded"]
-
-
-def shown(table: pd.DataFrame, value: str, on: Sequence[str] = _POINT) -> pd.DataFrame:
+def shown(table: pd.DataFrame, value: str, on: Sequence[str] = POINT) -> pd.DataFrame:
     """Return what figures show of a table: one recipe for each point `on`.
 
     It is today's plan's where it has a `value`, else the latest (`finished_at`) superseded one's that has.
@@ -175,15 +168,10 @@ def shown(table: pd.DataFrame, value: str, on: Sequence[str] = _POINT) -> pd.Dat
 
 
 def sizes_shown(rows: pd.DataFrame) -> pd.DataFrame:
-    """`shown` of the recall of finished runs, where every size is a point."""
-    return shown(rows, "recall", [*_POINT, "d_model"]) if len(rows) else rows
+    """Return `shown` of the recall of finished runs, where every size is a point."""
+    return shown(rows, "recall", [*POINT, "d_model"]) if len(rows) else rows
 
 
-def counting_profile(profile: str) -> str:
-    """Which profile's rows a notebook shows as results: its own if it publishes, laptop if not."""
+def publishing_profile(profile: str) -> str:
+    """Return the profile whose rows a notebook shows as results: its own if it publishes, laptop if not."""
     return profile if profile in paths.PUBLISHING else "laptop"
-
-
-def counting_rows(section: str, profile: str) -> pd.DataFrame:
-    """The rows that results are shown from, see `counting_profile`."""
-    return read_rows(section, counting_profile(profile))

@@ -155,7 +155,7 @@ def bits_stored(held: pd.DataFrame) -> Figure:
 def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     """Return sentences about our points of `parameter_bounds`: the last number of facts that both modes have, and where
     a mode's points end."""
-    profile = tables.counting_profile(profile)
+    profile = tables.publishing_profile(profile)
     table = summaries.bounds(profile).query("recall_threshold == @threshold")
     found = table.dropna(subset="min_params_mean").set_index(["n_facts", "mode"])
     both = found.min_params_mean.unstack().reindex(columns=["in-weight", "in-tool"]).dropna()

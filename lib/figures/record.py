@@ -127,7 +127,7 @@ def draw(name: str, profile: str = "laptop", **options) -> Figure:
 
 def _with_own(record: Record, table: Callable[..., pd.DataFrame], profile: str, options: dict) -> pd.DataFrame:
     """Return the table of the profile whose rows count, and of a quick one its own on top, marked in a column `own`."""
-    read = [table(tables.counting_profile(profile)).assign(own=False)]
+    read = [table(tables.publishing_profile(profile)).assign(own=False)]
     if record.has_own and profile not in paths.PUBLISHING:
         tokenizer = {"tokenizer": options["tokenizer"]} if "tokenizer" in options else {}
         read.append(table(profile, **tokenizer).assign(own=True))

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +13,9 @@ from filelock import FileLock, Timeout
 
 from lib import paths
 from lib.base import WorkError
-from lib.experiments.publishing import add_rows, drop_rows
+from lib.experiments.publishing import Table
 from lib.experiments.scale_tables import rate
-from lib.experiments.tables import counting_profile, shown
+from lib.experiments.tables import publishing_profile, read_table, shown
 from lib.finetune.bases import BASES, PUBLISHED
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import N_FACTS
@@ -145,11 +145,9 @@ def rows(profile: str) -> pd.DataFrame:
         path = paths.profile_dir(profile) / SECTION / run_id / ROWS
         if path.exists():
             tables.append(pd.DataFrame(json.loads(path.read_text())).assign(profile=profile))
-    return _marked(pd.concat(tables, ignore_index=True), profile) if tables else pd.DataFrame()
-
-
-def _marked(table: pd.DataFrame, profile: str) -> pd.DataFrame:
-    planned = {config.run_id for config in plan(profile)}
+    if not tables:
+        return pd.DataFrame()
+    table = pd.concat(tables, ignore_index=True)
     recipes = [_recipe(config) for config in table.get("config", ["{}"] * len(table))]
     return table.assign(superseded=~table.run_id.isin(planned), recipe=recipes)
 
@@ -160,11 +158,11 @@ def _recipe(config: str) -> str:
 
 
 def shown_rows(profile: str) -> pd.DataFrame:
-    """The rows that figures are drawn from: those that count (`results.counting_profile`), and the profile's own.
+    """The rows that figures are drawn from: those that count (`tables.publishing_profile`), and the profile's own.
 
-    One recipe for each point, see `results.shown`; what is superseded has a profile "laptop, earlier recipe", say.
+    One recipe for each point, see `tables.shown`; what is superseded has a profile "laptop, earlier recipe", say.
     """
-    tables = [rows(name) for name in dict.fromkeys((counting_profile(profile), profile))]
+    tables = [rows(name) for name in dict.fromkeys((publishing_profile(profile), profile))]
     table = pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
     if not len(table):
         return table
@@ -180,24 +178,14 @@ def table_path() -> Path:
 
 def committed_rows() -> pd.DataFrame:
     """The rows in paper_data, of all profiles; empty before anything was published."""
-    if not table_path().exists():
-        return pd.DataFrame()
-    return pd.read_csv(table_path(), dtype=dict.fromkeys(("run_id", "commit", "python", "torch"), str))
+    return read_table(table_path())
+
+
+def table_of_rows() -> Table:
+    """The table that these rows enter and leave."""
+    return Table(table_path(), ("profile", "base", "task", "mode", "n_facts", "seed", "step", "run_id"), rows)
 
 
 def publish(profile: str) -> int:
-    """Add the finished runs of a profile to paper_data as `publishing.publish` does; returns how many rows are new."""
-    source = paths.profile_dir(profile) / SECTION
-    return add_rows(table_path(), profile, rows(profile), committed_rows(), _ORDER, source)
-
-
-_ORDER = ["profile", "base", "task", "mode", "n_facts", "seed", "step", "run_id"]
-
-
-def drop(
-    profile: str | None = None, run_ids: Sequence[str] = (), superseded: bool = False, dry_run: bool = False
-) -> pd.DataFrame:
-    """Take all rows of runs out of the table and return them, as `publishing.drop` does."""
-    known = committed_rows()
-    tables = [_marked(known[known.profile == name], name) for name in known.profile.unique()] if len(known) else []
-    return drop_rows(table_path(), tables, _ORDER, profile, run_ids, superseded, dry_run)
+    """Add the finished runs of a profile to paper_data (`Table.add`); returns how many rows are new."""
+    return table_of_rows().add(profile)

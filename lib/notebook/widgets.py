@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from lib.config import ModelConfig
 from lib.experiments import tables
-from lib.experiments.plan import ALPHAS
+from lib.experiments.published import published_correlated
 from lib.experiments.search import SIZES
 from lib.facts.entropy import bits_per_person, entropy_bits_per_person
 from lib.facts.people import RELEASED
@@ -96,7 +96,7 @@ def explore_correlation(profile: str, threshold: float = 0.95) -> None:
     figure_of = _with_tables("compressibility", profile, threshold)
 
     def draw(facts: int, alpha: float, bits: float) -> Figure:
-        alphas = np.union1d(ALPHAS, alpha)
+        alphas = np.union1d(published_correlated().alpha, alpha)
         held = np.array([facts // 4 * entropy_bits_per_person(facts // 4, 0, float(a), RELEASED) for a in alphas])
         now = float(held[alphas == alpha][0])
         figure = figure_of()
@@ -118,7 +118,7 @@ def _with_tables(name: str, profile: str, threshold: float) -> Callable[[], Figu
     tables.check_threshold(threshold)
     figure = FIGURES[name]
     return partial(
-        figure.draw, figure.points(tables.counting_profile(profile)), figure.published(), threshold=threshold
+        figure.draw, figure.points(tables.publishing_profile(profile)), figure.published(), threshold=threshold
     )
 
 

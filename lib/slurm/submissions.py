@@ -118,14 +118,13 @@ class Finetune(_Task):
 
 
 class Sweep(_Task):
-    """Some searches of a section, one cell or stack of cells after the other."""
+    """Some searches of a section, one run after the other."""
 
     kind: ClassVar = "sweep"
     section: str
     profile: str
     searches: list[dict[str, Any]]
     device: str = "auto"
-    stack: int = 8
 
     @property
     def plan(self) -> list[Search]:
@@ -136,9 +135,7 @@ class Sweep(_Task):
         ]
 
     def __call__(self) -> None:
-        report = sweeps.sweep(
-            self.section, self.profile, device=self.device, stack=self.stack, plan=self.plan, in_process=True
-        )
+        report = sweeps.sweep(self.section, self.profile, device=self.device, plan=self.plan, in_process=True)
         if report.failed:
             raise RuntimeError("; ".join(report.failed.values()))
 
@@ -194,7 +191,7 @@ def train_task(config: RunConfig, directory: Path, **options) -> Train:
     return Train(config=values, directory=str(directory.resolve()), **options)
 
 
-def sweep_tasks(section: str, profile: str, hours: float, device: str = "auto", stack: int = 8) -> list[Sweep]:
+def sweep_tasks(section: str, profile: str, hours: float, device: str = "auto") -> list[Sweep]:
     """What a section still needs in a profile as tasks of about `hours`, if its searches are not longer.
 
     The runs of a search depend on each other and stay together; those of a full grid are on their own.
@@ -213,8 +210,7 @@ def sweep_tasks(section: str, profile: str, hours: float, device: str = "auto", 
         groups = pack(costs, hours)
     fields = [_as_data(search) for search in plan]
     return [
-        Sweep(section=section, profile=profile, searches=[fields[i] for i in group], device=device, stack=stack)
-        for group in groups
+        Sweep(section=section, profile=profile, searches=[fields[i] for i in group], device=device) for group in groups
     ]
 
 

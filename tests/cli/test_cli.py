@@ -574,16 +574,7 @@ def test_a_dry_run_of_a_sweep_says_what_is_ahead(here, itl):
     assert list(here.iterdir()) == []
 
 
-def test_a_sweep_is_told_how_many_models_may_train_as_one(here, itl, monkeypatch):
-    from lib.experiments.sweep import Report
-
-    asked = []
-    monkeypatch.setattr("lib.experiments.sweep.sweep", lambda *_, stack, **__: asked.append(stack) or Report())
-    assert [itl("sweep", "05_1", "--stack", "3").code, itl("sweep", "05_1", "--stack", "1").code] == [0, 0]
-    assert asked == [3, 1]
-
-
-def test_a_sweep_with_a_failed_cell_exits_with_1(here, itl, monkeypatch):
+def test_a_sweep_with_a_failed_run_exits_with_1(here, itl, monkeypatch):
     from lib.experiments.sweep import Report
 
     monkeypatch.setattr("lib.experiments.sweep.sweep", lambda *_, **__: Report(failed={"0123": "ValueError: no"}))

@@ -1,8 +1,11 @@
 """The paper's experiments as data: the search finds the true minimum, and the grids are the published ones."""
 
 import random
+import re
+from itertools import product
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +14,7 @@ from lib.config import RunConfig, override
 from lib.experiments.plan import quickstart, searches
 from lib.experiments.search import SIZES, Search
 from lib.experiments.summaries import bounds_searches
+from lib.facts.people import OURS, RELEASED
 from lib.paths import PROFILES
 
 THRESHOLD = 0.95
@@ -221,3 +225,81 @@ def test_the_quickstart_trains_one_model_of_each_mode():
 def test_an_unknown_experiment_is_one_sentence_that_lists_those_there_are(section, profile):
     with pytest.raises(InputError, match=r"there are 05_1 \(smoke, quick, laptop, paper\)"):
         searches(section, profile)
+
+
+# ---- A user's file of grids
+
+
+GRID = {"base": {"training": {"steps": 10}}, "axes": [{"n_facts": [8, 16]}, {"seed": [0, 1]}], "sizes": [4, 8]}
+
+
+def _plan(folder, content) -> list[Search]:
+    (folder / "mine.yaml").write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return searches(str(folder / "mine.yaml"), "quick")
+
+
+def test_a_grid_has_a_search_for_each_combination_with_the_last_axis_fastest(tmp_path):
+    plan = _plan(tmp_path, GRID)
+    assert [(s.base.facts.n_people, s.base.seed, s.base.facts.seed) for s in plan] == [
+        (2, 0, 0), (2, 1, 1), (4, 0, 0), (4, 1, 1),
+    ]  # fmt: skip
+    assert {(s.sizes, s.threshold, s.start, s.neighbours) for s in plan} == {((4, 8), 0.95, 0, 2)}
+    assert _plan(tmp_path, [GRID, GRID]) == plan + plan == _plan(tmp_path, {"quick": [GRID, GRID], "paper": []})
+
+
+def test_fields_on_one_axis_vary_together_and_those_of_the_grid_vary_too(tmp_path):
+    axes = [{"mode": ["in-weight", "in-tool"], "start": [4, 8], "model.n_heads": [2, 1]}, {"law": ["ours", "released"]}]
+    plan = _plan(tmp_path, {**GRID, "axes": axes, "threshold": None})
+    found = [(s.base.mode, s.start, s.base.model.n_heads, s.base.facts.law) for s in plan]
+    assert found == [
+        ("in-weight", 0, 2, OURS), ("in-weight", 0, 2, RELEASED), ("in-tool", 1, 1, OURS), ("in-tool", 1, 1, RELEASED),
+    ]  # fmt: skip
+
+
+def test_steps_and_evaluations_grow_with_the_facts(tmp_path):
+    grid = {"recipe": "focal-32", "passes": 300, "min_steps": 100, "evaluations": 4, "axes": [{"n_facts": [8, 64]}]}
+    plan = _plan(tmp_path, grid)
+    assert [(s.base.training.steps, s.base.evaluation.every) for s in plan] == [(100, 25), (600, 150)]
+    assert {s.base.training.loss for s in plan} == {"focal"}
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path):
+    (search,) = _plan(tmp_path, "base: {optim: {lr: 1e-3, muon_lr: 2E-2}}")
+    assert (search.base.optim.lr, search.base.optim.muon_lr) == (0.001, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"size": [4]}, "unknown configuration key 'grid.size': accepted are recipe, base, axes, sizes"),
+        ({"base": {"optim": {"learning_rate": 1}}}, "unknown configuration key 'optim.learning_rate': accepted are"),
+        ({"axes": [{"facts.people": [1]}]}, "unknown configuration key 'facts.people': accepted are n_people"),
+        ({"axes": [{"n_facts": [8, 16], "seed": [0]}]}, "n_facts, seed share an axis, so their lists take"),
+        ({"axes": [{"n_facts": [6]}]}, "n_facts = 6: each person has 4 facts, give a multiple of that"),
+        ({"base": {"law": "mine"}}, "law = 'mine': it is one of ours, released"),
+        ({"recipe": "slow"}, "there is no recipe 'slow': there are focal-32, fast, copying, paper"),
+        ({"sizes": [8, 4]}, "do not ascend"),
+        ({"start": 5}, "start = 5 is none of the sizes"),
+        ({"sizes": [4, 6]}, "model.d_model = 6 does not split into n_heads = 2 heads"),
+        ({"threshold": 2}, "grid.threshold: input should be less than or equal to 1, got 2"),
+    ],
+)
+def test_a_mistake_in_a_grid_is_one_sentence_that_names_the_file(tmp_path, change, sentence):
+    with pytest.raises(InputError, match=f"mine.yaml: .*{re.escape(sentence)}"):
+        _plan(tmp_path, {**GRID, **change})
+
+
+def test_a_file_that_is_missing_or_no_yaml_is_one_sentence(tmp_path):
+    with pytest.raises(InputError, match="cannot read the plan .*none.yaml: No such file"):
+        searches(str(tmp_path / "none.yaml"), "quick")
+    with pytest.raises(InputError, match="mine.yaml is not YAML: "):
+        _plan(tmp_path, "sizes: [4")
+    with pytest.raises(InputError, match="mine.yaml: grid takes an object with fields, got 'sizes'"):
+        _plan(tmp_path, "sizes")
+
+
+def test_depth_and_heads_varies_shape_alone_at_1024_facts():
+    plan = searches("depth_and_heads", "laptop")
+    shapes = {(s.base.model.n_layers, s.base.model.n_heads, s.base.mode) for s in plan}
+    assert shapes == set(product((1, 2, 4, 6), (1, 2, 4, 8), ("in-weight", "in-tool")))
+    assert {s.base.facts.n_people for s in plan} == {256}

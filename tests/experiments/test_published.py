@@ -6,7 +6,7 @@ import pytest
 from lib import paths
 from lib.base import InputError
 from lib.config import ModelConfig
-from lib.experiments import published, summaries, tables
+from lib.experiments import published, summaries
 from lib.experiments.published import compare, published_by_paper
 
 
@@ -37,12 +37,12 @@ def test_compressibility_stands_beside_the_published_sizes(monkeypatch):
         for alpha, enough in ((0.0, 32), (1.0, 24))
         for d in (20, 24, 28, 32)
     )
-    monkeypatch.setattr(tables, "read_rows", lambda section, profile: rows if section == "05_3" else None)
+    monkeypatch.setattr(summaries, "read_rows", lambda section, profile: rows if section == "05_3" else None)
     found = compare("05_3", "laptop").query("recall_threshold == 0.95").set_index("alpha")
     assert found.ratio[0.0] == 1.0 and found.ratio[1.0] == pytest.approx(31_032 / 23_300)
 
 
-def test_strangers_stand_beside_the_published_ones_in_the_mean_over_seeds(monkeypatch):
+def test_unseen_people_stand_beside_the_published_ones_in_the_mean_over_seeds(monkeypatch):
     rows = pd.DataFrame([
         _row(mode="in-tool", n_facts=1024, d_model=24, seed=0, new_first_recall=0.25),
         _row(mode="in-tool", n_facts=1024, d_model=24, seed=1, new_first_recall=0.75),

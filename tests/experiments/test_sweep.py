@@ -1,22 +1,15 @@
-"""Sweeps: every cell once, nothing repeated, and no cell's failure or death in the way of the others.
-
-And cells that train as one stack end as they do alone.
-"""
+"""Sweeps: every run once, nothing repeated, and no run's failure or death in the way of the others."""
 
 import json
 import math
-import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from itertools import cycle
-from multiprocessing import Pipe
 from pathlib import Path
-from threading import Thread
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -24,18 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib import paths
-from lib.base import InputError
+from lib.base import InputError, WorkError
 from lib.config import RunConfig
 from lib.experiments import plan, sweep, tables
 from lib.experiments.search import SIZES, Search
-from lib.training import devices
 from lib.training.distributed import Preempted
-from lib.training.run import run
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
@@ -54,14 +40,9 @@ def _base(**groups) -> RunConfig:
     )
 
 
-def _cell(seed: int = 0, **groups) -> Search:
+def _single(seed: int = 0, **groups) -> Search:
     """A search of one run."""
     return Search(_base(seed=seed, **groups), threshold=None, sizes=(4,))
-
-
-def _plan(monkeypatch, *plan: Search) -> None:
-    for module in (sweep, tables):
-        monkeypatch.setattr(module, "searches", lambda section, profile, tokenizer="bytes": list(plan))
 
 
 # ---- Real processes
@@ -73,25 +54,23 @@ def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smoke")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ITL_RUNS", str(folder))
-        patch.setenv("OMP_NUM_THREADS", "1")
         report = sweep.sweep("05_1", "smoke", jobs=2)
     return folder, report
 
 
-def test_a_sweep_ends_with_a_row_for_every_cell(smoke, monkeypatch):
+def test_a_sweep_ends_with_a_row_for_every_run(smoke, monkeypatch):
     folder, report = smoke
     monkeypatch.setenv("ITL_RUNS", str(folder))
     assert (report.done_now, report.done_before, report.missing, report.failed) == (2, 0, [], {})
     rows = tables.read_rows("05_1", "smoke")
     planned = [config.run_id for search in plan.searches("05_1", "smoke") for config in search.pending({})]
     assert sorted(rows.run_id) == sorted(planned)
-    assert set(rows["mode"]) == {"in-weight", "in-tool"} and (rows.steps == 20).all()
+    assert set(rows["mode"]) == {"in-weight", "in-tool"} and (rows.steps == 20).all() and (rows.threads == 1).all()
 
 
 def test_a_second_sweep_does_nothing_and_says_so_quickly(smoke, monkeypatch):
     folder, _ = smoke
     monkeypatch.setenv("ITL_RUNS", str(folder))
-    monkeypatch.setattr(sweep, "_Worker", None)
     before, start = _snapshot(folder), time.process_time()  # which others on this machine do not change
     report = sweep.sweep("05_1", "smoke")
     assert time.process_time() - start < 2
@@ -100,84 +79,19 @@ def test_a_second_sweep_does_nothing_and_says_so_quickly(smoke, monkeypatch):
     assert _snapshot(folder) == before
 
 
-@pytest.mark.slow
-def test_a_failing_cell_is_reported_and_the_others_go_on(runs, monkeypatch):
-    bad, good = _cell(facts={"csv": "nobody.csv"}), _cell(seed=1)
-    _plan(monkeypatch, bad, good)
-    report = sweep.sweep("05_1", "smoke", jobs=1)
-    (config,) = bad.pending({})
-    assert list(report.failed) == [config.run_id]
-    assert "InputError: cannot read people from nobody.csv" in report.failed[config.run_id]
-    assert (report.done_now, [c.run_id for c in report.missing]) == (1, [config.run_id])
-    assert f"failed: {config.run_id}" in str(report)
-    assert list(tables.read_rows("05_1", "smoke").seed) == [1]
-
-
-def _work_where_wide_models_stack(pipe, device: str) -> None:
-    """The life of a worker on a machine where stacks of models from d_model = 12 on are faster than one by one."""
-    sweep.stacked_speedup = lambda configs, device: 2.0 if configs[0].model.d_model >= 12 else 0.5
-    sweep._work(pipe, device)
-
-
-@pytest.fixture
-def submitted(monkeypatch) -> list[list[RunConfig]]:
-    """The cells that workers of such a machine are given, as they are given them."""
-    groups, submit = [], sweep._Worker.submit
-
-    def record(worker: sweep._Worker, configs: list[RunConfig], directories: list[Path]) -> None:
-        groups.append(configs)
-        submit(worker, configs, directories)
-
-    monkeypatch.setattr(sweep, "_work", _work_where_wide_models_stack)
-    monkeypatch.setattr(sweep._Worker, "submit", record)
-    return groups
-
-
-@pytest.mark.slow
-def test_a_sweep_of_stacks_ends_with_the_rows_of_runs_alone(runs, submitted, monkeypatch):
-    # One person each: few enough to be learned in seconds, so that recalls differ and some runs end before the others.
-    bases = [
-        _base(seed=seed, facts={"n_people": 1, "seed": seed}, training={"steps": 60}, evaluation={"every": 5})
-        for seed in range(3)
-    ]
-    _plan(monkeypatch, *(Search(base, threshold=None, sizes=(8, 32)) for base in bases))
-    report = sweep.sweep("05_1", "smoke", jobs=1)
-    assert (report.done_now, report.missing, report.failed) == (6, [], {})
-    sizes = sorted([config.model.d_model for config in group] for group in submitted)
-    assert sizes == [[8], [8], [8], [8, 8, 8], [32, 32, 32]]
-    rows = tables.read_rows("05_1", "smoke")
-    assert len(rows) == 6 and rows.recall.nunique() > 1 and rows.steps.nunique() > 1
-    for row in rows.to_dict("records"):
-        config = RunConfig.parse(json.loads(row["config"]))
-        alone = run(config, runs / "alone" / config.run_id)
-        same = ("run_id", "seed", "d_model", "steps", "stopped", "dialogs_seen", "recall", "people_digest")
-        assert {name: row[name] for name in same} == {name: alone[name] for name in same}
-        assert row["loss"] == pytest.approx(alone["loss"], abs=1e-4)
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_killed_loses_nothing(runs, submitted, monkeypatch):
-    training = {"steps": 60, "checkpoint_every": 5}
-    plan = [Search(_base(seed=seed, training=training), threshold=None, sizes=(12,)) for seed in range(4)]
-    _plan(monkeypatch, *plan)
-    killed = []
-
-    def kill_one_that_trains() -> None:
-        while not killed:
-            time.sleep(0.05)
-            if list((runs / "smoke" / "05_1").glob("*/checkpoints/step_*")):
-                worker = multiprocessing.active_children()[0]
-                os.kill(worker.pid, signal.SIGKILL)
-                killed.append(worker.pid)
-
-    killer = Thread(target=kill_one_that_trains, daemon=True)
-    killer.start()
-    report = sweep.sweep("05_1", "smoke", jobs=2)
-    killer.join(timeout=1)
-    assert killed and not report.failed
-    assert report.done_now == 4
-    assert list(map(len, submitted)) == [2, 2, 1, 1]  # two stacks, and the cells of the killed one by one
-    assert sorted(tables.read_rows("05_1", "smoke").seed) == [0, 1, 2, 3]
+@pytest.mark.parametrize(
+    "command", ["sweep 05_1 --profile smoke", "sweep 05_2 --profile paper --dry-run", "compare 05_1"]
+)
+def test_planning_a_finished_sweep_and_comparing_need_no_torch(smoke, tmp_path, command):
+    shutil.copy(paths.PAPER_DATA / "parameter_bounds.csv", tmp_path)
+    code = (
+        "import sys, pathlib; from lib import paths; paths.PAPER_DATA = pathlib.Path(sys.argv.pop(1))\n"
+        "from lib.cli.app import app; app(sys.argv[1:], standalone_mode=False); print('torch' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(paths.ROOT), "ITL_RUNS": str(smoke[0])}
+    arguments = [sys.executable, "-c", code, str(tmp_path), *command.split()]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    assert done.stdout.endswith("False\n"), done.stdout + done.stderr
 
 
 def _children(pid: int) -> list[int]:
@@ -192,7 +106,7 @@ def _is_running(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_workers_do_not_outlive_a_sweep_that_is_killed_or_interrupted(runs, how):
+def test_runs_do_not_outlive_a_sweep_that_is_killed_or_interrupted(runs, how):
     command = [sys.executable, "-m", "lib", "sweep", "05_1", "--profile", "laptop", "--jobs", "1"]
     environment = {**os.environ, "PYTHONPATH": str(paths.ROOT)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -200,8 +114,8 @@ def test_workers_do_not_outlive_a_sweep_that_is_killed_or_interrupted(runs, how)
         deadline = time.monotonic() + 120
         while not list(runs.glob("laptop/05_1/*/metrics.jsonl")) and time.monotonic() < deadline:
             time.sleep(0.1)
-        workers = _children(process.pid)
-        assert workers
+        children = _children(process.pid)
+        assert children
         process.send_signal(how)
         _, err = process.communicate(timeout=150)
     finally:
@@ -211,303 +125,175 @@ def test_workers_do_not_outlive_a_sweep_that_is_killed_or_interrupted(runs, how)
         assert [line for line in err.splitlines() if "05_1: " not in line] == [
             "itl: interrupted: the same command goes on from here"
         ]
-    deadline = time.monotonic() + 30
-    while any(map(_is_running, workers)) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 60
+    while any(map(_is_running, children)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(map(_is_running, workers))
+    assert not any(map(_is_running, children))
 
 
-# ---- The order of things, without processes
+# ---- Processes without training: a script in place of Python, which writes a row at once
 
 
-class FakeWorkers:
-    """Stands in for `_Worker`: answers at once, and remembers what it was asked.
+@pytest.fixture
+def script(runs, tmp_path, monkeypatch):
+    """Make a run of a sweep this shell script. $config and $folder are its, $device is where, $log a file for all."""
 
-    `answer` gives recall or error of one cell; a stack has the first error of its cells. `alone` says which stacks are
-    answered with "faster alone". An error ends the process if `dies` says so.
-    """
+    def make(body: str = "") -> Path:
+        path, log = tmp_path / "python", tmp_path / "log"
+        row = 'mkdir -p "$folder" && echo \'{"recall": 0.5}\' > "$folder/row.json"'
+        path.write_text(f'#!/bin/sh\nconfig=$3 folder=$4 device=$5 log="{log}"\n{body}\n{row}\n')
+        path.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(path))
+        monkeypatch.setenv("ITL_PROGRESS", "off")
+        log.touch()
+        return log
 
-    def __init__(self, answer, alone=lambda configs: False, dies=lambda: False):
-        self.answer, self.alone, self.dies = answer, alone, dies
-        self.submitted: list[list[RunConfig]] = []
-        self.asked: list[str] = []  # ids of the cells that ran
-        self.busy, self.most_busy, self.closed = 0, 0, 0
-
-    def __call__(self, device: str) -> SimpleNamespace:
-        ours, theirs = Pipe()
-        process = SimpleNamespace(is_alive=lambda: process.alive, alive=True)
-
-        def submit(configs: list[RunConfig], directories: list[Path]) -> None:
-            assert process.alive
-            assert [directory.name for directory in directories] == [config.run_id for config in configs]
-            self.submitted.append(configs)
-            self.busy += 1
-            self.most_busy = max(self.busy, self.most_busy)
-            found, error = self._run(configs)
-            process.alive = not (error and self.dies())
-            theirs.send((found, error))
-
-        def result():
-            self.busy -= 1
-            return ours.recv()
-
-        def close() -> None:
-            self.closed += 1
-
-        return SimpleNamespace(pipe=ours, process=process, submit=submit, result=result, close=close, theirs=theirs)
-
-    def _run(self, configs: list[RunConfig]) -> tuple[dict[str, float] | None, str | None]:
-        if len(configs) > 1 and self.alone(configs):
-            return None, None
-        ids = [config.run_id for config in configs]
-        self.asked += ids
-        recalls, errors = zip(*map(self.answer, configs), strict=True)
-        error = next(filter(None, errors), None)
-        return (None, error) if error else (dict(zip(ids, recalls, strict=True)), None)
+    return make
 
 
-def _sweep_with(patch, workers: FakeWorkers, plan: list[Search], **options) -> sweep.Report:
-    patch.setenv("ITL_PROGRESS", "off")
-    patch.setattr(sweep, "_Worker", workers)
-    _plan(patch, *plan)
-    return sweep.sweep("05_1", "smoke", **options)
+def test_no_more_runs_than_jobs_at_a_time_and_one_on_a_device(script, monkeypatch):
+    monkeypatch.setattr(sweep, "assign_devices", lambda *_: ["cuda:0", "cuda:1"])
+    log = script('echo "+$device" >> "$log"; sleep 0.3; echo "-$device" >> "$log"')
+    assert sweep.sweep("05_1", "smoke", plan=[_single(seed=seed) for seed in range(5)], device="cpu").done_now == 5
+    busy, most = Counter(), 0
+    for line in log.read_text().split():
+        busy[line[1:]] += 1 if line[0] == "+" else -1
+        assert busy[line[1:]] in (0, 1)
+        most = max(most, busy.total())
+    assert most == 2 and busy.keys() == {"cuda:0", "cuda:1"}
 
 
-@given(
-    st.lists(st.lists(st.floats(0, 1), min_size=6, max_size=6), min_size=1, max_size=5),
-    st.integers(1, 4),
-    st.integers(1, 4),
-)
-def test_any_searches_end_with_every_point_known_and_no_cell_run_twice(tables, jobs, stack):
-    sizes = SIZES[:6]
-    plan = [Search(_base(seed=seed), start=2, sizes=sizes) for seed in range(len(tables))]
-    plan.append(plan[0])  # two searches may share their runs
+def test_a_run_that_is_killed_is_started_again_and_harms_no_other(script):
+    script('case "$config" in *\'"seed":1\'*) if mkdir "$log.killed"; then kill -9 $$; fi;; esac')
+    report = sweep.sweep("05_1", "smoke", plan=[_single(seed=seed) for seed in range(3)], jobs=2, device="cpu")
+    assert (report.done_now, report.failed) == (3, {})
 
-    def answer(config: RunConfig) -> tuple[float, None]:
-        return tables[config.seed][sizes.index(config.model.d_model)], None
 
-    workers = FakeWorkers(answer)
-    with pytest.MonkeyPatch.context() as patch:
-        report = _sweep_with(patch, workers, plan, jobs=jobs, stack=stack)
-    assert len(workers.asked) == len(set(workers.asked)) == report.done_now
-    assert not report.missing and not report.failed and report.runs_ahead == 0
-    assert 1 <= workers.most_busy <= jobs
-    finished = {
-        search.config(size).run_id: tables[search.base.seed][i] for search in plan for i, size in enumerate(sizes)
+def test_a_run_that_fails_twice_is_reported_with_its_last_line(script):
+    log = script(
+        'echo x >> "$log"; case "$config" in *\'"seed":1\'*) echo "a warning" >&2; echo "ValueError: no" >&2; exit 1;;'
+        ' *\'"seed":2\'*) echo "a warning" >&2; kill -9 $$;; esac'
+    )
+    plan = [_single(seed=seed) for seed in range(4)]
+    report = sweep.sweep("05_1", "smoke", plan=plan, jobs=2, device="cpu")
+    bad, killed = (plan[seed].pending({})[0] for seed in (1, 2))
+    assert report.failed == {
+        bad.run_id: "in-weight, 8 facts, d = 4, seed 1: ValueError: no",
+        killed.run_id: "in-weight, 8 facts, d = 4, seed 2: its process died with exit code -9",
     }
-    recalls = {run_id: finished[run_id] for run_id in workers.asked}
-    assert all(not search.pending(recalls) for search in plan)
+    assert (report.done_now, report.missing) == (2, [bad, killed])
+    assert f"failed: {bad.run_id}: in-weight" in str(report)
+    assert log.read_text().count("x") == 2 + 2 * sweep.TRIES
+    with pytest.raises(WorkError, match="ValueError: no"):
+        report.check()
 
 
-def test_a_failing_cell_is_tried_twice_and_then_left(runs, monkeypatch):
-    plan = [_cell(seed=seed) for seed in range(3)]
-    (bad,) = plan[1].pending({})
-    workers = FakeWorkers(lambda config: (None, "ValueError: no") if config.run_id == bad.run_id else (0.5, None))
-    report = _sweep_with(monkeypatch, workers, plan, jobs=2, stack=1)
-    assert [workers.asked.count(search.pending({})[0].run_id) for search in plan] == [1, 2, 1]
-    assert report.failed == {bad.run_id: "in-weight, 8 facts, d = 4, seed 1: ValueError: no"}
-    assert (report.done_now, report.missing) == (2, [bad])
+# ---- The order of things, in this process and without training
 
 
-def test_a_cell_that_fails_once_is_no_failure(runs, monkeypatch):
-    answers = iter([(None, "OSError: busy"), (0.5, None)])
-    workers = FakeWorkers(lambda config: next(answers))
-    report = _sweep_with(monkeypatch, workers, [_cell()], jobs=1)
-    assert (report.failed, report.done_now, len(workers.asked)) == ({}, 1, 2)
-    assert workers.closed == 1
+@pytest.fixture
+def outcomes(runs, monkeypatch):
+    """Replace training: `outcomes(of)` has every run end with the recall `of(config)`, or with what that raises."""
+    return lambda of: _replace_training(monkeypatch, of)
 
 
-def test_a_search_goes_on_from_the_rows_there_are(runs, monkeypatch):
+def _replace_training(patch, of) -> list[str]:
+    asked = []
+
+    def run(config: RunConfig, directory: Path, device: str) -> None:
+        asked.append(config.run_id)
+        recall = of(config)
+        directory.mkdir(parents=True)
+        row = {"run_id": config.run_id, "recall": recall, "steps": 10, "steps_budget": 10, "train_seconds": 1.0}
+        (directory / "row.json").write_text(json.dumps(row | {"device": "cpu", "config": config.canonical_json()}))
+
+    patch.setattr("lib.training.run.run", run)
+    patch.setenv("ITL_PROGRESS", "off")
+    return asked
+
+
+@settings(max_examples=30)
+@given(st.lists(st.lists(st.floats(0, 1), min_size=6, max_size=6), min_size=1, max_size=5))
+def test_any_searches_end_with_every_point_known_and_no_run_twice(tmp_path_factory, recalls):
+    sizes = SIZES[:6]
+    plan = [Search(_base(seed=seed), start=2, sizes=sizes) for seed in range(len(recalls))]
+    plan.append(plan[0])  # two searches may share their runs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ITL_RUNS", str(tmp_path_factory.mktemp("runs")))
+        asked = _replace_training(patch, lambda config: recalls[config.seed][sizes.index(config.model.d_model)])
+        report = sweep.sweep("05_1", "smoke", plan=plan, in_process=True)
+    assert len(asked) == len(set(asked)) == report.done_now
+    assert not report.missing and not report.failed and report.runs_ahead == 0
+    known = {s.config(size).run_id: recalls[s.base.seed][i] for s in plan for i, size in enumerate(sizes)}
+    assert all(not search.pending({run_id: known[run_id] for run_id in asked}) for search in plan)
+
+
+def test_a_run_that_fails_once_is_no_failure(outcomes):
+    answers = iter([OSError("busy"), 0.5])
+
+    def answer(config: RunConfig) -> float:
+        if isinstance(given := next(answers), Exception):
+            raise given
+        return given
+
+    asked = outcomes(answer)
+    report = sweep.sweep("05_1", "smoke", plan=[_single()], in_process=True)
+    assert (report.failed, report.done_now, len(asked)) == ({}, 1, 2)
+
+
+def test_a_search_goes_on_from_the_rows_there_are(outcomes):
     search = Search(_base(), start=0, sizes=(4, 8, 12))
-    for size, recall in ((4, 0.1), (8, 0.2)):
-        row = {"run_id": search.config(size).run_id, "recall": recall}
-        row |= {
-            "steps": 10,
-            "steps_budget": 10,
-            "train_seconds": 1.0,
-            "device": "cpu",
-            "config": search.config(size).canonical_json(),
-        }
-        folder = tables.sweep_dir("05_1", "smoke") / row["run_id"]
-        folder.mkdir(parents=True)
-        (folder / "row.json").write_text(json.dumps(row))
-    workers = FakeWorkers(lambda config: (1.0, None))
-    report = _sweep_with(monkeypatch, workers, [search], jobs=1)
-    assert workers.asked == [search.config(12).run_id]
+    outcomes(lambda config: config.model.d_model / 12)
+    first = [Search(_base(), threshold=None, sizes=(size,)) for size in (4, 8)]
+    assert sweep.sweep("05_1", "smoke", plan=first, in_process=True).done_now == 2
+    asked = outcomes(lambda config: 1.0)
+    report = sweep.sweep("05_1", "smoke", plan=[search], in_process=True)
+    assert asked == [search.config(12).run_id]
     assert (report.done_before, report.done_now, report.missing) == (2, 1, [])
 
 
-def test_after_the_time_is_up_no_cell_starts(runs, monkeypatch):
-    workers = FakeWorkers(lambda config: (0.5, None))
-    report = _sweep_with(monkeypatch, workers, [_cell()], jobs=1, max_hours=0)
-    assert workers.asked == []
+def test_after_the_time_is_up_no_run_starts(outcomes):
+    asked = outcomes(lambda config: 0.5)
+    report = sweep.sweep("05_1", "smoke", plan=[_single()], in_process=True, max_hours=0)
+    assert asked == []
     assert (report.done_now, len(report.missing), report.runs_ahead) == (0, 1, 1)
     assert "about 1 runs" in str(report) and "in-weight, 8 facts, d = 4, seed 0" in str(report)
 
 
-@pytest.mark.parametrize(("stack", "done"), [(1, 2), (4, 4)])
-def test_what_finishes_in_time_is_kept_when_the_time_is_up(runs, monkeypatch, stack, done):
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: clock.now))
+def test_a_preempted_run_ends_a_sweep_in_this_process(outcomes):
+    def preempt(config: RunConfig) -> float:
+        raise Preempted
 
-    def answer(config: RunConfig) -> tuple[float, None]:
-        clock.now += 1800
-        return 0.5, None
-
-    plan = [_cell(seed=seed) for seed in range(5)]
-    report = _sweep_with(monkeypatch, FakeWorkers(answer), plan, jobs=1, stack=stack, max_hours=0.9)
-    assert (report.done_now, len(report.missing)) == (done, 5 - done)
+    asked = outcomes(preempt)
+    with pytest.raises(Preempted):
+        sweep.sweep("05_1", "smoke", plan=[_single(), _single(seed=1)], in_process=True)
+    assert len(asked) == 1
 
 
-def test_an_interrupted_sweep_ends_its_workers(runs, monkeypatch):
-    def interrupt(config: RunConfig):
-        raise KeyboardInterrupt
-
-    answers = iter([lambda config: (0.5, None), interrupt])
-    workers = FakeWorkers(lambda config: next(answers)(config))
-    with pytest.raises(KeyboardInterrupt):
-        _sweep_with(monkeypatch, workers, [_cell(), _cell(seed=1)], jobs=2)
-    assert workers.closed >= 1
-
-
-# ---- Cells as one stack, without processes
-
-
-def _kind(config: RunConfig) -> tuple:
-    """What cells of one stack have in common: dialogs of like lengths, and all that a step's arithmetic hangs on."""
-    return config.mode, config.model.d_model, config.training.dtype, config.training.grad_accumulation
+def test_the_rows_of_a_users_file_have_a_folder_of_their_own(runs, outcomes, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "base: {training: {steps: 10}}\naxes: [{n_facts: [8]}, {seed: [0, 1]}]\nsizes: [4]\nthreshold: null\n"
+    )
+    outcomes(lambda config: 0.5)
+    assert sweep.sweep(str(file), "quick", in_process=True).done_now == 2
+    assert sorted(path.parent.parent for path in runs.rglob("row.json")) == [runs / "mine"] * 2
+    assert sweep.sweep(str(file), "quick").done_before == 2
+    with pytest.raises(InputError, match="there is no table for section .*mine.yaml: there are 05_1, .* stay in runs"):
+        tables.table_path(str(file))
 
 
-_kinds = st.tuples(
-    st.sampled_from(["in-weight", "in-tool"]),
-    st.sampled_from([4, 8]),
-    st.sampled_from(["float32", "bfloat16"]),
-    st.integers(1, 2),
-)
-
-
-@given(st.lists(_kinds, min_size=1, max_size=12), st.integers(1, 4))
-def test_a_stack_holds_as_many_cells_of_one_kind_as_it_may(kinds, stack):
-    plan = []
-    for seed, (mode, size, dtype, parts) in enumerate(kinds):
-        base = _base(seed=seed, mode=mode, training={"steps": 10, "dtype": dtype, "grad_accumulation": parts})
-        plan.append(Search(base, threshold=None, sizes=(size,)))
-    workers = FakeWorkers(lambda config: (0.5, None))
-    with pytest.MonkeyPatch.context() as patch:
-        report = _sweep_with(patch, workers, plan, jobs=1, stack=stack)
-    assert report.done_now == len(kinds) == len(set(workers.asked)) == len(workers.asked)
-    assert all(len(set(map(_kind, group))) == 1 for group in workers.submitted)
-    assert max(map(len, workers.submitted)) <= stack
-    assert len(workers.submitted) == sum(math.ceil(n / stack) for n in Counter(kinds).values())
-
-
-@pytest.mark.parametrize(("cells", "jobs", "sizes"), [(4, 2, [2, 2]), (5, 2, [3, 2]), (2, 3, [1, 1]), (9, 1, [8, 1])])
-def test_a_stack_leaves_cells_for_the_other_workers(runs, monkeypatch, cells, jobs, sizes):
-    workers = FakeWorkers(lambda config: (0.5, None))
-    _sweep_with(monkeypatch, workers, [_cell(seed=seed) for seed in range(cells)], jobs=jobs)
-    assert list(map(len, workers.submitted)) == sizes
-
-
-def test_models_that_are_faster_alone_are_measured_once_and_each_run_once(runs, monkeypatch):
-    plan = [Search(_base(seed=seed), threshold=None, sizes=(4, 8)) for seed in range(4)]
-    workers = FakeWorkers(lambda config: (0.5, None), alone=lambda configs: configs[0].model.d_model == 4)
-    report = _sweep_with(monkeypatch, workers, plan, jobs=1, stack=3)
-    sizes = [[config.model.d_model for config in group] for group in workers.submitted]
-    assert sorted(sizes, key=str) == sorted([[4] * 3, [4], [4], [4], [4], [8] * 3, [8]], key=str)
-    assert len(workers.asked) == len(set(workers.asked)) == report.done_now == 8
-    assert not report.failed and not report.missing
-
-
-@pytest.mark.parametrize("dies", [False, True])
-def test_a_failing_stack_is_tried_again_cell_by_cell(runs, monkeypatch, dies):
-    plan = [_cell(seed=seed) for seed in range(4)]
-    (bad,) = plan[1].pending({})
-
-    def answer(config: RunConfig) -> tuple[float | None, str | None]:
-        return (None, "ValueError: no") if config == bad else (0.5, None)
-
-    workers = FakeWorkers(answer, dies=lambda: dies)
-    report = _sweep_with(monkeypatch, workers, plan, jobs=1)
-    assert list(map(len, workers.submitted)) == [4, 1, 1, 1, 1]
-    assert report.failed == {bad.run_id: "in-weight, 8 facts, d = 4, seed 1: ValueError: no"}
-    assert (report.done_now, report.missing) == (3, [bad])
-
-
-def test_a_cell_that_failed_joins_no_stack_again(runs, monkeypatch):
-    # The first search goes on to the size of the failed cells when these are to be tried again.
-    first = Search(_base(), start=1, sizes=(4, 8))
-    workers = FakeWorkers(lambda config: (None, "ValueError: no") if config.seed else (1.0, None))
-    report = _sweep_with(monkeypatch, workers, [first, _cell(seed=1), _cell(seed=2)], jobs=2)
-    groups = [[(config.seed, config.model.d_model) for config in group] for group in workers.submitted]
-    assert groups[:2] == [[(0, 8)], [(1, 4), (2, 4)]]
-    assert sorted(groups[2:]) == [[(0, 4)], [(1, 4)], [(2, 4)]]
-    assert (report.done_now, len(report.failed)) == (2, 2)
-
-
-_failures = st.sampled_from([0, 0, 0, 0, 1, 2, 3])
-_search = st.tuples(
-    st.sampled_from(["in-weight", "in-tool"]), st.lists(st.tuples(st.floats(0, 1), _failures), min_size=4, max_size=4)
-)
-
-
-@settings(max_examples=60)
-@given(
-    st.lists(_search, min_size=1, max_size=6),
-    st.integers(1, 3),
-    st.integers(2, 5),
-    st.lists(st.booleans(), min_size=1, max_size=5),
-    st.lists(st.booleans(), min_size=1, max_size=5),
-)
-def test_whatever_workers_answer_searches_end_as_with_each_cell_alone(searches, jobs, stack, alone, dies):
-    sizes = SIZES[:4]
-    plan = [Search(_base(seed=i, mode=mode), start=1, sizes=sizes) for i, (mode, _) in enumerate(searches)]
-
-    def end(**options) -> tuple:
-        tries, recalls, alone_, dies_ = Counter(), {}, cycle(alone), cycle(dies)
-
-        def answer(config: RunConfig) -> tuple[float | None, str | None]:
-            recall, failures = searches[config.seed][1][sizes.index(config.model.d_model)]
-            tries[config.run_id] += 1
-            if tries[config.run_id] <= failures:
-                return None, f"OSError: {config.run_id}"
-            recalls[config.run_id] = recall
-            return recall, None
-
-        workers = FakeWorkers(answer, lambda configs: next(alone_), lambda: next(dies_))
-        with pytest.MonkeyPatch.context() as patch:
-            report = _sweep_with(patch, workers, plan, **options)
-        assert max(tries.values()) <= sweep.TRIES
-        return recalls, report.done_now, report.failed, report.missing, report.runs_ahead
-
-    assert end(jobs=jobs, stack=stack) == end(jobs=1, stack=1)
-
-
-# ---- In this process, and on GPUs
-
-
-@pytest.mark.slow
-def test_a_plan_is_done_in_this_process(runs, monkeypatch):
-    monkeypatch.setattr(sweep, "_Worker", None)
-    plan, other = [_cell(seed=1), _cell(facts={"csv": "nobody.csv"}), _cell(seed=2)], _cell(seed=3)
-    _plan(monkeypatch, *plan, other)
+def test_a_plan_is_done_in_this_process(runs):
+    plan, other = [_single(seed=1), _single(facts={"csv": "nobody.csv"}), _single(seed=2)], _single(seed=3)
     report = sweep.sweep("05_1", "smoke", plan=plan, in_process=True)
     (bad,) = plan[1].pending({})
     assert report.done_now == 2 and list(report.failed) == [bad.run_id] and report.missing == [bad]
-    assert sorted(tables.read_rows("05_1", "smoke").seed) == [1, 2]
+    assert "InputError: cannot read people from nobody.csv" in report.failed[bad.run_id]
+    assert sorted(tables.read_rows("05_1", "smoke", plan).seed) == [1, 2]
     assert sweep.hours_ahead("05_1", "smoke", plan)[::2] == [0, 0] < sweep.hours_ahead("05_1", "smoke", [other])
 
 
-def test_a_preempted_run_ends_a_sweep_in_this_process(runs, monkeypatch):
-    asked = []
-
-    def preempt(configs, directories, **options):
-        asked.append(configs)
-        raise Preempted
-
-    monkeypatch.setattr(sweep, "run_together", preempt)
-    with pytest.raises(Preempted):
-        sweep.sweep("05_1", "smoke", plan=[_cell(), _cell(seed=1)], in_process=True, stack=1)
-    assert len(asked) == 1
+# ---- Devices
 
 
 @given(st.sampled_from(["auto", "cuda"]), st.none() | st.integers(1, 20), st.integers(1, 8), st.integers(1, 64))
@@ -526,29 +312,12 @@ def test_a_device_that_was_named_is_everyones(jobs, n_gpus, n_cores):
     assert sweep.assign_devices("auto", jobs, 0, n_cores) == ["auto"] * (jobs or n_cores)
 
 
-def test_each_worker_keeps_its_device_and_so_does_its_successor(runs, monkeypatch):
-    devices, answers = [], iter([(None, "died"), *[(0.5, None)] * 9])
-    workers = FakeWorkers(lambda config: next(answers), dies=lambda: True)
-
-    def make(device: str):
-        devices.append(device)
-        return workers(device)
-
-    monkeypatch.setenv("ITL_PROGRESS", "off")
-    monkeypatch.setattr(sweep, "_Worker", make)
-    monkeypatch.setattr(sweep, "assign_devices", lambda *_: ["cuda:0", "cuda:1"])
-    _plan(monkeypatch, *(_cell(seed=seed) for seed in range(6)))
-    assert sweep.sweep("05_1", "smoke", stack=1).done_now == 6
-    assert sorted(devices) == ["cuda:0", "cuda:0", "cuda:1"]
-
-
 # ---- Looking ahead
 
 
 @pytest.mark.parametrize("profile", paths.PROFILES)
 def test_a_dry_run_tells_what_is_ahead_and_writes_nothing(runs, monkeypatch, profile):
     monkeypatch.setattr(paths, "PAPER_DATA", runs.parent / "no_paper_data")
-    monkeypatch.setattr(sweep, "_Worker", None)
     report = sweep.sweep("05_1", profile, dry_run=True)
     searches = plan.searches("05_1", profile)
     assert len(report.missing) == sum(len(search.pending({})) for search in searches)
@@ -574,7 +343,6 @@ def test_hours_ahead_follow_the_speed_of_the_rows_there_are(smoke, monkeypatch):
 
 
 def test_a_sweep_on_a_device_that_is_not_there_is_refused_before_anything_starts(runs, monkeypatch):
-    monkeypatch.setattr(sweep, "_Worker", None)
     with pytest.raises(InputError, match="no device 'abacus'"):
         sweep.sweep("05_1", "smoke", jobs=1, device="abacus")
     assert not runs.exists()
@@ -585,54 +353,3 @@ def test_a_sweep_without_a_process_is_refused(runs, jobs):
     with pytest.raises(InputError, match=f"jobs = {jobs}: a sweep takes at least one process"):
         sweep.sweep("05_1", "smoke", jobs=jobs)
     assert not runs.exists()
-
-
-@pytest.mark.parametrize("stack", [0, -1])
-def test_a_stack_of_no_models_is_refused(runs, stack):
-    with pytest.raises(InputError, match=f"stack = {stack}: give how many models may train as one, 1 for each alone"):
-        sweep.sweep("05_1", "smoke", stack=stack)
-    assert not runs.exists()
-
-
-# ---- Cores
-
-
-def test_as_many_cores_as_the_process_may_use(monkeypatch):
-    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
-    code = "from lib.training.devices import usable_cores; print(usable_cores())"
-    environment = {**os.environ, "PYTHONPATH": str(paths.ROOT)}
-    command = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0))), sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "1\n"
-    assert 1 <= devices.usable_cores() <= len(os.sched_getaffinity(0))
-
-
-@pytest.mark.parametrize(("given", "cores"), [("3", 3), ("64", 16), ("0", 1), ("many", 16)])
-def test_slurm_says_how_many_cores_a_process_may_use(monkeypatch, given, cores):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    monkeypatch.setattr(devices, "_quotas", lambda _: iter(()))
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", given)
-    assert devices.usable_cores() == cores
-
-
-@pytest.mark.parametrize(
-    ("group", "files", "quotas"),
-    [
-        ("0::/\n", {"cpu.max": "150000 100000\n"}, [1.5]),  # in a container
-        ("0::/\n", {"cpu.max": "max 100000\n"}, []),
-        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "200000 100000\n", "cpu.max": "7 1\n"}, [2, 7]),
-        ("0::/a\n", {}, []),
-        ("3:cpuset:/x\n2:cpu,cpuacct:/a\n", {"cpu/a/cpu.cfs_quota_us": "3", "cpu/a/cpu.cfs_period_us": "1"}, [3]),
-        ("2:cpu:/a\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, []),
-        ("3:memory:/a\n", {"cpu.max": "1 1"}, []),
-        (None, {}, []),
-    ],
-)  # fmt: skip
-def test_quotas_of_cpu_time_are_read_as_linux_writes_them(tmp_path, group, files, quotas):
-    for name, content in {f"sys/fs/cgroup/{name}": text for name, text in files.items()}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(content)
-    if group is not None:
-        (tmp_path / "proc" / "self").mkdir(parents=True)
-        (tmp_path / "proc" / "self" / "cgroup").write_text(group)
-    assert list(devices._quotas(tmp_path)) == quotas

@@ -52,14 +52,14 @@ def _row(run_id: str = "a" * 12, **fields) -> dict:
 
 @st.composite
 def _runs(draw) -> list[dict]:
-    cells = st.tuples(
+    runs = st.tuples(
         st.sampled_from(["in-weight", "in-tool"]),
         st.sampled_from([8, 16]),
         st.sampled_from([0.0, 0.5]),
         st.integers(0, 2),
         st.sampled_from(SIZES[:6]),
     )
-    recalls = draw(st.dictionaries(cells, st.sampled_from([0.0, 0.5, 0.9, 0.95, 1.0]), min_size=1, max_size=30))
+    recalls = draw(st.dictionaries(runs, st.sampled_from([0.0, 0.5, 0.9, 0.95, 1.0]), min_size=1, max_size=30))
     return [
         _row(mode=mode, n_facts=n_facts, alpha=alpha, seed=seed, d_model=size, recall=recall)
         for (mode, n_facts, alpha, seed, size), recall in recalls.items()
@@ -69,12 +69,12 @@ def _runs(draw) -> list[dict]:
 def _brute_force(rows: list[dict], threshold: float) -> dict[tuple, dict]:
     """For each (mode, n_facts, alpha), over its seeds: the smallest size that does if the next smaller one does not."""
 
-    def cell(row: dict) -> tuple:
+    def point(row: dict) -> tuple:
         return row["mode"], row["n_facts"], row["alpha"]
 
     table = {}
-    for key in {cell(row) for row in rows}:
-        group, smallest = [row for row in rows if cell(row) == key], []
+    for key in {point(row) for row in rows}:
+        group, smallest = [row for row in rows if point(row) == key], []
         for seed in {row["seed"] for row in group}:
             recall = {row["d_model"]: row["recall"] for row in group if row["seed"] == seed}
             for i, size in enumerate(SIZES):
@@ -197,9 +197,9 @@ def test_rows_leave_a_table_only_as_selected(data, monkeypatch):
     monkeypatch.setattr(tables, "searches", lambda *_: [_plan(PLANNED[1:4])])
 
     def dropped(**selection) -> set[str]:
-        expected = set(publishing.drop("05_1", dry_run=True, **selection).run_id)
+        expected = set(publishing.table_of("05_1").drop(dry_run=True, **selection).run_id)
         before = set(tables.committed_rows("05_1").run_id)
-        assert set(publishing.drop("05_1", **selection).run_id) == expected
+        assert set(publishing.table_of("05_1").drop(**selection).run_id) == expected
         assert set(tables.committed_rows("05_1").run_id) == before - expected
         return expected
 
@@ -211,8 +211,8 @@ def test_rows_leave_a_table_only_as_selected(data, monkeypatch):
         ({"profile": "paper", "run_ids": ["a" * 12]}, "no row in .* is selected by all of these conditions"),
     ):
         with pytest.raises(InputError, match=message):
-            publishing.drop("05_1", **wrong)
-    publishing.drop("05_1", superseded=True, dry_run=True)
+            publishing.table_of("05_1").drop(**wrong)
+    publishing.table_of("05_1").drop(superseded=True, dry_run=True)
     assert (data / "parameter_bounds.csv").read_bytes() == bytes_before
     assert dropped(superseded=True, profile="laptop") == {PLANNED[0]}
     assert dropped(run_ids=[PLANNED[1]]) == {PLANNED[1]}
@@ -315,7 +315,7 @@ def test_a_row_that_cannot_be_traced_to_a_clean_commit_stops_publishing(data, co
 
 
 @pytest.mark.parametrize("profile", ["smoke", "quick"])
-def test_profiles_that_do_not_count_do_not_publish(data, profile):
+def test_smoke_and_quick_do_not_publish(data, profile):
     _finish(_row(), profile)
     with pytest.raises(InputError, match=f"the profile {profile} does not publish: laptop and paper do"):
         publishing.publish("05_1", profile)
@@ -331,12 +331,13 @@ def test_code_that_no_commit_holds_makes_no_rows_to_publish(monkeypatch):
             publishing.check_traceable()
 
 
-def test_what_counts_is_a_publishing_profile_and_otherwise_the_laptop_one(data):
+def test_results_are_shown_of_a_publishing_profile_and_otherwise_of_laptop(data):
     for profile, run_id in zip(("quick", "laptop", "paper"), PLANNED, strict=False):
         _finish(_row(run_id), profile)
-    counting = {profile: list(tables.counting_rows("05_1", profile).run_id) for profile in paths.PROFILES}
+    rows = {name: tables.read_rows("05_1", tables.publishing_profile(name)) for name in paths.PROFILES}
     laptop, paper = [PLANNED[1]], [PLANNED[2]]
-    assert counting == {"smoke": laptop, "quick": laptop, "laptop": laptop, "paper": paper}
+    expected = {"smoke": laptop, "quick": laptop, "laptop": laptop, "paper": paper}
+    assert {name: list(table.run_id) for name, table in rows.items()} == expected
 
 
 def test_publishing_nothing_writes_nothing(data):
@@ -499,7 +500,7 @@ def test_biographies_are_weighed_against_the_same_databases_without_them(monkeyp
     more = [*_fails_below(16, (8, 12, 16)), *_fails_below(20, (24,), seed=1), *_fails_below(12, (8, 12), seed=2)]
     more.append(_row(n_facts=1024, d_model=8, recall=1.0))  # nothing smaller was tried, as with seed 1 above
     monkeypatch.setattr(summaries, "bounds_rows", lambda profile: pd.DataFrame(plain))
-    monkeypatch.setattr(tables, "read_rows", lambda section, profile: pd.DataFrame(more))
+    monkeypatch.setattr(summaries, "read_rows", lambda section, profile: pd.DataFrame(more))
     (row,) = summaries.biographies_bounds("laptop").to_dict("records")
     needed = [sum(ModelConfig(d_model=d).n_params for d in sizes) / 2 for sizes in ((20, 16), (16, 12))]
     assert row == {
@@ -510,5 +511,5 @@ def test_biographies_are_weighed_against_the_same_databases_without_them(monkeyp
         "seeds": 2,
         "ratio": pytest.approx(needed[1] / needed[0]),
     }
-    monkeypatch.setattr(tables, "read_rows", lambda section, profile: pd.DataFrame())
+    monkeypatch.setattr(summaries, "read_rows", lambda section, profile: pd.DataFrame())
     assert len(summaries.biographies_bounds("laptop")) == 0
