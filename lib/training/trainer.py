@@ -76,8 +76,8 @@ class Trainer:
         self.ranks, self.recorded = ranks, recorded
         self.gradients = Gradients([model], config.training.dtype == "bfloat16", compiled, ranks, config.training.gamma)
         self.data = data.to(model.device)
-        self.lengths, self.first_trained = data.lengths().cpu(), data.first_trained()
-        self.n_trained = data.trained_counts()
+        self.lengths, self.first_trained = data.lengths().cpu(), data.first
+        self.n_trained = data.n_trained
         self.optimizers = build_optimizers(model, config.optim, rates_on_device=recorded)
         training = config.training
         self.batches = Batches(self.lengths, training.batch_size, config.seed, sources, training.length_pool)

@@ -123,16 +123,6 @@ def test_no_error_text_can_be_a_value():
     assert all("\n" in text for text in ERROR_TEXTS.values())
 
 
-def test_the_attributes_can_be_restricted(database):
-    with SqlTool(database, attributes=["occupation"]) as tool:
-        assert tool.attributes == ("occupation",)
-        assert ask(tool, "occupation", PEOPLE.names[0]).ok
-        assert ask(tool, "birth_date", PEOPLE.names[0]).outcome is Outcome.UNKNOWN_ATTRIBUTE
-    for unknown in ["height", "name"]:
-        with pytest.raises(InputError, match=f"unknown attribute '{unknown}'.*birth_date, birth_place"):
-            SqlTool(database, attributes=[unknown])
-
-
 def test_names_and_columns_may_hold_what_means_something_in_sql(tmp_path):
     people = People(["Robert'); DROP TABLE people;--", '"', "FOR FOR", "Ægir Þór"], {"order": ["a", "b'", "c", "d"]})
     write_database(people, tmp_path / "people ?#%20.db")
@@ -198,7 +188,7 @@ def bad_database(kind, folder):
         ("text", "file is not a database"),
         ("empty", "no such table: people"),
         ("no table", "no such table: people"),
-        ("no name", "no column 'name'"),
+        ("no name", "no such column: people.name"),
     ],
 )
 def test_a_bad_database_is_one_sentence(tmp_path, kind, message):
@@ -357,13 +347,10 @@ def test_an_age_is_the_number_of_birthdays(born, on):
     [
         ("AGE 12/3/1970 ON 1/1/2020", Outcome.ANSWER, "49"),
         ("AGE 12/3/1970 ON 12/3/2020", Outcome.ANSWER, "50"),
-        ("YEARS 1970 TO 2020", Outcome.ANSWER, "50"),
-        ("YEARS 1970 TO 1970", Outcome.ANSWER, "0"),
-        ("YEARS 2020 TO 1970", Outcome.NO_MATCH, ERROR_TEXTS[Outcome.NO_MATCH]),
-        ("AGE 30/2/1970 ON 1/1/2020", Outcome.NO_MATCH, ERROR_TEXTS[Outcome.NO_MATCH]),
-        ("AGE 1/1/2020 ON 2/1/0000", Outcome.NO_MATCH, ERROR_TEXTS[Outcome.NO_MATCH]),
-        ("YEARS 1970", Outcome.MALFORMED, ERROR_TEXTS[Outcome.MALFORMED]),
-        ("YEARS 1_70 TO 2020", Outcome.MALFORMED, ERROR_TEXTS[Outcome.MALFORMED]),
+        ("AGE 2/1/2020 ON 1/1/2020", Outcome.NO_MATCH, ERROR_TEXTS[Outcome.NO_MATCH]),
+        ("AGE 30/2/1970 ON 1/1/2020", Outcome.MALFORMED, ERROR_TEXTS[Outcome.MALFORMED]),
+        ("AGE 1/1/2020 ON 2/1/0000", Outcome.MALFORMED, ERROR_TEXTS[Outcome.MALFORMED]),
+        ("AGE 12/3/1970", Outcome.MALFORMED, ERROR_TEXTS[Outcome.MALFORMED]),
         ("FIND occupation FOR Ann Lee", Outcome.MALFORMED, ERROR_TEXTS[Outcome.MALFORMED]),
     ],
 )
