@@ -2,6 +2,7 @@
 
 import re
 import sqlite3
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, closing
 from datetime import datetime
 from enum import StrEnum
@@ -117,11 +118,11 @@ class SqlTool(Closing):
     The model's words never become SQL: the name is bound as a parameter, and the attribute picks one of the queries
     prepared here, one for each column besides `name`. `n_queries` counts the queries that really ran.
 
-    Raises `InputError` if the database is missing, locked or no database, or lacks the table or the names; also
-    when asked, if the database can no longer be read.
+    Raises `InputError` if the database is missing, locked or no database, or lacks the table, the names or one of the
+    `attributes`; also when asked, if the database can no longer be read.
     """
 
-    def __init__(self, path: str | Path, time_budget: float = 1.0):
+    def __init__(self, path: str | Path, attributes: Iterable[str] = (), time_budget: float = 1.0):
         self.path = path
         self.n_queries = 0
         self.connection = connect_read_only(path, time_budget)
@@ -130,6 +131,10 @@ class SqlTool(Closing):
         except sqlite3.Error as error:
             self.close()
             raise self._unreadable(error) from None
+        for attribute in attributes:
+            if attribute not in self.attributes:
+                self.close()
+                raise InputError(f"unknown attribute {attribute!r}: {path} has {', '.join(self.attributes)}")
         # Qualified, because SQLite takes a quoted name that is no column for a string.
         self._queries = {a: f"SELECT people.{quoted(a)} FROM people WHERE people.name = ?" for a in self.attributes}
 

@@ -123,6 +123,13 @@ def test_no_error_text_can_be_a_value():
     assert all("\n" in text for text in ERROR_TEXTS.values())
 
 
+def test_a_database_without_an_attribute_that_is_needed_is_refused(database):
+    SqlTool(database, ["occupation", "birth_date"]).close()
+    for unknown in ["height", "name"]:
+        with pytest.raises(InputError, match=f"unknown attribute '{unknown}'.*birth_date, birth_place"):
+            SqlTool(database, ["occupation", unknown])
+
+
 def test_names_and_columns_may_hold_what_means_something_in_sql(tmp_path):
     people = People(["Robert'); DROP TABLE people;--", '"', "FOR FOR", "Ægir Þór"], {"order": ["a", "b'", "c", "d"]})
     write_database(people, tmp_path / "people ?#%20.db")

@@ -22,19 +22,12 @@ from lib.dialogs.templates import (
     tool_call,
 )
 from lib.dialogs.tokenizers import ByteTokenizer
-from lib.dialogs.tokens import encode_dialog, encode_prompt, join, tokenize, tokenize_people
+from lib.dialogs.tokens import TokenizedDialogs, encode_dialog, encode_prompt, join, tokenize, tokenize_people
 from lib.facts.people import ATTRIBUTES, People
 from lib.facts.sampling import sample_people
 
 TOKENIZER = ByteTokenizer()
 USER, ASSISTANT, DATABASE, END = 256, 257, 258, 259
-
-
-class AnyTokenizer:
-    """The byte tokenizer's tokens from a class of another name, which has no fast path."""
-
-    vocab_size, role_ids, end = ByteTokenizer.vocab_size, ByteTokenizer.role_ids, ByteTokenizer.end
-    encode, decode = ByteTokenizer.encode, ByteTokenizer.decode
 
 
 # ---- Text
@@ -162,15 +155,19 @@ def _decode(tokens: list[int]) -> list[Turn]:
     ]
 
 
-@given(st.lists(st.lists(turns, max_size=5), min_size=1, max_size=5))
-def test_the_fast_path_the_general_path_and_the_definition_agree(many):
-    fast, general = tokenize(many, TOKENIZER), tokenize(many, AnyTokenizer())
-    assert len(fast) == len(general) == len(many)
-    assert fast.lengths().tolist() == general.lengths().tolist() == [len(encode_dialog(d, TOKENIZER)[0]) for d in many]
-    for i, dialog in enumerate(many):
-        tokens, mask = encode_dialog(dialog, TOKENIZER)
-        for data in (fast, general):
-            assert (data[i][0].tolist(), data[i][1].tolist()) == (tokens, mask)
+dialog_lists = st.lists(turns, min_size=1, max_size=5).filter(lambda d: any(t.role == Role.ASSISTANT for t in d))
+
+
+def _pairs(data: TokenizedDialogs) -> list[tuple[list[int], list[bool]]]:
+    return [(tokens.tolist(), mask.tolist()) for tokens, mask in map(data.__getitem__, range(len(data)))]
+
+
+@given(st.lists(dialog_lists, min_size=1, max_size=5))
+def test_tokens_and_mask_of_a_dataset_agree_with_the_definition(many):
+    data = tokenize(many, TOKENIZER)
+    assert _pairs(data) == [encode_dialog(dialog, TOKENIZER) for dialog in many]
+    assert data.lengths().tolist() == [len(tokens) for tokens, _ in _pairs(data)]
+    for dialog, (tokens, mask) in zip(many, _pairs(data), strict=True):
         assert _decode(tokens) == dialog
         # Trained: what stands in an assistant's turn, and the special token behind it.
         speaker = [max(j for j in range(k) if tokens[j] >= 256) if k else None for k in range(len(tokens))]
@@ -185,7 +182,7 @@ def test_facts_survive_tokenizing_whatever_they_hold(values, mode):
     first, second = zip(*values.values(), strict=True)
     people = People(list(values), {"occupation": list(first), "shoe_size": list(second)})
     data = tokenize(dialogs(people, mode), TOKENIZER)
-    assert [_decode(data[i][0].tolist()) for i in range(len(data))] == list(dialogs(people, mode))
+    assert [_decode(tokens) for tokens, _ in _pairs(data)] == list(dialogs(people, mode))
 
 
 def test_a_large_vocabulary_keeps_its_ids():
@@ -200,48 +197,18 @@ def test_a_large_vocabulary_keeps_its_ids():
     assert data.mask.tolist() == [False, False, False, False, True, True]
 
 
-@pytest.mark.parametrize("tokenizer", [TOKENIZER, AnyTokenizer()])
-def test_an_empty_dataset_is_refused(tokenizer):
+def test_an_empty_dataset_is_refused():
     with pytest.raises(InputError, match="no dialog"):
-        tokenize([], tokenizer)
+        tokenize([], TOKENIZER)
     for nobody in (People([], {}), People([], {"height": []}), People(["Ann Lee"], {})):
         with pytest.raises(InputError, match="no dialog"):
-            tokenize_people(nobody, "in-tool", tokenizer)
+            tokenize_people(nobody, "in-tool", TOKENIZER)
 
-
-# ---- People straight to tokens
 
 MODES = ["in-weight", "in-tool", "biography"]
-tricky = texts | st.text("\ue000\ue0010%sb{}", max_size=8) | st.sampled_from(["%s%%", "%(0)b", "\ue0000\ue000", "1"])
 
 
-@given(
-    st.lists(st.sampled_from(ATTRIBUTES) | tricky, unique=True, min_size=1, max_size=5).flatmap(
-        lambda attributes: st.tuples(
-            st.just(attributes), st.lists(st.tuples(tricky, *[tricky] * len(attributes)), min_size=1, max_size=4)
-        )
-    ),
-    st.sampled_from(MODES),
-    st.sampled_from([TOKENIZER, AnyTokenizer()]),
-)
-def test_people_become_the_tokens_of_their_dialogs_whatever_they_are_called(table, mode, tokenizer):
-    attributes, rows = table
-    names, *columns = map(list, zip(*rows, strict=True))
-    people = People(names, dict(zip(attributes, columns, strict=True)))
-    data = tokenize_people(people, mode, tokenizer)
-    expected = [encode_dialog(dialog, TOKENIZER) for dialog in dialogs(people, mode)]
-    assert [(tokens.tolist(), mask.tolist()) for tokens, mask in map(data.__getitem__, range(len(data)))] == expected
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_many_people_are_tokenized_in_their_order(mode):
-    people = sample_people(3000, seed=1)
-    data, expected = tokenize_people(people, mode, TOKENIZER), tokenize(dialogs(people, mode), AnyTokenizer())
-    assert torch.equal(data.values, expected.values.short())
-    assert torch.equal(data.mask, expected.mask) and torch.equal(data.offsets, expected.offsets)
-
-
-def test_a_biography_of_someone_of_whom_nothing_is_known_is_empty():
+def test_the_biography_of_a_person_without_facts_is_empty():
     assert tokenize_people(People(["A", "B"], {}), "biography", TOKENIZER).values.tolist() == [ASSISTANT, END] * 2
 
 
@@ -254,7 +221,6 @@ def test_the_dataset_is_never_held_twice_while_it_is_made():
     people = sample_people(10_000)
     tracemalloc.start()
     data = tokenize_people(people, "in-tool", TOKENIZER)
-    data.trained_counts(), data.first_trained()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1.5 * sum(tensor.nbytes for tensor in (data.values, data.mask, data.offsets))
@@ -263,30 +229,23 @@ def test_the_dataset_is_never_held_twice_while_it_is_made():
 # ---- What is trained
 
 
-@given(st.lists(st.lists(turns, max_size=5), min_size=1, max_size=5))
+@given(st.lists(dialog_lists, min_size=1, max_size=5))
 def test_trained_tokens_are_counted_and_the_first_is_found(many):
     data = tokenize(many, TOKENIZER)
-    masks = [encode_dialog(dialog, TOKENIZER)[1] for dialog in many]
-    assert data.trained_counts().tolist() == [sum(mask) for mask in masks]
-    if all(map(any, masks)):
-        assert data.first_trained().tolist() == [mask.index(True) for mask in masks]
-    else:
-        with pytest.raises(InputError, match="nothing to train on"):
-            data.first_trained()
+    masks = [mask for _, mask in _pairs(data)]
+    assert data.n_trained.tolist() == [sum(mask) for mask in masks]
+    assert data.first.tolist() == [mask.index(True) for mask in masks]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_trained_tokens_of_many_dialogs_are_counted_and_the_first_is_found(mode):
-    data = tokenize_people(sample_people(1100), mode, TOKENIZER)
-    masks = [data[i][1].tolist() for i in range(len(data))]
-    assert data.trained_counts().tolist() == [sum(mask) for mask in masks]
-    assert data.first_trained().tolist() == [mask.index(True) for mask in masks]
+def test_a_dialog_with_nothing_to_train_on_is_refused():
+    with pytest.raises(InputError, match="nothing to train on"):
+        tokenize([SMALL, SMALL[:1]], TOKENIZER)
 
 
 # ---- Batches of tokens
 
 
-@given(st.lists(st.lists(turns, max_size=4), min_size=1, max_size=6), st.data())
+@given(st.lists(dialog_lists, min_size=1, max_size=6), st.data())
 def test_a_batch_is_its_rows_padded_on_the_right_and_padding_is_never_trained(many, draw):
     data = tokenize(many, TOKENIZER)
     rows = draw.draw(st.lists(st.integers(0, len(many) - 1), min_size=1, max_size=8))
@@ -301,7 +260,7 @@ def test_a_batch_is_its_rows_padded_on_the_right_and_padding_is_never_trained(ma
         assert ((tokens[i] >= 0) & (tokens[i] < TOKENIZER.vocab_size)).all()
 
 
-@given(st.lists(st.lists(turns, max_size=4), min_size=1, max_size=6), st.integers(0, 20))
+@given(st.lists(dialog_lists, min_size=1, max_size=6), st.integers(0, 20))
 def test_a_batch_can_be_padded_to_a_length_of_choice(many, extra):
     data, rows = tokenize(many, TOKENIZER), torch.arange(len(many))
     (tokens, mask), longest = data.batch(rows), int(data.lengths().max())
