@@ -1,3 +1,5 @@
+"""Tools: typed outcomes, and a database that no request can change."""
+
 import sqlite3
 import threading
 from time import monotonic
@@ -8,12 +10,14 @@ from hypothesis import strategies as st
 
 from lib.agent.tools import ERROR_TEXTS, CalculatorTool, Outcome, SqlTool, connect_read_only
 from lib.base import InputError
-from lib.dialogs.request import Request, format_request, parse_request
+from lib.dialogs.request import format_request, parse_request
 from lib.facts.database import write_database
 from lib.facts.people import VALUES, People
 from lib.facts.sampling import sample_people
 
 PROSE = "To answer this question I will make a request to the database:\n"
+
+
 PEOPLE = sample_people(100, seed=1)
 
 
@@ -21,31 +25,6 @@ PEOPLE = sample_people(100, seed=1)
 def database(tmp_path):
     write_database(PEOPLE, tmp_path / "people.db")
     return tmp_path / "people.db"
-
-
-# ---- The request language
-
-attributes = st.text(min_size=1).filter(lambda text: len(text.split()) == 1 and text == text.strip())
-names = st.text(st.characters(exclude_characters="\n"), min_size=1) | st.sampled_from(
-    ["FOR", " FOR ", "FIND a FOR b", "```", "O'Neil; DROP TABLE people", '"', "Zoë Ø", "a\rb", "a\u2028b", "\ud800"]
-)
-prose = st.text() | st.just(PROSE.rstrip("\n"))
-
-
-@given(attributes, names, prose)
-def test_a_request_is_read_back_from_behind_any_prose(attribute, name, prose):
-    block = format_request(attribute, name)
-    assert parse_request(block) == Request(attribute, name)
-    assert parse_request(f"{prose}\n{block}") == Request(attribute, name)
-
-
-@given(attributes, names, st.text(min_size=1))
-def test_nothing_may_follow_a_request(attribute, name, more):
-    assert parse_request(format_request(attribute, name) + more) is None
-
-
-def test_a_request_looks_like_this():
-    assert format_request("occupation", "Ann Lee") == "```sql\nFIND occupation FOR Ann Lee\n```"
 
 
 @pytest.mark.parametrize(
@@ -79,9 +58,6 @@ def test_everything_else_is_malformed(database, turn):
     with SqlTool(database) as tool:
         assert tool(turn).outcome is Outcome.MALFORMED
         assert tool.n_queries == 0
-
-
-# ---- The SQL tool
 
 
 def ask(tool, attribute, name):
@@ -166,9 +142,6 @@ def test_a_query_that_takes_too_long_is_a_timeout(tmp_path):
         assert tool("hello").outcome is Outcome.MALFORMED
 
 
-# ---- What cannot be opened
-
-
 TABLES = {"no table": "CREATE TABLE cities (name TEXT)", "no name": "CREATE TABLE people (age TEXT)"}
 
 
@@ -225,9 +198,6 @@ def test_a_database_damaged_later_is_an_error_and_no_answer(tmp_path):
         (tmp_path / "people.db").write_bytes(content)
         with pytest.raises(InputError, match="cannot read people"):
             ask(tool, "occupation", people.names[0])
-
-
-# ---- What the connection refuses, whatever the SQL
 
 
 @pytest.mark.parametrize(
@@ -333,9 +303,6 @@ def test_the_database_stands_still_while_it_is_read(database):
 def ask_once(database):
     with SqlTool(database) as tool:
         return ask(tool, "occupation", PEOPLE.names[0]).text
-
-
-# ---- The calculator
 
 
 @given(st.dates(), st.dates())
