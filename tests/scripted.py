@@ -28,6 +28,8 @@ class _Cache:
 class Scripted:
     """`script(prefix)` is the likeliest token after `prefix`. `batch_sizes` records what `decode` was given."""
 
+    device = torch.device("cpu")
+
     def __init__(self, script: Callable[[list[int]], int]):
         self.script = script
         self.batch_sizes: list[int] = []

@@ -10,10 +10,10 @@ import torch
 
 
 class Source(NamedTuple):
-    """Some consecutive dialogs of a dataset that are drawn more or less often than others."""
+    """Consecutive dialogs of a dataset that are drawn more or less often than others."""
 
     n_dialogs: int
-    weight: float  # of a dialog that is trained on to be from here, relative to other sources
+    weight: float  # probability that a dialog is drawn from here, relative to other sources
 
 
 class Batches:
@@ -21,11 +21,11 @@ class Batches:
 
     Every epoch is a fresh seeded shuffle, cut into batches of equal size (give or take one dialog), at most
     `batch_size`. Dialogs of similar length share a batch: each `pool` of so many batches is sorted by length and cut
-    again, then the batches are shuffled. Less padding, but a batch then asks about one or two attributes only, which
-    optimizers that level their steps, as Muon does, learn worse from; with a pool of 1 batches are random.
+    again, then the batches are shuffled. That saves padding, but a batch then asks about one or two attributes only,
+    and optimizers that level their steps, such as Muon, learn worse from it. With a pool of 1 batches are random.
 
-    With several `sources`, which make up the dataset in their order, an epoch is one pass over the first, and of each
-    other one as many dialogs as its weight asks for: all of them as often as that is, and a random choice of the rest.
+    `sources` make up the dataset, in their order. An epoch is one pass over the first of them, and takes as many
+    dialogs of each other one as its weight asks for: some full passes, and a random choice for the rest.
     """
 
     def __init__(
@@ -35,18 +35,18 @@ class Batches:
         self.seed = seed
         sources = sources or [Source(len(lengths), 1.0)]
         starts = accumulate((source.n_dialogs for source in sources), initial=0)
-        self._parts = [  # first row, how many there are, and how many of them an epoch takes
+        self._parts = [  # first row, how many dialogs there are, and how many of them an epoch takes
             (start, n, round(sources[0].n_dialogs * weight / sources[0].weight))
             for start, (n, weight) in zip(starts, sources, strict=False)
         ]
         #: Dialogs an epoch.
         self.n_dialogs = sum(count for *_, count in self._parts)
         self.per_epoch = -(-self.n_dialogs // batch_size)
-        #: Of two epochs, for who reads ahead may have begun the next.
+        # Two epochs are kept: reading ahead may have begun the next one.
         self._batches = lru_cache(maxsize=2)(self._shuffle)
 
     def __getitem__(self, step: int) -> torch.Tensor:
-        """Rows (B,) of the dataset that make the batch of `step`, counted from 0."""
+        """Return the rows (B,) of the dataset that make the batch of `step`, counted from 0."""
         epoch, batch = divmod(step, self.per_epoch)
         return self._batches(epoch)[batch]
 
@@ -63,6 +63,6 @@ class Batches:
 
 
 def _take(n: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` of the numbers below `n`: all of them as often as that is, and a random choice of the rest."""
+    """Return `count` of the numbers below `n`: some full passes, and a random choice for the rest."""
     passes, rest = divmod(count, n)
     return np.concatenate([*[np.arange(n)] * passes, rng.choice(n, rest, replace=False)])

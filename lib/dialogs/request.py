@@ -1,4 +1,14 @@
-"""The language in which a model asks its tool: `FIND attribute FOR name`."""
+"""The language in which a model asks its tool.
+
+A request is the last three lines of the assistant's turn; any prose may stand before them:
+
+    ```sql
+    FIND <attribute> FOR <name>
+    ```
+
+The attribute is one word without blanks; the name is all the rest of the line, whatever it holds. Nothing follows
+the closing fence. Everything else is malformed.
+"""
 
 import re
 from typing import NamedTuple
@@ -12,18 +22,18 @@ class Request(NamedTuple):
 
 
 def format_request(attribute: str, name: str) -> str:
-    """The fenced block that asks for `attribute` of `name`; `parse_request` reads it back."""
+    """Return the fenced block that asks for `attribute` of `name`; `parse_request` reads it back."""
     return f"```sql\nFIND {attribute} FOR {name}\n```"
 
 
 def parse_request(turn: str) -> Request | None:
-    """The request that ends an assistant's turn, or None if the turn does not end in a well-formed one."""
-    match = re.fullmatch(r"FIND (\S+) FOR (.+)", _fenced_line(turn, "sql"))
+    """Return the request that ends an assistant's turn, or None if the turn does not end in a well-formed one."""
+    match = re.fullmatch(r"FIND (\S+) FOR (.+)", fenced_line(turn, "sql"))
     return Request(*match.groups()) if match else None
 
 
-def _fenced_line(turn: str, language: str) -> str:
-    """The one line in the fenced block that ends `turn`; "" if it does not end in such a block."""
+def fenced_line(turn: str, language: str) -> str:
+    """Return the one line in the fenced block that ends `turn`, or "" if it does not end in such a block."""
     match turn.split("\n")[-3:]:
         case [opening, line, "```"] if opening == f"```{language}":
             return line

@@ -1,4 +1,4 @@
-"""Facts as dialogs, dialogs as tokens (Section 3 of the paper).
+"""Facts as dialogs (Section 3 of the paper).
 
 A dialog is a list of turns. In-weight, the assistant answers from memory; in-tool, it writes a request, the
 database answers, and it repeats the answer. The model is trained to produce what the assistant says and the
@@ -17,7 +17,7 @@ Mode = Literal["in-weight", "in-tool", "biography"]
 
 
 class Role(StrEnum):
-    """Who speaks in a turn."""
+    """The speaker of a turn."""
 
     USER = "user"
     ASSISTANT = "assistant"
@@ -35,13 +35,13 @@ Dialog = list[Turn]
 
 
 class Template(NamedTuple):
-    """How one attribute is asked for and told."""
+    """Question and answer about one attribute."""
 
     question: str
     answer: str
 
 
-#: The paper's four attributes (Appendix on data). Any other attribute, of a CSV say, gets `GENERIC`.
+#: The paper's four attributes (Appendix on data). Any other attribute gets `GENERIC`.
 TEMPLATES = {
     "birth_date": Template("When was {name} born?", "{name} was born on {value}."),
     "birth_place": Template("Where was {name} born?", "{name} was born in {value}."),
@@ -58,27 +58,27 @@ def _fill(template: str, name: str, attribute: str, value: str = "") -> str:
 
 
 def question(name: str, attribute: str) -> str:
-    """What the user asks about one attribute of one person."""
+    """Return the user's question about one attribute of one person."""
     return _fill(TEMPLATES.get(attribute, GENERIC).question, name, attribute)
 
 
 def answer(name: str, attribute: str, value: str) -> str:
-    """The sentence that answers `question`."""
+    """Return the sentence that answers `question`."""
     return _fill(TEMPLATES.get(attribute, GENERIC).answer, name, attribute, value)
 
 
 def tool_call(name: str, attribute: str) -> str:
-    """The assistant's turn that asks the database for one attribute of one person."""
+    """Return the assistant's turn that asks the database for one attribute of one person."""
     return f"{PREAMBLE}\n{format_request(attribute, name)}"
 
 
 def in_weight_dialog(name: str, attribute: str, value: str) -> Dialog:
-    """Question and answer: the fact must come from the weights."""
+    """Return question and answer: the fact must come from the weights."""
     return [Turn(Role.USER, question(name, attribute)), Turn(Role.ASSISTANT, answer(name, attribute, value))]
 
 
 def in_tool_dialog(name: str, attribute: str, value: str) -> Dialog:
-    """Question, request to the database, its answer, and the final answer."""
+    """Return question, request to the database, its answer, and the final answer."""
     return [
         Turn(Role.USER, question(name, attribute)),
         Turn(Role.ASSISTANT, tool_call(name, attribute)),
@@ -88,7 +88,7 @@ def in_tool_dialog(name: str, attribute: str, value: str) -> Dialog:
 
 
 def biography(name: str, values: dict[str, str]) -> Dialog:
-    """All that is known of one person in one turn: `values` maps attribute to value."""
+    """Return everything about one person in one turn: `values` maps attribute to value."""
     sentences = (answer(name, attribute, value) for attribute, value in values.items())
     return [Turn(Role.ASSISTANT, " ".join(sentences))]
 
@@ -97,13 +97,13 @@ _RENDER = {"in-weight": in_weight_dialog, "in-tool": in_tool_dialog}
 
 
 def dialogs(people: People, mode: Mode) -> Iterator[Dialog]:
-    """The dialogs of `people`: one a fact, person by person, or one a person if `mode` is "biography".
+    """Yield the dialogs of `people`: one a fact, person by person, or one a person if `mode` is "biography".
 
-    Any other mode is an `InputError`.
+    An unknown mode is an `InputError`.
     """
     if mode == "biography":
-        for i, name in enumerate(people.names):
-            yield biography(name, {attribute: people.value(i, attribute) for attribute in people.attributes})
+        for name, *values in zip(people.names, *people.columns.values(), strict=True):
+            yield biography(name, dict(zip(people.attributes, values, strict=True)))
     elif mode in _RENDER:
         for fact in people.facts():
             yield _RENDER[mode](*fact)

@@ -1,10 +1,9 @@
-"""Tokens other than bytes: vocabularies from files, for tiktoken and for Hugging Face's tokenizers.
+"""Tokenizers: bytes, and vocabularies from files, for tiktoken and for Hugging Face's tokenizers.
 
-Behind the tokens of the file come four of our own, the roles and the end: no text can write them.
+Behind the tokens of text come four special ones, the roles and the end: no text can write them.
 """
 
 import base64
-import binascii
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -18,7 +17,7 @@ from lib.dialogs.templates import Role
 
 
 class Tokenizer(Protocol):
-    """What the rest of the library asks of a tokenizer: text to ids and back, and one id for each role and the end."""
+    """The interface of a tokenizer: text to ids and back, and one id for each role and the end."""
 
     name: str  # tells its tokens from those of any other
     vocab_size: int
@@ -39,11 +38,11 @@ class ByteTokenizer:
     end = 259
 
     def encode(self, text: str) -> list[int]:
-        """Bytes of `text`; special tokens have no text and cannot be written by it."""
+        """Return the bytes of `text`."""
         return list(text.encode())
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of byte ids; a special token among them is a ValueError, invalid UTF-8 becomes U+FFFD."""
+        """Return the text of byte ids; a special token is a ValueError, invalid UTF-8 becomes U+FFFD."""
         return bytes(ids).decode(errors="replace")
 
 
@@ -53,7 +52,7 @@ PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _ACCEPTED = 'give "bytes", a file of BPE ranks (*.tiktoken), or a tokenizer.json or the folder that holds one'
-#: Blanks, marks, letters and a request that a tokenizer which lowers, trims or drops something does not give back.
+#: Blanks, marks, letters and a request. A tokenizer that changes case, trims or drops something does not return it.
 _PROBE = " Zoë  O'Neil,\t李 😀 <|end|>\n```sql\nFIND birth_place FOR Zoë O'Neil\n```"
 
 
@@ -61,17 +60,13 @@ class SubwordTokenizer:
     """A vocabulary of `n_text` tokens, and the special ones: user, assistant, database, end."""
 
     def __init__(self, name: str, n_text: int, encode: Callable[[str], list[int]], decode: Callable[[list[int]], str]):
-        self.name, self.n_text, self._encode, self._decode = name, n_text, encode, decode
+        self.name, self.n_text, self.encode, self._decode = name, n_text, encode, decode
         self.role_ids = {role: n_text + i for i, role in enumerate(Role)}
         self.end = n_text + len(Role)
         self.vocab_size = self.end + 1
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, all below `n_text`."""
-        return self._encode(text)
-
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; a special token among them is a ValueError, invalid UTF-8 becomes U+FFFD."""
+        """Return the text of ids; a special token is a ValueError, invalid UTF-8 becomes U+FFFD."""
         ids = list(ids)
         if not all(0 <= token < self.n_text for token in ids):
             raise ValueError(f"special tokens have no text: ids of text are below {self.n_text}")
@@ -79,21 +74,22 @@ class SubwordTokenizer:
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer that `RunConfig.tokenizer` names; its own name tells what its file holds.
+    """Return the tokenizer that `RunConfig.tokenizer` names; its own name identifies the content of its file.
 
     spec: "bytes", a `.tiktoken` file of BPE ranks, a `tokenizer.json`, or the folder that holds one. Special tokens of
     the file are plain text here. A file that is none of these, that cannot be read or whose tokens do not give a text
     back is an `InputError`, and so is a library that is not installed. (Some Hugging Face tokenizers bring Unicode
-    into a normal form: what comes back of a text in another one is that form.)
+    into a normal form: they give a text back in that form.)
     """
     if spec == "bytes":
         return ByteTokenizer()
     path = tokenizer_file(spec)
-    if path.suffix not in _KINDS or not path.is_file():
+    kinds = {".tiktoken": ("tiktoken", _read_ranks), ".json": ("huggingface", _read_hugging_face)}
+    if path.suffix not in kinds or not path.is_file():
         raise InputError(f"tokenizer = {spec!r} is no tokenizer (nothing is downloaded): {_ACCEPTED}")
+    kind, load = kinds[path.suffix]
     try:
         content = path.read_bytes()
-        kind, load = _KINDS[path.suffix]
         tokenizer = SubwordTokenizer(f"{kind}-{hashlib.sha256(content).hexdigest()[:16]}", *load(content))
     except OSError as error:
         raise InputError(f"cannot read the tokenizer {path}: {error.strerror}") from None
@@ -108,17 +104,17 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 def tokenizer_file(spec: str) -> Path:
-    """The file that a `RunConfig.tokenizer` other than "bytes" names."""
+    """Return the file that a `RunConfig.tokenizer` other than "bytes" names."""
     return Path(spec, "tokenizer.json") if Path(spec).is_dir() else Path(spec)
 
 
 def _read_ranks(content: bytes) -> tuple[int, Callable, Callable]:
-    """A file of lines `base64 rank`. Read here, for tiktoken's own reader goes on using what it has read before."""
+    """Read lines of `base64 rank`. tiktoken's own reader would return from its cache what the file held before."""
     tiktoken = _library("tiktoken")
     try:
         pairs = [line.split() for line in content.splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    except (ValueError, binascii.Error):
+    except ValueError:
         raise ValueError("a line is a token in base64 and its rank") from None
     if sorted(ranks.values()) != list(range(len(pairs))):
         raise ValueError("ranks count from 0, each once")
@@ -129,26 +125,20 @@ def _read_ranks(content: bytes) -> tuple[int, Callable, Callable]:
 
 
 def _read_hugging_face(content: bytes) -> tuple[int, Callable, Callable]:
-    """A tokenizer.json, without what would cut texts, pad them or make their tokens random."""
+    """Read a tokenizer.json, without truncation, padding and random tokens."""
     tokenizers = _library("tokenizers")
-    description = json.loads(content)
     try:
-        description |= {"truncation": None, "padding": None}
-        if description["model"].get("dropout"):
-            description["model"]["dropout"] = None
+        description = json.loads(content) | {"truncation": None, "padding": None}
+        description["model"] |= {"dropout": None} if "dropout" in description["model"] else {}
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
     except Exception as error:  # the library raises nothing more special
         raise ValueError(error) from None
     tokenizer.encode_special_tokens = True  # as if they were any text
-    n_text = 1 + max(tokenizer.get_vocab().values())
     return (
-        n_text,
+        1 + max(tokenizer.get_vocab().values()),
         lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
         lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
     )
-
-
-_KINDS = {".tiktoken": ("tiktoken", _read_ranks), ".json": ("huggingface", _read_hugging_face)}
 
 
 def _library(name: str) -> ModuleType:
@@ -156,6 +146,3 @@ def _library(name: str) -> ModuleType:
         return import_module(name)
     except ImportError:
         raise InputError(f"this tokenizer takes the package {name}: pip install -e '.[scale]'") from None
-
-
-# Tokens ---------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A look inside: what heads attend to, whether they copy, and what breaks without them."""
+"""What attention heads attend to, whether they copy, and what breaks without them."""
 
 import copy
 from collections.abc import Iterable
@@ -16,21 +16,21 @@ from lib.model.transformer import Transformer, rotate
 
 
 class Span(NamedTuple):
-    """Consecutive tokens of an in-tool dialog that are one thing."""
+    """Consecutive tokens that make one part of an in-tool dialog."""
 
     part: str
     start: int
     stop: int
 
 
-#: What the assistant says, in the order of an in-tool dialog; `words` are the rest of the answer's sentence.
+#: The parts that the assistant says, in the order of an in-tool dialog; `words` are the rest of the answer.
 SAID = ("preamble", "attribute", "name asked", "close", "name told", "words", "value told")
-#: What is copied, and from where: any one of these will do.
+#: The parts that are copied, and the parts that they may be copied from.
 COPIES = {"name asked": ("name",), "name told": ("name", "name asked"), "value told": ("value",)}
 
 
 def spans(fact: Fact) -> list[Span]:
-    """The parts of a fact's in-tool dialog in bytes, from the first token to the end."""
+    """Return the parts of a fact's in-tool dialog in bytes, from the first token to the end."""
     name, attribute, value = fact
     p, n, v = phrases(attribute), len(name.encode()), len(value.encode())
     preamble = p.call.rindex(attribute.encode())
@@ -49,13 +49,13 @@ def spans(fact: Fact) -> list[Span]:
 
 
 def dialog_tokens(fact: Fact) -> torch.Tensor:
-    """The bytes of a fact's in-tool dialog: (1, S)."""
+    """Return the bytes of a fact's in-tool dialog: (1, S)."""
     return torch.tensor([encode_dialog(in_tool_dialog(*fact), ByteTokenizer())[0]])
 
 
 @torch.inference_mode()
 def attention_weights(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
-    """(L, B, H, S, S): how much position s of tokens (B, S) attends to each position, in every head of every block."""
+    """Return how much each position of tokens (B, S) attends to each, in all heads of all blocks: (L, B, H, S, S)."""
     c, S = model.config, tokens.shape[1]
     x = model.embedding(tokens)
     rotary = tuple(table[:S] for table in model.rotary(S, x.dtype))
@@ -73,11 +73,11 @@ def attention_weights(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def copying(model: Transformer, facts: Iterable[Fact]) -> pd.DataFrame:
-    """How much heads attend to the byte that is to be copied, at the positions from which it is predicted.
+    """Measure how much heads attend to the byte that is to be copied, at the positions from which it is predicted.
 
     A row per copy of `COPIES`, byte, block and head: word and letter, counted from 0; mass, the attention on that byte
-    in any of the places it can be taken from; uniform, what a head gives it that attends to all positions alike; right,
-    whether the model says it, where all before it is as it should be.
+    in all the places it can be taken from; uniform, the mass of a head that attends to all positions alike; right,
+    whether the model predicts the byte after the expected ones.
     """
     rows = []
     for fact in facts:
@@ -98,12 +98,12 @@ def copying(model: Transformer, facts: Iterable[Fact]) -> pd.DataFrame:
 
 @torch.inference_mode()
 def _predicted(model: Transformer, tokens: torch.Tensor) -> list[bool]:
-    """Of each of tokens (1, S), whether it is what the model would say after those before it; the first never is."""
+    """Return for each of tokens (1, S) if the model predicts it after those before it; False for the first."""
     return [False, *(model(tokens)[0, :-1].argmax(-1) == tokens[0, 1:]).tolist()]
 
 
 def accuracy_by_part(model: Transformer, facts: Iterable[Fact]) -> dict[str, float]:
-    """Share of the tokens of each part of `SAID` that the model would say, where all before them is as it should be."""
+    """Return the share of the tokens of each part of `SAID` that the model predicts after the expected ones."""
     right = {part: [] for part in SAID}
     for fact in facts:
         hits = _predicted(model, dialog_tokens(fact).to(model.device))
@@ -114,7 +114,7 @@ def accuracy_by_part(model: Transformer, facts: Iterable[Fact]) -> dict[str, flo
 
 
 def without_head(model: Transformer, block: int, head: int) -> Transformer:
-    """A copy of the model in which one head writes nothing."""
+    """Return a copy of the model in which one head writes nothing."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         columns = slice(head * model.config.head_dim, (head + 1) * model.config.head_dim)

@@ -1,4 +1,4 @@
-"""What a trained model says of people that it was not trained on (Section 5.2)."""
+"""Recall of people that a model was not trained on (Section 5.2)."""
 
 import tempfile
 from collections.abc import Sequence
@@ -16,12 +16,11 @@ from lib.facts.sampling import load_people, unseen_people
 
 
 def measure_generalization(model, config: RunConfig, tokenizer: Tokenizer) -> dict[str, float]:
-    """Ask a model of `config` about `config.evaluation.unseen_people` people of each kind of
-    `lib.facts.sampling.UNSEEN`.
+    """Ask a model about `config.evaluation.unseen_people` people of each kind of `lib.facts.sampling.UNSEEN`.
 
-    All of them are in the database that an in-tool model asks, with the people it was trained on. Returns KIND_recall
-    and, in-tool, KIND_well_formed, KIND_right_attribute and KIND_right_name (see `request_shares`); these three of as
-    many trained people, too. Everything is a share of the questions about these people, all attributes of each.
+    An in-tool model asks a database of all of them and of the people it was trained on. Returns KIND_recall and, for
+    in-tool, KIND_well_formed, KIND_right_attribute and KIND_right_name (see `request_shares`); KIND is "trained", too,
+    for as many trained people. All values are shares of the questions about these people, all attributes of each.
     """
     n = config.evaluation.unseen_people
     trained, unseen = load_people(config.facts), unseen_people(config.facts, n)
@@ -33,7 +32,7 @@ def measure_generalization(model, config: RunConfig, tokenizer: Tokenizer) -> di
             write_database(reduce(add, unseen.values(), trained), database)
             tool = stack.enter_context(SqlTool(database))
         for kind, people in {"trained": trained[:n], **unseen}.items():
-            if not people.names:  # of one person alone there is no new pair of names
+            if not people.names:  # one person alone gives no new pair of names
                 continue
             facts = list(people.facts())
             measured = measure_recall(model, facts, tokenizer, tool)
@@ -44,11 +43,11 @@ def measure_generalization(model, config: RunConfig, tokenizer: Tokenizer) -> di
 
 
 def request_shares(measured: Recall, facts: Sequence[Fact]) -> dict[str, float]:
-    """Shares of the questions whose first request is well-formed, asks for the right attribute, of the right name."""
-    pairs = list(zip(measured.requests, facts, strict=True))
+    """Return which shares of first requests are well-formed, ask for the right attribute, and for the right name."""
+    pairs = [(request or (None, None), fact) for request, fact in zip(measured.requests, facts, strict=True)]
     right = {
-        "well_formed": sum(request is not None for request, _ in pairs),
-        "right_attribute": sum(request is not None and request.attribute == fact[1] for request, fact in pairs),
-        "right_name": sum(request is not None and request.name == fact[0] for request, fact in pairs),
+        "well_formed": [request is not None for request in measured.requests],
+        "right_attribute": [request[0] == fact[1] for request, fact in pairs],
+        "right_name": [request[1] == fact[0] for request, fact in pairs],
     }
-    return {name: count / len(pairs) for name, count in right.items()}
+    return {name: sum(hits) / len(facts) for name, hits in right.items()}

@@ -16,20 +16,20 @@ import torch.nn.functional as F
 from lib.agent.generation import Generation, generate
 from lib.agent.tools import Tool
 from lib.dialogs.request import Request, parse_request
-from lib.dialogs.templates import Dialog, Role, answer, in_tool_dialog, in_weight_dialog
+from lib.dialogs.templates import Role, answer, in_tool_dialog, in_weight_dialog
 from lib.dialogs.tokenizers import Tokenizer
 from lib.dialogs.tokens import TokenizedDialogs, encode_prompt, tokenize
 from lib.progress import progress
 
 Fact = tuple[str, str, str]  # name, attribute, value
 
-#: Below this gap between the two largest logits the two ways to compute them may disagree: decode to be sure.
-#: In float32 they differ by 1e-4 at most where logits reach 35.
+#: If the gap between the two largest logits is smaller, teacher forcing and cached decoding may disagree: then decode.
+#: In float32 their logits differ by 1e-4 at most where logits reach 35.
 MARGIN = 1e-3
 
-#: How many tokens a model may spend on what is not expected, a request that fails and what comes back, say.
+#: How many unexpected tokens a model may spend, for example on a failed request and the error that comes back.
 DETOUR = 64
-#: About how many tokens are verified together: what fits into a core's cache, or fills a GPU.
+#: About how many tokens are verified together: as many as fit into a core's cache, or fill a GPU.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 #: How many questions are decoded together, unless the caller says: a GPU takes as long for few as for many.
 BATCH_ROWS = {"cpu": 256, "cuda": 2048}
@@ -42,15 +42,17 @@ class Recall:
     correct: np.ndarray  # (Q,) bool
     attributes: np.ndarray  # (Q,) str
     decoded: int  # how many questions had to be decoded token by token
-    requests: Sequence[Request | None]  # in-tool: the first that was made for each question, None: none well-formed
+    requests: Sequence[
+        Request | None
+    ]  # in-tool: the first request of each question, None if it is malformed or missing
 
     @property
     def overall(self) -> float:
-        """Share of all questions, in [0, 1]."""
+        """The share of all questions, in [0, 1]."""
         return float(self.correct.mean())
 
     def by_attribute(self) -> dict[str, float]:
-        """Share of the questions about each attribute, in [0, 1]."""
+        """Return the share of the questions about each attribute, in [0, 1]."""
         return {str(a): float(self.correct[self.attributes == a].mean()) for a in np.unique(self.attributes)}
 
 
@@ -69,23 +71,21 @@ def measure_recall(
     A dialog is cut off, and not correct, once it has generated `DETOUR` tokens more than its expected dialog has,
     question included: the limit depends on that question alone.
 
-    Greedy decoding reproduces an expected dialog up to the first position at which the assistant speaks and the argmax
-    is another token. `verify` finds it by one teacher-forced pass and decodes from there only, which in-weight is
-    needed only where it is too close to call. `decode` decodes everything: the reference. Weights are taken to be
-    float32.
+    Greedy decoding reproduces an expected dialog up to the first position where the assistant speaks and the argmax is
+    another token. `verify` finds this position by one teacher-forced pass and decodes only from there; in-weight it
+    decodes only where the pass is too close to call. `decode` decodes everything: the reference. Both assume float32.
     """
-    expected = [_expected(fact, tool) for fact in facts]
-    prompts = [encode_prompt(dialog[:1], tokenizer) for dialog in expected]
-    data = tokenize(expected, tokenizer)
-    correct, undecided, known = np.zeros(len(facts), dtype=bool), np.arange(len(facts)), None
+    dialogs = [in_weight_dialog(*fact) if tool is None else in_tool_dialog(*fact) for fact in facts]
+    prompts = [encode_prompt(dialog[:1], tokenizer) for dialog in dialogs]
+    data = tokenize(dialogs, tokenizer)
+    agreed, refuted = np.array([len(prompt) for prompt in prompts]), np.zeros(len(facts), dtype=bool)
     if method == "verify":
         agreed, refuted = _verify(model, data, description)
-        if tool is None:
-            # The first turn is the last: once it diverges it cannot become the expected sentence.
-            correct = agreed == data.lengths().numpy()
-            undecided = np.flatnonzero(~correct & ~refuted)
-        starts = data.offsets.tolist()
-        known = [data.values[starts[i] + len(prompts[i]) : starts[i] + agreed[i]].tolist() for i in undecided]
+    # Without a tool the first turn is the last: once it diverges it cannot become the expected sentence.
+    correct = (agreed == data.lengths().numpy()) & (tool is None)
+    undecided = np.flatnonzero(~correct & ~(refuted & (tool is None)))
+    starts = data.offsets.tolist()
+    known = [data.values[starts[i] + len(prompts[i]) : starts[i] + agreed[i]].tolist() for i in undecided]
     generations = generate(
         model,
         [prompts[i] for i in undecided],
@@ -93,18 +93,18 @@ def measure_recall(
         tool,
         known=known,
         max_new_tokens=(data.lengths() + DETOUR)[undecided].tolist(),
-        batch_size=batch_size or BATCH_ROWS.get(torch.device(getattr(model, "device", "cpu")).type, 256),
+        batch_size=batch_size or BATCH_ROWS.get(model.device.type, 256),
         description=description and f"{description}, decoding",
     )
     for i, generation in zip(undecided, generations, strict=True):
         correct[i] = is_correct(generation, facts[i], tokenizer, tool)
-    decoded = sum(g.tokens != k for g, k in zip(generations, known, strict=True)) if known is not None else len(facts)
+    decoded = sum(g.tokens != tokens for g, tokens in zip(generations, known, strict=True))
     requests = [parse_request(g.calls[0].turn) if g.calls else None for g in generations] if tool is not None else []
     return Recall(correct, np.array([attribute for _, attribute, _ in facts]), decoded, requests)
 
 
 def is_correct(generation: Generation, fact: Fact, tokenizer: Tokenizer, tool: Tool | None) -> bool:
-    """Whether a greedy dialog ends with the expected sentence and, with a tool, whether the fact came from it."""
+    """Return whether a greedy dialog ends with the expected sentence and, with a tool, retrieved the fact from it."""
     name, attribute, value = fact
     assistant = tokenizer.role_ids[Role.ASSISTANT]  # the prompt ends with it
     final_turn = [assistant, *tokenizer.encode(answer(*fact)), tokenizer.end]
@@ -117,16 +117,12 @@ def is_correct(generation: Generation, fact: Fact, tokenizer: Tokenizer, tool: T
     )
 
 
-def _expected(fact: Fact, tool: Tool | None) -> Dialog:
-    return in_weight_dialog(*fact) if tool is None else in_tool_dialog(*fact)
-
-
 def bits_of_dialogs(model, data: TokenizedDialogs) -> np.ndarray:
-    """Bits (D,) that a dialog costs the model: minus log2 of the probability it gives to what the assistant says.
+    """Return minus log2 of the probability that the model gives to the assistant's tokens of each dialog: (D,) bits.
 
-    Of an answer that is known for sure nothing is left; of one of V values that are all the same to it, log2 V, if it
-    knows how to say them. So the weights hold at least the entropy of the answers minus these bits (Section 4's bound
-    is about what they hold): a model that cannot spell the values yet is charged for that, too.
+    A certain answer costs 0 bits; one of V equally likely values costs log2 V. So the weights hold at least the entropy
+    of the answers minus these bits (Section 4 bounds what they hold). A model that cannot spell the values yet is
+    charged for the spelling, too.
     """
     bits = torch.zeros(len(data), dtype=torch.float64)
     for rows, mask, logits, target in _teacher_forced(model, data):
@@ -136,12 +132,12 @@ def bits_of_dialogs(model, data: TokenizedDialogs) -> np.ndarray:
 
 
 def _verify(model, data: TokenizedDialogs, description: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Where the model leaves each of D dialogs, from one teacher-forced pass.
+    """Find where the model leaves each of D dialogs, by one teacher-forced pass.
 
-    Returns (D,) how many tokens of the dialog greedy decoding reproduces, or the tool provides, for sure; and (D,)
-    whether what follows is surely another token than the dialog's.
+    Returns (D,) how many tokens of the dialog greedy decoding surely reproduces, or the tool provides; and (D,) whether
+    the next token is surely another than the dialog's.
     """
-    lengths = data.lengths().to(getattr(model, "device", "cpu"))
+    lengths = data.lengths().to(model.device)
     agreed, refuted = lengths.clone(), torch.zeros_like(lengths, dtype=torch.bool)
     with progress(len(data), description) as bar:
         for rows, mask, logits, target in _teacher_forced(model, data):
@@ -159,12 +155,12 @@ def _verify(model, data: TokenizedDialogs, description: str | None) -> tuple[np.
 
 @torch.inference_mode()
 def _teacher_forced(model, data: TokenizedDialogs) -> Iterator[tuple[torch.Tensor, ...]]:
-    """What the model would say at every place where the assistant speaks, for D dialogs, some of a length at a time.
+    """Run the model over D dialogs, those of similar length together.
 
-    Yields rows (B,), mask (B, S) of the N tokens to predict (of token 1 on), logits (N, V) and these tokens (N,).
+    Yields rows (B,), the mask (B, S) of the N trained tokens (from token 1 on), logits (N, V) and these tokens (N,).
     """
-    first = data.first_trained() - 1
-    data = data.to(getattr(model, "device", "cpu"))
+    first = data.first - 1
+    data = data.to(model.device)
     lengths = data.lengths()
     order = lengths.argsort(stable=True)
     batch = lengths[order].cumsum(0) // BATCH_TOKENS.get(lengths.device.type, 2048)

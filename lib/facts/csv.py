@@ -2,23 +2,22 @@
 
 import csv
 import re
+from collections import Counter
 from pathlib import Path
 
 from lib.base import InputError
 from lib.facts.people import People
 from lib.paths import replacing
 
-# ---- People from a file, people to a database
-
-_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f]|```")
+#: What no name and no value may hold: control characters, and what would end a request.
+FORBIDDEN = re.compile(r"[\x00-\x1f\x7f]|```")
 
 
 def read_people_csv(path: str | Path) -> People:
-    """People from a CSV file with a header: a column `name`, and every other column is an attribute.
+    """Read people from a CSV file with a header: the column `name`, and every other column is an attribute.
 
-    Blanks around a cell are dropped. Raises `InputError` where the file cannot be read, columns or cells are
-    missing, a name occurs twice, a column is not letters, digits and underscores, or a cell holds a line break,
-    another control character or ``` (which would end a request).
+    Blanks around a cell are dropped. Raises `InputError` if the file cannot be read, columns or cells are missing, a
+    name occurs twice, a column is not letters, digits and underscores, or a cell holds something of `FORBIDDEN`.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -28,31 +27,6 @@ def read_people_csv(path: str | Path) -> People:
     if len(rows) < 2:
         raise InputError(f"{path} has no people: a header line and one line per person are expected")
     header, *rows = rows
-    _check_header(path, header)
-    for number, row in enumerate(rows, start=1):
-        if len(row) != len(header) or "" in row:
-            raise InputError(f"{path}, person {number}: every one of {', '.join(header)} takes one non-empty cell")
-        for cell in filter(_FORBIDDEN.search, row):
-            raise InputError(f"{path}, person {number}: {cell!r} holds a line break, a control character or ```")
-    columns = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
-    names = columns.pop("name")
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise InputError(f"{path} has the name {name!r} twice: names must be unique")
-        seen.add(name)
-    return People(names, columns)
-
-
-def write_people_csv(people: People, path: str | Path) -> None:
-    """Store people so that `read_people_csv` reads them again, in their order."""
-    with replacing(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("name", *people.attributes))
-        writer.writerows(zip(people.names, *people.columns.values(), strict=True))
-
-
-def _check_header(path: str | Path, header: list[str]) -> None:
     for column in header:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", column):
             raise InputError(f"{path}: bad column name {column!r}, letters, digits and underscores are accepted")
@@ -62,3 +36,22 @@ def _check_header(path: str | Path, header: list[str]) -> None:
         raise InputError(f"{path} has no column 'name' among {', '.join(header)}")
     if len(header) == 1:
         raise InputError(f"{path} has no attributes: at least one column besides 'name' is expected")
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(header) or "" in row:
+            raise InputError(f"{path}, person {number}: every one of {', '.join(header)} takes one non-empty cell")
+        for cell in filter(FORBIDDEN.search, row):
+            raise InputError(f"{path}, person {number}: {cell!r} holds a line break, a control character or ```")
+    columns = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
+    names = columns.pop("name")
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{path} has the name {name!r} twice: names must be unique")
+    return People(names, columns)
+
+
+def write_people_csv(people: People, path: str | Path) -> None:
+    """Store people so that `read_people_csv` reads them again, in their order."""
+    with replacing(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("name", *people.attributes))
+        writer.writerows(zip(people.names, *people.columns.values(), strict=True))

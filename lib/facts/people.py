@@ -1,4 +1,4 @@
-"""What people are: names, attributes, the law by which both are drawn."""
+"""People: their names, their attributes, and the law by which both are drawn."""
 
 import hashlib
 from collections import Counter
@@ -10,10 +10,6 @@ from pydantic import Field, model_validator
 
 from lib.base import Config
 from lib.paths import DATA
-
-ATTRIBUTES = ("birth_date", "birth_place", "current_address", "occupation")
-#: What a family shares when attributes are correlated; birth dates stay independent.
-SHARED = ATTRIBUTES[1:]
 
 
 def _words(name: str) -> tuple[str, ...]:
@@ -28,21 +24,23 @@ VALUES = {
     "current_address": _words("cities"),
     "occupation": _words("occupations"),
 }
-NameList = Literal["train", "unseen"]
-FIRST_NAMES: dict[NameList, tuple[str, ...]] = {"train": _words("first_names"), "unseen": _words("unseen_first_names")}
-LAST_NAMES: dict[NameList, tuple[str, ...]] = {"train": _words("last_names"), "unseen": _words("unseen_last_names")}
-#: What stands between first and last name: nothing until every plain pair is used up, then an initial.
+ATTRIBUTES = tuple(VALUES)
+#: The attributes that a family shares when facts are correlated; birth dates stay independent.
+SHARED = ATTRIBUTES[1:]
+FIRST_NAMES = {"train": _words("first_names"), "unseen": _words("unseen_first_names")}
+LAST_NAMES = {"train": _words("last_names"), "unseen": _words("unseen_last_names")}
+#: Between first and last name stands nothing until every plain pair is used up, then an initial.
 MIDDLES = ("", *(f"{letter}. " for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
 #: 437 x 388 x 27 = 4,578,012 distinct names.
 MAX_PEOPLE = len(FIRST_NAMES["train"]) * len(LAST_NAMES["train"]) * len(MIDDLES)
 
 
 class Law(NamedTuple):
-    """How names and values of sampled people are distributed; a family is a last name.
+    """The distribution of names and values of sampled people; a family is a last name.
 
-    `n_first_names` and `n_families` take that many names from the start of the lists, None takes all. `value_lists`:
-    "cut" keeps the first max(2, floor((1 - alpha) x length)) values of each list but that of birth dates, from which
-    both people and families draw; "full" keeps all.
+    `n_first_names` and `n_families` take that many names from the start of the lists; None takes all. People and
+    families draw from the whole lists of values if `value_lists` is "full". If it is "cut", they draw from the first
+    max(2, floor((1 - alpha) x length)) values of each list, except for birth dates.
     """
 
     n_first_names: int | None = None
@@ -50,33 +48,31 @@ class Law(NamedTuple):
     value_lists: Literal["full", "cut"] = "full"
 
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """First and last names of the people that models are trained on."""
+        """Return the first and the last names of the people that models are trained on."""
         return FIRST_NAMES["train"][: self.n_first_names], LAST_NAMES["train"][: self.n_families]
 
     def values(self, attribute: str, alpha: float) -> tuple[str, ...]:
-        """The values that an attribute can have where facts correlate by `alpha`."""
+        """Return the values that an attribute can have where facts correlate by `alpha`."""
         values = VALUES[attribute]
         if self.value_lists == "cut" and attribute in SHARED:
             values = values[: max(2, int((1 - alpha) * len(values)))]
         return values
 
 
-#: Ours: all names; families draw from the full lists.
+#: Our law: all names, full lists.
 OURS = Law()
-#: That of the files released with the paper's Section 5.3: at alpha = 1 two values of each attribute remain, birth
-#: dates aside. The 128 x 64 names are its 8,192 people; which names its 1,000 people had is not released, so we assume
-#: that they come from the same.
+#: The law of the files released with Section 5.3: at alpha = 1 two values of each attribute remain, birth dates aside.
+#: The 128 x 64 names are its 8,192 people. The names of its 1,000 people are not released; we assume the same lists.
 RELEASED = Law(n_first_names=128, n_families=64, value_lists="cut")
 #: The laws that tables and figures know by name.
 LAWS = {"ours": OURS, "released": RELEASED}
 
 
 class FactsConfig(Config):
-    """Which people a model is to know: `n_people` sampled ones, or all those of a CSV file.
+    """The people that a model is to know: `n_people` sampled ones, or all people of a CSV file.
 
-    `alpha` is the probability with which a person takes a family's value; `n_first_names`, `n_families` and
-    `value_lists` are the `Law`. With `csv`, the file alone says who there is: `n_people` and `seed` describe sampling
-    and are not looked at.
+    `alpha` is the probability that a person takes a family's value; `n_first_names`, `n_families` and `value_lists` are
+    the `Law`. With `csv` the file alone decides: `n_people` and `seed` are ignored.
     """
 
     n_people: int = Field(64, ge=1, le=MAX_PEOPLE)
@@ -98,18 +94,18 @@ class FactsConfig(Config):
         if self.csv is not None and self.law != OURS:
             fields = ", ".join(f"facts.{field}" for field in Law._fields)
             raise ValueError(f"{fields} are for sampled people: leave them out where facts.csv gives the people")
-        firsts, lasts = self.law.names()
-        if self.n_people > len(firsts) * len(lasts) * len(MIDDLES):
+        n_firsts, n_lasts = map(len, self.law.names())
+        if self.n_people > (most := n_firsts * n_lasts * len(MIDDLES)):
             raise ValueError(
-                f"facts.n_people = {self.n_people}: {len(firsts)} first and {len(lasts)} last names make "
-                f"{len(firsts) * len(lasts) * len(MIDDLES):,} people at most"
+                f"facts.n_people = {self.n_people}: {n_firsts} first and {n_lasts} last names make "
+                f"{most:,} people at most"
             )
         return self
 
 
 @dataclass(frozen=True)
 class People:
-    """Facts in columns: `columns[attribute][i]` holds of `names[i]`. Names are unique."""
+    """Facts in columns: `columns[attribute][i]` is a fact about `names[i]`. Names are unique."""
 
     names: list[str]
     columns: dict[str, list[str]]
@@ -129,7 +125,7 @@ class People:
         return People(self.names[part], {name: column[part] for name, column in self.columns.items()})
 
     def __add__(self, other: "People") -> "People":
-        """These people, then the others: all with the same attributes, no name twice."""
+        """Return these people, then the others. All must have the same attributes, and no name may occur twice."""
         columns = {name: column + other.columns[name] for name, column in self.columns.items()}
         return People(self.names + other.names, columns)
 
@@ -137,13 +133,13 @@ class People:
         return self.columns[attribute][i]
 
     def facts(self) -> Iterator[tuple[str, str, str]]:
-        """(name, attribute, value), person by person."""
+        """Yield (name, attribute, value), person by person."""
         for name, *values in zip(self.names, *self.columns.values(), strict=True):
             for attribute, value in zip(self.columns, values, strict=True):
                 yield name, attribute, value
 
     def digest(self) -> str:
-        """16 hexadecimal digits that tell these people, their order and their facts from any others."""
+        """Return 16 hexadecimal digits that identify these people, their order and their facts."""
         content = hashlib.sha256("\t".join(("name", *self.columns)).encode())
         for column in (self.names, *self.columns.values()):
             content.update(b"\n\n" + "\n".join(column).encode())

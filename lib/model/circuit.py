@@ -1,18 +1,18 @@
 """A transformer whose weights are set by hand, not trained: with a tool it recalls any number of facts (Section 4).
 
-It is a `Transformer` of three blocks, of width O(|A|) and with O(|A|^2) parameters for attributes A, and no fact is
-in its weights. Everything is copied by position, never by content, so that any name will do:
+It is a `Transformer` of three blocks, of width O(|A|) and with O(|A|^2) parameters for attributes A, and its weights
+hold no fact. It copies by position, never by content, so any name will do:
 
-1. *Count.* Attention is uniform, so what a position sees of the first token is 1/p. That coordinate is made so large
-   that the norm divides by it, which turns a constant 1 into p, and products in the feed-forward give p^2.
+1. *Count.* Attention is uniform, so position p sees 1/p of the first token. This coordinate is so large that the norm
+   divides by it, which turns a constant 1 into p, and products in the feed-forward give p^2.
 2. *Read.* Heads look at the places where the questions differ, at the first and the last assistant token, and at the
-   database's. The feed-forward tells which attribute it is and says what comes before anything depends on that.
+   database token. The feed-forward finds the attribute, and says the text that does not depend on it.
 3. *Copy.* Three heads point at a byte: a query (2x, -1) and a key (p, p^2) give the score x^2 - (p - x)^2, largest at
-   p = x. The feed-forward says the rest of the text, louder than what is copied.
+   p = x. The feed-forward says the rest of the text, louder than the copied bytes.
 
-Linear forms of the residual stream are vectors of its width; positions p count from 1. What makes this exact: a norm
-is the identity where one coordinate is a huge constant, silu(64 z) / 64 is max(z, 0) for integers z, and rotary pairs
-of frequency 1e-15 or less do not turn. float32 carries some 1,000 tokens of dialog; float16 carries none.
+Linear forms of the residual stream are vectors of its width; positions p count from 1. This is exact, for a norm is
+the identity if one coordinate is a huge constant, silu(64 z) / 64 is max(z, 0) for integers z, and rotary pairs of
+frequency 1e-15 or less do not turn. float32 carries some 1,000 tokens of dialog; float16 carries none.
 """
 
 import hashlib
@@ -32,24 +32,24 @@ from lib.dialogs.tokenizers import ByteTokenizer
 from lib.facts.people import ATTRIBUTES
 from lib.model.transformer import Transformer
 
-#: The length of every embedding, and so of what the first norm divides by.
+#: The length of every embedding; the first norm divides by it.
 _NORM = 3.0
-#: In units of the embeddings: what position p sees of the first token is _COUNT / p; the constant of all later norms.
+#: In units of the embeddings: position p sees _COUNT / p of the first token; later norms divide by _ANCHOR.
 _COUNT, _ANCHOR = 2.0**24, 2.0**50
 #: How steep: softmax picks one key where scores differ by _SHARP; silu(_STEEP z) / _STEEP is max(z, 0).
 _SHARP, _STEEP = 32.0, 64.0
-#: Beyond any position: what closes a gate, and what makes one kind of token preferred to any other.
+#: More than any position: closes a gate, and makes one kind of token preferred to any other.
 _FAR = 2.0**13
-#: Beyond the square of any distance that a pointer of the last block is off.
+#: More than the square of any distance by which a pointer of the last block is off.
 _FAR_SQUARED = 2.0**18
-#: How loud the name, the value and the text are. Where one is to be heard, only softer ones speak as well.
+#: Loudness of name, value and text. When one of them is due, only softer ones speak at the same time.
 _NAME, _VALUE, _TEXT = 1.0, 2.0, 4.0
 
 _SPECIAL = ByteTokenizer.role_ids
 
 
 class Phrases(NamedTuple):
-    """What stands around a name and a value, as bytes: question, request and answer about one attribute."""
+    """The bytes around name and value in question, request and answer about one attribute."""
 
     before: bytes  # question: before name after
     after: bytes
@@ -61,7 +61,7 @@ class Phrases(NamedTuple):
 
 
 def phrases(attribute: str) -> Phrases:
-    """Cut the templates of one attribute; one that holds name or value more than once is an `InputError`."""
+    """Cut the templates of one attribute. A template that holds name or value more than once is an `InputError`."""
     texts = question("\0", attribute), tool_call("\0", attribute), answer("\0", attribute, "\1")
     if [re.sub("[^\0\1]", "", text) for text in texts] != ["\0", "\0", "\0\1"]:
         raise InputError(f"the templates of {attribute!r} must hold the name once, and the answer then the value")
@@ -69,15 +69,15 @@ def phrases(attribute: str) -> Phrases:
 
 
 def made_up_attributes(n: int) -> list[str]:
-    """Names of `n` attributes, eight letters each: the same first ones whatever n is."""
+    """Return names of `n` attributes, eight letters each; the first ones are the same for any n."""
     digests = (hashlib.sha256(str(i).encode()).hexdigest()[:8] for i in range(n))
     return [digest.translate(str.maketrans("0123456789", "ghijklmnop")) for digest in digests]
 
 
 def telling_places(befores: Sequence[bytes]) -> list[int]:
-    """Places, few of them, such that any two of the texts differ at one that both have.
+    """Return few places such that any two of the texts differ at one of them that both have.
 
-    Texts of which one begins with the other are an `InputError`: a name may go on like the longer one.
+    If one text begins with another it is an `InputError`: a name could continue the shorter one like the longer one.
     """
     width = max(map(len, befores))
     codes = np.array([[*text] + [-1] * (width - len(text)) for text in befores])  # (A, width)
@@ -95,7 +95,7 @@ def telling_places(befores: Sequence[bytes]) -> list[int]:
 
 
 class _Head(NamedTuple):
-    """One head: the score of a key is the product of the forms in `query` and `key`, `value` is written `to`."""
+    """One head: the score of a key is the product of the forms in `query` and `key`; `value` is written `to`."""
 
     name: str
     query: list[np.ndarray]
@@ -115,8 +115,8 @@ class _Unit(NamedTuple):
 class Circuit:
     """The construction for some attributes: what each head and each hidden unit reads and writes.
 
-    `config` and `n_params` are known before any weight is made, which `model` does. Attributes whose questions cannot
-    be told apart are an `InputError`, and so are none.
+    `model` makes the weights; `config` and `n_params` need none. No attributes, and attributes whose questions cannot
+    be told apart, are an `InputError`.
     """
 
     def __init__(self, attributes: Sequence[str] = ATTRIBUTES):
@@ -139,12 +139,12 @@ class Circuit:
 
     @property
     def heads(self) -> dict[str, tuple[int, int]]:
-        """Block and head, from 0, of everything that a head is for."""
+        """Block and head, counted from 0, by the name of the head."""
         return {head.name: (b, h) for b, (heads, _) in enumerate(self.blocks) for h, head in enumerate(heads)}
 
     @property
     def config(self) -> ModelConfig:
-        """The smallest model that has room for stream, heads and hidden units."""
+        """The smallest model with room for stream, heads and hidden units."""
         n_heads = max(len(heads) for heads, _ in self.blocks)
         n_units = max(len(units) for _, units in self.blocks)
         width = max(len(self.axes["one"]), 8 * n_heads, -(-n_units // 4))
@@ -156,7 +156,7 @@ class Circuit:
         return self.config.n_params
 
     def model(self) -> Transformer:
-        """The weights."""
+        """Return the model with its weights."""
         model = Transformer(self.config).requires_grad_(False).eval()
         head_dim, root = self.config.head_dim, self.config.d_model**0.5
         for parameter in model.parameters():
@@ -184,17 +184,17 @@ class Circuit:
     # What a token is, and what is said --------------------------------------------------------------------------------
 
     def _embeddings(self) -> np.ndarray:
-        """(260, width): each of length `_NORM`, but for the end, which nobody reads."""
+        """Return the embeddings (260, width), of length `_NORM` except for the end, which nothing reads."""
         roles = np.sqrt(8) * self.axes["role"]
         return self.axes["one"] + np.concatenate([_signs(range(256)) @ self.axes["byte"], roles, 0 * roles[:1]])
 
     def _readings(self) -> np.ndarray:
-        """(260, width): a logit agrees with the signs of its byte; the database and the end share an axis."""
+        """Return the output matrix (260, width): a logit compares with the signs of its byte."""
         silent, hand_over = np.zeros((2, len(self.axes["one"]))), 8 * self.axes["hand_over"]
         return 8 * np.concatenate([_signs(range(256)) @ self.axes["said"], silent, [hand_over, -hand_over]])
 
     def _is(self, role: Role) -> np.ndarray:
-        """The form that is 1 where that role's token stands, else 0."""
+        """Return the form that is 1 at the tokens of a role, else 0."""
         return self.axes["role"][_SPECIAL[role] - 256] / np.sqrt(8)
 
     # The first block --------------------------------------------------------------------------------------------------
@@ -246,8 +246,8 @@ class Circuit:
         name_told = sentence - self._by_attribute(lambda each: len(each.opening))
         value = name_told - length - self._by_attribute(lambda each: len(each.middle))
         end = value - (last - database - one)
-        # A pointer that is off goes to the first token, whose byte is none. That to the value stays behind the
-        # database's token, where `seen` is 1: as long as the value has not begun it points there, and copies nothing.
+        # A closed pointer goes to the first token, which has no byte. The pointer to the value stays at or behind the
+        # database token, where `seen` is 1: until the value begins it points at that token, and copies nothing.
         for name, pointer, loud, closed, least in (
             ("name into the request", starts + name_asked, _NAME, seen, 0 * seen),
             ("name into the answer", starts + name_told, _NAME, one - seen, 0 * seen),
@@ -262,21 +262,21 @@ class Circuit:
         self._say(end, [[*each.end, ByteTokenizer.end] for each in self.phrases], one - seen)
 
     def _by_attribute(self, number) -> np.ndarray:
-        """The form that is number(phrases) of the attribute in question."""
+        """Return the form that is number(phrases) of the attribute in question."""
         return np.array([number(each) for each in self.phrases]) @ self.axes["attribute"]
 
     def _pointer(self, to: np.ndarray, bonus: np.ndarray | float = 0.0) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Query and key of a head that attends to position `to` or the nearest with the bonus of a key."""
+        """Return query and key of a head that attends to position `to`, or to the nearest key with the bonus."""
         return [2 * _SHARP * to, _SHARP * self.axes["one"]], [self.axes["position"], bonus - self.axes["square"]]
 
     def _rectified(self, form: np.ndarray, to: np.ndarray) -> _Unit:
-        """max(form, 0), written `to`."""
+        """Return the unit that writes max(form, 0) `to`."""
         return _Unit(_STEEP * form, self.axes["one"] / _STEEP, to)
 
     def _say(self, start: np.ndarray, texts: list[list[int]], closed: np.ndarray) -> None:
         """Say token k of the attribute's text where `start` is k, unless `closed`, which is 0 or at least 1.
 
-        What all texts begin or end with is spelled once.
+        The beginning and the end that all texts share are spelled once.
         """
         one = self.axes["one"]
         common = commonprefix(texts)
@@ -290,7 +290,7 @@ class Circuit:
         self._spell(start - lengths @ self.axes["attribute"], shared, closed)
 
     def _spell(self, start: np.ndarray, text: list[int], closed: np.ndarray) -> None:
-        """Hinges whose sum is token k of the text where `start` is k, and 0 before and behind it."""
+        """Add hinges whose sum is token k of the text where `start` is k, and 0 before and behind it."""
         needs_attribute = (self.axes["attribute"] @ (start + closed)).any()
         _, units = self.blocks[2 if needs_attribute else 1]
         sounds = np.array([self._sound(token) for token in text]).reshape(-1, len(start))
@@ -300,14 +300,14 @@ class Circuit:
                 units.append(self._rectified(start - k * self.axes["one"] - _FAR * closed, bend))
 
     def _sound(self, token: int) -> np.ndarray:
-        """What is written to the stream to say a token."""
+        """Return what is written to the stream to say a token."""
         if token < 256:
             return _TEXT * _signs(token) @ self.axes["said"]
         return _TEXT * self.axes["hand_over"] * (1 if token == _SPECIAL[Role.DATABASE] else -1)
 
 
 def _signs(byte: int | Sequence[int]) -> np.ndarray:
-    """(..., 8): the bits of a byte as -1 and 1."""
+    """Return the bits of bytes as -1 and 1: (..., 8)."""
     return 2.0 * (np.asarray(byte)[..., None] >> np.arange(8) & 1) - 1
 
 

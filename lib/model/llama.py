@@ -4,8 +4,6 @@ from lib.base import InputError
 from lib.config import ModelConfig
 from lib.model.transformer import Transformer
 
-# Hugging Face ---------------------------------------------------------------------------------------------------------
-
 _LLAMA_NAMES = {
     "embedding.": "model.embed_tokens.",
     "blocks.": "model.layers.",
@@ -24,7 +22,7 @@ def _llama_name(name: str) -> str:
 
 
 def to_llama(model: Transformer):
-    """The same model as Hugging Face's `LlamaForCausalLM` (extra `[scale]`); logits agree.
+    """Return the same model as Hugging Face's `LlamaForCausalLM` (extra `[scale]`); logits agree.
 
     Only `rope="standard"` exists there: any other is an `InputError`.
     """
@@ -54,9 +52,10 @@ def to_llama(model: Transformer):
 
 
 def from_llama(llama) -> Transformer:
-    """A `LlamaForCausalLM` of this architecture as our model; logits agree.
+    """Return a `LlamaForCausalLM` as our model; logits agree.
 
-    What ours cannot be is an `InputError`: another width of the feed-forward, biases, tied embeddings, scaled rotary.
+    A Llama of another architecture is an `InputError`: another width of the feed-forward, biases, tied embeddings,
+    scaled rotary positions.
     """
     c = llama.config
     rope = c.rope_parameters

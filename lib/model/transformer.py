@@ -16,7 +16,7 @@ from lib.config import ModelConfig
 
 
 def rotary_angles(config: ModelConfig, n_positions: int, device=None) -> torch.Tensor:
-    """Angles (n_positions, E / 2) in radians, computed in float64: by how much each pair turns at each position."""
+    """Return by how much each pair turns at each position: (n_positions, E / 2) float64, in radians."""
     pair = torch.arange(config.head_dim // 2, dtype=torch.float64, device=device)
     frequency = config.rope_theta ** (-2 * pair / config.head_dim)
     if config.rope == "paper":
@@ -30,7 +30,7 @@ def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], head_dim:
     `rotary`: cos and sin (..., S, n E or more), the same for every head, sin negated in the first half of each. Heads
     lie side by side because products with long rows are several times as fast as with rows of one head.
     """
-    cos, sin = (table[..., : x.shape[-1]] for table in rotary)
+    cos, sin = (table[..., : x.shape[-1]] for table in rotary)  # fewer heads have keys than queries
     partner = x.unflatten(-1, (-1, head_dim)).roll(head_dim // 2, -1).flatten(-2)
     return x * cos + partner * sin
 
@@ -43,12 +43,8 @@ class KVCache:
     values: torch.Tensor  # (L, B, K, capacity, E)
     lengths: torch.Tensor  # (B,) int64
 
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[3]
-
     def select(self, rows: torch.Tensor) -> "KVCache":
-        """The cache of some rows only, for a batch from which finished rows have left."""
+        """Return the cache of some rows only, for a batch from which finished rows have left."""
         return KVCache(self.keys[:, rows], self.values[:, rows], self.lengths[rows])
 
 
@@ -71,10 +67,10 @@ class Attention(nn.Module):
         cached: tuple[torch.Tensor, ...] | None = None,
         first: int = 0,
     ) -> torch.Tensor:
-        """x (B, S, D) -> (B, S - first, D): what the positions from `first` on see.
+        """Map x (B, S, D) to what the positions from `first` on see: (B, S - first, D).
 
         `rotary`: cos and sin (..., S, D) for `rotate`. `cached`: the layer's keys and values (B, K, T, E), the
-        positions (B, S) where this step's are written, and which of the T are visible (B, 1, S, T).
+        positions (B, S) where the new ones are written, and which of the T are visible (B, 1, S, T).
         """
         B, S, _ = x.shape
         E = self.config.head_dim
@@ -94,7 +90,7 @@ class Attention(nn.Module):
             k, v = keys, values
         grouped = self.config.kv_heads != self.config.n_heads
         options = {"attn_mask": visible, "is_causal": visible is None, "enable_gqa": grouped}
-        if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # whose kernel is twice as slow in bfloat16
+        if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # the kernel of CPUs is twice as slow in bfloat16
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
         else:
@@ -112,7 +108,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(4 * config.d_model, config.d_model, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, S, D) -> (B, S, D)."""
+        """Map x (B, S, D) to (B, S, D)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -133,7 +129,7 @@ class Block(nn.Module):
         cached: tuple[torch.Tensor, ...] | None = None,
         first: int = 0,
     ) -> torch.Tensor:
-        """x (B, S, D) -> (B, S - first, D), see `Attention`."""
+        """Map x (B, S, D) to (B, S - first, D), see `Attention`."""
         x = x[:, first:] + self.attention(self.attention_norm(x), rotary, cached, first)
         return x + self.ffn(self.ffn_norm(x))
 
@@ -142,9 +138,9 @@ class Transformer(nn.Module):
     """The language model: tokens (B, S) -> logits (B, S, V)."""
 
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
-        """`generator` seeds the initialization.
+        """Draw the weights from `generator`.
 
-        Matrices are normal with variance 1 / inputs, those that write to the residual stream 1 / (2 L inputs);
+        Matrices are normal with variance 1 / inputs, or 1 / (2 L inputs) if they write to the residual stream;
         embeddings are standard normal.
         """
         super().__init__()
@@ -166,10 +162,10 @@ class Transformer(nn.Module):
         return self.embedding.weight.device
 
     def forward(self, tokens: torch.Tensor, first: int = 0, select: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (B, S - first, V) of the next token at the positions from `first` on of tokens (B, S).
+        """Return logits (B, S - first, V) of the next token at the positions from `first` on of tokens (B, S).
 
         The last block computes queries and feed-forward at those positions only. With a mask `select` (B, S - first),
-        logits are those of its N true positions: (N, V) in row-major order.
+        it returns the logits of its N true positions only: (N, V) in row-major order.
         """
         x = self.embedding(tokens)
         cos, sin = self.rotary(tokens.shape[1], x.dtype)
@@ -180,7 +176,7 @@ class Transformer(nn.Module):
         return self.output(self.norm(x if select is None else x[select]))
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache for `batch_size` rows of at most `capacity` tokens."""
+        """Return an empty cache for `batch_size` rows of at most `capacity` tokens."""
         c = self.config
         shape = (c.n_layers, batch_size, c.kv_heads, capacity, c.head_dim)
         keys, values = self.embedding.weight.new_zeros((2, *shape))
@@ -190,15 +186,12 @@ class Transformer(nn.Module):
     def decode(self, tokens: torch.Tensor, cache: KVCache, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """Append tokens (B, S) to the cache and return the logits (B, V) after each row's last one.
 
-        Row b appends its first `lengths[b]` tokens (at least one; all S if None); what follows them is padding that a
-        later call overwrites. For inference alone: no gradients. Raises ValueError if a row, its padding included,
-        would outgrow the cache.
+        Row b appends its first `lengths[b]` tokens (at least one; all S if None). The rest is padding, for which the
+        cache needs room, too; a later call overwrites it. For inference only: no gradients.
         """
         B, S = tokens.shape
         positions = cache.lengths[:, None] + torch.arange(S, device=tokens.device)  # (B, S)
         seen = int(positions.max()) + 1
-        if seen > cache.capacity:
-            raise ValueError(f"a row of {seen} tokens does not fit into a cache of {cache.capacity}")
         visible = (torch.arange(seen, device=tokens.device) <= positions[:, :, None])[:, None]  # (B, 1, S, seen)
         x = self.embedding(tokens)
         cos, sin = self.rotary(seen, x.dtype)
@@ -212,7 +205,7 @@ class Transformer(nn.Module):
         return self.output(self.norm(last))
 
     def rotary(self, n_positions: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin (n_positions or more, D) for `rotate`, from a table that grows by doubling."""
+        """Return cos and sin (n_positions or more, D) for `rotate`, from a table that grows by doubling."""
         table = self._rotary_table
         if table is None or len(table[0]) < n_positions or (table[0].dtype, table[0].device) != (dtype, self.device):
             with torch.inference_mode(False):  # an evaluation may come first, and training must be able to use it

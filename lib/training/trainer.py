@@ -76,8 +76,8 @@ class Trainer:
         self.module = ranks.wrap(model)
         self.optimizers = build_optimizers(model, config.optim, rates_on_device=cuda_graph)
         self.data = data.to(model.device)
-        self.lengths, self.first_trained = data.lengths().cpu(), data.first_trained()
-        self.n_trained = data.trained_counts()
+        self.lengths, self.first_trained = data.lengths().cpu(), data.first
+        self.n_trained = data.n_trained
         training = config.training
         self.batches = Batches(self.lengths, training.batch_size, config.seed, sources, training.length_pool)
         # A thread costs more than it saves where nothing has to be read.

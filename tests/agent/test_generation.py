@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import ASSISTANT, DATABASE, END, USER, Scripted, prompt, says, turn
 
-from lib.agent.generation import Call, Event, Generation, chat, generate, stream
+from lib.agent.generation import Call, Generation, chat, generate
 from lib.agent.tools import ERROR_TEXTS, Outcome, Response, SqlTool
 from lib.base import InputError
 from lib.config import ModelConfig
@@ -38,7 +38,7 @@ def one(model, question: str, tool=None, **options) -> Generation:
 
 def test_an_answer_ends_with_the_end_token():
     generation = one(says({"Who?": [turn("Me.", END)]}), "Who?")
-    assert generation == Generation(tokens=turn("Me.", END), sampled=[True] * 4, calls=[], finished=True)
+    assert generation == Generation(tokens=turn("Me.", END), calls=[], finished=True)
     assert generation.turns(TOKENIZER) == [("assistant", "Me.")]
 
 
@@ -49,7 +49,6 @@ def test_a_request_goes_to_the_tool_and_its_answer_is_forced():
     assert generation.calls == [Call("ask", Response(Outcome.ANSWER, "é9"))]
     forced = [*"é9".encode(), ASSISTANT]
     assert generation.tokens == [*b"ask", DATABASE, *forced, *"It is é9.".encode(), END]
-    assert generation.sampled == [True] * 4 + [False] * 4 + [True] * 11
     assert generation.finished
     assert generation.turns(TOKENIZER) == [("assistant", "ask"), ("database", "é9"), ("assistant", "It is é9.")]
 
@@ -72,7 +71,6 @@ def test_the_model_goes_on_from_what_the_tool_said():
 def test_an_empty_answer_is_an_empty_turn():
     generation = one(says({"Who?": [turn("ask", DATABASE), turn("Nobody.", END)]}), "Who?", Oracle(ask=""))
     assert generation.turns(TOKENIZER) == [("assistant", "ask"), ("database", ""), ("assistant", "Nobody.")]
-    assert generation.sampled == [True] * 4 + [False] + [True] * 8
 
 
 def test_a_dialog_may_use_the_tool_several_times_and_each_request_is_its_own_turn():
@@ -179,10 +177,8 @@ def test_finished_rows_leave_the_batch():
 
 def test_a_batch_shrinks_when_a_quarter_of_it_has_finished():
     model = says({f"{n}": [turn("x" * (n - 1), END)] for n in range(1, 9)})
-    into = []
-    steps = list(stream(model, [prompt(f"{n}") for n in range(1, 9)], TOKENIZER, into=into))
-    assert [[event.row for event in step] for step in steps] == [list(range(n, 8)) for n in range(8)]
-    assert [len(g.tokens) for g in into] == list(range(1, 9))
+    generations = generate(model, [prompt(f"{n}") for n in range(1, 9)], TOKENIZER)
+    assert [len(g.tokens) for g in generations] == list(range(1, 9))
     assert model.batch_sizes == [8, 8, 6, 6, 4, 3, 2, 1]
 
 
@@ -195,18 +191,6 @@ def test_answers_come_in_the_order_of_the_prompts_whatever_the_batches():
         assert [g.turns(TOKENIZER)[0].text for g in generations] == ["5", "1", "4", "2", "3"]
         assert max(model.batch_sizes) == min(batch_size, 5)
     assert generate(says({}), [], TOKENIZER) == []
-
-
-def test_a_stream_tells_every_token_of_every_row_as_it_comes():
-    model = says({"A": [turn("1", END)], "B": [turn("ask", DATABASE), turn(".", END)]})
-    into = []
-    steps = list(stream(model, [prompt("A"), prompt("B")], TOKENIZER, Oracle(ask="2"), into=into))
-    assert steps[:2] == [[Event(0, ord("1"), True), Event(1, ord("a"), True)], [(0, END, True), (1, ord("s"), True)]]
-    assert steps[4:6] == [[(1, ord("2"), False)], [(1, ASSISTANT, False)]]
-    for row, generation in enumerate(into):
-        events = [event for step in steps for event in step if event.row == row]
-        assert [event.token for event in events] == generation.tokens
-        assert [event.sampled for event in events] == generation.sampled
 
 
 def chatterbox(seed: int) -> Transformer:
@@ -302,10 +286,12 @@ def test_greedy_decoding_takes_the_likeliest_token_after_each_prefix():
     for question in ("a", "abc"):
         row = prompt(question)
         generation = one(model, question, echo, max_new_tokens=20)
-        for token, sampled in zip(generation.tokens, generation.sampled, strict=True):
-            if sampled:
+        forced = False  # from the hand-over to the database to the assistant's next turn
+        for token in generation.tokens:
+            if not forced:
                 with torch.no_grad():
                     assert token == int(model(torch.tensor([row]))[0, -1].argmax())
+            forced = token == DATABASE or (forced and token != ASSISTANT)
             row.append(token)
 
 

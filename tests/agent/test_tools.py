@@ -1,3 +1,5 @@
+"""Tools: typed outcomes, and a database that no request can change."""
+
 import sqlite3
 import threading
 from time import monotonic
@@ -8,12 +10,14 @@ from hypothesis import strategies as st
 
 from lib.agent.tools import ERROR_TEXTS, CalculatorTool, Outcome, SqlTool, connect_read_only
 from lib.base import InputError
-from lib.dialogs.request import Request, format_request, parse_request
+from lib.dialogs.request import format_request, parse_request
 from lib.facts.database import write_database
 from lib.facts.people import VALUES, People
 from lib.facts.sampling import sample_people
 
 PROSE = "To answer this question I will make a request to the database:\n"
+
+
 PEOPLE = sample_people(100, seed=1)
 
 
@@ -21,31 +25,6 @@ PEOPLE = sample_people(100, seed=1)
 def database(tmp_path):
     write_database(PEOPLE, tmp_path / "people.db")
     return tmp_path / "people.db"
-
-
-# ---- The request language
-
-attributes = st.text(min_size=1).filter(lambda text: len(text.split()) == 1 and text == text.strip())
-names = st.text(st.characters(exclude_characters="\n"), min_size=1) | st.sampled_from(
-    ["FOR", " FOR ", "FIND a FOR b", "```", "O'Neil; DROP TABLE people", '"', "Zoë Ø", "a\rb", "a\u2028b", "\ud800"]
-)
-prose = st.text() | st.just(PROSE.rstrip("\n"))
-
-
-@given(attributes, names, prose)
-def test_a_request_is_read_back_from_behind_any_prose(attribute, name, prose):
-    block = format_request(attribute, name)
-    assert parse_request(block) == Request(attribute, name)
-    assert parse_request(f"{prose}\n{block}") == Request(attribute, name)
-
-
-@given(attributes, names, st.text(min_size=1))
-def test_nothing_may_follow_a_request(attribute, name, more):
-    assert parse_request(format_request(attribute, name) + more) is None
-
-
-def test_a_request_looks_like_this():
-    assert format_request("occupation", "Ann Lee") == "```sql\nFIND occupation FOR Ann Lee\n```"
 
 
 @pytest.mark.parametrize(
@@ -79,9 +58,6 @@ def test_everything_else_is_malformed(database, turn):
     with SqlTool(database) as tool:
         assert tool(turn).outcome is Outcome.MALFORMED
         assert tool.n_queries == 0
-
-
-# ---- The SQL tool
 
 
 def ask(tool, attribute, name):
@@ -123,14 +99,11 @@ def test_no_error_text_can_be_a_value():
     assert all("\n" in text for text in ERROR_TEXTS.values())
 
 
-def test_the_attributes_can_be_restricted(database):
-    with SqlTool(database, attributes=["occupation"]) as tool:
-        assert tool.attributes == ("occupation",)
-        assert ask(tool, "occupation", PEOPLE.names[0]).ok
-        assert ask(tool, "birth_date", PEOPLE.names[0]).outcome is Outcome.UNKNOWN_ATTRIBUTE
+def test_a_database_without_an_attribute_that_is_needed_is_refused(database):
+    SqlTool(database, ["occupation", "birth_date"]).close()
     for unknown in ["height", "name"]:
         with pytest.raises(InputError, match=f"unknown attribute '{unknown}'.*birth_date, birth_place"):
-            SqlTool(database, attributes=[unknown])
+            SqlTool(database, ["occupation", unknown])
 
 
 def test_names_and_columns_may_hold_what_means_something_in_sql(tmp_path):
@@ -169,9 +142,6 @@ def test_a_query_that_takes_too_long_is_a_timeout(tmp_path):
         assert tool("hello").outcome is Outcome.MALFORMED
 
 
-# ---- What cannot be opened
-
-
 TABLES = {"no table": "CREATE TABLE cities (name TEXT)", "no name": "CREATE TABLE people (age TEXT)"}
 
 
@@ -198,7 +168,7 @@ def bad_database(kind, folder):
         ("text", "file is not a database"),
         ("empty", "no such table: people"),
         ("no table", "no such table: people"),
-        ("no name", "no column 'name'"),
+        ("no name", "no such column: people.name"),
     ],
 )
 def test_a_bad_database_is_one_sentence(tmp_path, kind, message):
@@ -228,9 +198,6 @@ def test_a_database_damaged_later_is_an_error_and_no_answer(tmp_path):
         (tmp_path / "people.db").write_bytes(content)
         with pytest.raises(InputError, match="cannot read people"):
             ask(tool, "occupation", people.names[0])
-
-
-# ---- What the connection refuses, whatever the SQL
 
 
 @pytest.mark.parametrize(
@@ -338,9 +305,6 @@ def ask_once(database):
         return ask(tool, "occupation", PEOPLE.names[0]).text
 
 
-# ---- The calculator
-
-
 @given(st.dates(), st.dates())
 def test_an_age_is_the_number_of_birthdays(born, on):
     request = f"AGE {born.day}/{born.month}/{born.year:04} ON {on.day}/{on.month}/{on.year:04}"
@@ -357,13 +321,10 @@ def test_an_age_is_the_number_of_birthdays(born, on):
     [
         ("AGE 12/3/1970 ON 1/1/2020", Outcome.ANSWER, "49"),
         ("AGE 12/3/1970 ON 12/3/2020", Outcome.ANSWER, "50"),
-        ("YEARS 1970 TO 2020", Outcome.ANSWER, "50"),
-        ("YEARS 1970 TO 1970", Outcome.ANSWER, "0"),
-        ("YEARS 2020 TO 1970", Outcome.NO_MATCH, ERROR_TEXTS[Outcome.NO_MATCH]),
-        ("AGE 30/2/1970 ON 1/1/2020", Outcome.NO_MATCH, ERROR_TEXTS[Outcome.NO_MATCH]),
-        ("AGE 1/1/2020 ON 2/1/0000", Outcome.NO_MATCH, ERROR_TEXTS[Outcome.NO_MATCH]),
-        ("YEARS 1970", Outcome.MALFORMED, ERROR_TEXTS[Outcome.MALFORMED]),
-        ("YEARS 1_70 TO 2020", Outcome.MALFORMED, ERROR_TEXTS[Outcome.MALFORMED]),
+        ("AGE 2/1/2020 ON 1/1/2020", Outcome.NO_MATCH, ERROR_TEXTS[Outcome.NO_MATCH]),
+        ("AGE 30/2/1970 ON 1/1/2020", Outcome.MALFORMED, ERROR_TEXTS[Outcome.MALFORMED]),
+        ("AGE 1/1/2020 ON 2/1/0000", Outcome.MALFORMED, ERROR_TEXTS[Outcome.MALFORMED]),
+        ("AGE 12/3/1970", Outcome.MALFORMED, ERROR_TEXTS[Outcome.MALFORMED]),
         ("FIND occupation FOR Ann Lee", Outcome.MALFORMED, ERROR_TEXTS[Outcome.MALFORMED]),
     ],
 )

@@ -147,7 +147,7 @@ def test_a_call_counts_wherever_it_stands_in_a_long_dialog():
     failed = call(REQUEST, Outcome.TIMEOUT, "1/1/1950")
     right = call(REQUEST, Outcome.ANSWER, "1/1/1950")
     for calls, counts in [([], False), ([wrong], False), ([wrong, failed], False), ([wrong, right], True)]:
-        generation = Generation(said, [True] * len(said), calls, finished=True)
+        generation = Generation(said, calls, finished=True)
         assert is_correct(generation, FACT, TOKENIZER, tool=echo) is counts
 
 
@@ -549,6 +549,7 @@ def test_what_a_uniform_model_does_not_know_is_the_whole_answer():
     def uniform(tokens, first, select):
         return torch.zeros(int(select.sum()), 512)
 
+    uniform.device = torch.device("cpu")
     dialog = in_weight_dialog("Ann Lee", "occupation", "Baker")
     said = len(dialog[-1].text.encode()) + 1  # and the end
     assert bits_of_dialogs(uniform, tokenize([dialog], TOKENIZER)) == pytest.approx([9 * said])

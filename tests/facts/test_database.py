@@ -1,0 +1,67 @@
+"""The SQLite database of people."""
+
+import sqlite3
+from time import process_time
+
+import pytest
+
+from lib.base import InputError
+from lib.facts.database import write_database
+from lib.facts.people import (
+    ATTRIBUTES,
+    People,
+)
+from lib.facts.sampling import sample_people
+
+
+def rows(path, query="SELECT * FROM people"):
+    connection = sqlite3.connect(path)
+    try:
+        return connection.execute(query).fetchall()
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("n", [1, 20, 47])
+def test_the_database_holds_everyone_by_name(tmp_path, n):
+    people, path = sample_people(n, seed=1), tmp_path / "people.db"
+    write_database(people, path)
+    assert sorted(rows(path)) == sorted(zip(people.names, *people.columns.values(), strict=True))
+    columns = [(name, kind, key) for _, name, kind, _, _, key in rows(path, "PRAGMA table_info(people)")]
+    assert columns == [("name", "TEXT", 1), *((attribute, "TEXT", 0) for attribute in ATTRIBUTES)]
+    plan = rows(path, "EXPLAIN QUERY PLAN SELECT occupation FROM people WHERE name = 'Ann Lee'")
+    assert "PRIMARY KEY" in plan[0][3]
+    assert [file.name for file in tmp_path.iterdir()] == ["people.db"]
+
+
+def test_columns_may_be_words_of_sql(tmp_path):
+    people = People(['Ann "Bo" O\'Lee'], {"order": ["x'y"], "group": ["select"]})
+    write_database(people, tmp_path / "people.db")
+    assert rows(tmp_path / "people.db", 'SELECT name, "order", "group" FROM people') == [
+        ('Ann "Bo" O\'Lee', "x'y", "select")
+    ]
+
+
+def test_a_database_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "people.db"
+    write_database(sample_people(5), path)
+    before = path.read_bytes()
+    twins = People(["Ann", "Ann"], {"pet": ["cat", "dog"]})
+    with pytest.raises(InputError, match="cannot write the database"):
+        write_database(twins, path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["people.db"]
+
+
+def test_a_database_takes_a_file_name_in_an_existing_folder(tmp_path):
+    (tmp_path / "file").touch()
+    for path in [tmp_path, tmp_path / "missing" / "people.db", tmp_path / "file" / "people.db"]:
+        with pytest.raises(InputError, match="existing folder"):
+            write_database(sample_people(1), path)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_million_people_take_at_most_ten_seconds_at_the_rate_of_a_tenth(tmp_path):
+    start = process_time()
+    write_database(sample_people(100_000), tmp_path / "people.db")
+    assert process_time() - start < 1.0
