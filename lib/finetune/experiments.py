@@ -1,9 +1,9 @@
-"""Section 6 as data: a profile gives fine-tunings, which are run one after the other, and their rows as one table."""
+"""Section 6 as data: the fine-tunings of each profile, run one after the other, and their rows as one table."""
 
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,8 @@ from filelock import FileLock, Timeout
 from lib import paths
 from lib.base import WorkError
 from lib.experiments.publishing import add_rows, drop_rows
-from lib.experiments.scale_tables import rate
+from lib.experiments.scale_tables import rate, table_path
+from lib.experiments.scale_tables import stored_rows as committed_rows
 from lib.experiments.tables import counting_profile, shown
 from lib.finetune.bases import BASES, PUBLISHED
 from lib.finetune.config import FinetuneConfig
@@ -77,19 +78,26 @@ _PLANS = {"smoke": _smoke, "quick": _quick, "laptop": _laptop, "paper": _paper}
 
 
 def folder(config: FinetuneConfig, profile: str) -> Path:
-    """Where a fine-tuning of a profile is kept."""
+    """Return where a fine-tuning of a profile is kept."""
     return paths.profile_dir(profile) / SECTION / config.run_id
 
 
+def title(config: FinetuneConfig) -> str:
+    """Return a run in a few words."""
+    what = config.task if config.task != "facts" else config.mode
+    adapters = f", LoRA of rank {config.lora_rank}" if config.lora_rank else ""
+    return f"{config.base}, {what}{adapters}, {config.n_facts:,} facts, rate {rate(config.lr)}, seed {config.seed}"
+
+
 def missing(profile: str) -> list[FinetuneConfig]:
-    """The fine-tunings of a profile that have no rows yet."""
+    """Return the fine-tunings of a profile that have no rows yet."""
     done = set(rows(profile).get("run_id", ()))
     return [config for config in plan(profile) if config.run_id not in done]
 
 
 @dataclass
 class Report:
-    """What a sweep did, and what failed: title -> why."""
+    """How many runs a sweep finished, and which failed: title -> why."""
 
     done: int = 0
     failed: dict[str, str] = field(default_factory=dict)
@@ -101,9 +109,9 @@ class Report:
 
 
 def sweep(profile: str, *, device: str = "auto", max_hours: float = math.inf) -> Report:
-    """Run all that is missing in a profile. What fails is reported, and the others are run all the same.
+    """Run all that is missing in a profile. Failures are reported, and the other runs are run all the same.
 
-    Call it in several processes: each takes what no other is at. After `max_hours` nothing new is started.
+    Several processes may call it: each takes runs that no other is at. After `max_hours` no new run is started.
     """
     todo, deadline, report = missing(profile), time.monotonic() + 3600 * max_hours, Report()
     with progress(len(todo), f"Section 6, {profile}") as bar:
@@ -119,50 +127,40 @@ def sweep(profile: str, *, device: str = "auto", max_hours: float = math.inf) ->
                         report.done += 1
                     except Preempted:
                         raise
-                    except Exception as error:  # a model that nobody may fetch, no memory for one
+                    except Exception as error:  # a model that nobody may fetch, or one too large for the memory
                         report.failed[title(config)] = f"{type(error).__name__}: {error}"
             bar.update(1)
     return report
 
 
-def title(config: FinetuneConfig) -> str:
-    """A run in a few words."""
-    what = config.task if config.task != "facts" else config.mode
-    adapters = f", LoRA of rank {config.lora_rank}" if config.lora_rank else ""
-    return f"{config.base}, {what}{adapters}, {config.n_facts:,} facts, rate {rate(config.lr)}, seed {config.seed}"
-
-
 def rows(profile: str) -> pd.DataFrame:
-    """A row a checkpoint of finished runs: all in paper_data, and those of today's plan still in runs.
+    """Return a row a checkpoint of finished runs: all in paper_data, and those of today's plan still in runs.
 
-    superseded: whether today's plan does not ask for the run. Neither it nor `recipe` is stored.
+    Two columns are added and never stored: superseded, whether today's plan does not ask for the run, and recipe.
     """
-    planned = {config.run_id for config in plan(profile)}
     known = committed_rows()
     tables = [known[known.profile == profile]] if len(known) else []
     done = set(tables[0].run_id) if tables else set()
-    for run_id in sorted(planned - done):
-        path = paths.profile_dir(profile) / SECTION / run_id / ROWS
+    for path in (folder(config, profile) / ROWS for config in plan(profile) if config.run_id not in done):
         if path.exists():
             tables.append(pd.DataFrame(json.loads(path.read_text())).assign(profile=profile))
-    return _marked(pd.concat(tables, ignore_index=True), profile) if tables else pd.DataFrame()
+    return _marked(pd.concat(tables, ignore_index=True)) if tables else pd.DataFrame()
 
 
-def _marked(table: pd.DataFrame, profile: str) -> pd.DataFrame:
-    planned = {config.run_id for config in plan(profile)}
-    recipes = [_recipe(config) for config in table.get("config", ["{}"] * len(table))]
-    return table.assign(superseded=~table.run_id.isin(planned), recipe=recipes)
-
-
-def _recipe(config: str) -> str:
-    """What is the same for all seeds of a configuration."""
-    return json.dumps({name: value for name, value in json.loads(config).items() if name != "seed"}, sort_keys=True)
+def _marked(table: pd.DataFrame) -> pd.DataFrame:
+    """Add whether rows are superseded, and their recipe: what is the same for all seeds of a configuration."""
+    planned = {name: {config.run_id for config in plan(name)} for name in table.profile.unique()}
+    configs = [json.loads(config) for config in table.get("config", ["{}"] * len(table))]
+    recipes = [json.dumps({k: v for k, v in sorted(config.items()) if k != "seed"}) for config in configs]
+    superseded = [run not in planned[name] for run, name in zip(table.run_id, table.profile, strict=True)]
+    return table.assign(superseded=superseded, recipe=recipes)
 
 
 def shown_rows(profile: str) -> pd.DataFrame:
-    """The rows that figures are drawn from: those that count (`results.counting_profile`), and the profile's own.
+    """Return the rows that figures are drawn from: those of the publishing profile, and the profile's own.
 
-    One recipe for each point, see `results.shown`; what is superseded has a profile "laptop, earlier recipe", say.
+    There is one recipe for each point (`lib.experiments.tables.shown`); superseded rows have the profile
+    "laptop, earlier recipe", say.
     """
     tables = [rows(name) for name in dict.fromkeys((counting_profile(profile), profile))]
     table = pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
@@ -173,31 +171,16 @@ def shown_rows(profile: str) -> pd.DataFrame:
     return table.assign(profile=earlier).drop(columns="superseded")
 
 
-def table_path() -> Path:
-    """Where the rows are committed."""
-    return paths.PAPER_DATA / "scale.csv"
-
-
-def committed_rows() -> pd.DataFrame:
-    """The rows in paper_data, of all profiles; empty before anything was published."""
-    if not table_path().exists():
-        return pd.DataFrame()
-    return pd.read_csv(table_path(), dtype=dict.fromkeys(("run_id", "commit", "python", "torch"), str))
+_ORDER = ["profile", "base", "task", "mode", "n_facts", "seed", "step", "run_id"]
 
 
 def publish(profile: str) -> int:
-    """Add the finished runs of a profile to paper_data as `publishing.publish` does; returns how many rows are new."""
+    """Add the finished runs of a profile to paper_data as `publishing.publish` does; return how many rows are new."""
     source = paths.profile_dir(profile) / SECTION
     return add_rows(table_path(), profile, rows(profile), committed_rows(), _ORDER, source)
 
 
-_ORDER = ["profile", "base", "task", "mode", "n_facts", "seed", "step", "run_id"]
-
-
-def drop(
-    profile: str | None = None, run_ids: Sequence[str] = (), superseded: bool = False, dry_run: bool = False
-) -> pd.DataFrame:
-    """Take all rows of runs out of the table and return them, as `publishing.drop` does."""
+def drop(**selection) -> pd.DataFrame:
+    """Take rows out of the table and return them. selection: profile, run_ids, superseded, dry_run of `drop_rows`."""
     known = committed_rows()
-    tables = [_marked(known[known.profile == name], name) for name in known.profile.unique()] if len(known) else []
-    return drop_rows(table_path(), tables, _ORDER, profile, run_ids, superseded, dry_run)
+    return drop_rows(table_path(), [_marked(known)] if len(known) else [], _ORDER, **selection)

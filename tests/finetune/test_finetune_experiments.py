@@ -74,7 +74,7 @@ def test_an_earlier_recipe_is_shown_where_todays_plan_has_no_run_of_the_point(da
         assert set(rows.run_id) == {shown.run_id, other.run_id}
         earlier = rows[rows.profile == "laptop, earlier recipe"]
         assert set(earlier.run_id) == {shown.run_id, other.run_id} - {config.run_id for config in plan}
-    gone = experiments.drop(run_ids=[other.run_id])
+    gone = experiments.drop(profile=None, run_ids=[other.run_id], superseded=False, dry_run=False)
     assert len(gone) == 2 and set(experiments.committed_rows().run_id) == {first.run_id, changed.run_id}
 
 
