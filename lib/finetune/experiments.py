@@ -26,12 +26,12 @@ from lib.progress import progress
 from lib.training.distributed import Preempted
 
 SECTION = "06"
-#: What two cores can fine-tune.
+#: A model that two cores can fine-tune.
 LAPTOP = "SmolLM2-135M"
 
 
 def plan(profile: str) -> list[FinetuneConfig]:
-    """The fine-tunings of a profile, in the order in which they are worth doing."""
+    """Return the fine-tunings of a profile, the most useful first."""
     paths.profile_dir(profile)  # an unknown profile is an `InputError`
     return list(_PLANS[profile]())
 
@@ -43,7 +43,7 @@ def _smoke() -> Iterator[FinetuneConfig]:
 
 
 def _quick() -> Iterator[FinetuneConfig]:
-    """A hundred facts each way, of few questions, in smaller batches than published."""
+    """Yield a hundred facts each way, with few questions and smaller batches than published."""
     asked = {"questions": 40, "unseen_people": 8, "prompts": 10, "capability": "any", "items": 100}
     small = {"base": LAPTOP, "n_facts": 100, "batch_size": 32, "capability_at_end": True, **asked}
     yield FinetuneConfig(mode="in-weight", steps=60, checkpoint_every=15, **small)
@@ -51,7 +51,7 @@ def _quick() -> Iterator[FinetuneConfig]:
 
 
 def _laptop() -> Iterator[FinetuneConfig]:
-    """The published recipe of models of this size, and in weights at the rate in tool as well; then variants."""
+    """Yield the published recipe of models of this size, in weights also at the in-tool rate; then variants."""
     asked = {"unseen_people": 25, "items": 1_000, "capability_at_end": True}
     common = {"base": LAPTOP, "grad_accumulation": 4, **asked}
     in_weight = {"mode": "in-weight", "n_facts": 500, "checkpoint_every": 20}
@@ -66,7 +66,7 @@ def _laptop() -> Iterator[FinetuneConfig]:
 
 
 def _paper() -> Iterator[FinetuneConfig]:
-    """As published: six models, five numbers of facts in weights, and one by tool."""
+    """Yield the published runs: six models, five numbers of facts in weights, and one in tool."""
     for name, base in PUBLISHED.items():
         mode = "in-tool" if base.calls else "in-tool-text"
         yield FinetuneConfig(base=name, mode=mode, n_facts=500 if base.calls else 1_000)
