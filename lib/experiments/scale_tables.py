@@ -100,7 +100,8 @@ def comparable(rows: pd.DataFrame | None = None, with_published: bool = True) ->
     model's name says which. Two runs of one point, recipe and seed are an `InputError`.
     """
     tables = [each for each in (rows, published_rows() if with_published else None) if each is not None and len(each)]
-    runs = pd.concat([_last_checkpoints(each) for each in tables]) if tables else pd.DataFrame()
+    empty = pd.DataFrame(columns=POINT, dtype=object)
+    runs = pd.concat([_last_checkpoints(each) for each in tables]) if tables else empty
     table = _over_seeds(runs, [*POINT, *RECIPE], METRICS)
     order = table.assign(ours=table.source != "published", size=_n_params(table.base))
     order = order.sort_values(["ours", "size", "model", "mode", "n_facts"], na_position="first")
