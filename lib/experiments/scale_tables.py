@@ -100,8 +100,7 @@ def comparable(rows: pd.DataFrame | None = None, with_published: bool = True) ->
     model's name says which. Two runs of one point, recipe and seed are an `InputError`.
     """
     tables = [each for each in (rows, published_rows() if with_published else None) if each is not None and len(each)]
-    empty = pd.DataFrame(columns=POINT, dtype=object)
-    runs = pd.concat([_last_checkpoints(each) for each in tables]) if tables else empty
+    runs = pd.concat([_last_checkpoints(each) for each in tables]) if tables else pd.DataFrame()
     table = _over_seeds(runs, [*POINT, *RECIPE], METRICS)
     order = table.assign(ours=table.source != "published", size=_n_params(table.base))
     order = order.sort_values(["ours", "size", "model", "mode", "n_facts"], na_position="first")
@@ -167,7 +166,8 @@ def _over_seeds(runs: pd.DataFrame, point: list[str], metrics: list[str]) -> pd.
     error = np.fmax(std / np.sqrt(measured.count()), own)  # ignores a NaN
     statistics = {"": measured.mean(), "_seeds": measured.count(), "_std": std, "_stderr": error}
     columns = [table.add_suffix(suffix) for suffix, table in statistics.items()]
-    return pd.concat([groups.size().rename("seeds"), *columns], axis=1).reset_index()
+    table = pd.concat([groups.size().rename("seeds"), *columns], axis=1).reset_index()
+    return table if len(table) else table.astype(object)  # empty columns of text would be numbers
 
 
 # ---- In tool beside in weights
