@@ -332,7 +332,8 @@ def chat_recall_throughput(base: str, *, n_facts: int = 300, rounds: int = 2) ->
     limit = train.turn_limit(chats)
 
     def ours() -> int:
-        recall["ours"] = evaluation.measure_recall(model, tokenizer, facts, "in-weight", max_new_tokens=limit).mean
+        found = evaluation.measure_recall(model, tokenizer, facts, "in-weight", max_new_tokens=limit)
+        recall["ours"] = sum(found) / len(found)
         return len(facts)
 
     def theirs() -> int:

@@ -1,4 +1,4 @@
-"""Section 6: large models that were trained by others, fine-tuned on facts (extra `[scale]`)."""
+"""Section 6: pretrained chat models, fine-tuned on facts (extra `[scale]`)."""
 
 import os
 from importlib.util import find_spec

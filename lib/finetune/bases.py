@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Base:
-    """A chat model: its name on the hub, and the rates of full fine-tuning, in weights and by tool."""
+    """A chat model: its name on the hub, and the learning rates of full fine-tuning, in weights and in tool."""
 
     hub: str
     in_weight: float = 5e-5
     in_tool: float = 5e-5
-    #: Whose rates these are: the paper's for this model, or for its size; None where nobody published any.
+    #: The published model whose rates these are, this one or one of its size; None where nobody published any.
     rates_of: str | None = None
-    #: Whether its chat template knows tools; if not, it writes its requests as text (mode in-tool-text).
+    #: Whether its chat template has tool calls; if not, the model writes requests as text (mode in-tool-text).
     calls: bool = True
 
 
@@ -38,23 +38,20 @@ BASES = PUBLISHED | {
     "Qwen3-0.6B": Base("Qwen/Qwen3-0.6B"),
     "Gemma-3-270M": Base("google/gemma-3-270m-it", calls=False),
     "Gemma-3-1B": Base("google/gemma-3-1b-it", calls=False),
-    # Not from the hub: made in a moment (`lib.finetune.weights`), for trying everything but what a model says.
+    # Made in a moment (`lib.finetune.weights`), to try everything but the quality of replies.
     "random": Base(""),
 }
-#: Adapters start at nothing and take a higher rate.
+#: Adapters start at zero and take a higher rate.
 LORA_FACTOR = 10
 
 
 def learning_rate(base: str, mode: str, adapters: bool = False) -> float:
-    """The rate of a run for which none is given: that of its base in its mode, or of a model nobody published one of.
-
-    base: a name in `BASES`, or any other model.
-    """
+    """Return the default learning rate of a base, a name in `BASES` or any other model, in a mode."""
     known = BASES.get(base, Base(base))
     return (known.in_weight if mode == "in-weight" else known.in_tool) * (LORA_FACTOR if adapters else 1)
 
 
 def rate_source(base: str) -> str:
-    """Whose rates `learning_rate` gives, in a few words."""
+    """Return in a few words where the rates of `learning_rate` come from."""
     known = BASES.get(base, Base(base))
     return f"published for {known.rates_of}" if known.rates_of else "nobody published one for this model"

@@ -1,4 +1,4 @@
-"""`FinetuneConfig`: everything that decides the outcome of one fine-tuning, in one object."""
+"""`FinetuneConfig`: everything that decides the outcome of one fine-tuning."""
 
 import math
 from typing import Literal, Self
@@ -11,51 +11,51 @@ from lib.finetune.data import ChatMode
 
 
 class FinetuneConfig(Identified):
-    """One fine-tuning: base model, what it is to learn, how long, and what is asked of its checkpoints (Section 6)."""
+    """One fine-tuning: base model, task, training, and the evaluation of checkpoints (Section 6)."""
 
-    #: A name in `lib.finetune.bases`, a folder in the form of Hugging Face, or a name on its hub.
+    #: A name in `lib.finetune.bases`, a folder that `save_pretrained` wrote, or a name on the hub.
     base: str
-    #: facts: of people, in one of the modes. hybrid: those that are frequent in weights, the others by tool.
+    #: facts: of people, in one of the modes. hybrid: frequent facts in weights, the others by tool.
     #: trivia: the questions of `lib.finetune.triviaqa`.
     task: Literal["facts", "hybrid", "trivia"] = "facts"
     mode: ChatMode = "in-weight"
-    #: Four a person; of trivia, how many questions at most.
+    #: Four a person; of trivia, the number of questions at most.
     n_facts: int = Field(500, ge=1)
-    #: Where trivia comes from: `lib.finetune.triviaqa.load_questions`.
+    #: Source of trivia, see `lib.finetune.triviaqa.load_questions`.
     source: str = "trivia"
     #: Draws the people and the order of the data.
     seed: int = Field(0, ge=0, lt=2**31)
-    #: Train matrices of low rank beside the model's own (LoRA); None trains all weights.
+    #: Rank of adapters (LoRA); None trains all weights.
     lora_rank: int | None = Field(None, ge=1)
-    #: AdamW's. Where none is given, that of the base in this mode (`lib.finetune.bases`); a run's id holds it.
+    #: AdamW's learning rate; by default that of the base in this mode (`lib.finetune.bases`). It is part of a run's id.
     lr: float = Field(gt=0, default_factory=lambda given: _rate(given))
-    #: Constant after a warm-up over this share of the steps, or going down to zero.
+    #: Constant after a warm-up over this share of the steps, or falling to zero.
     schedule: Literal["constant_with_warmup", "cosine"] = "constant_with_warmup"
     warmup: float = Field(0.05, ge=0, lt=1)
-    #: Conversations a step, over all processes.
+    #: Conversations per step, over all processes.
     batch_size: int = Field(128, ge=1)
-    #: A step's batch is cut into this many parts whose gradients add up.
+    #: Parts that a step's batch is cut into; their gradients add up.
     grad_accumulation: int = Field(1, ge=1)
-    #: At most; None: 100 passes over the conversations, and at least 60.
+    #: At most; None: 100 passes over the conversations, but at least 60 steps.
     steps: int | None = Field(None, ge=1)
     #: Steps between two checkpoints, each of which is evaluated; None makes about ten.
     checkpoint_every: int | None = Field(None, ge=1)
     #: Training ends when a checkpoint recalls this share of what was trained; None trains to the last step.
     stop_at_recall: float | None = Field(0.99, gt=0, le=1)
-    #: Trained facts that a checkpoint is asked about, and unseen people, of four kinds (Section 6: 300 and 100).
+    #: Trained facts that a checkpoint is asked about, and unseen people of four kinds (Section 6: 300 and 100).
     questions: int = Field(300, ge=1)
     unseen_people: int = Field(100, ge=4)
     #: Prompts on which the distance to the base is measured.
     prompts: int = Field(100, ge=1, le=100)
-    #: The capability test: HellaSwag, or the questions of this repository as multiple choice, or what is at hand.
+    #: The capability test: HellaSwag, the questions of this repository as multiple choice, or whichever is at hand.
     capability: Literal["hellaswag", "trivia", "any", "none"] = "hellaswag"
-    #: How many items of it are asked, the first ones; None asks all.
+    #: Its first items that are asked; None asks all.
     items: int | None = Field(None, ge=1)
-    #: Whether only the base and the last checkpoint take it.
+    #: Give it only to the base and the last checkpoint.
     capability_at_end: bool = False
-    #: What matrices are multiplied in, and evaluated in: "auto" is bfloat16 where the device has it.
+    #: Of matrix products and of evaluation; "auto" is bfloat16 where the device multiplies in it.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    #: Tokens of a conversation at most. Nothing is cut: a longer one is an error.
+    #: Tokens of a conversation at most; a longer one is an error.
     max_length: int = Field(512, ge=8)
 
     @model_validator(mode="after")
@@ -67,11 +67,11 @@ class FinetuneConfig(Identified):
         return self
 
     def total_steps(self, n_conversations: int) -> int:
-        """Steps of the schedule, for so many conversations."""
+        """Return the steps of the schedule for so many conversations."""
         return self.steps or max(60, math.ceil(100 * n_conversations / self.batch_size))
 
     def interval(self, n_conversations: int) -> int:
-        """Steps between two checkpoints."""
+        """Return the steps between two checkpoints for so many conversations."""
         return self.checkpoint_every or max(1, self.total_steps(n_conversations) // 10)
 
 

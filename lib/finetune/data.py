@@ -1,4 +1,4 @@
-"""The facts of Section 5 as conversations for chat models, and what of them is trained.
+"""The facts of Section 5 as conversations for chat models, and which of their tokens are trained.
 
 A conversation is a list of messages in the form that Hugging Face's chat templates know. In-weight, the assistant
 answers from memory. In-tool, it calls the function `find`, which `tools` describes; in-tool-text, for models without
@@ -23,14 +23,14 @@ ChatMode = Literal["in-weight", "in-tool", "in-tool-text"]
 
 #: How many facts the paper fine-tunes on: four a person.
 N_FACTS = (500, 1_000, 5_000, 10_000, 50_000)
-#: What a label says of a token that is not trained: `torch.nn.functional.cross_entropy` passes it over.
+#: The label of a token that is not trained, which `torch.nn.functional.cross_entropy` ignores.
 IGNORED = -100
 #: Names a call, so that its result can say whose it is. Some templates insist on nine letters and digits.
 CALL_ID = "find00000"
 
 
 def people_of(n_facts: int, seed: int = 0) -> People:
-    """The sampled people who have `n_facts` in all; a number that is no multiple of four is an `InputError`."""
+    """Return people who have `n_facts` in all; a number that is no multiple of four is an `InputError`."""
     n_people, rest = divmod(n_facts, len(ATTRIBUTES))
     if rest or not 1 <= n_people <= MAX_PEOPLE:
         raise InputError(
@@ -41,7 +41,7 @@ def people_of(n_facts: int, seed: int = 0) -> People:
 
 
 def find_tool(attributes: Iterable[str]) -> dict:
-    """The function that the assistant calls, as a JSON schema."""
+    """Return the function that the assistant calls, as a JSON schema."""
     parameters = {
         "attribute": {"type": "string", "enum": list(attributes), "description": "What to look up."},
         "name": {"type": "string", "description": "The person's full name."},
@@ -56,33 +56,33 @@ def find_tool(attributes: Iterable[str]) -> dict:
     }
 
 
-def check_mode(mode: str) -> None:
-    """Raise `InputError` for a mode that there is not."""
+def chats(people: People, mode: ChatMode) -> Iterator[dict]:
+    """Yield a row a fact, person by person: `messages` and, in-tool, `tools`. An unknown mode is an `InputError`."""
     if mode not in get_args(ChatMode):
         raise InputError(f"unknown mode {mode!r} of chats: there are {', '.join(get_args(ChatMode))}")
-
-
-def chats(people: People, mode: ChatMode) -> Iterator[dict]:
-    """A row a fact, person by person: `messages` and, in-tool, `tools`. An unknown mode is an `InputError`."""
-    check_mode(mode)
     tools = {"tools": [find_tool(people.attributes)]} if mode == "in-tool" else {}
     for name, attribute, value in people.facts():
-        middle = _exchange(name, attribute, value, mode)
-        first, last = {"role": "user", "content": question(name, attribute)}, answer(name, attribute, value)
-        yield {"messages": [first, *middle, {"role": "assistant", "content": last}], **tools}
+        (messages,) = as_user([question(name, attribute)])
+        if mode == "in-tool":
+            call = {"name": "find", "arguments": {"attribute": attribute, "name": name}}
+            messages += call_and_result(call, value)
+        elif mode == "in-tool-text":
+            messages += text_and_result(tool_call(name, attribute), value)
+        yield {"messages": [*messages, {"role": "assistant", "content": answer(name, attribute, value)}], **tools}
 
 
-def _exchange(name: str, attribute: str, value: str, mode: ChatMode) -> list[dict]:
-    """What stands between question and answer: the call and its result."""
-    if mode == "in-weight":
-        return []
-    if mode == "in-tool-text":  # the user speaks for the database: every template takes turns of two
-        return [{"role": "assistant", "content": tool_call(name, attribute)}, {"role": "user", "content": value}]
-    return call_and_result({"name": "find", "arguments": {"attribute": attribute, "name": name}}, value)
+def as_user(texts: Iterable[str]) -> list[list[dict]]:
+    """Return conversations of one message each, the user's."""
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def text_and_result(said: str, result: str) -> list[dict]:
+    """Return a request as text and its result. The user speaks for the tool: every template knows these two roles."""
+    return [{"role": "assistant", "content": said}, {"role": "user", "content": result}]
 
 
 def call_and_result(function: dict, result: str) -> list[dict]:
-    """The assistant's call of a function, `name` and `arguments`, and what the function gave back."""
+    """Return the assistant's call of a function, `name` and `arguments`, and what the function gave back."""
     call = {"id": CALL_ID, "type": "function", "function": function}
     return [
         {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -91,12 +91,12 @@ def call_and_result(function: dict, result: str) -> list[dict]:
 
 
 def tokenize_chats(chats: Iterable[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Conversations as `input_ids` and `labels`, a row each, in their order.
+    """Return conversations as `input_ids` and `labels`, a row each, in their order.
 
     tokenizer: with a chat template. Trained is what the assistant says and the special token that ends its turn, as it
-    would be generated: what the template writes before (who speaks) and after is not; its labels are `IGNORED`. No row
-    is cut or left out: one of more than `max_length` tokens is an `InputError`, and so is a template that cannot write
-    a message, leaves out what it says, writes it in another way once others follow, or never ends a turn.
+    would be generated; the labels of all else are `IGNORED`. No row is cut or left out: one of more than `max_length`
+    tokens is an `InputError`, and so is a template that cannot write a message, leaves out part of it, writes it
+    differently once others follow, or never ends a turn.
     """
     features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
     rows = []
@@ -117,7 +117,7 @@ def tokenize_chats(chats: Iterable[dict], tokenizer: PreTrainedTokenizerBase, ma
 
 
 def trained_parts(chat: dict, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """A conversation as it is read by a model, special tokens included, cut into what is trained and what is not."""
+    """Return a conversation as a model reads it, special tokens included, cut into trained and other parts."""
     (row,) = tokenize_chats([chat], tokenizer, max_length=10**9)
     pairs = zip(row["input_ids"], (label != IGNORED for label in row["labels"]), strict=True)
     parts = itertools.groupby(pairs, key=lambda pair: pair[1])
@@ -127,7 +127,7 @@ def trained_parts(chat: dict, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
 def _encode_chat(
     messages: list[dict], tools: list[dict] | None, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """Tokens of one conversation and their labels, or a ValueError that says why the template has none."""
+    """Return tokens and labels of one conversation. Raises ValueError that says why the template does not fit."""
 
     def render(n: int, **options):
         return tokenizer.apply_chat_template(messages[:n], tools=tools, return_dict=False, **options)
@@ -157,7 +157,7 @@ def _encode_chat(
 
 
 def _said(message: dict) -> Iterator[str]:
-    """All that a template must not leave out of a message."""
+    """Yield all that a template must not leave out of a message."""
     yield message["content"]
     for call in message.get("tool_calls", ()):
         yield call["function"]["name"]

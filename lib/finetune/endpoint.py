@@ -20,22 +20,20 @@ from pydantic import Field, ValidationError
 from lib.base import Config, InputError, WorkError, to_json
 from lib.finetune.data import ChatMode
 from lib.finetune.models import fingerprint
-from lib.finetune.protocol import query_of_call, read_query, write_query, write_result
-from lib.finetune.triviaqa import NO_RESULT, Question, exact_match, opening
+from lib.finetune.triviaqa import NO_RESULT, Question, exact_match, look_up_turns, opening, query_of_call, read_query
 from lib.progress import progress
 
 Protocol = Literal["closed-book", "text", "tools"]
 
-#: Without a tool, looking up by the words of `lib.finetune.protocol`, or by calls that the server knows.
+#: Without a tool, looking up by the words of `lib.finetune.triviaqa`, or by calls that the server knows.
 PROTOCOLS: dict[Protocol, ChatMode] = {"closed-book": "in-weight", "text": "in-tool-text", "tools": "in-tool"}
 
 
 class EndpointConfig(Config):
     """Which model, behind which server, and how it is asked.
 
-    A request is tried again `retries` times if the connection fails or is silent for `timeout` seconds, and if the
-    server says that it is busy or broken (408, 409, 429, 500 and above): after half a second, then twice as long each
-    time, up to eight, or when the server says. What else it refuses would be refused again.
+    The `openai` client tries a request again up to `retries` times, waiting longer each time, if the connection fails,
+    is silent for `timeout` seconds, or the server says that it is busy or broken. Other refusals are final.
     """
 
     base_url: str = Field(pattern=r"^https?://\S+$")
@@ -62,9 +60,6 @@ class EndpointConfig(Config):
         return hashlib.sha256(f"{how} {told} {where}".encode()).hexdigest()[:8]
 
 
-# ---- Asking
-
-
 async def ask_all(
     questions: Sequence[Question],
     endpoint: EndpointConfig,
@@ -74,14 +69,14 @@ async def ask_all(
 ) -> list[dict]:
     """Ask all questions, `endpoint.concurrency` at a time, and return a record of each, in their order.
 
-    A record says `question`, `model`, `protocol`; `asked`, a digest of server, model, system prompt and limits; the
-    last `query` and its `result`, None without one; `answer`, what was said that is no query, None if the turns ran out
-    before; whether it is `correct`; `n_turns`, how often the model spoke; and `error`, None if all went well.
+    A record holds `question`, `model`, `protocol`; `asked`, a digest of server, model, system prompt and limits; the
+    last `query` and its `result`, None without one; `answer`, the first turn without a query, None if the turns ran
+    out before; whether it is `correct`; `n_turns`, how often the model spoke; and `error`, None if all went well.
 
     look_up: answers a query, as a `Store` does. out: a file of JSON lines to which each record is added as it comes.
-    A question that it has a record of without an error, asked in the same way, is not asked again unless its query
-    would find something else now; its answer is compared with the `questions` as they are now. Raises `InputError` if
-    that file is something else or cannot be written. description: of the progress shown, if any.
+    A question with a record there, without an error and asked in the same way, is not asked again unless its query
+    would find something else now; its answer is graded by the `questions` as they are now. Raises `InputError` if that
+    file holds something else or cannot be written. description: of the progress shown, if any.
     """
     out = Path(out)
     done = {
@@ -89,8 +84,8 @@ async def ask_all(
         for text, record in _finished(out, endpoint).items()
         if record["query"] is None or look_up(record["query"]) == record["result"]
     }
-    missing = {question.text: question for question in questions if question.text not in done}
-    waiting = iter(missing.values())
+    key = {question.text: question for question in questions}
+    waiting = [text for text in key if text not in done]
     is_here = urlsplit(endpoint.base_url).hostname in ("localhost", "127.0.0.1", "::1")
     client = AsyncOpenAI(
         http_client=DefaultAsyncHttpxClient(trust_env=not is_here),  # a proxy would look on its own machine
@@ -101,48 +96,40 @@ async def ask_all(
     )
 
     async def work() -> None:
-        for question in waiting:  # which the workers share: each takes the next
-            record = done[question.text] = _graded(await _ask(client, endpoint, question.text, look_up), question)
-            file.write(to_json(record) + "\n")
+        while waiting:  # shared by all workers: each takes the next
+            record = await _ask(client, endpoint, waiting.pop(0), look_up)
+            done[record["question"]] = record
+            file.write(to_json(_graded(record, key[record["question"]])) + "\n")
             file.flush()
             bar.update(1)
 
     try:
-        with out.open("a", encoding="utf-8") as file, progress(len(missing), description) as bar:
-            async with client, asyncio.TaskGroup() as group:
-                for _ in range(min(endpoint.concurrency, len(missing))):
-                    group.create_task(work())
-    except (ExceptionGroup, OSError) as failure:
-        first = failure.exceptions[0] if isinstance(failure, ExceptionGroup) else failure
-        if isinstance(first, OSError):
-            first = WorkError(f"cannot write records to {out}: {first.strerror}")
-        raise first from None
+        with out.open("a", encoding="utf-8") as file, progress(len(waiting), description) as bar:
+            async with client:
+                await asyncio.gather(*(work() for _ in range(endpoint.concurrency)))
+    except OSError as error:
+        raise WorkError(f"cannot write records to {out}: {error.strerror}") from None
     return [_graded(done[question.text], question) for question in questions]
 
 
 def _graded(record: dict, question: Question) -> dict:
-    """The record with whether its answer is right, by the question's aliases of today."""
+    """Return the record with whether its answer is right, by the question's aliases of today."""
     return record | {"correct": record["answer"] is not None and exact_match(record["answer"], question)}
 
 
 def _finished(out: Path, endpoint: EndpointConfig) -> dict[str, dict]:
-    """The records without an error of what was asked in this way, by question; a last line cut off is removed."""
+    """Return the records without an error of what was asked in this way, by question; remove a cut last line."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        text = out.read_bytes() if out.exists() else b""
-        whole, newline, rest = text.rpartition(b"\n")
+        whole, newline, cut = (out.read_bytes() if out.exists() else b"").rpartition(b"\n")
         records = [json.loads(line) for line in whole.splitlines()]
-        finished = {
-            record["question"]: record
-            for record in records
-            if record["error"] is None and record["asked"] == endpoint.digest
-        }
         begun = b'{"question": '
-        if not rest.startswith(begun[: len(rest)]):
+        if not cut.startswith(begun[: len(cut)]):
             raise ValueError
-        if rest:
+        finished = {r["question"]: r for r in records if r["error"] is None and r["asked"] == endpoint.digest}
+        if cut:
             os.truncate(out, len(whole + newline))
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise InputError(f"{out} holds other lines than records of questions: name a new file") from None
     except OSError as error:
         raise InputError(f"cannot write records to {out}: {error.strerror}") from None
@@ -152,7 +139,7 @@ def _finished(out: Path, endpoint: EndpointConfig) -> dict[str, dict]:
 async def _ask(
     client: AsyncOpenAI, endpoint: EndpointConfig, question: str, look_up: Callable[[str], str]
 ) -> dict[str, Any]:
-    """The record of one question, not graded yet."""
+    """Return the record of one question, not graded yet."""
     record = {"question": question, "model": endpoint.model, "protocol": endpoint.protocol}
     record["asked"] = endpoint.digest
     record |= {"query": None, "result": None, "answer": None, "correct": False, "n_turns": 0, "error": None}
@@ -167,26 +154,29 @@ async def _ask(
             )
             message = _message(completion)
             record["n_turns"] += 1
-            if not (queries := _queries(message, endpoint.protocol)):
+            if endpoint.protocol == "tools":
+                queries = [_query(call) for call in message.tool_calls or ()]
+            else:
+                query = read_query(message.content or "", PROTOCOLS[endpoint.protocol])
+                queries = [] if query is None else [query]
+            if not queries:
                 record["answer"] = message.content or ""
                 break
             results = [NO_RESULT if query is None else look_up(query) for query in queries]
             record |= {"query": queries[-1], "result": results[-1]}
-            messages += _exchange(message, queries, results, endpoint.protocol)
+            if endpoint.protocol == "tools":
+                messages += _calls_and_results(message, queries, results)
+            else:  # without what the model said after its request, a result of its own invention perhaps
+                messages += look_up_turns(queries[0], results[0], "in-tool-text")
     except (OpenAIError, json.JSONDecodeError, RecursionError, UnicodeError) as error:  # the last: half a character
-        record["error"] = _reason(error)
+        body = getattr(error, "body", None)
+        said = "" if isinstance(body, dict) and "message" in body else f" {body or ''}"  # it is in the error already
+        record["error"] = " ".join(f"{type(error).__name__}: {error}{said}".split())[:300]
     return record
 
 
-def _reason(error: Exception) -> str:
-    """One line: the kind of error, what it says, and what the server said of it, if that is not in it."""
-    body = getattr(error, "body", None)
-    said = "" if isinstance(body, dict) and "message" in body else f" {body or ''}"
-    return " ".join(f"{type(error).__name__}: {error}{said}".split())[:300]
-
-
 def _message(completion: Any) -> ChatCompletionMessage:
-    """What the model said; an OpenAIError if the server answered with something else than a chat completion."""
+    """Return what the model said. Raises OpenAIError if the server's answer is no chat completion."""
     try:  # the client takes whatever JSON there is
         message = ChatCompletionMessage.model_validate(completion.choices[0].message.model_dump(warnings=False))
         if all(call.type == "function" for call in message.tool_calls or ()):  # nothing else was offered
@@ -196,32 +186,18 @@ def _message(completion: Any) -> ChatCompletionMessage:
     raise OpenAIError("the server answered with something else than a chat completion")
 
 
-def _queries(message: ChatCompletionMessage, protocol: Protocol) -> list[str | None]:
-    """What a model asks for; None stands for a call that is none of `SEARCH`."""
-    if protocol == "tools":
-        return [_query_of_call(call.function) for call in message.tool_calls or ()]
-    query = read_query(message.content or "") if protocol == "text" else None
-    return [] if query is None else [query]
-
-
-def _query_of_call(function: Any) -> str | None:
+def _query(call: Any) -> str | None:
     try:
-        arguments = json.loads(function.arguments)
+        return query_of_call({"name": call.function.name, "arguments": json.loads(call.function.arguments)})
     except (ValueError, RecursionError):
         return None
-    return query_of_call({"name": function.name, "arguments": arguments})
 
 
-def _exchange(
-    message: ChatCompletionMessage, queries: list[str | None], results: list[str], protocol: Protocol
-) -> list[dict]:
-    """The model's look-ups and their results, as the next turns of the conversation."""
-    if protocol == "text":  # without what the model said beyond its request, a result of its own invention perhaps
-        said, told = write_query(queries[0]), write_result(results[0])
-        return [{"role": "assistant", "content": said}, {"role": "user", "content": told}]
+def _calls_and_results(message: ChatCompletionMessage, queries: list[str | None], results: list[str]) -> list[dict]:
+    """Return the model's calls and their results as the next turns of the conversation."""
     calls, answers = [], []
     for call, query, result in zip(message.tool_calls, queries, results, strict=True):
-        # Servers read the arguments again, and some break over what is no JSON.
+        # Servers parse the arguments again, and some break over invalid JSON.
         function = {"name": call.function.name, "arguments": "{}" if query is None else call.function.arguments}
         calls.append({"id": call.id, "type": "function", "function": function})
         answers.append({"role": "tool", "tool_call_id": call.id, "content": result})
@@ -229,10 +205,10 @@ def _exchange(
 
 
 def accuracy(records: Sequence[dict]) -> dict[str, float]:
-    """Of one model and protocol: the share of correct answers and its standard error, over `n_questions` without error.
+    """Return the share of correct answers of one model and protocol, and its standard error.
 
-    Also `looked_up`, the share of questions for which the model asked the tool, and `n_errors`. Without an answer all
-    shares are NaN.
+    Both are over `n_questions`, those without an error. Also `looked_up`, the share of questions for which the model
+    asked the tool, and `n_errors`. If none was answered all shares are NaN.
     """
     answered = [record for record in records if record["error"] is None]
     n = len(answered) or float("nan")

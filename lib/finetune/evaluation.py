@@ -1,15 +1,14 @@
-"""What fine-tuning did to a chat model: recall, general capability, and how far it moved from its base (Section 6)."""
+"""Measure chat models: recall, general capability, and the distance to the base model (Section 6)."""
 
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from math import nan
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import lm_eval
 import torch
@@ -23,7 +22,7 @@ from lib.agent.tools import SqlTool
 from lib.base import InputError
 from lib.dialogs.templates import question
 from lib.evaluation.recall import Fact
-from lib.finetune.data import ChatMode, check_mode
+from lib.finetune.data import ChatMode, as_user
 from lib.finetune.generation import answer_with_tool, encode_prompts, generate_tokens, reply_all
 from lib.finetune.models import no_bars_in_logs
 from lib.finetune.triviaqa import SHIPPED, load_questions
@@ -36,23 +35,13 @@ FACT_TOKENS, PROMPT_TOKENS = 128, 256
 CHUNK = 2**24
 
 
-class Estimate(NamedTuple):
-    """The mean of `n` independent measurements and its standard error (not a number for one measurement)."""
-
-    mean: float
-    stderr: float
-    n: int
-
-    def columns(self, name: str) -> dict[str, float | None]:
-        return {name: self.mean, f"{name}_stderr": self.stderr if self.n > 1 else None}
-
-
-def estimate(values: Iterable[float]) -> Estimate:
+def mean_columns(name: str, values: Iterable[float]) -> dict[str, float | None]:
+    """Return the mean of independent measurements and its standard error (None for a single one) as columns."""
     values = torch.tensor(list(values), dtype=torch.float64)
     if not len(values):
         raise InputError("there is nothing to measure: give at least one fact or prompt")
-    stderr = float(values.std() / len(values) ** 0.5) if len(values) > 1 else nan
-    return Estimate(float(values.mean()), stderr, len(values))
+    stderr = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
+    return {name: float(values.mean()), f"{name}_stderr": stderr}
 
 
 # ---- Recall
@@ -66,50 +55,33 @@ def measure_recall(
     tool: SqlTool | None = None,
     *,
     max_new_tokens: int = FACT_TOKENS,
-    batch_size: int | None = None,
     description: str | None = None,
-) -> Estimate:
-    """Share of `facts`, (name, attribute, value), that a chat model knows when it is asked for them, greedily.
+) -> list[bool]:
+    """Return which `facts`, (name, attribute, value), a chat model recalls when it is asked for them, greedily.
 
-    It knows a fact if the value stands in its last reply, whatever else it says there, letter by letter and not as
+    It recalls a fact if the value stands in its last reply, whatever else it says there, letter by letter and not as
     part of a longer word or number: 11/1/1950 is not 1/1/1950, but a civil engineer is an engineer. (Small models of
     Section 5 must say the whole sentence; chat models have words of their own.) In-tool the reply counts only if it
-    follows a query of `tool` that really found the value. A turn that is not over after `max_new_tokens` is cut there.
+    follows a query of `tool` that really found the value. A turn is cut after `max_new_tokens`.
     """
-    check_mode(mode)
-    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "description": description}
-    questions = [question(name, attribute) for name, attribute, _ in facts]
+    questions, values = [question(name, attribute) for name, attribute, _ in facts], [value for *_, value in facts]
+    options = {"max_new_tokens": max_new_tokens, "description": description}
     if mode == "in-weight":
-        asked = [[{"role": "user", "content": text}] for text in questions]
-        replies = reply_all(model, tokenizer, asked, **options)
-        return estimate(says(reply, value) for reply, (*_, value) in zip(replies, facts, strict=True))
-    values = [value for *_, value in facts]
+        replies = reply_all(model, tokenizer, as_user(questions), **options)
+        return [says(reply, value) for reply, value in zip(replies, values, strict=True)]
     answers = answer_with_tool(model, tokenizer, questions, mode, tool, expected=values, **options)
-    return estimate(
-        answer.response is not None
-        and answer.response.ok
-        and answer.response.text == value
-        and says(answer.reply, value)
-        for answer, value in zip(answers, values, strict=True)
-    )
+    return [
+        response is not None and response.ok and response.text == value and says(reply, value)
+        for (response, reply), value in zip(answers, values, strict=True)
+    ]
 
 
 def says(reply: str, value: str) -> bool:
-    """Whether `value` stands in `reply`, not as part of a longer word or number."""
+    """Return whether `value` stands in `reply`, not as part of a longer word or number."""
     return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", reply) is not None
 
 
 # ---- Distance to the base
-
-
-class Divergence(NamedTuple):
-    """How far a model's predictions of the next token are from its base's; all in nats but `tv`, which is in [0, 1]."""
-
-    tv: Estimate  # total variation
-    kl: Estimate  # KL(base || model), over the whole vocabulary
-    k1: Estimate  # estimates of `kl` from one token each, see `divergences`
-    k2: Estimate
-    k3: Estimate
 
 
 def measure_divergence(
@@ -117,23 +89,19 @@ def measure_divergence(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
+    answers: Sequence[list[int]],
     *,
-    answers: Sequence[list[int]] | None = None,
-    seed: int = 0,
     description: str | None = None,
-) -> Divergence:
-    """Both models read the base's greedy answers to `prompts`: how differently do they expect each token of them?
+) -> dict[str, list[float]]:
+    """Return how far a model's predictions of the next token are from its base's, one value per prompt and measure.
 
-    Averaged over the tokens of an answer, its end included, then over prompts; standard errors are over prompts.
-    `answers` are `base_answers` if there are any already. `seed` draws the tokens of the estimates k1 to k3. Raises
-    `InputError` if the two have vocabularies of different size.
+    Both models read the base's greedy answers (see `base_answers`); a value is the mean over an answer's tokens, its
+    end included. Keys are those of `divergences`. Raises `InputError` if the vocabularies differ in size.
     """
-    if answers is None:
-        answers = base_answers(base, tokenizer, prompts, description=description and f"{description}, base's answers")
-    generator = torch.Generator(base.device).manual_seed(seed)
+    generator = torch.Generator(base.device).manual_seed(0)
     rows = []
     with progress(len(prompts), description) as bar:
-        for prompt, answer in zip(encode_prompts(tokenizer, _asked(prompts)), answers, strict=True):
+        for prompt, answer in zip(encode_prompts(tokenizer, as_user(prompts)), answers, strict=True):
             expected, found = (_answer_logits(m, prompt, answer).to(base.device) for m in (base, model))
             if expected.shape != found.shape:
                 raise InputError(
@@ -143,7 +111,7 @@ def measure_divergence(
             parts = zip(*(logits.split(max(1, CHUNK // logits.shape[1])) for logits in (expected, found)), strict=True)
             rows.append(torch.cat([divergences(*part, generator) for part in parts]).double().mean(0).tolist())
             bar.update(1)
-    return Divergence(*map(estimate, zip(*rows, strict=True)))
+    return dict(zip(DIVERGENCES, map(list, zip(*rows, strict=True)), strict=True))
 
 
 def base_answers(
@@ -153,43 +121,43 @@ def base_answers(
     *,
     description: str | None = None,
 ) -> list[list[int]]:
-    """The model's own greedy answers to `prompts`, as tokens, the end included."""
-    asked = encode_prompts(tokenizer, _asked(prompts))
+    """Return the model's own greedy answers to `prompts` as tokens, the end included."""
+    asked = encode_prompts(tokenizer, as_user(prompts))
     return generate_tokens(base, tokenizer, asked, max_new_tokens=PROMPT_TOKENS, description=description)
 
 
-def kept(what: Sequence, make: Callable[[], Any]) -> Any:
-    """`make()`, which is JSON, made once and kept in runs: what the base says, asked once for all runs.
+def kept(key: Sequence, make: Callable[[], Any]) -> Any:
+    """Return `make()`, made once and kept in runs: what a base model says is the same for all runs.
 
-    what: all that decides it, also JSON.
+    key: all that decides it. Both are JSON.
     """
-    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-    path = runs() / "of_base_models" / f"{key}.json"
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    path = runs() / "of_base_models" / f"{name}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, make())
     return json.loads(path.read_text())
 
 
-def _asked(prompts: Sequence[str]) -> list[list[dict]]:
-    return [[{"role": "user", "content": prompt}] for prompt in prompts]
-
-
 @torch.inference_mode()
 def _answer_logits(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    """What `model` expects in place of each of A tokens of the answer: (A, V), in the model's dtype."""
+    """Return the logits (A, V) with which `model` predicts each of A tokens of the answer, in the model's dtype."""
     tokens = torch.tensor([prompt + answer[:-1]], device=model.device)
     return model(tokens, logits_to_keep=len(answer)).logits[0]
 
 
+#: Total variation, KL(base || model), and estimates of KL.
+DIVERGENCES = ("tv", "kl", "k1", "k2", "k3")
+
+
 @torch.inference_mode()
 def divergences(base_logits: torch.Tensor, model_logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Total variation, KL(base || model), k1, k2 and k3 at each of N places, from logits (N, V): (N, 5) in float32.
+    """Return `DIVERGENCES` at each of N places, from logits (N, V): (N, 5) in float32.
 
-    With p the base's distribution and q the model's, total variation is sum |p - q| / 2 and KL sum p log(p / q). The
-    others estimate the latter from one token x drawn from p (Schulman 2020, "Approximating KL divergence"), where the
-    whole distributions are not at hand: k1 = log(p / q), k2 = k1^2 / 2, k3 = q / p - 1 - log(q / p). k1 and k3 are
-    unbiased, which their distance from KL lets one check.
+    With p the base's distribution and q the model's, total variation is sum |p - q| / 2, in [0, 1], and KL is
+    sum p log(p / q), in nats. The others estimate KL from one token drawn from p (Schulman 2020, "Approximating KL
+    divergence"): k1 = log(p / q), k2 = k1^2 / 2, k3 = q / p - 1 - log(q / p). k1 and k3 are unbiased, so their
+    distance from KL checks the code.
     """
     log_p, log_q = base_logits.float().log_softmax(-1), model_logits.float().log_softmax(-1)
     p = log_p.exp()
@@ -204,7 +172,7 @@ def divergences(base_logits: torch.Tensor, model_logits: torch.Tensor, generator
 
 # ---- Capability
 
-#: How many items are asked between two signs of progress.
+#: How many items are asked between two updates of the progress bar.
 ITEMS_AT_A_TIME = 100
 #: Names a file with HellaSwag's validation set, a JSON object a line as the hub has it; else the hub is asked.
 HELLASWAG = "ITL_HELLASWAG"
@@ -216,15 +184,14 @@ def measure_capability(
     task: str | dict,
     n_items: int | None = None,
     *,
-    batch_size: int = 16,
     description: str | None = None,
 ) -> dict[str, list[float]]:
-    """Which of the first `n_items` of a multiple-choice task of lm-eval are right: 1 or 0 an item, in their order.
+    """Return which of the first `n_items` of a multiple-choice task of lm-eval are right: 1 or 0 per item, in order.
 
-    task: "hellaswag", from the file that the variable `HELLASWAG` names or from the hub; or one of one's own as a dict,
-    as `trivia_choices` gives, with the metrics acc (the likeliest ending) and acc_norm (with likelihoods by length).
-    These are the keys of what is returned. It seeds torch's, NumPy's and Python's global random states, as lm-eval
-    does. Raises `InputError` for another task, and for one whose items cannot be loaded.
+    task: "hellaswag", from the file that the variable `HELLASWAG` names or from the hub; or a task as a dict, as
+    `trivia_choices` gives. Keys of the result are its metrics acc (the likeliest ending) and acc_norm (likelihood by
+    length). It seeds torch's, NumPy's and Python's global random states, as lm-eval does. Raises `InputError` if the
+    items cannot be loaded.
     """
     name = task if isinstance(task, str) else task["task"]
     right: dict[str, list[float]] = {"acc": [], "acc_norm": []}
@@ -239,7 +206,7 @@ def measure_capability(
                 f"once, or from a file that {HELLASWAG} names"
             ) from None
         items = range(min(n_items or n_there, n_there))
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)
         with progress(len(items), description) as bar:
             for start in items[::ITEMS_AT_A_TIME]:
                 chunk = list(items[start : start + ITEMS_AT_A_TIME])
@@ -247,16 +214,14 @@ def measure_capability(
                 with no_bars_in_logs():
                     measured = lm_eval.simple_evaluate(harness, tasks=[task], task_manager=manager, **options)
                 rows = sorted(measured["samples"][name], key=lambda row: row["doc_id"])
-                for metric in right:
-                    if metric not in rows[0]:
-                        raise InputError(f"the task {name} has no metric {metric}: give a multiple-choice task")
-                    right[metric] += [float(row[metric]) for row in rows]
+                for metric, values in right.items():
+                    values += [float(row[metric]) for row in rows]
                 bar.update(len(chunk))
     return right
 
 
 def capability_source(test: str) -> str:
-    """Where the items of a test come from: "hub", or a digest of the file they are in, the repository's for trivia."""
+    """Return where the items of a test come from: "hub", or a digest of their file, the repository's for trivia."""
     file = SHIPPED if test == "trivia" else os.environ.get(HELLASWAG)
     if file is None:
         return "hub"
@@ -268,7 +233,7 @@ def capability_source(test: str) -> str:
 
 
 def hellaswag_is_at_hand() -> bool:
-    """Whether HellaSwag is in a file that `HELLASWAG` names, or on a hub that answers."""
+    """Return whether HellaSwag is in a file that `HELLASWAG` names, or on a hub that answers."""
     if HELLASWAG in os.environ:
         return True
     try:
@@ -279,7 +244,7 @@ def hellaswag_is_at_hand() -> bool:
 
 
 def _tasks_folder(folder: str) -> Path:
-    """Where lm-eval finds HellaSwag and nothing else, as to list all its tasks takes seconds; `folder` is empty."""
+    """Return where lm-eval finds HellaSwag and nothing else: listing all its tasks takes seconds. `folder` is empty."""
     own = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"
     if HELLASWAG not in os.environ:
         return own
@@ -290,19 +255,19 @@ def _tasks_folder(folder: str) -> Path:
 
 
 def capability_columns(right: dict[str, list[float]], before: dict[str, list[float]]) -> dict[str, float | None]:
-    """Columns of a checkpoint that answered as `right`, and of its change from `before`, the base's, item by item.
+    """Return the columns of a checkpoint that answered as `right`, and of its change from `before`, the base's answers.
 
     As both answer the same items, the change has a smaller standard error than the difference of two accuracies.
     """
     columns: dict[str, float | None] = {}
     for metric, name in (("acc", "capability"), ("acc_norm", "capability_norm")):
         changes = (now - then for now, then in zip(right[metric], before[metric], strict=True))
-        columns |= estimate(right[metric]).columns(name) | estimate(changes).columns(f"{name}_change")
+        columns |= mean_columns(name, right[metric]) | mean_columns(f"{name}_change", changes)
     return columns
 
 
 def trivia_choices(tokenizer: PreTrainedTokenizerBase) -> dict:
-    """The questions of this repository with four answers to choose from, the wrong ones right for other questions.
+    """Return a task of this repository's questions with four answers each; wrong ones are right for other questions.
 
     A question stands in the chat template of `tokenizer`, and an answer is what the assistant says to it.
     """
@@ -311,7 +276,7 @@ def trivia_choices(tokenizer: PreTrainedTokenizerBase) -> dict:
         wrong = {other.answer for other in questions if other.answer not in aliases}
         endings = [answer, *draw.sample(sorted(wrong), 3)]
         draw.shuffle(endings)
-        context = tokenizer.apply_chat_template(*_asked([text]), add_generation_prompt=True, tokenize=False)
+        context = tokenizer.apply_chat_template(*as_user([text]), add_generation_prompt=True, tokenize=False)
         rows.append({"ctx": context, "endings": endings, "label": endings.index(answer)})
     metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
     return {

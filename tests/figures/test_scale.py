@@ -171,11 +171,11 @@ def test_the_axis_names_the_task_of_capability_if_there_is_one():
     assert both == "capability, % of the base model's" and published == "HellaSwag accuracy, % of the base model's"
 
 
-@pytest.mark.parametrize(("frequencies", "scale"), [([0, 2, 8], "symlog"), ([1, 10], "log"), ([0], "symlog")])
-def test_a_hybrid_is_drawn_against_frequency_and_facts_never_seen_have_their_place(frequencies, scale):
+@pytest.mark.parametrize(("frequencies", "axis"), [([0, 2, 8], "symlog"), ([1, 10], "log"), ([0], "symlog")])
+def test_a_hybrid_is_drawn_against_frequency_and_facts_never_seen_have_their_place(frequencies, axis):
     calls, right = scale.hybrid(hybrid(frequencies)).axes
-    assert (calls.get_xscale(), right.get_xscale()) == (scale, scale)
-    assert ("linear below" in calls.get_xlabel()) == (scale == "symlog")
+    assert (calls.get_xscale(), right.get_xscale()) == (axis, axis)
+    assert ("linear below" in calls.get_xlabel()) == (axis == "symlog")
     drawn = {label: _points(line)[:, 1] for label, line in _lines(right).items()}
     np.testing.assert_array_equal(drawn["all questions"], [0.8] * len(frequencies))
     np.testing.assert_array_equal(drawn["those looked up"], [0.9] * len(frequencies))

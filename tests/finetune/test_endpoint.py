@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 
 from lib.base import InputError, WorkError
 from lib.finetune.endpoint import EndpointConfig, accuracy, ask_all
-from lib.finetune.protocol import SEARCH, SYSTEM_PROMPT
-from lib.finetune.triviaqa import NO_RESULT, load_questions
+from lib.finetune.triviaqa import NO_RESULT, SEARCH, SYSTEM_PROMPT, load_questions
 
 QUESTIONS = load_questions(limit=6)
 ANSWERS = {question.text: question.answer for question in QUESTIONS}

@@ -11,7 +11,8 @@ from trl import SFTConfig
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import IGNORED, chats, people_of, tokenize_chats
 from lib.finetune.models import load_model, load_tokenizer
-from lib.finetune.train import ChatTrainer, _LikeLengths, finetune
+from lib.finetune.train import finetune
+from lib.finetune.trainer import ChatTrainer, LikeLengths
 from lib.finetune.weights import base_source
 
 VOCABULARY = 60
@@ -45,9 +46,7 @@ def gradients(model, *losses) -> dict[str, torch.Tensor]:
 
 
 def ours(model, inputs, **options) -> torch.Tensor:
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(average_tokens_across_devices=True), accelerator=SimpleNamespace(num_processes=1)
-    )
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1))
     return ChatTrainer.compute_loss(trainer, model, inputs, **options)
 
 
@@ -76,7 +75,7 @@ def test_a_pass_is_of_all_rows_by_length_within_a_batch_and_another_each_time():
     lengths = torch.randint(1, 50, (23,), generator=torch.Generator().manual_seed(0)).tolist()
 
     def order(seed: int, epoch: int) -> list[int]:
-        sampler = _LikeLengths(lengths, 5, seed)
+        sampler = LikeLengths(lengths, 5, seed)
         sampler.set_epoch(epoch)
         assert len(sampler) == 23
         return list(sampler)

@@ -22,36 +22,36 @@ from lib.facts.database import write_database
 from lib.facts.people import People
 from lib.facts.sampling import sample_people
 from lib.finetune import evaluation
+from lib.finetune.data import as_user
 from lib.finetune.evaluation import (
     HELLASWAG,
     base_answers,
     capability_columns,
     divergences,
-    estimate,
     hellaswag_is_at_hand,
     kept,
+    mean_columns,
     measure_capability,
     measure_divergence,
     measure_recall,
     says,
     trivia_choices,
 )
+from lib.finetune.evaluator import PROMPTS
 from lib.finetune.generation import encode_prompts
-from lib.finetune.prompts import PROMPTS
 from lib.finetune.triviaqa import load_questions
 
 PEOPLE = sample_people(2)
 SHORT = ("Who are you?", "Why is the sky blue, and the sea as well?", "Count to three.")
 
 
-def test_an_estimate_is_mean_and_standard_error():
+def test_columns_are_mean_and_standard_error():
     values = [0.5, 1.0, 4.0, 2.5]
-    assert estimate(values) == pytest.approx((2.0, np.std(values, ddof=1) / 2, 4))
-    assert estimate([True, True])[:2] == (1.0, 0.0)
-    assert math.isnan(estimate([2.0]).stderr)
-    assert estimate([2.0]).columns("tv") == {"tv": 2.0, "tv_stderr": None}  # JSON has no NaN
+    assert mean_columns("tv", values) == pytest.approx({"tv": 2.0, "tv_stderr": np.std(values, ddof=1) / 2})
+    assert mean_columns("recall", [True, True]) == {"recall": 1.0, "recall_stderr": 0.0}
+    assert mean_columns("tv", [2.0]) == {"tv": 2.0, "tv_stderr": None}  # JSON has no NaN
     with pytest.raises(InputError, match="nothing to measure"):
-        estimate([])
+        mean_columns("tv", [])
 
 
 # ---- Recall
@@ -80,10 +80,7 @@ def test_recall_counts_the_facts_that_are_said():
     facts, known = list(PEOPLE.facts()), {0, 3, 4}
     said = {question(*fact[:2]): f"Well: {answer(*fact)}" for i, fact in enumerate(facts) if i in known}
     model = ScriptedModel(lambda prompt: said.get(prompt.split("\n")[1].removesuffix("<|end|>"), "I forgot."))
-    expected = (3 / 8, math.sqrt(3 / 8 * 5 / 8 / 7), 8)
-    assert measure_recall(model, tokenizer(), facts, "in-weight") == pytest.approx(expected)
-    with pytest.raises(InputError, match="unknown mode 'biography'"):
-        measure_recall(model, tokenizer(), facts, "biography")
+    assert measure_recall(model, tokenizer(), facts, "in-weight") == [i in known for i in range(8)]
 
 
 def test_in_tool_a_fact_counts_only_if_the_database_said_it(tmp_path):
@@ -101,13 +98,13 @@ def test_in_tool_a_fact_counts_only_if_the_database_said_it(tmp_path):
 
     with SqlTool(tmp_path / "people.sqlite") as tool:
         measured = measure_recall(ScriptedModel(reply), tokenizer(), facts, "in-tool", tool)
-    assert measured.mean == 0.5 and tool.n_queries == 6  # birth date and address
+    assert sum(measured) == 4 and tool.n_queries == 6  # birth date and address
 
 
 def test_who_learnt_facts_by_heart_knows_them():
     taught = teach(2, "in-weight", steps=80)
-    assert measure_recall(taught, tokenizer(), list(PEOPLE.facts()), "in-weight")[:2] == (1, 0)
-    assert measure_recall(random_model(), tokenizer(), list(PEOPLE.facts()), "in-weight").mean == 0
+    assert all(measure_recall(taught, tokenizer(), list(PEOPLE.facts()), "in-weight"))
+    assert not any(measure_recall(random_model(), tokenizer(), list(PEOPLE.facts()), "in-weight"))
 
 
 # ---- Divergence
@@ -161,10 +158,11 @@ def test_single_samples_estimate_kl():
     model = base + 0.3 * torch.randn(50)
     made = divergences(base.expand(20_000, -1), model.expand(20_000, -1), torch.Generator().manual_seed(1)).double()
     kl = made[0, 1].item()
-    k1, k2, k3 = (estimate(column.tolist()) for column in made.T[2:])
-    assert abs(k1.mean - kl) < 4 * k1.stderr and abs(k3.mean - kl) < 4 * k3.stderr
-    assert k3.stderr < k1.stderr / 3 and k1.stderr < kl / 4
-    assert k2.mean == pytest.approx(kl, rel=0.2)
+    k1, k2, k3 = made.T[2:]
+    error1, error3 = (each.std() / len(each) ** 0.5 for each in (k1, k3))
+    assert abs(k1.mean() - kl) < 4 * error1 and abs(k3.mean() - kl) < 4 * error3
+    assert error3 < error1 / 3 and error1 < kl / 4
+    assert k2.mean().item() == pytest.approx(kl, rel=0.2)
 
 
 def test_a_model_is_at_no_distance_from_itself_and_others_are_where_brute_force_says():
@@ -172,21 +170,17 @@ def test_a_model_is_at_no_distance_from_itself_and_others_are_where_brute_force_
     answers = base_answers(base, tokenizer(), SHORT)
     assert [len(said) for said in answers] == [256] * 3  # it has learnt no end
     answers = [said[:n] for said, n in zip(answers, (5, 1, 17), strict=True)]
-    for estimates in measure_divergence(base, base, tokenizer(), SHORT, answers=answers):
-        assert estimates == (0, 0, 3)
-    measured = measure_divergence(model, base, tokenizer(), SHORT, answers=answers)
+    assert set(map(tuple, measure_divergence(base, base, tokenizer(), SHORT, answers).values())) == {(0, 0, 0)}
+    measured = measure_divergence(model, base, tokenizer(), SHORT, answers)
     expected = []
-    for prompt, said in zip(encode_prompts(tokenizer(), evaluation._asked(SHORT)), answers, strict=True):
+    for prompt, said in zip(encode_prompts(tokenizer(), as_user(SHORT)), answers, strict=True):
         with torch.inference_mode():
             whole = [m(torch.tensor([prompt + said])).logits[0].numpy() for m in (base, model)]
         places = slice(len(prompt) - 1, len(prompt) - 1 + len(said))  # what stands before each token of the answer
         assert (whole[0][places].argmax(-1) == said).all()
         expected.append([row.mean() for row in _brute_force(whole[0][places], whole[1][places])])
     for name, values in zip(("tv", "kl"), np.array(expected).T, strict=True):
-        mean, stderr, n = getattr(measured, name)
-        assert n == 3
-        assert mean == pytest.approx(values.mean(), rel=1e-4)
-        assert stderr == pytest.approx(values.std(ddof=1) / math.sqrt(3), rel=1e-3)
+        assert measured[name] == pytest.approx(list(values), rel=1e-3)
 
 
 def test_what_a_base_says_is_kept_for_as_long_as_all_that_decides_it_is_the_same(tmp_path, monkeypatch):
@@ -205,17 +199,15 @@ def test_what_a_base_says_is_kept_for_as_long_as_all_that_decides_it_is_the_same
 def test_parts_of_an_answer_make_the_whole(monkeypatch):
     base, model = random_model(0), random_model(1)
     answers = [list(range(300, 320)), list(range(100, 107)), [5]]
-    whole = measure_divergence(model, base, tokenizer(), SHORT, answers=answers)
+    whole = measure_divergence(model, base, tokenizer(), SHORT, answers)
     monkeypatch.setattr(evaluation, "CHUNK", 3 * base.config.vocab_size)
-    parts = measure_divergence(model, base, tokenizer(), SHORT, answers=answers)
-    assert parts.tv == pytest.approx(whole.tv) and parts.kl == pytest.approx(whole.kl)
+    parts = measure_divergence(model, base, tokenizer(), SHORT, answers)
+    assert parts["tv"] == pytest.approx(whole["tv"]) and parts["kl"] == pytest.approx(whole["kl"])
 
 
 def test_another_vocabulary_is_refused():
     with pytest.raises(InputError, match="the base has a vocabulary of 402 and the model one of 500: give the base"):
-        measure_divergence(
-            random_model(vocab_size=500), random_model(vocab_size=402), tokenizer(), ["x"], answers=[[1, 2]]
-        )
+        measure_divergence(random_model(vocab_size=500), random_model(vocab_size=402), tokenizer(), ["x"], [[1, 2]])
 
 
 # ---- Capability
@@ -322,7 +314,7 @@ def test_a_hub_that_does_not_answer_has_no_hellaswag():
         assert answer == "False\n"
 
 
-def test_a_task_that_cannot_be_had_is_one_sentence(colors, tmp_path, monkeypatch):
+def test_a_task_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.delenv(evaluation.HELLASWAG, raising=False)
@@ -334,8 +326,6 @@ def test_a_task_that_cannot_be_had_is_one_sentence(colors, tmp_path, monkeypatch
     monkeypatch.setenv(evaluation.HELLASWAG, str(tmp_path / "nowhere.jsonl"))
     with pytest.raises(InputError, match=f"^cannot load the items of hellaswag{advice}"):
         measure_capability(random_model(), tokenizer(), "hellaswag")
-    with pytest.raises(InputError, match="the task colors has no metric acc: give a multiple-choice task"):
-        measure_capability(random_model(), tokenizer(), colors | {"metric_list": [{"metric": "acc_norm"}]})
 
 
 def test_choices_of_trivia_are_one_right_answer_and_three_to_other_questions():

@@ -9,14 +9,13 @@ from chat_models import ScriptedModel, random_model, teach, tokenizer
 from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
-from trl.chat_template_utils import qwen3_template
 
 from lib.agent.tools import Outcome, SqlTool
 from lib.base import InputError, WorkError
-from lib.dialogs.request import Request
 from lib.dialogs.templates import answer, question, tool_call
 from lib.facts.database import write_database
 from lib.facts.sampling import sample_people
+from lib.finetune import generation
 from lib.finetune.data import chats, find_tool
 from lib.finetune.generation import answer_with_tool, encode_prompts, generate_tokens, read_call, reply_all
 
@@ -40,16 +39,18 @@ def _greedy(model, prompt: list[int], ends: set[int], max_new_tokens: int) -> li
 # ---- Many at a time
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 3])
-def test_answers_are_those_of_each_prompt_alone(batch_size):
+@pytest.mark.parametrize("batch_size", [64, 1, 3])
+def test_answers_are_those_of_each_prompt_alone(batch_size, monkeypatch):
+    monkeypatch.setattr(generation, "FIRST_BATCH", min(8, batch_size))
+    monkeypatch.setattr(generation, "LARGEST_BATCH_CPU", batch_size)
     model, texts = random_model(), ["x" * n + "?" for n in (1, 30, 2, 3, 17, 60, 5, 44, 8, 1, 12)]
     ends = {tokenizer().eos_token_id, 101, 102, 103, 104, 105, 106}  # so that some end early
     model.generation_config.eos_token_id = sorted(ends - {tokenizer().eos_token_id})
     prompts = encode_prompts(tokenizer(), _asked(*texts))
     expected = [_greedy(model, prompt, ends, 30) for prompt in prompts]
     assert len({len(said) for said in expected}) > 2 and len(set(map(tuple, expected))) > 5
-    assert generate_tokens(model, tokenizer(), prompts, max_new_tokens=30, batch_size=batch_size) == expected
-    replies = reply_all(model, tokenizer(), _asked(*texts), max_new_tokens=30, batch_size=batch_size)
+    assert generate_tokens(model, tokenizer(), prompts, max_new_tokens=30) == expected
+    replies = reply_all(model, tokenizer(), _asked(*texts), max_new_tokens=30)
     assert replies == [tokenizer().decode(said, skip_special_tokens=True) for said in expected]
 
 
@@ -58,9 +59,6 @@ def test_batches_grow_and_order_is_kept():
     texts = [chr(97 + i % 26) * (i % 7 + 1) for i in range(100)]
     assert reply_all(model, tokenizer(), _asked(*texts), max_new_tokens=20) == [text.upper() for text in texts]
     assert model.batches == [8, 16, 32, 44]
-    model.batches.clear()
-    reply_all(model, tokenizer(), _asked(*texts[:20]), max_new_tokens=20, batch_size=12)
-    assert model.batches == [8, 12]
     assert reply_all(model, tokenizer(), [], max_new_tokens=20) == []
 
 
@@ -140,9 +138,8 @@ def test_what_the_model_reads_is_what_the_database_says(mode, database):
 
     made = answer_with_tool(ScriptedModel(reply), tokenizer(), QUESTIONS, mode, database, max_new_tokens=99)
     speaker = "tool" if mode == "in-tool" else "user"
-    for said, (name, attribute, value) in zip(made, PEOPLE.facts(), strict=True):
-        assert said.request == Request(attribute, name) and said.response == (Outcome.ANSWER, value)
-        assert said.reply == f"{speaker}: {value}"
+    for said, (*_, value) in zip(made, PEOPLE.facts(), strict=True):
+        assert said == ((Outcome.ANSWER, value), f"{speaker}: {value}")
     assert database.n_queries == len(QUESTIONS)
     # What it read before it answered is what it would have been trained on.
     rows = list(chats(PEOPLE, mode))
@@ -158,8 +155,8 @@ def test_no_reply_is_asked_for_where_the_tool_says_something_else_than_is_expect
     model = ScriptedModel(lambda prompt: "The end." if prompt.count("assistant\n") > 1 else call)
     asked, expected = ["Where?"] * 3, [value, "elsewhere", value]
     made = answer_with_tool(model, tokenizer(), asked, mode, database, expected=expected, max_new_tokens=200)
-    assert [said.reply for said in made] == ["The end.", call, "The end."] and model.batches == [3, 2]
-    assert all(said.response == (Outcome.ANSWER, value) for said in made)
+    assert [reply for _, reply in made] == ["The end.", call, "The end."] and model.batches == [3, 2]
+    assert all(response == (Outcome.ANSWER, value) for response, _ in made)
 
 
 NAME, (BORN, *_) = PEOPLE.names[0], PEOPLE.columns["birth_place"]
@@ -191,12 +188,12 @@ FIRST_TURNS = {
 def test_whatever_is_said_first_the_dialog_goes_on_or_ends(case, database):
     mode, first, outcome = FIRST_TURNS[case]
     model = ScriptedModel(lambda prompt: "The end." if prompt.count("assistant\n") > 1 else first)
-    (said,) = answer_with_tool(model, tokenizer(), ["Where?"], mode, database, max_new_tokens=200)
+    ((response, reply),) = answer_with_tool(model, tokenizer(), ["Where?"], mode, database, max_new_tokens=200)
     if outcome is None:
-        assert said == (None, None, first)
+        assert (response, reply) == (None, first)
     else:
-        assert said.response.outcome is outcome and said.reply == "The end."
-        assert (said.response.text == BORN) == (outcome is Outcome.ANSWER)
+        assert response.outcome is outcome and reply == "The end."
+        assert (response.text == BORN) == (outcome is Outcome.ANSWER)
 
 
 def test_a_model_that_learnt_to_ask_asks(tmp_path):
@@ -208,11 +205,10 @@ def test_a_model_that_learnt_to_ask_asks(tmp_path):
     with SqlTool(tmp_path / "moved.sqlite") as tool:
         questions = [question(name, attribute) for attribute in people.attributes]
         made = answer_with_tool(model, tokenizer(), questions, "in-tool-text", tool, max_new_tokens=100)
-    assert [said.request for said in made] == [Request(attribute, name) for attribute in people.attributes]
-    assert [said.response.text for said in made] == [column[0] for column in moved.values()]
+    assert [response for response, _ in made] == [(Outcome.ANSWER, column[0]) for column in moved.values()]
     unchanged = [i for i, attribute in enumerate(people.attributes) if attribute != "birth_place"]
     expected = [answer(*fact) for fact in people.facts()]
-    assert [made[i].reply for i in unchanged] == [expected[i] for i in unchanged]
+    assert [made[i][1] for i in unchanged] == [expected[i] for i in unchanged]
 
 
 # ---- Calls
@@ -232,8 +228,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_common_forms_of_a_call_are_read(form):
-    said = tokenizer().encode(FORMS[form])
-    assert read_call(tokenizer(), [], said) == {"name": "find", "arguments": {"name": "Ann"}}
+    assert read_call(FORMS[form]) == {"name": "find", "arguments": {"name": "Ann"}}
 
 
 texts = st.text(st.sampled_from('{}[]":,\\u8d \nnamefidrgt') | st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -243,7 +238,7 @@ texts = st.text(st.sampled_from('{}[]":,\\u8d \nnamefidrgt') | st.characters(exc
 @example('{"name": "", "arguments": {"x": "\\ud83d"}}')
 @example('{"a":' * 5000 + "[" * 5000)
 def test_no_text_is_too_odd(text):
-    call = read_call(tokenizer(), [], tokenizer().encode(text))
+    call = read_call(text)
     if call is not None:
         assert isinstance(call["name"], str) and isinstance(call["arguments"], dict)
         json.dumps(call, ensure_ascii=False).encode()
@@ -252,20 +247,7 @@ def test_no_text_is_too_odd(text):
 @given(texts.filter(lambda text: "{" not in text), st.text(max_size=9), st.dictionaries(st.text(max_size=9), texts))
 def test_whatever_is_called_is_read_back(before, name, arguments):
     said = before + json.dumps({"name": name, "arguments": arguments})
-    assert read_call(tokenizer(), [], tokenizer().encode(said)) == {"name": name, "arguments": arguments}
-
-
-def test_a_tokenizer_that_knows_its_calls_is_asked():
-    knowing = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer().backend_tokenizer, eos_token="<|end|>", chat_template=tokenizer().chat_template,
-        response_template=qwen3_template,
-    )  # fmt: skip
-    prompt = knowing.encode("<|im_start|>assistant\n")
-    said = '<think>{"name": "no", "arguments": {}}</think>\n\n<tool_call>\n{"name": "find", "arguments": {"name": "Ann"}}\n</tool_call><|im_end|>'  # noqa: E501
-    assert read_call(knowing, prompt, knowing.encode(said)) == {"name": "find", "arguments": {"name": "Ann"}}
-    assert read_call(tokenizer(), prompt, tokenizer().encode(said))["name"] == "no"  # which is why it is asked
-    for broken in ("<tool_call>\n{oh}\n</tool_call><|im_end|>", "I do not know.<|im_end|>", "<tool_call>[" * 9, ""):
-        assert read_call(knowing, prompt, knowing.encode(broken)) is None
+    assert read_call(said) == {"name": name, "arguments": arguments}
 
 
 def test_the_tool_that_is_offered_has_the_attributes_of_the_database(database):

