@@ -3,9 +3,9 @@
 import os
 import subprocess
 import sys
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +16,10 @@ from lib import paths
 from lib.base import InputError, WorkError, to_json
 from lib.cli import finetune, slurm
 from lib.cli.options import (
+    FACTS,
+    HOW,
+    OBSERVERS,
+    RUN,
     Device,
     Mode,
     Out,
@@ -23,14 +27,10 @@ from lib.cli.options import (
     Profile,
     ProfileOption,
     Section,
-    Sharded,
-    Stack,
-    Tensor,
-    cell,
+    Source,
     console,
-    observers,
     run_folder,
-    with_options,
+    takes,
 )
 
 app = typer.Typer(
@@ -42,73 +42,59 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point of `itl` and of `python -m lib`."""
+    """Run `itl`, as `python -m lib` does, and turn foreseeable errors into a sentence and an exit code.
+
+    ITL_DEBUG=1 shows their tracebacks.
+    """
     try:
         code = app(standalone_mode=False)
-    except InputError as error:  # which each of several processes finds for itself
-        sys.exit(_complain(str(error), 2) if os.environ.get("RANK", "0") == "0" else 2)
-    except WorkError as error:
-        sys.exit(_complain(str(error), error.exit_code))
-    except typer.TyperException as error:  # an unknown option, a value of the wrong type; no words after the bare help
-        sys.exit(_complain(error.format_message(), 2) if error.format_message() else 2)
-    if code == 130:  # what typer makes of Ctrl-C
-        _complain("interrupted: the same command goes on from here", code)
+    except (InputError, WorkError, OSError, typer.TyperException) as error:
+        if os.environ.get("ITL_DEBUG"):
+            raise
+        sentence = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        first = os.environ.get("RANK", "0") == "0"
+        if sentence and (first or not isinstance(error, InputError)):  # every process finds bad input, the first says it
+            _say(sentence)
+        sys.exit(getattr(error, "exit_code", 1))
+    if code == 130:  # typer's code for Ctrl-C
+        _say("interrupted: the same command goes on from here")
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _complain(sentence: str, code: int) -> int:
+def _say(sentence: str) -> None:
     print(f"itl: {' '.join(sentence.split())}", file=sys.stderr)
-    return code
 
 
 @app.command()
+@takes(facts=FACTS)
 def data(
+    facts,
     out: Annotated[Path, typer.Option(help="SQLite file to write")],
-    people: Annotated[int, typer.Option(help="how many people to sample")] = 64,
-    seed: int = 0,
-    alpha: Annotated[float, typer.Option(help="correlation within families, 0 to 1")] = 0.0,
-    csv: Annotated[str | None, typer.Option(help="take the people of this CSV file instead")] = None,
     dialogs: Annotated[Path | None, typer.Option(help="also write the dialogs, as JSON lines")] = None,
-    mode: Mode = Mode.in_weight,
+    mode: Mode = "in-weight",
 ) -> None:
     """Make people and their database."""
-    from lib.dialogs import templates as dialog_module
+    from lib.dialogs import templates
     from lib.facts.database import write_database
-    from lib.facts.people import FactsConfig
     from lib.facts.sampling import load_people
 
-    named = {"--csv": csv and Path(csv), "--out": out, "--dialogs": dialogs}
-    for (one, path), (other, same) in combinations(((option, path) for option, path in named.items() if path), 2):
-        if path.resolve() == same.resolve() or (path.exists() and same.exists() and path.samefile(same)):
-            raise InputError(f"{one} and {other} name the same file {same}, which would be lost: give another")
-    crowd = load_people(FactsConfig(n_people=people, seed=seed, alpha=alpha, csv=csv))
-    if dialogs and ((dialogs.exists() and not dialogs.is_file()) or not dialogs.parent.is_dir()):
-        raise InputError(f"cannot write {dialogs}: a file name in an existing folder is expected")
-    write_database(crowd, out)
-    console.print(f"{len(crowd):,} people with {crowd.n_facts:,} facts ({', '.join(crowd.attributes)}) in {out}")
+    files = [Path(path).resolve() for path in (facts.csv, out, dialogs) if path]
+    if len({*files}) < len(files):
+        raise InputError("two of --csv, --out and --dialogs name the same file, which would be lost: give another")
+    people = load_people(facts)
+    with paths.replacing(dialogs) if dialogs else nullcontext() as temporary:
+        if temporary:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(f"{to_json(dialog)}\n" for dialog in templates.dialogs(people, mode))
+        write_database(people, out)
+    console.print(f"{len(people):,} people with {people.n_facts:,} facts ({', '.join(people.attributes)}) in {out}")
     if dialogs:
-        _write_lines(dialogs, (to_json(dialog) for dialog in dialog_module.dialogs(crowd, mode.value)))
-        console.print(f"their {mode.value} dialogs, as JSON lines, in {dialogs}")
-
-
-def _write_lines(path: Path, lines) -> None:
-    try:
-        with paths.replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
+        console.print(f"their {mode} dialogs, as JSON lines, in {dialogs}")
 
 
 @app.command()
-@with_options(cell=cell, observers=observers)
-def train(
-    cell,
-    observers,
-    out: Out = None,
-    device: Device = "auto",
-    sharded: Sharded = False,
-    tensor: Tensor = 1,
-) -> None:
+@takes(config=RUN, observers=OBSERVERS, how=HOW)
+def train(config, observers, how, out: Out = None) -> None:
     """Train one model and measure its recall. The same command goes on where it was interrupted.
 
     Started by torchrun, several processes train it together, each on its part of every batch.
@@ -117,17 +103,9 @@ def train(
     from lib.training.run import run
 
     console.quiet = not is_first()
-    directory = run_folder(cell, out)
-    console.print(f"run {cell.run_id}: {cell.mode}, d_model {cell.model.d_model}, {cell.model.n_params:,} parameters")
-    row = run(
-        cell,
-        directory,
-        device=device,
-        description="training" if is_first() else None,
-        observers=observers,
-        sharded=sharded,
-        tensor=tensor,
-    )
+    directory, model = run_folder(config, out), config.model
+    console.print(f"run {config.run_id}: {config.mode}, d_model {model.d_model}, {model.n_params:,} parameters")
+    row = run(config, directory, description="training" if is_first() else None, observers=observers, **how)
     console.print(
         f"recall {row['recall']:.4f} on {row['n_questions']:,} questions after {row['steps']:,} steps "
         f"and {row['train_seconds']:.0f} s (stopped by {row['stopped']})"
@@ -136,12 +114,12 @@ def train(
 
 
 RunFolder = Annotated[Path, typer.Argument(help="folder of a run, or of a committed checkpoint")]
-Database = Annotated[Path | None, typer.Option(help="database to ask [default: the run's own]")]
+Database = Annotated[Path | None, typer.Option(help="database to ask (default: the run's own)")]
 
 
 @app.command()
 def recall(folder: RunFolder, database: Database = None, device: str = "auto") -> None:
-    """Ask a trained model about all the people that it was trained on."""
+    """Ask a trained model about everyone that it was trained on."""
     from lib.agent.tools import SqlTool
     from lib.evaluation.recall import measure_recall
     from lib.training.saved import open_conversation
@@ -160,10 +138,10 @@ def recall(folder: RunFolder, database: Database = None, device: str = "auto") -
 @app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="folder of a run that is training, or has been")],
-    watch: Annotated[bool, typer.Option(help="go on with what comes until the run is finished")] = False,
+    watch: Annotated[bool, typer.Option(help="wait for further checkpoints until the run is finished")] = False,
     device: str = "auto",
 ) -> None:
-    """Measure the recall of every checkpoint of a run, beside the process that trains it; none of them twice."""
+    """Measure the recall of every checkpoint of a run once, also beside the process that trains it."""
     from lib.training.watch import evaluate_checkpoints
 
     for line in evaluate_checkpoints(folder, device, watch):
@@ -197,7 +175,7 @@ def chat(
 
 
 def _read_line() -> str:
-    """What the user says next; nothing at the end of the input."""
+    """Return what the user types, nothing at the end of the input."""
     try:
         return console.input(Text("you: ", style="bold cyan")).strip()
     except EOFError:
@@ -206,33 +184,44 @@ def _read_line() -> str:
 
 @app.command()
 def sweep(
-    section: Section,
-    profile: ProfileOption = Profile.quick,
-    jobs: Annotated[int | None, typer.Option(help="cells at a time [default: one a core, or one a GPU]")] = None,
+    source: Source,
+    profile: ProfileOption = "quick",
+    jobs: Annotated[int | None, typer.Option(help="runs at a time (default: one a core, or one a GPU)")] = None,
     dry_run: Annotated[bool, typer.Option(help="only say what is ahead")] = False,
-    max_hours: Annotated[float, typer.Option(min=0, help="start no new cell after this time")] = float("inf"),
+    max_hours: Annotated[float, typer.Option(min=0, help="start no new run after this time")] = float("inf"),
     device: Device = "auto",
-    stack: Stack = 8,
     publish: Annotated[bool, typer.Option(help="merge finished rows into paper_data (laptop and paper)")] = False,
 ) -> None:
     """Run all models of a section that are not finished yet."""
-    if section == "06":
-        return finetune.sweep(profile.value, jobs, dry_run, max_hours, device, publish, refresh)
-    from lib.experiments import publishing, tables
-    from lib.experiments import sweep as sweeps
+    from lib.experiments import publishing
 
     if publish:
-        publishing.check_publishes(profile.value)
+        publishing.check_publishes(profile)
         publishing.check_traceable()
-    report = sweeps.sweep(
-        section, profile.value, jobs=jobs, dry_run=dry_run, max_hours=max_hours, device=device, stack=stack
-    )
-    console.print(str(report))
+    if source == "06":
+        report = finetune.sweep(profile, jobs, dry_run, max_hours, device)
+    else:
+        from lib.experiments import sweep as sweeps
+
+        report = sweeps.sweep(source, profile, jobs=jobs, dry_run=dry_run, max_hours=max_hours, device=device)
+        console.print(str(report))
     if publish and not dry_run:
-        console.print(f"{publishing.publish(section, profile.value)} new rows in {tables.table_path(section)}")
+        add, _, path = _table(source)
+        console.print(f"{add(profile)} new rows in {path}")
         refresh()
     if report.failed:
         raise SystemExit(1)
+
+
+def _table(section: str) -> tuple[Callable, Callable, Path]:
+    """Return what adds a profile's rows to a section's table in paper_data, what drops rows, and the table's path."""
+    if section == "06":
+        from lib.finetune import experiments
+
+        return experiments.publish, experiments.drop, experiments.table_path()
+    from lib.experiments import publishing, tables
+
+    return partial(publishing.publish, section), partial(publishing.drop, section), tables.table_path(section)
 
 
 @app.command()
@@ -244,14 +233,7 @@ def drop(
     dry_run: Annotated[bool, typer.Option(help="only list them")] = False,
 ) -> None:
     """Take rows out of a table of paper_data: nothing else does. At least one option must say which."""
-    from lib.experiments import publishing, tables
-
-    if section == "06":
-        from lib.finetune import experiments as table
-
-        take, path = table.drop, table.table_path()
-    else:
-        take, path = partial(publishing.drop, section), tables.table_path(section)
+    _, take, path = _table(section)
     rows = take(profile=profile, run_ids=run_id or [], superseded=superseded, dry_run=dry_run)
     about = ["profile", "run_id", "mode", "n_facts", "seed", "superseded"]
     console.print(rows[about].drop_duplicates().to_string(index=False))
@@ -281,83 +263,74 @@ def compare(
         return
     if "recall_threshold" in points:
         points = points[points.recall_threshold == threshold].drop(columns="recall_threshold")
-    console.print(points.to_string(index=False, float_format=_rounded, na_rep="-"))
+    console.print(points.to_string(index=False, float_format="{:,.6g}".format, na_rep="-"))
     console.print(f"all points: {published.path(section)}")
-
-
-def _rounded(number: float) -> str:
-    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
 @app.command()
 def figures(
-    names: Annotated[list[str] | None, typer.Argument(help="which [default: all]")] = None,
-    profile: ProfileOption = Profile.laptop,
+    names: Annotated[list[str] | None, typer.Argument(help="which (default: all)")] = None,
+    profile: ProfileOption = "laptop",
 ) -> None:
     """Draw the figures from paper_data."""
     from lib.figures import from_scratch as drawing
     from lib.figures import style
 
-    drawn = {name: drawing.draw(name, profile.value) for name in names or drawing.FIGURES}
+    drawn = {name: drawing.draw(name, profile) for name in names or drawing.FIGURES}
     for name, figure in drawn.items():
-        for path in style.save(figure, name, profile.value):
+        for path in style.save(figure, name, profile):
             console.print(str(path))
 
 
 @app.command()
 def notebooks(
-    names: Annotated[list[str] | None, typer.Argument(help="which, as 05_1 [default: all]")] = None,
-    profile: ProfileOption = Profile.quick,
-    parameter: Parameters = [],  # noqa: B006
+    names: Annotated[list[str] | None, typer.Argument(help="which, as 05_1 (default: all)")] = None,
+    profile: ProfileOption = "quick",
+    parameter: Parameters = None,
     in_place: Annotated[bool, typer.Option(help="also write the outputs into the notebook itself")] = False,
     reuse: Annotated[bool, typer.Option(help="skip what is up to date")] = False,
 ) -> None:
     """Run notebooks and render them to HTML."""
-    _run_notebooks(names, profile.value, parameter, in_place=in_place, reuse=reuse)
+    from lib.notebook import runner
+
+    chosen = [runner.find(name) for name in names] if names else runner.all_notebooks()
+    values = runner.parse_assignments(chosen, parameter or [])
+    runner.run_many(chosen, profile, values, in_place=in_place, reuse=reuse)
 
 
 @app.command()
-def paper(profile: ProfileOption = Profile.quick) -> None:
+def paper(profile: ProfileOption = "quick") -> None:
     """Run the notebooks of the paper, draw its figures, render everything to HTML; what is up to date is re-used."""
     from lib.notebook import runner
 
-    _run_all(runner.paper_notebooks(), profile.value)
+    _run_all(runner.paper_notebooks(), profile)
 
 
 @app.command()
-def scale(profile: ProfileOption = Profile.quick) -> None:
+def scale(profile: ProfileOption = "quick") -> None:
     """The same for Section 6 and the appendix on TriviaQA: large models, fine-tuned (extra `scale`)."""
     from lib.notebook import runner
 
-    _run_all(runner.scale_notebooks(), profile.value)
+    _run_all(runner.scale_notebooks(), profile)
 
 
-@app.command()
-def book(
-    profile: Annotated[Profile | None, typer.Option(help="show executed copies [default: committed notebooks]")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder to write [default: runs/book]")] = None,
-) -> None:
-    """Build a site from the notebooks, with lesson plan and solutions (extra `book`)."""
-    from lib.notebook import book as site
+def _run_all(names: list[Path], profile: str) -> None:
+    from lib.notebook import runner
 
-    console.print(f"the book: {site.build(out, profile and profile.value)}")
-
-
-def _run_all(names, profile: str) -> None:
-    _run_notebooks(names, profile, [], in_place=False, reuse=True)
+    runner.run_many(names, profile, reuse=True)
     console.print(f"figures:   {paths.figures(profile)}")
     console.print(f"notebooks: {paths.profile_dir(profile) / 'notebooks'} (open the .html files)")
 
 
-def _run_notebooks(names, profile: str, assignments: list[str], *, in_place: bool, reuse: bool) -> None:
-    from lib.notebook import runner
+@app.command()
+def book(
+    profile: Annotated[Profile | None, typer.Option(help="show executed copies (default: committed notebooks)")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write (default: runs/book)")] = None,
+) -> None:
+    """Build a site from the notebooks, with lesson plan and solutions (extra `book`)."""
+    from lib.notebook import book as site
 
-    chosen = [runner.find(name) for name in names] if names else runner.all_notebooks()
-    values = runner.parse_assignments(chosen, assignments)
-    try:
-        runner.run_many(chosen, profile, values, in_place=in_place, reuse=reuse)
-    except runner.NotebookError as error:
-        raise SystemExit(_complain(str(error), 1)) from None
+    console.print(f"the book: {site.build(out, profile)}")
 
 
 for command in (finetune.bases, finetune.fetch, finetune.finetune, finetune.trivia):

@@ -34,10 +34,10 @@ from papermill.exceptions import PapermillExecutionError
 from pydantic import TypeAdapter, ValidationError
 
 from lib import paths
-from lib.base import InputError
+from lib.base import InputError, WorkError
 
 
-class NotebookError(RuntimeError):
+class NotebookError(WorkError):
     """A notebook did not do what it was to do; the message names the notebook, the cell, the cause and the copy."""
 
 
