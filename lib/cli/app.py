@@ -53,7 +53,7 @@ def main() -> None:
             raise
         sentence = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         first = os.environ.get("RANK", "0") == "0"
-        if sentence and (first or not isinstance(error, InputError)):  # every process finds bad input, the first says it
+        if sentence and (first or not isinstance(error, InputError)):  # all processes find bad input
             _say(sentence)
         sys.exit(getattr(error, "exit_code", 1))
     if code == 130:  # typer's code for Ctrl-C

@@ -18,7 +18,6 @@ from typing import NamedTuple
 from lib import paths
 from lib.base import Config, InputError
 from lib.paths import write_json
-from lib.provenance import COMMIT, commit
 from lib.slurm import job, tasks
 from lib.slurm.tasks import Resources, Task, Work
 
@@ -152,6 +151,8 @@ def submit(planned: Submission, files: Mapping[str, Path]) -> None:
 
 def snapshot(folder: Path) -> None:
     """Copy the code as it is now, and write the commit that it is of beside it."""
+    from lib.provenance import COMMIT, commit
+
     for name in CODE:
         if (paths.ROOT / name).is_dir():
             ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", ".*.tmp")

@@ -616,17 +616,17 @@ def test_paper_runs_every_notebook_and_says_where_everything_is(here, itl, monke
         "lib.notebook.runner.run_many", lambda *arguments, **options: asked.append((arguments, options))
     )
     answer = itl("paper")
-    ((names, profile, values), options) = asked.pop()
+    ((names, profile), options) = asked.pop()
     numbered = [path for path in sorted(paths.NOTEBOOKS.glob("*.ipynb")) if path.stem[:2] not in ("06", "A1", "A2")]
     assert names == numbered
-    assert (profile, values, options) == ("quick", {}, {"in_place": False, "reuse": True})
+    assert (profile, options) == ("quick", {"reuse": True})
     for place in ("figures", "notebooks"):
         assert str(here / "runs" / "quick" / place) in answer.out
 
 
 def test_commands_that_train_nothing_load_no_torch(here):
     """Each would wait seconds for it."""
-    commands = [["--help"], ["train", "--help"], ["submit", "sweep", "--help"], ["status"], ["data", "--out", "x.sqlite"]]
+    commands = [["--help"], ["submit", "train", "--help"], ["status"], ["data", "--out", "x.sqlite"]]
     code = f"""
 import sys
 from lib.cli import app
