@@ -9,7 +9,6 @@ import io
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
@@ -64,11 +63,7 @@ class Job(Checkpointable):
 def executor(
     folder: Path, name: str, resources: Resources, environment: dict[str, str], processes: int = 1, parallel: int = 1
 ) -> submitit.SlurmExecutor:
-    """Return an executor whose jobs log into `folder`: `processes` on each node, `parallel` jobs at a time.
-
-    Raises `InputError` where there is no Slurm.
-    """
-    slurm("sbatch", "--version")
+    """Return an executor whose jobs log into `folder`: `processes` on each node, `parallel` jobs at a time."""
     same = ("partition", "nodes", "mem", "account", "qos", "constraint")
     # Slurm reads the time limit itself. submitit, which is not told, takes every signal for a time-out.
     sbatch = {"time": resources.time, "requeue": True, "chdir": Path.cwd()}
@@ -112,9 +107,10 @@ def submit(executor: submitit.SlurmExecutor, function: Callable, *arguments: Seq
 
 def slurm(*command: str) -> str:
     """Return what a command of Slurm prints. Raises `InputError` if it fails or there is no Slurm."""
-    if shutil.which("sbatch") is None:
-        raise InputError(NO_SLURM)
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise InputError(NO_SLURM) from None
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise InputError(f"Slurm's {command[0]} failed: {said[-1]}")

@@ -5,6 +5,7 @@ and `inputs/` (copies, so that later edits do not change queued jobs), `logs/`, 
 task that has ended: empty if it was done, else with its error. Results go where they always go.
 """
 
+import json
 import os
 import shutil
 import time
@@ -106,7 +107,10 @@ def find(name: str) -> Submission:
     if not path.is_file():
         known = ", ".join(submission.name for submission in everything()) or "none"
         raise InputError(f"there is no submission {name!r}: there are {known}")
-    return Submission.model_validate_json(path.read_bytes())
+    record = json.loads(path.read_bytes())
+    record["tasks"] = [Task.parse(task) for task in record["tasks"]]
+    record["jobs"] = {int(position): job_id for position, job_id in record.get("jobs", {}).items()}
+    return Submission.parse(record)
 
 
 def everything() -> list[Submission]:
@@ -116,7 +120,11 @@ def everything() -> list[Submission]:
 
 
 def plan(work: Work, resources: Resources, parallel: int = 1) -> Submission:
-    """Return work as a submission of its name, or NAME-2 and so on if that is taken. Nothing is written."""
+    """Return work as a submission of its name, or NAME-2 and so on if that is taken. Nothing is written.
+
+    Raises `InputError` where there is no Slurm.
+    """
+    job.slurm("sinfo", "--version")
     if parallel < 1:
         raise InputError(f"jobs = {parallel}: at least one job has to run at a time")
     names = (work.name if n == 1 else f"{work.name}-{n}" for n in range(1, 10**6))

@@ -39,7 +39,7 @@ def commands(tmp_path, monkeypatch) -> Path:
     """A folder with commands of Slurm; sbatch accepts everything, and nothing is in the queue."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    answers = {"scontrol": "", "sbatch": "Submitted batch job 71\n", "squeue": "", "srun": "", "scancel": ""}
+    answers = {"sinfo": "slurm 23.11\n", "sbatch": "Submitted batch job 71\n", "squeue": "", "srun": "", "scancel": ""}
     for name, answer in answers.items():
         _command(folder, name, answer)
     _command(folder, "sacct", "", 1, "Slurm accounting storage is disabled")
