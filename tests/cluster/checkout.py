@@ -33,7 +33,7 @@ def searches(source, profile, *arguments):
 """
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 180) -> Any:
     """Wait until a condition holds; returns what it returned."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

@@ -59,7 +59,7 @@ def states(name: str) -> list[str]:
     return [standing.state for standing in submissions.status(submissions.find(name), job.queue())]
 
 
-def wait_until_over(name: str, seconds: float = 90) -> list[str]:
+def wait_until_over(name: str, seconds: float = 180) -> list[str]:
     """Return the states of a submission's tasks once none is queued or running."""
     return wait_for(lambda: {"queued", "running"}.isdisjoint(now := states(name)) and now, seconds)
 

@@ -287,7 +287,7 @@ def _submission(n_tasks: int = 1) -> Submission:
     return planned
 
 
-def test_a_submission_is_read_as_it_was_written_and_the_next_one_has_another_name(runs):
+def test_a_submission_is_read_as_it_was_written_and_the_next_one_has_another_name(runs, commands):
     first, second = _submission(2), submissions.plan(Work("mine", "notebook", []), Resources())
     assert (first.name, second.name) == ("mine", "mine-2")
     second.folder.mkdir()
@@ -296,7 +296,7 @@ def test_a_submission_is_read_as_it_was_written_and_the_next_one_has_another_nam
     assert "cpus" not in json.loads((first.folder / submissions.RECORD).read_text())["resources"]  # at its default
 
 
-def test_states_follow_from_outcomes_and_the_queue(runs):
+def test_states_follow_from_outcomes_and_the_queue(runs, commands):
     made = _submission(8)
     del made.jobs[7]
     for position, outcome in {0: "", 1: "", 3: "ValueError: early", 4: "ValueError: no"}.items():
@@ -325,7 +325,7 @@ def test_states_follow_from_outcomes_and_the_queue(runs):
     assert submissions.summary(standings) == "1 queued, 1 running, 2 done, 2 failed, 2 missing"
 
 
-def test_the_outcome_of_a_failed_task_is_the_first_error_of_its_processes(runs, monkeypatch):
+def test_the_outcome_of_a_failed_task_is_the_first_error_of_its_processes(runs, commands, monkeypatch):
     made = _submission()
 
     def perform(message: str) -> None:
