@@ -14,6 +14,10 @@ from lib.paths import ROOT
 
 #: Appended to the checkout's modules. Each step takes a while and says so in the job's log.
 SLOW_STEPS = """
+import os
+import time
+
+
 def _slow(self, advance=Monitor.advance):
     time.sleep(float(os.environ.get("STEP_SECONDS", 0)))
     print("a step", flush=True)
