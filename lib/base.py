@@ -1,4 +1,4 @@
-"""What every module stands on: how bad input is reported, and the strict base of all configurations."""
+"""The two kinds of foreseeable errors, and the strict base of all configurations."""
 
 import hashlib
 import json
@@ -11,12 +11,14 @@ class InputError(ValueError):
     """Something a user gave cannot be used.
 
     The message is one sentence: what was wrong, where, and what is accepted. The command line prints it
-    and exits with code 2; a notebook shows it as the last line of the traceback.
+    and exits with `exit_code`; a notebook shows it as the last line of the traceback.
     """
+
+    exit_code = 2
 
 
 class WorkError(RuntimeError):
-    """Good input, but the work could not be done: a full disk, a process that died.
+    """The input is good, but the work could not be done: a full disk, a process that died.
 
     The message is one sentence that says what to do. The command line prints it and exits with `exit_code`.
     """
@@ -25,7 +27,7 @@ class WorkError(RuntimeError):
 
 
 def to_json(content: Any, **options: Any) -> str:
-    """`json.dumps`, but what JSON cannot say, infinite and NaN, is a `WorkError`: other readers refuse the file."""
+    """Return `content` as JSON. Raises `WorkError` for infinite numbers and NaN, which other readers refuse."""
     try:
         return json.dumps(content, allow_nan=False, **options)
     except ValueError:
@@ -54,12 +56,12 @@ class Config(BaseModel):
 
     @classmethod
     def _group(cls) -> str:
-        """The name under which a run's configuration holds this group: `model` for ModelConfig, none for RunConfig."""
+        """Return the name of this group in a run's configuration: `model` for ModelConfig, none for RunConfig."""
         return cls.__name__.removesuffix("Config").lower().removeprefix("run")
 
     @classmethod
     def _sentence(cls, error: ValidationError) -> str:
-        """The first problem of a pydantic error as one sentence that names the field and what it takes."""
+        """Return the first problem of a pydantic error as one sentence that names the field and what it takes."""
         problem = error.errors(include_url=False)[0]
         message = problem["msg"].removeprefix("Value error, ")
         if not problem["loc"]:
@@ -79,10 +81,10 @@ class Identified(Config):
     """
 
     def canonical_json(self) -> str:
-        """What differs from the defaults, keys sorted, without spaces."""
+        """Return the fields that differ from their defaults as JSON, keys sorted, without spaces."""
         return json.dumps(self.model_dump(exclude_defaults=True), sort_keys=True, separators=(",", ":"))
 
     @property
     def run_id(self) -> str:
-        """12 hexadecimal digits that name this configuration."""
+        """Return the 12 hexadecimal digits that name this configuration."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:12]

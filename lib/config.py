@@ -224,11 +224,12 @@ def override(config: RunConfig, assignments: dict[str, object]) -> RunConfig:
 class Observers(Config):
     """What else watches a run: no part of its `RunConfig`, for it changes nothing that is learned."""
 
-    tensorboard: bool = False  # metrics, into tensorboard/
-    wandb: str | None = Field(None, min_length=1)  # metrics, to this project of Weights & Biases
-    profile_steps: int = Field(0, ge=0)  # so many steps near the start, into profile/ (see `lib.training.profiling`)
-    #: Steps from one reading of `lib.training.probes` to the next, into probes.jsonl.
-    probe_every: int | None = Field(None, ge=1)
+    tensorboard: bool = Field(False, description="also log for TensorBoard, into tensorboard/")
+    wandb: str | None = Field(None, min_length=1, description="also log to this project of Weights & Biases")
+    profile_steps: int = Field(0, ge=0, description="profile so many steps near the start, into profile/")
+    probe_every: int | None = Field(
+        None, ge=1, description="moments of activations and gradients every so many steps, into probes.jsonl"
+    )
 
 
 #: Nothing else watches.

@@ -50,7 +50,12 @@ def figures(profile: str) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place at the end, or is gone after an error: never half a file."""
+    """Give a temporary file beside `path` that takes its place at the end, or is gone after an error.
+
+    Raises `InputError` where `path` cannot be a file: a device or a folder, say, or one without a folder.
+    """
+    if (path.exists() and not path.is_file()) or not path.parent.is_dir():  # a device would be replaced, too
+        raise InputError(f"cannot write {path}: a file name in an existing folder is expected")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

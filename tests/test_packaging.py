@@ -123,9 +123,9 @@ def test_every_core_dependency_is_used_or_is_an_application():
     assert CORE.keys() - used_distributions <= {"jupyterlab", "ipywidgets"}
 
 
-def test_the_command_itl_is_the_main_of_lib_cli():
+def test_the_command_itl_is_the_main_of_the_command_line():
     assert PROJECT["scripts"] == {"itl": "lib.cli.app:main"}
-    tree = ast.parse((ROOT / "lib" / "cli.py").read_text())
+    tree = ast.parse((ROOT / "lib" / "cli" / "app.py").read_text())
     assert "main" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 

@@ -3,8 +3,7 @@
 import os
 import subprocess
 import sys
-from contextlib import ExitStack
-from itertools import combinations
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +14,10 @@ from lib import paths
 from lib.base import InputError, WorkError, to_json
 from lib.cli import finetune, slurm
 from lib.cli.options import (
+    FACTS,
+    HOW,
+    OBSERVERS,
+    RUN,
     Device,
     Mode,
     Out,
@@ -22,13 +25,10 @@ from lib.cli.options import (
     Profile,
     ProfileOption,
     Section,
-    Sharded,
-    Tensor,
-    cell,
+    Source,
     console,
-    observers,
     run_folder,
-    with_options,
+    takes,
 )
 
 app = typer.Typer(
@@ -40,73 +40,59 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point of `itl` and of `python -m lib`."""
+    """Run `itl`, as `python -m lib` does, and turn foreseeable errors into a sentence and an exit code.
+
+    ITL_DEBUG=1 shows their tracebacks.
+    """
     try:
         code = app(standalone_mode=False)
-    except InputError as error:  # which each of several processes finds for itself
-        sys.exit(_complain(str(error), 2) if os.environ.get("RANK", "0") == "0" else 2)
-    except WorkError as error:
-        sys.exit(_complain(str(error), error.exit_code))
-    except typer.TyperException as error:  # an unknown option, a value of the wrong type; no words after the bare help
-        sys.exit(_complain(error.format_message(), 2) if error.format_message() else 2)
-    if code == 130:  # what typer makes of Ctrl-C
-        _complain("interrupted: the same command goes on from here", code)
+    except (InputError, WorkError, OSError, typer.TyperException) as error:
+        if os.environ.get("ITL_DEBUG"):
+            raise
+        sentence = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        first = os.environ.get("RANK", "0") == "0"
+        if sentence and (first or not isinstance(error, InputError)):  # all processes find bad input
+            _say(sentence)
+        sys.exit(getattr(error, "exit_code", 1))
+    if code == 130:  # typer's code for Ctrl-C
+        _say("interrupted: the same command goes on from here")
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _complain(sentence: str, code: int) -> int:
+def _say(sentence: str) -> None:
     print(f"itl: {' '.join(sentence.split())}", file=sys.stderr)
-    return code
 
 
 @app.command()
+@takes(facts=FACTS)
 def data(
+    facts,
     out: Annotated[Path, typer.Option(help="SQLite file to write")],
-    people: Annotated[int, typer.Option(help="how many people to sample")] = 64,
-    seed: int = 0,
-    alpha: Annotated[float, typer.Option(help="correlation within families, 0 to 1")] = 0.0,
-    csv: Annotated[str | None, typer.Option(help="take the people of this CSV file instead")] = None,
     dialogs: Annotated[Path | None, typer.Option(help="also write the dialogs, as JSON lines")] = None,
-    mode: Mode = Mode.in_weight,
+    mode: Mode = "in-weight",
 ) -> None:
     """Make people and their database."""
-    from lib.dialogs import templates as dialog_module
+    from lib.dialogs import templates
     from lib.facts.database import write_database
-    from lib.facts.people import FactsConfig
     from lib.facts.sampling import load_people
 
-    named = {"--csv": csv and Path(csv), "--out": out, "--dialogs": dialogs}
-    for (one, path), (other, same) in combinations(((option, path) for option, path in named.items() if path), 2):
-        if path.resolve() == same.resolve() or (path.exists() and same.exists() and path.samefile(same)):
-            raise InputError(f"{one} and {other} name the same file {same}, which would be lost: give another")
-    crowd = load_people(FactsConfig(n_people=people, seed=seed, alpha=alpha, csv=csv))
-    if dialogs and ((dialogs.exists() and not dialogs.is_file()) or not dialogs.parent.is_dir()):
-        raise InputError(f"cannot write {dialogs}: a file name in an existing folder is expected")
-    write_database(crowd, out)
-    console.print(f"{len(crowd):,} people with {crowd.n_facts:,} facts ({', '.join(crowd.attributes)}) in {out}")
+    files = [Path(path).resolve() for path in (facts.csv, out, dialogs) if path]
+    if len({*files}) < len(files):
+        raise InputError("two of --csv, --out and --dialogs name the same file, which would be lost: give another")
+    people = load_people(facts)
+    with paths.replacing(dialogs) if dialogs else nullcontext() as temporary:
+        if temporary:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(f"{to_json(dialog)}\n" for dialog in templates.dialogs(people, mode))
+        write_database(people, out)
+    console.print(f"{len(people):,} people with {people.n_facts:,} facts ({', '.join(people.attributes)}) in {out}")
     if dialogs:
-        _write_lines(dialogs, (to_json(dialog) for dialog in dialog_module.dialogs(crowd, mode.value)))
-        console.print(f"their {mode.value} dialogs, as JSON lines, in {dialogs}")
-
-
-def _write_lines(path: Path, lines) -> None:
-    try:
-        with paths.replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
+        console.print(f"their {mode} dialogs, as JSON lines, in {dialogs}")
 
 
 @app.command()
-@with_options(cell=cell, observers=observers)
-def train(
-    cell,
-    observers,
-    out: Out = None,
-    device: Device = "auto",
-    sharded: Sharded = False,
-    tensor: Tensor = 1,
-) -> None:
+@takes(config=RUN, observers=OBSERVERS, how=HOW)
+def train(config, observers, how, out: Out = None) -> None:
     """Train one model and measure its recall. The same command goes on where it was interrupted.
 
     Started by torchrun, several processes train it together, each on its part of every batch.
@@ -115,17 +101,9 @@ def train(
     from lib.training.run import run
 
     console.quiet = not is_first()
-    directory = run_folder(cell, out)
-    console.print(f"run {cell.run_id}: {cell.mode}, d_model {cell.model.d_model}, {cell.model.n_params:,} parameters")
-    row = run(
-        cell,
-        directory,
-        device=device,
-        description="training" if is_first() else None,
-        observers=observers,
-        sharded=sharded,
-        tensor=tensor,
-    )
+    directory, model = run_folder(config, out), config.model
+    console.print(f"run {config.run_id}: {config.mode}, d_model {model.d_model}, {model.n_params:,} parameters")
+    row = run(config, directory, description="training" if is_first() else None, observers=observers, **how)
     console.print(
         f"recall {row['recall']:.4f} on {row['n_questions']:,} questions after {row['steps']:,} steps "
         f"and {row['train_seconds']:.0f} s (stopped by {row['stopped']})"
@@ -134,12 +112,12 @@ def train(
 
 
 RunFolder = Annotated[Path, typer.Argument(help="folder of a run, or of a committed checkpoint")]
-Database = Annotated[Path | None, typer.Option(help="database to ask [default: the run's own]")]
+Database = Annotated[Path | None, typer.Option(help="database to ask (default: the run's own)")]
 
 
 @app.command()
 def recall(folder: RunFolder, database: Database = None, device: str = "auto") -> None:
-    """Ask a trained model about all the people that it was trained on."""
+    """Ask a trained model about everyone that it was trained on."""
     from lib.agent.tools import SqlTool
     from lib.evaluation.recall import measure_recall
     from lib.training.saved import open_conversation
@@ -158,10 +136,10 @@ def recall(folder: RunFolder, database: Database = None, device: str = "auto") -
 @app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="folder of a run that is training, or has been")],
-    watch: Annotated[bool, typer.Option(help="go on with what comes until the run is finished")] = False,
+    watch: Annotated[bool, typer.Option(help="wait for further checkpoints until the run is finished")] = False,
     device: str = "auto",
 ) -> None:
-    """Measure the recall of every checkpoint of a run, beside the process that trains it; none of them twice."""
+    """Measure the recall of every checkpoint of a run once, also beside the process that trains it."""
     from lib.training.watch import evaluate_checkpoints
 
     for line in evaluate_checkpoints(folder, device, watch):
@@ -195,7 +173,7 @@ def chat(
 
 
 def _read_line() -> str:
-    """What the user says next; nothing at the end of the input."""
+    """Return what the user types, nothing at the end of the input."""
     try:
         return console.input(Text("you: ", style="bold cyan")).strip()
     except EOFError:
@@ -204,31 +182,45 @@ def _read_line() -> str:
 
 @app.command()
 def sweep(
-    section: Annotated[str, typer.Argument(help="section of the paper, as 05_1, or a YAML file of grids")],
-    profile: ProfileOption = Profile.quick,
-    jobs: Annotated[int | None, typer.Option(help="runs at a time [default: one a core, or one a GPU]")] = None,
+    source: Source,
+    profile: ProfileOption = "quick",
+    jobs: Annotated[int | None, typer.Option(help="runs at a time (default: one a core, or one a GPU)")] = None,
     dry_run: Annotated[bool, typer.Option(help="only say what is ahead")] = False,
     max_hours: Annotated[float, typer.Option(min=0, help="start no new run after this time")] = float("inf"),
     device: Device = "auto",
     publish: Annotated[bool, typer.Option(help="merge finished rows into paper_data (laptop and paper)")] = False,
 ) -> None:
-    """Run all models of a section, or of a file of your own, that are not finished yet."""
-    if section == "06":
-        return finetune.sweep(profile.value, jobs, dry_run, max_hours, device, publish, refresh)
-    from lib.experiments import publishing, tables
-    from lib.experiments import sweep as sweeps
+    """Run all models of a section, or of a YAML file of grids, that are not finished yet."""
+    from lib.experiments import publishing
 
     if publish:
-        tables.table_path(section)  # an experiment without a table is an `InputError`
-        publishing.check_publishes(profile.value)
+        _table(source)  # an experiment without a table is an `InputError`
+        publishing.check_publishes(profile)
         publishing.check_traceable()
-    report = sweeps.sweep(section, profile.value, jobs=jobs, dry_run=dry_run, max_hours=max_hours, device=device)
-    console.print(str(report))
+    if source == "06":
+        report = finetune.sweep(profile, jobs, dry_run, max_hours, device)
+    else:
+        from lib.experiments import sweep as sweeps
+
+        report = sweeps.sweep(source, profile, jobs=jobs, dry_run=dry_run, max_hours=max_hours, device=device)
+        console.print(str(report))
     if publish and not dry_run:
-        console.print(f"{publishing.publish(section, profile.value)} new rows in {tables.table_path(section)}")
+        table = _table(source)
+        console.print(f"{table.add(profile)} new rows in {table.path}")
         refresh()
     if report.failed:
         raise SystemExit(1)
+
+
+def _table(section: str):
+    """Return the table of a section's rows in paper_data: a `lib.experiments.publishing.Table`."""
+    if section == "06":
+        from lib.finetune.experiments import table_of_rows
+
+        return table_of_rows()
+    from lib.experiments.publishing import table_of
+
+    return table_of(section)
 
 
 @app.command()
@@ -240,14 +232,7 @@ def drop(
     dry_run: Annotated[bool, typer.Option(help="only list them")] = False,
 ) -> None:
     """Take rows out of a table of paper_data: nothing else does. At least one option must say which."""
-    if section == "06":
-        from lib.finetune.experiments import table_of_rows
-
-        table = table_of_rows()
-    else:
-        from lib.experiments.publishing import table_of
-
-        table = table_of(section)
+    table = _table(section)
     rows = table.drop(profile, run_id or [], superseded, dry_run)
     about = ["profile", "run_id", "mode", "n_facts", "seed", "superseded"]
     console.print(rows[about].drop_duplicates().to_string(index=False))
@@ -277,79 +262,73 @@ def compare(
         return
     if "recall_threshold" in points:
         points = points[points.recall_threshold == threshold].drop(columns="recall_threshold")
-    console.print(points.to_string(index=False, float_format=_rounded, na_rep="-"))
+    console.print(points.to_string(index=False, float_format="{:,.6g}".format, na_rep="-"))
     console.print(f"all points: {published.path(section)}")
-
-
-def _rounded(number: float) -> str:
-    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
 @app.command()
 def figures(
-    names: Annotated[list[str] | None, typer.Argument(help="which [default: all]")] = None,
-    profile: ProfileOption = Profile.laptop,
+    names: Annotated[list[str] | None, typer.Argument(help="which (default: all)")] = None,
+    profile: ProfileOption = "laptop",
 ) -> None:
     """Draw the figures from paper_data."""
     from lib.figures import record, style
 
-    drawn = {name: record.draw(name, profile.value) for name in names or record.FIGURES}
+    drawn = {name: record.draw(name, profile) for name in names or record.FIGURES}
     for name, figure in drawn.items():
-        for path in style.save(figure, name, profile.value):
+        for path in style.save(figure, name, profile):
             console.print(str(path))
 
 
 @app.command()
 def notebooks(
-    names: Annotated[list[str] | None, typer.Argument(help="which, as 05_1 [default: all]")] = None,
-    profile: ProfileOption = Profile.quick,
-    parameter: Parameters = [],  # noqa: B006
+    names: Annotated[list[str] | None, typer.Argument(help="which, as 05_1 (default: all)")] = None,
+    profile: ProfileOption = "quick",
+    parameter: Parameters = None,
     in_place: Annotated[bool, typer.Option(help="also write the outputs into the notebook itself")] = False,
     reuse: Annotated[bool, typer.Option(help="skip what is up to date")] = False,
 ) -> None:
     """Run notebooks and render them to HTML."""
-    _run_notebooks(names, profile.value, parameter, in_place=in_place, reuse=reuse)
+    from lib.notebook import catalog, runner
+
+    chosen = [catalog.find(name) for name in names] if names else catalog.all_notebooks()
+    values = catalog.parse_assignments(chosen, parameter or [])
+    runner.run_many(chosen, profile, values, in_place=in_place, reuse=reuse)
 
 
 @app.command()
-def paper(profile: ProfileOption = Profile.quick) -> None:
+def paper(profile: ProfileOption = "quick") -> None:
     """Run the notebooks of the paper, draw its figures, render everything to HTML; what is up to date is re-used."""
     from lib.notebook import catalog
 
-    _run_all(catalog.all_notebooks("paper"), profile.value)
+    _run_all(catalog.all_notebooks("paper"), profile)
 
 
 @app.command()
-def scale(profile: ProfileOption = Profile.quick) -> None:
+def scale(profile: ProfileOption = "quick") -> None:
     """The same for Section 6 and the appendix on TriviaQA: large models, fine-tuned (extra `scale`)."""
     from lib.notebook import catalog
 
-    _run_all(catalog.all_notebooks("scale"), profile.value)
+    _run_all(catalog.all_notebooks("scale"), profile)
 
 
-@app.command()
-def book(
-    profile: Annotated[Profile | None, typer.Option(help="show executed copies [default: committed notebooks]")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder to write [default: runs/book]")] = None,
-) -> None:
-    """Build a site from the notebooks, with lesson plan and solutions (extra `book`)."""
-    from lib.notebook import book as site
+def _run_all(names: list[Path], profile: str) -> None:
+    from lib.notebook import runner
 
-    console.print(f"the book: {site.build(out, profile and profile.value)}")
-
-
-def _run_all(names, profile: str) -> None:
-    _run_notebooks(names, profile, [], in_place=False, reuse=True)
+    runner.run_many(names, profile, reuse=True)
     console.print(f"figures:   {paths.figures(profile)}")
     console.print(f"notebooks: {paths.profile_dir(profile) / 'notebooks'} (open the .html files)")
 
 
-def _run_notebooks(names, profile: str, assignments: list[str], *, in_place: bool, reuse: bool) -> None:
-    from lib.notebook import catalog, runner
+@app.command()
+def book(
+    profile: Annotated[Profile | None, typer.Option(help="show executed copies (default: committed notebooks)")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write (default: runs/book)")] = None,
+) -> None:
+    """Build a site from the notebooks, with lesson plan and solutions (extra `book`)."""
+    from lib.notebook import book as site
 
-    chosen = [catalog.find(name) for name in names] if names else catalog.all_notebooks()
-    values = catalog.parse_assignments(chosen, assignments)
-    runner.run_many(chosen, profile, values, in_place=in_place, reuse=reuse)
+    console.print(f"the book: {site.build(out, profile)}")
 
 
 for command in (finetune.bases, finetune.fetch, finetune.finetune, finetune.trivia):

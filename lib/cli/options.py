@@ -1,39 +1,56 @@
-"""Options that several commands of `itl` share, and what they are made into."""
+"""Options that several commands of `itl` share, and the configurations that they set the fields of."""
 
 import functools
 import inspect
 import json
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 from rich.console import Console
 
 from lib import paths
-from lib.base import InputError
+from lib.base import Config, InputError
+from lib.config import Observers, RunConfig, override, read_config
+from lib.facts.people import FactsConfig
+from lib.slurm.tasks import Resources
 
-Profile = StrEnum("Profile", {name: name for name in paths.PROFILES})
-Mode = StrEnum("Mode", {"in_weight": "in-weight", "in_tool": "in-tool"})
+Profile = Literal[*paths.PROFILES]
+Mode = Literal["in-weight", "in-tool"]
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
-def with_options(**groups: Callable) -> Callable[[Callable], Callable]:
-    """Gives a command options that it shares with others.
+class Option(NamedTuple):
+    """An option that a command passes on only if it is given."""
 
-    `with_options(cell=cell)`: the options of the function `cell`, and what it makes of them as the argument `cell`.
+    kind: Any
+    help: str | None
+    field: str = ""  # the configuration field that it sets; by default the one of its name
+    required: bool = False
+
+
+#: What makes the argument of a command from options, and these options by name.
+Group = tuple[Callable[[dict[str, Any]], Any], dict[str, Option]]
+
+
+def takes(**groups: Group) -> Callable[[Callable], Callable]:
+    """Give a command the options of groups; each group becomes one argument of the command.
+
+    The group's function makes that argument from the options that were given, by the fields that they set.
     """
-    options = {name: inspect.signature(make).parameters for name, make in groups.items()}
 
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
         def wrapper(**given):
-            made = {name: make(**{key: given.pop(key) for key in options[name]}) for name, make in groups.items()}
+            made = {}
+            for name, (make, options) in groups.items():
+                values = {option.field or key: given.pop(key) for key, option in options.items()}
+                made[name] = make({field: value for field, value in values.items() if value is not None})
             return command(**given, **made)
 
         own = [p for p in inspect.signature(command).parameters.values() if p.name not in groups]
-        shared = [parameter for group in options.values() for parameter in group.values()]
+        shared = [_parameter(name, option) for _, options in groups.values() for name, option in options.items()]
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *shared)]
         wrapper.__signature__ = inspect.Signature(parameters)
         wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -42,73 +59,96 @@ def with_options(**groups: Callable) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def cell(
-    mode: Annotated[Mode | None, typer.Option(help="where the facts are to be")] = None,
-    people: Annotated[int | None, typer.Option(help="how many people to learn")] = None,
-    d_model: Annotated[int | None, typer.Option(help="width of the model")] = None,
-    seed: Annotated[int | None, typer.Option(help="of the people, the initialization and the data order")] = None,
-    csv: Annotated[str | None, typer.Option(help="learn the people of this CSV file instead")] = None,
-    config: Annotated[Path | None, typer.Option(help="JSON file to start from")] = None,
-    set_: Annotated[list[str], typer.Option("--set", help="any other field, as training.steps=500")] = [],  # noqa: B006
-):
-    """The configuration of one run."""
-    from lib.config import RunConfig, override, read_config
+def _parameter(name: str, option: Option) -> inspect.Parameter:
+    """Return an option as a parameter that typer reads."""
+    declared = typer.Option(f"--{name.replace('_', '-')}", help=option.help)
+    kind, default = (option.kind, inspect.Parameter.empty) if option.required else (option.kind | None, None)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, declared]
+    )
 
-    if people is not None and csv is not None:
+
+def options_of(config: type[Config]) -> dict[str, Option]:
+    """Return an option for every field of a configuration; the field's description is its help."""
+    options = {}
+    for name, field in config.model_fields.items():
+        default = f" (default: {field.default})" if field.default else ""
+        options[name] = Option(field.annotation, f"{field.description or ''}{default}")
+    return options
+
+
+def assigned(given: dict[str, Any]) -> dict[str, Any]:
+    """Return fields by name, those of `--set NAME=VALUE` last; a value there is JSON, or else a string."""
+    fields = dict(given)
+    for text in fields.pop("set", []):
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set takes field=value, got {text!r}")
+        try:
+            fields[name] = json.loads(value)
+        except ValueError:
+            fields[name] = value
+    return fields
+
+
+def _run_config(given: dict[str, Any]) -> RunConfig:
+    start = given.pop("config", None)
+    if {"facts.n_people", "facts.csv"} <= given.keys():
         raise InputError("--people and --csv exclude each other: the file says how many there are")
-    fields = {
-        "mode": mode and mode.value,
-        "facts.n_people": people,
-        "model.d_model": d_model,
-        "facts.csv": csv,
-        "seed": seed,
-        "facts.seed": seed,
-    }
-    given = {name: value for name, value in fields.items() if value is not None} | dict(map(assignment, set_))
-    return override(read_config(config) if config else RunConfig(), given)
+    if "seed" in given:
+        given["facts.seed"] = given["seed"]
+    return override(read_config(start) if start else RunConfig(), assigned(given))
 
 
-Out = Annotated[Path | None, typer.Option(help="folder of the run [default: runs/train/<run id>]")]
+SET = Option(list[str], "any other field, as training.steps=500; may be repeated")
+#: The configuration of a run.
+RUN: Group = (
+    _run_config,
+    {
+        "mode": Option(Mode, "where the facts are to be"),
+        "people": Option(int, "how many people to learn", "facts.n_people"),
+        "d_model": Option(int, "width of the model", "model.d_model"),
+        "seed": Option(int, "of the people, the initialization and the data order"),
+        "csv": Option(str, "learn the people of this CSV file instead", "facts.csv"),
+        "config": Option(Path, "JSON file to start from"),
+        "set": SET,
+    },
+)
+#: Which people.
+FACTS: Group = (
+    FactsConfig.parse,
+    {
+        "people": Option(int, "how many people to sample (default: 64)", "n_people"),
+        "seed": Option(int, "of the people"),
+        "alpha": Option(float, "correlation within families, 0 to 1"),
+        "csv": Option(str, "take the people of this CSV file instead"),
+    },
+)
+#: What else watches a run.
+OBSERVERS: Group = Observers.parse, options_of(Observers)
+#: How a run is trained; `lib.training.run.run` takes these.
+HOW: Group = (
+    dict,
+    {
+        "device": Option(str, "auto, cpu, cuda, ... (default: auto)"),
+        "sharded": Option(bool, "several processes share the weights out (FSDP)"),
+        "tensor": Option(int, "so many of several processes split each matrix"),
+        "threads": Option(int, "CPU threads (default: as many as are fastest)"),
+    },
+)
+#: What a job gets.
+RESOURCES: Group = Resources.parse, options_of(Resources)
+
+Out = Annotated[Path | None, typer.Option(help="folder of the run (default: a folder of its id in runs)")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
-Sharded = Annotated[bool, typer.Option(help="several processes share the weights out (FSDP)")]
-Tensor = Annotated[int, typer.Option(help="so many of several processes split each matrix")]
-
-
-def observers(
-    tensorboard: Annotated[bool, typer.Option(help="also log for TensorBoard")] = False,
-    wandb: Annotated[str | None, typer.Option(help="also log to this project of Weights & Biases")] = None,
-    profile_steps: Annotated[int, typer.Option(help="profile so many steps, into profile/")] = 0,
-    probe_every: Annotated[
-        int | None,
-        typer.Option(
-            help="moments of activations and gradients every so many steps, into probes.jsonl; without torch.compile"
-        ),
-    ] = None,
-):
-    """What else watches a run."""
-    from lib.config import Observers
-
-    return Observers(tensorboard=tensorboard, wandb=wandb, profile_steps=profile_steps, probe_every=probe_every)
-
-
-def run_folder(cell, out: Path | None) -> Path:
-    return out or paths.runs() / "train" / cell.run_id
-
-
-def assignment(text: str) -> tuple[str, object]:
-    """`training.steps=500` as a pair; the value is JSON, or else a string."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise InputError(f"--set takes field=value, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
 Section = Annotated[str, typer.Argument(help="section of the paper, as 05_1")]
+Source = Annotated[str, typer.Argument(help="section of the paper, as 05_1, or a YAML file with a plan of your own")]
 ProfileOption = Annotated[
     Profile, typer.Option(help="smoke: seconds, for tests; quick: minutes; laptop: days of a core; paper: a cluster")
 ]
+Parameters = Annotated[list[str] | None, typer.Option("-p", help="name=value")]
 
-Parameters = Annotated[list[str], typer.Option("-p", help="name=value")]
+
+def run_folder(config, out: Path | None, group: str = "train") -> Path:
+    """Return the folder of a run: `out`, or runs/GROUP/<run id>."""
+    return out or paths.runs() / group / config.run_id

@@ -138,10 +138,10 @@ def rows(profile: str) -> pd.DataFrame:
 
     Two columns are added and never stored: superseded, whether today's plan does not ask for the run, and recipe.
     """
-    known = committed_rows()
+    known, planned = committed_rows(), plan(profile)
     tables = [known[known.profile == profile]] if len(known) else []
     done = set(tables[0].run_id) if tables else set()
-    for path in (folder(config, profile) / ROWS for config in plan(profile) if config.run_id not in done):
+    for path in (folder(config, profile) / ROWS for config in planned if config.run_id not in done):
         if path.exists():
             tables.append(pd.DataFrame(json.loads(path.read_text())).assign(profile=profile))
     if not tables:
@@ -149,7 +149,7 @@ def rows(profile: str) -> pd.DataFrame:
     table = pd.concat(tables, ignore_index=True)
     configs = [json.loads(config) for config in table.get("config", ["{}"] * len(table))]
     recipes = [json.dumps({k: v for k, v in sorted(config.items()) if k != "seed"}) for config in configs]
-    return table.assign(superseded=~table.run_id.isin(planned), recipe=recipes)
+    return table.assign(superseded=~table.run_id.isin({config.run_id for config in planned}), recipe=recipes)
 
 
 def shown_rows(profile: str) -> pd.DataFrame:

@@ -1,5 +1,6 @@
-"""The command line: what works, end to end, and what every kind of bad input is answered with."""
+"""The command line: what works, end to end, and the answers to every kind of bad input and failed work."""
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from lib import paths
+from lib.base import InputError
 from lib.cli import app
 from lib.facts.sampling import sample_people
 from lib.notebook.runner import NotebookError
@@ -121,11 +123,6 @@ def _finished_run_of_another_size(here: Path) -> None:
     shutil.copytree(here / "in-weight", here / "run")
 
 
-def _linked(here: Path) -> None:
-    (here / "people.csv").write_text("name,pet\nAnn,cat\n")
-    (here / "other.csv").hardlink_to(here / "people.csv")
-
-
 CSV = "train --csv people.csv --out run"
 BAD = {
     # People
@@ -201,19 +198,16 @@ BAD = {
     ),
     "a database in place of the people it is made from": Bad(
         "data --csv people.csv --out ./people.csv",
-        ("--csv and --out name the same file", "people.csv"),
+        ("name the same file",),
         _file("people.csv", "name,pet\nAnn,cat\n"),
-    ),
-    "a database in place of its people by another name": Bad(
-        "data --csv people.csv --out other.csv", ("--csv and --out name the same file",), _linked
     ),
     "dialogs in place of the people": Bad(
         "data --csv people.csv --out x.sqlite --dialogs people.csv",
-        ("--csv and --dialogs name the same file",),
+        ("name the same file",),
         _file("people.csv", "name,pet\nAnn,cat\n"),
     ),
     "dialogs and a database in one file": Bad(
-        "data --out x.sqlite --dialogs in-weight/../x.sqlite", ("--out and --dialogs name the same file",)
+        "data --out x.sqlite --dialogs in-weight/../x.sqlite", ("name the same file",)
     ),
     "a database in place of a pipe": Bad(
         "data --out pipe", ("cannot write the database pipe", "a file name"), lambda here: os.mkfifo(here / "pipe")
@@ -281,8 +275,6 @@ BAD = {
     "an unknown profile": Bad("sweep 05_1 --profile huge", ("--profile", "'huge'", "'quick', 'laptop', 'paper'")),
     "publishing quick results": Bad("sweep 05_1 --publish", ("quick does not publish", "laptop and paper")),
     "a sweep without processes": Bad("sweep 05_1 --profile smoke --jobs 0", ("jobs = 0", "at least one process")),
-    "a stack of no models": Bad("sweep 05_1 --profile smoke --stack 0", ("stack = 0", "1 for each alone")),
-    "half a model": Bad("sweep 05_1 --profile smoke --stack 0.5", ("--stack", "integer")),
     "negative hours": Bad("sweep 05_1 --max-hours -1", ("--max-hours", "0")),
     "a sweep on a device that is not there": Bad(
         "sweep 05_1 --profile smoke --jobs 1 --device abacus", ("no device 'abacus'", "auto or cpu")
@@ -372,7 +364,7 @@ def test_a_run_asks_about_the_people_it_was_trained_on_whatever_becomes_of_their
     answer = itl("recall", model)
     assert answer.code == 0 and "on 3 questions" in answer.out
     assert itl("evaluate", model).code == 0
-    monkeypatch.setattr(app, "_read_line", iter(["/who", ""]).__next__)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/who\n\n"))
     said = itl("chat", model).out
     assert all(name in said for name in ("Zoe", "Bob", "Ann")) and "Eve" not in said
     # Without the copy, as in runs from before there was one, other people are refused.
@@ -391,15 +383,13 @@ def test_a_locked_database_is_answered_with_one_sentence(here, trained, itl):
     assert itl("recall", "in-tool").code == 0
 
 
-def test_tensorboard_that_is_not_installed_is_answered_with_one_sentence(here, itl, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    _assert_one_sentence(itl("train", *TINY, "--tensorboard"), ("TensorBoard", "not installed", "[monitor]"))
-    assert list(here.iterdir()) == []
-
-
-def test_weights_and_biases_that_is_not_installed_is_answered_with_one_sentence(here, itl, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    _assert_one_sentence(itl("train", *TINY, "--wandb", "p"), ("Weights & Biases", "not installed", "[monitor]"))
+@pytest.mark.parametrize(
+    ("option", "module", "name"),
+    [("--tensorboard", "torch.utils.tensorboard", "TensorBoard"), ("--wandb=p", "wandb", "Weights & Biases")],
+)
+def test_a_monitor_that_is_not_installed_is_answered_with_one_sentence(here, itl, monkeypatch, option, module, name):
+    monkeypatch.setitem(sys.modules, module, None)
+    _assert_one_sentence(itl("train", *TINY, option), (name, "not installed", "[monitor]"))
     assert list(here.iterdir()) == []
 
 
@@ -422,13 +412,27 @@ def test_an_interrupted_command_says_how_to_go_on(here, itl, monkeypatch):
     assert (answer.code, answer.err) == (130, "itl: interrupted: the same command goes on from here\n")
 
 
-def test_a_notebook_that_fails_is_no_bad_input(itl, monkeypatch):
+def test_work_that_failed_is_one_sentence_and_exit_code_1(itl, monkeypatch):
     def fail(*_, **__):
         raise NotebookError("00_quickstart failed in cell [3]\nof many")
 
     monkeypatch.setattr("lib.notebook.runner.run_many", fail)
-    answer = itl("notebooks", "00")
-    assert (answer.code, answer.err) == (1, "itl: 00_quickstart failed in cell [3] of many\n")
+    assert itl("notebooks", "00") == (1, "", "itl: 00_quickstart failed in cell [3] of many\n")
+
+
+def test_a_file_that_cannot_be_written_is_named_in_one_sentence_with_exit_code_1(here, itl, monkeypatch):
+    (here / "file").touch()
+    monkeypatch.setenv("ITL_RUNS", str(here / "file"))
+    answer = itl("figures", "parameter_bounds", "--profile", "quick")
+    assert (answer.code, answer.out) == (1, "")
+    assert answer.err == f"itl: [Errno 20] Not a directory: '{here}/file/quick/figures'\n"
+
+
+def test_debugging_shows_the_traceback_of_bad_input(monkeypatch):
+    monkeypatch.setenv("ITL_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["itl", "train", "--people", "0"])
+    with pytest.raises(InputError, match="facts.n_people"):
+        app.main()
 
 
 def test_an_error_that_nobody_foresaw_keeps_its_traceback(monkeypatch):
@@ -544,20 +548,12 @@ def test_data_writes_a_database_and_the_dialogs_of_the_same_people(here, itl):
     assert sorted(path.name for path in here.iterdir()) == ["d.jsonl", "x.sqlite"]
 
 
-def test_a_conversation_ends_with_an_empty_line_or_the_end_of_the_input(trained, here, itl, monkeypatch):
-    for lines in (["Who?", ""], ["Who?"]):
-        left = iter(lines)
-
-        def read(_, left=left) -> str:
-            try:
-                return next(left)
-            except StopIteration:
-                raise EOFError from None
-
-        monkeypatch.setattr(app.console, "input", read)
-        answer = itl("chat", str(trained / "in-weight"))
-        assert answer.code == 0 and answer.err == ""
-        assert answer.out.count("assistant: ") == 1 and "An empty line ends the conversation" in answer.out
+@pytest.mark.parametrize("typed", ["Who?\n\n", "Who?\n"])
+def test_a_conversation_ends_with_an_empty_line_or_the_end_of_the_input(trained, here, itl, monkeypatch, typed):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    answer = itl("chat", str(trained / "in-weight"))
+    assert answer.code == 0 and answer.err == ""
+    assert answer.out.count("assistant: ") == 1 and "An empty line ends the conversation" in answer.out
 
 
 def test_figures_of_a_profile_that_does_not_count_go_to_runs(here, itl):
@@ -620,12 +616,37 @@ def test_paper_runs_every_notebook_and_says_where_everything_is(here, itl, monke
         "lib.notebook.runner.run_many", lambda *arguments, **options: asked.append((arguments, options))
     )
     answer = itl("paper")
-    ((names, profile, values), options) = asked.pop()
+    ((names, profile), options) = asked.pop()
     numbered = [path for path in sorted(paths.NOTEBOOKS.glob("*.ipynb")) if path.stem[:2] not in ("06", "A1", "A2")]
     assert names == numbered
-    assert (profile, values, options) == ("quick", {}, {"in_place": False, "reuse": True})
+    assert (profile, options) == ("quick", {"reuse": True})
     for place in ("figures", "notebooks"):
         assert str(here / "runs" / "quick" / place) in answer.out
+
+
+def test_commands_that_train_nothing_load_no_torch(here):
+    """Each would wait seconds for it."""
+    commands = [["--help"], ["submit", "train", "--help"], ["status"], ["data", "--out", "x.sqlite"]]
+    code = f"""
+import sys
+from lib.cli import app
+for command in {commands}:
+    sys.argv = ["itl", *command]
+    try:
+        app.main()
+    except SystemExit:
+        assert "torch" not in sys.modules, command
+"""
+    environment = {**os.environ, "PYTHONPATH": str(paths.ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+
+
+def test_options_of_configurations_are_in_the_help(itl, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    told = itl("submit", "train", "--help").out
+    for option in ("--mode", "--d-model", "--set", "--probe-every", "--threads", "--partition", "--constraint"):
+        assert f"{option} " in told
+    assert "minutes, or D-HH:MM:SS" in told and "(default: 2:00:00)" in told
 
 
 def test_help_lists_the_commands_and_nothing_at_all_shows_it(itl):

@@ -14,6 +14,10 @@ from lib.paths import ROOT
 
 #: Appended to the checkout's modules. Each step takes a while and says so in the job's log.
 SLOW_STEPS = """
+import os
+import time
+
+
 def _slow(self, advance=Monitor.advance):
     time.sleep(float(os.environ.get("STEP_SECONDS", 0)))
     print("a step", flush=True)
@@ -21,18 +25,20 @@ def _slow(self, advance=Monitor.advance):
 
 Monitor.advance = _slow
 """
-TWELVE_CELLS = """
-def _twelve_cells():
-    for seed in range(12):
-        training = TrainingConfig(steps=20)
-        yield Search(_database("in-weight", 8, seed, training=training), threshold=None, sizes=(4,))
+TWELVE_RUNS = """
+_searches = searches
 
-_SECTIONS["05_3"]["smoke"] = _twelve_cells
+
+def searches(source, profile, *arguments):
+    if (source, profile) != ("05_3", "smoke"):
+        return _searches(source, profile, *arguments)
+    values = {"facts": {"n_people": 2}, "training": {"steps": 20}, "evaluation": {"every": None}}
+    return [Search(RunConfig.parse(values | {"seed": seed}), threshold=None, sizes=(4,)) for seed in range(12)]
 """
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
-    """What `condition` returns as soon as it is true."""
+def wait_for(condition: Callable[[], Any], seconds: float = 180) -> Any:
+    """Wait until a condition holds; returns what it returned."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"waited {seconds} seconds"
@@ -41,7 +47,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
 
 
 def processes(variable: str) -> list[int]:
-    """The processes with `NAME=value` in their environment."""
+    """Return the processes with `NAME=value` in their environment."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -60,8 +66,8 @@ class Checkout:
         self.folder, self.runs = folder / "project", folder / "runs"
         for name in ("lib", "notebooks", "paper_data"):
             shutil.copytree(ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        self.append("monitor", SLOW_STEPS)
-        self.append("experiments", TWELVE_CELLS)
+        self.append("training/monitor", SLOW_STEPS)
+        self.append("experiments/plan", TWELVE_RUNS)
         self.git("init", "--quiet")
         self.git("add", "--all")
         self.git("-c", "user.name=A Test", "-c", "user.email=test@localhost", "commit", "--quiet", "--message=A test")
@@ -72,7 +78,7 @@ class Checkout:
 
     @contextmanager
     def edited(self, module: str, code: str) -> Iterator[None]:
-        """For a while the repository is another one."""
+        """Add code to a module for a while."""
         self.append(module, code)
         try:
             yield
@@ -84,7 +90,7 @@ class Checkout:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     def itl(self, *arguments: Any, step_seconds: float = 0) -> str:
-        """What `itl` prints; a failure fails the test."""
+        """Run `itl` and return what it prints; a failure fails the test."""
         environment = {**os.environ, "PYTHONPATH": str(self.folder), "ITL_RUNS": str(self.runs)}
         environment |= {"STEP_SECONDS": str(step_seconds), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, "-m", "lib", *map(str, arguments)]
@@ -93,5 +99,5 @@ class Checkout:
         return done.stdout
 
     def submit(self, *arguments: Any, **options: Any) -> str:
-        """Name of the submission that `itl submit` made."""
+        """Run `itl submit` and return the name of the submission."""
         return self.itl("submit", *arguments, **options).split()[1].rstrip(":")

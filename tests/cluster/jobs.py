@@ -1,4 +1,4 @@
-"""What jobs of the tests do."""
+"""Functions that jobs of the tests call."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def add_ranks(folder: str) -> None:
 
 
 def run_until_asked(folder: str) -> None:
-    """What a run does that is asked to end: it writes a checkpoint and raises; with a checkpoint it finishes."""
+    """Do what a run does that is asked to end: write a checkpoint and raise; with a checkpoint finish."""
     if Path(folder, "checkpoint").exists():
         Path(folder, "row").touch()
         return

@@ -1,0 +1,172 @@
+"""What a job gets and what it does, as plain data: made by a command, and done later by the submission's code."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import Field
+
+from lib import paths
+from lib.base import Config, InputError
+from lib.config import Observers, RunConfig
+from lib.facts.people import ATTRIBUTES
+
+#: Slurm's default MaxArraySize is 1001.
+MAX_TASKS = 1000
+
+
+class Resources(Config):
+    """The resources of one job, in Slurm's terms; None leaves the choice to the cluster."""
+
+    partition: str | None = None
+    time: str = Field("2:00:00", description="minutes, or D-HH:MM:SS; a job that needs more is requeued and goes on")
+    nodes: int = Field(1, ge=1, description="of a training")
+    gpus: int = Field(0, ge=0, description="of each node")
+    cpus: int | None = Field(None, ge=1, description="of each process")
+    mem: str | None = Field(None, description="of each node, as 16G")
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = Field(None, description="features of the nodes")
+
+
+class Task(Config):
+    """What one job does: its title for people, its arguments for `do`."""
+
+    title: str
+    arguments: dict[str, Any]
+
+
+class Work(NamedTuple):
+    """Tasks of one kind, and the small files that they read: copies of these are kept for the jobs."""
+
+    name: str
+    kind: str
+    tasks: list[Task]
+    files: dict[str, Path] = {}  # by the path that arguments and configurations name
+
+
+def train(config: RunConfig, directory: Path, observers: Observers, how: dict[str, Any]) -> Work:
+    """Return one run as a task; `how` as for `lib.training.run.run`. Raises `InputError` if a file cannot be used."""
+    from lib.dialogs.tokenizers import tokenizer_file
+    from lib.training.run import read_inputs
+
+    read_inputs(config)
+    for path in config.training.files:  # large: the job tokenizes them where they are
+        if not os.access(path, os.R_OK) or Path(path).is_dir():
+            raise InputError(f"cannot read the dialogs of {path}: a file is expected")
+    files = {config.facts.csv: Path(config.facts.csv)} if config.facts.csv else {}
+    if config.tokenizer != "bytes":
+        files[config.tokenizer] = tokenizer_file(config.tokenizer)
+    folder = str(directory.resolve())
+    arguments = {"config": _fields(config), "directory": folder, "observers": _fields(observers)}
+    task = Task(title=folder, arguments=arguments | how)
+    return Work(f"train-{config.run_id}", "train", [task], files)
+
+
+def finetune(config, directory: Path, device: str) -> Work:
+    """Return one fine-tuning as a task. Raises `InputError` if a file of questions cannot be used."""
+    from lib.finetune.triviaqa import load_questions
+
+    if config.task == "trivia" and config.source != "hub":
+        load_questions(config.source)
+    folder = str(directory.resolve())
+    task = Task(title=folder, arguments={"config": _fields(config), "directory": folder, "device": device})
+    return Work(f"finetune-{config.run_id}", "finetune", [task])
+
+
+def sweep(source: str, profile: str, hours: float, device: str) -> Work:
+    """Return what a sweep still needs as tasks of about `hours`, or of one longer search.
+
+    source: a section or a file, as `lib.experiments.plan.searches` takes it. The runs of a search depend on each other
+    and stay together; those of a full grid are on their own.
+    """
+    from lib.experiments.sweep import hours_ahead
+
+    plan = _parts(source, profile)
+    costs = {i: cost for i, cost in enumerate(hours_ahead(source, profile, plan)) if cost}
+    if len(costs) > MAX_TASKS:  # two neighbours exceed the hours together, or they would be one task
+        hours = max(hours, 2 * sum(costs.values()) / (MAX_TASKS - 1))
+    tasks = []
+    for group in pack(costs, hours):
+        first, more = plan[group[0]].base, f", and {len(group) - 1} more searches" if len(group) > 1 else ""
+        title = f"{first.mode}, {len(ATTRIBUTES) * first.facts.n_people} facts, seed {first.seed}{more}"
+        arguments = {"source": source, "profile": profile, "positions": group, "device": device}
+        tasks.append(Task(title=title, arguments=arguments))
+    files = {source: Path(source)} if Path(source).is_file() else {}
+    return Work(f"sweep-{Path(source).stem}-{profile}", "sweep", tasks, files)
+
+
+def _parts(source: str, profile: str) -> list:
+    """Return the searches of a plan, each size of a full grid as a search of its own."""
+    from lib.experiments.plan import searches
+
+    return [
+        replace(search, sizes=sizes)
+        for search in searches(source, profile)
+        for sizes in ([search.sizes] if search.threshold is not None else [(size,) for size in search.sizes])
+    ]
+
+
+def pack(hours: Mapping[int, float], limit: float) -> list[list[int]]:
+    """Return the keys in groups, in their order: the hours of a group add up to at most `limit`, or it has one key."""
+    groups, filled = [], math.inf
+    for key, cost in hours.items():
+        if filled + cost > limit:
+            groups.append([])
+            filled = 0.0
+        groups[-1].append(key)
+        filled += cost
+    return groups
+
+
+def notebook(name: str, profile: str, assignments: Sequence[str]) -> Work:
+    """Return a notebook as a task; `assignments` as `itl notebooks -p` takes them. Raises `InputError`."""
+    from lib.notebook import catalog
+
+    source = catalog.find(name)
+    parameters = catalog.parse_assignments([source], assignments)
+    catalog.checked(source, profile, parameters)
+    arguments = {
+        "name": source.stem if source.parent == paths.NOTEBOOKS else str(source.resolve()),  # the submission's copy
+        "profile": profile,
+        "parameters": parameters,
+        "figures": str(paths.figures(profile).resolve()),
+    }
+    return Work(f"notebook-{source.stem}", "notebook", [Task(title=source.stem, arguments=arguments)])
+
+
+def _fields(config: Config) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude_defaults=True)
+
+
+def do(kind: str, copies: Mapping[str, str], arguments: dict[str, Any]) -> None:
+    """Do one task in this process. copies: where the files of its `Work` are, by the path that names them."""
+    match kind:
+        case "train":
+            from lib.training.run import run
+
+            config, observers = RunConfig.parse(arguments.pop("config")), Observers.parse(arguments.pop("observers"))
+            directory = Path(arguments.pop("directory"))
+            run(config, directory, observers=observers, description="training", inputs=copies, **arguments)
+        case "finetune":
+            from lib.finetune import train
+            from lib.finetune.config import FinetuneConfig
+
+            config, directory = FinetuneConfig.parse(arguments["config"]), Path(arguments["directory"])
+            train.finetune(config, directory, device=arguments["device"])
+        case "sweep":
+            from lib.experiments.sweep import sweep
+
+            source = copies.get(arguments["source"], arguments["source"])
+            plan = _parts(source, arguments["profile"])
+            plan = [plan[i] for i in arguments["positions"]]
+            device = arguments["device"]
+            sweep(source, arguments["profile"], device=device, plan=plan, in_process=True).check()
+        case "notebook":
+            from lib.notebook import runner
+
+            os.environ["ITL_FIGURES"] = arguments["figures"]
+            runner.run(arguments["name"], arguments["profile"], arguments["parameters"])
