@@ -267,7 +267,9 @@ def test_two_runs_that_are_not_seeds_of_one_setting_are_refused():
 
 @settings(max_examples=50)
 @given(
-    recalls=st.lists(st.lists(st.floats(0, 1) | st.sampled_from([0.95, 1.0]), min_size=1, max_size=8), min_size=1, max_size=3),
+    recalls=st.lists(
+        st.lists(st.floats(0, 1) | st.sampled_from([0.95, 1.0]), min_size=1, max_size=8), min_size=1, max_size=3
+    ),
     shuffle=st.randoms(use_true_random=False),
 )
 def test_the_first_evaluation_that_recalls_enough_counts(recalls, shuffle):
