@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from lib.base import Config, Identified, InputError
 from lib.dialogs.tokenizers import ByteTokenizer
-from lib.facts.people import MAX_PEOPLE, FactsConfig
+from lib.facts.people import ATTRIBUTES, MAX_PEOPLE, FactsConfig
 
 
 class ModelConfig(Config):
@@ -188,7 +188,7 @@ class RunConfig(Identified):
 
     def flops(self) -> float:
         """Return about how many floating-point operations the whole training takes: three forward passes a step."""
-        n_dialogs = 4 * self.facts.n_people
+        n_dialogs = len(ATTRIBUTES) * self.facts.n_people
         share = self.training.biographies
         # Mean tokens a dialog, if they are bytes; dialogs of files are taken for questions.
         length = round((1 - share) * (66 if self.mode == "in-weight" else 184) + share * 140)

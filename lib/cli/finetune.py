@@ -2,7 +2,6 @@
 
 import asyncio
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -131,16 +130,14 @@ def trivia(
     The same command goes on where it was interrupted: a question with an answer in --out is not asked again.
     """
     from lib.finetune.endpoint import PROTOCOLS, EndpointConfig, accuracy, ask_all
-    from lib.finetune.triviaqa import Store, load_questions, write_store
+    from lib.finetune.triviaqa import Store, load_questions
 
     endpoints = [EndpointConfig(protocol=name, api_key=api_key, **endpoint) for name in protocol or PROTOCOLS]
     questions = load_questions(source, split, limit)
     out = out or paths.runs() / "trivia" / "records.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory() as folder:
-        write_store(questions, Path(folder) / "questions.sqlite")
-        with Store(Path(folder) / "questions.sqlite") as look_up:
-            measured = {e.protocol: asyncio.run(ask_all(questions, e, look_up, out, e.protocol)) for e in endpoints}
+    look_up = Store(questions)
+    measured = {e.protocol: asyncio.run(ask_all(questions, e, look_up, out, e.protocol)) for e in endpoints}
     console.print(f"{'protocol':<12}{'accuracy':>18}{'looked up':>11}{'questions':>11}{'failed':>8}")
     for name, records in measured.items():
         share, error, looked_up, n_questions, n_errors = accuracy(records).values()

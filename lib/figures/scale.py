@@ -180,8 +180,8 @@ def hybrid(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def trivia(table: pd.DataFrame) -> Figure:
-    """Draw the share of questions of general knowledge answered rightly in each of `WAYS` (appendix on TriviaQA).
+def trivia(table: pd.DataFrame, model: str) -> Figure:
+    """Draw how many questions of general knowledge a model answers rightly in each of `WAYS` (appendix on TriviaQA).
 
     table: a row for each `way` and kind of `questions`, with `accuracy` and `standard_error`. A missing way is left
     out, a missing kind leaves a gap.
@@ -197,7 +197,7 @@ def trivia(table: pd.DataFrame) -> Figure:
             look = {"color": [WAYS[way] for way in ways], "hatch": hatch, "edgecolor": "white", "ecolor": "black"}
             axes.bar(places, bars.accuracy, width, yerr=bars.standard_error, capsize=2, **look)
         axes.set_xticks(range(len(ways)), ways)
-        axes.set(ylabel="share answered rightly", ylim=(0, 1.06))
+        axes.set(title=model, ylabel="share answered rightly", ylim=(0, 1.06))
         handles = [
             Patch(facecolor="#444444", edgecolor="white", hatch=look, label=kind) for kind, look in looks.items()
         ]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -207,6 +208,7 @@ def measure_capability(
             ) from None
         items = range(min(n_items or n_there, n_there))
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is intended here
         with progress(len(items), description) as bar:
             for start in items[::ITEMS_AT_A_TIME]:
                 chunk = list(items[start : start + ITEMS_AT_A_TIME])

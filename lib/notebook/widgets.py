@@ -18,7 +18,7 @@ from lib.experiments import tables
 from lib.experiments.published import published_correlated
 from lib.experiments.search import SIZES
 from lib.facts.entropy import bits_per_person, entropy_bits_per_person
-from lib.facts.people import RELEASED
+from lib.facts.people import ATTRIBUTES, RELEASED
 from lib.figures.record import FIGURES
 from lib.figures.style import alt_text
 from lib.progress import is_watched
@@ -83,8 +83,8 @@ def explore_capacity(profile: str, threshold: float = 0.95) -> None:
 
     def draw(facts: int, bits: float) -> Figure:
         figure = figure_of()
-        held = facts / 4 * bits_per_person()
-        _mark(figure.axes[0], counts, counts / 4 * bits_per_person(), (facts, held), bits)
+        held = facts / len(ATTRIBUTES) * bits_per_person()
+        _mark(figure.axes[0], counts, counts / len(ATTRIBUTES) * bits_per_person(), (facts, held), bits)
         figure.axes[0].set_title(f"{facts:,} facts, {held:,.0f} bits: {_in_words(held, bits)}", fontsize=9)
         return figure
 
@@ -97,13 +97,14 @@ def explore_correlation(profile: str, threshold: float = 0.95) -> None:
 
     def draw(facts: int, alpha: float, bits: float) -> Figure:
         alphas = np.union1d(published_correlated().alpha, alpha)
-        held = np.array([facts // 4 * entropy_bits_per_person(facts // 4, 0, float(a), RELEASED) for a in alphas])
+        n_people = facts // len(ATTRIBUTES)
+        held = np.array([n_people * entropy_bits_per_person(n_people, 0, float(a), RELEASED) for a in alphas])
         now = float(held[alphas == alpha][0])
         figure = figure_of()
         for axes, x, at in zip(figure.axes, (alphas, held), (alpha, now), strict=True):
             _mark(axes, x, held, (at, now), bits)
         figure.suptitle(
-            f"{facts:,} facts, alpha = {alpha:g}: {4 * now / facts:.1f} bits a person, {now:,.0f} in all: "
+            f"{facts:,} facts, alpha = {alpha:g}: {now / n_people:.1f} bits a person, {now:,.0f} in all: "
             f"{_in_words(now, bits)}",
             fontsize=9,
         )

@@ -256,7 +256,7 @@ def test_trivia_has_a_bar_for_each_way_and_kind_of_questions_with_its_error():
         [{"way": way, "questions": kind, "accuracy": 0.1 * i + 0.05 * j, "standard_error": 0.01 * (i + 1)}
          for i, way in enumerate(ways) for j, kind in enumerate(kinds)]
     )  # fmt: skip
-    figure = scale.trivia(table)
+    figure = scale.trivia(table, "SmolLM2-135M")
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["closed-book", "in-weight", "in-tool, native"]
     bars = [container for container in axes.containers if isinstance(container, BarContainer)]
