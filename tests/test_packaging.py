@@ -112,7 +112,7 @@ def test_lib_imports_only_declared_packages_and_at_module_level_only_the_core():
 
 
 def test_tests_import_only_declared_packages():
-    local = {path.stem for path in (ROOT / "tests").rglob("*.py")}
+    local = {path.stem for folder in ("tests", "notebooks") for path in (ROOT / folder).rglob("*.py")}
     for path in sorted((ROOT / "tests").rglob("*.py")):
         assert undeclared(third_party_imports(path) - local, ALL) == set(), path
 

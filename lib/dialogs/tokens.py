@@ -103,7 +103,7 @@ def join(parts: Sequence[TokenizedDialogs]) -> TokenizedDialogs:
 
 
 def tokenize(items: Iterable[Dialog], tokenizer: Tokenizer) -> TokenizedDialogs:
-    """Tokenize a whole dataset once: 4,000,000 in-tool dialogs in about a minute and 2.6 GB.
+    """Tokenize a whole dataset once: 4,000,000 in-tool dialogs take one to two minutes and 2.6 GB.
 
     An empty dataset is an `InputError`, and so is a dialog without a turn of the assistant.
     """

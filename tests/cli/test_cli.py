@@ -249,7 +249,7 @@ BAD = {
     ),
     "a database without a column name": Bad(
         "recall in-tool --database some.sqlite",
-        ("some.sqlite", "no column 'name'"),
+        ("some.sqlite", "no such column: people.name"),
         _database("CREATE TABLE people (who)"),
     ),
     "an unknown attribute": Bad(
@@ -583,12 +583,12 @@ def test_a_sweep_is_published_when_asked(here, itl, monkeypatch):
     published = []
     monkeypatch.setattr("lib.experiments.sweep.sweep", lambda *_, **__: Report())
     monkeypatch.setattr("lib.experiments.publishing.commit", lambda: "a" * 40)
-    monkeypatch.setattr("lib.experiments.publishing.publish", lambda *arguments: published.append(arguments) or 7)
+    monkeypatch.setattr("lib.experiments.publishing.Table.add", lambda table, profile: published.append(profile) or 7)
     monkeypatch.setattr("lib.notebook.refresh.refresh", lambda say: published.append("refreshed"))
     assert itl("sweep", "05_1", "--profile", "laptop", "--publish", "--dry-run").code == 0
     assert published == []
     answer = itl("sweep", "05_1", "--profile", "laptop", "--publish")
-    assert published == [("05_1", "laptop"), "refreshed"]
+    assert published == ["laptop", "refreshed"]
     assert "7 new rows in" in answer.out and "parameter_bounds.csv" in answer.out
 
 

@@ -110,8 +110,8 @@ def test_a_learning_curve_keeps_the_models_on_its_way():
 def test_growth_states_the_memory_of_the_dialogs():
     table = benchmarks.growth([2, 8], d_model=8, steps=1, rounds=1)
     tokens = [int(tokenize_people(sample_people(n), "in-weight", ByteTokenizer()).offsets[-1]) for n in (2, 8)]
-    # int16 tokens, bool mask, int64 offsets
-    assert np.allclose(1e6 * table.megabytes, [3 * t + 8 * (4 * n + 1) for t, n in zip(tokens, (2, 8), strict=True)])
+    # int16 tokens and a bool mask; int64 offsets, numbers of trained tokens and places of the first
+    assert np.allclose(1e6 * table.megabytes, [3 * t + 8 * (12 * n + 1) for t, n in zip(tokens, (2, 8), strict=True)])
     assert list(table.n_facts) == [8, 32] and (table.microseconds == 1e6 / table.per_second).all()
 
 
