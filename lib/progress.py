@@ -78,8 +78,8 @@ def progress(total: int, description: str | None, initial: int = 0):
 def _widget(total: int, description: str, initial: int) -> tqdm:
     """Return tqdm's bar for JupyterLab, which is gone from the notebook once it is closed.
 
-    Left to itself a closed bar leaves an output that reads "Error displaying widget" when the notebook is opened again,
-    and one that was closed before its end, as early stopping does, turns red and stays.
+    By default a closed bar reads "Error displaying widget" when the notebook is opened again, and a bar that was closed
+    before its end (early stopping) stays, in red.
     """
     from IPython.display import display
     from tqdm.notebook import tqdm as tqdm_notebook  # brings all of IPython and the widgets

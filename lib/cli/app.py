@@ -116,7 +116,7 @@ Database = Annotated[Path | None, typer.Option(help="database to ask (default: t
 
 
 @app.command()
-def recall(folder: RunFolder, database: Database = None, device: str = "auto") -> None:
+def recall(folder: RunFolder, database: Database = None, device: Device = "auto") -> None:
     """Ask a trained model about everyone that it was trained on."""
     from lib.agent.tools import SqlTool
     from lib.evaluation.recall import measure_recall
@@ -137,7 +137,7 @@ def recall(folder: RunFolder, database: Database = None, device: str = "auto") -
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="folder of a run that is training, or has been")],
     watch: Annotated[bool, typer.Option(help="wait for further checkpoints until the run is finished")] = False,
-    device: str = "auto",
+    device: Device = "auto",
 ) -> None:
     """Measure the recall of every checkpoint of a run once, also beside the process that trains it."""
     from lib.training.watch import evaluate_checkpoints
@@ -154,7 +154,7 @@ def chat(
     database: Database = None,
     beside: Annotated[Path | None, typer.Option(help="folder of another run, to answer the same questions")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
-    device: str = "auto",
+    device: Device = "auto",
 ) -> None:
     """Talk to a trained model and watch it call its tool; in a conversation, /help lists commands.
 

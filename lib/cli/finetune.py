@@ -41,7 +41,7 @@ ENDPOINT: Group = (
     {
         "model": Option(str, "its name at the server", required=True),
         "base_url": Option(str, "an OpenAI-compatible server, as http://localhost:8000/v1", required=True),
-        "system": Option(str, "system prompt, but of the text protocol (default: be brief)"),
+        "system": Option(str, "system prompt; the text protocol has its own (default: be brief)"),
         "concurrency": Option(int, "requests at a time (default: 8)"),
         "timeout": Option(float, "seconds, of one request (default: 60)"),
         "retries": Option(int, "of a request to a server that is busy, broken or away (default: 5)"),

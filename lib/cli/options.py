@@ -131,8 +131,8 @@ HOW: Group = (
     dict,
     {
         "device": Option(str, "auto, cpu, cuda, ... (default: auto)"),
-        "sharded": Option(bool, "several processes share the weights out (FSDP)"),
-        "tensor": Option(int, "so many of several processes split each matrix"),
+        "sharded": Option(bool, "shard the weights over the processes (FSDP)"),
+        "tensor": Option(int, "how many processes split each matrix (tensor parallel)"),
         "threads": Option(int, "CPU threads (default: as many as are fastest)"),
     },
 )

@@ -22,7 +22,8 @@ REPLY, REQUEST, DATABASE, NOTE = "green", "bold yellow", "magenta", "dim"
 
 
 def answer(console: Console, talks: Sequence[Conversation], text: str, **options) -> None:
-    """Put a question to each model and print the answers as they come, turn by turn; `options` of `generation.stream`.
+    """Put a question to each model and print the answers as they come, turn by turn; `options` of
+    `lib.agent.generation.chat`.
 
     With several models, each is named by its mode.
     """
@@ -43,20 +44,20 @@ def answer(console: Console, talks: Sequence[Conversation], text: str, **options
 def converse(console: Console, talks: Sequence[Conversation], read: Callable[[], str], **options) -> None:
     """Answer the lines that `read` gives, questions and commands (see `HELP`), until one is empty.
 
-    Strangers are put into the copies of the databases that the models ask. What is wrong with a command is said in one
-    sentence, and the conversation goes on.
+    Unseen people are added to the copied databases first. A bad command prints one sentence, and the conversation goes
+    on.
     """
     tools = [talk.tool for talk in talks if isinstance(talk.tool, EditableTool)]
-    strangers = next((talk for talk in talks if talk.tool), talks[0]).unseen()
+    unseen = next((talk for talk in talks if talk.tool), talks[0]).unseen()
     for tool in tools:
-        if tool.attributes == strangers.attributes:
-            tool.add(strangers)
+        if tool.attributes == unseen.attributes:
+            tool.add(unseen)
     hints = [f"Ask about a person, {talks[0].example!r} say."]
-    if len(strangers):
-        name, attribute, _ = next(strangers.facts())
-        hints.append(f"{question(name, attribute)!r} is about somebody nobody trained on.")
+    if len(unseen):
+        name, attribute, _ = next(unseen.facts())
+        hints.append(f"{question(name, attribute)!r} is about somebody unseen in training.")
     console.print(*hints, "/help lists commands. An empty line ends the conversation.")
-    names = [*talks[0].people.names[:3], *strangers.names]
+    names = [*talks[0].people.names[:3], *unseen.names]
     while line := read():
         try:
             if line.startswith("/"):

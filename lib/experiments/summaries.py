@@ -26,7 +26,7 @@ from lib.facts.people import ATTRIBUTES
 
 
 def bounds_searches(profile: str, tokenizer: str = "bytes") -> list[Search]:
-    """Return what Section 5.1 shows: its own searches, and in-tool those of 5.2 on databases that only 5.2 searches.
+    """Return the searches of Section 5.1, and 5.2's in-tool searches on databases that 5.1 does not search.
 
     Grids, searches without a threshold, are left out: they have no smallest model.
     """
@@ -37,7 +37,7 @@ def bounds_searches(profile: str, tokenizer: str = "bytes") -> list[Search]:
 
 
 def bounds_rows(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
-    """Return the finished runs of `bounds_searches`, and superseded ones of 5.2 where 5.1 itself has found no bound."""
+    """Return the runs of `bounds_searches`, and 5.2's superseded in-tool runs at points where 5.1 has no bound."""
     own, others = (read_rows(s, profile, searches_of(s, profile, tokenizer)) for s in ("05_1", "05_2"))
     planned = {s.config(size).run_id for s in bounds_searches(profile, tokenizer) for size in s.sizes}
     if len(others):

@@ -73,7 +73,7 @@ def read_rows(section: str, profile: str, plan: Sequence[Search] | None = None) 
     """Return a row per finished run of a section in a profile: all in paper_data, and those of `plan` still in runs.
 
     plan: the searches that ask for runs, today's unless given. A run in runs counts only if its tokenizer's file is
-    what it was. The columns `COMPUTED` come on top: superseded (the plan does not ask for this run), and `described`.
+    what it was. Adds `COMPUTED`: superseded (the plan no longer asks for this run), law and recipe (see `described`).
     """
     plan = searches_of(section, profile) if plan is None else plan
     planned = _planned(plan)

@@ -126,7 +126,7 @@ def draw(name: str, profile: str = "laptop", **options) -> Figure:
 
 
 def _with_own(record: Record, table: Callable[..., pd.DataFrame], profile: str, options: dict) -> pd.DataFrame:
-    """Return the table of the profile whose rows count, and of a quick one its own on top, marked in a column `own`."""
+    """Return the publishing profile's table; rows of a non-publishing profile follow, with `own` true."""
     read = [table(tables.publishing_profile(profile)).assign(own=False)]
     if record.has_own and profile not in paths.PUBLISHING:
         tokenizer = {"tokenizer": options["tokenizer"]} if "tokenizer" in options else {}
@@ -154,7 +154,7 @@ def show(name: str, profile: str, save: bool = True, **options) -> None:
 
 
 def caption(name: str, profile: str, **options) -> str:
-    """Return what `draw` shows with the same arguments, what its published points are, and the `provenance` of ours."""
+    """Return the caption for `draw` with the same arguments: what is shown, published points, and our runs."""
     record = _found(name, options)
     rows = _with_own(record, record.rows, profile, options)
     if len(rows) and "threshold" in record.options:

@@ -89,7 +89,7 @@ _SPECIAL_TOKENS = {256: "U", 257: "A", 258: "D", 259: "E", ord("\n"): "\u21b5"}
 def trained_characters(tokens: Sequence[int], trained: Sequence[bool], width: int = 46) -> Figure:
     """Draw a dialog of bytes, a character a place, special tokens as U, A, D and E; trained tokens are colored.
 
-    tokens, trained: as `dialogs.encode_dialog` gives them for the byte tokenizer; of ASCII text.
+    tokens, trained: as `lib.dialogs.tokens.encode_dialog` gives them for the byte tokenizer; of ASCII text.
     """
     shown = [_SPECIAL_TOKENS.get(token) or chr(token) for token in tokens]
     n_rows = len(tokens) // width

@@ -36,7 +36,7 @@ class FinetuneConfig(Identified):
     batch_size: int = Field(128, ge=1)
     #: Parts that a step's batch is cut into; their gradients add up.
     grad_accumulation: int = Field(1, ge=1)
-    #: At most; None: 100 passes over the conversations, but at least 60 steps.
+    #: Maximum; None: 100 passes over the conversations, but at least 60 steps.
     steps: int | None = Field(None, ge=1)
     #: Steps between two checkpoints, each of which is evaluated; None makes about ten.
     checkpoint_every: int | None = Field(None, ge=1)
@@ -49,11 +49,11 @@ class FinetuneConfig(Identified):
     prompts: int = Field(100, ge=1, le=100)
     #: The capability test: HellaSwag, the questions of this repository as multiple choice, or whichever is at hand.
     capability: Literal["hellaswag", "trivia", "any", "none"] = "hellaswag"
-    #: Its first items that are asked; None asks all.
+    #: How many of the test's items are asked, from the first; None asks all.
     items: int | None = Field(None, ge=1)
-    #: Give it only to the base and the last checkpoint.
+    #: Run the capability test on the base and the last checkpoint only.
     capability_at_end: bool = False
-    #: Of matrix products and of evaluation; "auto" is bfloat16 where the device multiplies in it.
+    #: Type of matrix products and of evaluation; "auto" is bfloat16 where the device multiplies in it.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #: Tokens of a conversation at most; a longer one is an error.
     max_length: int = Field(512, ge=8)

@@ -74,8 +74,8 @@ async def ask_all(
     out before; whether it is `correct`; `n_turns`, how often the model spoke; and `error`, None if all went well.
 
     look_up: answers a query, as a `Store` does. out: a file of JSON lines to which each record is added as it comes.
-    A question with a record there, without an error and asked in the same way, is not asked again unless its query
-    would find something else now; its answer is graded by the `questions` as they are now. Raises `InputError` if that
+    Questions with an error-free record of the same `asked` are skipped, unless their query would now find something
+    else; old answers are graded against today's `questions`. Raises `InputError` if that
     file holds something else or cannot be written. description: of the progress shown, if any.
     """
     out = Path(out)

@@ -109,7 +109,7 @@ class Report:
 
 
 def sweep(profile: str, *, device: str = "auto", max_hours: float = math.inf) -> Report:
-    """Run all that is missing in a profile. Failures are reported, and the other runs are run all the same.
+    """Run all that is missing in a profile. A failure is reported; the other runs go on.
 
     Several processes may call it: each takes runs that no other is at. After `max_hours` no new run is started.
     """

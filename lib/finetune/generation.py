@@ -81,7 +81,7 @@ def generate_tokens(
                 if not should_reduce_batch_size(error):
                     raise
                 made = None
-            if made is None:  # out here the error is gone, and with it the memory that it kept
+            if made is None:  # outside `except`, so that the error's traceback no longer holds the memory
                 if len(batch) == 1:
                     raise WorkError(
                         f"there is no memory for an answer to {len(prompts[batch[0]])} tokens: take a smaller model, "
@@ -153,9 +153,9 @@ def answer_with_tool(
     Returns, per question, the tool's response (None if it was not asked) and the model's last reply. In mode in-tool
     the model calls the function of `lib.finetune.data.find_tool`, in in-tool-text it writes the paper's request; one
     call a question. The model alone decides what the tool is asked: nothing here knows the answer. A call that cannot
-    be understood gets the tool's error. expected: per question, the response without which the answer cannot be right;
-    where the tool responds otherwise, the model is not asked for a reply, which would change nothing, and its reply is
-    the call. options: those of `generate_tokens`; `max_new_tokens` holds for each of the two turns.
+    be understood gets the tool's error. expected: the right response to each question; if the tool responds otherwise,
+    the answer is wrong already, so the second turn is skipped and the call is returned as the reply. options: those of
+    `generate_tokens`; `max_new_tokens` holds for each of the two turns.
     """
 
     def look_up(i: int, said: str) -> tuple[Response, list[dict]] | None:

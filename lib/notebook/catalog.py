@@ -20,8 +20,8 @@ from lib.base import InputError
 def all_notebooks(group: str | None = None) -> list[Path]:
     """Return the project's notebooks in the order of the paper: called like 05_1_name, with a cell of parameters.
 
-    Others, a copy or an Untitled.ipynb, are passed over with one line that names them. group: only those that `itl
-    paper` runs, all unless their metadata say `{"itl": {"paper": false}}`, or `itl scale`, if they say "scale": true.
+    Others, a copy or an Untitled.ipynb, are passed over with one line that names them. group: "paper" (leave it
+    with the metadata `{"itl": {"paper": false}}`) or "scale" (join it with `{"itl": {"scale": true}}`); None for all.
     """
     notebooks = {path: read(path) for path in _named()}
     ours = [path for path, notebook in notebooks.items() if _parameters_cell(notebook)]

@@ -90,7 +90,7 @@ class Chat:
         return dialogs
 
     def change(self, name: str, attribute: str, value: str) -> str:
-        """Change a fact in the copy of the database, see `facts.change_fact`; return the old value."""
+        """Change a fact in the copy of the database, see `lib.facts.database.change_fact`; return the old value."""
         old = self.tool.change(name, attribute, value)
         self._log.append(_told("database", f"changed: {attribute} of {name}, {old} → {value}"))
         return old

@@ -20,7 +20,7 @@ PROFILE = "laptop"
 
 
 def refresh(say: Callable[[str], None] = print) -> None:
-    """Do every step, whatever fails, and say each; `WorkError` names those that failed. The tables are only read."""
+    """Run every step, also after a failure. Raises `WorkError` that names the failed. Does not write the tables."""
     steps: dict[str, Callable[[], object]] = {
         f"paper_data/compared, {section}": partial(published.write, section) for section in published.SECTIONS
     }

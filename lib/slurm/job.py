@@ -65,7 +65,7 @@ def executor(
 ) -> submitit.SlurmExecutor:
     """Return an executor whose jobs log into `folder`: `processes` on each node, `parallel` jobs at a time."""
     same = ("partition", "nodes", "mem", "account", "qos", "constraint")
-    # Slurm reads the time limit itself. submitit, which is not told, takes every signal for a time-out.
+    # The time limit goes to sbatch, not to submitit, which then requeues after any signal.
     sbatch = {"time": resources.time, "requeue": True, "chdir": Path.cwd()}
     variables = [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
     cpus = "${SLURM_CPUS_PER_TASK:-1}"  # srun does not take it from sbatch

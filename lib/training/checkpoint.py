@@ -80,7 +80,7 @@ def load(
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """Return tensors and state of a checkpoint; an `InputError` says what is missing or damaged.
 
-    like: makes the tensor to read into from its name, shape and type, where a rank wants a part of it only.
+    like(name, shape, dtype): returns the tensor to read into; a DTensor reads this rank's part only.
     """
     if not folder.is_dir():
         raise InputError(f"there is no checkpoint at {folder}")
@@ -168,7 +168,7 @@ def save_step(
 
 
 def finish(saving: Future) -> None:
-    """Wait for `save_step`; a failure, as of a full disk, is a `WorkError`. Earlier checkpoints are still there."""
+    """Wait for `save_step`. Raises `WorkError` if writing failed (a full disk); earlier checkpoints are intact."""
     try:
         saving.result()
     except CheckpointException as error:

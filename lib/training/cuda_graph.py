@@ -10,16 +10,16 @@ from contextlib import contextmanager
 
 import torch
 
-#: Steps that run as they are before one is captured: libraries and optimizers allocate what they keep, which no
-#: captured step may.
+#: Eager steps before the capture. In them libraries and optimizers allocate their lasting buffers; a captured step
+#: must not.
 WARM_UP = 3
 
 
 class CudaGraph:
-    """The same GPU work again and again, on inputs of the same shapes: captured the fourth time, then replayed.
+    """The same GPU work on inputs of the same shapes: captured after `WARM_UP` eager calls, then replayed.
 
-    The work reads nothing else that changes but tensors whose memory stays where it is, and the host decides nothing
-    on the way. Where that memory moves, a new graph is due. Away from a GPU nothing is captured.
+    Captured work may read only its inputs and tensors at fixed addresses, and the host must not branch on values of the
+    device. If such a tensor moves, make a new graph. Away from a GPU nothing is captured.
     """
 
     def __init__(self):

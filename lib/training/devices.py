@@ -45,8 +45,8 @@ def peak_flops(device: "torch.device", dtype: str) -> float | None:
 def usable_cores() -> int:
     """Return how many cores this process may keep busy, at least one: others may have a claim on the rest.
 
-    Less than all is left by an affinity (taskset, Slurm), by a quota of CPU time (containers) and by
-    SLURM_CPUS_PER_TASK, where Slurm binds no process.
+    It is the minimum of the CPU affinity (taskset, Slurm), the container's CPU quota, and SLURM_CPUS_PER_TASK (for
+    Slurm without binding).
     """
     known = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
     limits = [len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1, *_quotas(Path("/"))]

@@ -53,14 +53,14 @@ def run(
     compiled: bool | None = None,
     sharded: bool = False,
     tensor: int = 1,
-    inputs: Mapping[str, str] = {},  # noqa: B006
+    inputs: Mapping[str, str] = {},
     threads: int | None = None,
 ) -> dict:
     """Train and measure one model; return its row (see `paper_data/README.md` for the columns).
 
-    compiled: whether torch.compile fuses elementwise work; None does where it pays, and where nothing is probed; on a
-    GPU steps are replayed instead (`lib.training.cuda_graph`). observers: what else watches, without changing what is
-    learned, but for rounding where it keeps a GPU from replaying steps. Several processes may train one run; all of
+    compiled: whether to use torch.compile; None: only for long, unprobed runs of one process on a CPU. On a GPU, steps
+    are replayed from a CUDA graph instead. observers: extra logging. It does not change training, except that probes
+    turn off CUDA graphs, which changes rounding. Several processes may train one run; all of
     them call this, and sharded and tensor say how they divide it (`lib.training.distributed.connect`). inputs: where
     files lie now, by the paths that the configuration names. threads: of the CPU; None keeps those that the run began
     with, and a new run that may use several measures how many are fastest.

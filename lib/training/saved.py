@@ -118,14 +118,14 @@ def own_files(folder: Path, config: RunConfig) -> RunConfig:
 
 
 def _run_folder(folder: Path) -> Path:
-    """Return the folder of the run whose folder, or whose model's folder, that is."""
+    """Return the run's folder, given that folder or its `model/`."""
     return folder.parent if folder.name == MODEL and (folder.parent / CLAIM).exists() else folder
 
 
 def read_people(folder: Path, config: RunConfig) -> People:
     """Return the people that the model in a run's folder was trained on, from the run's copy of their file, if any.
 
-    Raises `InputError` if that cannot be told: the folder has no copy, and the file is gone or holds others.
+    Raises `InputError` if the folder has no copy and the original file is missing or has changed.
     """
     directory = _run_folder(Path(folder))
     people = load_people(own_files(directory, config).facts)
@@ -136,7 +136,8 @@ def read_people(folder: Path, config: RunConfig) -> People:
     else:
         return people
     raise InputError(
-        f"{config.facts.csv or 'this version'} holds other people now than the run in {folder} is about: restore it"
+        f"the run in {folder} was trained on other people than {config.facts.csv or 'this version of the code'} gives "
+        "now: restore that"
     )
 
 
@@ -206,12 +207,12 @@ class Conversation:
         return question(name, attribute)
 
     def unseen(self, n: int = 3) -> People:
-        """Return people whose first and last names are in no training data; nobody if the run read its people."""
+        """Return unseen people with new first and last names; nobody if the run's people came from a CSV file."""
         facts = self.config.facts
         return unseen_people(facts, n)["new_both"] if facts.csv is None else People([], {})
 
     def ask(self, text: str, **options) -> Iterator[tuple[Role, str]]:
-        """Stream the answer as `generation.chat` does; `options` are those of `generation.stream`."""
+        """Stream the answer as `lib.agent.generation.chat` does; `options` as there."""
         return chat(self.model, text, self.tokenizer, self.tool, **options)
 
     def turns(self, text: str, **options) -> list[Turn]:

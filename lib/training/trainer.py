@@ -80,7 +80,7 @@ class Trainer:
         self.n_trained = data.n_trained
         training = config.training
         self.batches = Batches(self.lengths, training.batch_size, config.seed, sources, training.length_pool)
-        # A thread costs more than it saves where nothing has to be read.
+        # Reading ahead pays only for dialogs on disk.
         self._ahead = ReadAhead(self._make_batch) if isinstance(data, ConcatDialogs) else None
         self.total_steps = training.total_steps(self.batches.n_dialogs)
         smallest, n_parts = self.batches.n_dialogs // self.batches.per_epoch, training.grad_accumulation
@@ -196,7 +196,7 @@ class Trainer:
 
     def _make_batch(self, step: int) -> tuple[list[Batch], int]:
         rows = self.batches[step]
-        # Every so many rows: they come sorted by length, and no rank should get all the long ones.
+        # Strided: rows are sorted by length, and no rank should get all the long ones.
         share = slice(self.ranks.data_rank, None, self.ranks.data_size)
         parts = rows.tensor_split(self.config.training.grad_accumulation)
         return [self._part(part[share]) for part in parts], int(self.n_trained[rows].sum())

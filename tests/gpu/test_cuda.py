@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_cuda_graph import STEPS, VARIANTS, make_trainer
+from steps import STEPS, VARIANTS, make_trainer
 
 from lib.agent.tools import SqlTool
 from lib.config import RunConfig

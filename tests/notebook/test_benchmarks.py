@@ -2,11 +2,11 @@
 
 from types import SimpleNamespace
 
-import benchmarks
 import numpy as np
 import pytest
 import torch
 
+import benchmarks
 from lib import paths
 from lib.agent.tools import SqlTool
 from lib.config import RunConfig

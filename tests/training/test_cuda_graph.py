@@ -2,41 +2,13 @@
 
 import gc
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
+from steps import STEPS, VARIANTS, make_trainer
 
-from lib.config import RunConfig
-from lib.dialogs.batches import Source
-from lib.dialogs.tokenizers import ByteTokenizer
-from lib.dialogs.tokens import join, tokenize_people
-from lib.facts.sampling import load_people
-from lib.model.transformer import Transformer
 from lib.training.cuda_graph import CudaGraph
 from lib.training.trainer import Trainer
-
-STEPS = 20
-VARIANTS = [
-    {"optim": {"weight_decay": 0.1}},
-    {"optim": {"name": "adamw", "clip_norm": None, "warmup_steps": 5, "weight_decay": 0.1}},
-    {"mode": "in-tool", "training": {"batch_size": 7}},
-    {"training": {"grad_accumulation": 3, "batch_size": 11}},
-    {"training": {"biographies": 0.3}},
-]
-
-
-def make_trainer(variant: dict, folder: Path, cuda_graph: bool, device: str = "cpu", evaluate=None) -> Trainer:
-    """In float64, so that the order of sums is no matter."""
-    training = {"steps": STEPS, "batch_size": 12, **variant.get("training", {})}
-    config = RunConfig.parse({"facts": {"n_people": 13}, **variant, "model": {"d_model": 8}, "training": training})
-    people = load_people(config.facts)
-    texts = [config.mode, "biography"] if config.training.biographies else [config.mode]
-    parts = [tokenize_people(people, text, ByteTokenizer()) for text in texts]
-    shares = [config.training.questions, config.training.biographies]
-    sources = [Source(len(part), share) for part, share in zip(parts, shares, strict=False)]
-    model = Transformer(config.model, torch.Generator().manual_seed(config.seed)).double().to(device)
-    return Trainer(model, join(parts), config, folder, evaluate, sources=sources, cuda_graph=cuda_graph)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
