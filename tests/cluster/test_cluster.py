@@ -104,6 +104,7 @@ def kill_one(running: list[list[str]], logs: Path, cluster: Path | None) -> list
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # twelve jobs, each of which starts Python and imports torch
 def test_a_sweep_whose_jobs_and_daemons_are_killed_loses_nothing(cluster, checkout, out_of_time):
     commit = checkout.git("rev-parse", "HEAD")
     name = checkout.submit("sweep", "05_3", "--profile", "smoke", "--hours", 0, "--jobs", 2, step_seconds=0.1)
@@ -122,7 +123,7 @@ def test_a_sweep_whose_jobs_and_daemons_are_killed_loses_nothing(cluster, checko
     assert len(before) < 12 and states(name).count("done") == len(before)
     assert {"done", "failed", "missing"} >= {*states(name)}
     assert checkout.itl("retry", name) == f"{12 - len(before)} tasks submitted again\n"
-    assert wait_until_over(name) == ["done"] * 12
+    assert wait_until_over(name, 600) == ["done"] * 12
     rows = {path: json.loads(path.read_text()) for path in folder.glob("*/row.json")}
     assert len(rows) == 12 and {path: path.stat().st_mtime_ns for path in before} == before
     assert {row["commit"] for row in rows.values()} == {commit}
