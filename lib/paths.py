@@ -49,13 +49,13 @@ def figures(profile: str) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, kind: str = "") -> Iterator[Path]:
     """Give a temporary file beside `path` that takes its place at the end, or is gone after an error.
 
-    Raises `InputError` where `path` cannot be a file: a device or a folder, say, or one without a folder.
+    Raises `InputError`, which calls the file a `kind`, where `path` is a device or a folder, or in no folder.
     """
     if (path.exists() and not path.is_file()) or not path.parent.is_dir():  # a device would be replaced, too
-        raise InputError(f"cannot write {path}: a file name in an existing folder is expected")
+        raise InputError(f"cannot write {kind}{path}: a file name in an existing folder is expected")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

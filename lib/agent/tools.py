@@ -15,6 +15,7 @@ from lib.base import InputError
 from lib.dialogs.request import fenced_line, format_request, parse_request
 from lib.facts.database import add_people, attribute_columns, change_fact, quoted
 from lib.facts.people import People
+from lib.paths import DATABASE
 
 
 class Outcome(StrEnum):
@@ -172,7 +173,7 @@ class EditableTool(Closing):
 
     def __init__(self, path: str | Path):
         self._folder = TemporaryDirectory(prefix="itl-")
-        self.path = Path(self._folder.name) / "people.sqlite"
+        self.path = Path(self._folder.name) / DATABASE
         with SqlTool(path) as tool, closing(sqlite3.connect(self.path)) as copy:
             self.attributes = tool.attributes
             tool.connection.backup(copy)

@@ -13,6 +13,7 @@ from lib.dialogs.tokenizers import Tokenizer
 from lib.evaluation.recall import Fact, Recall, measure_recall
 from lib.facts.database import write_database
 from lib.facts.sampling import load_people, unseen_people
+from lib.paths import DATABASE
 
 
 def measure_generalization(model, config: RunConfig, tokenizer: Tokenizer) -> dict[str, float]:
@@ -28,7 +29,7 @@ def measure_generalization(model, config: RunConfig, tokenizer: Tokenizer) -> di
     with ExitStack() as stack:
         tool = None
         if config.mode == "in-tool":
-            database = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "people.sqlite"
+            database = Path(stack.enter_context(tempfile.TemporaryDirectory())) / DATABASE
             write_database(reduce(add, unseen.values(), trained), database)
             tool = stack.enter_context(SqlTool(database))
         for kind, people in {"trained": trained[:n], **unseen}.items():

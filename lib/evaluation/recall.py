@@ -42,9 +42,8 @@ class Recall:
     correct: np.ndarray  # (Q,) bool
     attributes: np.ndarray  # (Q,) str
     decoded: int  # how many questions had to be decoded token by token
-    requests: Sequence[
-        Request | None
-    ]  # in-tool: the first request of each question, None if it is malformed or missing
+    #: In-tool: the first request of each question, None if it is malformed or missing.
+    requests: Sequence[Request | None]
 
     @property
     def overall(self) -> float:
@@ -54,6 +53,10 @@ class Recall:
     def by_attribute(self) -> dict[str, float]:
         """Return the share of the questions about each attribute, in [0, 1]."""
         return {str(a): float(self.correct[self.attributes == a].mean()) for a in np.unique(self.attributes)}
+
+    def columns(self) -> dict[str, float]:
+        """Return the columns of a row: recall, and recall_ATTRIBUTE of each attribute."""
+        return {"recall": self.overall, **{f"recall_{name}": share for name, share in self.by_attribute().items()}}
 
 
 def measure_recall(

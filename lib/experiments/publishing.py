@@ -29,11 +29,6 @@ def _is_clean(commit: str) -> bool:
     return commit != "unknown" and not commit.endswith("-dirty")
 
 
-def publish(section: str, profile: str) -> int:
-    """Do `Table.add` with the finished runs of a section of Section 5."""
-    return table_of(section).add(profile)
-
-
 def table_of(section: str) -> "Table":
     """Return the table of a section of Section 5."""
     order = ("profile", "mode", "n_facts", "alpha", "seed", "d_model", "run_id")

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,8 +46,7 @@ class Report:
 
     def check(self) -> None:
         """Raise `WorkError` if a run failed: a notebook must not go on as if it had its rows."""
-        if self.failed:
-            raise WorkError("; ".join(f"{run}: {reason}" for run, reason in self.failed.items()))
+        check_failed(self.failed)
 
     def __str__(self) -> str:
         done = f"{self.done_now} runs done now, {self.done_before} before; "
@@ -58,6 +57,12 @@ class Report:
         lines += [f"  {_title(config)}" for config in self.missing[:LISTED]]
         lines += [f"  and {len(self.missing) - LISTED:,} more"] if len(self.missing) > LISTED else []
         return "\n".join(lines + [f"failed: {run_id}: {reason}" for run_id, reason in self.failed.items()])
+
+
+def check_failed(failed: Mapping[str, str]) -> None:
+    """Raise `WorkError` with the reasons by run, if there are any."""
+    if failed:
+        raise WorkError("; ".join(f"{run}: {reason}" for run, reason in failed.items()))
 
 
 def sweep(
@@ -187,12 +192,10 @@ class _Process:
         self.config, self.device = config, device
         self._said = tempfile.TemporaryFile()
         path = [str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {
-            "PYTHONPATH": os.pathsep.join(path),
-            "PYTHONSAFEPATH": "1",
-        }  # no other lib, in the current folder
-        # Small models gain little from a second thread, and wait for it where cores are busy.
-        environment |= {"OMP_NUM_THREADS": "1", "ITL_PROGRESS": "off"}
+        # PYTHONSAFEPATH: no lib of the current folder. One thread: small models gain little from a second, and wait for
+        # it where cores are busy.
+        environment = {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+        environment["ITL_PROGRESS"] = "off"
         self._process = subprocess.Popen(
             [sys.executable, "-m", "lib.experiments.worker", config.canonical_json(), str(directory), device],
             stdin=subprocess.PIPE,  # closes with this process, however it ends: then the run leaves

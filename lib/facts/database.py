@@ -18,11 +18,13 @@ def write_database(people: People, path: str | Path) -> None:
     The file is whole or, after an `InputError`, as it was.
     """
     path = Path(path)
-    if (path.exists() and not path.is_file()) or not path.parent.is_dir():  # a device would be replaced, too
-        raise InputError(f"cannot write the database {path}: a file name in an existing folder is expected")
     columns = "".join(f', "{attribute}" TEXT NOT NULL' for attribute in people.attributes)
     try:
-        with replacing(path) as temporary, closing(sqlite3.connect(temporary)) as connection, connection:
+        with (
+            replacing(path, "the database ") as temporary,
+            closing(sqlite3.connect(temporary)) as connection,
+            connection,
+        ):
             connection.execute("PRAGMA journal_mode = OFF")  # an unfinished file is thrown away
             connection.execute(f"CREATE TABLE people (name TEXT PRIMARY KEY{columns}) WITHOUT ROWID")
             rows = sorted(_rows(people), key=itemgetter(0))  # in the order of the key the tree fills from left to right

@@ -12,10 +12,10 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from lib import paths
-from lib.base import WorkError
 from lib.experiments.publishing import Table
 from lib.experiments.scale_tables import rate, table_path
 from lib.experiments.scale_tables import stored_rows as committed_rows
+from lib.experiments.sweep import check_failed
 from lib.experiments.tables import publishing_profile, shown
 from lib.finetune.bases import BASES, PUBLISHED
 from lib.finetune.config import FinetuneConfig
@@ -104,8 +104,7 @@ class Report:
 
     def check(self) -> None:
         """Raise `WorkError` if a run failed: a notebook must not go on as if it had its rows."""
-        if self.failed:
-            raise WorkError("; ".join(f"{run}: {reason}" for run, reason in self.failed.items()))
+        check_failed(self.failed)
 
 
 def sweep(profile: str, *, device: str = "auto", max_hours: float = math.inf) -> Report:
@@ -170,8 +169,3 @@ def shown_rows(profile: str) -> pd.DataFrame:
 def table_of_rows() -> Table:
     """Return the table that these rows enter and leave."""
     return Table(table_path(), ("profile", "base", "task", "mode", "n_facts", "seed", "step", "run_id"), rows)
-
-
-def publish(profile: str) -> int:
-    """Add the finished runs of a profile to paper_data (`Table.add`); return how many rows are new."""
-    return table_of_rows().add(profile)

@@ -1,8 +1,8 @@
 """`finetune(config, directory) -> rows`: fine-tune a chat model and evaluate every checkpoint on the way (Section 6).
 
-Checkpoints are evaluated as they were saved. A run's folder holds `config.json`, `checkpoints/` (deleted at the end),
-`evaluations/` (a row a checkpoint), and once the run is finished `model/` and `rows.json`. A finished run is never
-repeated; one that was killed goes on from its last whole checkpoint, with the same outcome.
+Checkpoints are evaluated as saved. A run's folder holds `config.json`, `checkpoints/` (deleted at the end, but for what
+others put there), `evaluations/` (a row a checkpoint), and once the run is finished `model/` and `rows.json`.
+A finished run is never repeated; one that was killed goes on from its last whole checkpoint, with the same outcome.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import shutil
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
@@ -290,7 +290,11 @@ class _Run(TrainerCallback):
         made = {**provenance(self.device), "config": config.canonical_json()}
         table = [common | row | base | ending | made for row, ending in zip(rows, endings, strict=True)]
         write_json(self.directory / ROWS, table)
-        shutil.rmtree(self.checkpoints)
+        for path in _by_step(self.checkpoints, "checkpoint-*").values():
+            shutil.rmtree(path)
+        (self.checkpoints / "README.md").unlink(missing_ok=True)  # trl's
+        with suppress(OSError):  # somebody keeps something in it
+            self.checkpoints.rmdir()
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

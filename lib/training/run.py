@@ -60,10 +60,10 @@ def run(
 
     compiled: whether to use torch.compile; None: only for long, unprobed runs of one process on a CPU. On a GPU, steps
     are replayed from a CUDA graph instead. observers: extra logging. It does not change training, except that probes
-    turn off CUDA graphs, which changes rounding. Several processes may train one run; all of
-    them call this, and sharded and tensor say how they divide it (`lib.training.distributed.connect`). inputs: where
-    files lie now, by the paths that the configuration names. threads: of the CPU; None keeps those that the run began
-    with, and a new run that may use several measures how many are fastest.
+    turn off CUDA graphs, which changes rounding. Several processes may train one run; all of them call this, and
+    sharded and tensor say how they divide it (`lib.training.distributed.connect`). inputs: where files lie now, by the
+    paths that the configuration names. threads: of the CPU; None keeps those that the run began with, and a new run
+    that may use several measures how many are fastest.
 
     Raises `InputError` if the directory belongs to another configuration, people, tokens or files; then nothing was
     trained; and `WorkError`, `Preempted` among them, if training could not go on: the same call continues it.
@@ -238,8 +238,7 @@ def _row(
         "loss": ending.loss,
         "nll_bits": float(bits.mean()),
         **{f"nll_bits_{a}": float(bits[measured.attributes == a].mean()) for a in people.attributes},
-        "recall": measured.overall,
-        **{f"recall_{attribute}": share for attribute, share in measured.by_attribute().items()},
+        **measured.columns(),
         "n_questions": len(facts),
         **(measure_generalization(model, config, tokenizer) if config.evaluation.unseen_people else {}),
         "train_seconds": round(ending.seconds, 2),

@@ -78,8 +78,4 @@ def _measure(model: Transformer, people: People, config: RunConfig, directory: P
     with SqlTool(directory / DATABASE) if config.mode == "in-tool" else nullcontext() as tool:
         measured = measure_recall(model, list(people.facts()), tokenizer, tool)
     bits = bits_of_dialogs(model, tokenize_people(people, config.mode, tokenizer))
-    return {
-        "recall": measured.overall,
-        **{f"recall_{attribute}": share for attribute, share in measured.by_attribute().items()},
-        "nll_bits": float(bits.mean()),
-    }
+    return measured.columns() | {"nll_bits": float(bits.mean())}

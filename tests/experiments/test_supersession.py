@@ -48,7 +48,7 @@ def test_a_plan_that_loses_searches_loses_no_row_and_no_figure_a_point(published
 
     monkeypatch.setattr(tables, "searches", lambda *arguments: left(searches(*arguments)))
     for section, before in rows.items():
-        assert publishing.publish(section, "laptop") == 0
+        assert publishing.table_of(section).add("laptop") == 0
         pd.testing.assert_frame_equal(tables.committed_rows(section), before)
     for name, points in drawn.items():
         assert _points(name) == points, name

@@ -155,7 +155,7 @@ def test_rows_are_those_of_finished_runs_of_the_profile(data):
 
 def test_a_row_that_is_published_and_still_in_runs_is_read_once_as_published(data):
     _finish(_row("a" * 12, recall=0.25), "laptop")
-    publishing.publish("05_1", "laptop")
+    publishing.table_of("05_1").add("laptop")
     path = tables.sweep_dir("05_1", "laptop") / ("a" * 12) / "row.json"
     path.write_text(json.dumps(_row("a" * 12, recall=0.75)))
     _finish(_row("b" * 12), "laptop")
@@ -165,10 +165,10 @@ def test_a_row_that_is_published_and_still_in_runs_is_read_once_as_published(dat
 
 def test_publishing_merges_sorted_and_says_how_many_are_new(data):
     _finish(_row("b" * 12, seed=1), "laptop")
-    assert publishing.publish("05_1", "laptop") == 1
+    assert publishing.table_of("05_1").add("laptop") == 1
     _finish(_row("a" * 12, n_facts=8), "laptop")
     _finish(_row("c" * 12, seed=0), "laptop")
-    assert publishing.publish("05_1", "laptop") == 2
+    assert publishing.table_of("05_1").add("laptop") == 2
     table = pd.read_csv(data / "parameter_bounds.csv", dtype={"run_id": str})
     assert [run_id[0] for run_id in table.run_id] == ["a", "c", "b"]
     assert [path.name for path in data.iterdir()] == ["parameter_bounds.csv"]
@@ -177,11 +177,11 @@ def test_publishing_merges_sorted_and_says_how_many_are_new(data):
 def test_publishing_only_adds_and_rows_of_an_earlier_plan_are_superseded(data, monkeypatch):
     for run_id in PLANNED[:2]:
         _finish(_row(run_id), "laptop")
-    assert publishing.publish("05_1", "laptop") == 2
+    assert publishing.table_of("05_1").add("laptop") == 2
     before = tables.committed_rows("05_1").set_index("run_id")
     monkeypatch.setattr(tables, "searches", lambda *_: [_plan(PLANNED[2:])])
     _finish(_row(PLANNED[2]), "laptop")
-    assert publishing.publish("05_1", "laptop") == 1
+    assert publishing.table_of("05_1").add("laptop") == 1
     after = tables.committed_rows("05_1").set_index("run_id")
     pd.testing.assert_frame_equal(after.loc[list(PLANNED[:2])], before)  # even what the earlier plan said of sizes
     assert not set(tables.COMPUTED) & set(after.columns)
@@ -193,7 +193,7 @@ def test_rows_leave_a_table_only_as_selected(data, monkeypatch):
     for profile, run_ids in (("laptop", PLANNED[:3]), ("paper", PLANNED[3:5])):
         for run_id in run_ids:
             _finish(_row(run_id), profile)
-        publishing.publish("05_1", profile)
+        publishing.table_of("05_1").add(profile)
     monkeypatch.setattr(tables, "searches", lambda *_: [_plan(PLANNED[1:4])])
 
     def dropped(**selection) -> set[str]:
@@ -280,27 +280,27 @@ def test_capacity_is_by_how_much_a_model_shortens_the_answers():
 def test_publishing_again_changes_no_byte(data):
     for i, run_id in enumerate(PLANNED[3:]):
         _finish(_row(run_id, seed=i, loss=AWKWARD / (i + 1), recall=1 / 3), "laptop")
-    publishing.publish("05_1", "laptop")
+    publishing.table_of("05_1").add("laptop")
     first = (data / "parameter_bounds.csv").read_bytes()
     for _ in range(2):
-        assert publishing.publish("05_1", "laptop") == 0
+        assert publishing.table_of("05_1").add("laptop") == 0
         assert (data / "parameter_bounds.csv").read_bytes() == first
 
 
 def test_a_published_row_is_the_row_of_the_run(data):
     row = _row("000000000012", loss=AWKWARD)
     _finish(row, "laptop")
-    publishing.publish("05_1", "laptop")
+    publishing.table_of("05_1").add("laptop")
     (stored,) = tables.committed_rows("05_1").to_dict("records")
     assert stored == {**row, "profile": "laptop", "next_smaller": 3, "every_seed": False}
 
 
 def test_publishing_one_profile_leaves_the_rows_of_another(data):
     _finish(_row("a" * 12, loss=AWKWARD), "paper")
-    publishing.publish("05_1", "paper")
+    publishing.table_of("05_1").add("paper")
     _finish(_row("a" * 12, loss=2.0), "laptop")
-    assert publishing.publish("05_1", "laptop") == 1
-    assert publishing.publish("05_1", "paper") == 0
+    assert publishing.table_of("05_1").add("laptop") == 1
+    assert publishing.table_of("05_1").add("paper") == 0
     rows = tables.committed_rows("05_1")
     assert dict(zip(rows.profile, rows.loss, strict=True)) == {"laptop": 2.0, "paper": AWKWARD}
 
@@ -310,7 +310,7 @@ def test_a_row_that_cannot_be_traced_to_a_clean_commit_stops_publishing(data, co
     _finish(_row("a" * 12), "laptop")
     _finish(_row("b" * 12, commit=commit), "laptop")
     with pytest.raises(InputError, match=f"1 rows were not made by a clean commit .run {'b' * 12}, commit {commit}"):
-        publishing.publish("05_1", "laptop")
+        publishing.table_of("05_1").add("laptop")
     assert list(data.iterdir()) == []
 
 
@@ -318,7 +318,7 @@ def test_a_row_that_cannot_be_traced_to_a_clean_commit_stops_publishing(data, co
 def test_smoke_and_quick_do_not_publish(data, profile):
     _finish(_row(), profile)
     with pytest.raises(InputError, match=f"the profile {profile} does not publish: laptop and paper do"):
-        publishing.publish("05_1", profile)
+        publishing.table_of("05_1").add(profile)
     assert list(data.iterdir()) == []
 
 
@@ -341,7 +341,7 @@ def test_results_are_shown_of_a_publishing_profile_and_otherwise_of_laptop(data)
 
 
 def test_publishing_nothing_writes_nothing(data):
-    assert publishing.publish("05_1", "laptop") == 0
+    assert publishing.table_of("05_1").add("laptop") == 0
     assert list(data.iterdir()) == []
 
 

@@ -1,7 +1,5 @@
 """People from CSV files."""
 
-import sqlite3
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,11 +65,3 @@ def test_a_csv_file_that_cannot_be_read_is_one_sentence(tmp_path):
     for path in [tmp_path / "missing.csv", tmp_path, tmp_path / "latin.csv"]:
         with pytest.raises(InputError, match=f"cannot read people from {path}"):
             read_people_csv(path)
-
-
-def rows(path, query="SELECT * FROM people"):
-    connection = sqlite3.connect(path)
-    try:
-        return connection.execute(query).fetchall()
-    finally:
-        connection.close()

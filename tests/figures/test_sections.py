@@ -102,7 +102,7 @@ def test_every_figure_is_drawn_to_whole_files_that_are_the_same_a_second_time_an
     without_rows = drawn()
     _finish(_rows(), section, profile)
     if profile in paths.PUBLISHING:
-        publishing.publish(section, profile)
+        publishing.table_of(section).add(profile)
     with_rows = drawn()
     assert drawn() == with_rows
     shows_quick_rows = name not in ("bits_stored", "lower_bound")

@@ -49,11 +49,11 @@ def test_laptop_compares_both_modes_as_published_and_at_one_rate_with_three_seed
 def test_what_is_published_is_counted_once_and_stays_when_the_plan_goes(data, monkeypatch):
     first, second, *_ = experiments.plan("laptop")
     _finish(first)
-    assert experiments.publish("laptop") == 2 and experiments.publish("laptop") == 0
+    assert experiments.table_of_rows().add("laptop") == 2 and experiments.table_of_rows().add("laptop") == 0
     assert first not in experiments.missing("laptop") and second in experiments.missing("laptop")
     _finish(second)
     monkeypatch.setitem(experiments._PLANS, "laptop", lambda: iter([second]))
-    assert experiments.publish("laptop") == 2
+    assert experiments.table_of_rows().add("laptop") == 2
     assert set(experiments.committed_rows().run_id) == {first.run_id, second.run_id}
     assert experiments.missing("laptop") == []
     rows = experiments.rows("laptop")
@@ -67,7 +67,7 @@ def test_an_earlier_recipe_is_shown_where_todays_plan_has_no_run_of_the_point(da
     for config, day in ((first, "2026-01-01"), (other, "2026-01-02"), (changed, "2026-01-03")):
         _finish(config, finished_at=day, adaptation="full", config=config.canonical_json())
     monkeypatch.setitem(experiments._PLANS, "laptop", lambda: iter([first, other, changed]))
-    experiments.publish("laptop")
+    experiments.table_of_rows().add("laptop")
     for plan, shown in (([first], first), ([other], changed), ([], changed)):
         monkeypatch.setitem(experiments._PLANS, "laptop", lambda plan=plan: iter(plan))
         rows = experiments.shown_rows("quick")
@@ -107,5 +107,5 @@ def test_a_sweep_runs_what_is_missing_and_tells_what_failed(data, monkeypatch):
 def test_rows_of_changed_code_are_not_published(data):
     _finish(experiments.plan("laptop")[0], commit=f"{CLEAN}-dirty")
     with pytest.raises(InputError, match="clean commit"):
-        experiments.publish("laptop")
+        experiments.table_of_rows().add("laptop")
     assert not experiments.table_path().exists()

@@ -133,12 +133,14 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(
 
 
 @pytest.mark.parametrize("undisturbed", ["all weights"], indirect=True)
-def test_files_that_are_not_the_runs_are_not_read(undisturbed, tmp_path, monkeypatch):
+def test_files_of_others_in_the_folder_are_neither_read_nor_deleted(undisturbed, tmp_path, monkeypatch):
     """Copies of a checkpoint and of a row under other names, notes, and what macOS puts beside a file."""
     config, directory, rows = undisturbed
     _die_while_evaluating(2, config, tmp_path, monkeypatch)
     checkpoints, evaluations = tmp_path / "checkpoints", tmp_path / "evaluations"
-    shutil.copytree(checkpoints / "checkpoint-2", checkpoints / "checkpoint-best")
+    copies = {checkpoints / name for name in ("checkpoint-best", "checkpoint-1-copy", "checkpoint-9 2")}
+    for copy in copies:
+        shutil.copytree(checkpoints / "checkpoint-2", copy)
     others = {evaluations / name for name in ("notes.json", "0 copy.json", "._0.json", "0.json.bak")}
     others.add(checkpoints / "checkpoint-2" / "._model.safetensors")
     for path in others:
@@ -147,6 +149,7 @@ def test_files_that_are_not_the_runs_are_not_read(undisturbed, tmp_path, monkeyp
     again = finetune(config, tmp_path, description=None)
     assert [row["recall"] for row in again] == [row["recall"] for row in rows]
     assert _same(_weights(tmp_path), _weights(directory))
+    assert set(checkpoints.iterdir()) == copies and all((copy / train.STATE).exists() for copy in copies)
     assert others - {checkpoints / "checkpoint-2" / "._model.safetensors"} < set(evaluations.iterdir())
 
 

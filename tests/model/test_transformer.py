@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import build, some_tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,20 +35,6 @@ def configs(draw):
         vocab_size=draw(st.integers(2, 50)),
         rope=draw(st.sampled_from(["standard", "paper"])),
     )
-
-
-def build(config: ModelConfig, seed: int = 0) -> Transformer:
-    """A model in which every parameter matters: norms are not all ones."""
-    model = Transformer(config, torch.Generator().manual_seed(seed))
-    generator = torch.Generator().manual_seed(seed + 1)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.data.uniform_(0.5, 1.5, generator=generator)
-    return model
-
-
-def some_tokens(config: ModelConfig, *shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @given(configs())
