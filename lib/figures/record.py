@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pandas as pd
 from IPython.display import Markdown, display
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from lib import paths
@@ -151,6 +152,7 @@ def show(name: str, profile: str, save: bool = True, **options) -> None:
     if save:
         style.save(figure, name, profile)
     display(figure, Markdown(f"*{caption(name, profile, **options)}*"))
+    plt.close(figure)  # or the notebook shows it a second time, as an open figure
 
 
 def caption(name: str, profile: str, **options) -> str:

@@ -6,6 +6,7 @@ import re
 
 import pandas as pd
 import pytest
+from matplotlib import pyplot as plt
 
 from lib import paths
 from lib.experiments import tables
@@ -84,3 +85,8 @@ def test_a_figure_is_shown_above_its_caption_and_saved_if_asked(tmp_path, monkey
     assert (tmp_path / "quick" / "figures" / "tool_calls.pdf").is_file()
     assert [type(value).__name__ for value in shown] == ["Figure", "Markdown"] * 2
     assert shown[1].data == f"*{record.caption('tool_calls', 'quick', d_model=16)}*"
+
+
+def test_a_figure_that_was_shown_is_not_left_open_for_the_notebook_to_show_again():
+    record.show("parameter_bounds", "laptop", save=False)
+    assert plt.get_fignums() == []
