@@ -207,7 +207,6 @@ class _Run(TrainerCallback):
             max_length=None,  # `tokenize_chats` has checked: nothing is cut
             save_strategy="steps",
             save_steps=self.interval,
-            save_total_limit=2,
             logging_steps=max(1, self.interval // 5),
             bf16=self.dtype == torch.bfloat16,
             use_cpu=not on_gpu,
@@ -259,6 +258,8 @@ class _Run(TrainerCallback):
             if self.is_due(step) and not self.asked.is_set():
                 self.evaluate(checkpoint, training)
                 self.bar.set_postfix_str(f"recall {self.rows()[-1]['recall']:.2f}", refresh=False)
+            for earlier in list(_by_step(self.checkpoints, "checkpoint-*").values())[:-2]:  # Trainer's own rotation
+                shutil.rmtree(earlier)  # would delete other folders named like one, too
             stopped = [self.stopped()]
         if broadcast_object_list(stopped)[0]:
             control.should_training_stop = True
