@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -26,12 +27,24 @@ class WorkError(RuntimeError):
     exit_code = 1
 
 
+class DamagedFile(WorkError):
+    """A file that a run wrote holds something else now: a power cut, a full disk, an editor."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(f"{path} is damaged ({reason}): delete it, and the command that wrote it makes it again")
+
+
 def to_json(content: Any, **options: Any) -> str:
     """Return `content` as JSON. Raises `WorkError` for infinite numbers and NaN, which other readers refuse."""
     try:
         return json.dumps(content, allow_nan=False, **options)
     except ValueError:
         raise WorkError(f"a number is not finite, so nothing is written: {str(content)[:200]}") from None
+
+
+def printable(text: str) -> str:
+    """Return `text` with what would steer a terminal (ESC, say) escaped; line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 class Config(BaseModel):

@@ -1,11 +1,16 @@
-"""Where things live. Works from any current folder; `ITL_RUNS` moves everything that is not committed."""
+"""Where things live, and how files are read and written whole.
 
+Works from any current folder; `ITL_RUNS` moves everything that is not committed.
+"""
+
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from lib.base import InputError, to_json
+from lib.base import DamagedFile, InputError, WorkError, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -24,11 +29,13 @@ CLAIM, DATABASE, ROW, MODEL = "config.json", "people.sqlite", "row.json", "model
 ROWS = "rows.json"  # of a fine-tuning: a row a checkpoint
 #: Copies, in a run's folder, of files that its configuration names: what becomes of those does not matter to it.
 PEOPLE, TOKENIZER = "people.csv", "tokenizer"  # and the suffix of its kind
+#: Bytes; a run's own files take far less.
+LARGEST_JSON = 256 << 20
 
 
 def runs() -> Path:
     """The folder of everything that can be made again: checkpoints, logs, rows, executed notebooks."""
-    return Path(os.environ.get("ITL_RUNS", ROOT / "runs"))
+    return Path(os.environ.get("ITL_RUNS") or ROOT / "runs")
 
 
 def profile_dir(profile: str) -> Path:
@@ -52,19 +59,49 @@ def figures(profile: str) -> Path:
 def replacing(path: Path, kind: str = "") -> Iterator[Path]:
     """Give a temporary file beside `path` that takes its place at the end, or is gone after an error.
 
-    Raises `InputError`, which calls the file a `kind`, where `path` is a device or a folder, or in no folder.
+    Raises `InputError`, which calls the file a `kind`, where `path` is a device or a folder, or in no folder; and
+    `WorkError` where the disk is full or the folder read-only.
     """
     if (path.exists() and not path.is_file()) or not path.parent.is_dir():  # a device would be replaced, too
         raise InputError(f"cannot write {kind}{path}: a file name in an existing folder is expected")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
     try:
         yield temporary
+        sync(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        raise WorkError(f"cannot write {kind}{path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(file: Path) -> None:
+    """Wait until a file is on the disk: a rename may otherwise survive a power cut that its content does not."""
+    with file.open("r+b") as opened:  # Windows flushes only what may be written
+        os.fsync(opened.fileno())
 
 
 def write_json(path: Path, content: dict | list) -> None:
     """Write JSON under a temporary name, then rename: the file is whole or absent."""
     with replacing(path) as temporary:
-        temporary.write_text(to_json(content, indent=1))
+        temporary.write_text(to_json(content, indent=1), encoding="utf-8")
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Return the content of a JSON file that a run wrote: an object or, by `kind`, a list.
+
+    Raises `DamagedFile` for anything else, `FileNotFoundError` if there is no file.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise ValueError("it is no file")
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it is larger than {LARGEST_JSON >> 20} MB")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, kind):
+            raise ValueError(f"it holds no {'object' if kind is dict else 'list'}")
+        return content
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, RecursionError) as error:
+        raise DamagedFile(path, str(error)) from None

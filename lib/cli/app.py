@@ -1,9 +1,10 @@
 """`itl`: a thin door to the library. Bad input ends in one sentence and exit code 2, failed work in exit code 1."""
 
 import os
+import sqlite3
 import subprocess
 import sys
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ import typer
 from rich.text import Text
 
 from lib import paths
-from lib.base import InputError, WorkError, to_json
+from lib.base import InputError, WorkError, printable, to_json
 from lib.cli import finetune, slurm
 from lib.cli.options import (
     FACTS,
@@ -39,28 +40,71 @@ app = typer.Typer(
 )
 
 
+#: Commands that go on, started again, where they were interrupted.
+RESUMED = ("train", "finetune", "evaluate", "sweep", "trivia", "notebooks", "paper", "scale")
+#: Characters of a message; it may repeat what a file or a server said.
+LONGEST = 1_500
+#: What a user, a file, a disk or a server can cause.
+FORESEEABLE = (InputError, WorkError, OSError, MemoryError, sqlite3.Error, UnicodeError, typer.TyperException)
+
+
 def main() -> None:
     """Run `itl`, as `python -m lib` does, and turn foreseeable errors into a sentence and an exit code.
 
     ITL_DEBUG=1 shows their tracebacks.
     """
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)  # not every terminal knows every letter
     try:
         code = app(standalone_mode=False)
-    except (InputError, WorkError, OSError, typer.TyperException) as error:
+        if sys.stdout:
+            sys.stdout.flush()  # here, a full disk can still be told
+    except BrokenPipeError:
+        code = _leave_quietly()
+    except FORESEEABLE as error:
         if os.environ.get("ITL_DEBUG"):
             raise
-        sentence = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         first = os.environ.get("RANK", "0") == "0"
-        if sentence and (first or not isinstance(error, InputError)):  # all processes find bad input
-            _say(sentence)
-        sys.exit(getattr(error, "exit_code", 1))
+        if first or not isinstance(error, InputError):  # all processes find bad input
+            _say(_sentence(error))
+        code = getattr(error, "exit_code", 1)
+        _leave_quietly()
     if code == 130:  # typer's code for Ctrl-C
-        _say("interrupted: the same command goes on from here")
+        resumed = len(sys.argv) > 1 and sys.argv[1] in RESUMED
+        _say("interrupted: the same command goes on from the last checkpoint" if resumed else "interrupted")
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _leave_quietly() -> int:
+    """Keep Python from a traceback over what could not be written to the standard output; return an exit code."""
+    try:
+        sys.stdout.flush()
+    except (AttributeError, OSError):
+        sys.stdout = None
+    return 1
+
+
+def _sentence(error: Exception) -> str:
+    """Return what went wrong; what the system says is told with the file it says it of."""
+    if isinstance(error, typer.TyperException):
+        return error.format_message()
+    if isinstance(error, OSError) and error.strerror:
+        about = f" with {error.filename}" if error.filename else ""
+        return f"the system refuses to go on{about}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return f"out of memory: give a smaller model or batch {error}"
+    if isinstance(error, sqlite3.Error):
+        return f"the database cannot be used: {error}"
+    return str(error)
+
+
 def _say(sentence: str) -> None:
-    print(f"itl: {' '.join(sentence.split())}", file=sys.stderr)
+    """Print one line to the standard error: short, and without what would steer a terminal."""
+    line = printable(" ".join(sentence.split()))
+    if line and sys.stderr:
+        with suppress(OSError):
+            print(f"itl: {line if len(line) <= LONGEST else f'{line[:LONGEST]} ...'}", file=sys.stderr)
 
 
 @app.command()
@@ -173,10 +217,10 @@ def chat(
 
 
 def _read_line() -> str:
-    """Return what the user types, nothing at the end of the input."""
+    """Return what the user types, nothing at the end of the input or where there is none."""
     try:
         return console.input(Text("you: ", style="bold cyan")).strip()
-    except EOFError:
+    except (EOFError, RuntimeError):
         return ""
 
 

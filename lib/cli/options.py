@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -91,10 +92,32 @@ def assigned(given: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def _refuse_both(given: dict[str, Any], people: str, csv: str) -> None:
+    if {people, csv} <= given.keys():
+        raise InputError("--people and --csv exclude each other: the file says how many there are")
+
+
+def _facts_config(given: dict[str, Any]) -> FactsConfig:
+    _refuse_both(given, "n_people", "csv")
+    return FactsConfig.parse(given)
+
+
+def check_device(name: str) -> str:
+    """Return the name of a device. Raises `InputError` unless torch could know it, on this machine or another."""
+    if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d{1,3})?", name):
+        raise InputError(f"--device {name!r} is no device: auto, cpu, cuda, cuda:1, mps and xpu are accepted")
+    return name
+
+
+def _how(given: dict[str, Any]) -> dict[str, Any]:
+    if "device" in given:
+        check_device(given["device"])
+    return given
+
+
 def _run_config(given: dict[str, Any]) -> RunConfig:
     start = given.pop("config", None)
-    if {"facts.n_people", "facts.csv"} <= given.keys():
-        raise InputError("--people and --csv exclude each other: the file says how many there are")
+    _refuse_both(given, "facts.n_people", "facts.csv")
     if "seed" in given:
         given["facts.seed"] = given["seed"]
     return override(read_config(start) if start else RunConfig(), assigned(given))
@@ -116,7 +139,7 @@ RUN: Group = (
 )
 #: Which people.
 FACTS: Group = (
-    FactsConfig.parse,
+    _facts_config,
     {
         "people": Option(int, "how many people to sample (default: 64)", "n_people"),
         "seed": Option(int, "of the people"),
@@ -128,7 +151,7 @@ FACTS: Group = (
 OBSERVERS: Group = Observers.parse, options_of(Observers)
 #: How a run is trained; `lib.training.run.run` takes these.
 HOW: Group = (
-    dict,
+    _how,
     {
         "device": Option(str, "auto, cpu, cuda, ... (default: auto)"),
         "sharded": Option(bool, "shard the weights over the processes (FSDP)"),
@@ -140,7 +163,7 @@ HOW: Group = (
 RESOURCES: Group = Resources.parse, options_of(Resources)
 
 Out = Annotated[Path | None, typer.Option(help="folder of the run (default: a folder of its id in runs)")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...", callback=check_device)]
 Section = Annotated[str, typer.Argument(help="section of the paper, as 05_1")]
 Source = Annotated[str, typer.Argument(help="section of the paper, as 05_1, or a YAML file with a plan of your own")]
 ProfileOption = Annotated[
