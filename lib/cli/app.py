@@ -235,9 +235,9 @@ def sweep(
     publish: Annotated[bool, typer.Option(help="merge finished rows into paper_data (laptop and paper)")] = False,
 ) -> None:
     """Run all models of a section, or of a YAML file of grids, that are not finished yet."""
-    from lib.experiments import publishing
-
     if publish:
+        from lib.experiments import publishing  # brings pandas, which nothing else here needs
+
         _table(source)  # an experiment without a table is an `InputError`
         publishing.check_publishes(profile)
         publishing.check_traceable()

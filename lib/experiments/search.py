@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from lib.config import RunConfig
 
@@ -20,8 +21,13 @@ class Search:
     neighbours: int = 2  # so many sizes right below the one found must have failed
 
     def config(self, size: int) -> RunConfig:
-        """The run at one size."""
+        """Return the run at one size."""
         return self.base.model_copy(update={"model": self.base.model.model_copy(update={"d_model": size})})
+
+    @cached_property
+    def run_ids(self) -> tuple[str, ...]:
+        """Return the id of the run at each size."""
+        return tuple(self.config(size).run_id for size in self.sizes)
 
     @property
     def certain(self) -> tuple[int, ...]:
@@ -29,15 +35,15 @@ class Search:
         return self.sizes if self.threshold is None else (self.sizes[self.start],)
 
     def pending(self, recalls: Mapping[str, float]) -> list[RunConfig]:
-        """The runs to do next, given the recall of finished runs by id; none when the search is over."""
-        known = {i: recalls.get(self.config(size).run_id) for i, size in enumerate(self.sizes)}
+        """Return the runs to do next, given the recall of finished runs by id; none when the search is over."""
+        known = {i: recalls[run_id] for i, run_id in enumerate(self.run_ids) if run_id in recalls}
         if self.threshold is None:
-            return [self.config(self.sizes[i]) for i, recall in known.items() if recall is None]
-        next_index = self._next({i: recall >= self.threshold for i, recall in known.items() if recall is not None})
-        return [] if next_index is None else [self.config(self.sizes[next_index])]
+            return [self.config(size) for i, size in enumerate(self.sizes) if i not in known]
+        following = self._next({i: recall >= self.threshold for i, recall in known.items()})
+        return [] if following is None else [self.config(self.sizes[following])]
 
     def _next(self, reached: dict[int, bool]) -> int | None:
-        """Index of the size to try next, given which sizes reached the threshold; None when the smallest is known."""
+        """Return the index to try next, given which reached the threshold; None when the smallest is known."""
         last = len(self.sizes) - 1
         high = min((i for i, yes in reached.items() if yes), default=None)  # the smallest known to be enough
         low = max((i for i, yes in reached.items() if not yes and (high is None or i < high)), default=None)
@@ -54,5 +60,5 @@ class Search:
         return next((i for i in below if i not in reached), None)
 
     def expected_runs(self) -> int:
-        """About how many runs the search takes from its start."""
+        """Return about how many runs the search takes from its start."""
         return len(self.sizes) if self.threshold is None else min(2 + self.neighbours, len(self.sizes))

@@ -5,20 +5,18 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import pandas as pd
 
 from lib import paths
 from lib.base import InputError, WorkError
 from lib.config import RunConfig
-from lib.experiments import tables
 from lib.experiments.plan import searches
+from lib.experiments.rows import known_rows, sweep_dir
 from lib.experiments.search import Search
 from lib.experiments.worker import attempt
 from lib.facts.people import ATTRIBUTES, RELEASED
@@ -53,9 +51,9 @@ class Report:
         if not self.missing:
             return done + "nothing is missing"
         ahead = f"about {self.runs_ahead:,} runs and {self.hours_ahead:,.1f} hours of one process ahead, beginning with"
-        lines = [done + ahead]
-        lines += [f"  {_title(config)}" for config in self.missing[:LISTED]]
-        lines += [f"  and {len(self.missing) - LISTED:,} more"] if len(self.missing) > LISTED else []
+        lines = [done + ahead, *(f"  {_title(config)}" for config in self.missing[:LISTED])]
+        if more := self.missing[LISTED:]:
+            lines.append(f"  and {len(more):,} more")
         return "\n".join(lines + [f"failed: {run_id}: {reason}" for run_id, reason in self.failed.items()])
 
 
@@ -88,24 +86,23 @@ def sweep(
     if jobs is not None and jobs < 1:
         raise InputError(f"jobs = {jobs}: a sweep takes at least one process")
     plan = searches(section, profile) if plan is None else plan
-    rows, recalls = _known(section, profile, plan)
+    rows = known_rows(section, profile, plan)
+    recalls = _recalls(rows, plan)
     report = Report(done_before=len(recalls))
     if not dry_run and _pending(plan, recalls):
-        directory = tables.sweep_dir(section, profile)
-        deadline = time.monotonic() + 3600 * max_hours
-        start, devices = (_Here, [device]) if in_process else (_Process, _devices(device, jobs))
-        _execute(plan, recalls, report, directory, start, devices, deadline)
+        devices = [device] if in_process else _devices(device, jobs)
+        _execute(plan, recalls, report, sweep_dir(section, profile), devices, 3600 * max_hours, in_process)
     report.missing = _pending(plan, recalls)
     ahead = [config for search in plan for config in _expected(search, recalls)]
-    kind = "cuda" if device.startswith("cuda") else "cpu"
-    report.runs_ahead, report.hours_ahead = len(ahead), _hours(ahead, _speed(rows, kind))
+    speed = _speed(rows.values(), "cuda" if device.startswith("cuda") else "cpu")
+    report.runs_ahead, report.hours_ahead = len(ahead), _hours(ahead, speed)
     return report
 
 
 def hours_ahead(section: str, profile: str, plan: Sequence[Search]) -> list[float]:
     """Return about how many hours each search of a plan still takes one core; 0 for one that is over."""
-    rows, recalls = _known(section, profile, plan)
-    speed = _speed(rows, "cpu")
+    rows = known_rows(section, profile, plan)
+    recalls, speed = _recalls(rows, plan), _speed(rows.values(), "cpu")
     return [_hours(_expected(search, recalls), speed) for search in plan]
 
 
@@ -130,11 +127,10 @@ def _devices(device: str, jobs: int | None) -> list[str]:
     return assign_devices(device, jobs, n_gpus, usable_cores())
 
 
-def _known(section: str, profile: str, plan: Sequence[Search]) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Return all rows, which tell the speed of devices, and by run id the recall of those that the plan asks for."""
-    rows = tables.read_rows(section, profile, plan)
-    done = rows[~rows.superseded]
-    return rows, dict(zip(done.run_id, done.recall, strict=True)) if len(done) else {}
+def _recalls(rows: dict[str, dict], plan: Sequence[Search]) -> dict[str, float]:
+    """Return by run id the recall of the finished runs that a plan asks for."""
+    planned = (run_id for search in plan for run_id in search.run_ids)
+    return {run_id: float(rows[run_id]["recall"]) for run_id in planned if run_id in rows}
 
 
 def _pending(plan: Sequence[Search], recalls: dict[str, float]) -> list[RunConfig]:
@@ -147,30 +143,42 @@ def _execute(
     recalls: dict[str, float],
     report: Report,
     directory: Path,
-    start: "type[_Process] | type[_Here]",
     devices: list[str],
-    deadline: float,
+    seconds: float,
+    in_process: bool,
 ) -> None:
     """Keep a run on each of `devices` until nothing can start any more, adding to `recalls` and `report`."""
-    idle, tries = devices[::-1], Counter()
-    running: list[_Process | _Here] = []
-    with progress(len(plan), f"{directory.parent.name} {directory.name}") as bar:
+    idle, tries, deadline = devices[::-1], Counter(), time.monotonic() + seconds
+    running: dict[Future, tuple[RunConfig, str]] = {}
+    processes: list[subprocess.Popen] = []
+
+    def start(config: RunConfig, device: str) -> Future:
+        arguments = config, directory / config.run_id, device
+        if not in_process:
+            processes.append(process := _process(*arguments))
+            return pool.submit(_error, process)
+        future = Future()
+        future.set_result(attempt(*arguments))
+        return future
+
+    with (
+        ThreadPoolExecutor(len(devices)) as pool,
+        progress(len(plan), f"{directory.parent.name} {directory.name}") as bar,
+    ):
         try:
             while True:
-                known = report.failed.keys() | {run.config.run_id for run in running}
+                known = report.failed.keys() | {config.run_id for config, _ in running.values()}
                 ready = [config for config in _pending(plan, recalls) if config.run_id not in known]
                 while ready and idle and time.monotonic() < deadline:
-                    config = ready.pop(0)
-                    running.append(start(config, directory / config.run_id, idle.pop()))
+                    config, device = ready.pop(0), idle.pop()
+                    running[start(config, device)] = config, device
                 if not running:
                     return
-                while not (ended := [run for run in running if run.ended()]):
-                    time.sleep(0.1)
-                for run in ended:
-                    running.remove(run)
-                    idle.append(run.device)
-                    run_id, title = run.config.run_id, _title(run.config)
-                    if error := run.error():
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    config, device = running.pop(future)
+                    idle.append(device)
+                    run_id, title = config.run_id, _title(config)
+                    if error := future.result():
                         tries[run_id] += 1
                         if tries[run_id] == TRIES:
                             report.failed[run_id] = f"{title}: {error}"
@@ -181,69 +189,35 @@ def _execute(
                 closed = sum(not search.pending(recalls) for search in plan)
                 bar.update(closed - bar.n)
         finally:
-            for run in running:
-                run.stop()
+            for process in processes:
+                process.terminate()  # asks a run to leave, which it does with a checkpoint
 
 
-class _Process:
-    """A run in a process of its own: its death harms no other run, and it does not outlive the sweep."""
-
-    def __init__(self, config: RunConfig, directory: Path, device: str):
-        self.config, self.device = config, device
-        self._said = tempfile.TemporaryFile()
-        path = [str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        # PYTHONSAFEPATH: no lib of the current folder. One thread: small models gain little from a second, and wait for
-        # it where cores are busy.
-        environment = {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-        environment["ITL_PROGRESS"] = "off"
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "lib.experiments.worker", config.canonical_json(), str(directory), device],
-            stdin=subprocess.PIPE,  # closes with this process, however it ends: then the run leaves
-            stdout=subprocess.DEVNULL,
-            stderr=self._said,
-            env=os.environ | environment,
-        )
-
-    def ended(self) -> bool:
-        return self._process.poll() is not None
-
-    def error(self) -> str | None:
-        """Return what ended the process before its run was finished, in one line."""
-        code = self._process.returncode
-        self._said.seek(0)
-        lines = self._said.read().decode(errors="replace").split("\n")
-        said = [line.strip() for line in lines if line.strip()]
-        self._close()
-        if code == 1 and said:
-            return said[-1]
-        return f"its process died with exit code {code}" if code else None
-
-    def stop(self) -> None:
-        """Ask the process to leave, which it does with a checkpoint, and wait for it."""
-        self._process.terminate()
-        self._process.wait()
-        self._close()
-
-    def _close(self) -> None:
-        self._process.stdin.close()
-        self._said.close()
+def _process(config: RunConfig, directory: Path, device: str) -> subprocess.Popen:
+    """Start a run in a process of its own: its death harms no other run, and it does not outlive the sweep."""
+    path = [str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # PYTHONSAFEPATH: no lib of the current folder. One thread: small models gain little from a second, and wait for it
+    # where cores are busy.
+    environment = {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "lib.experiments.worker", config.canonical_json(), str(directory), device],
+        stdin=subprocess.PIPE,  # closes with this process, however it ends: then the run leaves
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=os.environ | environment | {"ITL_PROGRESS": "off"},
+    )
 
 
-class _Here:
-    """A run in this process, finished when it is made."""
-
-    def __init__(self, config: RunConfig, directory: Path, device: str):
-        self.config, self.device = config, device
-        self._error = attempt(config, directory, device)
-
-    def ended(self) -> bool:
-        return True
-
-    def error(self) -> str | None:
-        return self._error
-
-    def stop(self) -> None:
-        pass
+def _error(process: subprocess.Popen) -> str | None:
+    """Wait for a process; return what ended it before its run was finished, in one line."""
+    with process:
+        said = process.stderr.read().split("\n")
+    lines = [line.strip() for line in said if line.strip()]
+    if process.returncode == 1 and lines:
+        return lines[-1]
+    return f"its process died with exit code {process.returncode}" if process.returncode else None
 
 
 def _title(config: RunConfig) -> str:
@@ -260,19 +234,21 @@ def _expected(search: Search, recalls: dict[str, float]) -> list[RunConfig]:
     pending = search.pending(recalls)
     if search.threshold is None or not pending:
         return pending
-    done = sum(search.config(size).run_id in recalls for size in search.sizes)
+    done = sum(run_id in recalls for run_id in search.run_ids)
     return pending * max(1, search.expected_runs() - done)
 
 
-def _hours(configs: list[RunConfig], speed: float) -> float:
+def _hours(configs: Iterable[RunConfig], speed: float) -> float:
     """Return the hours that runs take one process of so many floating-point operations a second."""
     return sum(config.flops() for config in configs) / speed / 3600
 
 
-def _speed(rows: pd.DataFrame, device: str) -> float:
+def _speed(rows: Iterable[dict], device: str) -> float:
     """Return the floating-point operations a second of the rows that such a device (cpu, cuda) made, or a guess."""
-    rows = rows[rows.device.str.startswith(device)] if len(rows) else rows
-    if not len(rows):
-        return SPEEDS[device]
-    done = [RunConfig.parse(json.loads(row.config)).flops() * row.steps / row.steps_budget for row in rows.itertuples()]
-    return sum(done) / rows.train_seconds.sum()
+    flops = seconds = 0.0
+    for row in rows:
+        if row["device"].startswith(device):
+            share = float(row["steps"]) / float(row["steps_budget"])
+            flops += RunConfig.parse(json.loads(row["config"])).flops() * share
+            seconds += float(row["train_seconds"])
+    return flops / seconds if seconds else SPEEDS[device]

@@ -10,19 +10,11 @@ import pandas as pd
 
 from lib import paths
 from lib.base import InputError
-from lib.dialogs.tokenizers import load_tokenizer
-from lib.experiments.plan import is_file, searches
+from lib.experiments.plan import searches
+from lib.experiments.rows import TABLES, rows_in_runs, table_path
 from lib.experiments.search import Search
 from lib.facts.people import LAWS, Law
-from lib.paths import ROW
 
-#: The table of paper_data that holds a section's rows.
-TABLES = {
-    "05_1": "parameter_bounds",
-    "05_1_biographies": "biographies",
-    "05_2": "generalization",
-    "05_3": "compressibility",
-}
 #: Profiles that only tables have: no plan asks for their rows (paper_data/README.md).
 TABLE_ONLY = ("near-paper",)
 #: The recalls that the paper counts as knowing.
@@ -45,20 +37,6 @@ def check_threshold(threshold: float) -> None:
         raise InputError(f"threshold = {threshold}: the published thresholds are {known}")
 
 
-def sweep_dir(section: str, profile: str) -> Path:
-    """Return the folder of a sweep's runs: runs/<profile>/<section>, or runs/<name> for a user's file of grids."""
-    return paths.runs() / Path(section).stem if is_file(section) else paths.profile_dir(profile) / section
-
-
-def table_path(section: str) -> Path:
-    """Return where a section's rows are committed: paper_data/<table>.csv. Other experiments are an `InputError`."""
-    if section not in TABLES:
-        raise InputError(
-            f"there is no table for section {section}: there are {', '.join(TABLES)}, other rows stay in runs"
-        )
-    return paths.PAPER_DATA / f"{TABLES[section]}.csv"
-
-
 def read_table(path: Path) -> pd.DataFrame:
     """Return the rows of a table of runs; empty before anything was published."""
     return pd.read_csv(path, dtype=_DTYPES) if path.exists() else pd.DataFrame()
@@ -77,19 +55,16 @@ def read_rows(section: str, profile: str, plan: Sequence[Search] | None = None) 
     """
     plan = searches_of(section, profile) if plan is None else plan
     planned = _planned(plan)
-    tokenizers = {load_tokenizer(spec).name for spec in {search.base.tokenizer for search in plan}}
-    found = sorted(sweep_dir(section, profile).glob(f"*/{ROW}")) if planned else []
-    fresh = [json.loads(path.read_text()) for path in found if path.parent.name in planned]
-    fresh = [row for row in fresh if row.get("tokenizer", "bytes") in tokenizers]
+    fresh = rows_in_runs(section, profile, plan) if plan else []
     known = committed_rows(section) if section in TABLES else pd.DataFrame()
-    tables = [known[known.profile == profile]] if len(known) else []
-    tables = [table for table in (*tables, pd.DataFrame(fresh).assign(profile=profile)) if len(table)]
+    known = known[known.profile == profile] if len(known) else known
+    tables = [table for table in (known, pd.DataFrame(fresh).assign(profile=profile)) if len(table)]
     rows = pd.concat(tables) if tables else pd.DataFrame(columns=["run_id"])
-    return _marked(rows.drop_duplicates("run_id", keep="first").reset_index(drop=True), planned)
+    return _marked(rows.drop_duplicates("run_id", ignore_index=True), planned)
 
 
 def searches_of(section: str, profile: str, tokenizer: str = "bytes") -> list[Search]:
-    """Return `searches`, none for a profile that only tables have."""
+    """Return the searches of an experiment, none for a profile that only tables have."""
     return [] if profile in TABLE_ONLY else searches(section, profile, tokenizer)
 
 
@@ -101,8 +76,7 @@ def _planned(plan: Sequence[Search]) -> dict[str, tuple[int, bool]]:
     planned = {}
     for search in plan:
         tried = sizes[search.base.canonical_json()]
-        for size in search.sizes:
-            run_id = search.config(size).run_id
+        for size, run_id in zip(search.sizes, search.run_ids, strict=True):
             certain = size in search.certain or planned.get(run_id, (0, False))[1]
             planned[run_id] = max((other for other in tried if other < size), default=0), certain
     return planned
@@ -128,7 +102,7 @@ def described(rows: pd.DataFrame) -> pd.DataFrame:
     configs = [json.loads(c) if isinstance(c, str) else {} for c in rows.get("config", [None] * len(rows))]
     sizes = rows.reindex(columns=["steps_budget", "batch_size", "n_facts"]).itertuples(index=False)
     computed = {
-        "superseded": [False] * len(rows),
+        "superseded": False,
         "law": [_law(config.get("facts", {})) for config in configs],
         "recipe": [_recipe(config, *size) for config, size in zip(configs, sizes, strict=True)],
     }
@@ -146,13 +120,12 @@ def law_named(name: str) -> Law:
 
 
 def _recipe(config: dict, steps: float, batch_size: float, n_facts: float) -> str:
-    model = {name: value for name, value in config.get("model", {}).items() if name != "d_model"}
-    training = dict(config.get("training", {}))
-    for name in ("steps", "checkpoint_every", "keep_checkpoints"):
-        training.pop(name, None)
-    questions = 1 - training.pop("biographies", 0) - sum(training.get("files", {}).values())
-    passes = float(f"{steps * batch_size * questions / n_facts:.3g}")
-    return json.dumps({**model, **config.get("optim", {}), **training, "passes": passes}, sort_keys=True)
+    groups = {name: value for group in ("model", "optim", "training") for name, value in config.get(group, {}).items()}
+    questions = 1 - groups.get("biographies", 0) - sum(groups.get("files", {}).values())
+    groups["passes"] = float(f"{steps * batch_size * questions / n_facts:.3g}")
+    for name in ("d_model", "steps", "checkpoint_every", "keep_checkpoints", "biographies"):
+        groups.pop(name, None)
+    return json.dumps(groups, sort_keys=True)
 
 
 def shown(table: pd.DataFrame, value: str, on: Sequence[str] = POINT) -> pd.DataFrame:

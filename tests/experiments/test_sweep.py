@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +19,7 @@ from lib import paths
 from lib.base import InputError, WorkError
 from lib.config import RunConfig
 from lib.experiments import plan, sweep, tables
+from lib.experiments.rows import table_path
 from lib.experiments.search import SIZES, Search
 from lib.training.distributed import Preempted
 
@@ -80,18 +80,24 @@ def test_a_second_sweep_does_nothing_and_says_so_quickly(smoke, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", ["sweep 05_1 --profile smoke", "sweep 05_2 --profile paper --dry-run", "compare 05_1"]
+    ("command", "libraries"),
+    [
+        ("sweep 05_1 --profile smoke", ("torch", "pandas", "numpy", "matplotlib")),
+        ("sweep 05_2 --profile paper --dry-run", ("torch", "pandas", "numpy", "matplotlib")),
+        ("compare 05_1", ("torch", "matplotlib")),
+    ],
 )
-def test_planning_a_finished_sweep_and_comparing_need_no_torch(smoke, tmp_path, command):
+def test_planning_a_finished_sweep_and_comparing_import_no_more_than_they_need(smoke, tmp_path, command, libraries):
     shutil.copy(paths.PAPER_DATA / "parameter_bounds.csv", tmp_path)
     code = (
         "import sys, pathlib; from lib import paths; paths.PAPER_DATA = pathlib.Path(sys.argv.pop(1))\n"
-        "from lib.cli.app import app; app(sys.argv[1:], standalone_mode=False); print('torch' in sys.modules)"
+        "from lib.cli.app import app; app(sys.argv[1:], standalone_mode=False); print(*sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": str(paths.ROOT), "ITL_RUNS": str(smoke[0])}
     arguments = [sys.executable, "-c", code, str(tmp_path), *command.split()]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-    assert done.stdout.endswith("False\n"), done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr
+    assert not set(libraries) & set(done.stdout.splitlines()[-1].split())
 
 
 def _children(pid: int) -> list[int]:
@@ -280,7 +286,7 @@ def test_the_rows_of_a_users_file_have_a_folder_of_their_own(runs, outcomes, tmp
     assert sorted(path.parent.parent for path in runs.rglob("row.json")) == [runs / "mine"] * 2
     assert sweep.sweep(str(file), "quick").done_before == 2
     with pytest.raises(InputError, match="there is no table for section .*mine.yaml: there are 05_1, .* stay in runs"):
-        tables.table_path(str(file))
+        table_path(str(file))
 
 
 def test_a_plan_is_done_in_this_process(runs):
@@ -332,9 +338,10 @@ def test_hours_ahead_follow_the_speed_of_the_rows_there_are(smoke, monkeypatch):
     monkeypatch.setenv("ITL_RUNS", str(smoke[0]))
     rows = tables.read_rows("05_1", "smoke")
     again = [RunConfig.parse(json.loads(config)) for config in rows.config]
-    speed = sweep._speed(rows, "cpu")
-    on_gpu = rows.assign(device="cuda (a fast one)", train_seconds=rows.train_seconds / 50)
-    assert sweep._speed(pd.concat([rows, on_gpu]), "cpu") == speed  # a core is no faster for it
+    on_cpu = rows.to_dict("records")
+    speed = sweep._speed(on_cpu, "cpu")
+    on_gpu = [{**row, "device": "cuda (a fast one)", "train_seconds": row["train_seconds"] / 50} for row in on_cpu]
+    assert sweep._speed([*on_cpu, *on_gpu], "cpu") == speed  # a core is no faster for it
     assert sweep._speed(on_gpu, "cuda") == pytest.approx(50 * speed)
     assert 3600 * sweep._hours(again, speed) == pytest.approx(
         rows.train_seconds.sum()

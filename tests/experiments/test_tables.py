@@ -19,6 +19,7 @@ from lib.config import ModelConfig, RunConfig
 from lib.experiments import publishing, summaries, tables
 from lib.experiments.plan import searches
 from lib.experiments.published import published_by_paper
+from lib.experiments.rows import sweep_dir
 from lib.experiments.search import SIZES, Search
 from lib.facts.people import ATTRIBUTES, RELEASED, FactsConfig
 
@@ -133,11 +134,11 @@ def data(tmp_path, monkeypatch) -> Path:
 def _plan(run_ids: tuple[str, ...]) -> SimpleNamespace:
     base = SimpleNamespace(tokenizer="bytes", canonical_json=lambda: str(run_ids))
     sizes, config = range(len(run_ids)), lambda size: SimpleNamespace(run_id=run_ids[size])
-    return SimpleNamespace(base=base, sizes=sizes, certain=sizes[:1], config=config)
+    return SimpleNamespace(base=base, sizes=sizes, certain=sizes[:1], config=config, run_ids=run_ids)
 
 
 def _finish(row: dict, profile: str, section: str = "05_1") -> None:
-    folder = tables.sweep_dir(section, profile) / row["run_id"]
+    folder = sweep_dir(section, profile) / row["run_id"]
     folder.mkdir(parents=True)
     (folder / "row.json").write_text(json.dumps(row))
 
@@ -146,7 +147,7 @@ def test_rows_are_those_of_finished_runs_of_the_profile(data):
     _finish(_row("a" * 12), "laptop")
     _finish(_row("b" * 12), "quick")
     _finish(_row("0" * 12), "laptop")  # of an earlier plan
-    (tables.sweep_dir("05_1", "laptop") / ("c" * 12)).mkdir()  # not finished
+    (sweep_dir("05_1", "laptop") / ("c" * 12)).mkdir()  # not finished
     rows = tables.read_rows("05_1", "laptop")
     (row,) = rows.drop(columns=[*tables.COMPUTED, "next_smaller", "every_seed"]).to_dict("records")
     assert row == {**_row("a" * 12), "profile": "laptop"}
@@ -156,7 +157,7 @@ def test_rows_are_those_of_finished_runs_of_the_profile(data):
 def test_a_row_that_is_published_and_still_in_runs_is_read_once_as_published(data):
     _finish(_row("a" * 12, recall=0.25), "laptop")
     publishing.table_of("05_1").add("laptop")
-    path = tables.sweep_dir("05_1", "laptop") / ("a" * 12) / "row.json"
+    path = sweep_dir("05_1", "laptop") / ("a" * 12) / "row.json"
     path.write_text(json.dumps(_row("a" * 12, recall=0.75)))
     _finish(_row("b" * 12), "laptop")
     rows = tables.read_rows("05_1", "laptop")
@@ -393,7 +394,7 @@ def test_bounds_rows_are_those_of_the_plan(data, monkeypatch):
     monkeypatch.setattr(tables, "searches", lambda section, *_: both[section])
     for section, run_ids in (("05_1", PLANNED[1:2]), ("05_2", [PLANNED[0], PLANNED[2]])):
         for run_id in run_ids:
-            folder = tables.sweep_dir(section, "laptop") / run_id
+            folder = sweep_dir(section, "laptop") / run_id
             folder.mkdir(parents=True)
             (folder / "row.json").write_text(json.dumps(_row(run_id)))
     assert set(summaries.bounds_rows("laptop").run_id) == set(PLANNED[:2])

@@ -9,8 +9,8 @@ import pytest
 from matplotlib import pyplot as plt
 
 from lib import paths
-from lib.experiments import tables
 from lib.experiments.plan import searches
+from lib.experiments.rows import sweep_dir
 from lib.figures import record, style
 
 ROWS = pd.DataFrame(
@@ -65,7 +65,7 @@ def test_what_a_profile_adds_is_told_where_it_is_drawn(name, section, counts, tm
     monkeypatch.setenv("ITL_RUNS", str(tmp_path))
     search = searches(section, "quick")[0]
     config = search.config(search.sizes[0])
-    folder = tables.sweep_dir(section, "quick") / config.run_id
+    folder = sweep_dir(section, "quick") / config.run_id
     folder.mkdir(parents=True)
     row = {"run_id": config.run_id, "mode": config.mode, "n_facts": 16, "alpha": 0.0, "seed": 0}
     row |= {"d_model": config.model.d_model, "n_params": config.model.n_params, "recall": 1.0, "trained_right_name": 1}

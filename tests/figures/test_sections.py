@@ -19,6 +19,7 @@ from lib.base import InputError
 from lib.config import ModelConfig
 from lib.experiments import publishing, summaries, tables
 from lib.experiments.published import published_by_paper
+from lib.experiments.rows import sweep_dir
 from lib.facts.people import ATTRIBUTES, FactsConfig
 from lib.figures import compressibility, generalization, parameter_bounds, record, style
 from lib.model.bounds import BY_HAND_PARAMETERS, MEASURED_BITS
@@ -38,8 +39,8 @@ def places(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
     monkeypatch.delenv("ITL_FIGURES", raising=False)
     base = SimpleNamespace(mode="in-tool", tokenizer="bytes", facts=FactsConfig(n_people=1), canonical_json=str)
-    sizes, config = range(99), lambda size: SimpleNamespace(run_id=f"{size:012d}")
-    search = SimpleNamespace(base=base, sizes=sizes, certain=sizes, config=config, threshold=None)
+    sizes, run_ids = range(99), [f"{size:012d}" for size in range(99)]
+    search = SimpleNamespace(base=base, sizes=sizes, certain=sizes, run_ids=run_ids, threshold=None)
     monkeypatch.setattr(tables, "searches", lambda section, profile, tokenizer="bytes": [search])
     (tmp_path / "root" / "paper_data").mkdir(parents=True)
     return tmp_path
@@ -64,7 +65,7 @@ def _rows() -> list[dict]:
 
 def _finish(rows: list[dict], section: str, profile: str) -> None:
     for row in rows:
-        folder = tables.sweep_dir(section, profile) / row["run_id"]
+        folder = sweep_dir(section, profile) / row["run_id"]
         folder.mkdir(parents=True)
         (folder / "row.json").write_text(json.dumps(row))
 
