@@ -5,7 +5,6 @@ The paper's grids are in `plans`, a file for each section; a user's grid is any 
 
 import dataclasses
 import re
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, Self
@@ -34,13 +33,13 @@ def searches(source: str, profile: str, tokenizer: str = "bytes") -> list[Search
     path = Path(source) if is_file(source) else PLANS / f"{source}.yaml"
     if not is_file(source) and source not in _names():
         raise _unknown(source, profile)
-    content = _read(path)
-    if isinstance(content, dict) and content.keys() <= set(PROFILES):
-        if profile not in content:
+    grids = _read(path)
+    if isinstance(grids, dict) and grids.keys() <= set(PROFILES):
+        if profile not in grids:
             raise _unknown(source, profile)
-        content = content[profile]
+        grids = grids[profile]
     try:
-        grids = [Grid.parse(grid) for grid in (content if isinstance(content, list) else [content])]
+        grids = [Grid.parse(grid) for grid in (grids if isinstance(grids, list) else [grids])]
         plan = [search for grid in grids for search in grid.searches()]
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
@@ -103,12 +102,13 @@ class Grid(Config):
     def _search(self, point: tuple[dict[str, Any], ...]) -> Search:
         varied = {name: value for part in point for name, value in part.items()}
         of_grid = {name: varied.pop(name) for name in Grid.model_fields.keys() & varied.keys()}
-        grid = Grid(**self.model_dump() | of_grid) if of_grid else self
+        grid = Grid(**self.model_dump() | of_grid)
         if grid.recipe not in (None, *RECIPES):
             raise InputError(f"there is no recipe {grid.recipe!r}: there are {', '.join(RECIPES)}")
         fields: dict[str, Any] = {}
         for group in (RECIPES.get(grid.recipe, {}), grid.base, varied):
-            fields |= {name: value for given in group.items() for name, value in _fields(*given)}
+            for name, value in group.items():
+                fields |= _fields(name, value)
         base = override(RunConfig(), fields)
         n_facts = len(ATTRIBUTES) * base.facts.n_people
         if grid.passes:
@@ -128,24 +128,23 @@ def _points(axis: dict[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(axis, values, strict=True)) for values in zip(*axis.values(), strict=True)]
 
 
-def _fields(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the dotted fields of `RunConfig` that a field of a grid stands for."""
+def _fields(name: str, value: Any) -> dict[str, Any]:
+    """Return the dotted fields of `RunConfig` that a field of a grid stands for."""
     if name == "n_facts":
         if not isinstance(value, int) or value % len(ATTRIBUTES):
             raise InputError(f"n_facts = {value!r}: each person has {len(ATTRIBUTES)} facts, give a multiple of that")
-        yield "facts.n_people", value // len(ATTRIBUTES)
-    elif name == "seed":
-        yield from (("seed", value), ("facts.seed", value))
-    elif name == "alpha":
-        yield "facts.alpha", value
-    elif name == "law":
+        return {"facts.n_people": value // len(ATTRIBUTES)}
+    if name == "seed":
+        return {"seed": value, "facts.seed": value}
+    if name == "alpha":
+        return {"facts.alpha": value}
+    if name == "law":
         if value not in LAWS:
             raise InputError(f"law = {value!r}: it is one of {', '.join(LAWS)}")
-        yield from ((f"facts.{field}", given) for field, given in LAWS[value]._asdict().items())
-    elif isinstance(value, dict) and "." not in name:
-        yield from ((f"{name}.{field}", given) for field, given in value.items())
-    else:
-        yield name, value
+        return {f"facts.{field}": given for field, given in LAWS[value]._asdict().items()}
+    if isinstance(value, dict) and "." not in name:
+        return {f"{name}.{field}": given for field, given in value.items()}
+    return {name: value}
 
 
 class _Loader(yaml.SafeLoader):

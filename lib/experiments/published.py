@@ -7,6 +7,7 @@ import pandas as pd
 from lib import paths
 from lib.base import InputError
 from lib.experiments import summaries, tables
+from lib.experiments.rows import TABLES, table_path
 
 #: What a published point of a section is about.
 _POINTS = {
@@ -46,12 +47,15 @@ def compare(section: str, profile: str) -> pd.DataFrame:
     if section not in _POINTS:
         raise InputError(f"nothing is published to compare section {section} with: there are {', '.join(_POINTS)}")
     if section == "05_2":
-        ours = _recall_of_unseen(profile)
+        about, recall = [*_POINTS[section], "law", "superseded"], f"{PUBLISHED_KIND}_recall"
+        rows = tables.described(summaries.generalization_rows(profile)).reindex(columns=[*about, recall])
+        statistics = {"ours": "mean", "ours_std": "std", "seeds_reaching_it": "count", "seeds": "size"}
+        ours = rows.groupby(about)[recall].agg(**statistics).reset_index()
         published = published_by_paper("generalization").rename(columns={"ood_recall": "published"})
     else:
         ours = summaries.bounds(profile) if section == "05_1" else summaries.compressibility_bounds(profile)
         ours = ours.rename(columns={"min_params_mean": "ours", "min_params_std": "ours_std"})
-        published = published_by_paper(tables.TABLES[section])
+        published = published_by_paper(TABLES[section])
         published = published.rename(
             columns={"min_params_mean": "published", "min_params": "published", "correlation_alpha": "alpha"}
         )
@@ -61,16 +65,9 @@ def compare(section: str, profile: str) -> pd.DataFrame:
     return both[[*_POINTS[section], *columns]].reset_index(drop=True)
 
 
-def _recall_of_unseen(profile: str) -> pd.DataFrame:
-    about, recall = [*_POINTS["05_2"], "law", "superseded"], f"{PUBLISHED_KIND}_recall"
-    rows = tables.described(summaries.generalization_rows(profile)).reindex(columns=[*about, recall])
-    statistics = {"ours": "mean", "ours_std": "std", "seeds_reaching_it": "count", "seeds": "size"}
-    return rows.groupby(about)[recall].agg(**statistics).reset_index()
-
-
 def path(section: str) -> Path:
     """Return where a section's comparison is committed: paper_data/compared/<table>.csv."""
-    return paths.PAPER_DATA / "compared" / tables.table_path(section).name
+    return paths.PAPER_DATA / "compared" / table_path(section).name
 
 
 def write(section: str) -> pd.DataFrame:
@@ -78,7 +75,6 @@ def write(section: str) -> pd.DataFrame:
     compared = [compare(section, profile).assign(profile=profile) for profile in PROFILES]
     table = pd.concat(compared).set_index("profile").reset_index()  # the profile first
     if not len(table):
-        path(section).unlink(missing_ok=True)
         return table
     path(section).parent.mkdir(exist_ok=True)
     with paths.replacing(path(section)) as temporary:

@@ -9,7 +9,8 @@ import pandas as pd
 
 from lib import paths
 from lib.base import InputError
-from lib.experiments.tables import COMPUTED, TABLE_ONLY, read_rows, read_table, table_path
+from lib.experiments.rows import table_path
+from lib.experiments.tables import COMPUTED, TABLE_ONLY, read_rows, read_table
 from lib.provenance import commit
 
 
@@ -27,12 +28,6 @@ def check_traceable() -> None:
 
 def _is_clean(commit: str) -> bool:
     return commit != "unknown" and not commit.endswith("-dirty")
-
-
-def table_of(section: str) -> "Table":
-    """Return the table of a section of Section 5."""
-    order = ("profile", "mode", "n_facts", "alpha", "seed", "d_model", "run_id")
-    return Table(table_path(section), order, partial(read_rows, section))
 
 
 @dataclass(frozen=True)
@@ -65,11 +60,7 @@ class Table:
         return len(others) + len(rows) - len(known)
 
     def drop(
-        self,
-        profile: str | None = None,
-        run_ids: Sequence[str] = (),
-        superseded: bool = False,
-        dry_run: bool = False,
+        self, profile: str | None = None, run_ids: Sequence[str] = (), superseded: bool = False, dry_run: bool = False
     ) -> pd.DataFrame:
         """Take rows out and return them; `dry_run` only returns them.
 
@@ -89,9 +80,11 @@ class Table:
             raise InputError(f"no row in {self.path} has the profile {profile}: there are {', '.join(profiles)}")
         marks = pd.concat(self.read(name) for name in profiles)[["profile", "run_id", "superseded"]]
         known = known.merge(marks.drop_duplicates())
-        gone = (known.profile == profile) if profile else pd.Series(True, known.index)
-        gone &= known.run_id.isin(run_ids) if run_ids else True
-        gone &= known.superseded if superseded else True
+        gone = known.profile.isin([profile] if profile else profiles)
+        if run_ids:
+            gone &= known.run_id.isin(run_ids)
+        if superseded:
+            gone &= known.superseded
         if not (profile or run_ids):  # no sweep could make them again
             gone &= ~known.profile.isin(TABLE_ONLY)
         if not gone.any():
@@ -104,3 +97,9 @@ class Table:
         rows = rows.drop(columns=COMPUTED, errors="ignore").sort_values(list(self.order))
         with paths.replacing(self.path) as temporary:
             rows.to_csv(temporary, index=False, lineterminator="\n")
+
+
+def table_of(section: str) -> Table:
+    """Return the table of a section of Section 5."""
+    order = ("profile", "mode", "n_facts", "alpha", "seed", "d_model", "run_id")
+    return Table(table_path(section), order, partial(read_rows, section))

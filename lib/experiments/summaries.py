@@ -22,8 +22,6 @@ from lib.experiments.tables import (
 from lib.facts.entropy import entropy_bits_by_attribute
 from lib.facts.people import ATTRIBUTES
 
-# Rows of a section ----------------------------------------------------------------------------------------------------
-
 
 def bounds_searches(profile: str, tokenizer: str = "bytes") -> list[Search]:
     """Return the searches of Section 5.1, and 5.2's in-tool searches on databases that 5.1 does not search.
@@ -39,13 +37,12 @@ def bounds_searches(profile: str, tokenizer: str = "bytes") -> list[Search]:
 def bounds_rows(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
     """Return the runs of `bounds_searches`, and 5.2's superseded in-tool runs at points where 5.1 has no bound."""
     own, others = (read_rows(s, profile, searches_of(s, profile, tokenizer)) for s in ("05_1", "05_2"))
-    planned = {s.config(size).run_id for s in bounds_searches(profile, tokenizer) for size in s.sizes}
+    planned = {run_id for search in bounds_searches(profile, tokenizer) for run_id in search.run_ids}
     if len(others):
-        earlier = others.superseded & (others["mode"] == "in-tool")
         is_grid = others.every_seed.fillna(False).groupby([others[name] for name in GROUP]).transform("all")
-        found_here = minimal_parameters(own, [0.95]).dropna(subset="min_params_mean")[POINT]
-        found_here = pd.MultiIndex.from_frame(others[POINT]).isin(pd.MultiIndex.from_frame(found_here))
-        earlier &= ~is_grid.astype(bool) & ~found_here
+        found = minimal_parameters(own, [0.95]).dropna(subset="min_params_mean")[POINT]
+        found_here = pd.MultiIndex.from_frame(others[POINT]).isin(pd.MultiIndex.from_frame(found))
+        earlier = others.superseded & (others["mode"] == "in-tool") & ~is_grid.astype(bool) & ~found_here
         others = others[earlier | others.run_id.isin(planned)]
     return pd.concat([rows for rows in (own, others) if len(rows)] or [own], ignore_index=True)
 
@@ -56,22 +53,19 @@ def generalization_rows(profile: str) -> pd.DataFrame:
     return sizes_shown(rows[rows.every_seed.fillna(False).astype(bool)])
 
 
-# Parameters needed ----------------------------------------------------------------------------------------------------
-
-
 def bounds(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
     """Return `minimal_parameters` of Section 5.1 in a profile, as `shown`."""
-    return _shown_bounds(bounds_rows(profile, tokenizer))
+    return _shown(minimal_parameters(bounds_rows(profile, tokenizer)))
 
 
 def compressibility_bounds(profile: str) -> pd.DataFrame:
     """Return `minimal_parameters` of Section 5.3's runs, as `shown`, with the entropy_bits of the databases."""
-    bounds = _shown_bounds(read_rows("05_3", profile))
-    return bounds.assign(entropy_bits=entropy_bits(bounds))
+    table = _shown(minimal_parameters(read_rows("05_3", profile)))
+    return table.assign(entropy_bits=entropy_bits(table))
 
 
-def _shown_bounds(rows: pd.DataFrame) -> pd.DataFrame:
-    return shown(minimal_parameters(rows), "min_params_mean", [*POINT, "recall_threshold"])
+def _shown(table: pd.DataFrame) -> pd.DataFrame:
+    return shown(table, "min_params_mean", [*POINT, "recall_threshold"])
 
 
 def bounds_of_seeds(profile: str, threshold: float) -> pd.DataFrame:
@@ -81,8 +75,7 @@ def bounds_of_seeds(profile: str, threshold: float) -> pd.DataFrame:
 
 def behind(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Return the rows behind the points that `bounds` shows at a threshold."""
-    points = minimal_parameters(rows, [threshold])
-    return described(rows).merge(shown(points, "min_params_mean")[GROUP]) if len(rows) else rows
+    return described(rows).merge(_shown(minimal_parameters(rows, [threshold]))[GROUP]) if len(rows) else rows
 
 
 def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHOLDS) -> pd.DataFrame:
@@ -130,15 +123,14 @@ _STATISTICS = {
 
 def _smallest(runs: pd.DataFrame, threshold: float) -> float:
     """Return the parameters of the smallest size that reached `threshold` if the next smaller one did not, else NaN."""
-    reached = dict(zip(runs.d_model, runs.recall >= threshold, strict=True))
-    enough = min((size for size, yes in reached.items() if yes), default=None)
-    if enough is None:
+    enough = runs[runs.recall >= threshold]
+    if not len(enough):
         return math.nan
-    run = runs[runs.d_model == enough].iloc[0]
+    run = enough.sort_values("d_model").iloc[0]
     below = run.next_smaller
     if pd.isna(below):  # unless said otherwise, all sizes are to be tried
-        below = max((size for size in SIZES if size < enough), default=0)
-    known = not reached.get(below, True) if below else enough == SIZES[0]
+        below = max((size for size in SIZES if size < run.d_model), default=0)
+    known = below in set(runs.d_model) if below else run.d_model == SIZES[0]  # smaller sizes were not enough
     return float(run.n_params) if known else math.nan
 
 
@@ -157,9 +149,6 @@ def biographies_bounds(profile: str, threshold: float = 0.95) -> pd.DataFrame:
     table = both.groupby(GROUP).agg(**needed, seeds=("seed", "size"), finished_at=("finished_at_with", "max"))
     table = shown(table.reset_index(), "needed_with")[["n_facts", "superseded", *needed, "seeds"]]
     return table.assign(ratio=table.needed_with / table.needed_without)
-
-
-# Bits stored ----------------------------------------------------------------------------------------------------------
 
 
 def capacity(rows: pd.DataFrame) -> pd.DataFrame:
@@ -197,9 +186,6 @@ def _entropy_per_person(rows: pd.DataFrame) -> pd.DataFrame:
         for n_facts, seed, alpha, law in zip(rows.n_facts, seeds, rows.alpha, rows.law, strict=True)
     ]
     return pd.DataFrame(bits, rows.index, columns=ATTRIBUTES, dtype=float)
-
-
-# Slopes, and recall of unseen people ----------------------------------------------------------------------------------
 
 
 def fit_line(points: pd.DataFrame, of: str = "min_params_mean", resamples: int = 2000) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.evaluation.attention_maps import attention_weights, dialog_tokens, spans
@@ -16,16 +17,14 @@ def attention_maps(model: Transformer, fact: Fact, heads: dict[str, tuple[int, i
     A row is a position, from top to bottom, a column a position that it sees; more attention is darker, from 0 to 1.
     Ticks say where the parts of the dialog begin.
     """
-    weights = attention_weights(model, dialog_tokens(fact).to(model.device))[:, 0].cpu().numpy()  # (L, H, S, S)
-    parts = [span for span in spans(fact) if span.stop - span.start > 2]
-    starts, names = [span.start for span in parts], [span.part for span in parts]
+    weights = _weights(model, fact)
+    parts = {span.start: span.part for span in spans(fact) if span.stop - span.start > 2}
     n_rows = -(-len(heads) // 4)
     rc = {"font.size": 7, "axes.grid": False}
     with panels((11, 3.1 * n_rows), n_rows, min(4, len(heads)), rc, squeeze=False, sharey=True) as (figure, grid):
         for axes, (title, head) in zip(grid.flat, heads.items(), strict=False):
-            _map(axes, title, head, weights[head], interpolation="nearest", aspect="auto")
-            axes.set_xticks(starts, names, rotation=90)
-            axes.set_yticks(starts, names)
+            _map(axes, title, head, weights[head], parts, interpolation="nearest", aspect="auto")
+            axes.tick_params("x", rotation=90)
     return figure
 
 
@@ -36,23 +35,28 @@ def copying_maps(heads: dict[str, tuple[Transformer, int, int]], fact: Fact) -> 
     """
     places = {span.part: span for span in spans(fact)}
     said, source = places["name asked"], places["name"]
-    letters = [chr(byte) for byte in fact[0].encode()]
+    letters = dict(enumerate(map(chr, fact[0].encode())))
     rc = {"font.size": 8, "axes.grid": False}
     with panels((2.9 * len(heads), 2.9), 1, len(heads), rc, squeeze=False) as (figure, grid):
         for axes, (title, (model, *head)) in zip(grid.flat, heads.items(), strict=True):
-            weights = attention_weights(model, dialog_tokens(fact).to(model.device))[:, 0].cpu().numpy()
-            _map(axes, title, head, weights[*head, said.start - 1 : said.stop - 1, source.start : source.stop])
+            weights = _weights(model, fact)[*head, said.start - 1 : said.stop - 1, source.start : source.stop]
+            _map(axes, title, head, weights, letters)
             axes.title.set_fontsize(8)
-            axes.set_xticks(range(len(letters)), letters)
-            axes.set_yticks(range(len(letters)), letters)
         grid[0, 0].set_ylabel("next letter of the request")
         figure.supxlabel("letter of the question", fontsize=8)
     return figure
 
 
-def _map(axes, title: str, head: tuple[int, int], weights: np.ndarray, **options) -> None:
+def _weights(model: Transformer, fact: Fact) -> np.ndarray:
+    """Return the attention of all heads in a fact's in-tool dialog: (L, H, S, S)."""
+    return attention_weights(model, dialog_tokens(fact).to(model.device))[:, 0].cpu().numpy()
+
+
+def _map(axes: Axes, title: str, head: tuple[int, int], weights: np.ndarray, ticks: dict[int, str], **options) -> None:
     axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, **options)
     axes.set_title(f"{title}\n(block {head[0] + 1}, head {head[1] + 1})")
+    axes.set_xticks(list(ticks), ticks.values())
+    axes.set_yticks(list(ticks), ticks.values())
 
 
 def copying_by_letter(tables: dict[str, pd.DataFrame]) -> Figure:

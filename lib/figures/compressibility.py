@@ -5,7 +5,7 @@ from itertools import cycle
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.figures.style import STYLES, draw_means, name_bits_line, panels, published_label, smallest
+from lib.figures.style import STYLES, draw_bits_lines, draw_means, panels, published_label, smallest
 
 
 def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: float = 0.95) -> Figure:
@@ -28,10 +28,8 @@ def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: fl
         by_alpha.set(xlabel="correlation alpha", ylabel=f"parameters needed for {threshold:.0%} recall", yscale="log")
         by_entropy.set(xlabel="entropy of the database, bits", xscale="log")
         low, high = by_entropy.get_xlim()
-        for bits in (1, 2):
-            by_entropy.plot([low, high], [low / bits, high / bits], color="#BBBBBB", linewidth=0.9, zorder=1)
-            name_bits_line(by_entropy, bits, (high, high / bits), xytext=(3, 0), ha="left", va="center")
-        by_entropy.set_xlim(low, high)
+        ends = {bits: (low / bits, high / bits) for bits in (1, 2)}
+        draw_bits_lines(by_entropy, ends, "#BBBBBB", xytext=(3, 0), ha="left", va="center")
         by_entropy.xaxis.set_major_formatter("{x:,.0f}")
         by_entropy.xaxis.set_minor_formatter(lambda x, _: f"{x:,.0f}" if f"{x:e}"[0] in "25" else "")
         by_alpha.legend()

@@ -4,7 +4,6 @@ from itertools import cycle
 
 import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from lib.experiments import summaries, tables
@@ -13,11 +12,12 @@ from lib.figures.style import (
     BESIDE,
     EARLIER,
     STYLES,
+    draw_bits_lines,
     draw_means,
-    name_bits_line,
     nothing_yet,
     panels,
     published_label,
+    shades,
     smallest,
 )
 from lib.model.bounds import BY_HAND_PARAMETERS, MEASURED_BITS, bits_at_recall, parameters_needed
@@ -87,14 +87,14 @@ def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame) -> Fi
     largest: not all seeds, where a search chose sizes. published: the paper's in-weight curves, drawn behind.
     """
     counts = sorted(set(rows.get("n_facts", ())))
-    shades = dict(zip(counts, np.linspace(0, 0.85, len(counts)), strict=True))
+    colors = dict(zip(counts, shades(len(counts)), strict=True))
     with panels((8.6, 3.4), 1, 2, sharey=True, sharex=True) as (figure, row):
         for axes, mode in zip(row, STYLES, strict=True):
             if counts:
                 # A run that was given up has no recall at the end of training.
                 ended = rows[(rows["mode"] == mode) & (rows.stopped != "hopeless")]
                 for n_facts, runs in ended.groupby("n_facts"):
-                    look = {"color": plt.get_cmap("viridis")(shades[n_facts]), "marker": "o", "markersize": 3.5}
+                    look = {"color": colors[n_facts], "marker": "o", "markersize": 3.5}
                     draw_means(axes, runs, "n_params", f"{n_facts:,}", of="recall", **look)
             if mode == "in-weight":
                 _published_recall(axes, published)
@@ -126,8 +126,7 @@ def bits_stored(held: pd.DataFrame) -> Figure:
     held = tables.described(held[(held.stopped != "hopeless") & held.stored_bits.gt(0)])
     with panels((5.6, 3.8)) as (figure, axes):
         groups = list(held.groupby("n_facts"))
-        for shade, (n_facts, runs) in zip(np.linspace(0, 0.85, len(groups)), groups, strict=True):
-            color = plt.get_cmap("viridis")(shade)
+        for color, (n_facts, runs) in zip(shades(len(groups)), groups, strict=True):
             for (superseded, known), points in runs.groupby(["superseded", runs.recall >= 0.95]):
                 look = {**(EARLIER if superseded else {}), "markerfacecolor": "white" if known else color}
                 axes.plot(points.n_params, points.stored_bits, "o", color=color, **look)
@@ -135,10 +134,8 @@ def bits_stored(held: pd.DataFrame) -> Figure:
             axes.axhline(runs.entropy_bits.mean(), color=color, linewidth=0.7, linestyle=":")
         axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="bits stored")
         low, high = axes.get_xlim()
-        for bits in (1, 2):
-            axes.plot([low, high], [bits * low, bits * high], color="#777777", linewidth=0.9, zorder=1)
-            name_bits_line(axes, bits, (high, bits * high), xytext=(-2, 3), ha="right", va="bottom")
-        axes.set_xlim(low, high)
+        ends = {bits: (bits * low, bits * high) for bits in (1, 2)}
+        draw_bits_lines(axes, ends, "#777777", xytext=(-2, 3), ha="right", va="bottom")
         if high < 50 * low:  # matplotlib's own ticks run into each other
             axes.set_xticks([tick for tick in 5000 * 2 ** np.arange(8) if low <= tick <= high])
             axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -160,22 +157,19 @@ def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     found = table.dropna(subset="min_params_mean").set_index(["n_facts", "mode"])
     both = found.min_params_mean.unstack().reindex(columns=["in-weight", "in-tool"]).dropna()
     sentences = []
-    if len(both):
-        n_facts, last = both.index[-1], both.iloc[-1]
+    for n_facts, (weights, tool) in both.tail(1).iterrows():
         points = found.loc[n_facts]
         seeds = points.seeds_reaching_it.min()
-        earlier = ", of an earlier recipe" if points.superseded.astype(bool).any() else ""
+        earlier = ", of an earlier recipe" if points.superseded.any() else ""
         sentences.append(
-            f"At {n_facts:,} facts it takes {last['in-weight']:,.0f} parameters in weights and {last['in-tool']:,.0f} "
-            f"with a tool (means over {seeds} seed{'s' if seeds > 1 else ''} or more{earlier})."
+            f"At {n_facts:,} facts it takes {weights:,.0f} parameters in weights and {tool:,.0f} with a tool "
+            f"(means over {seeds} seed{'s' if seeds > 1 else ''} or more{earlier})."
         )
     rows = summaries.behind(summaries.bounds_rows(profile), threshold)
     for mode, unknown in table[table.min_params_mean.isna()].groupby("mode"):
         n_facts = unknown.n_facts.min()
         runs = rows[(rows["mode"] == mode) & (rows.n_facts == n_facts)]
         if not (runs.recall >= threshold).any():  # else some size is enough, but no smaller one was tried
-            tried = runs.n_params.max()
-            sentences.append(
-                f"At {n_facts:,} facts no smallest {mode} model is known yet (largest tried: {tried:,} parameters)."
-            )
+            known = f"no smallest {mode} model is known yet (largest tried: {runs.n_params.max():,} parameters)."
+            sentences.append(f"At {n_facts:,} facts {known}")
     return sentences

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -66,16 +67,18 @@ def alt_text(figure: Figure) -> str:
     """Return a figure's alternative text: its label (`figure.set_label`) or else its titles, axes and legends."""
     if figure.get_label():
         return figure.get_label()
-    panels, shown, y = [], [], ""
+
+    def joined(separator: str, *parts: str) -> str:
+        return separator.join(filter(None, parts))
+
+    drawn, shown, y = [], {}, ""
     for axes in figure.axes:
         y = axes.get_ylabel() or y  # panels that share an axis name it once
-        drawn = " against ".join(filter(None, (y, axes.get_xlabel())))
-        panels.append(": ".join(filter(None, (axes.get_title(), drawn))))
+        drawn.append(joined(": ", axes.get_title(), joined(" against ", y, axes.get_xlabel())))
     for legend in filter(None, [*figure.legends, *(axes.get_legend() for axes in figure.axes)]):
         labels = "; ".join(text.get_text() for text in legend.get_texts())
-        shown.append(": ".join(filter(None, (legend.get_title().get_text(), labels))))
-    told = [figure.get_suptitle(), "; ".join(filter(None, panels)), *dict.fromkeys(f"Shown: {one}" for one in shown)]
-    return " ".join(f"Figure: {'. '.join(filter(None, told))}.".split())
+        shown[f"Shown: {joined(': ', legend.get_title().get_text(), labels)}"] = None  # each once
+    return " ".join(f"Figure: {joined('. ', figure.get_suptitle(), joined('; ', *drawn), *shown)}.".split())
 
 
 def _describe_in_notebooks() -> None:
@@ -94,11 +97,11 @@ def save(figure: Figure, name: str, profile: str) -> list[Path]:
     folder = paths.figures(profile)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
-        path = folder / f"{name}{suffix}"
+    for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
+        path = folder / f"{name}.{kind}"
         # Resolution and fonts are looked up when a figure is written, so the context is needed again.
         with paths.replacing(path) as temporary, matplotlib.rc_context(RC):
-            figure.savefig(temporary, format=suffix[1:], metadata=metadata)
+            figure.savefig(temporary, format=kind, metadata=metadata)
         written.append(path)
     plt.close(figure)  # or a notebook shows it twice: as the cell's value and as an open figure
     return written
@@ -143,12 +146,23 @@ def smallest(table: pd.DataFrame, mode: str, threshold: float) -> pd.DataFrame:
 
 def published_label(n_facts: pd.Series, about: str = "", law: str = "independent") -> str:
     """Return the label of published points: how many facts, about whom, and by which law the database was drawn."""
-    counts = sorted(set(n_facts))
-    span = f"{counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else "") if counts else "no"
+    span = " to ".join(f"{n:,}" for n in dict.fromkeys([n_facts.min(), n_facts.max()]))
     return ", ".join(filter(None, [about, f"published: {span} facts", law]))
 
 
-def name_bits_line(axes, bits: float, end: tuple[float, float], **place) -> None:
-    """Write at the right end of a line how many bits a parameter it stands for."""
-    text = f"{bits:g} bit{'s' * (bits != 1)} a parameter"
-    axes.annotate(text, end, color="#555555", fontsize=7, textcoords="offset points", annotation_clip=False, **place)
+def draw_bits_lines(axes, ends: dict[int, tuple[float, float]], color: str, **place) -> None:
+    """Draw a line for each number of bits a parameter, from end to end of the x axis, and name it at the right end.
+
+    ends: bits a parameter -> y at both ends.
+    """
+    x = axes.get_xlim()
+    note = {"color": "#555555", "fontsize": 7, "textcoords": "offset points", "annotation_clip": False}
+    for bits, y in ends.items():
+        axes.plot(x, y, color=color, linewidth=0.9, zorder=1)
+        axes.annotate(f"{bits:g} bit{'s' * (bits != 1)} a parameter", (x[1], y[1]), **note, **place)
+    axes.set_xlim(x)
+
+
+def shades(n: int) -> np.ndarray:
+    """Return `n` colors, from dark to light: (n, 4)."""
+    return plt.get_cmap("viridis")(np.linspace(0, 0.85, n))

@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from itertools import cycle
 
-import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from lib.base import InputError
-from lib.figures.style import STYLES, panels
+from lib.figures.style import STYLES, panels, shades
 
 _CONTENDERS = {
     "ours": {"linestyle": "--", "alpha": 0.7},
@@ -70,10 +68,9 @@ def probes(rows: list[dict], tensors: list[str] | None = None) -> Figure:
     with panels(size, 2, len(_SCALES), rc, sharex=True) as (figure, grid):
         for of, line in zip(("output", "gradient"), grid, strict=True):
             for (moment, scale), axes in zip(_SCALES.items(), line, strict=True):
-                for shade, marker, name in zip(np.linspace(0, 0.85, len(names)), cycle("osD^v"), names, strict=False):
+                for color, marker, name in zip(shades(len(names)), cycle("osD^v"), names, strict=False):
                     chosen = table[(table.tensor == name) & (table.of == of)]
-                    look = {"color": plt.get_cmap("viridis")(shade), "marker": marker}
-                    axes.plot(chosen.step, chosen[moment].astype(float), label=name, **look)
+                    axes.plot(chosen.step, chosen[moment].astype(float), color=color, marker=marker, label=name)
                 axes.set(yscale=scale)
                 axes.set_title(f"{moment} of the {of}", fontsize=9)
         for axes in grid[-1]:
