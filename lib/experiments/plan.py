@@ -31,13 +31,14 @@ def searches(source: str, profile: str, tokenizer: str = "bytes") -> list[Search
     Raises `InputError`, with the name of the file, for anything that is no experiment.
     """
     path = Path(source) if is_file(source) else PLANS / f"{source}.yaml"
-    if not is_file(source) and source not in _names():
-        raise _unknown(source, profile)
-    grids = _read(path)
+    grids = _read(path) if is_file(source) or source in _names() else {}
     if isinstance(grids, dict) and grids.keys() <= set(PROFILES):
-        if profile not in grids:
-            raise _unknown(source, profile)
-        grids = grids[profile]
+        grids = grids.get(profile)
+    if grids is None:
+        known = ", ".join(f"{name} ({', '.join(_read(PLANS / f'{name}.yaml'))})" for name in _names())
+        raise InputError(
+            f"there is no experiment {source} in the profile {profile}: there are {known}, and files of yours"
+        )
     try:
         grids = [Grid.parse(grid) for grid in (grids if isinstance(grids, list) else [grids])]
         plan = [search for grid in grids for search in grid.searches()]
@@ -167,13 +168,6 @@ def _read(path: Path) -> Any:
 
 def _names() -> list[str]:
     return sorted(path.stem for path in PLANS.glob("*.yaml") if path.stem != "recipes")
-
-
-def _unknown(source: str, profile: str) -> InputError:
-    known = ", ".join(f"{name} ({', '.join(_read(PLANS / f'{name}.yaml'))})" for name in _names())
-    return InputError(
-        f"there is no experiment {source} in the profile {profile}: there are {known}, and files of yours"
-    )
 
 
 #: Named fields of a run, which a grid takes with `recipe`.

@@ -90,14 +90,13 @@ def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHO
     ended. The columns shared with the published table have the published names.
     """
     if not len(rows):
-        return pd.DataFrame(columns=[*GROUP, "recall_threshold", *_STATISTICS.values(), "finished_at"])
+        return pd.DataFrame(columns=[*GROUP, "recall_threshold", *_STATISTICS, "finished_at"])
     tables = []
     for threshold in thresholds:
         of_seeds = minimal_parameters_of_seeds(rows, threshold).groupby(GROUP)
-        table = of_seeds.min_params.agg(list(_STATISTICS)).assign(finished_at=of_seeds.finished_at.max())
+        table = of_seeds.min_params.agg(**_STATISTICS).assign(finished_at=of_seeds.finished_at.max())
         tables.append(table.reset_index().assign(recall_threshold=threshold))
-    table = pd.concat(tables).rename(columns=_STATISTICS)
-    return table.sort_values([*GROUP, "recall_threshold"], ignore_index=True)
+    return pd.concat(tables).sort_values([*GROUP, "recall_threshold"], ignore_index=True)
 
 
 def minimal_parameters_of_seeds(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
@@ -112,12 +111,9 @@ def minimal_parameters_of_seeds(rows: pd.DataFrame, threshold: float) -> pd.Data
 
 
 _STATISTICS = {
-    "mean": "min_params_mean",
-    "std": "min_params_std",
-    "min": "min_params_min",
-    "max": "min_params_max",
-    "count": "seeds_reaching_it",
-    "size": "seeds",
+    **{f"min_params_{of}": of for of in ("mean", "std", "min", "max")},
+    "seeds_reaching_it": "count",
+    "seeds": "size",
 }
 
 
@@ -188,7 +184,7 @@ def _entropy_per_person(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(bits, rows.index, columns=ATTRIBUTES, dtype=float)
 
 
-def fit_line(points: pd.DataFrame, of: str = "min_params_mean", resamples: int = 2000) -> dict[str, float]:
+def fit_line(points: pd.DataFrame, of: str = "min_params_mean") -> dict[str, float]:
     """Fit parameters needed as a line in the facts: slope (parameters a fact), its 95% interval, intercept, n_points.
 
     points: n_facts and the column `of`; those without a value are left out. The interval is the bootstrap's, over
@@ -203,9 +199,10 @@ def fit_line(points: pd.DataFrame, of: str = "min_params_mean", resamples: int =
         return fit
     fit["slope"], fit["intercept"] = map(float, np.polyfit(x, y, 1))
     if len(x) > 4:
-        rng = np.random.default_rng(0)
-        draws = [rng.integers(len(x), size=len(x)) for _ in range(resamples)]
-        slopes = [np.polyfit(x[i], y[i], 1)[0] for i in draws if len(set(x[i])) > 1]
+        drawn = np.random.default_rng(0).integers(len(x), size=(2000, len(x)))
+        drawn = drawn[np.ptp(x[drawn], axis=1) > 0]
+        from_mean = x[drawn] - x[drawn].mean(axis=1, keepdims=True)
+        slopes = (from_mean * y[drawn]).sum(axis=1) / (from_mean**2).sum(axis=1)
         fit["low"], fit["high"] = map(float, np.quantile(slopes, [0.025, 0.975]))
     return fit
 

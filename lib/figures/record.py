@@ -183,13 +183,12 @@ def provenance(rows: pd.DataFrame) -> str:
         n_runs = runs.run_id.nunique()
         days = " to ".join(dict.fromkeys([runs.finished_at.min()[:10], runs.finished_at.max()[:10]]))
         commits = [commit[:7] + commit[40:] for commit in runs["commit"].unique()]  # 40 digits, then perhaps -dirty
-        told = f"{n_runs:,} run{'s' * (n_runs > 1)}", _listed("seed", sorted(runs.seed.unique())), days
-        sentences.append(f"This repository ({who}): {', '.join(told)}, {_listed('commit', commits)}.")
+        seeds = sorted(runs.seed.unique())
+        sentences.append(
+            f"This repository ({who}): {n_runs:,} run{'s' * (n_runs > 1)}, seed{'s' * (len(seeds) > 1)} "
+            f"{', '.join(map(str, seeds))}, {days}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}."
+        )
     return " ".join(sentences)
-
-
-def _listed(what: str, values: list) -> str:
-    return f"{what}{'s' * (len(values) > 1)} {', '.join(map(str, values))}"
 
 
 def say(sentence: str) -> None:

@@ -163,6 +163,6 @@ def draw_bits_lines(axes, ends: dict[int, tuple[float, float]], color: str, **pl
     axes.set_xlim(x)
 
 
-def shades(n: int) -> np.ndarray:
-    """Return `n` colors, from dark to light: (n, 4)."""
-    return plt.get_cmap("viridis")(np.linspace(0, 0.85, n))
+def shades(n: int) -> list[tuple[float, ...]]:
+    """Return `n` colors, from dark to light."""
+    return [plt.get_cmap("viridis")(shade) for shade in np.linspace(0, 0.85, n)]

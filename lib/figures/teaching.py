@@ -30,9 +30,10 @@ def performance(training: pd.DataFrame, curve: pd.DataFrame, growth: pd.DataFram
             speed.errorbar(rows.d_model, rows.per_second, yerr=bars, label=f"{mode}, {contender}", **style)
             share.plot(rows.d_model, rows.share_of_peak, **style)
         speed.set(yscale="log", ylabel="dialogs trained a second", title="throughput")
+        sizes = sorted(training.d_model.unique())
         for axes in (speed, share):
             axes.set(xscale="log", xlabel="d_model")
-            axes.set_xticks(sorted(training.d_model.unique()), sorted(training.d_model.unique()))
+            axes.set_xticks(sizes, sizes)
             axes.minorticks_off()
         speed.set_ylim(top=2.5 * training.most.max())  # room for the legend
         speed.legend(fontsize=6.5, ncols=2, loc="upper center")

@@ -52,10 +52,6 @@ def bits_at_recall(recall: float, n_values: Sequence[int] = tuple(map(len, VALUE
         t = (low + high) / 2
         errors = [(n - 1) * t / (1 + (n - 1) * t) for n in n_values]
         low, high = (t, high) if sum(errors) < (1 - recall) * len(errors) else (low, t)
-    return sum(log2(n) - _open_bits(error, n) for n, error in zip(n_values, errors, strict=True))
-
-
-def _open_bits(error: float, n_values: int) -> float:
-    """Return h(e) + e log2(V - 1): the entropy of a value that is known up to an error."""
-    outcomes = [(1 - error, 1), (error, n_values - 1)]
-    return -sum(p * log2(p / n) for p, n in outcomes if p > 0)
+    # Every value has the probability p / k: the right one 1 - e, each of k = V - 1 others e / k.
+    outcomes = [(p, k) for n, e in zip(n_values, errors, strict=True) for p, k in ((1 - e, 1), (e, n - 1)) if p > 0]
+    return sum(map(log2, n_values)) + sum(p * log2(p / k) for p, k in outcomes)

@@ -18,7 +18,7 @@ frequency 1e-15 or less do not turn. float32 carries some 1,000 tokens of dialog
 import hashlib
 import re
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from os.path import commonprefix
 from typing import NamedTuple
 
@@ -79,18 +79,16 @@ def telling_places(befores: Sequence[bytes]) -> list[int]:
 
     If one text begins with another it is an `InputError`: a name could continue the shorter one like the longer one.
     """
-    width = max(map(len, befores))
-    codes = np.array([[*text] + [-1] * (width - len(text)) for text in befores])  # (A, width)
     for a, b in pairwise(sorted(befores)):
         if b.startswith(a):
             raise InputError(f"the question {b.decode()!r}... begins like {a.decode()!r}...: no place tells them apart")
-    there = codes >= 0
+    codes = np.array(list(zip_longest(*befores, fillvalue=-1))).T  # (A, width)
+    differ = (codes[:, None] != codes) & (np.minimum(codes[:, None], codes) >= 0)  # (A, A, width)
     left = ~np.eye(len(befores), dtype=bool)
     places = []
     while left.any():
-        differ = [(codes[:, None, i] != codes[:, i]) & there[:, None, i] & there[:, i] & left for i in range(width)]
-        places.append(int(np.argmax([d.sum() for d in differ])))
-        left &= ~differ[places[-1]]
+        places.append(int(differ[left].sum(axis=0).argmax()))
+        left &= ~differ[..., places[-1]]
     return sorted(places)
 
 
@@ -122,7 +120,6 @@ class Circuit:
     def __init__(self, attributes: Sequence[str] = ATTRIBUTES):
         if not attributes:
             raise InputError("there are no attributes: give at least one")
-        self.attributes = tuple(attributes)
         self.phrases = [phrases(attribute) for attribute in attributes]
         self.places = telling_places([each.before for each in self.phrases])
         #: The residual stream. A byte is 8 signs; the first letter that tells is kept where later stands what is said.
@@ -173,15 +170,14 @@ class Circuit:
                 _put(block.attention.k_proj.weight, still, head.key)
                 _put(block.attention.v_proj.weight, free, head.value)
                 _put(block.attention.o_proj.weight.T, free, head.to)
-            for name, projection in (("gate", block.ffn.gate_proj.weight), ("up", block.ffn.up_proj.weight)):
-                _put(projection, range(len(units)), [getattr(unit, name) for unit in units])
-            _put(block.ffn.down_proj.weight.T, range(len(units)), [unit.to for unit in units])
+            gates, ups, outputs = zip(*units, strict=True)
+            _put(block.ffn.gate_proj.weight, range(len(units)), gates)
+            _put(block.ffn.up_proj.weight, range(len(units)), ups)
+            _put(block.ffn.down_proj.weight.T, range(len(units)), outputs)
         model.norm.weight.fill_(_ANCHOR / root)
         model.blocks[0].attention_norm.weight.fill_((_NORM**2 / self.config.d_model + self.config.norm_eps) ** 0.5)
         model.blocks[0].ffn_norm.weight.fill_(_COUNT / root)
         return model
-
-    # What a token is, and what is said --------------------------------------------------------------------------------
 
     def _embeddings(self) -> np.ndarray:
         """Return the embeddings (260, width), of length `_NORM` except for the end, which nothing reads."""
@@ -197,9 +193,8 @@ class Circuit:
         """Return the form that is 1 at the tokens of a role, else 0."""
         return self.axes["role"][_SPECIAL[role] - 256] / np.sqrt(8)
 
-    # The first block --------------------------------------------------------------------------------------------------
-
     def _count(self) -> None:
+        """Build the first block."""
         heads, units = self.blocks[0]
         one, anchor = self.axes["one"], self.axes["anchor"]
         heads.append(_Head("count", [], [], [_COUNT * self._is(Role.USER)], [anchor]))
@@ -209,9 +204,8 @@ class Circuit:
         units.append(_Unit(_STEEP * one, one / _STEEP, self.axes["square"]))
         units.append(_Unit(always, _ANCHOR / _STEEP / _COUNT * anchor, anchor))
 
-    # The second block -------------------------------------------------------------------------------------------------
-
     def _read(self) -> None:
+        """Build the second block, but for the text that it says."""
         heads, units = self.blocks[1]
         one, position, said = self.axes["one"], self.axes["position"], self.axes["said"]
         letters = [said, *self.axes["letters"].reshape(-1, 8, len(one))][: len(self.places)]
@@ -232,9 +226,8 @@ class Circuit:
         if letters:  # the letter has been read: silence
             units.extend(self._rectified(sign * axis, -sign * axis) for axis in said for sign in (1, -1))
 
-    # The third block, and the text that both say ----------------------------------------------------------------------
-
     def _copy(self) -> None:
+        """Build the third block, and the text that both say."""
         heads, _ = self.blocks[2]
         one, position, seen = self.axes["one"], self.axes["position"], self.axes["seen"]
         first, last, database, byte = (self.axes[name] for name in ("first", "last", "database", "byte"))
@@ -255,10 +248,10 @@ class Circuit:
         ):
             query, key = self._pointer(pointer - _FAR * closed, least)
             heads.append(_Head(name, query, key, byte, loud * self.axes["said"]))
-        self._say(request, [[*each.call] for each in self.phrases], seen)
+        self._say(request, [each.call for each in self.phrases], seen)
         self._say(name_asked - length, [[*each.close, _SPECIAL[Role.DATABASE]] for each in self.phrases], seen)
-        self._say(sentence, [[*each.opening] for each in self.phrases], one - seen)
-        self._say(name_told - length, [[*each.middle] for each in self.phrases], one - seen)
+        self._say(sentence, [each.opening for each in self.phrases], one - seen)
+        self._say(name_told - length, [each.middle for each in self.phrases], one - seen)
         self._say(end, [[*each.end, ByteTokenizer.end] for each in self.phrases], one - seen)
 
     def _by_attribute(self, number) -> np.ndarray:
@@ -273,7 +266,7 @@ class Circuit:
         """Return the unit that writes max(form, 0) `to`."""
         return _Unit(_STEEP * form, self.axes["one"] / _STEEP, to)
 
-    def _say(self, start: np.ndarray, texts: list[list[int]], closed: np.ndarray) -> None:
+    def _say(self, start: np.ndarray, texts: list[Sequence[int]], closed: np.ndarray) -> None:
         """Say token k of the attribute's text where `start` is k, unless `closed`, which is 0 or at least 1.
 
         The beginning and the end that all texts share are spelled once.
@@ -289,7 +282,7 @@ class Circuit:
         lengths = np.array([len(common) + len(own) for own in owns])
         self._spell(start - lengths @ self.axes["attribute"], shared, closed)
 
-    def _spell(self, start: np.ndarray, text: list[int], closed: np.ndarray) -> None:
+    def _spell(self, start: np.ndarray, text: Sequence[int], closed: np.ndarray) -> None:
         """Add hinges whose sum is token k of the text where `start` is k, and 0 before and behind it."""
         needs_attribute = (self.axes["attribute"] @ (start + closed)).any()
         _, units = self.blocks[2 if needs_attribute else 1]

@@ -58,30 +58,28 @@ def from_llama(llama) -> Transformer:
     scaled rotary positions.
     """
     c = llama.config
-    rope = c.rope_parameters
-    ours = {
-        "intermediate_size": (c.intermediate_size, 4 * c.hidden_size),
-        "hidden_act": (c.hidden_act, "silu"),
-        "head_dim": (c.head_dim, c.hidden_size // c.num_attention_heads),
-        "attention_bias": (c.attention_bias, False),
-        "mlp_bias": (c.mlp_bias, False),
-        "tie_word_embeddings": (c.tie_word_embeddings, False),
-        "rope_type": (rope["rope_type"], "default"),
+    needed = {
+        "intermediate_size": 4 * c.hidden_size,
+        "hidden_act": "silu",
+        "head_dim": c.hidden_size // c.num_attention_heads,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "rope_type": "default",
     }
-    for name, (theirs, needed) in ours.items():
-        if theirs != needed:
-            raise InputError(
-                f"a Llama with {name} = {theirs!r} is no model of this kind: only {needed!r} can be loaded"
-            )
+    theirs = c.to_dict() | c.rope_parameters
+    for name, value in needed.items():
+        if theirs[name] != value:
+            raise InputError(f"a Llama with {name} = {theirs[name]!r} is no model of this kind: it must be {value!r}")
     config = ModelConfig(
         d_model=c.hidden_size,
         n_layers=c.num_hidden_layers,
         n_heads=c.num_attention_heads,
         n_kv_heads=None if c.num_key_value_heads == c.num_attention_heads else c.num_key_value_heads,
         vocab_size=c.vocab_size,
-        rope_theta=float(rope["rope_theta"]),
+        rope_theta=float(theirs["rope_theta"]),
         norm_eps=c.rms_norm_eps,
     )
-    model, theirs = Transformer(config), llama.state_dict()
-    model.load_state_dict({name: theirs[_llama_name(name)] for name in model.state_dict()})
+    model, weights = Transformer(config), llama.state_dict()
+    model.load_state_dict({name: weights[_llama_name(name)] for name in model.state_dict()})
     return model

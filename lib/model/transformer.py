@@ -7,15 +7,19 @@ Shapes: B rows, S positions, D = d_model, H query heads, K key-value heads, E = 
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lib.config import ModelConfig
 
+#: cos and sin (..., S, n E) for `rotate`.
+Rotary = tuple[Tensor, Tensor]
 
-def rotary_angles(config: ModelConfig, n_positions: int, device=None) -> torch.Tensor:
+
+def rotary_angles(config: ModelConfig, n_positions: int, device=None) -> Tensor:
     """Return by how much each pair turns at each position: (n_positions, E / 2) float64, in radians."""
     pair = torch.arange(config.head_dim // 2, dtype=torch.float64, device=device)
     frequency = config.rope_theta ** (-2 * pair / config.head_dim)
@@ -24,26 +28,29 @@ def rotary_angles(config: ModelConfig, n_positions: int, device=None) -> torch.T
     return torch.arange(n_positions, dtype=torch.float64, device=device)[:, None] * frequency
 
 
-def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], head_dim: int) -> torch.Tensor:
+def rotate(x: Tensor, rotary: Rotary, head_dim: int) -> Tensor:
     """Turn the pairs (k, k + E/2) of every head in x (B, S, n E).
 
-    `rotary`: cos and sin (..., S, n E or more), the same for every head, sin negated in the first half of each. Heads
-    lie side by side because products with long rows are several times as fast as with rows of one head.
+    The tables are the same for every head and may be of more heads; sin is negated in the first half of each. Heads lie
+    side by side because products with long rows are several times as fast as with rows of one head.
     """
     cos, sin = (table[..., : x.shape[-1]] for table in rotary)  # fewer heads have keys than queries
     partner = x.unflatten(-1, (-1, head_dim)).roll(head_dim // 2, -1).flatten(-2)
     return x * cos + partner * sin
 
 
+_linear = partial(nn.Linear, bias=False)
+
+
 @dataclass
 class KVCache:
     """Keys and values of the positions that each row has seen: `lengths` (B,) of `capacity` positions."""
 
-    keys: torch.Tensor  # (L, B, K, capacity, E)
-    values: torch.Tensor  # (L, B, K, capacity, E)
-    lengths: torch.Tensor  # (B,) int64
+    keys: Tensor  # (L, B, K, capacity, E)
+    values: Tensor  # (L, B, K, capacity, E)
+    lengths: Tensor  # (B,) int64
 
-    def select(self, rows: torch.Tensor) -> "KVCache":
+    def select(self, rows: Tensor) -> "KVCache":
         """Return the cache of some rows only, for a batch from which finished rows have left."""
         return KVCache(self.keys[:, rows], self.values[:, rows], self.lengths[rows])
 
@@ -55,33 +62,24 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         kv = config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.k_proj = nn.Linear(config.d_model, kv, bias=False)
-        self.v_proj = nn.Linear(config.d_model, kv, bias=False)
-        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.q_proj = _linear(config.d_model, config.d_model)
+        self.k_proj = _linear(config.d_model, kv)
+        self.v_proj = _linear(config.d_model, kv)
+        self.o_proj = _linear(config.d_model, config.d_model)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        cached: tuple[torch.Tensor, ...] | None = None,
-        first: int = 0,
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, cached: tuple[Tensor, ...] | None = None, first: int = 0) -> Tensor:
         """Map x (B, S, D) to what the positions from `first` on see: (B, S - first, D).
 
-        `rotary`: cos and sin (..., S, D) for `rotate`. `cached`: the layer's keys and values (B, K, T, E), the
-        positions (B, S) where the new ones are written, and which of the T are visible (B, 1, S, T).
+        `cached`: the layer's keys and values (B, K, T, E), the positions (B, S) where the new ones are written, and
+        which of the T are visible (B, 1, S, T).
         """
         B, S, _ = x.shape
         E = self.config.head_dim
-        cos, sin = rotary
-        q = rotate(self.q_proj(x[:, first:]), (cos[..., first:, :], sin[..., first:, :]), E)
+        q = rotate(self.q_proj(x[:, first:]), tuple(table[..., first:, :] for table in rotary), E)
         q = q.view(B, S - first, -1, E).transpose(1, 2)  # (B, H, S - first, E)
         k = rotate(self.k_proj(x), rotary, E).view(B, S, -1, E).transpose(1, 2)  # (B, K, S, E)
         v = self.v_proj(x).view(B, S, -1, E).transpose(1, 2)
-        visible = None
-        if first:
-            visible = torch.ones(S - first, S, dtype=torch.bool, device=x.device).tril(first)
+        visible = torch.ones(S - first, S, dtype=torch.bool, device=x.device).tril(first) if first else None
         if cached is not None:
             keys, values, positions, visible = cached
             row = torch.arange(B, device=x.device)[:, None]
@@ -103,11 +101,11 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
-        self.up_proj = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
-        self.down_proj = nn.Linear(4 * config.d_model, config.d_model, bias=False)
+        self.gate_proj = _linear(config.d_model, 4 * config.d_model)
+        self.up_proj = _linear(config.d_model, 4 * config.d_model)
+        self.down_proj = _linear(4 * config.d_model, config.d_model)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Map x (B, S, D) to (B, S, D)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
@@ -122,13 +120,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.ffn = SwiGLU(config)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        cached: tuple[torch.Tensor, ...] | None = None,
-        first: int = 0,
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, cached: tuple[Tensor, ...] | None = None, first: int = 0) -> Tensor:
         """Map x (B, S, D) to (B, S - first, D), see `Attention`."""
         x = x[:, first:] + self.attention(self.attention_norm(x), rotary, cached, first)
         return x + self.ffn(self.ffn_norm(x))
@@ -148,8 +140,8 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self._rotary_table: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.output = _linear(config.d_model, config.vocab_size)
+        self._rotary_table: Rotary | None = None
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 std = 1.0 if name == "embedding.weight" else parameter.shape[1] ** -0.5
@@ -161,15 +153,14 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
-    def forward(self, tokens: torch.Tensor, first: int = 0, select: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, tokens: Tensor, first: int = 0, select: Tensor | None = None) -> Tensor:
         """Return logits (B, S - first, V) of the next token at the positions from `first` on of tokens (B, S).
 
         The last block computes queries and feed-forward at those positions only. With a mask `select` (B, S - first),
         it returns the logits of its N true positions only: (N, V) in row-major order.
         """
         x = self.embedding(tokens)
-        cos, sin = self.rotary(tokens.shape[1], x.dtype)
-        rotary = cos[: tokens.shape[1]], sin[: tokens.shape[1]]
+        rotary = tuple(table[: tokens.shape[1]] for table in self.rotary(tokens.shape[1], x.dtype))
         for block in self.blocks[:-1]:
             x = block(x, rotary)
         x = self.blocks[-1](x, rotary, first=first)
@@ -183,7 +174,7 @@ class Transformer(nn.Module):
         return KVCache(keys, values, torch.zeros(batch_size, dtype=torch.int64, device=self.device))
 
     @torch.inference_mode()
-    def decode(self, tokens: torch.Tensor, cache: KVCache, lengths: torch.Tensor | None = None) -> torch.Tensor:
+    def decode(self, tokens: Tensor, cache: KVCache, lengths: Tensor | None = None) -> Tensor:
         """Append tokens (B, S) to the cache and return the logits (B, V) after each row's last one.
 
         Row b appends its first `lengths[b]` tokens (at least one; all S if None). The rest is padding, for which the
@@ -194,17 +185,15 @@ class Transformer(nn.Module):
         seen = int(positions.max()) + 1
         visible = (torch.arange(seen, device=tokens.device) <= positions[:, :, None])[:, None]  # (B, 1, S, seen)
         x = self.embedding(tokens)
-        cos, sin = self.rotary(seen, x.dtype)
-        rotary = cos[positions], sin[positions]  # (B, S, D)
+        rotary = tuple(table[positions] for table in self.rotary(seen, x.dtype))  # (B, S, D)
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
-            cached = keys[:, :, :seen], values[:, :, :seen], positions, visible
-            x = block(x, rotary, cached)
+            x = block(x, rotary, (keys[:, :, :seen], values[:, :, :seen], positions, visible))
         appended = torch.full_like(cache.lengths, S) if lengths is None else lengths
         cache.lengths += appended
         last = x[torch.arange(B, device=x.device), appended - 1]
         return self.output(self.norm(last))
 
-    def rotary(self, n_positions: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary(self, n_positions: int, dtype: torch.dtype) -> Rotary:
         """Return cos and sin (n_positions or more, D) for `rotate`, from a table that grows by doubling."""
         table = self._rotary_table
         if table is None or len(table[0]) < n_positions or (table[0].dtype, table[0].device) != (dtype, self.device):

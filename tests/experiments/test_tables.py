@@ -98,7 +98,7 @@ def _brute_force(rows: list[dict], threshold: float) -> dict[tuple, dict]:
 def test_minimal_parameters_are_those_of_brute_force(rows, threshold):
     table = summaries.minimal_parameters(pd.DataFrame(rows), thresholds=[threshold])
     assert set(table.recall_threshold) == {threshold}
-    found = table.set_index(["mode", "n_facts", "alpha"])[list(summaries._STATISTICS.values())]
+    found = table.set_index(["mode", "n_facts", "alpha"])[list(summaries._STATISTICS)]
     expected = _brute_force(rows, threshold)
     assert set(found.index) == set(expected)
     for key, statistics_ in expected.items():
@@ -410,7 +410,7 @@ def test_a_line_is_fitted_as_it_was_drawn(slope, intercept, exponents):
     points = pd.DataFrame({"n_facts": [2.0**k for k in exponents]})
     points["min_params_mean"] = slope * points.n_facts + intercept
     points.loc[len(points)] = [1e6, math.nan]  # a number of facts without a bound
-    fit = summaries.fit_line(points, resamples=50)
+    fit = summaries.fit_line(points)
     assert fit["n_points"] == len(exponents)
     assert fit["slope"] == pytest.approx(slope, rel=1e-5) and fit["intercept"] == pytest.approx(intercept, abs=1)
     if len(exponents) > 4:
@@ -423,7 +423,7 @@ def test_the_interval_of_a_fit_covers_a_noisy_line():
     x = 2.0 ** np.arange(6, 14)  # as in the laptop profile
     for _ in range(60):
         y = (9000 + 7 * x) * rng.normal(1, 0.15, len(x))
-        fit = summaries.fit_line(pd.DataFrame({"n_facts": x, "min_params_mean": y}), resamples=300)
+        fit = summaries.fit_line(pd.DataFrame({"n_facts": x, "min_params_mean": y}))
         covered += fit["low"] < 7 < fit["high"]
     assert 45 <= covered < 60  # 57 would be right; of so few points it covers a little less
 
