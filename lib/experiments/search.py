@@ -44,16 +44,16 @@ class Search:
 
     def _next(self, reached: dict[int, bool]) -> int | None:
         """Return the index to try next, given which reached the threshold; None when the smallest is known."""
-        last = len(self.sizes) - 1
-        high = min((i for i, yes in reached.items() if yes), default=None)  # the smallest known to be enough
-        low = max((i for i, yes in reached.items() if not yes and (high is None or i < high)), default=None)
-        stride = 2 ** max(0, len(reached) - 1)
-        if low is None and high is None:
+        if not reached:
             return self.start
-        if high is None:
-            return None if low == last else min(low + stride, last)
-        if low is None:
-            return None if high == 0 else max(high - stride, 0)
+        n = len(self.sizes)
+        high = min((i for i, yes in reached.items() if yes), default=n)  # the smallest known to be enough
+        low = max((i for i in reached if i < high), default=-1)
+        stride = 2 ** (len(reached) - 1)
+        if high == n:
+            return min(low + stride, n - 1) if low < n - 1 else None
+        if low < 0:
+            return max(high - stride, 0) if high else None
         if high - low > 1:
             return (low + high) // 2
         below = range(low - 1, max(high - self.neighbours, 0) - 1, -1)

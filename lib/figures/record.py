@@ -130,8 +130,8 @@ def _with_own(record: Record, table: Callable[..., pd.DataFrame], profile: str, 
     """Return the publishing profile's table; rows of a non-publishing profile follow, with `own` true."""
     read = [table(tables.publishing_profile(profile)).assign(own=False)]
     if record.has_own and profile not in paths.PUBLISHING:
-        tokenizer = {"tokenizer": options["tokenizer"]} if "tokenizer" in options else {}
-        read.append(table(profile, **tokenizer).assign(own=True))
+        of_own = {key: value for key, value in options.items() if key == "tokenizer"}
+        read.append(table(profile, **of_own).assign(own=True))
     return pd.concat([part for part in read if len(part)] or read[:1], ignore_index=True)
 
 
