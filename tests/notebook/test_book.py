@@ -1,6 +1,7 @@
 """The book: built from the committed notebooks as they are; every page read as a browser would."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -130,6 +131,8 @@ def small_house(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "notebooks"
     folder.mkdir()
     (folder / "solutions").mkdir()
+    shutil.copy(paths.NOTEBOOKS / "conf.py", folder)
+    shutil.copytree(paths.NOTEBOOKS / "_static", folder / "_static")
     (folder / "index.md").write_text("# Small\n")
     (folder / "lesson_plan.md").write_text("# Plan\n")
     parameters = nbformat.v4.new_code_cell("profile: str = 'quick'", metadata={"tags": ["parameters"]})
