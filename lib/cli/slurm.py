@@ -20,6 +20,7 @@ from lib.cli.options import (
     run_folder,
     takes,
 )
+from lib.slurm import tasks
 
 submit = typer.Typer(help="Train, sweep or run a notebook on Slurm.", no_args_is_help=True)
 Script = Annotated[bool, typer.Option("--dry-run", help="only print the script that sbatch would get")]
@@ -29,8 +30,6 @@ Script = Annotated[bool, typer.Option("--dry-run", help="only print the script t
 @takes(config=RUN, observers=OBSERVERS, how=HOW, resources=RESOURCES)
 def submit_train(config, observers, how, resources, out: Out = None, dry_run: Script = False) -> None:
     """Train one model, with one process a GPU (without GPUs, one a node). It goes on after a time limit."""
-    from lib.slurm import tasks
-
     _submit(tasks.train(config, run_folder(config, out), observers, how), resources, dry_run)
 
 
@@ -38,8 +37,6 @@ def submit_train(config, observers, how, resources, out: Out = None, dry_run: Sc
 @takes(config=FINETUNE, resources=RESOURCES)
 def submit_finetune(config, resources, out: Out = None, device: Device = "auto", dry_run: Script = False) -> None:
     """Fine-tune one model, with one process a GPU (without GPUs, one a node). It goes on after a time limit."""
-    from lib.slurm import tasks
-
     _submit(tasks.finetune(config, run_folder(config, out, "finetune"), device), resources, dry_run)
 
 
@@ -49,14 +46,12 @@ def submit_sweep(
     source: Source,
     resources,
     profile: ProfileOption = "quick",
-    jobs: Annotated[int, typer.Option(help="jobs at a time")] = 16,
+    jobs: Annotated[int, typer.Option(min=1, help="jobs at a time")] = 16,
     hours: Annotated[float, typer.Option(min=0, help="pack searches into one job up to so many hours")] = 1.0,
     device: Device = "auto",
     dry_run: Script = False,
 ) -> None:
     """Run all models of a section that are not finished yet, as a job array."""
-    from lib.slurm import tasks
-
     if resources.nodes > 1 or resources.gpus > 1:
         raise InputError("each job of a sweep takes one node and at most one GPU: --jobs says how many run at a time")
     work = tasks.sweep(source, profile, hours, device)
@@ -76,8 +71,6 @@ def submit_notebook(
     dry_run: Script = False,
 ) -> None:
     """Run a notebook and render it to HTML."""
-    from lib.slurm import tasks
-
     if resources.nodes > 1:
         raise InputError("a notebook runs on one node: leave out --nodes")
     _submit(tasks.notebook(name, profile, parameter or []), resources, dry_run)

@@ -64,21 +64,19 @@ def executor(
     folder: Path, name: str, resources: Resources, environment: dict[str, str], processes: int = 1, parallel: int = 1
 ) -> submitit.SlurmExecutor:
     """Return an executor whose jobs log into `folder`: `processes` on each node, `parallel` jobs at a time."""
-    same = ("partition", "nodes", "mem", "account", "qos", "constraint")
-    # The time limit goes to sbatch, not to submitit, which then requeues after any signal.
-    sbatch = {"time": resources.time, "requeue": True, "chdir": Path.cwd()}
-    variables = [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
     cpus = "${SLURM_CPUS_PER_TASK:-1}"  # srun does not take it from sbatch
+    variables = [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
     made = submitit.SlurmExecutor(folder, max_num_timeout=MAX_TIMEOUTS)
     made.update_parameters(
+        **resources.model_dump(exclude={"time", "cpus", "gpus"}),
         job_name=name,
-        **{field: getattr(resources, field) for field in same},
         ntasks_per_node=processes,
         cpus_per_task=resources.cpus,
         gpus_per_node=resources.gpus or None,
         array_parallelism=parallel,
         stderr_to_stdout=True,
-        additional_parameters=sbatch,
+        # The time limit goes to sbatch, not to submitit, which then requeues after any signal.
+        additional_parameters={"time": resources.time, "requeue": True, "chdir": Path.cwd()},
         setup=[*variables, f"export OMP_NUM_THREADS={cpus} SRUN_CPUS_PER_TASK={cpus}"],
         srun_args=["--kill-on-bad-exit=1"],
     )
@@ -108,31 +106,20 @@ def submit(executor: submitit.SlurmExecutor, function: Callable, *arguments: Seq
 def slurm(*command: str) -> str:
     """Return what a command of Slurm prints. Raises `InputError` if it fails or there is no Slurm."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except FileNotFoundError:
         raise InputError(NO_SLURM) from None
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise InputError(f"Slurm's {command[0]} failed: {said[-1]}")
-    return done.stdout
+    except subprocess.CalledProcessError as error:
+        raise InputError(f"Slurm's {command[0]} failed: {error.stderr.strip() or error.returncode}") from None
 
 
 def queue() -> dict[str, tuple[str, str]]:
     """Return state and reason, in Slurm's words, of this user's jobs: those it still knows and, with accounting, older
     ones."""
-    lines = slurm("squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T|%r").splitlines()
+    told = ""
     with suppress(InputError):  # a cluster without accounting
         old = ["sacct", "--allocations", "--array", "--noheader", "--parsable2", "--starttime=now-30days"]
-        lines = slurm(*old, "--format=JobID,State,Reason").splitlines() + lines
-    return {job: (state.split()[0], reason) for job, state, reason in (line.split("|") for line in lines)}
-
-
-def last_line(log: Path) -> str:
-    """Return the last line of a log, empty if there is none."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 10_000))
-            lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")
-    except FileNotFoundError:
-        return ""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        told = slurm(*old, "--format=JobID,State,Reason")
+    told += slurm("squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T|%r")
+    # A job, its state in capitals (CANCELLED by 0), and the reason; other lines are notes of the cluster.
+    return {job: (state, reason) for job, state, reason in re.findall(r"(?m)^(\w+)\|([A-Z_]+)[^|\n]*\|(.*)$", told)}

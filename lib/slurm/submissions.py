@@ -1,8 +1,8 @@
 """Submissions to Slurm: their record, the code that their jobs run, how their tasks stand, and what is missing.
 
 A submission is a folder in runs/submissions: `submission.json` (its tasks as plain data, and the job of each), `code/`
-and `inputs/` (copies, so that later edits do not change queued jobs), `logs/`, and `outcomes/` with a file for each
-task that has ended: empty if it was done, else with its error. Results go where they always go.
+and `inputs/` (copies, so that later edits do not change queued jobs), `logs/`, and `outcomes/` with a JSON file for
+each task that has ended: its error, or null if it was done. Results go where they always go.
 """
 
 import json
@@ -12,20 +12,20 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import chdir, suppress
+from contextlib import chdir
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
 
 from lib import paths
 from lib.base import Config, InputError
-from lib.paths import write_json
 from lib.slurm import job, tasks
 from lib.slurm.tasks import Resources, Task, Work
 
 RECORD = "submission.json"
 #: What a job needs of the repository.
 CODE = ("lib", "notebooks", "paper_data")
-STATES = ("queued", "running", "done", "failed", "missing")
 
 
 class Submission(Config):
@@ -39,7 +39,7 @@ class Submission(Config):
     current: str  # the folder where relative paths begin
     submitted_at: float  # seconds since 1970
     copies: dict[str, str] = {}  # of files, by the path that tasks name
-    jobs: dict[int, str] = {}  # the latest Slurm job of each task, by the task's position
+    jobs: dict[Annotated[int, Field(strict=False)], str] = {}  # each task's latest Slurm job, by the task's position
 
     @property
     def folder(self) -> Path:
@@ -51,11 +51,11 @@ class Submission(Config):
 
     def outcome(self, position: int) -> Path:
         """Return the file that says how a task ended."""
-        return self.folder / "outcomes" / str(position)
+        return self.folder / "outcomes" / f"{position}.json"
 
     def write(self) -> None:
         """Write `submission.json` without defaults: the copied code, which reads it, may be older."""
-        write_json(self.folder / RECORD, self.model_dump(mode="json", exclude_defaults=True))
+        paths.write_json(self.folder / RECORD, self.model_dump(mode="json", exclude_defaults=True))
 
     def executor(self):
         """Return what submits its jobs."""
@@ -94,11 +94,11 @@ def perform(name: str, position: int) -> None:
     except Preempted:
         raise
     except Exception as error:
-        with suppress(FileExistsError), outcome.open("x") as file:  # of several processes, the first to fail says why
-            file.write(traceback.format_exception_only(error)[-1].strip())
+        if not outcome.exists():  # of several processes, the first to fail says why
+            paths.write_json(outcome, {"error": traceback.format_exception_only(error)[-1].strip()})
         raise
     if os.environ.get("RANK", "0") == "0":
-        outcome.write_text("")
+        paths.write_json(outcome, {"error": None})
 
 
 def find(name: str) -> Submission:
@@ -107,10 +107,7 @@ def find(name: str) -> Submission:
     if not path.is_file():
         known = ", ".join(submission.name for submission in everything()) or "none"
         raise InputError(f"there is no submission {name!r}: there are {known}")
-    record = json.loads(path.read_bytes())
-    record["tasks"] = [Task.parse(task) for task in record["tasks"]]
-    record["jobs"] = {int(position): job_id for position, job_id in record.get("jobs", {}).items()}
-    return Submission.parse(record)
+    return Submission.parse(json.loads(path.read_bytes()))
 
 
 def everything() -> list[Submission]:
@@ -125,11 +122,12 @@ def plan(work: Work, resources: Resources, parallel: int = 1) -> Submission:
     Raises `InputError` where there is no Slurm.
     """
     job.slurm("sinfo", "--version")
-    if parallel < 1:
-        raise InputError(f"jobs = {parallel}: at least one job has to run at a time")
-    names = (work.name if n == 1 else f"{work.name}-{n}" for n in range(1, 10**6))
+    name, number = work.name, 1
+    while (submissions_dir() / name).exists():
+        number += 1
+        name = f"{work.name}-{number}"
     return Submission(
-        name=next(name for name in names if not (submissions_dir() / name).exists()),
+        name=name,
         kind=work.kind,
         tasks=work.tasks,
         resources=resources,
@@ -161,14 +159,16 @@ def snapshot(folder: Path) -> None:
     """Copy the code as it is now, and write the commit that it is of beside it."""
     from lib.provenance import COMMIT, commit
 
+    ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", ".*.tmp")
     for name in CODE:
         if (paths.ROOT / name).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", ".*.tmp")
             shutil.copytree(paths.ROOT / name, folder / name, ignore=ignored)
     (folder / COMMIT).write_text(f"{commit.__wrapped__()}\n")  # as it is now, not as this process imported it
 
 
 # How they stand -------------------------------------------------------------------------------------------------------
+
+STATES = ("queued", "running", "done", "failed", "missing")
 
 
 class Standing(NamedTuple):
@@ -186,23 +186,25 @@ def status(submission: Submission, queue: dict[str, tuple[str, str]]) -> list[St
     """Return how each task of a submission stands; `queue` from `job.queue`."""
     standings = []
     for position, task in enumerate(submission.tasks):
-        job_id, outcome = submission.jobs.get(position), submission.outcome(position)
-        state, reason = _state(outcome.read_text() if outcome.exists() else None, *queue.get(job_id, ("", "")))
-        log = job.last_line(submission.logs / f"{job_id}_0_log.out")
-        standings.append(Standing(position, task, job_id, state, reason, log))
+        job_id = submission.jobs.get(position)
+        state, reason = _state(submission.outcome(position), *queue.get(job_id, ("", "")))
+        log = submission.logs / f"{job_id}_0_log.out"
+        lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+        standings.append(Standing(position, task, job_id, state, reason, lines[-1] if lines else ""))
     return standings
 
 
-def _state(outcome: str | None, state: str, reason: str) -> tuple[str, str]:
+def _state(outcome: Path, state: str, reason: str) -> tuple[str, str]:
     """Return one of STATES and why, from a task's outcome and Slurm's words about its job."""
-    if outcome == "":
+    error = json.loads(outcome.read_bytes())["error"] if outcome.exists() else ""
+    if error is None:
         return "done", ""
     if state in ("PENDING", "REQUEUED"):
         return "queued", reason
     if state in ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED"):
         return "running", ""
-    if outcome:
-        return "failed", outcome
+    if error:
+        return "failed", error
     if state in ("FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "TIMEOUT", "DEADLINE"):
         return "failed", f"{state} ({reason})"
     return "missing", state or "Slurm no longer knows its job"

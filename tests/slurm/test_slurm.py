@@ -179,7 +179,7 @@ def test_a_training_has_a_process_a_gpu(runs, commands, itl):
         ("submit train --gpus -1", "resources.gpus"),
         ("submit sweep 05_9", "there is no experiment 05_9"),
         ("submit sweep 05_1 --nodes 2", "each job of a sweep takes one node and at most one GPU"),
-        ("submit sweep 05_1 --profile smoke --jobs 0", "at least one job"),
+        ("submit sweep 05_1 --profile smoke --jobs 0", "'--jobs': Input should be greater than or equal to 1"),
         ("submit notebook 05_9", "'05_9' is not a notebook"),
         ("submit notebook 05_1 -p nothing=1", "05_1_parameter_bounds has no parameter 'nothing'"),
         ("submit notebook 05_1 --nodes 2", "a notebook runs on one node"),
@@ -217,7 +217,7 @@ def test_a_job_trains_on_what_was_submitted_wherever_it_starts(runs, commands, i
     rows = [json.loads((run / "row.json").read_text()) for run in (here / "reference", folder)]
     same = rows[0].keys() - {"train_seconds", "finished_at"}
     assert {name: rows[1][name] for name in same} == {name: rows[0][name] for name in same}
-    assert folder.name == rows[0]["run_id"] and submission.outcome(0).read_text() == ""
+    assert folder.name == rows[0]["run_id"] and json.loads(submission.outcome(0).read_text()) == {"error": None}
 
 
 @pytest.mark.parametrize(
@@ -299,8 +299,8 @@ def test_a_submission_is_read_as_it_was_written_and_the_next_one_has_another_nam
 def test_states_follow_from_outcomes_and_the_queue(runs, commands):
     made = _submission(8)
     del made.jobs[7]
-    for position, outcome in {0: "", 1: "", 3: "ValueError: early", 4: "ValueError: no"}.items():
-        made.outcome(position).write_text(outcome)
+    for position, error in {0: None, 1: None, 3: "ValueError: early", 4: "ValueError: no"}.items():
+        paths.write_json(made.outcome(position), {"error": error})
     (made.logs / "9_3_0_log.out").write_text("training: 10/600\rtraining: 20/600\n\n")
     queue = {
         "9_0": ("COMPLETING", "None"),
@@ -335,14 +335,16 @@ def test_the_outcome_of_a_failed_task_is_the_first_error_of_its_processes(runs, 
 
     perform("no people")
     perform("")
-    assert made.outcome(0).read_text() == "ValueError: no people"
+    assert json.loads(made.outcome(0).read_text()) == {"error": "ValueError: no people"}
     monkeypatch.setattr("lib.training.run.run", lambda *_, **__: None)
     monkeypatch.setenv("RANK", "1")
     submissions.perform("mine", 0)
-    assert made.outcome(0).read_text() == "ValueError: no people"  # only the first process says that all is done
+    assert json.loads(made.outcome(0).read_text()) == {
+        "error": "ValueError: no people"
+    }  # only the first process says that all is done
     monkeypatch.setenv("RANK", "0")
     submissions.perform("mine", 0)
-    assert made.outcome(0).read_text() == ""
+    assert json.loads(made.outcome(0).read_text()) == {"error": None}
 
 
 def _raise(message: str) -> None:
@@ -351,8 +353,8 @@ def _raise(message: str) -> None:
 
 def test_retry_submits_what_failed_or_is_missing_and_cancel_ends_what_is_alive(runs, commands):
     made = _submission(5)
-    made.outcome(0).touch()
-    made.outcome(1).write_text("no")
+    for position, error in {0: None, 1: "no"}.items():
+        paths.write_json(made.outcome(position), {"error": error})
     (commands / "squeue.out").write_text("9_0|COMPLETED|None\n9_2|PENDING|Priority\n9_3|RUNNING|None\n")
     assert submissions.cancel(made) == 2
     assert (commands / "scancel.calls").read_text() == "9_2 9_3\n"
@@ -365,7 +367,7 @@ def test_retry_submits_what_failed_or_is_missing_and_cancel_ends_what_is_alive(r
 
 
 def test_accounting_tells_of_jobs_that_the_queue_has_forgotten(commands):
-    _command(commands, "sacct", "7_0|TIMEOUT|None\n7_1|CANCELLED by 0|None\n7_2|PENDING|None\n")
+    _command(commands, "sacct", "a note\n\n7_0|TIMEOUT|None\n7_1|CANCELLED by 0|None\n7_2|PENDING|None\n")
     (commands / "squeue.out").write_text("7_2|RUNNING|None\n")
     assert job.queue() == {"7_0": ("TIMEOUT", "None"), "7_1": ("CANCELLED", "None"), "7_2": ("RUNNING", "None")}
 
