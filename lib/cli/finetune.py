@@ -2,7 +2,7 @@
 
 import asyncio
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -117,8 +117,8 @@ def trivia(
     source: Annotated[
         str, typer.Option(help="trivia (shipped), hub (TriviaQA), or a file of its records as JSON lines")
     ] = "trivia",
-    split: Annotated[str | None, typer.Option(help="train or validation (default: all)")] = None,
-    limit: Annotated[int | None, typer.Option(help="ask only the first so many")] = None,
+    split: Annotated[Literal["train", "validation"] | None, typer.Option(help="(default: all)")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="ask only the first so many")] = None,
     api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="of the server", show_default=False)] = "none",
     out: Annotated[
         Path | None, typer.Option(help="JSON lines, one a question (default: runs/trivia/records.jsonl)")

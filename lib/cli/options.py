@@ -105,7 +105,7 @@ def _facts_config(given: dict[str, Any]) -> FactsConfig:
 def check_device(name: str) -> str:
     """Return the name of a device. Raises `InputError` unless torch could know it, on this machine or another."""
     if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d{1,3})?", name):
-        raise InputError(f"--device {name!r} is no device: auto, cpu, cuda, cuda:1, mps and xpu are accepted")
+        raise InputError(f"there is no device {name!r}: auto, cpu, cuda, cuda:1, mps and xpu are accepted")
     return name
 
 

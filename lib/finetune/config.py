@@ -7,7 +7,14 @@ from pydantic import Field, model_validator
 
 from lib.base import Identified
 from lib.finetune.bases import learning_rate
-from lib.finetune.data import ChatMode
+
+ChatMode = Literal["in-weight", "in-tool", "in-tool-text"]
+#: How many facts the paper fine-tunes on: four a person.
+N_FACTS = (500, 1_000, 5_000, 10_000, 50_000)
+
+
+def _rate(given: dict) -> float:
+    return learning_rate(given["base"], given["mode"], given["lora_rank"] is not None)
 
 
 class FinetuneConfig(Identified):
@@ -28,7 +35,7 @@ class FinetuneConfig(Identified):
     #: Rank of adapters (LoRA); None trains all weights.
     lora_rank: int | None = Field(None, ge=1)
     #: AdamW's learning rate; by default that of the base in this mode (`lib.finetune.bases`). It is part of a run's id.
-    lr: float = Field(gt=0, default_factory=lambda given: _rate(given))
+    lr: float = Field(gt=0, default_factory=_rate)
     #: Constant after a warm-up over this share of the steps, or falling to zero.
     schedule: Literal["constant_with_warmup", "cosine"] = "constant_with_warmup"
     warmup: float = Field(0.05, ge=0, lt=1)
@@ -73,7 +80,3 @@ class FinetuneConfig(Identified):
     def interval(self, n_conversations: int) -> int:
         """Return the steps between two checkpoints for so many conversations."""
         return self.checkpoint_every or max(1, self.total_steps(n_conversations) // 10)
-
-
-def _rate(given: dict) -> float:
-    return learning_rate(given["base"], given["mode"], given["lora_rank"] is not None)

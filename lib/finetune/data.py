@@ -8,7 +8,7 @@ such calls, it writes the paper's request, FIND ... FOR ..., and reads the answe
 import itertools
 import json
 from collections.abc import Iterable, Iterator
-from typing import Literal, get_args
+from typing import get_args
 
 from datasets import Dataset, Features, List, Value
 from jinja2 import TemplateError
@@ -18,11 +18,8 @@ from lib.base import InputError
 from lib.dialogs.templates import answer, question, tool_call
 from lib.facts.people import ATTRIBUTES, MAX_PEOPLE, People
 from lib.facts.sampling import sample_people
+from lib.finetune.config import N_FACTS, ChatMode
 
-ChatMode = Literal["in-weight", "in-tool", "in-tool-text"]
-
-#: How many facts the paper fine-tunes on: four a person.
-N_FACTS = (500, 1_000, 5_000, 10_000, 50_000)
 #: The label of a token that is not trained, which `torch.nn.functional.cross_entropy` ignores.
 IGNORED = -100
 #: Names a call, so that its result can say whose it is. Some templates insist on nine letters and digits.

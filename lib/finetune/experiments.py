@@ -18,12 +18,9 @@ from lib.experiments.scale_tables import stored_rows as committed_rows
 from lib.experiments.sweep import check_failed
 from lib.experiments.tables import publishing_profile, shown
 from lib.finetune.bases import BASES, PUBLISHED
-from lib.finetune.config import FinetuneConfig
-from lib.finetune.data import N_FACTS
-from lib.finetune.train import finetune
+from lib.finetune.config import N_FACTS, FinetuneConfig
 from lib.paths import ROWS
 from lib.progress import progress
-from lib.training.distributed import Preempted
 
 SECTION = "06"
 #: A model that two cores can fine-tune.
@@ -112,6 +109,9 @@ def sweep(profile: str, *, device: str = "auto", max_hours: float = math.inf) ->
 
     Several processes may call it: each takes runs that no other is at. After `max_hours` no new run is started.
     """
+    from lib.finetune.train import finetune
+    from lib.training.distributed import Preempted
+
     todo, deadline, report = missing(profile), time.monotonic() + 3600 * max_hours, Report()
     with progress(len(todo), f"Section 6, {profile}") as bar:
         for config in todo:

@@ -10,9 +10,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from lib.base import InputError
 from lib.training.devices import resolve_device
+
+# Runs show their own progress; TRANSFORMERS_VERBOSITY brings the library's warnings back.
+logging.disable_progress_bar()
+if "TRANSFORMERS_VERBOSITY" not in os.environ:
+    logging.set_verbosity_error()
 
 
 def load_model(source: str | Path, device: str = "auto", dtype: str | torch.dtype = "auto") -> PreTrainedModel:

@@ -277,19 +277,22 @@ BAD = {
     "a sweep without processes": Bad("sweep 05_1 --profile smoke --jobs 0", ("jobs = 0", "at least one process")),
     "negative hours": Bad("sweep 05_1 --max-hours -1", ("--max-hours", "0")),
     "a sweep on a device that is not there": Bad(
-        "sweep 05_1 --profile smoke --jobs 1 --device abacus", ("no device 'abacus'", "auto or cpu")
+        "sweep 05_1 --profile smoke --jobs 1 --device cuda:99", ("no device 'cuda:99'", "auto or cpu")
     ),
     "an unknown figure after a known one": Bad(
         "figures parameter_bounds bounds --profile quick", ("there is no figure 'bounds'", "parameter_bounds")
     ),
     # Devices and options
-    "an unknown device": Bad("train --device abacus", ("no device 'abacus'", "auto or cpu")),
+    "an unknown device": Bad("train --device abacus", ("no device 'abacus'", "auto, cpu")),
+    "an unknown device of a plan": Bad("sweep 05_1 --dry-run --device abacus", ("no device 'abacus'", "auto, cpu")),
+    "an unknown device of a job": Bad("submit train --dry-run --device abacus", ("no device 'abacus'", "auto, cpu")),
+    "people beside a file of people": Bad("data --people 3 --csv p.csv --out x", ("--people and --csv", "exclude")),
     "an evaluation of a folder without a run": Bad("evaluate .", ("is not the folder of a run", "config.json")),
-    "an evaluation on a device that is not there": Bad("evaluate in-weight --device abacus", ("no device 'abacus'",)),
+    "an evaluation on a device that is not there": Bad("evaluate in-weight --device cuda:99", ("no device 'cuda:99'",)),
     "negative steps to profile": Bad("train --profile-steps -1", ("observers.profile_steps", "-1")),
     "probes every zero steps": Bad("train --probe-every 0", ("observers.probe_every", "0")),
     "half a step between probes": Bad("train --probe-every 0.5", ("--probe-every", "integer")),
-    "an unknown device for questions": Bad("recall in-weight --device abacus", ("no device 'abacus'", "auto or cpu")),
+    "an unknown device for questions": Bad("recall in-weight --device cuda:99", ("no device 'cuda:99'", "auto or cpu")),
     "a negative temperature": Bad("chat in-weight Hello? --temperature -1", ("--temperature", "0")),
     "an unknown option": Bad("train --epochs 3", ("No such option", "--epochs")),
     "an unknown command": Bad("trian", ("No such command 'trian'",)),
@@ -409,7 +412,16 @@ def test_an_interrupted_command_says_how_to_go_on(here, itl, monkeypatch):
 
     monkeypatch.setattr("lib.training.run.run", interrupt)
     answer = itl("train", *TINY)
-    assert (answer.code, answer.err) == (130, "itl: interrupted: the same command goes on from here\n")
+    assert (answer.code, answer.err) == (130, "itl: interrupted: the same command goes on from the last checkpoint\n")
+
+
+def test_an_interrupted_command_that_cannot_go_on_promises_nothing(here, itl, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lib.facts.sampling.load_people", interrupt)
+    answer = itl("data", "--out", "x.sqlite")
+    assert (answer.code, answer.err) == (130, "itl: interrupted\n")
 
 
 def test_work_that_failed_is_one_sentence_and_exit_code_1(itl, monkeypatch):
@@ -425,7 +437,44 @@ def test_a_file_that_cannot_be_written_is_named_in_one_sentence_with_exit_code_1
     monkeypatch.setenv("ITL_RUNS", str(here / "file"))
     answer = itl("figures", "parameter_bounds", "--profile", "quick")
     assert (answer.code, answer.out) == (1, "")
-    assert answer.err == f"itl: [Errno 20] Not a directory: '{here}/file/quick/figures'\n"
+    assert answer.err == f"itl: the system refuses to go on with {here}/file/quick/figures: Not a directory\n"
+
+
+def _run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    """Run `itl` in a process of its own, whose streams are files of the system."""
+    command = [sys.executable, "-m", "lib", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(paths.ROOT), **options.pop("env", {})}
+    return subprocess.run(command, env=environment, text=True, **options)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_a_full_standard_output_is_one_sentence_and_exit_code_1(here):
+    with open("/dev/full", "w") as full:
+        done = _run("data", "--people", "2", "--out", "x.sqlite", stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, "itl: the system refuses to go on: No space left on device\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell of Unix closes the streams")
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", ">&-", "<&- >&- 2>&-"])
+def test_closed_streams_end_in_an_exit_code_and_no_traceback(here, closed):
+    command = f"{sys.executable} -m lib data --people 2 --out x.sqlite {closed}"
+    environment = {**os.environ, "PYTHONPATH": str(paths.ROOT)}
+    done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr
+    assert (here / "x.sqlite").is_file()
+
+
+def test_a_terminal_that_knows_only_ascii_gets_the_other_letters_escaped(here):
+    (here / "p.csv").write_text("name,größe\nZoë,1\n", encoding="utf-8")
+    done = _run("data", "--csv", "p.csv", "--out", "x", env={"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.returncode == 2 and "gr\\xf6\\xdfe" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31mb/c", "x" * 100_000 + "/c"])
+def test_a_message_steers_no_terminal_and_is_short(here, itl, name):
+    answer = itl("data", "--out", name)
+    assert answer.code in (1, 2) and "\x1b" not in answer.err and len(answer.err) < 2_000
+    _assert_one_sentence(answer._replace(code=2), ())
 
 
 def test_debugging_shows_the_traceback_of_bad_input(monkeypatch):

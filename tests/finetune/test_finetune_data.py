@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 
 import pytest
@@ -19,6 +20,7 @@ from lib.facts.database import write_database
 from lib.facts.people import ATTRIBUTES, People
 from lib.facts.sampling import sample_people
 from lib.finetune.data import IGNORED, N_FACTS, chats, find_tool, people_of, tokenize_chats, trained_parts
+from lib.paths import ROOT
 
 MODES = ["in-weight", "in-tool", "in-tool-text"]
 
@@ -260,3 +262,9 @@ def test_the_parts_of_a_conversation_are_what_is_read_in_order():
     )
     (row,) = tokenize_chats([chat], TOKENIZER, 10**6)
     assert [text for text, trained in parts if trained] == _spans(row)
+
+
+def test_bases_configurations_and_plans_are_read_without_torch_and_transformers():
+    code = "import sys; from lib.finetune import bases, config, experiments; experiments.plan('paper'); "
+    code += "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

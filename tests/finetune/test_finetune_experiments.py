@@ -89,7 +89,7 @@ def test_a_sweep_runs_what_is_missing_and_tells_what_failed(data, monkeypatch):
             raise reason
         _finish(config)
 
-    monkeypatch.setattr(experiments, "finetune", finetune)
+    monkeypatch.setattr("lib.finetune.train.finetune", finetune)
     assert experiments.sweep("laptop", max_hours=0) == experiments.Report()
     report = experiments.sweep("laptop")
     assert report.done == 1 and experiments.missing("laptop") == [second, third]

@@ -1,0 +1,63 @@
+"""Files that a run wrote: read with a check, written whole."""
+
+import os
+
+import pytest
+
+from lib import paths
+from lib.base import DamagedFile, InputError, WorkError
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe{}", b"[" * 100_000, b'{"n": ' + b"9" * 10_000 + b"}"],
+    ids=["empty", "cut", "a list", "null", "not UTF-8", "100,000 deep", "10,000 digits"],
+)
+def test_json_that_a_run_cannot_have_written_is_one_error(tmp_path, content):
+    (tmp_path / "row.json").write_bytes(content)
+    with pytest.raises(DamagedFile, match=r"row\.json is damaged \(.*\): delete it"):
+        paths.read_json(tmp_path / "row.json")
+
+
+def test_json_is_read_from_files_alone_and_not_without_end(tmp_path, monkeypatch):
+    with pytest.raises(DamagedFile):
+        paths.read_json(tmp_path)
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(DamagedFile, match="no file"):
+        paths.read_json(tmp_path / "pipe.json")
+    monkeypatch.setattr(paths, "LARGEST_JSON", 10)
+    paths.write_json(tmp_path / "large.json", {"n": "0123456789"})
+    with pytest.raises(DamagedFile, match="larger"):
+        paths.read_json(tmp_path / "large.json")
+    with pytest.raises(FileNotFoundError):
+        paths.read_json(tmp_path / "none.json")
+
+
+def test_what_is_written_is_read_again_and_nothing_else_is_left(tmp_path):
+    paths.write_json(tmp_path / "row.json", {"name": "Zoë"})
+    assert paths.read_json(tmp_path / "row.json") == {"name": "Zoë"}
+    paths.write_json(tmp_path / "rows.json", [1])
+    assert paths.read_json(tmp_path / "rows.json", list) == [1]
+    assert {path.name for path in tmp_path.iterdir()} == {"row.json", "rows.json"}
+
+
+def test_a_write_that_fails_names_the_file_and_leaves_what_was_there(tmp_path):
+    path = tmp_path / "row.json"
+    paths.write_json(path, {"n": 1})
+    with pytest.raises(WorkError, match=r"cannot write .*row\.json: No space left"), paths.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(WorkError, match="not finite"):
+        paths.write_json(path, {"n": float("nan")})
+    assert paths.read_json(path) == {"n": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("place", ["/dev/null", "", "none/row.json"])
+def test_only_files_in_folders_that_exist_are_replaced(tmp_path, place):
+    with pytest.raises(InputError, match="cannot write"), paths.replacing(tmp_path / place):
+        pass
+
+
+def test_an_empty_variable_for_runs_is_none(monkeypatch):
+    monkeypatch.setenv("ITL_RUNS", "")
+    assert paths.runs() == paths.ROOT / "runs"
