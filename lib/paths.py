@@ -5,7 +5,8 @@ Works from any current folder; `ITL_RUNS` moves everything that is not committed
 
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,8 @@ def write_json(path: Path, content: dict | list) -> None:
         temporary.write_text(to_json(content, indent=1), encoding="utf-8")
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
-    """Return the content of a JSON file that a run wrote: an object or, by `kind`, a list.
+def read_json(path: Path, kind: type = dict, fields: Iterable[str] = ()) -> Any:
+    """Return the content of a JSON file that a run wrote: an object with `fields` or, by `kind`, a list.
 
     Raises `DamagedFile` for anything else, `FileNotFoundError` if there is no file.
     """
@@ -100,8 +101,19 @@ def read_json(path: Path, kind: type = dict) -> Any:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, kind):
             raise ValueError(f"it holds no {'object' if kind is dict else 'list'}")
+        if lacking := [field for field in fields if field not in content]:
+            raise ValueError(f"it lacks {lacking[0]}")
         return content
     except FileNotFoundError:
         raise
     except (ValueError, OSError, RecursionError) as error:
         raise DamagedFile(path, str(error)) from None
+
+
+def whole(paths: Iterable[Path], read: Callable[[Path], Any]) -> Iterator[tuple[Path, Any]]:
+    """Yield each file with what `read` makes of it; a damaged one is told and passed over, for it harms no other."""
+    for path in paths:
+        try:
+            yield path, read(path)
+        except DamagedFile as error:
+            print(f"passed over: {error}", file=sys.stderr)

@@ -38,7 +38,7 @@ def commit() -> str:
     one may lie in the checkout of something else, whose commit says nothing about it.
     """
     if (paths.ROOT / COMMIT).exists():
-        return (paths.ROOT / COMMIT).read_text().strip()
+        return (paths.ROOT / COMMIT).read_text(encoding="utf-8").strip()
     try:
         if not paths.ROOT.samefile(_git("rev-parse", "--show-toplevel")) or not _git("ls-files", "--", "lib"):
             return "unknown"

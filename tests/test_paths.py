@@ -1,6 +1,7 @@
 """Files that a run wrote: read with a check, written whole."""
 
 import os
+import re
 
 import pytest
 
@@ -61,3 +62,33 @@ def test_only_files_in_folders_that_exist_are_replaced(tmp_path, place):
 def test_an_empty_variable_for_runs_is_none(monkeypatch):
     monkeypatch.setenv("ITL_RUNS", "")
     assert paths.runs() == paths.ROOT / "runs"
+
+
+def test_lib_reads_and_writes_text_as_utf_8_whatever_the_system_takes():
+    opens = re.compile(r"\.(?:read_text|write_text)\(|\bopen\([^)\n]*\"[wax]\"")
+    lines = [line for path in (paths.ROOT / "lib").rglob("*.py") for line in path.read_text("utf-8").splitlines()]
+    assert sum(map(bool, map(opens.search, lines))) > 20
+    assert not [line for line in lines if opens.search(line) and not re.search(r"utf-8|ascii", line)]
+
+
+def test_rows_and_claims_of_runs_are_parsed_by_one_function():
+    """Others parse what is no file of a run: options, configurations in rows, lines, what servers and users give."""
+    parsing = {
+        path.relative_to(paths.ROOT / "lib").as_posix()
+        for path in (paths.ROOT / "lib").rglob("*.py")
+        if "json.load" in path.read_text("utf-8")
+    }
+    others = {
+        "cli/options.py",
+        "config.py",
+        "dialogs/tokenizers.py",
+        "experiments/sweep.py",
+        "experiments/tables.py",
+        "experiments/worker.py",
+        "finetune/endpoint.py",
+        "finetune/experiments.py",
+        "finetune/triviaqa.py",
+        "training/checkpoint.py",
+        "training/monitor.py",
+    }
+    assert parsing == {"paths.py", *others}

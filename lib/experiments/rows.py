@@ -1,7 +1,6 @@
 """Where the rows of finished runs are: in paper_data, and still in runs. Needs no pandas, which is slow to import."""
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,12 +35,17 @@ def table_path(section: str) -> Path:
     return paths.PAPER_DATA / f"{TABLES[section]}.csv"
 
 
+def read_row(path: Path) -> dict[str, Any]:
+    """Return the row of a finished run. Raises `DamagedFile`."""
+    return paths.read_json(path, fields=("recall", "config", "device", "steps", "steps_budget", "train_seconds"))
+
+
 def rows_in_runs(section: str, profile: str, plan: Sequence[Search]) -> list[dict[str, Any]]:
     """Return the rows of a plan's finished runs in runs whose tokenizer's file is what it was."""
     planned = {run_id for search in plan for run_id in search.run_ids}
     tokenizers = {load_tokenizer(spec).name for spec in {search.base.tokenizer for search in plan}}
     finished = [path for path in sorted(sweep_dir(section, profile).glob(f"*/{ROW}")) if path.parent.name in planned]
-    rows = [json.loads(path.read_text()) | {"run_id": path.parent.name} for path in finished]
+    rows = [row | {"run_id": path.parent.name} for path, row in paths.whole(finished, read_row)]
     return [row for row in rows if row.get("tokenizer", "bytes") in tokenizers]
 
 

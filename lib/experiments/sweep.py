@@ -183,7 +183,7 @@ def _execute(
                         if tries[run_id] == TRIES:
                             report.failed[run_id] = f"{title}: {error}"
                         continue
-                    recalls[run_id] = json.loads((directory / run_id / ROW).read_text())["recall"]
+                    recalls[run_id] = paths.read_json(directory / run_id / ROW, fields=("recall",))["recall"]
                     report.done_now += 1
                     bar.set_postfix_str(f"{title}: recall {recalls[run_id]:.3f}", refresh=False)
                 closed = sum(not search.pending(recalls) for search in plan)

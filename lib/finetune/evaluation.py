@@ -27,7 +27,7 @@ from lib.finetune.data import ChatMode, as_user
 from lib.finetune.generation import answer_with_tool, encode_prompts, generate_tokens, reply_all
 from lib.finetune.models import no_bars_in_logs
 from lib.finetune.triviaqa import SHIPPED, load_questions
-from lib.paths import runs, write_json
+from lib.paths import read_json, runs, write_json
 from lib.progress import progress
 
 #: Tokens that a reply to a question about a fact may take, and one to a prompt.
@@ -137,7 +137,7 @@ def kept(key: Sequence, make: Callable[[], Any]) -> Any:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, make())
-    return json.loads(path.read_text())
+    return read_json(path, object)
 
 
 @torch.inference_mode()

@@ -1,6 +1,5 @@
 """Evaluate checkpoints of a fine-tuning: their task, general capability, and distance to the base (Section 6)."""
 
-import json
 from collections.abc import Callable
 from functools import cached_property
 from itertools import chain, islice
@@ -25,7 +24,7 @@ from lib.finetune.evaluation import (
 from lib.finetune.models import fingerprint, load_model
 from lib.finetune.tasks import Task
 from lib.finetune.weights import base_source
-from lib.paths import DATA, write_json
+from lib.paths import DATA, read_json, write_json
 
 _BLOCKS = [block.splitlines() for block in (DATA / "prompts.txt").read_text(encoding="utf-8").split("\n\n")]
 #: 25 everyday prompts of each of four categories, written for this purpose: none is an item of a benchmark.
@@ -63,7 +62,7 @@ class Evaluator:
 
         is_last: whether, given its recall, this is the base or the last checkpoint (see `capability_at_end`).
         """
-        measured = json.loads(record.read_text()) if record.exists() else {}
+        measured = read_json(record) if record.exists() else {}
         parts: dict[str, Callable[[], dict]] = {
             "recall": lambda: self.task.measure(
                 model, self.tokenizer, max_new_tokens=self.max_new_tokens, description=self._doing("recall")
@@ -85,7 +84,7 @@ class Evaluator:
         of_base = record.with_name("0.parts")
         if self.config.capability != "any":
             return None if self.config.capability == "none" else self.config.capability
-        if of_base.exists() and (chosen := json.loads(of_base.read_text()).get("capability")):
+        if of_base.exists() and (chosen := read_json(of_base).get("capability")):
             return chosen["capability_task"]
         return "hellaswag" if hellaswag_is_at_hand() else "trivia"
 

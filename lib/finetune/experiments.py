@@ -19,7 +19,7 @@ from lib.experiments.sweep import check_failed
 from lib.experiments.tables import publishing_profile, shown
 from lib.finetune.bases import BASES, PUBLISHED
 from lib.finetune.config import N_FACTS, FinetuneConfig
-from lib.paths import ROWS
+from lib.paths import ROWS, read_json, whole
 from lib.progress import progress
 
 SECTION = "06"
@@ -140,9 +140,9 @@ def rows(profile: str) -> pd.DataFrame:
     known, planned = committed_rows(), plan(profile)
     tables = [known[known.profile == profile]] if len(known) else []
     done = set(tables[0].run_id) if tables else set()
-    for path in (folder(config, profile) / ROWS for config in planned if config.run_id not in done):
-        if path.exists():
-            tables.append(pd.DataFrame(json.loads(path.read_text())).assign(profile=profile))
+    found = [folder(config, profile) / ROWS for config in planned if config.run_id not in done]
+    for _, made in whole(filter(Path.exists, found), lambda path: read_json(path, list)):
+        tables.append(pd.DataFrame(made).assign(profile=profile))
     if not tables:
         return pd.DataFrame()
     table = pd.concat(tables, ignore_index=True)

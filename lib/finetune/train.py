@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
-from lib.base import InputError
+from lib.base import DamagedFile, InputError
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import IGNORED, tokenize_chats
 from lib.finetune.evaluator import Evaluator
@@ -36,7 +36,7 @@ from lib.finetune.tasks import make_task
 from lib.finetune.trainer import ChatTrainer
 from lib.finetune.triviaqa import load_questions
 from lib.finetune.weights import base_source, origin
-from lib.paths import CLAIM, MODEL, ROWS, write_json
+from lib.paths import CLAIM, MODEL, ROWS, read_json, write_json
 from lib.progress import progress
 from lib.provenance import provenance
 from lib.training.devices import resolve_device
@@ -78,7 +78,7 @@ def finetune(
         if not (directory / ROWS).exists():
             _Run(config, directory, processes, asked, stack, description).complete(claim)
         processes.wait_for_everyone()
-        return json.loads((directory / ROWS).read_text())
+        return read_json(directory / ROWS, list)
 
 
 def _claim(config: FinetuneConfig) -> dict:
@@ -93,7 +93,7 @@ def _claim(config: FinetuneConfig) -> dict:
 def _check_claim(claim: dict, directory: Path) -> None:
     """Raise `InputError` unless the folder is that run's, or free; hidden files do not count."""
     if (directory / CLAIM).exists():
-        found = json.loads((directory / CLAIM).read_text())
+        found = read_json(directory / CLAIM)
         if claim | found != claim:  # an earlier version may have claimed less
             raise InputError(
                 f"{directory} holds a fine-tuning of another configuration or base model, or of other questions: "
@@ -152,7 +152,7 @@ class _Run(TrainerCallback):
 
     def rows(self) -> list[dict]:
         """Return the rows of all checkpoints evaluated so far, by step."""
-        return [json.loads(path.read_text()) for path in _by_step(self.evaluations, "*.json").values()]
+        return [read_json(path, fields=("step", "recall")) for path in _by_step(self.evaluations, "*.json").values()]
 
     def stopped(self) -> str | None:
         """Return why training is over; None if it is not."""
@@ -320,7 +320,7 @@ def _by_step(folder: Path, pattern: str) -> dict[int, Path]:
 
 def _training(checkpoint: Path) -> dict:
     """Return a checkpoint's step and how training went until then. Raises `OSError` unless all its files are whole."""
-    training = json.loads((checkpoint / STATE).read_text())
+    training = read_json(checkpoint / STATE, fields=("step", "loss", "train_seconds"))
     for name, size in training.pop("sizes", {}).items():
         if (checkpoint / name).stat().st_size != size:
             raise OSError(f"{name} is not whole")
@@ -333,7 +333,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         try:
             _training(path)
             return path
-        except (OSError, ValueError) as error:
+        except (OSError, DamagedFile) as error:
             print(f"{path} is damaged ({error}): going on from the one before it", file=sys.stderr)
             shutil.rmtree(path)
     return None

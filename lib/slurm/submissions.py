@@ -5,7 +5,6 @@ and `inputs/` (copies, so that later edits do not change queued jobs), `logs/`, 
 each task that has ended: its error, or null if it was done. Results go where they always go.
 """
 
-import json
 import os
 import shutil
 import time
@@ -19,7 +18,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from lib import paths
-from lib.base import Config, InputError
+from lib.base import Config, DamagedFile, InputError
 from lib.slurm import job, tasks
 from lib.slurm.tasks import Resources, Task, Work
 
@@ -107,12 +106,19 @@ def find(name: str) -> Submission:
     if not path.is_file():
         known = ", ".join(submission.name for submission in everything()) or "none"
         raise InputError(f"there is no submission {name!r}: there are {known}")
-    return Submission.parse(json.loads(path.read_bytes()))
+    return _read(path)
+
+
+def _read(path: Path) -> Submission:
+    try:
+        return Submission.parse(paths.read_json(path))
+    except InputError as error:
+        raise DamagedFile(path, str(error)) from None
 
 
 def everything() -> list[Submission]:
     """Return all submissions, the oldest first."""
-    found = [find(path.parent.name) for path in submissions_dir().glob(f"*/{RECORD}")]
+    found = [submission for _, submission in paths.whole(submissions_dir().glob(f"*/{RECORD}"), _read)]
     return sorted(found, key=lambda submission: submission.submitted_at)
 
 
@@ -163,7 +169,8 @@ def snapshot(folder: Path) -> None:
     for name in CODE:
         if (paths.ROOT / name).is_dir():
             shutil.copytree(paths.ROOT / name, folder / name, ignore=ignored)
-    (folder / COMMIT).write_text(f"{commit.__wrapped__()}\n")  # as it is now, not as this process imported it
+    now = commit.__wrapped__()  # as it is now, not as this process imported it
+    (folder / COMMIT).write_text(f"{now}\n", encoding="utf-8")
 
 
 # How they stand -------------------------------------------------------------------------------------------------------
@@ -189,14 +196,14 @@ def status(submission: Submission, queue: dict[str, tuple[str, str]]) -> list[St
         job_id = submission.jobs.get(position)
         state, reason = _state(submission.outcome(position), *queue.get(job_id, ("", "")))
         log = submission.logs / f"{job_id}_0_log.out"
-        lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
         standings.append(Standing(position, task, job_id, state, reason, lines[-1] if lines else ""))
     return standings
 
 
 def _state(outcome: Path, state: str, reason: str) -> tuple[str, str]:
     """Return one of STATES and why, from a task's outcome and Slurm's words about its job."""
-    error = json.loads(outcome.read_bytes())["error"] if outcome.exists() else ""
+    error = paths.read_json(outcome, fields=("error",))["error"] if outcome.exists() else ""
     if error is None:
         return "done", ""
     if state in ("PENDING", "REQUEUED"):

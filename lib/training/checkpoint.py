@@ -59,13 +59,13 @@ def _replaced(folder: Path) -> Path:
 
 def _commit(temporary: Path, folder: Path, state: str) -> None:
     """Make the tensors in `temporary` a whole checkpoint and give it its name."""
-    (temporary / STATE).write_text(state)
+    (temporary / STATE).write_text(state, encoding="utf-8")
     # Some systems put hidden files beside those that are written.
     written = sorted(path for path in temporary.iterdir() if not path.name.startswith("."))
     sums = {path.name: _checksum(path) for path in written}
     for name in sums:
         _flush_to_disk(temporary / name)
-    (temporary / MARKER).write_text(json.dumps(sums))
+    (temporary / MARKER).write_text(json.dumps(sums), encoding="utf-8")
     _flush_to_disk(temporary / MARKER)
     if folder.exists():
         folder.rename(_replaced(folder))  # in one step: deleting takes several
@@ -92,7 +92,7 @@ def load(
         found = reader.read_metadata().state_dict_metadata
         tensors = {name: like(name, entry.size, entry.properties.dtype) for name, entry in found.items()}
         dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
-        return tensors, json.loads((folder / STATE).read_text())
+        return tensors, json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (SafetensorError, CheckpointException, ValueError) as error:
         raise InputError(f"the checkpoint {folder} cannot be read: {error}") from None
 
@@ -110,7 +110,7 @@ class _Named(FileSystem):
 
 def _checksums(folder: Path) -> dict[str, str]:
     """Return the checksum of each file of a checkpoint, as its marker says. Raises `OSError` and `ValueError`."""
-    sums = json.loads((folder / MARKER).read_text())
+    sums = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     if not isinstance(sums, dict) or not all(Path(name).name == name for name in sums) or not sums.keys() > {STATE}:
         raise ValueError(f"{MARKER} is not readable")
     return sums

@@ -58,7 +58,7 @@ def usable_cores() -> int:
 def _quotas(root: Path) -> Iterator[float]:
     """Yield the quotas of CPU time, in cores, of this process's control group and of all that it is part of."""
     with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, group = line.split(":", 2)
             if controllers and "cpu" not in controllers.split(","):
                 continue
@@ -67,9 +67,11 @@ def _quotas(root: Path) -> Iterator[float]:
             for folder in (here, *here.parents):
                 with suppress(OSError, ValueError):  # no quota, or not for this process to see
                     if controllers:
-                        quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                        quota, period = (
+                            (folder / f"cpu.cfs_{name}_us").read_text(encoding="utf-8") for name in ("quota", "period")
+                        )
                     else:
-                        quota, period = (folder / "cpu.max").read_text().split()
+                        quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
                     if float(quota) > 0:  # -1: none; "max" is no number
                         yield float(quota) / float(period)
                 if folder == top:

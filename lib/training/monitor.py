@@ -37,9 +37,9 @@ class Record:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_record(path) if line["step"] <= last] if path.exists() else []
         with replacing(path) as temporary:
-            temporary.write_text("".join(f"{to_json(line)}\n" for line in kept))
+            temporary.write_text("".join(f"{to_json(line)}\n" for line in kept), encoding="utf-8")
         self.steps = {line["step"] for line in kept}
-        self.file = path.open("a")
+        self.file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, **values) -> None:
         self.file.write(to_json({"step": step, **values}) + "\n")
@@ -173,9 +173,11 @@ class Throughput:
 def read_record(path: Path) -> list[dict]:
     """Return all whole lines that a `Record` wrote, oldest first."""
     lines = []
-    for line in path.read_text().splitlines():
-        with suppress(ValueError):  # the half-written last line of a process that was killed, or is writing
-            lines.append(json.loads(line))
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        # What a power cut left, or the half-written last line of a process that was killed, or is writing.
+        with suppress(ValueError, RecursionError):
+            if isinstance(line := json.loads(text), dict) and isinstance(line.get("step"), int):
+                lines.append(line)
     return lines
 
 
@@ -211,12 +213,12 @@ def _wandb_run(project: str, directory: Path):
     name = directory / "wandb" / "id"
     if not name.exists():
         name.parent.mkdir(parents=True, exist_ok=True)
-        name.write_text(uuid.uuid4().hex)
+        name.write_text(uuid.uuid4().hex, encoding="utf-8")
     with _wandb() as wandb:
         return wandb.init(
             project=project,
             name=directory.resolve().name,
-            id=name.read_text(),
+            id=name.read_text(encoding="utf-8"),
             resume="allow",
             dir=directory,
             reinit="create_new",  # beside those of other runs of this process

@@ -8,7 +8,6 @@ repeated; one that was killed goes on.
 
 import copy
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +32,7 @@ from lib.facts.database import write_database
 from lib.facts.people import People
 from lib.facts.sampling import load_people
 from lib.model.transformer import Transformer
-from lib.paths import CLAIM, DATABASE, MODEL, ROW, write_json
+from lib.paths import CLAIM, DATABASE, MODEL, ROW, read_json, write_json
 from lib.provenance import commit, provenance
 from lib.training import checkpoint
 from lib.training.devices import fastest_threads, resolve_device, usable_cores, using_threads
@@ -120,7 +119,7 @@ def run(
             ranks.first_does(measure)
         if ranks.any(asked.is_set()):  # while everything was measured
             raise Preempted("asked to leave: this run is finished, the same command goes on after it")
-        return ranks.first_does(lambda: json.loads((directory / ROW).read_text()))
+        return ranks.first_does(lambda: read_json(directory / ROW, fields=("recall",)))
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """A run's folder: claimed for one configuration, locked while it trains, and opened again to ask and to talk to."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -13,14 +12,14 @@ from filelock import FileLock
 
 from lib.agent.generation import chat
 from lib.agent.tools import EditableTool, SqlTool
-from lib.base import InputError
+from lib.base import DamagedFile, InputError
 from lib.config import RunConfig
 from lib.dialogs.templates import Role, Turn, question
 from lib.dialogs.tokenizers import Tokenizer, load_tokenizer
 from lib.facts.people import People
 from lib.facts.sampling import load_people, unseen_people
 from lib.model.transformer import Transformer
-from lib.paths import CLAIM, DATABASE, MODEL, PEOPLE, ROW, TOKENIZER, write_json
+from lib.paths import CLAIM, DATABASE, MODEL, PEOPLE, ROW, TOKENIZER, read_json, write_json
 from lib.training import checkpoint
 from lib.training.devices import resolve_device
 
@@ -45,9 +44,9 @@ class Claim:
 def read_claim(directory: Path) -> Claim:
     """Return the claim in a run's folder; an `InputError` if there is none."""
     try:
-        claim = json.loads((directory / CLAIM).read_text())
+        claim = read_json(directory / CLAIM)
         return Claim(**{**claim, "config": RunConfig.parse(claim["config"])})
-    except (OSError, ValueError, KeyError, TypeError):  # `InputError` among them: fields of another version
+    except (OSError, DamagedFile, ValueError, KeyError, TypeError):  # or fields of another version
         raise InputError(f"{directory} is not the folder of a run ({CLAIM} is missing or not readable)") from None
 
 
@@ -130,8 +129,8 @@ def read_people(folder: Path, config: RunConfig) -> People:
     directory = _run_folder(Path(folder))
     people = load_people(own_files(directory, config).facts)
     for record in (CLAIM, ROW):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            if json.loads((directory / record).read_text())["people_digest"] != people.digest():
+        with suppress(OSError, DamagedFile, KeyError):
+            if read_json(directory / record)["people_digest"] != people.digest():
                 break
     else:
         return people

@@ -1,6 +1,5 @@
 """Recall during training, measured beside it from the checkpoints that it writes."""
 
-import json
 import time
 from collections.abc import Collection, Iterator
 from contextlib import nullcontext
@@ -15,7 +14,7 @@ from lib.dialogs.tokens import tokenize_people
 from lib.evaluation.recall import bits_of_dialogs, measure_recall
 from lib.facts.people import People
 from lib.model.transformer import Transformer
-from lib.paths import DATABASE, ROW
+from lib.paths import DATABASE, ROW, read_json
 from lib.training import checkpoint
 from lib.training.devices import resolve_device
 from lib.training.monitor import Record
@@ -68,7 +67,7 @@ def _not_yet(directory: Path, config: RunConfig, measured: Collection[int]) -> I
         model.load_state_dict(below("model.", tensors))
         yield step, model
     if (directory / ROW).exists():  # then there may be no checkpoints any more
-        step = json.loads((directory / ROW).read_text())["steps"]
+        step = read_json(directory / ROW, fields=("steps",))["steps"]
         if step not in measured:
             yield step, load_model(directory)[0]
 

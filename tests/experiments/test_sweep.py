@@ -79,6 +79,23 @@ def test_a_second_sweep_does_nothing_and_says_so_quickly(smoke, monkeypatch):
     assert _snapshot(folder) == before
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_damaged_row_harms_its_own_run_alone(smoke, tmp_path, monkeypatch, capsys, content):
+    folder, _ = smoke
+    shutil.copytree(folder, tmp_path / "runs")
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
+    first, _ = sorted((tmp_path / "runs").glob("smoke/05_1/*/row.json"))
+    first.write_text(content)
+    report = sweep.sweep("05_1", "smoke", dry_run=True)
+    assert (report.done_before, report.runs_ahead) == (1, 1)
+    assert f"{first} is damaged" in capsys.readouterr().err
+    report = sweep.sweep("05_1", "smoke", in_process=True)
+    assert report.done_now == 0 and f"{first} is damaged" in "".join(report.failed.values())
+    assert len(tables.read_rows("05_1", "smoke")) == 1
+    first.unlink()
+    assert sweep.sweep("05_1", "smoke", in_process=True).done_now == 1
+
+
 @pytest.mark.parametrize(
     ("command", "libraries"),
     [

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from vocabularies import train_bpe, write_ranks
 
 from lib import paths
-from lib.base import WorkError
+from lib.base import DamagedFile, WorkError
 from lib.cli import app
 from lib.config import UNOBSERVED, RunConfig
 from lib.experiments import plan
@@ -294,6 +294,19 @@ def test_a_submission_is_read_as_it_was_written_and_the_next_one_has_another_nam
     second.write()
     assert submissions.everything() == [first, second]
     assert "cpus" not in json.loads((first.folder / submissions.RECORD).read_text())["resources"]  # at its default
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"kind": "sweep", "tasks": 3}'])
+def test_a_damaged_submission_harms_no_other(runs, commands, capsys, content):
+    made = _submission()
+    made.write()
+    other = submissions.submissions_dir() / "other" / submissions.RECORD
+    other.parent.mkdir()
+    other.write_text(content)
+    assert [submission.name for submission in submissions.everything()] == [made.name]
+    assert f"{other} is damaged" in capsys.readouterr().err
+    with pytest.raises(DamagedFile, match="is damaged"):
+        submissions.find("other")
 
 
 def test_states_follow_from_outcomes_and_the_queue(runs, commands):
