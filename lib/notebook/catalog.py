@@ -16,9 +16,6 @@ from pydantic import TypeAdapter, ValidationError
 from lib import paths
 from lib.base import InputError
 
-#: What the annotations of parameters may name.
-_TYPES = {"__builtins__": {}, "int": int, "float": float, "bool": bool, "str": str, "list": list, "Literal": Literal}
-
 
 def all_notebooks(group: str | None = None) -> list[Path]:
     """Return the project's notebooks in the order of the paper: called like 05_1_name, with a cell of parameters.
@@ -65,9 +62,9 @@ def parameters(path: Path) -> dict[str, Any]:
     kinds = {}
     try:
         for line in ast.parse(cell.source).body:
-            kind = kinds[line.target.id] = eval(ast.unparse(line.annotation), dict(_TYPES))
+            kind = kinds[line.target.id] = _type(line.annotation)
             TypeAdapter(kind).validate_python(ast.literal_eval(line.value), strict=True)
-    except Exception:
+    except (SyntaxError, ValueError, AttributeError, TypeError):
         raise InputError(
             f"{path.stem}: the cell tagged 'parameters' takes annotated literals only, such as 'seeds: int = 3'"
         ) from None
@@ -76,6 +73,22 @@ def parameters(path: Path) -> dict[str, Any]:
 
 def _parameters_cell(notebook: NotebookNode) -> NotebookNode | None:
     return next((cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])), None)
+
+
+def _type(node: ast.expr) -> Any:
+    """Return the type that an annotation names; one that parameters cannot have is a ValueError."""
+    match node:
+        case ast.Name("int" | "float" | "bool" | "str" as name):
+            return {"int": int, "float": float, "bool": bool, "str": str}[name]
+        case ast.Constant(None):
+            return None
+        case ast.Subscript(ast.Name("list"), item):
+            return list[_type(item)]
+        case ast.Subscript(ast.Name("Literal"), values):
+            return Literal[ast.literal_eval(values)]
+        case ast.BinOp(left, ast.BitOr(), right):
+            return _type(left) | _type(right)
+    raise ValueError(ast.unparse(node))
 
 
 def parse_assignments(sources: Sequence[Path], assignments: Sequence[str]) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Run notebooks: papermill executes, nbconvert renders, and only a success is published.
 
-Parameters are checked before a kernel starts; papermill would only warn. A notebook has succeeded when its last code
-cell was executed and every figure it declares in its metadata, `{"itl": {"produces": ["name.pdf", ...]}}`, exists.
-Until then everything is in a temporary folder: a failed run leaves earlier results as they were, and a copy to look at.
+papermill alone warns about an unknown parameter and goes on, starts whatever kernel the machine calls `python3`, and
+reports every cell of a notebook as completed after its kernel has died. Here parameters are checked before a kernel
+starts, the kernel is the interpreter that runs this module, and a notebook has succeeded when its last code cell was
+executed and every figure it declares in its metadata, `{"itl": {"produces": ["name.pdf", ...]}}`, exists. Until then
+everything lives in a temporary folder: a failed run leaves earlier results as they were, and a copy to look at.
 """
 
 import hashlib
@@ -115,18 +117,18 @@ def _run(source: Path, values: dict[str, Any], executed: Path, figures: Path) ->
     failed = executed.with_suffix(".failed.ipynb")
     executed.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{source.stem}-", dir=executed.parent) as folder:
-        copy, drawn = Path(folder, source.name), Path(folder, "figures")
+        copy, page, drawn = Path(folder, source.name), Path(folder, "page.html"), Path(folder, "figures")
         drawn.mkdir()
         if problem := _execute(source, values, copy, drawn):
             if copy.exists():
                 problem += f"; its executed copy is {_publish(copy, failed)}"
             raise NotebookError(f"{source.stem} failed {problem}")
-        page = copy.with_suffix(".html")
         page.write_text(render(read(copy), source), encoding="utf-8")
         _publish(page, executed.with_suffix(".html"))
         for figure in drawn.iterdir():
             _publish(figure, figures / figure.name)
-        _publish(copy, executed)  # last: the hash in it says that everything else is in its place
+        # Last, because the hash in it says that everything else is in its place.
+        _publish(copy, executed)
     failed.unlink(missing_ok=True)
 
 

@@ -23,6 +23,7 @@ from lib.figures.record import FIGURES
 from lib.figures.style import alt_text
 from lib.progress import is_watched
 
+_VIEW = "application/vnd.jupyter.widget-view+json"
 #: Hides the output above the one that holds a live widget.
 _HIDE = "<style>.jp-OutputArea-child:has(+ .jp-OutputArea-child .itl-live) { display: none }</style>"
 
@@ -37,7 +38,8 @@ def show(widget: ipywidgets.Widget, still: Any) -> None:
     if is_watched():
         live = ipywidgets.VBox([ipywidgets.HTML(_HIDE), widget])
         live.add_class("itl-live")
-        display(live)
+        view = {"version_major": 2, "version_minor": 0, "model_id": live.model_id}
+        display({_VIEW: view, "text/plain": "Run this cell in JupyterLab to use it."}, raw=True)
 
 
 def explore(draw: Callable[..., Figure], **controls: ipywidgets.Widget) -> None:
@@ -80,9 +82,9 @@ def explore_capacity(profile: str, threshold: float = 0.95) -> None:
     figure_of = _with_tables("parameter_bounds", profile, threshold)
 
     def draw(facts: int, bits: float) -> Figure:
-        figure, per_fact = figure_of(), bits_per_person() / len(ATTRIBUTES)
-        held = facts * per_fact
-        _mark(figure.axes[0], counts, counts * per_fact, (facts, held), bits)
+        figure = figure_of()
+        held = facts / len(ATTRIBUTES) * bits_per_person()
+        _mark(figure.axes[0], counts, counts / len(ATTRIBUTES) * bits_per_person(), (facts, held), bits)
         figure.axes[0].set_title(f"{facts:,} facts, {held:,.0f} bits: {_in_words(held, bits)}", fontsize=9)
         return figure
 

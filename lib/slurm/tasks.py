@@ -86,7 +86,7 @@ def sweep(source: str, profile: str, hours: float, device: str) -> Work:
     from lib.experiments.sweep import hours_ahead
 
     plan = _parts(source, profile)
-    costs = {position: cost for position, cost in enumerate(hours_ahead(source, profile, plan)) if cost}
+    costs = {i: cost for i, cost in enumerate(hours_ahead(source, profile, plan)) if cost}
     if len(costs) > MAX_TASKS:  # two neighbours exceed the hours together, or they would be one task
         hours = max(hours, 2 * sum(costs.values()) / (MAX_TASKS - 1))
     tasks = []
@@ -160,10 +160,11 @@ def do(kind: str, copies: Mapping[str, str], arguments: dict[str, Any]) -> None:
         case "sweep":
             from lib.experiments.sweep import sweep
 
-            source, profile = copies.get(arguments["source"], arguments["source"]), arguments["profile"]
-            parts = _parts(source, profile)
-            plan = [parts[position] for position in arguments["positions"]]
-            sweep(source, profile, device=arguments["device"], plan=plan, in_process=True).check()
+            source = copies.get(arguments["source"], arguments["source"])
+            plan = _parts(source, arguments["profile"])
+            plan = [plan[i] for i in arguments["positions"]]
+            device = arguments["device"]
+            sweep(source, arguments["profile"], device=device, plan=plan, in_process=True).check()
         case "notebook":
             from lib.notebook import runner
 
