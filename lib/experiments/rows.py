@@ -37,7 +37,7 @@ def table_path(section: str) -> Path:
 
 def read_row(path: Path) -> dict[str, Any]:
     """Return the row of a finished run. Raises `DamagedFile`."""
-    return paths.read_json(path, fields=("recall", "config", "device", "steps", "steps_budget", "train_seconds"))
+    return paths.read_json(path, fields=("recall",))
 
 
 def rows_in_runs(section: str, profile: str, plan: Sequence[Search]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from lib import paths
 from lib.base import InputError, WorkError
 from lib.config import RunConfig
 from lib.experiments.plan import searches
-from lib.experiments.rows import known_rows, sweep_dir
+from lib.experiments.rows import known_rows, read_row, sweep_dir
 from lib.experiments.search import Search
 from lib.experiments.worker import attempt
 from lib.facts.people import ATTRIBUTES, RELEASED
@@ -183,7 +183,7 @@ def _execute(
                         if tries[run_id] == TRIES:
                             report.failed[run_id] = f"{title}: {error}"
                         continue
-                    recalls[run_id] = paths.read_json(directory / run_id / ROW, fields=("recall",))["recall"]
+                    recalls[run_id] = read_row(directory / run_id / ROW)["recall"]
                     report.done_now += 1
                     bar.set_postfix_str(f"{title}: recall {recalls[run_id]:.3f}", refresh=False)
                 closed = sum(not search.pending(recalls) for search in plan)
@@ -247,7 +247,7 @@ def _speed(rows: Iterable[dict], device: str) -> float:
     """Return the floating-point operations a second of the rows that such a device (cpu, cuda) made, or a guess."""
     flops = seconds = 0.0
     for row in rows:
-        if row["device"].startswith(device):
+        if row.get("device", "").startswith(device):
             share = float(row["steps"]) / float(row["steps_budget"])
             flops += RunConfig.parse(json.loads(row["config"])).flops() * share
             seconds += float(row["train_seconds"])
