@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from lib import paths
-from lib.base import InputError
+from lib.base import InputError, WorkError
 from lib.config import ModelConfig
 from lib.experiments import publishing, summaries, tables
 from lib.experiments.published import published_by_paper
@@ -136,7 +136,7 @@ def test_a_figure_that_cannot_be_written_leaves_the_earlier_one(places, monkeypa
         raise OSError("disk full")
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(WorkError, match="cannot write .*: disk full"):
         style.save(record.draw("parameter_bounds"), "parameter_bounds", "quick")
     assert (pdf.read_bytes(), png.read_bytes()) == earlier
 

@@ -96,7 +96,7 @@ def crash_at(monkeypatch):
 
         return wrapper
 
-    def half_text(path, text):
+    def half_text(path, text, encoding):
         with path.open("w") as file:
             file.write(text[: len(text) // 2])
 

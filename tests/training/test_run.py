@@ -401,7 +401,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(WorkError, match="cannot write .*: disk full"):
             write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     write_json(path, {"a": 3})
