@@ -31,7 +31,7 @@ class DamagedFile(WorkError):
     """A file that a run wrote holds something else now: a power cut, a full disk, an editor."""
 
     def __init__(self, path: Path, reason: str):
-        super().__init__(f"{path} is damaged ({reason}): delete it, and the command that wrote it makes it again")
+        super().__init__(f"{path} is damaged ({reason}): delete it and start again what wrote it")
 
 
 def to_json(content: Any, **options: Any) -> str:

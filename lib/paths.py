@@ -91,7 +91,7 @@ def write_json(path: Path, content: dict | list) -> None:
 def read_json(path: Path, kind: type = dict, fields: Iterable[str] = ()) -> Any:
     """Return the content of a JSON file that a run wrote: an object with `fields` or, by `kind`, a list.
 
-    Raises `DamagedFile` for anything else, `FileNotFoundError` if there is no file.
+    Raises `DamagedFile` for anything else, `OSError` if there is no file or it may not be read.
     """
     try:
         if path.exists() and not path.is_file():  # a pipe would never end
@@ -104,16 +104,14 @@ def read_json(path: Path, kind: type = dict, fields: Iterable[str] = ()) -> Any:
         if lacking := [field for field in fields if field not in content]:
             raise ValueError(f"it lacks {lacking[0]}")
         return content
-    except FileNotFoundError:
-        raise
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedFile(path, str(error)) from None
 
 
 def whole(paths: Iterable[Path], read: Callable[[Path], Any]) -> Iterator[tuple[Path, Any]]:
-    """Yield each file with what `read` makes of it; a damaged one is told and passed over, for it harms no other."""
+    """Yield each file with what `read` makes of it; one that cannot be read is told and passed over."""
     for path in paths:
         try:
             yield path, read(path)
-        except DamagedFile as error:
+        except (DamagedFile, OSError) as error:
             print(f"passed over: {error}", file=sys.stderr)

@@ -34,6 +34,15 @@ def test_json_is_read_from_files_alone_and_not_without_end(tmp_path, monkeypatch
         paths.read_json(tmp_path / "none.json")
 
 
+def test_a_file_that_cannot_be_read_is_told_and_passed_over(tmp_path, capsys):
+    damaged, gone, good = (tmp_path / name for name in ("damaged.json", "gone.json", "good.json"))
+    damaged.write_text("{")
+    paths.write_json(good, {"n": 1})
+    assert list(paths.whole([damaged, gone, good], paths.read_json)) == [(good, {"n": 1})]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "damaged.json is damaged" in said[0] and "gone.json" in said[1]
+
+
 def test_what_is_written_is_read_again_and_nothing_else_is_left(tmp_path):
     paths.write_json(tmp_path / "row.json", {"name": "Zoë"})
     assert paths.read_json(tmp_path / "row.json") == {"name": "Zoë"}
@@ -88,7 +97,6 @@ def test_rows_and_claims_of_runs_are_parsed_by_one_function():
         "finetune/endpoint.py",
         "finetune/experiments.py",
         "finetune/triviaqa.py",
-        "training/checkpoint.py",
         "training/monitor.py",
     }
     assert parsing == {"paths.py", *others}

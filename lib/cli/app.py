@@ -60,8 +60,8 @@ def main() -> None:
         code = app(standalone_mode=False)
         if sys.stdout:
             sys.stdout.flush()  # here, a full disk can still be told
-    except BrokenPipeError:
-        code = _leave_quietly()
+    except BrokenPipeError:  # whoever read the output has left
+        code = 1
     except FORESEEABLE as error:
         if os.environ.get("ITL_DEBUG"):
             raise
@@ -69,20 +69,15 @@ def main() -> None:
         if first or not isinstance(error, InputError):  # all processes find bad input
             _say(_sentence(error))
         code = getattr(error, "exit_code", 1)
-        _leave_quietly()
     if code == 130:  # typer's code for Ctrl-C
         resumed = len(sys.argv) > 1 and sys.argv[1] in RESUMED
-        _say("interrupted: the same command goes on from the last checkpoint" if resumed else "interrupted")
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _leave_quietly() -> int:
-    """Keep Python from a traceback over what could not be written to the standard output; return an exit code."""
+        _say("interrupted: the same command goes on from what was saved" if resumed else "interrupted")
     try:
-        sys.stdout.flush()
-    except (AttributeError, OSError):
-        sys.stdout = None
-    return 1
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        sys.stdout = None  # or Python would add a traceback at its exit
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _sentence(error: Exception) -> str:
@@ -93,7 +88,7 @@ def _sentence(error: Exception) -> str:
         about = f" with {error.filename}" if error.filename else ""
         return f"the system refuses to go on{about}: {error.strerror}"
     if isinstance(error, MemoryError):
-        return f"out of memory: give a smaller model or batch {error}"
+        return "out of memory: give a smaller model or batch"
     if isinstance(error, sqlite3.Error):
         return f"the database cannot be used: {error}"
     return str(error)

@@ -32,13 +32,13 @@ def searches(source: str, profile: str, tokenizer: str = "bytes") -> list[Search
     """
     path = Path(source) if is_file(source) else PLANS / f"{source}.yaml"
     grids = _read(path) if is_file(source) or source in _names() else {}
-    if isinstance(grids, dict) and grids.keys() <= set(PROFILES):
-        grids = grids.get(profile)
-    if grids is None:
+    of_profiles = isinstance(grids, dict) and grids.keys() <= set(PROFILES)
+    if of_profiles and profile not in grids:
         known = ", ".join(f"{name} ({', '.join(_read(PLANS / f'{name}.yaml'))})" for name in _names())
         raise InputError(
             f"there is no experiment {source} in the profile {profile}: there are {known}, and files of yours"
         )
+    grids = grids[profile] if of_profiles else grids
     try:
         grids = [Grid.parse(grid) for grid in (grids if isinstance(grids, list) else [grids])]
         plan = [search for grid in grids for search in grid.searches()]

@@ -75,6 +75,7 @@ def write(section: str) -> pd.DataFrame:
     compared = [compare(section, profile).assign(profile=profile) for profile in PROFILES]
     table = pd.concat(compared).set_index("profile").reset_index()  # the profile first
     if not len(table):
+        path(section).unlink(missing_ok=True)
         return table
     path(section).parent.mkdir(exist_ok=True)
     with paths.replacing(path(section)) as temporary:

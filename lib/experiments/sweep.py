@@ -5,12 +5,14 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from lib import paths
 from lib.base import InputError, WorkError
@@ -155,8 +157,9 @@ def _execute(
     def start(config: RunConfig, device: str) -> Future:
         arguments = config, directory / config.run_id, device
         if not in_process:
-            processes.append(process := _process(*arguments))
-            return pool.submit(_error, process)
+            said = tempfile.TemporaryFile()  # no pipe: what a killed run leaves behind would keep it open
+            processes.append(process := _process(*arguments, said))
+            return pool.submit(_error, process, said)
         future = Future()
         future.set_result(attempt(*arguments))
         return future
@@ -193,7 +196,7 @@ def _execute(
                 process.terminate()  # asks a run to leave, which it does with a checkpoint
 
 
-def _process(config: RunConfig, directory: Path, device: str) -> subprocess.Popen:
+def _process(config: RunConfig, directory: Path, device: str, said: IO[bytes]) -> subprocess.Popen:
     """Start a run in a process of its own: its death harms no other run, and it does not outlive the sweep."""
     path = [str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     # PYTHONSAFEPATH: no lib of the current folder. One thread: small models gain little from a second, and wait for it
@@ -203,18 +206,18 @@ def _process(config: RunConfig, directory: Path, device: str) -> subprocess.Pope
         [sys.executable, "-m", "lib.experiments.worker", config.canonical_json(), str(directory), device],
         stdin=subprocess.PIPE,  # closes with this process, however it ends: then the run leaves
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
+        stderr=said,
         env=os.environ | environment | {"ITL_PROGRESS": "off"},
     )
 
 
-def _error(process: subprocess.Popen) -> str | None:
+def _error(process: subprocess.Popen, said: IO[bytes]) -> str | None:
     """Wait for a process; return what ended it before its run was finished, in one line."""
-    with process:
-        said = process.stderr.read().split("\n")
-    lines = [line.strip() for line in said if line.strip()]
+    with said:
+        with process:
+            process.wait()
+        said.seek(0)
+        lines = [line.strip() for line in said.read().decode(errors="replace").split("\n") if line.strip()]
     if process.returncode == 1 and lines:
         return lines[-1]
     return f"its process died with exit code {process.returncode}" if process.returncode else None

@@ -93,7 +93,10 @@ def _claim(config: FinetuneConfig) -> dict:
 def _check_claim(claim: dict, directory: Path) -> None:
     """Raise `InputError` unless the folder is that run's, or free; hidden files do not count."""
     if (directory / CLAIM).exists():
-        found = read_json(directory / CLAIM)
+        try:
+            found = read_json(directory / CLAIM)
+        except DamagedFile:
+            raise InputError(f"{directory} holds a fine-tuning whose {CLAIM} is damaged: give another folder") from None
         if claim | found != claim:  # an earlier version may have claimed less
             raise InputError(
                 f"{directory} holds a fine-tuning of another configuration or base model, or of other questions: "
@@ -258,8 +261,9 @@ class _Run(TrainerCallback):
             if self.is_due(step) and not self.asked.is_set():
                 self.evaluate(checkpoint, training)
                 self.bar.set_postfix_str(f"recall {self.rows()[-1]['recall']:.2f}", refresh=False)
-            for earlier in list(_by_step(self.checkpoints, "checkpoint-*").values())[:-2]:  # Trainer's own rotation
-                shutil.rmtree(earlier)  # would delete other folders named like one, too
+            # Trainer's own rotation, `save_total_limit`, would also delete other folders whose names begin like these.
+            for earlier in list(_by_step(self.checkpoints, "checkpoint-*").values())[:-2]:
+                shutil.rmtree(earlier)
             stopped = [self.stopped()]
         if broadcast_object_list(stopped)[0]:
             control.should_training_stop = True

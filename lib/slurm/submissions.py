@@ -11,14 +11,14 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import chdir
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
 from lib import paths
-from lib.base import Config, DamagedFile, InputError
+from lib.base import Config, DamagedFile, InputError, to_json
 from lib.slurm import job, tasks
 from lib.slurm.tasks import Resources, Task, Work
 
@@ -93,8 +93,9 @@ def perform(name: str, position: int) -> None:
     except Preempted:
         raise
     except Exception as error:
-        if not outcome.exists():  # of several processes, the first to fail says why
-            paths.write_json(outcome, {"error": traceback.format_exception_only(error)[-1].strip()})
+        told = to_json({"error": traceback.format_exception_only(error)[-1].strip()})
+        with suppress(FileExistsError), outcome.open("x", encoding="utf-8") as file:
+            file.write(told)  # of several processes, the first to fail says why
         raise
     if os.environ.get("RANK", "0") == "0":
         paths.write_json(outcome, {"error": None})
@@ -195,15 +196,17 @@ def status(submission: Submission, queue: dict[str, tuple[str, str]]) -> list[St
     for position, task in enumerate(submission.tasks):
         job_id = submission.jobs.get(position)
         state, reason = _state(submission.outcome(position), *queue.get(job_id, ("", "")))
-        log = submission.logs / f"{job_id}_0_log.out"
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
-        standings.append(Standing(position, task, job_id, state, reason, lines[-1] if lines else ""))
+        log = job.last_line(submission.logs / f"{job_id}_0_log.out")
+        standings.append(Standing(position, task, job_id, state, reason, log))
     return standings
 
 
 def _state(outcome: Path, state: str, reason: str) -> tuple[str, str]:
     """Return one of STATES and why, from a task's outcome and Slurm's words about its job."""
-    error = paths.read_json(outcome, fields=("error",))["error"] if outcome.exists() else ""
+    try:
+        error = paths.read_json(outcome, fields=("error",))["error"] if outcome.exists() else ""
+    except DamagedFile as damaged:
+        error = str(damaged)
     if error is None:
         return "done", ""
     if state in ("PENDING", "REQUEUED"):

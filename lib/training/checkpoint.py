@@ -8,7 +8,6 @@ process, can read them.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -24,7 +23,8 @@ from safetensors.torch import save as to_bytes
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from lib.base import InputError, WorkError, to_json
+from lib.base import DamagedFile, InputError, WorkError, to_json
+from lib.paths import read_json, sync
 from lib.training.distributed import ALONE, Ranks
 
 # torch warns on every save that no process group exists. That is intended here, so silence it.
@@ -64,9 +64,9 @@ def _commit(temporary: Path, folder: Path, state: str) -> None:
     written = sorted(path for path in temporary.iterdir() if not path.name.startswith("."))
     sums = {path.name: _checksum(path) for path in written}
     for name in sums:
-        _flush_to_disk(temporary / name)
+        sync(temporary / name)
     (temporary / MARKER).write_text(json.dumps(sums), encoding="utf-8")
-    _flush_to_disk(temporary / MARKER)
+    sync(temporary / MARKER)
     if folder.exists():
         folder.rename(_replaced(folder))  # in one step: deleting takes several
     temporary.rename(folder)
@@ -92,8 +92,8 @@ def load(
         found = reader.read_metadata().state_dict_metadata
         tensors = {name: like(name, entry.size, entry.properties.dtype) for name, entry in found.items()}
         dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
-        return tensors, json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (SafetensorError, CheckpointException, ValueError) as error:
+        return tensors, read_json(folder / STATE)
+    except (SafetensorError, CheckpointException, DamagedFile, ValueError) as error:
         raise InputError(f"the checkpoint {folder} cannot be read: {error}") from None
 
 
@@ -109,10 +109,10 @@ class _Named(FileSystem):
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """Return the checksum of each file of a checkpoint, as its marker says. Raises `OSError` and `ValueError`."""
-    sums = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    if not isinstance(sums, dict) or not all(Path(name).name == name for name in sums) or not sums.keys() > {STATE}:
-        raise ValueError(f"{MARKER} is not readable")
+    """Return the checksum of each file of a checkpoint, as its marker says. Raises `OSError` and `DamagedFile`."""
+    sums = read_json(folder / MARKER, fields=(STATE,))
+    if len(sums) < 2 or not all(Path(name).name == name for name in sums):
+        raise DamagedFile(folder / MARKER, "it names no files of a checkpoint")
     return sums
 
 
@@ -122,7 +122,7 @@ def damage(folder: Path) -> str | None:
         sums = _checksums(folder)
     except OSError:
         return f"is incomplete ({MARKER} is missing)"
-    except ValueError:
+    except DamagedFile:
         return f"is damaged ({MARKER} is not readable)"
     for name, checksum in sums.items():
         try:
@@ -215,8 +215,3 @@ def delete_steps(root: Path) -> None:
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush_to_disk(path: Path) -> None:
-    with path.open("r+b") as file:  # Windows flushes only what may be written
-        os.fsync(file.fileno())

@@ -412,7 +412,7 @@ def test_an_interrupted_command_says_how_to_go_on(here, itl, monkeypatch):
 
     monkeypatch.setattr("lib.training.run.run", interrupt)
     answer = itl("train", *TINY)
-    assert (answer.code, answer.err) == (130, "itl: interrupted: the same command goes on from the last checkpoint\n")
+    assert (answer.code, answer.err) == (130, "itl: interrupted: the same command goes on from what was saved\n")
 
 
 def test_an_interrupted_command_that_cannot_go_on_promises_nothing(here, itl, monkeypatch):
@@ -473,8 +473,8 @@ def test_a_terminal_that_knows_only_ascii_gets_the_other_letters_escaped(here):
 @pytest.mark.parametrize("name", ["a\x1b[31mb/c", "x" * 100_000 + "/c"])
 def test_a_message_steers_no_terminal_and_is_short(here, itl, name):
     answer = itl("data", "--out", name)
-    assert answer.code in (1, 2) and "\x1b" not in answer.err and len(answer.err) < 2_000
-    _assert_one_sentence(answer._replace(code=2), ())
+    assert answer.code in (1, 2) and answer.err.startswith("itl: ") and answer.err.count("\n") == 1
+    assert "\x1b" not in answer.err and len(answer.err) < 2_000
 
 
 def test_debugging_shows_the_traceback_of_bad_input(monkeypatch):

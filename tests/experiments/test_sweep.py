@@ -146,7 +146,7 @@ def test_runs_do_not_outlive_a_sweep_that_is_killed_or_interrupted(runs, how):
     if how == signal.SIGINT:
         assert process.returncode == 130
         assert [line for line in err.splitlines() if "05_1: " not in line] == [
-            "itl: interrupted: the same command goes on from the last checkpoint"
+            "itl: interrupted: the same command goes on from what was saved"
         ]
     deadline = time.monotonic() + 60
     while any(map(_is_running, children)) and time.monotonic() < deadline:
@@ -190,6 +190,13 @@ def test_a_run_that_is_killed_is_started_again_and_harms_no_other(script):
     script('case "$config" in *\'"seed":1\'*) if mkdir "$log.killed"; then kill -9 $$; fi;; esac')
     report = sweep.sweep("05_1", "smoke", plan=[_single(seed=seed) for seed in range(3)], jobs=2, device="cpu")
     assert (report.done_now, report.failed) == (3, {})
+
+
+def test_what_a_killed_run_leaves_behind_does_not_hold_up_the_sweep(script):
+    script('if mkdir "$log.killed"; then sleep 60 & kill -9 $$; fi')
+    start = time.monotonic()
+    assert sweep.sweep("05_1", "smoke", plan=[_single()], jobs=1, device="cpu").done_now == 1
+    assert time.monotonic() - start < 30
 
 
 def test_a_run_that_fails_twice_is_reported_with_its_last_line(script):

@@ -256,6 +256,9 @@ def test_the_folder_of_another_run_is_refused(undisturbed, tmp_path):
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(InputError, match="not empty"):
         finetune(config, tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"whose config\.json is damaged: give another folder"):
+        finetune(config, tmp_path)
 
 
 def test_what_is_refused_late_claims_no_folder(tmp_path):

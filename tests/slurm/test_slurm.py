@@ -338,6 +338,14 @@ def test_states_follow_from_outcomes_and_the_queue(runs, commands):
     assert submissions.summary(standings) == "1 queued, 1 running, 2 done, 2 failed, 2 missing"
 
 
+def test_an_outcome_that_a_power_cut_left_empty_is_a_failure(runs, commands):
+    made = _submission(2)
+    made.outcome(0).touch()
+    paths.write_json(made.outcome(1), {"error": None})
+    first, second = submissions.status(made, {})
+    assert first.state == "failed" and "0.json is damaged" in first.reason and second.state == "done"
+
+
 def test_the_outcome_of_a_failed_task_is_the_first_error_of_its_processes(runs, commands, monkeypatch):
     made = _submission()
 
@@ -352,9 +360,8 @@ def test_the_outcome_of_a_failed_task_is_the_first_error_of_its_processes(runs, 
     monkeypatch.setattr("lib.training.run.run", lambda *_, **__: None)
     monkeypatch.setenv("RANK", "1")
     submissions.perform("mine", 0)
-    assert json.loads(made.outcome(0).read_text()) == {
-        "error": "ValueError: no people"
-    }  # only the first process says that all is done
+    told = json.loads(made.outcome(0).read_text())
+    assert told == {"error": "ValueError: no people"}  # only the first process says that all is done
     monkeypatch.setenv("RANK", "0")
     submissions.perform("mine", 0)
     assert json.loads(made.outcome(0).read_text()) == {"error": None}
