@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help paper refresh scale test bench book lab clean
+.PHONY: help paper refresh scale test fuzz bench book lab clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -25,6 +25,9 @@ scale: $(VENV)/scale.stamp ## the same for Section 6 and TriviaQA: fetch a chat 
 
 test: $(VENV)/extras.stamp ## run the tests, which run every notebook at smoke size
 	@$(RUN) -m lib test
+
+fuzz: $(VENV)/extras.stamp ## give damaged input to everything that reads files, replies and requests (an hour)
+	@$(RUN) -m lib test tests/test_doors.py --hypothesis-profile fuzz --timeout 7200
 
 bench: $(VENV)/extras.stamp ## measure speed against Hugging Face (4 minutes; leave the machine alone meanwhile)
 	@$(RUN) -m lib notebooks A2

@@ -2,10 +2,16 @@
 
 import hashlib
 import json
+import reprlib
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+#: Like `repr`, but short: a value may be long, or YAML's aliases make it endless.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
 
 
 class InputError(ValueError):
@@ -62,7 +68,7 @@ class Config(BaseModel):
     def parse(cls, values: Any) -> Self:
         """Build from plain data, groups within groups. Raises `InputError`."""
         if not isinstance(values, dict):
-            raise InputError(f"{cls._group() or 'a configuration'} takes an object with fields, got {values!r}")
+            raise InputError(f"{cls._group() or 'a configuration'} takes an object with fields, got {_SHORT.repr(values)}")
         fields = {name: field.annotation for name, field in cls.model_fields.items()}
         groups = {name: kind for name, kind in fields.items() if isinstance(kind, type) and issubclass(kind, Config)}
         return cls(**{name: groups[name].parse(value) if name in groups else value for name, value in values.items()})
@@ -82,7 +88,7 @@ class Config(BaseModel):
         field = ".".join(filter(None, [cls._group(), str(problem["loc"][0])]))
         if problem["type"] == "extra_forbidden":
             return f"unknown configuration key {field!r}: accepted are {', '.join(cls.model_fields)}"
-        return f"{field}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+        return f"{field}: {message[0].lower()}{message[1:]}, got {_SHORT.repr(problem['input'])}"
 
 
 class Identified(Config):

@@ -11,6 +11,7 @@ from hypothesis import settings
 
 # On a busy machine an example may take long; pytest's timeout is the limit that counts.
 settings.register_profile("itl", deadline=None)
+settings.register_profile("fuzz", deadline=None, max_examples=5_000)  # `make fuzz`
 settings.load_profile("itl")
 
 # One thread: small models gain little from a second, and wait for it where cores are busy. Before torch is imported,

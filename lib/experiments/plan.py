@@ -4,6 +4,7 @@ The paper's grids are in `plans`, a file for each section; a user's grid is any 
 """
 
 import dataclasses
+import math
 import re
 from itertools import product
 from pathlib import Path
@@ -57,6 +58,10 @@ def is_file(source: str) -> bool:
     return source.endswith((".yaml", ".yml"))
 
 
+#: The paper's largest plan has 300.
+MOST_SEARCHES = 10_000
+
+
 class Grid(Config):
     """Searches that differ in a few fields: one for each combination of the values on `axes`.
 
@@ -94,7 +99,10 @@ class Grid(Config):
 
     def searches(self) -> list[Search]:
         """Return the search of each combination, the last axis varying fastest. Raises `InputError`."""
-        found = [self._search(combined) for combined in product(*map(_points, self.axes))]
+        points = [*map(_points, self.axes)]
+        if (n_searches := math.prod(map(len, points))) > MOST_SEARCHES:
+            raise InputError(f"axes make {n_searches:,} searches: a plan takes at most {MOST_SEARCHES:,}")
+        found = [self._search(combined) for combined in product(*points)]
         for model, sizes in {(search.base.model, search.sizes) for search in found}:
             for size in sizes:  # `Search.config` does not validate
                 ModelConfig(**model.model_dump() | {"d_model": size})
@@ -140,7 +148,7 @@ def _fields(name: str, value: Any) -> dict[str, Any]:
     if name == "alpha":
         return {"facts.alpha": value}
     if name == "law":
-        if value not in LAWS:
+        if value not in [*LAWS]:  # which may be no key
             raise InputError(f"law = {value!r}: it is one of {', '.join(LAWS)}")
         return {f"facts.{field}": given for field, given in LAWS[value]._asdict().items()}
     if isinstance(value, dict) and "." not in name:
@@ -162,7 +170,7 @@ def _read(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise InputError(f"cannot read the plan {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, endless numbers, too deep
         raise InputError(f"{path} is not YAML: {error}") from None
 
 
