@@ -67,5 +67,5 @@ $(VENV)/book.stamp: $(VENV)/core.stamp
 	@touch $@
 
 $(VENV)/extras.stamp: $(VENV)/core.stamp
-	$(call install,the extras,-c constraints.txt -e ".[scale$(comma)monitor$(comma)book$(comma)dev]")
+	$(call install,the extras,-c constraints.txt -e ".[scale$(comma)serve$(comma)monitor$(comma)book$(comma)dev]")
 	@touch $@

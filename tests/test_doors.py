@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from mcp import Client
 
 from lib import paths
+from lib.agent.server import people_server
 from lib.agent.tools import EditableTool, Outcome, SqlTool
 from lib.base import InputError, WorkError
 from lib.cli.options import assigned
@@ -127,6 +129,35 @@ def test_a_turn_of_a_model_is_answered_by_an_outcome(turn, tmp_path, seconds):
         write_database(PEOPLE, database)
     with SqlTool(database) as tool:
         assert tool(turn).outcome in Outcome
+
+
+words = turns.map(lambda text: text.encode(errors="ignore").decode())  # the client can send no half of a pair
+json_values = (
+    st.none() | st.booleans() | st.floats(allow_nan=False) | words | st.lists(words) | st.dictionaries(words, words)
+)
+
+
+@door
+@given(
+    arguments=st.none()
+    | st.dictionaries(words, json_values, max_size=2)
+    | st.fixed_dictionaries({"attribute": json_values, "name": json_values})
+)
+@example(arguments={"attribute": PEOPLE.attributes[0], "name": PEOPLE.names[0]})
+def test_a_call_of_a_client_is_a_value_or_a_sentence(arguments, tmp_path, seconds):
+    seconds()
+    database = tmp_path / "people.sqlite"
+    if not database.exists():
+        write_database(PEOPLE, database)
+
+    async def talk():
+        async with Client(people_server(database)) as client:
+            return await client.call_tool("find", arguments)
+
+    result = asyncio.run(talk())
+    (text,) = (block.text for block in result.content)
+    asked = arguments and (arguments.get("name"), arguments.get("attribute"), text) in [*PEOPLE.facts()]
+    assert result.is_error is not bool(asked) and text.count("\n") == 0 and len(text) < 250
 
 
 # ---- Files of people

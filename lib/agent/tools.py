@@ -141,14 +141,16 @@ class SqlTool(Closing):
 
     def __call__(self, turn: str) -> Response:
         request = parse_request(turn)
-        if request is None:
-            return _error(Outcome.MALFORMED)
-        query = self._queries.get(request.attribute)
+        return _error(Outcome.MALFORMED) if request is None else self.find(request.attribute, request.name)
+
+    def find(self, attribute: str, name: str) -> Response:
+        """Answer a request that is parsed already."""
+        query = self._queries.get(attribute)
         if query is None:
             return _error(Outcome.UNKNOWN_ATTRIBUTE)
         self.n_queries += 1
         try:
-            (value,) = self.connection.execute(query, (request.name,)).fetchone() or (None,)
+            (value,) = self.connection.execute(query, (name,)).fetchone() or (None,)
         except (UnicodeEncodeError, sqlite3.DataError):  # half a surrogate pair, or endless: nobody's name
             value = None
         except sqlite3.Error as error:

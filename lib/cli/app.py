@@ -31,6 +31,7 @@ from lib.cli.options import (
     run_folder,
     takes,
 )
+from lib.cli.serve import serve
 
 app = typer.Typer(
     help="In-tool and in-weight learning: train, ask, sweep, draw.",
@@ -370,7 +371,7 @@ def book(
     console.print(f"the book: {site.build(out, profile)}")
 
 
-for command in (finetune.bases, finetune.fetch, finetune.finetune, finetune.trivia):
+for command in (finetune.bases, finetune.fetch, finetune.finetune, finetune.trivia, serve):
     app.command()(command)
 
 # On Slurm -------------------------------------------------------------------------------------------------------------

@@ -126,6 +126,14 @@ def test_a_foreign_database_may_have_odd_columns_and_empty_cells(tmp_path):
         assert ask(tool, "age", "Ann").outcome is Outcome.NO_MATCH
 
 
+def test_find_takes_what_a_line_of_the_request_language_cannot_hold(tmp_path):
+    write_database(People(["Ann\nLee"], {"birth place": ["Oslo"]}), tmp_path / "people.db")
+    with SqlTool(tmp_path / "people.db") as tool:
+        assert ask(tool, "birth place", "Ann\nLee").outcome is Outcome.MALFORMED
+        assert tool.find("birth place", "Ann\nLee") == (Outcome.ANSWER, "Oslo")
+        assert tool.find("birth", "Ann\nLee").outcome is Outcome.UNKNOWN_ATTRIBUTE
+
+
 def test_a_query_that_takes_too_long_is_a_timeout(tmp_path):
     path = tmp_path / "slow.db"
     connection = sqlite3.connect(path)

@@ -1,0 +1,51 @@
+"""The command of `itl` that serves people to assistants (extra `serve`)."""
+
+import asyncio
+import logging
+import os
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lib.base import printable
+from lib.paths import DATABASE
+
+
+def serve(
+    file: Annotated[Path, typer.Argument(help="SQLite database of people, or a CSV file (.csv)")],
+    http: Annotated[bool, typer.Option("--http", help="HTTP on this machine alone (default: stdin, stdout)")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="of --http; 0 is any free one")] = 8000,
+) -> None:
+    """Offer people to assistants as a tool, by the Model Context Protocol (MCP; extra `serve`)."""
+    from lib.agent import server
+    from lib.facts.csv import read_people_csv
+    from lib.facts.database import write_database
+
+    with ExitStack() as stack:
+
+        def leave(*_) -> None:
+            stack.close()
+            os._exit(0)  # a thread waits for the standard input, and Python would wait for the thread
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, leave))
+        path = file
+        if file.suffix.lower() == ".csv":
+            people = read_people_csv(file)
+            path = Path(stack.enter_context(TemporaryDirectory(prefix="itl-"))) / DATABASE
+            write_database(people, path)
+        offered = server.people_server(path)
+        if http:
+            listening = stack.enter_context(server.listen(port))
+            work, where = server.http(offered, listening), f"http://{server.HOST}:{listening.getsockname()[1]}/mcp"
+        else:
+            work, where = server.stdio(offered), "stdin and stdout"
+        told = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)  # stdout is the protocol's
+        told.print(printable(f"serving {file} at {where}; Ctrl-C ends it"))
+        logging.disable()  # the packages log what clients say
+        asyncio.run(work)
