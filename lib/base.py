@@ -49,7 +49,7 @@ def to_json(content: Any, **options: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """Return `text` with what would steer a terminal (ESC, say) escaped; line breaks stay."""
+    """Return `text` with terminal controls (ESC, say) escaped; line breaks stay."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
@@ -94,9 +94,9 @@ class Config(BaseModel):
 class Identified(Config):
     """Everything that decides the outcome of one run.
 
-    Its canonical JSON leaves out what is at its default, so that a later field changes no id, and hashes to the run's
-    id. A default is therefore never changed once there are rows: that would give old ids another meaning. Add a field,
-    or set the value where it is used.
+    Its canonical JSON leaves out defaults, so that a field added later changes no id. The run's id is its hash. A
+    default is therefore never changed once there are rows: that would give old ids another meaning. Add a field, or
+    set the value where it is used.
     """
 
     def canonical_json(self) -> str:

@@ -94,7 +94,7 @@ class TrainingConfig(Config):
     steps: int | None = Field(None, ge=1)
     #: Dialogs a step, never more than the dataset holds.
     batch_size: int = Field(64, ge=1)
-    #: Batches whose dialogs are sorted by length together, for less padding; 1: batches are random.
+    #: How many batches are sorted by length together, for less padding; 1: batches are random.
     length_pool: int = Field(8, ge=1)
     #: Share of the training dialogs that are biographies: all facts about a person in one turn, without a question.
     biographies: float = Field(0.0, ge=0, lt=1)
@@ -104,7 +104,7 @@ class TrainingConfig(Config):
     #: probability of it, with weights that add up to one over a batch (Lin et al., 2017).
     loss: Literal["cross-entropy", "focal"] = "cross-entropy"
     focal_gamma: float = Field(2.0, gt=0, le=5)
-    #: Parts that a step's batch is cut into; their gradients add up.
+    #: Parts (micro-batches) that a step's batch is cut into.
     grad_accumulation: int = Field(1, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: int = Field(500, ge=1)
@@ -145,7 +145,7 @@ class EvaluationConfig(Config):
     stop_at_recall: float | None = Field(1.0, gt=0, le=1)
     #: Training ends when a measurement in the second half of the schedule is below this recall; None never gives up.
     give_up_below: float | None = Field(None, gt=0, le=1)
-    #: People of each kind of unseen people (`lib.evaluation.generalization`) asked about after the last step.
+    #: Unseen people of each kind (`lib.evaluation.generalization`) asked about after the last step.
     unseen_people: int = Field(0, ge=0, le=10_000)
 
 
@@ -155,7 +155,7 @@ class RunConfig(Identified):
     mode: Literal["in-weight", "in-tool"] = "in-weight"
     #: Seeds the initialization and the order of the data; `facts.seed` draws the people.
     seed: int = Field(0, ge=0, lt=2**63)
-    #: "bytes", or a file with a vocabulary (`lib.dialogs.tokenizers`), whose size `model.vocab_size` must then be.
+    #: "bytes", or a vocabulary file (`lib.dialogs.tokenizers`), whose size must equal `model.vocab_size`.
     tokenizer: str = "bytes"
     facts: FactsConfig = FactsConfig()
     model: ModelConfig = ModelConfig()
@@ -190,7 +190,7 @@ class RunConfig(Identified):
         """Return about how many floating-point operations the whole training takes: three forward passes a step."""
         n_dialogs = len(ATTRIBUTES) * self.facts.n_people
         share = self.training.biographies
-        # Mean tokens a dialog, if they are bytes; dialogs of files are taken for questions.
+        # Mean tokens a dialog, if they are bytes; dialogs of files count as questions.
         length = round((1 - share) * (66 if self.mode == "in-weight" else 184) + share * 140)
         batch = min(self.training.batch_size, n_dialogs)
         return 3.0 * self.training.total_steps(n_dialogs) * batch * self.model.forward_flops(length, length // 2)
@@ -222,7 +222,7 @@ def override(config: RunConfig, assignments: dict[str, object]) -> RunConfig:
 
 
 class Observers(Config):
-    """What else watches a run: no part of its `RunConfig`, for it changes nothing that is learned."""
+    """What else a run logs: no part of its `RunConfig`, for it changes nothing that is learned."""
 
     tensorboard: bool = Field(False, description="also log for TensorBoard, into tensorboard/")
     wandb: str | None = Field(None, min_length=1, description="also log to this project of Weights & Biases")
@@ -232,5 +232,5 @@ class Observers(Config):
     )
 
 
-#: Nothing else watches.
+#: Nothing else logs.
 UNOBSERVED = Observers()

@@ -20,12 +20,12 @@ class Batches:
     """The order in which a dataset is trained on: batch `step` for any step, without state.
 
     Every epoch is a fresh seeded shuffle, cut into batches of equal size (give or take one dialog), at most
-    `batch_size`. Dialogs of similar length share a batch: each `pool` of so many batches is sorted by length and cut
+    `batch_size`. Dialogs of similar length share a batch: every `pool` batches together are sorted by length and cut
     again, then the batches are shuffled. That saves padding, but a batch then asks about one or two attributes only,
-    and optimizers that level their steps, such as Muon, learn worse from it. With a pool of 1 batches are random.
+    and optimizers that equalize steps, such as Muon, learn worse from it. With a pool of 1 batches are random.
 
-    `sources` make up the dataset, in their order. An epoch is one pass over the first of them, and takes as many
-    dialogs of each other one as its weight asks for: some full passes, and a random choice for the rest.
+    `sources` make up the dataset, in their order. An epoch is one pass over the first; of each other one it
+    takes as many dialogs as its weight asks for: full passes, and a random choice for the rest.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Dialogs from files, more than memory holds: tokenized once into flat files, mapped, read while a step is computed.
+"""Dialogs from files larger than memory: tokenized once into flat files, memory-mapped, read during a step.
 
 A file of dialogs has one dialog a line, `[[role, text], ...]` as JSON. Its tokens are in a folder that is named after
 the file's content, so a changed file is tokenized anew, and a copied or moved one is not.
@@ -27,7 +27,7 @@ from lib.dialogs.templates import Dialog, Role, Turn
 from lib.dialogs.tokenizers import Tokenizer
 from lib.dialogs.tokens import TokenizedDialogs, send, tokenize
 
-#: To be changed with the tokens that `encode_dialog` makes of a dialog, and with their layout on disk.
+#: Change this whenever `encode_dialog` makes other tokens, or their layout on disk changes.
 VERSION = 1
 _BLOCK = 1 << 20  # bytes of a file that are tokenized at once
 _LINE = TypeAdapter(list[tuple[Role, str]])
@@ -139,7 +139,7 @@ def _map(file: Path) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ConcatDialogs:
-    """Several datasets, one after the other, as `join` makes them, but each left where it is: on the host."""
+    """Several datasets, one after the other, as `join` makes them, but not copied: each stays on the host."""
 
     parts: Sequence[TokenizedDialogs]
     device: torch.device | str = "cpu"  # of batches

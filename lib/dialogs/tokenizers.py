@@ -1,6 +1,6 @@
 """Tokenizers: bytes, and vocabularies from files, for tiktoken and for Hugging Face's tokenizers.
 
-Behind the tokens of text come four special ones, the roles and the end: no text can write them.
+After the tokens of text come four special ones, roles and end: no text encodes to them.
 """
 
 import base64
@@ -46,13 +46,13 @@ class ByteTokenizer:
         return bytes(ids).decode(errors="replace")
 
 
-#: How a text is cut before tiktoken merges bytes, which a file of ranks does not say: as for GPT-4 and Llama 3.
+#: The pre-tokenizer of GPT-4 and Llama 3, run before tiktoken merges bytes: a file of ranks does not name one.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _ACCEPTED = 'give "bytes", a file of BPE ranks (*.tiktoken), or a tokenizer.json or the folder that holds one'
-#: Blanks, marks, letters and a request. A tokenizer that changes case, trims or drops something does not return it.
+#: Blanks, marks, letters and a request. A tokenizer that changes case, trims or drops something fails it.
 _PROBE = " Zoë  O'Neil,\t李 😀 <|end|>\n```sql\nFIND birth_place FOR Zoë O'Neil\n```"
 
 
@@ -77,9 +77,9 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """Return the tokenizer that `RunConfig.tokenizer` names; its own name identifies the content of its file.
 
     spec: "bytes", a `.tiktoken` file of BPE ranks, a `tokenizer.json`, or the folder that holds one. Special tokens of
-    the file are plain text here. A file that is none of these, that cannot be read or whose tokens do not give a text
-    back is an `InputError`, and so is a library that is not installed. (Some Hugging Face tokenizers bring Unicode
-    into a normal form: they give a text back in that form.)
+    the file are plain text here. A file that is none of these, that cannot be read or whose tokens do not decode to
+    the text is an `InputError`, and so is a library that is not installed. (Some Hugging Face tokenizers
+    normalize Unicode: they return the normalized text.)
     """
     if spec == "bytes":
         return ByteTokenizer()

@@ -77,7 +77,7 @@ def copying(model: Transformer, facts: Iterable[Fact]) -> pd.DataFrame:
 
     A row per copy of `COPIES`, byte, block and head: word and letter, counted from 0; mass, the attention on that byte
     in all the places it can be taken from; uniform, the mass of a head that attends to all positions alike; right,
-    whether the model predicts the byte after the expected ones.
+    whether the model predicts the byte (teacher-forced).
     """
     rows = []
     for fact in facts:
@@ -103,7 +103,7 @@ def _predicted(model: Transformer, tokens: torch.Tensor) -> list[bool]:
 
 
 def accuracy_by_part(model: Transformer, facts: Iterable[Fact]) -> dict[str, float]:
-    """Return the share of the tokens of each part of `SAID` that the model predicts after the expected ones."""
+    """Return the teacher-forced accuracy on the tokens of each part of `SAID`."""
     right = {part: [] for part in SAID}
     for fact in facts:
         hits = _predicted(model, dialog_tokens(fact).to(model.device))

@@ -69,10 +69,10 @@ def measure_recall(
     batch_size: int | None = None,
     description: str | None = None,
 ) -> Recall:
-    """Ask a model about `facts`, greedily; with a `tool` the model may use it, and must.
+    """Ask a model about `facts`, greedily; if there is a `tool`, it must be used.
 
-    A dialog is cut off, and not correct, once it has generated `DETOUR` tokens more than its expected dialog has,
-    question included: the limit depends on that question alone.
+    A dialog is cut off, and counts as wrong, at `DETOUR` tokens more than its expected dialog has, question
+    included: the limit depends on that question alone.
 
     Greedy decoding reproduces an expected dialog up to the first position where the assistant speaks and the argmax is
     another token. `verify` finds this position by one teacher-forced pass and decodes only from there; in-weight it

@@ -43,7 +43,7 @@ def bits_at_recall(recall: float, n_values: Sequence[int] = tuple(map(len, VALUE
 
     By Fano's inequality a fact with V values that is wrong with probability e leaves h(e) + e log2(V - 1) bits open.
     The sum over attributes is largest, for errors of mean 1 - `recall`, where e = (V - 1) t / (1 + (V - 1) t) with the
-    same t for all. A best code takes this many (the rate-distortion function), so the bound holds for any model.
+    same t for all. An optimal code takes this many (the rate-distortion function), so the bound holds for any model.
     """
     if not 0 < recall <= 1:
         raise InputError(f"recall = {recall}: give more than 0 and at most 1")

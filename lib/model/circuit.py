@@ -93,7 +93,7 @@ def telling_places(befores: Sequence[bytes]) -> list[int]:
 
 
 class _Head(NamedTuple):
-    """One head: the score of a key is the product of the forms in `query` and `key`; `value` is written `to`."""
+    """One head: the score of a key is the product of the forms in `query` and `key`; `value` goes into `to`."""
 
     name: str
     query: list[np.ndarray]
@@ -103,7 +103,7 @@ class _Head(NamedTuple):
 
 
 class _Unit(NamedTuple):
-    """One hidden unit of a feed-forward: silu(gate) up is written `to`."""
+    """One hidden unit of a feed-forward: silu(gate) up goes into `to`."""
 
     gate: np.ndarray
     up: np.ndarray
@@ -122,7 +122,7 @@ class Circuit:
             raise InputError("there are no attributes: give at least one")
         self.phrases = [phrases(attribute) for attribute in attributes]
         self.places = telling_places([each.before for each in self.phrases])
-        #: The residual stream. A byte is 8 signs; the first letter that tells is kept where later stands what is said.
+        #: The residual stream. A byte is 8 signs; the first telling letter is kept in `said` until something is said.
         letters = 8 * max(0, len(self.places) - 1)
         sizes = {"byte": 8, "role": 3, "letters": letters, "attribute": len(attributes), "said": 8}
         scalars = ("one", "anchor", "position", "square", "first", "last", "database", "seen", "hand_over")
@@ -205,7 +205,7 @@ class Circuit:
         units.append(_Unit(always, _ANCHOR / _STEEP / _COUNT * anchor, anchor))
 
     def _read(self) -> None:
-        """Build the second block, but for the text that it says."""
+        """Build the second block, except the text that it says."""
         heads, units = self.blocks[1]
         one, position, said = self.axes["one"], self.axes["position"], self.axes["said"]
         letters = [said, *self.axes["letters"].reshape(-1, 8, len(one))][: len(self.places)]
@@ -233,7 +233,7 @@ class Circuit:
         first, last, database, byte = (self.axes[name] for name in ("first", "last", "database", "byte"))
         starts = self._by_attribute(lambda each: len(each.before) + 2)
         length = first - starts - self._by_attribute(lambda each: len(each.after))  # of the name
-        # How far each part has got: the next token of it is that many from its first.
+        # The index of the next token within each part, from 0.
         request, sentence = position - first, position - last
         name_asked = request - self._by_attribute(lambda each: len(each.call))
         name_told = sentence - self._by_attribute(lambda each: len(each.opening))
@@ -263,7 +263,7 @@ class Circuit:
         return [2 * _SHARP * to, _SHARP * self.axes["one"]], [self.axes["position"], bonus - self.axes["square"]]
 
     def _rectified(self, form: np.ndarray, to: np.ndarray) -> _Unit:
-        """Return the unit that writes max(form, 0) `to`."""
+        """Return the unit that adds max(form, 0) to `to`."""
         return _Unit(_STEEP * form, self.axes["one"] / _STEEP, to)
 
     def _say(self, start: np.ndarray, texts: list[Sequence[int]], closed: np.ndarray) -> None:

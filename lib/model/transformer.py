@@ -31,8 +31,8 @@ def rotary_angles(config: ModelConfig, n_positions: int, device=None) -> Tensor:
 def rotate(x: Tensor, rotary: Rotary, head_dim: int) -> Tensor:
     """Turn the pairs (k, k + E/2) of every head in x (B, S, n E).
 
-    The tables are the same for every head and may be of more heads; sin is negated in the first half of each. Heads lie
-    side by side because products with long rows are several times as fast as with rows of one head.
+    The tables repeat for every head, and may have heads to spare; sin is negated in the first half of each. Heads lie
+    side by side because products over long rows are several times as fast as over rows of one head.
     """
     cos, sin = (table[..., : x.shape[-1]] for table in rotary)  # fewer heads have keys than queries
     partner = x.unflatten(-1, (-1, head_dim)).roll(head_dim // 2, -1).flatten(-2)
