@@ -24,7 +24,7 @@ PLANS = Path(__file__).parent / "plans"
 
 
 def searches(source: str, profile: str, tokenizer: str = "bytes") -> list[Search]:
-    """Return all searches of an experiment in a profile, in the order in which they are worth doing.
+    """Return all searches of an experiment in a profile, the most useful first.
 
     source: a section of the paper, the name of a file in `plans`, or the path of a user's file, which ends in .yaml.
     tokenizer: as `RunConfig.tokenizer`, for profiles that do not publish; published runs read bytes.
@@ -65,12 +65,12 @@ MOST_SEARCHES = 10_000
 class Grid(Config):
     """Searches that differ in a few fields: one for each combination of the values on `axes`.
 
-    `base` and `axes` name fields of `RunConfig`, `base` nested, `axes` dotted. Besides, n_facts, alpha and law (a name
-    of `lib.facts.people.LAWS`) describe the database, and seed draws its people as well. On an axis the other fields of
-    the grid may vary, too.
+    `base` and `axes` name fields of `RunConfig`, `base` nested, `axes` dotted. Also, n_facts, alpha and law (a name of
+    `lib.facts.people.LAWS`) describe the database, and seed draws its people as well. An axis may also vary the other
+    fields of the grid.
     """
 
-    #: In plans/recipes.yaml: fields to which `base` adds its own.
+    #: A name in plans/recipes.yaml: `base` adds to its fields.
     recipe: str | None = None
     base: dict[str, Any] = {}
     #: The first is outermost; fields that share an axis vary together.
@@ -83,10 +83,10 @@ class Grid(Config):
     start: int | None = None
     #: How many sizes right below the one found must have failed.
     neighbours: int = Field(2, ge=0)
-    #: Steps that grow with the facts: so many passes over them, and at least `min_steps`.
+    #: Steps that grow with the facts: passes over them, and at least `min_steps`.
     passes: int | None = Field(None, ge=1)
     min_steps: int = Field(1, ge=1)
-    #: Measure recall so many times, evenly, while training goes on.
+    #: How often to measure recall, evenly spaced in training.
     evaluations: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
@@ -148,7 +148,7 @@ def _fields(name: str, value: Any) -> dict[str, Any]:
     if name == "alpha":
         return {"facts.alpha": value}
     if name == "law":
-        if value not in [*LAWS]:  # which may be no key
+        if value not in [*LAWS]:  # may be unhashable
             raise InputError(f"law = {value!r}: it is one of {', '.join(LAWS)}")
         return {f"facts.{field}": given for field, given in LAWS[value]._asdict().items()}
     if isinstance(value, dict) and "." not in name:

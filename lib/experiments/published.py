@@ -39,8 +39,8 @@ def compare(section: str, profile: str) -> pd.DataFrame:
     """Return ours, the published figure and their ratio (ours / published), where both have a point.
 
     In Sections 5.1 and 5.3 the figure is the parameters of the smallest model that reaches a recall threshold, ours the
-    mean over the `seeds_reaching_it`; in 5.2 it is the recall of people with new first names and last names that were
-    trained on, as the released ones have. A row per point: what it is about, how our database was drawn, whether our
+    mean over the `seeds_reaching_it`; in 5.2 it is the recall of people with new first and known last
+    names, like the released ones. A row per point: what it is about, how our database was drawn, whether our
     runs are of an earlier recipe, ours, ours_std, seeds_reaching_it, seeds, published, ratio. A section without
     published points is an `InputError`.
     """

@@ -41,7 +41,7 @@ def read_row(path: Path) -> dict[str, Any]:
 
 
 def rows_in_runs(section: str, profile: str, plan: Sequence[Search]) -> list[dict[str, Any]]:
-    """Return the rows of a plan's finished runs in runs whose tokenizer's file is what it was."""
+    """Return the rows of a plan's finished runs in runs, if their tokenizer file is unchanged."""
     planned = {run_id for search in plan for run_id in search.run_ids}
     tokenizers = {load_tokenizer(spec).name for spec in {search.base.tokenizer for search in plan}}
     finished = [path for path in sorted(sweep_dir(section, profile).glob(f"*/{ROW}")) if path.parent.name in planned]

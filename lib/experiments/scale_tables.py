@@ -17,7 +17,7 @@ from lib.base import InputError
 from lib.experiments.published import published_by_paper
 from lib.experiments.tables import read_table
 
-#: What a run's last checkpoint tells. capability_relative: in percent of the model's before fine-tuning.
+#: What a run's last checkpoint tells. capability_relative: in percent of the base model's.
 METRICS = ["recall", "capability", "capability_change", "capability_relative", "tv", "kl", "steps", "steps_to_recall"]
 #: What a point of a figure is about. source: "published", or the profile of our runs; model: as a legend names it.
 POINT = ["source", "model", "base", "adaptation", "mode", "n_facts", "capability_task"]
@@ -57,7 +57,7 @@ def stored_rows() -> pd.DataFrame:
 
 
 def committed_rows() -> pd.DataFrame:
-    """Return `stored_rows`, but of runs that differ only in an earlier recipe the latest."""
+    """Return `stored_rows`; of runs that differ only in an earlier recipe, the latest."""
     rows = stored_rows()
     if not len(rows):
         return rows
@@ -92,9 +92,9 @@ def batches(rows: pd.DataFrame) -> str:
 def comparable(rows: pd.DataFrame | None = None, with_published: bool = True) -> pd.DataFrame:
     """Return our runs at their last checkpoints and the paper's, over seeds: a row per `POINT`, smaller models first.
 
-    rows: ours, as above, possibly none; missing columns are NaN. Of each of `METRICS` there are the mean over the
-    `_seeds` in which it was measured, of `seeds`; `_std`; and `_stderr`, the larger of std / sqrt(seeds) and the
-    measurement's own error, which seeds that answer the same questions do not lessen. `seeds_reaching_it` were averaged
+    rows: ours, as above, possibly none; missing columns are NaN. Each of `METRICS` is the mean over the `_seeds` (of
+    `seeds`) that measured it, with `_std` and `_stderr`: the larger of std / sqrt(seeds) and the measurement's own
+    error, which more seeds on the same questions do not reduce. `seeds_reaching_it` were averaged
     in `steps_to_recall`. Runs of different `RECIPE` are different rows; where those of a mode have several rates, their
     model's name says which. Two runs of one point, recipe and seed are an `InputError`.
     """
@@ -108,7 +108,7 @@ def comparable(rows: pd.DataFrame | None = None, with_published: bool = True) ->
 
 
 def _last_checkpoints(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return a row per run on facts, with all of `METRICS`; what hybrids learn is a mode of its own."""
+    """Return a row per run on facts, with all of `METRICS`; hybrids are a mode of their own."""
     metrics = ("recall", "capability", "capability_change", "capability_base", "tv", "kl")
     measured = [f"{metric}{suffix}" for metric in metrics for suffix in ("", "_stderr")]
     rows = rows.reset_index(drop=True).reindex(columns=rows.columns.union([*measured, "capability_task", *RECIPE]))
@@ -173,7 +173,7 @@ def _over_seeds(runs: pd.DataFrame, point: list[str], metrics: list[str]) -> pd.
 
 
 def pairs(table: pd.DataFrame, equal_facts: bool = True) -> pd.DataFrame:
-    """Return runs in tool beside those in weights of the same model: a row a pair, of equal facts or of any.
+    """Return runs in tool beside those in weights of the same model: a row a pair, at equal n_facts or any.
 
     table: as `comparable` gives it. Columns of both end in _tool and _weight. same_recipe: whether learning rate and
     batch are equal. capability_saved: how much more of its capability a model keeps in tool, in percent of the base
@@ -265,7 +265,7 @@ def hybrid(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_facts(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows about facts of people; what hybrids learn is a mode of its own."""
+    """Return the rows about facts of people; hybrids are a mode of their own."""
     rows = rows[rows.task != "trivia"]
     return rows.assign(mode=rows["mode"].where(rows.task != "hybrid", "hybrid"))
 
@@ -296,6 +296,6 @@ def by_family(bases) -> list[str]:
 
 
 def _n_params(base: pd.Series) -> pd.Series:
-    """Return parameters as a model's name says them, 135M say; NaN where it does not."""
+    """Return the parameters that a model's name gives, 135M say; else NaN."""
     size = base.astype(str).str.extract(r"(\d+(?:\.\d+)?)([MB])\b")
     return size[0].astype(float) * size[1].map({"M": 1e6, "B": 1e9}).astype(float)

@@ -151,8 +151,8 @@ def capacity(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the bits that each in-weight model among finished runs stores at least (Section 4's bound is about them).
 
     Columns: what tells the runs apart; entropy_bits, the joint entropy of the database given the names; stored_bits, by
-    how much knowing the model shortens a description of the answers for somebody who knows which values there are,
-    added up over the attributes where it does; and stored_bits_per_parameter. A lower bound: a model may know facts
+    how much the model shortens a code of the answers for somebody who knows the lists of values, summed over the
+    attributes where it does; and stored_bits_per_parameter. A lower bound: a model may know facts
     that it cannot spell yet.
     """
     columns = ["profile", "optimizer", "n_facts", "alpha", "seed", "d_model", "n_params", "steps", "stopped", "recall"]
@@ -175,7 +175,7 @@ def entropy_bits(rows: pd.DataFrame) -> pd.Series:
 
 
 def _entropy_per_person(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the bits a person of each attribute, for the database (n_facts, alpha, law, seed or 0) of each row."""
+    """Return the bits per person of each attribute, for the database (n_facts, alpha, law, seed or 0) of each row."""
     seeds = rows.get("seed", pd.Series(0, rows.index))
     bits = [
         entropy_bits_by_attribute(int(n_facts) // len(ATTRIBUTES), int(seed), alpha, law_named(law))
@@ -188,7 +188,7 @@ def fit_line(points: pd.DataFrame, of: str = "min_params_mean") -> dict[str, flo
     """Fit parameters needed as a line in the facts: slope (parameters a fact), its 95% interval, intercept, n_points.
 
     points: n_facts and the column `of`; those without a value are left out. The interval is the bootstrap's, over
-    points: of means it says how much the slope depends on which numbers of facts were tried, of `min_params` also on
+    points: for means it says how much the slope depends on the numbers of facts tried, for `min_params` also on
     the seeds. It is too narrow where points are few (of three seeds at two numbers of facts it covers the truth five
     times in six), has no width where all are equal, and is not given for fewer than five (NaN).
     """

@@ -27,7 +27,7 @@ from lib.progress import progress
 
 #: How often a failing run is tried before it counts as failed.
 TRIES = 2
-#: Floating-point operations a second of small models, about: of a core of a laptop, of an H200 with one to train.
+#: About how many FLOP/s small models reach: on a laptop core, on an H200 that trains one model.
 SPEEDS = {"cpu": 1.5e10, "cuda": 5e11}
 #: How many missing runs a report names.
 LISTED = 5
@@ -109,7 +109,7 @@ def hours_ahead(section: str, profile: str, plan: Sequence[Search]) -> list[floa
 
 
 def assign_devices(device: str, jobs: int | None, n_gpus: int, n_cores: int) -> list[str]:
-    """Return the device of each of `jobs` processes; several GPUs that nobody has chosen among take turns.
+    """Return the device of each of `jobs` processes; several GPUs take turns if none was chosen.
 
     n_gpus: 0 where `device` is none. Without `jobs`, one process a GPU or core.
     """

@@ -50,8 +50,8 @@ def committed_rows(section: str) -> pd.DataFrame:
 def read_rows(section: str, profile: str, plan: Sequence[Search] | None = None) -> pd.DataFrame:
     """Return a row per finished run of a section in a profile: all in paper_data, and those of `plan` still in runs.
 
-    plan: the searches that ask for runs, today's unless given. A run in runs counts only if its tokenizer's file is
-    what it was. Adds `COMPUTED`: superseded (the plan no longer asks for this run), law and recipe (see `described`).
+    plan: the searches that ask for runs, today's unless given. A run in runs counts only if its tokenizer file is
+    unchanged. Adds `COMPUTED`: superseded (the plan no longer asks for this run), law and recipe (see `described`).
     """
     plan = searches_of(section, profile) if plan is None else plan
     planned = _planned(plan)
@@ -95,8 +95,8 @@ def described(rows: pd.DataFrame) -> pd.DataFrame:
     """Add what tells rows of one point apart, read off their `config`: `law` and `recipe`; `superseded` if missing.
 
     law: how the database was drawn, a name of `lib.facts.people.LAWS` (or the fields of another law).
-    recipe: the model but for its width, the optimizer and the training. Not the number of steps, which grows with the
-    facts, but how often each question is asked: runs of 12,000 and 24,000 steps on one database are of two recipes,
+    recipe: the optimizer, the training, and the model without its width. Not the number of steps, which grows with the
+    facts, but how often each question is asked: runs of 12,000 and 24,000 steps on one database are of two recipes;
     runs with and without biographies that ask equally often of one.
     """
     configs = [json.loads(c) if isinstance(c, str) else {} for c in rows.get("config", [None] * len(rows))]
@@ -131,7 +131,7 @@ def _recipe(config: dict, steps: float, batch_size: float, n_facts: float) -> st
 def shown(table: pd.DataFrame, value: str, on: Sequence[str] = POINT) -> pd.DataFrame:
     """Return what figures show of a table: one recipe for each point `on`.
 
-    It is today's plan's where it has a `value`, else the latest (`finished_at`) superseded one's that has.
+    That of today's plan if it has a `value`, else of the latest superseded one (`finished_at`) that has.
     """
     table = described(table)
     latest = table.get("finished_at", pd.Series("", table.index)).astype(object).fillna("")
