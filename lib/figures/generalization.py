@@ -1,4 +1,4 @@
-"""Figures of Section 5.2: recall of people nobody was trained on, and the requests about them."""
+"""Figures of Section 5.2: recall of unseen people, and the requests about them."""
 
 import numpy as np
 import pandas as pd
@@ -45,7 +45,7 @@ def generalization(shares: pd.DataFrame, published: pd.DataFrame) -> Figure:
 
 
 def _lines_by_size(axes, table: pd.DataFrame) -> None:
-    """Draw share against n_facts: a line per size, each mode in its color, larger models stronger."""
+    """Draw share against n_facts: a line per size, each mode in its color, larger models darker."""
     for mode, style in STYLES.items():
         groups = list(table[table["mode"] == mode].groupby("n_params"))
         for strength, (n_params, rows) in zip(np.linspace(1, 0.35, len(groups))[::-1], groups, strict=True):

@@ -126,7 +126,7 @@ def _rates(runs: pd.DataFrame) -> str:
 def steps_to_recall(table: pd.DataFrame) -> Figure:
     """Draw the steps of fine-tuning until `LEARNED` of the facts are recalled, against facts (Section 6).
 
-    A bar is the standard deviation of a place between two evaluations.
+    A bar is the standard deviation of a uniform draw between evaluations.
     """
     with _style(5.8, table):
         figure, axes = plt.subplots()

@@ -58,7 +58,7 @@ def panels(
     rc: dict | None = None,
     **options,
 ) -> Iterator[tuple[Figure, plt.Axes]]:
-    """Yield what `plt.subplots` gives, a figure of a size in inches and its axes, in this look (and `rc` over it)."""
+    """Yield a figure of `size` inches and its axes, as `plt.subplots` does, in this style with `rc` on top."""
     with matplotlib.rc_context({**RC, "figure.figsize": size, **(rc or {})}):
         yield plt.subplots(n_rows, n_columns, **options)
 

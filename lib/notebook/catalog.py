@@ -20,7 +20,7 @@ from lib.base import InputError
 def all_notebooks(group: str | None = None) -> list[Path]:
     """Return the project's notebooks in the order of the paper: called like 05_1_name, with a cell of parameters.
 
-    Others, a copy or an Untitled.ipynb, are passed over with one line that names them. group: "paper" (leave it
+    Others, a copy or an Untitled.ipynb, are skipped with one line that names them. group: "paper" (leave it
     with the metadata `{"itl": {"paper": false}}`) or "scale" (join it with `{"itl": {"scale": true}}`); None for all.
     """
     notebooks = {path: read(path) for path in _named()}
@@ -117,7 +117,7 @@ def checked(path: Path, profile: str, values: Mapping[str, Any] | None) -> dict[
 
 
 def _validated(path: Path, name: str, value: Any, *readers: Callable) -> Any:
-    """Return a value as the first of `readers` that finds it of the parameter's type gives it, or raise InputError."""
+    """Return what the first of `readers` that accepts a value for the parameter's type gives, or raise InputError."""
     known = parameters(path)
     if name not in known:
         listed = ", ".join(f"{key}: {_type_name(kind)}" for key, kind in known.items())

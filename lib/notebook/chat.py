@@ -57,8 +57,8 @@ def _told(label: str, text: str) -> str:
 class Chat:
     """An in-weight and an in-tool model that answer the same questions. As the value of a cell it is a chat window.
 
-    in_weight, in_tool: folders of runs. people: added to the database that the in-tool model asks, which is a copy of
-    the run's own, until `close`. Raises `InputError` as `open_conversation` does, for a folder of the other mode, and
+    in_weight, in_tool: folders of runs. people: added to the in-tool model's database, a copy of the run's own that
+    `close` deletes. Raises `InputError` as `open_conversation` does, for a folder of the other mode, and
     for people with other attributes.
     """
 

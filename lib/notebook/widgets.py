@@ -115,7 +115,7 @@ def explore_correlation(profile: str, threshold: float = 0.95) -> None:
 
 
 def _with_tables(name: str, profile: str, threshold: float) -> Callable[[], Figure]:
-    """Return a function that draws a figure as often as it is called, of tables that are read once."""
+    """Return a function that draws a figure, from tables that are read only once."""
     tables.check_threshold(threshold)
     figure = FIGURES[name]
     return partial(

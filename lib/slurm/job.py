@@ -27,7 +27,7 @@ NO_SLURM = (
     "Slurm is not installed here (there is no sbatch): leave out the word submit, then itl train, itl sweep --jobs N "
     "and itl notebooks do the same on this machine"
 )
-#: How often a job comes back after its time limit.
+#: How often a job is requeued at its time limit.
 MAX_TIMEOUTS = 100
 
 
@@ -75,7 +75,7 @@ def executor(
         gpus_per_node=resources.gpus or None,
         array_parallelism=parallel,
         stderr_to_stdout=True,
-        # The time limit goes to sbatch, not to submitit, which then requeues after any signal.
+        # Only sbatch gets the time limit: without it, submitit requeues after any signal.
         additional_parameters={"time": resources.time, "requeue": True, "chdir": Path.cwd()},
         setup=[*variables, f"export OMP_NUM_THREADS={cpus} SRUN_CPUS_PER_TASK={cpus}"],
         srun_args=["--kill-on-bad-exit=1"],

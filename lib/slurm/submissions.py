@@ -57,7 +57,7 @@ class Submission(Config):
         paths.write_json(self.folder / RECORD, self.model_dump(mode="json", exclude_defaults=True))
 
     def executor(self):
-        """Return what submits its jobs."""
+        """Return its jobs' executor."""
         environment = {
             "PYTHONPATH": str(self.folder / "code"),
             "PYTHONSAFEPATH": "1",  # or Python would look for lib in the current folder first
@@ -221,7 +221,7 @@ def _state(outcome: Path, state: str, reason: str) -> tuple[str, str]:
 
 
 def summary(standings: Sequence[Standing]) -> str:
-    """Return how many tasks stand how: `7 done, 2 running, 1 failed`."""
+    """Count the tasks in each state: `7 done, 2 running, 1 failed`."""
     counts = Counter(standing.state for standing in standings)
     return ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
 
