@@ -29,7 +29,7 @@ test: $(VENV)/extras.stamp ## run the tests, which run every notebook at smoke s
 fuzz: $(VENV)/extras.stamp ## give damaged input to everything that reads files, replies and requests (an hour)
 	@$(RUN) -m lib test tests/test_doors.py --hypothesis-profile fuzz --timeout 7200
 
-bench: $(VENV)/extras.stamp ## measure speed against Hugging Face (4 minutes; leave the machine alone meanwhile)
+bench: $(VENV)/extras.stamp ## measure speed against Hugging Face (7 minutes; leave the machine alone meanwhile)
 	@$(RUN) -m lib notebooks A2
 
 book: $(VENV)/book.stamp ## build a site from the notebooks, with lesson plan and solutions
