@@ -159,6 +159,8 @@ def chat(
 
     Pieces are whole characters, and the pieces of a turn add up to its text. Options are those of `generate`.
     """
+    if any("\ud800" <= character <= "\udfff" for character in question):
+        raise InputError("the question holds half a character, which no tokenizer knows: leave it out")
     row = _Row(encode_prompt([Turn(Role.USER, question)], tokenizer), tokenizer, tool, max_new_tokens)
     turn, told = 0, 0  # the turn that is being told, and how many of its characters were
     for _ in _decode(model, [row] * (not row.done), temperature, generator):

@@ -3,17 +3,17 @@
 import re
 import sqlite3
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import monotonic
 from typing import NamedTuple, Protocol
 
 from lib.base import InputError
 from lib.dialogs.request import fenced_line, format_request, parse_request
-from lib.facts.database import add_people, attribute_columns, change_fact, quoted
+from lib.facts import database
+from lib.facts.database import connect_read_only, quoted, refusing
 from lib.facts.people import People
 from lib.paths import DATABASE
 
@@ -58,51 +58,6 @@ class Tool(Protocol):
     def __call__(self, turn: str) -> Response: ...
 
 
-#: Reading tables, recursively too. Everything else is refused: writing, ATTACH, PRAGMA, VACUUM, even functions.
-_READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE}
-
-
-class ReadOnlyConnection(sqlite3.Connection):
-    """A SQLite connection that can only read, see `connect_read_only`."""
-
-    time_budget: float
-    deadline: float
-
-    def execute(self, *arguments) -> sqlite3.Cursor:
-        """Run one statement; it has `time_budget` seconds from now on, which include fetching its rows."""
-        self.deadline = monotonic() + self.time_budget
-        return super().execute(*arguments)
-
-
-def connect_read_only(path: str | Path, time_budget: float = 1.0) -> ReadOnlyConnection:
-    """Open a database so that no SQL can change a file, create one, or run for long.
-
-    `mode=ro` is not enough: ATTACH and VACUUM INTO would still create files. So an authorizer allows only reads,
-    intermediate results stay in memory and are limited in size, and a statement that runs for more than `time_budget`
-    seconds ends in an OperationalError whose `sqlite_errorname` is SQLITE_INTERRUPT. From the first read until the
-    connection is closed nobody else can write. (A database in WAL mode keeps SQLite's two side files.)
-
-    Raises `InputError` if there is no such file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"there is no database {path}")
-    connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=ro",
-        timeout=time_budget,
-        isolation_level=None,
-        factory=ReadOnlyConnection,
-        uri=True,
-    )
-    connection.time_budget = time_budget
-    connection.execute("PRAGMA temp_store = MEMORY")
-    connection.execute("BEGIN")  # all reads see one state; locking the file for each would take most of the time
-    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000)
-    connection.set_progress_handler(lambda: monotonic() > connection.deadline, 10_000)
-    connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in _READS else sqlite3.SQLITE_DENY)
-    return connection
-
-
 class Closing(AbstractContextManager):
     """Something that its `with` block closes in the end."""
 
@@ -126,16 +81,12 @@ class SqlTool(Closing):
     def __init__(self, path: str | Path, attributes: Iterable[str] = (), time_budget: float = 1.0):
         self.path = path
         self.n_queries = 0
-        self.connection = connect_read_only(path, time_budget)
-        try:
-            self.attributes = tuple(attribute_columns(self.connection))
-        except sqlite3.Error as error:
-            self.close()
-            raise self._unreadable(error) from None
-        for attribute in attributes:
-            if attribute not in self.attributes:
-                self.close()
-                raise InputError(f"unknown attribute {attribute!r}: {path} has {', '.join(self.attributes)}")
+        with ExitStack() as stack, refusing("read people from", path):
+            self.connection = stack.enter_context(closing(connect_read_only(path, time_budget)))
+            self.attributes = tuple(database.attribute_columns(self.connection))
+            if unknown := [attribute for attribute in attributes if attribute not in self.attributes]:
+                raise InputError(f"unknown attribute {unknown[0]!r}: {path} has {', '.join(self.attributes)}")
+            stack.pop_all()
         # Qualified, because SQLite takes a quoted name that is no column for a string.
         self._queries = {a: f"SELECT people.{quoted(a)} FROM people WHERE people.name = ?" for a in self.attributes}
 
@@ -153,32 +104,33 @@ class SqlTool(Closing):
             (value,) = self.connection.execute(query, (name,)).fetchone() or (None,)
         except (UnicodeEncodeError, sqlite3.DataError):  # half a surrogate pair, or endless: nobody's name
             value = None
-        except sqlite3.Error as error:
-            if error.sqlite_errorname == "SQLITE_INTERRUPT":
+        except (sqlite3.Error, UnicodeError) as error:
+            if database.interrupted(error):
                 return _error(Outcome.TIMEOUT)
-            raise self._unreadable(error) from None
-        return _error(Outcome.NO_MATCH) if value is None else Response(Outcome.ANSWER, str(value))
-
-    def _unreadable(self, error: sqlite3.Error) -> InputError:
-        return InputError(f"cannot read people from the database {self.path}: {error}")
+            with refusing("read people from", self.path):
+                raise
+        # Neither an empty cell nor one of bytes has a text.
+        return _error(Outcome.NO_MATCH) if isinstance(value, bytes | None) else Response(Outcome.ANSWER, str(value))
 
     def close(self) -> None:
         self.connection.close()
 
 
 class EditableTool(Closing):
-    """A `SqlTool` on a copy of a database that may be changed; the database itself is only read.
+    """A `SqlTool` on a copy of a database's people that may be changed; the database itself is only read.
 
     `close`, or else the end of the process, deletes the copy.
-    Raises `InputError` for a database that `SqlTool` refuses.
+    Raises `InputError` for a database that `SqlTool` refuses or that cannot be copied.
     """
 
     def __init__(self, path: str | Path):
-        self._folder = TemporaryDirectory(prefix="itl-")
-        self.path = Path(self._folder.name) / DATABASE
-        with SqlTool(path) as tool, closing(sqlite3.connect(self.path)) as copy:
+        with SqlTool(path) as tool, ExitStack() as stack, refusing("copy", path):
             self.attributes = tool.attributes
-            tool.connection.backup(copy)
+            self._folder = TemporaryDirectory(prefix="itl-")
+            stack.callback(self.close)
+            self.path = Path(self._folder.name) / DATABASE
+            database.copy_people(tool.connection, tool.attributes, self.path)
+            stack.pop_all()
 
     def __call__(self, turn: str) -> Response:
         with SqlTool(self.path) as tool:  # opened anew: as long as one is open, nobody can write
@@ -186,14 +138,16 @@ class EditableTool(Closing):
 
     def add(self, people: People) -> None:
         """Apply `add_people` to the copy."""
-        add_people(people, self.path)
+        database.add_people(people, self.path)
 
     def change(self, name: str, attribute: str, value: str) -> str:
         """Apply `change_fact` to the copy."""
-        return change_fact(self.path, name, attribute, value)
+        return database.change_fact(self.path, name, attribute, value)
 
     def facts(self, name: str) -> dict[str, str]:
         """Return what the copy says about a person, by attribute; nothing about an unknown one."""
+        with SqlTool(self.path, time_budget=database.WHOLE_TABLE) as tool, refusing("read people from", self.path):
+            name = database.spelling(tool.connection, name)
         answers = {attribute: self(format_request(attribute, name)) for attribute in self.attributes}
         return {attribute: answer.text for attribute, answer in answers.items() if answer.ok}
 

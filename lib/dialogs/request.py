@@ -34,7 +34,7 @@ def parse_request(turn: str) -> Request | None:
 
 def fenced_line(turn: str, language: str) -> str:
     """Return the one line in the fenced block that ends `turn`, or "" if it does not end in such a block."""
-    match turn.split("\n")[-3:]:
+    match turn.rsplit("\n", 3)[-3:]:  # a turn may be long
         case [opening, line, "```"] if opening == f"```{language}":
             return line
     return ""

@@ -1,51 +1,50 @@
 """People from a CSV file, and back."""
 
+import codecs
 import csv
 import re
+import unicodedata
 from collections import Counter
+from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
 
 from lib.base import InputError
-from lib.facts.people import People
+from lib.facts.people import People, comparable
 from lib.paths import replacing
 
 #: What no name and no value may hold: control characters, and what would end a request.
 FORBIDDEN = re.compile(r"[\x00-\x1f\x7f]|```")
+#: Between cells stands the first of these that the header has, unless a line before it names one, as Excel's do.
+_DELIMITERS = ",;\t|"
 
 
 def read_people_csv(path: str | Path) -> People:
     """Read people from a CSV file with a header: the column `name`, and every other column is an attribute.
 
-    Blanks around a cell are dropped. Raises `InputError` if the file cannot be read, columns or cells are missing, a
-    name occurs twice, a column is not letters, digits and underscores, or a cell holds something of `FORBIDDEN`.
+    Dropped are blanks around a cell, lines and last columns without any text, and a first column that only counts.
+    Raises `InputError` if the file cannot be read, columns or cells are missing, two names are `comparable`, a column
+    is not letters, digits and underscores, or a cell holds something of `FORBIDDEN`.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file, strict=True) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"cannot read people from {path}: {error}") from None
+    rows = _read(path)
     if len(rows) < 2:
         raise InputError(f"{path} has no people: a header line and one line per person are expected")
-    header, *rows = rows
-    for column in header:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", column):
-            raise InputError(f"{path}: bad column name {column!r}, letters, digits and underscores are accepted")
-    if len({column.lower() for column in header}) < len(header):
-        raise InputError(f"{path}: two columns have the same name, upper or lower case, in {', '.join(header)}")
-    if "name" not in header:
-        raise InputError(f"{path} has no column 'name' among {', '.join(header)}")
-    if len(header) == 1:
-        raise InputError(f"{path} has no attributes: at least one column besides 'name' is expected")
+    header, *rows = _without_counter(rows)
+    header = ["name" if column.lower() == "name" else unicodedata.normalize("NFC", column) for column in header]
+    _check_header(path, header)
     for number, row in enumerate(rows, start=1):
         if len(row) != len(header) or "" in row:
             raise InputError(f"{path}, person {number}: every one of {', '.join(header)} takes one non-empty cell")
-        for cell in filter(FORBIDDEN.search, row):
+        if FORBIDDEN.search(" ".join(row)):
+            cell = next(filter(FORBIDDEN.search, row))
             raise InputError(f"{path}, person {number}: {cell!r} holds a line break, a control character or ```")
     columns = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
     names = columns.pop("name")
-    name, count = Counter(names).most_common(1)[0]
+    read, count = Counter(map(comparable, names)).most_common(1)[0]
     if count > 1:
-        raise InputError(f"{path} has the name {name!r} twice: names must be unique")
+        one, other = [name for name in names if comparable(name) == read][:2]
+        told = repr(one) if one == other else f"{one!a}, also spelled {other!a},"
+        raise InputError(f"{path} has the name {told} twice: names must be unique")
     return People(names, columns)
 
 
@@ -55,3 +54,55 @@ def write_people_csv(people: People, path: str | Path) -> None:
         writer = csv.writer(file)
         writer.writerow(("name", *people.attributes))
         writer.writerows(zip(people.names, *people.columns.values(), strict=True))
+
+
+def _read(path: str | Path) -> list[list[str]]:
+    """Return the cells of the header and of each person, as far as a line has text, without blanks around them."""
+    try:
+        with open(path, "rb") as file:
+            start = file.peek(4)[:4]
+            if start in (b"PK\x03\x04", b"\xd0\xcf\x11\xe0"):  # .xlsx and .ods, .xls
+                raise ValueError("it is a workbook, which the program that made it can save as CSV UTF-8")
+            encoding = "utf-16" if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+            lines = TextIOWrapper(file, encoding, newline="")
+            first = next(filter(str.strip, lines), "")
+            named = re.fullmatch(f'"?sep=([{_DELIMITERS}])"?[\r\n]*', first)
+            delimiter = named[1] if named else next((each for each in _DELIMITERS if each in first), ",")
+            reader = csv.reader(lines if named else chain([first], lines), delimiter=delimiter, strict=True)
+            try:
+                return list(filter(None, map(_cells, reader)))
+            except csv.Error as error:  # most often an open quote, which goes on to the end of the file
+                raise ValueError(f"{error} in or before line {reader.line_num}, is there a quote too many?") from None
+    except (OSError, ValueError) as error:
+        hint = " (save it as CSV UTF-8)" if isinstance(error, UnicodeDecodeError) else ""
+        raise InputError(f"cannot read people from {path}: {error}{hint}") from None
+
+
+def _cells(row: list[str]) -> list[str]:
+    cells = [cell.strip() for cell in row]
+    while cells and not cells[-1]:
+        cells.pop()
+    return cells
+
+
+def _without_counter(rows: list[list[str]]) -> list[list[str]]:
+    """Drop a first column without a name that counts from 0 or 1, as pandas writes it."""
+    cells = [row[0] for row in rows[1:]]
+    counters = (list(map(str, range(start, start + len(cells)))) for start in (0, 1))
+    return [row[1:] for row in rows] if rows[0][0] in ("", "Unnamed: 0") and cells in counters else rows
+
+
+def _check_header(path: str | Path, header: list[str]) -> None:
+    """Raise `InputError` unless a header has `name` and attributes that requests, SQL and tables of results take."""
+    if "name" not in header:
+        raise InputError(f"{path} has no column 'name' among {', '.join(header)}: the first line names the columns")
+    for column in header:
+        if not (column and f"_{column}".isidentifier()):
+            better = re.sub(r"\W+", "_", column).strip("_") or "attribute"
+            raise InputError(
+                f"{path}: bad column name {column!r}, rename it {better}: letters, digits and _ are accepted"
+            )
+    if len({column.lower() for column in header}) < len(header):
+        raise InputError(f"{path}: two columns have the same name, upper or lower case, in {', '.join(header)}")
+    if len(header) == 1:
+        raise InputError(f"{path} has no attributes: at least one column besides 'name' is expected")

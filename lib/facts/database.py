@@ -1,15 +1,29 @@
-"""The SQLite database of people: written, changed."""
+"""The SQLite database of people: written, opened, copied, changed. Nothing that others put into one is trusted."""
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from operator import itemgetter
 from pathlib import Path
+from time import monotonic
 
-from lib.base import InputError
+from lib.base import InputError, WorkError
 from lib.facts.csv import FORBIDDEN
-from lib.facts.people import People
+from lib.facts.people import People, comparable
 from lib.paths import replacing
+
+#: Seconds for a statement about all people: to copy them, to search their names.
+WHOLE_TABLE = 30.0
+#: Reading tables, recursively too. A reader is refused everything else: writing, ATTACH, PRAGMA, VACUUM, functions.
+_READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE}
+_HELD = " (another program may be writing to it, or its folder refuses locks and new files: copy it to a local folder)"
+#: What SQLite leaves unsaid, by its error codes.
+_HINTS = {
+    **dict.fromkeys((sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_IOERR), _HELD),
+    **dict.fromkeys((sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY), _HELD),
+    sqlite3.SQLITE_INTERRUPT: " (it took too long)",
+    sqlite3.SQLITE_AUTH: " (only a plain table people, without triggers, can be changed)",
+}
 
 
 def write_database(people: People, path: str | Path) -> None:
@@ -17,35 +31,68 @@ def write_database(people: People, path: str | Path) -> None:
 
     The file is whole or, after an `InputError`, as it was.
     """
-    path = Path(path)
-    columns = "".join(f', "{attribute}" TEXT NOT NULL' for attribute in people.attributes)
-    try:
-        with (
-            replacing(path, "the database ") as temporary,
-            closing(sqlite3.connect(temporary)) as connection,
-            connection,
-        ):
-            connection.execute("PRAGMA journal_mode = OFF")  # an unfinished file is thrown away
-            connection.execute(f"CREATE TABLE people (name TEXT PRIMARY KEY{columns}) WITHOUT ROWID")
-            rows = sorted(_rows(people), key=itemgetter(0))  # in the order of the key the tree fills from left to right
-            connection.executemany(f"INSERT INTO people VALUES (?{', ?' * len(people.attributes)})", rows)
-    except (OSError, sqlite3.Error) as error:
-        raise InputError(f"cannot write the database {path}: {error}") from None
+    with refusing("write", path), replacing(Path(path), "the database ") as temporary:
+        rows = sorted(_rows(people), key=itemgetter(0))  # in the order of the key the tree fills from left to right
+        _fill(temporary, people.attributes, rows, " TEXT NOT NULL", "INSERT")
+
+
+class GuardedConnection(sqlite3.Connection):
+    """A SQLite connection whose statements have a time budget, see `connect_read_only`."""
+
+    time_budget: float
+    deadline: float
+
+    def execute(self, *arguments) -> sqlite3.Cursor:
+        """Run one statement; it has `time_budget` seconds from now on, which include fetching its rows."""
+        self.deadline = monotonic() + self.time_budget
+        try:
+            return super().execute(*arguments)
+        except sqlite3.OperationalError as error:
+            if interrupted(error) and monotonic() < self.deadline:  # by Ctrl-C, which SQLite does not pass on
+                raise KeyboardInterrupt from None
+            raise
+
+
+def connect_read_only(path: str | Path, time_budget: float = 1.0) -> GuardedConnection:
+    """Open a database so that no SQL can change a file, create one, or run for long.
+
+    `mode=ro` is not enough: ATTACH and VACUUM INTO would still create files. So an authorizer allows only reads,
+    intermediate results stay in memory and are limited in size, and a statement that runs for more than `time_budget`
+    seconds ends in an OperationalError whose `sqlite_errorname` is SQLITE_INTERRUPT. From the first read until the
+    connection is closed nobody else can write. (A database in WAL mode keeps SQLite's two side files.)
+
+    Raises `InputError` if there is no such file.
+    """
+    return _connect(path, "ro", time_budget)
+
+
+def copy_people(source: GuardedConnection, attributes: Sequence[str], path: Path) -> None:
+    """Copy the rows of the table or view `people` into a new database: no trigger, view or rule comes along.
+
+    Cells keep their types. Of several people of one name the first is copied, and nobody without a name.
+    """
+    source.time_budget = WHOLE_TABLE
+    source.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 100_000_000)
+    columns = ", ".join(f"people.{quoted(column)}" for column in ("name", *attributes))
+    rows = (row for row in source.execute(f"SELECT {columns} FROM people"))  # in Python, where Ctrl-C is heard
+    _fill(path, attributes, rows, "", "INSERT OR IGNORE")
 
 
 def add_people(people: People, path: str | Path) -> None:
-    """Add people to a database that `write_database` made; a person who is there already gets the new facts.
+    """Add people to a database; a person who is there already gets the new facts.
 
-    Adds all of them or, with an `InputError`, nobody.
+    Adds all of them or, with an `InputError`, nobody. They must have the attributes of the database, all of them.
     """
     columns = ", ".join(map(quoted, ("name", *people.attributes)))
     values = f"?{', ?' * len(people.attributes)}"
     with _changes(path) as connection:
+        if {*people.attributes} != {*(known := attribute_columns(connection))}:
+            raise InputError(f"cannot change the database {path}: people with {', '.join(known)} are expected")
         connection.executemany(f"INSERT OR REPLACE INTO people ({columns}) VALUES ({values})", _rows(people))
 
 
 def change_fact(path: str | Path, name: str, attribute: str, value: str) -> str:
-    """Give one attribute of one person another value in a database that `write_database` made; return the old value.
+    """Give one attribute of one person another value in a database; return the old value.
 
     Name and value are bound as parameters; the attribute must be a column. Raises `InputError`, and changes nothing,
     for an unknown person or attribute, and for a value that `read_people_csv` would refuse.
@@ -64,12 +111,45 @@ def change_facts(paths: Iterable[str | Path], name: str, attribute: str, value: 
 def attribute_columns(connection: sqlite3.Connection) -> list[str]:
     """Return the columns of the table `people` besides `name`; without table or name it is an sqlite3.Error."""
     columns = connection.execute("SELECT people.name, * FROM people LIMIT 0").description
-    return [column for column, *_ in columns if column != "name"]
+    return [column for column, *_ in columns if column.lower() != "name"]
+
+
+def spelling(connection: sqlite3.Connection, name: str) -> str:
+    """Return how the database spells a name: as given or, if nobody is called that, as somebody who is `comparable`."""
+    if connection.execute("SELECT 1 FROM people WHERE people.name = ?", (name,)).fetchone():
+        return name
+    wanted, names = comparable(name), (other for (other,) in connection.execute("SELECT people.name FROM people"))
+    return next((other for other in names if isinstance(other, str) and comparable(other) == wanted), name)
 
 
 def quoted(column: str) -> str:
     """Return a column's name as SQL."""
     return '"' + column.replace('"', '""') + '"'
+
+
+def interrupted(error: Exception) -> bool:
+    """Return whether SQLite stopped a statement because it was told to. Errors of Python's own have no code."""
+    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT
+
+
+@contextmanager
+def refusing(deed: str, path: str | Path) -> Iterator[None]:
+    """Turn what SQLite or the system refuses into an `InputError`, a full disk into a `WorkError`; both name `path`."""
+    try:
+        yield
+    except (OSError, sqlite3.Error, UnicodeError) as error:  # the last: half a character, to be stored or read
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        kind = WorkError if code == sqlite3.SQLITE_FULL else InputError
+        raise kind(f"cannot {deed} the database {path}: {error}{_HINTS.get(code, '')}") from None
+
+
+def _fill(path: Path, attributes: Sequence[str], rows: Iterable[Sequence], kind: str, insert: str) -> None:
+    """Make a database of people in a file that does not exist; after an error it must be thrown away."""
+    columns = "".join(f", {quoted(attribute)}{kind}" for attribute in attributes)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("PRAGMA journal_mode = OFF")
+        connection.execute(f"CREATE TABLE people (name TEXT PRIMARY KEY{columns}) WITHOUT ROWID")
+        connection.executemany(f"{insert} INTO people VALUES (?{', ?' * len(attributes)})", rows)
 
 
 def _rows(people: People) -> Iterator[tuple[str, ...]]:
@@ -80,7 +160,7 @@ def _change(connection: sqlite3.Connection, name: str, attribute: str, value: st
     known = attribute_columns(connection)
     if attribute not in known:
         raise InputError(f"unknown attribute {attribute!r}: the database has {', '.join(known)}")
-    column = quoted(attribute)
+    name, column = spelling(connection, name), quoted(attribute)
     row = connection.execute(f"SELECT people.{column} FROM people WHERE people.name = ?", (name,)).fetchone()
     if row is None:
         raise InputError(f"nobody is called {name!r} in the database: change somebody who is there")
@@ -91,8 +171,27 @@ def _change(connection: sqlite3.Connection, name: str, attribute: str, value: st
 @contextmanager
 def _changes(path: str | Path) -> Iterator[sqlite3.Connection]:
     """Open one transaction on an existing database; after an error, which becomes an `InputError`, nothing changed."""
-    try:
-        with closing(sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=rw", uri=True)) as connection, connection:
-            yield connection
-    except (sqlite3.Error, UnicodeEncodeError) as error:  # half a surrogate pair cannot be stored
-        raise InputError(f"cannot change the database {path}: {error}") from None
+    with refusing("change", path), closing(_connect(path, "rw", WHOLE_TABLE)) as connection, connection:
+        yield connection
+
+
+def _connect(path: str | Path, mode: str, time_budget: float) -> GuardedConnection:
+    """Open a database of whatever content: mode "ro", or "rw", which no trigger and no view can use; wait for locks."""
+    if not Path(path).is_file():
+        raise InputError(f"there is no database {path}")
+    uri, timeout = f"{Path(path).absolute().as_uri()}?mode={mode}", min(time_budget, 5.0)
+    connection = sqlite3.connect(uri, timeout=timeout, factory=GuardedConnection, uri=True)
+    connection.time_budget = time_budget
+    for pragma in ("temp_store = MEMORY", "trusted_schema = OFF", "cell_size_check = ON"):
+        connection.execute(f"PRAGMA {pragma}")
+    if mode == "ro":
+        connection.execute("BEGIN")  # all reads see one state; locking the file for each would take most of the time
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000)
+    connection.set_progress_handler(lambda: monotonic() > connection.deadline, 10_000)
+
+    def authorize(action: int, _1, _2, _3, origin: str | None) -> int:
+        allowed = action in _READS if mode == "ro" else origin is None  # else it is a trigger or view that asks
+        return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
+
+    connection.set_authorizer(authorize)
+    return connection

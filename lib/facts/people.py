@@ -1,6 +1,7 @@
 """People: their names, their attributes, and the law by which both are drawn."""
 
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -144,6 +145,11 @@ class People:
         for column in (self.names, *self.columns.values()):
             content.update(b"\n\n" + "\n".join(column).encode())
         return content.hexdigest()[:16]
+
+
+def comparable(name: str) -> str:
+    """Return a name as names are compared: characters composed (NFC), every run of blanks, of any kind, one space."""
+    return " ".join(unicodedata.normalize("NFC", name).split())
 
 
 def best_constant_guess(people: People) -> float:

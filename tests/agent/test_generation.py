@@ -33,6 +33,11 @@ def one(model, question: str, tool=None, **options) -> Generation:
     return generation
 
 
+def test_half_a_character_cannot_be_asked():
+    with pytest.raises(InputError, match="half a character"):
+        next(chat(says({}), "Who is \ud800?", TOKENIZER))
+
+
 # ---- Turns, calls, forced tokens
 
 

@@ -1,6 +1,9 @@
 """Tools: typed outcomes, and a database that no request can change."""
 
+import os
+import signal
 import sqlite3
+import tempfile
 import threading
 from time import monotonic
 
@@ -8,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.agent.tools import ERROR_TEXTS, CalculatorTool, Outcome, SqlTool, connect_read_only
+from lib.agent.tools import ERROR_TEXTS, CalculatorTool, EditableTool, Outcome, SqlTool, connect_read_only
 from lib.base import InputError
 from lib.dialogs.request import format_request, parse_request
-from lib.facts.database import write_database
+from lib.facts import database as database_module
+from lib.facts.database import add_people, change_fact, write_database
 from lib.facts.people import VALUES, People
 from lib.facts.sampling import sample_people
 
@@ -134,15 +138,23 @@ def test_find_takes_what_a_line_of_the_request_language_cannot_hold(tmp_path):
         assert tool.find("birth", "Ann\nLee").outcome is Outcome.UNKNOWN_ATTRIBUTE
 
 
-def test_a_query_that_takes_too_long_is_a_timeout(tmp_path):
-    path = tmp_path / "slow.db"
+def made(path, *statements):
+    """A database that somebody else made."""
     connection = sqlite3.connect(path)
-    connection.execute(
-        """CREATE VIEW people AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)
-        SELECT 'Ann' AS name, i AS age FROM n WHERE i < 0"""
-    )
+    for statement in statements:
+        connection.execute(statement)
+    connection.commit()
     connection.close()
-    with SqlTool(path, time_budget=0.1) as tool:
+    return path
+
+
+NUMBERS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
+ENDLESS = f"CREATE VIEW people AS {NUMBERS} SELECT 'Ann' AS name, i AS age FROM n WHERE i < 0"
+PETS = "CREATE TABLE people (name TEXT PRIMARY KEY, pet TEXT)"
+
+
+def test_a_query_that_takes_too_long_is_a_timeout(tmp_path):
+    with SqlTool(made(tmp_path / "slow.db", ENDLESS), time_budget=0.1) as tool:
         start = monotonic()
         response = ask(tool, "age", "Ann")
         assert 0.1 <= monotonic() - start < 30  # a busy machine is slow; an endless query would take days
@@ -191,7 +203,7 @@ def test_a_bad_database_is_one_sentence(tmp_path, kind, message):
 def test_a_locked_database_is_one_sentence(database):
     writer = sqlite3.connect(database, isolation_level=None)
     writer.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(InputError, match=f"{database}: database is locked"):
+    with pytest.raises(InputError, match=f"{database}: database is locked .another program may be writing"):
         SqlTool(database, time_budget=0.1)
     writer.close()
     SqlTool(database).close()
@@ -311,6 +323,183 @@ def test_the_database_stands_still_while_it_is_read(database):
 def ask_once(database):
     with SqlTool(database) as tool:
         return ask(tool, "occupation", PEOPLE.names[0]).text
+
+
+# ---- Databases that others made
+
+
+def outcome(path, attribute="pet", name="Ann"):
+    """What a tool says, or why it says nothing."""
+    try:
+        with SqlTool(path, time_budget=0.1) as tool:
+            return ask(tool, attribute, name)
+    except InputError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("CAST(x'636166e9' AS TEXT)", "Could not decode to UTF-8"),
+        ("x'00ff'", Outcome.NO_MATCH),
+        ("zeroblob(50000000)", Outcome.NO_MATCH),
+        ("hex(zeroblob(1000000))", Outcome.NO_MATCH),
+        ("NULL", Outcome.NO_MATCH),
+        ("-5", "-5"),
+        ("1e400", "inf"),
+        ("''", ""),
+        ("'a' || char(0) || 'b'", "a\0b"),
+    ],
+)
+def test_any_value_of_a_cell_has_a_typed_outcome(tmp_path, value, expected):
+    path = made(tmp_path / "x.db", "CREATE TABLE people (name, pet)", f"INSERT INTO people VALUES ('Ann', {value})")
+    said = outcome(path)
+    if isinstance(expected, Outcome):
+        assert said.outcome is expected
+    else:
+        assert expected == said.text if not isinstance(said, str) else expected in said
+
+
+@pytest.mark.parametrize("tool", [SqlTool, EditableTool])
+def test_whatever_byte_of_a_database_is_damaged_the_outcome_is_typed(tmp_path, tool):
+    write_database(PEOPLE[:40], tmp_path / "x.db")
+    whole, answers = (tmp_path / "x.db").read_bytes(), 0
+    places = [*range(0, 110, 7), *range(110, len(whole), 301), *range(len(whole) - 400, len(whole), 21)]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xFF if place % 2 else 0x81
+        (tmp_path / "x.db").write_bytes(damaged)
+        try:
+            with tool(tmp_path / "x.db") as opened:
+                answers += ask(opened, "occupation", PEOPLE.names[7]).ok
+        except InputError as error:
+            assert str(tmp_path) in str(error)
+    assert 0 < answers < len(places)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        [f"CREATE TABLE people (name, {', '.join(f'a{i}' for i in range(1999))})"],
+        ["CREATE TABLE people (Name TEXT, pet TEXT)", "INSERT INTO people VALUES ('Ann', 'cat')"],
+        [
+            "CREATE TABLE people (name TEXT, pet TEXT AS (name || 's pet'), x TEXT AS (pet || '!') STORED)",
+            "INSERT INTO people VALUES ('Ann')",
+        ],
+        ["PRAGMA encoding = 'UTF-16'", PETS, "INSERT INTO people VALUES ('Ann', 'cat')"],
+        [
+            "CREATE TABLE t (n, p)",
+            "INSERT INTO t VALUES ('Ann', 'c')",
+            "CREATE VIEW people AS SELECT n name, p pet FROM t",
+        ],
+        [
+            "CREATE TABLE people (name, pet)",
+            "INSERT INTO people VALUES ('Ann', 'c'), ('Ann', 'd'), (NULL, 'e'), (5, x'00')",
+        ],
+        ["CREATE VIRTUAL TABLE people USING fts5(name, pet)", "INSERT INTO people VALUES ('Ann', 'cat')"],
+        ["PRAGMA journal_mode = WAL", PETS, "INSERT INTO people VALUES ('Ann', 'cat')"],
+    ],
+    ids=["2,000 columns", "Name", "generated", "UTF-16", "view", "twice, unnamed", "virtual", "WAL"],
+)
+def test_a_copy_answers_as_the_database_does_and_can_be_changed(tmp_path, sql):
+    path = made(tmp_path / "x.db", *sql)
+    said = outcome(path)
+    try:
+        with EditableTool(path) as tool:
+            assert ask(tool, "pet", "Ann") == said and said.ok and tool.facts("Ann")["pet"] == said.text
+            assert tool.change("Ann", "pet", "eel") == said.text and ask(tool, "pet", "Ann").text == "eel"
+            tool.add(People(["Ann", "Bo"], {attribute: ["1", "2"] for attribute in tool.attributes}))
+            assert [ask(tool, "pet", name).text for name in ("Ann", "Bo")] == ["1", "2"]
+    except InputError as error:
+        assert str(error) == said
+
+
+TRIGGERS = [
+    f"CREATE TRIGGER a AFTER INSERT ON people BEGIN SELECT count(*) FROM ({NUMBERS} SELECT i FROM n); END",
+    f"CREATE TRIGGER b AFTER UPDATE ON people BEGIN SELECT count(*) FROM ({NUMBERS} SELECT i FROM n); END",
+    'CREATE TRIGGER "" BEFORE UPDATE ON people BEGIN DELETE FROM people; END',
+    "CREATE TRIGGER d BEFORE INSERT ON people BEGIN DELETE FROM people; END",
+]
+
+
+@pytest.mark.parametrize("trigger", TRIGGERS)
+def test_a_trigger_runs_neither_in_a_copy_nor_in_the_database(tmp_path, trigger):
+    path = made(tmp_path / "x.db", PETS, "INSERT INTO people VALUES ('Ann', 'cat')", trigger)
+    start = monotonic()
+    with EditableTool(path) as tool:
+        tool.add(People(["Bo"], {"pet": ["dog"]}))
+        assert tool.change("Ann", "pet", "eel") == "cat"
+        assert [tool.facts(name) for name in ("Ann", "Bo")] == [{"pet": "eel"}, {"pet": "dog"}]
+    refused = 0
+    for change in (lambda: change_fact(path, "Ann", "pet", "eel"), lambda: add_people(PEOPLE_WITH_PETS, path)):
+        before = path.read_bytes()
+        try:
+            change()
+        except InputError as error:
+            assert "without triggers" in str(error) and path.read_bytes() == before
+            refused += 1
+    assert refused == 1 and monotonic() - start < 10
+
+
+PEOPLE_WITH_PETS = People(["Cy"], {"pet": ["fox"]})
+
+
+def test_an_endless_view_cannot_be_changed_or_copied_for_long(tmp_path, monkeypatch):
+    path = made(tmp_path / "x.db", ENDLESS.replace("age", "pet"))
+    for change in (lambda: change_fact(path, "Ann", "pet", "eel"), lambda: add_people(PEOPLE_WITH_PETS, path)):
+        with pytest.raises(InputError, match="only a plain table"):
+            change()
+    monkeypatch.setattr(database_module, "WHOLE_TABLE", 0.1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(InputError, match="cannot copy the database .*it took too long"):
+        EditableTool(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("where", ["WHERE i < 0", ""], ids=["no row", "rows without end"])
+@pytest.mark.parametrize("use", [EditableTool, lambda path: ask(SqlTool(path, time_budget=30), "pet", "Bo")])
+def test_ctrl_c_ends_a_query_and_all_that_asked_for_it(tmp_path, use, where):
+    path = made(tmp_path / "x.db", f"CREATE VIEW people AS {NUMBERS} SELECT i || '' AS name, i AS pet FROM n {where}")
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    start = monotonic()
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            use(path)
+    finally:
+        timer.cancel()
+    assert monotonic() - start < 20
+
+
+def test_a_query_from_another_thread_or_to_a_closed_tool_is_one_sentence(database):
+    with SqlTool(database) as tool:
+        said = []
+        thread = threading.Thread(target=lambda: said.append(outcome_of(tool)))
+        thread.start()
+        thread.join()
+    assert "cannot read people from the database" in said[0] and "thread" in said[0]
+    assert "closed database" in outcome_of(tool)
+
+
+def outcome_of(tool):
+    with pytest.raises(InputError) as caught:
+        ask(tool, "occupation", PEOPLE.names[0])
+    return str(caught.value)
+
+
+def test_a_file_that_refuses_what_sqlite_needs_beside_it_is_told_with_the_cure(database):
+    database.with_name("people.db-journal").mkdir()
+    for use in (SqlTool, EditableTool, lambda path: change_fact(path, "Ann", "occupation", "actor")):
+        with pytest.raises(InputError, match="refuses locks and new files: copy it to a local folder"):
+            use(database)
+
+
+def test_pipes_and_devices_are_no_databases(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", "a\0b", "\ud800"):
+        for use in (SqlTool, EditableTool, lambda path: change_fact(path, "Ann", "pet", "cat")):
+            with pytest.raises(InputError, match="there is no database"):
+                use(path)
 
 
 @given(st.dates(), st.dates())

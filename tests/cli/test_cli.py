@@ -465,7 +465,7 @@ def test_closed_streams_end_in_an_exit_code_and_no_traceback(here, closed):
 
 
 def test_a_terminal_that_knows_only_ascii_gets_the_other_letters_escaped(here):
-    (here / "p.csv").write_text("name,größe\nZoë,1\n", encoding="utf-8")
+    (here / "p.csv").write_text("name,die größe\nZoë,1\n", encoding="utf-8")
     done = _run("data", "--csv", "p.csv", "--out", "x", env={"PYTHONIOENCODING": "ascii"}, capture_output=True)
     assert done.returncode == 2 and "gr\\xf6\\xdfe" in done.stderr and "Traceback" not in done.stderr
 

@@ -1,8 +1,12 @@
 """The request language."""
 
+from time import process_time
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lib.agent.tools import CalculatorTool
 from lib.dialogs.request import Request, format_request, parse_request
 
 PROSE = "To answer this question I will make a request to the database:\n"
@@ -33,3 +37,16 @@ def test_nothing_may_follow_a_request(attribute, name, more):
 
 def test_a_request_looks_like_this():
     assert format_request("occupation", "Ann Lee") == "```sql\nFIND occupation FOR Ann Lee\n```"
+
+
+@pytest.mark.parametrize("piece", ["x", "\n", "FIND a FOR ", " FOR ", "```sql\n", "1/"])
+@pytest.mark.parametrize(
+    "frame", ["{}", "```sql\nFIND {} FOR Ann\n```", "```sql\nFIND a FOR {}\n```", "```sql\n{}\n```"]
+)
+def test_a_turn_of_a_million_characters_takes_no_second(frame, piece):
+    """If time grew with the square of the length, it would take hours."""
+    turn = frame.format(piece * (1_000_000 // len(piece)))
+    start = process_time()
+    parse_request(turn)
+    CalculatorTool()(turn.replace("```sql\nFIND a FOR ", "```calc\nAGE 1/1/2000 ON "))
+    assert process_time() - start < 1.0

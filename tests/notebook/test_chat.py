@@ -101,7 +101,7 @@ def test_what_cannot_be_changed_is_told_in_one_sentence(database, name, attribut
 
 def test_a_database_that_is_not_there_is_not_made(tmp_path):
     for change in (lambda p: change_fact(p, "a", "b", "c"), lambda p: add_people(UNSEEN, p)):
-        with pytest.raises(InputError, match="cannot change the database .*none.sqlite"):
+        with pytest.raises(InputError, match="there is no database .*none.sqlite"):
             change(tmp_path / "none.sqlite")
     assert list(tmp_path.iterdir()) == []
 
@@ -130,6 +130,16 @@ def test_an_editable_tool_leaves_the_database_alone_and_nothing_behind(database)
         folder = tool.path.parent
         assert folder.is_dir() and folder != database.parent
     assert not folder.exists() and database.read_bytes() == before
+
+
+@pytest.mark.parametrize("stored", ["Zoe\u0301 Ek", "Zo\u00e9\xa0Ek", "Zo\u00e9 Ek", "Zo\u00e9  Ek"])
+def test_a_name_is_found_whatever_its_blanks_and_accents_are_made_of(tmp_path, stored):
+    write_database(People([stored, "Bo"], {"pet": ["cat", "dog"]}), tmp_path / "x.sqlite")
+    with EditableTool(tmp_path / "x.sqlite") as tool:
+        for typed in ("Zo\u00e9 Ek", "Zoe\u0301 Ek", "Zo\u00e9\xa0 Ek", stored):
+            assert tool.facts(typed) == {"pet": "cat"}
+        assert tool.change("Zo\u00e9 Ek", "pet", "eel") == "cat"
+        assert tool(tool_call(stored, "pet")).text == "eel" and tool.facts("Zoe Ek") == {}
 
 
 def test_what_a_sql_tool_refuses_an_editable_one_refuses(tmp_path):
