@@ -99,9 +99,7 @@ def _check_header(path: str | Path, header: list[str]) -> None:
     for column in header:
         if not (column and f"_{column}".isidentifier()):
             better = re.sub(r"\W+", "_", column).strip("_") or "attribute"
-            raise InputError(
-                f"{path}: bad column name {column!r}, rename it {better}: letters, digits and _ are accepted"
-            )
+            raise InputError(f"{path}: bad column name {column!r}, it takes letters, digits and _: rename it {better}")
     if len({column.lower() for column in header}) < len(header):
         raise InputError(f"{path}: two columns have the same name, upper or lower case, in {', '.join(header)}")
     if len(header) == 1:
