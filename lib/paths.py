@@ -8,10 +8,11 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from lib.base import DamagedFile, InputError, WorkError, to_json
+from lib.base import DamagedFile, InputError, WorkError, printable, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -34,9 +35,15 @@ PEOPLE, TOKENIZER = "people.csv", "tokenizer"  # and the suffix of its kind
 LARGEST_JSON = 256 << 20
 
 
+def check_checkout() -> None:
+    """Raise `InputError` where `lib` was installed alone, from a wheel say."""
+    if not (NOTEBOOKS.is_dir() and PAPER_DATA.is_dir()):
+        raise InputError("it takes a checkout: git clone https://github.com/in-tool-learning/in-tool-learning")
+
+
 def runs() -> Path:
-    """The folder of everything that can be made again: checkpoints, logs, rows, executed notebooks."""
-    return Path(os.environ.get("ITL_RUNS") or ROOT / "runs")
+    """The folder of everything that can be made again: runs of a checkout, or of the current folder without one."""
+    return Path(os.environ.get("ITL_RUNS") or (ROOT if NOTEBOOKS.is_dir() else Path.cwd()) / "runs")
 
 
 def profile_dir(profile: str) -> Path:
@@ -51,25 +58,39 @@ def figures(profile: str) -> Path:
 
     `ITL_FIGURES` overrides both: the notebook runner collects figures there until the notebook has succeeded.
     """
-    if "ITL_FIGURES" in os.environ:
-        return Path(os.environ["ITL_FIGURES"])
+    if folder := os.environ.get("ITL_FIGURES"):
+        return Path(folder)
     return ROOT / "figures" if profile in PUBLISHING else profile_dir(profile) / "figures"
+
+
+def check_output(path: Path, kind: str = "") -> Path:
+    """Return where `path` leads as a link. A device, a folder, or nothing in a folder is an `InputError`."""
+    target = Path(os.path.realpath(path))
+    # A device would be replaced; of a circle of links, one is left.
+    if (os.path.lexists(target) and not target.is_file()) or not target.parent.is_dir():
+        raise InputError(f"cannot write {kind}{path}: a file name in an existing folder is expected")
+    return target
+
+
+def check_distinct(**files: str | Path | None) -> None:
+    """Raise `InputError` if two of a command's files, by the options that name them, are one: it would be lost."""
+    for (one, a), (other, b) in combinations(((name, path) for name, path in files.items() if path), 2):
+        if os.path.realpath(a) == os.path.realpath(b) or all(map(os.path.exists, (a, b))) and os.path.samefile(a, b):
+            raise InputError(f"--{one} and --{other} name the same file, which would be lost: give another")
 
 
 @contextmanager
 def replacing(path: Path, kind: str = "") -> Iterator[Path]:
     """Give a temporary file beside `path` that takes its place at the end, or is gone after an error.
 
-    Raises `InputError`, which calls the file a `kind`, where `path` is a device or a folder, or in no folder; and
-    `WorkError` where the disk is full or the folder read-only.
+    Raises `InputError` as `check_output` does, and `WorkError` where the disk is full or the folder read-only.
     """
-    if (path.exists() and not path.is_file()) or not path.parent.is_dir():  # a device would be replaced, too
-        raise InputError(f"cannot write {kind}{path}: a file name in an existing folder is expected")
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
+    target = check_output(path, kind)
+    temporary = target.with_name(f".{target.name[:50]}.{os.getpid()}.tmp")
     try:
         yield temporary
         sync(temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         raise WorkError(f"cannot write {kind}{path}: {error.strerror or error}") from error
     finally:
@@ -114,4 +135,4 @@ def whole(paths: Iterable[Path], read: Callable[[Path], Any]) -> Iterator[tuple[
         try:
             yield path, read(path)
         except (DamagedFile, OSError) as error:
-            print(f"passed over: {error}", file=sys.stderr)
+            print(printable(f"passed over: {error}"), file=sys.stderr)

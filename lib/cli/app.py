@@ -1,11 +1,14 @@
 """`itl`: a thin door to the library. Bad input ends in one sentence and exit code 2, failed work in exit code 1."""
 
 import os
+import re
 import sqlite3
 import subprocess
 import sys
 from contextlib import ExitStack, nullcontext, suppress
+from errno import EACCES, EROFS
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -47,6 +50,8 @@ RESUMED = ("train", "finetune", "evaluate", "sweep", "trivia", "notebooks", "pap
 LONGEST = 1_500
 #: What a user, a file, a disk or a server can cause.
 FORESEEABLE = (InputError, WorkError, OSError, MemoryError, sqlite3.Error, UnicodeError, typer.TyperException)
+#: What safetensors and torch say, as other errors, where the system refuses to write.
+UNWRITTEN = re.compile(r"\(os error \d+\)|PytorchStreamWriter|inline_container")
 
 
 def main() -> None:
@@ -63,12 +68,11 @@ def main() -> None:
             sys.stdout.flush()  # here, a full disk can still be told
     except BrokenPipeError:  # whoever read the output has left
         code = 1
-    except FORESEEABLE as error:
-        if os.environ.get("ITL_DEBUG"):
+    except Exception as error:
+        if os.environ.get("ITL_DEBUG") or not (isinstance(error, FORESEEABLE) or UNWRITTEN.search(str(error))):
             raise
-        first = os.environ.get("RANK", "0") == "0"
-        if first or not isinstance(error, InputError):  # all processes find bad input
-            _say(_sentence(error))
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, InputError):  # all processes find bad input
+            _say(_sentence(error) + _elsewhere(error))
         code = getattr(error, "exit_code", 1)
     if code == 130:  # typer's code for Ctrl-C
         resumed = len(sys.argv) > 1 and sys.argv[1] in RESUMED
@@ -92,7 +96,18 @@ def _sentence(error: Exception) -> str:
         return "out of memory: give a smaller model or batch"
     if isinstance(error, sqlite3.Error):
         return f"the database cannot be used: {error}"
+    if not isinstance(error, FORESEEABLE):
+        return f"a file could not be written, the disk may be full: {error}"
     return str(error)
+
+
+def _elsewhere(error: Exception) -> str:
+    """Return what helps where the folders of what is made cannot be written."""
+    refused = error if isinstance(error, OSError) else error.__context__
+    made = str(paths.runs()), str(paths.ROOT / "figures")
+    if getattr(refused, "errno", None) in (EACCES, EROFS) and str(refused.filename).startswith(made):
+        return "; ITL_RUNS names another folder for what is made, ITL_FIGURES one for figures"
+    return ""
 
 
 def _say(sentence: str) -> None:
@@ -116,9 +131,7 @@ def data(
     from lib.facts.database import write_database
     from lib.facts.sampling import load_people
 
-    files = [Path(path).resolve() for path in (facts.csv, out, dialogs) if path]
-    if len({*files}) < len(files):
-        raise InputError("two of --csv, --out and --dialogs name the same file, which would be lost: give another")
+    paths.check_distinct(csv=facts.csv, out=out, dialogs=dialogs)
     people = load_people(facts)
     with paths.replacing(dialogs) if dialogs else nullcontext() as temporary:
         if temporary:
@@ -148,7 +161,7 @@ def train(config, observers, how, out: Out = None) -> None:
         f"recall {row['recall']:.4f} on {row['n_questions']:,} questions after {row['steps']:,} steps "
         f"and {row['train_seconds']:.0f} s (stopped by {row['stopped']})"
     )
-    console.print(f"all of it is in {directory}; talk to the model: itl chat {directory}")
+    console.print(f"all of it is in {directory}; talk to the model: itl chat {quote(str(directory))}")
 
 
 RunFolder = Annotated[Path, typer.Argument(help="folder of a run, or of a committed checkpoint")]
@@ -254,6 +267,7 @@ def sweep(
 
 def _table(section: str):
     """Return the table of a section's rows in paper_data: a `lib.experiments.publishing.Table`."""
+    paths.check_checkout()
     if section == "06":
         from lib.finetune.experiments import table_of_rows
 
@@ -295,6 +309,7 @@ def compare(
     """Show our results beside the published ones, and write the table of all of them to paper_data/compared."""
     from lib.experiments import published, tables
 
+    paths.check_checkout()
     tables.check_threshold(threshold)
     points = published.write(section)
     if not len(points):
@@ -314,6 +329,7 @@ def figures(
     """Draw the figures from paper_data."""
     from lib.figures import record, style
 
+    paths.check_checkout()
     drawn = {name: record.draw(name, profile) for name in names or record.FIGURES}
     for name, figure in drawn.items():
         for path in style.save(figure, name, profile):
@@ -339,23 +355,19 @@ def notebooks(
 @app.command()
 def paper(profile: ProfileOption = "quick") -> None:
     """Run the notebooks of the paper, draw its figures, render everything to HTML; what is up to date is re-used."""
-    from lib.notebook import catalog
-
-    _run_all(catalog.all_notebooks("paper"), profile)
+    _run_all("paper", profile)
 
 
 @app.command()
 def scale(profile: ProfileOption = "quick") -> None:
     """The same for Section 6 and the appendix on TriviaQA: large models, fine-tuned (extra `scale`)."""
-    from lib.notebook import catalog
-
-    _run_all(catalog.all_notebooks("scale"), profile)
+    _run_all("scale", profile)
 
 
-def _run_all(names: list[Path], profile: str) -> None:
-    from lib.notebook import runner
+def _run_all(group: str, profile: str) -> None:
+    from lib.notebook import catalog, runner
 
-    runner.run_many(names, profile, reuse=True)
+    runner.run_many(catalog.all_notebooks(group), profile, reuse=True)
     console.print(f"figures:   {paths.figures(profile)}")
     console.print(f"notebooks: {paths.profile_dir(profile) / 'notebooks'} (open the .html files)")
 
@@ -384,6 +396,7 @@ for command in (slurm.status, slurm.cancel, slurm.retry):
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def test(context: typer.Context) -> None:
     """Run the tests, a file at a time on each of up to eight cores; further arguments go to pytest (`-n 0`: one)."""
+    paths.check_checkout()
     # In alphabetical order: the longest files, browser and cluster, come first.
     spread = ["--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadfile", "--no-loadscope-reorder"]
     code = subprocess.run([sys.executable, "-m", "pytest", *spread, *context.args], cwd=paths.ROOT).returncode

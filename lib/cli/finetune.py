@@ -135,7 +135,7 @@ def trivia(
     endpoints = [EndpointConfig(protocol=name, api_key=api_key, **endpoint) for name in protocol or PROTOCOLS]
     questions = load_questions(source, split, limit)
     out = out or paths.runs() / "trivia" / "records.jsonl"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    paths.check_distinct(source=None if source in ("trivia", "hub") else source, out=out)
     look_up = Store(questions)
     measured = {e.protocol: asyncio.run(ask_all(questions, e, look_up, out, e.protocol)) for e in endpoints}
     console.print(f"{'protocol':<12}{'accuracy':>18}{'looked up':>11}{'questions':>11}{'failed':>8}")

@@ -12,14 +12,23 @@ import typer
 from rich.console import Console
 
 from lib import paths
-from lib.base import Config, InputError
+from lib.base import Config, InputError, printable
 from lib.config import Observers, RunConfig, override, read_config
 from lib.facts.people import FactsConfig
 from lib.slurm.tasks import Resources
 
 Profile = Literal[*paths.PROFILES]
 Mode = Literal["in-weight", "in-tool"]
-console = Console(highlight=False, soft_wrap=True, markup=False)
+
+
+class Terminal(Console):
+    """Prints names, answers and paths as they are, but for what would steer the terminal."""
+
+    def print(self, *objects, **options) -> None:
+        super().print(*(printable(each) if isinstance(each, str) else each for each in objects), **options)
+
+
+console = Terminal(highlight=False, soft_wrap=True, markup=False)
 
 
 class Option(NamedTuple):
@@ -87,7 +96,7 @@ def assigned(given: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"--set takes field=value, got {text!r}")
         try:
             fields[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             fields[name] = value
     return fields
 

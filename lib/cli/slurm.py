@@ -1,5 +1,6 @@
 """The commands of `itl` that speak with Slurm."""
 
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -86,7 +87,7 @@ def _submit(work, resources, dry_run: bool, parallel: int = 1) -> None:
     submissions.submit(submission, work.files)
     first, last, name = submission.jobs[0], submission.jobs[len(work.tasks) - 1], submission.name
     jobs = f"job {first}" if first == last else f"jobs {first} to {last}, {parallel} at a time"
-    console.print(f"submitted {name}: {jobs}; itl status {name} says how it stands")
+    console.print(f"submitted {name}: {jobs}; itl status {quote(name)} says how it stands")
 
 
 Submitted = Annotated[str, typer.Argument(help="name of a submission, as itl status lists them")]

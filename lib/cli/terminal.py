@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from rich.console import Console
 
 from lib.agent.tools import EditableTool
-from lib.base import InputError, printable
+from lib.base import InputError
 from lib.dialogs.templates import Role, question
 from lib.facts.database import change_facts
 from lib.training.saved import Conversation
@@ -37,7 +37,7 @@ def answer(console: Console, talks: Sequence[Conversation], text: str, **options
                 speaker, style = role, DATABASE if role == Role.DATABASE else REPLY
             if role == Role.ASSISTANT and "`" in piece:
                 style = REQUEST
-            console.print(printable(piece), end="", style=style)
+            console.print(piece, end="", style=style)
         console.print()
 
 
@@ -62,11 +62,11 @@ def converse(console: Console, talks: Sequence[Conversation], read: Callable[[],
         try:
             if line.startswith("/"):
                 for told in _obey(line, tools, names):
-                    console.print(printable(told), style=NOTE)
+                    console.print(told, style=NOTE)
             else:
                 answer(console, talks, line, **options)
         except InputError as error:
-            console.print(printable(str(error)), style="red")
+            console.print(str(error), style="red")
 
 
 def _obey(line: str, tools: Sequence[EditableTool], names: Sequence[str]) -> Iterable[str]:

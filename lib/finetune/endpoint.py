@@ -7,7 +7,8 @@ import asyncio
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +16,9 @@ from urllib.parse import urlsplit
 
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 from openai.types.chat import ChatCompletionMessage
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
+from lib import paths
 from lib.base import Config, InputError, WorkError, to_json
 from lib.finetune.data import ChatMode
 from lib.finetune.models import fingerprint
@@ -27,6 +29,8 @@ Protocol = Literal["closed-book", "text", "tools"]
 
 #: Without a tool, looking up by the words of `lib.finetune.triviaqa`, or by calls that the server knows.
 PROTOCOLS: dict[Protocol, ChatMode] = {"closed-book": "in-weight", "text": "in-tool-text", "tools": "in-tool"}
+#: Bytes of a server's answer, and calls of functions in one.
+LARGEST, MOST_CALLS = 1 << 20, 32
 
 
 class EndpointConfig(Config):
@@ -40,12 +44,20 @@ class EndpointConfig(Config):
     model: str = Field(min_length=1)
     api_key: str = Field("none", min_length=1, repr=False)
     protocol: Protocol = "tools"
-    system: str = "Answer in a few words, without a sentence around them."  # "" for none; the text protocol has its own
+    system: str = Field("Answer in a few words, without a sentence around them.", max_length=100_000)  # "" for none
     max_tokens: int = Field(128, ge=1)  # of one turn
     max_turns: int = Field(4, ge=1)  # of the model, for one question
     concurrency: int = Field(8, ge=1)
     timeout: float = Field(60.0, gt=0)
     retries: int = Field(5, ge=0)
+
+    @field_validator("base_url")
+    @classmethod
+    def _names_a_server(cls, url: str) -> str:
+        parts = urlsplit(url)  # a port or a name that cannot be is a ValueError
+        if not (url.isprintable() and parts.port != 0 and (parts.hostname or "").encode("idna")):
+            raise ValueError("it takes the address of a server, as http://localhost:8000/v1")
+        return url
 
     @cached_property
     def digest(self) -> str:
@@ -75,10 +87,12 @@ async def ask_all(
 
     look_up: answers a query, as a `Store` does. out: a file of JSON lines to which each record is added as it comes.
     Questions with an error-free record of the same `asked` are skipped, unless their query would now find something
-    else; old answers are graded against today's `questions`. Raises `InputError` if that
-    file holds something else or cannot be written. description: of the progress shown, if any.
+    else; old answers are graded against today's `questions`. Raises `InputError` if it is no file of records.
+    description: of the progress shown, if any.
     """
     out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    paths.check_output(out, "records to ")
     done = {
         text: record
         for text, record in _finished(out, endpoint).items()
@@ -86,9 +100,9 @@ async def ask_all(
     }
     key = {question.text: question for question in questions}
     waiting = [text for text in key if text not in done]
-    is_here = urlsplit(endpoint.base_url).hostname in ("localhost", "127.0.0.1", "::1")
+    is_here = urlsplit(endpoint.base_url).hostname in ("localhost", "127.0.0.1", "::1")  # not where a proxy is
     client = AsyncOpenAI(
-        http_client=DefaultAsyncHttpxClient(trust_env=not is_here),  # a proxy would look on its own machine
+        http_client=DefaultAsyncHttpxClient(trust_env=not is_here, event_hooks={"response": [_bound]}),
         base_url=endpoint.base_url,
         api_key=endpoint.api_key,
         timeout=endpoint.timeout,
@@ -106,7 +120,7 @@ async def ask_all(
     try:
         with out.open("a", encoding="utf-8") as file, progress(len(waiting), description) as bar:
             async with client:
-                await asyncio.gather(*(work() for _ in range(endpoint.concurrency)))
+                await asyncio.gather(*(work() for _ in range(min(endpoint.concurrency, len(waiting)))))
     except OSError as error:
         raise WorkError(f"cannot write records to {out}: {error.strerror}") from None
     return [_graded(done[question.text], question) for question in questions]
@@ -120,7 +134,6 @@ def _graded(record: dict, question: Question) -> dict:
 def _finished(out: Path, endpoint: EndpointConfig) -> dict[str, dict]:
     """Return the records without an error of what was asked in this way, by question; remove a cut last line."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         whole, newline, cut = (out.read_bytes() if out.exists() else b"").rpartition(b"\n")
         records = [json.loads(line) for line in whole.splitlines()]
         begun = b'{"question": '
@@ -129,10 +142,8 @@ def _finished(out: Path, endpoint: EndpointConfig) -> dict[str, dict]:
         finished = {r["question"]: r for r in records if r["error"] is None and r["asked"] == endpoint.digest}
         if cut:
             os.truncate(out, len(whole + newline))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{out} holds other lines than records of questions: name a new file") from None
-    except OSError as error:
-        raise InputError(f"cannot write records to {out}: {error.strerror}") from None
     return finished
 
 
@@ -140,50 +151,69 @@ async def _ask(
     client: AsyncOpenAI, endpoint: EndpointConfig, question: str, look_up: Callable[[str], str]
 ) -> dict[str, Any]:
     """Return the record of one question, not graded yet."""
-    record = {"question": question, "model": endpoint.model, "protocol": endpoint.protocol}
-    record["asked"] = endpoint.digest
+    record = {"question": question, "model": endpoint.model, "protocol": endpoint.protocol, "asked": endpoint.digest}
     record |= {"query": None, "result": None, "answer": None, "correct": False, "n_turns": 0, "error": None}
     request = opening(question, PROTOCOLS[endpoint.protocol])
     messages = request["messages"]
     if endpoint.system and endpoint.protocol != "text":
         messages.insert(0, {"role": "system", "content": endpoint.system})
+    longest = endpoint.max_turns * (endpoint.timeout + endpoint.retries * (endpoint.timeout + 60))  # with its pauses
     try:
-        while record["n_turns"] < endpoint.max_turns:
-            completion = await client.chat.completions.create(
-                model=endpoint.model, temperature=0, max_completion_tokens=endpoint.max_tokens, **request
-            )
-            message = _message(completion)
-            record["n_turns"] += 1
-            if endpoint.protocol == "tools":
-                queries = [_query(call) for call in message.tool_calls or ()]
-            else:
-                query = read_query(message.content or "", PROTOCOLS[endpoint.protocol])
-                queries = [] if query is None else [query]
-            if not queries:
-                record["answer"] = message.content or ""
-                break
-            results = [NO_RESULT if query is None else look_up(query) for query in queries]
-            record |= {"query": queries[-1], "result": results[-1]}
-            if endpoint.protocol == "tools":
-                messages += _calls_and_results(message, queries, results)
-            else:  # without what the model said after its request, a result of its own invention perhaps
-                messages += look_up_turns(queries[0], results[0], "in-tool-text")
-    except (OpenAIError, json.JSONDecodeError, RecursionError, UnicodeError) as error:  # the last: half a character
+        async with asyncio.timeout(longest):
+            while record["n_turns"] < endpoint.max_turns:
+                completion = await client.chat.completions.create(
+                    model=endpoint.model, temperature=0, max_completion_tokens=endpoint.max_tokens, **request
+                )
+                message = _message(completion)
+                record["n_turns"] += 1
+                if endpoint.protocol == "tools":
+                    queries = [_query(call) for call in message.tool_calls or ()]
+                else:
+                    query = read_query(message.content or "", PROTOCOLS[endpoint.protocol])
+                    queries = [] if query is None else [query]
+                if not queries:
+                    record["answer"] = message.content or ""
+                    break
+                results = [NO_RESULT if query is None else look_up(query) for query in queries]
+                record |= {"query": queries[-1], "result": results[-1]}
+                if endpoint.protocol == "tools":
+                    messages += _calls_and_results(message, queries, results)
+                else:  # without what the model said after its request, a result of its own invention perhaps
+                    messages += look_up_turns(queries[0], results[0], "in-tool-text")
+    except InputError:  # of the table
+        raise
+    except TimeoutError:
+        record["error"] = f"TimeoutError: no answer within {longest:g} seconds"
+    except Exception as error:  # whatever a server says, only its question fails
         body = getattr(error, "body", None)
         said = "" if isinstance(body, dict) and "message" in body else f" {body or ''}"  # it is in the error already
         record["error"] = " ".join(f"{type(error).__name__}: {error}{said}".split())[:300]
     return record
 
 
+async def _bound(response: Any) -> None:
+    """Let a response be read up to `LARGEST` bytes, unpacked; more is an OpenAIError."""
+    read = response.aiter_bytes
+
+    async def parts(*size) -> AsyncIterator[bytes]:
+        n_bytes = 0
+        async for part in read(*size):
+            n_bytes += len(part)
+            if n_bytes > LARGEST:
+                raise OpenAIError(f"the server's answer is larger than {LARGEST >> 20} MB")
+            yield part
+
+    response.aiter_bytes = parts
+
+
 def _message(completion: Any) -> ChatCompletionMessage:
     """Return what the model said. Raises OpenAIError if the server's answer is no chat completion."""
-    try:  # the client takes whatever JSON there is
+    with suppress(AttributeError, LookupError, TypeError, ValidationError):  # the client takes whatever JSON there is
         message = ChatCompletionMessage.model_validate(completion.choices[0].message.model_dump(warnings=False))
-        if all(call.type == "function" for call in message.tool_calls or ()):  # nothing else was offered
+        calls = message.tool_calls or ()
+        if len(calls) <= MOST_CALLS and all(call.type == "function" for call in calls):  # nothing else was offered
             return message
-    except (AttributeError, IndexError, TypeError, ValidationError):
-        pass
-    raise OpenAIError("the server answered with something else than a chat completion")
+    raise OpenAIError(f"the server answered with something else than a chat completion of up to {MOST_CALLS} calls")
 
 
 def _query(call: Any) -> str | None:

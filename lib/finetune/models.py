@@ -3,7 +3,7 @@
 import hashlib
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr, suppress
 from io import StringIO
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from lib.base import InputError
+from lib.base import DamagedFile, InputError
+from lib.paths import read_json
 from lib.training.devices import resolve_device
 
 # Runs show their own progress; TRANSFORMERS_VERBOSITY brings the library's warnings back.
@@ -55,10 +56,15 @@ def _load(kind: type, what: str, source: str | Path, **options):
             # Otherwise transformers would ask at the terminal whether to run code from the folder.
             return kind.from_pretrained(str(source), trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"cannot load a {what} from {source}: {_advice(Path(source), error)}") from None
+        missing, onto = str(source), ""
+        with suppress(OSError, DamagedFile, KeyError):  # adapters (LoRA), which are loaded onto a base
+            base = str(read_json(Path(source) / "adapter_config.json")["base_model_name_or_path"])
+            if base in str(error) or "couldn't connect" in str(error):
+                missing, onto = base, f" onto {base}"
+        raise InputError(f"cannot load a {what} from {source}{onto}: {_advice(missing, error)}") from None
 
 
-def _advice(source: Path, error: Exception) -> str:
+def _advice(source: str, error: Exception) -> str:
     """Return what to do about an error of `from_pretrained`, whose own message seldom says it."""
     said = str(error)
     if "gated repo" in said:
@@ -69,7 +75,7 @@ def _advice(source: Path, error: Exception) -> str:
         offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
         cause = "HF_HUB_OFFLINE forbids to fetch it" if offline else "the hub cannot be reached"
         return f"there is no such folder, it was never fetched (itl fetch), and {cause}"
-    if source.is_dir():
+    if os.path.isdir(source):
         return f"it takes a folder that save_pretrained wrote ({said.splitlines()[0]})"
     return "there is no such folder, nor such a name on the hub (owner/name)"
 
@@ -81,7 +87,7 @@ _MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.jinja
 def fingerprint(source: str | Path) -> str:
     """Return what identifies a model: a digest of the files in its folder, or its name on the hub."""
     folder = Path(source)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # which a name of any length may ask
         return str(source)
     found = {path for pattern in _MODEL_FILES for path in folder.glob(pattern)}
     files = sorted(path for path in found if not path.name.startswith("."))  # macOS puts hidden files beside them

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from lib.base import InputError
 from lib.finetune.data import ChatMode, call_and_result, text_and_result
 from lib.finetune.generation import read_call
-from lib.paths import DATA
+from lib.paths import DATA, LARGEST_JSON
 
 Split = Literal["train", "validation"]
 
@@ -102,7 +102,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield number and content of each line that is not blank."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(LARGEST_JSON), b""), start=1):
                 if line.strip():
                     try:
                         yield number, json.loads(line.decode())
@@ -187,8 +187,8 @@ def read_query(said: str, mode: ChatMode) -> str | None:
     """Return the question of the first query in what a model said, None if there is none."""
     if mode == "in-tool":
         return query_of_call(read_call(said))
-    found = re.search(r"<query>(.*?)</query>", said, re.DOTALL) if mode == "in-tool-text" else None
-    return found[1].strip() if found else None
+    query, end, _ = said.partition("<query>")[2].partition("</query>")
+    return query.strip() if end and mode == "in-tool-text" else None
 
 
 def query_of_call(call: dict | None) -> str | None:

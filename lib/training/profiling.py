@@ -28,6 +28,9 @@ def profiled(folder: Path, n_steps: int) -> Iterator[Callable[[], None]]:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "trace.json") as temporary:
             profiler.export_chrome_trace(str(temporary))
+            if not temporary.exists():  # torch goes on, and leaves a part
+                Path(f"{temporary}.tmp").unlink(missing_ok=True)
+                raise OSError("torch could not finish it, the disk may be full")
         order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=40)
         with replacing(folder / "summary.txt") as temporary:

@@ -1,7 +1,9 @@
 """Asking a model behind a server, one here that fails as servers do."""
 
 import asyncio
+import gzip
 import json
+import os
 import re
 import resource
 import socket
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 
 from lib.base import InputError, WorkError
 from lib.finetune.endpoint import EndpointConfig, accuracy, ask_all
-from lib.finetune.triviaqa import NO_RESULT, SEARCH, SYSTEM_PROMPT, load_questions
+from lib.finetune.triviaqa import NO_RESULT, SEARCH, SYSTEM_PROMPT, Store, load_questions
 
 QUESTIONS = load_questions(limit=6)
 ANSWERS = {question.text: question.answer for question in QUESTIONS}
@@ -30,7 +32,8 @@ ANSWERS = {question.text: question.answer for question in QUESTIONS}
 class Scripted(ThreadingHTTPServer):
     """`script(request, n)` answers the n-th request (from 0) with this last message: status and body.
 
-    A body is text, a message or any other JSON; None drops the connection; a number is how many seconds to wait.
+    A body is text, a message or any other JSON; None drops the connection; a number is how many seconds to wait; bytes
+    are sent as they are, packed with gzip, and what an iterator gives is sent bit by bit.
     """
 
     daemon_threads = True
@@ -72,9 +75,16 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(body, float):
             time.sleep(body)
             body = "{}"
-        text = body if isinstance(body, str) else json.dumps(body)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
+        if isinstance(body, Iterator | bytes):
+            if isinstance(body, bytes):
+                self.send_header("Content-Encoding", "gzip")
+            self.end_headers()
+            for part in [body] if isinstance(body, bytes) else body:
+                self.wfile.write(part)
+            return
+        text = body if isinstance(body, str) else json.dumps(body)
         if status >= 400:
             self.send_header("retry-after-ms", "1")
         self.send_header("Content-Length", str(len(text.encode())))
@@ -269,7 +279,18 @@ def test_waits_grow_from_one_try_to_the_next(server, tmp_path):
             1,
         ),
         ((200, "[" * 100_000), "RecursionError", 1),
+        ((200, '{"created": ' + "9" * 10_000 + "}"), "ValueError: Exceeds the limit", 1),
+        ((200, {"choices": {"message": 1}}), "OpenAIError: the server answered with something else", 1),
+        (says("x" * 2**20), "OpenAIError: the server's answer is larger than 1 MB", 1),
+        ((400, "x" * 2**21), "OpenAIError: the server's answer is larger than 1 MB", 1),
+        ((200, gzip.compress(b" " * 2**24, mtime=0)), "OpenAIError: the server's answer is larger than 1 MB", 1),
+        (
+            calls(*[("search", "{}")] * 33),
+            "OpenAIError: the server answered with something else .* of up to 32 calls",
+            1,
+        ),
     ],
+    ids=lambda given: str(given)[:40],
 )
 def test_a_failure_is_recorded_with_its_question_and_the_others_go_on(server, tmp_path, answer, error, tries):
     broken = QUESTIONS[1].text
@@ -284,6 +305,38 @@ def test_a_failure_is_recorded_with_its_question_and_the_others_go_on(server, tm
         "accuracy": 1, "standard_error": 0, "looked_up": 0, "n_questions": 5, "n_errors": 1,
     }  # fmt: skip
     assert str(accuracy(records[1:2])["accuracy"]) == "nan"
+
+
+def test_a_question_has_its_time_however_slowly_the_answer_drips(server, tmp_path):
+    def dripping() -> Iterator[bytes]:
+        while True:
+            time.sleep(0.02)
+            yield b" "
+
+    slow = QUESTIONS[1].text
+    script = lambda request, n: (200, dripping()) if request["messages"][-1]["content"] == slow else right(request)  # noqa: E731
+    records = ask(server(script), tmp_path / "r.jsonl", timeout=0.2, retries=0, max_turns=2)
+    assert [record["error"] for record in records if not record["correct"]] == [
+        "TimeoutError: no answer within 0.4 seconds"
+    ]
+
+
+@pytest.mark.parametrize("words", ["<query>", "<query></query", "a ", "\n", "\u0301", "'"])
+def test_what_a_model_says_at_length_is_read_in_no_time(server, tmp_path, words):
+    """In time that grows with the length, not with its square: all others would wait."""
+    said = words * (2**20 // 2 // len(json.dumps(words)))
+    started = time.process_time()
+    records = ask(server(lambda request, n: says(said)), tmp_path / "r.jsonl", QUESTIONS[:1], protocol="text")
+    assert records[0]["answer"] == said and time.process_time() - started < 5
+
+
+def test_long_questions_are_asked_and_looked_up_like_others(server, tmp_path):
+    question = QUESTIONS[0]._replace(text="the who " * 12_500)
+    asking = says(f"<query>{question.text}</query>")
+    play = server(lambda request, n: asking if len(request["messages"]) == 2 else says(question.answer))
+    endpoint = EndpointConfig(base_url=f"http://127.0.0.1:{play.server_port}/v1", model="m", protocol="text")
+    (record,) = asyncio.run(ask_all([question], endpoint, Store([question]), tmp_path / "r.jsonl"))
+    assert record["result"] == question.answer and record["correct"]
 
 
 def test_a_server_that_is_not_there_is_in_every_record(tmp_path):
@@ -400,7 +453,11 @@ def test_a_file_cut_anywhere_is_gone_on_with(server, tmp_path, part):
     assert Counter(record["question"] for record in lines(out)) == Counter(ANSWERS.keys())
 
 
-@pytest.mark.parametrize("text", ["# A title\n", "no newline", '{"question": "Why?"}\n', "[1]\n", '{"a": 1}', "\xe9\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["# A title\n", "no newline", '{"question": "Why?"}\n', "[1]\n", '{"a": 1}', "\xe9\n", "[" * 100_000 + "\n"],
+    ids=len,
+)
 def test_a_file_of_something_else_is_left_alone(tmp_path, text):
     out = tmp_path / "notes.md"
     out.write_text(text, encoding="latin-1")
@@ -408,6 +465,15 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, text):
     with pytest.raises(InputError, match="notes.md holds other lines than records of questions: name a new file"):
         asyncio.run(ask_all(QUESTIONS, endpoint, str, out))
     assert out.read_text(encoding="latin-1") == text
+
+
+@pytest.mark.parametrize("place", ["/dev/null", "pipe", "link to a pipe"])
+def test_records_are_written_to_files_alone(tmp_path, place):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link to a pipe").symlink_to("pipe")
+    endpoint = EndpointConfig(base_url="http://127.0.0.1:9/v1", model="m")
+    with pytest.raises(InputError, match=f"cannot write records to .*{place}: a file name"):
+        asyncio.run(ask_all(QUESTIONS, endpoint, str, tmp_path / place))
 
 
 def test_a_full_disk_ends_in_one_sentence_and_what_fits_is_kept(server, tmp_path):
@@ -439,12 +505,22 @@ def test_a_broken_table_is_no_failure_of_the_model(server, tmp_path):
     "wrong",
     [
         {"base_url": "localhost:8000"},
+        {"base_url": "http://"},
+        {"base_url": "http://:80/v1"},
+        {"base_url": "http://[::1"},
+        {"base_url": "http://host:99999"},
+        {"base_url": "http://host:many/v1"},
+        {"base_url": "http://../v1"},
+        {"base_url": f"http://{'h' * 300}/v1"},
+        {"base_url": "http://h/\ud800"},
+        {"base_url": "http://h/\x00"},
         {"model": ""},
         {"protocol": "sql"},
         {"concurrency": 0},
         {"timeout": 0.0},
         {"x": 1},
     ],
+    ids=lambda wrong: ascii(wrong)[:40],
 )
 def test_impossible_settings_are_named(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):

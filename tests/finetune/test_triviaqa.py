@@ -138,6 +138,12 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line):
         load_questions(file)
 
 
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="only Unix has a device of zeros without end")
+def test_a_line_without_end_is_no_question():
+    with pytest.raises(InputError, match="/dev/zero, line 1: not JSON"):
+        load_questions("/dev/zero")
+
+
 def test_what_holds_no_questions_is_refused(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}\n')
     for source, message in {
