@@ -129,6 +129,43 @@ def test_the_command_itl_is_the_main_of_the_command_line():
     assert "main" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """A folder with `lib` and nothing else, as a wheel installs it."""
+    folder = tmp_path_factory.mktemp("site")
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "lib", folder / "lib", ignore=ignored)
+    return folder
+
+
+def test_commands_that_take_a_checkout_say_so_without_one(alone, tmp_path):
+    commands = ["notebooks", "notebooks 05_1", "paper", "scale", "book", "refresh", "figures", "compare 05_1", "test"]
+    commands += ["drop 05_1 --profile laptop", "sweep 05_1 --profile laptop --publish", "submit notebook 05_1"]
+    code = f"""
+import sys
+from lib.cli import app
+for command in {commands}:
+    sys.argv = ["itl", *command.split()]
+    try:
+        app.main()
+    except SystemExit as left:
+        assert left.code == 2, command
+"""
+    environment = {**os.environ, "PYTHONPATH": str(alone), "ITL_RUNS": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    told = done.stderr.splitlines()
+    assert len(told) == len(commands) and all("takes a checkout: git clone https://" in line for line in told), told
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_checkout_runs_are_in_the_current_folder(alone, tmp_path):
+    code = "from lib import paths; print(paths.runs(), paths.figures('quick'), sep='\\n')"
+    environment = {**os.environ, "PYTHONPATH": str(alone), "ITL_RUNS": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{tmp_path}/runs", f"{tmp_path}/runs/quick/figures"]
+
+
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make on this machine")
 def test_make_help_lists_every_target():
     makefile = (ROOT / "Makefile").read_text()

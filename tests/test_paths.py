@@ -1,5 +1,6 @@
 """Files that a run wrote: read with a check, written whole."""
 
+import ast
 import os
 import re
 
@@ -68,9 +69,54 @@ def test_only_files_in_folders_that_exist_are_replaced(tmp_path, place):
         pass
 
 
-def test_an_empty_variable_for_runs_is_none(monkeypatch):
+def test_what_a_link_leads_to_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("old", "new"):
+        (tmp_path / name).symlink_to(tmp_path / "there" / name)
+    paths.write_json(tmp_path / "there" / "old", {"n": 1})
+    for name in ("old", "new"):
+        paths.write_json(tmp_path / name, {"n": 2})
+        assert (tmp_path / name).is_symlink() and paths.read_json(tmp_path / "there" / name) == {"n": 2}
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["new", "new", "old", "old", "there"]
+
+
+@pytest.mark.parametrize("leads_to", ["circle", "/dev/null", "none/row.json", "."])
+def test_a_link_to_what_is_no_file_is_left_alone(tmp_path, leads_to):
+    (tmp_path / "circle").symlink_to(leads_to)
+    with pytest.raises(InputError, match="cannot write the row .*circle: a file name"):
+        with paths.replacing(tmp_path / "circle", "the row "):
+            pass
+    assert os.readlink(tmp_path / "circle") == leads_to
+
+
+@pytest.mark.parametrize("letter", ["n", "é", "名", "🙂"])
+def test_every_name_that_the_system_takes_is_written(tmp_path, letter):
+    path = tmp_path / (letter * (255 // len(letter.encode())))
+    paths.write_json(path, {"n": 1})
+    assert paths.read_json(path) == {"n": 1}
+
+
+def test_two_files_of_a_command_are_told_to_be_one_whatever_they_are_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a").touch()
+    (tmp_path / "link").symlink_to("a")
+    (tmp_path / "to come").symlink_to("new")
+    os.link("a", "hard")
+    for one, other in [
+        ("a", "a"), ("a", tmp_path / "a"), ("./a", "folder/../a"), ("a", "link"), ("link", "hard"), ("new", "./new"),
+        ("new", "to come"),
+    ]:  # fmt: skip
+        for files in ({"csv": one, "out": other}, {"csv": other, "none": None, "out": one}):
+            with pytest.raises(InputError, match="--csv and --out name the same file, which would be lost"):
+                paths.check_distinct(**files)
+    paths.check_distinct(csv="a", out="new", dialogs="folder/a", config=None)
+
+
+def test_an_empty_variable_for_runs_or_figures_is_none(monkeypatch):
     monkeypatch.setenv("ITL_RUNS", "")
-    assert paths.runs() == paths.ROOT / "runs"
+    monkeypatch.setenv("ITL_FIGURES", "")
+    assert paths.runs() == paths.ROOT / "runs" and paths.figures("paper") == paths.ROOT / "figures"
 
 
 def test_lib_reads_and_writes_text_as_utf_8_whatever_the_system_takes():
@@ -100,3 +146,37 @@ def test_rows_and_claims_of_runs_are_parsed_by_one_function():
         "training/monitor.py",
     }
     assert parsing == {"paths.py", *others}
+
+
+#: What writes into a file, by the name it is called by; `open` does if its mode says so.
+WRITING = {"write_text", "write_bytes", "savefig", "to_csv", "copyfile", "copytree", "export_chrome_trace"}
+
+
+def _writes(node: ast.AST) -> bool:
+    """Whether something outside of `with replacing(...)` writes into a file."""
+    if isinstance(node, ast.With) and any("replacing(" in ast.unparse(item) for item in node.items):
+        return False
+    if isinstance(node, ast.Call):
+        called = ast.unparse(node.func).split(".")[-1]
+        modes = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+        opens = called == "open" and any(re.fullmatch("[rwaxbt+]*[wax+][rwaxbt+]*", str(mode)) for mode in modes)
+        if called in WRITING or opens or ast.unparse(node.func) in ("nbformat.write", "torch.save"):
+            return True
+    return any(map(_writes, ast.iter_child_nodes(node)))
+
+
+def test_one_function_writes_the_files_of_lib():
+    """It refuses to replace a device, and leaves what was there if it fails. Others write what nobody has yet."""
+    lib = paths.ROOT / "lib"
+    writing = {p.relative_to(lib).as_posix() for p in lib.rglob("*.py") if _writes(ast.parse(p.read_text("utf-8")))}
+    assert writing == {
+        "paths.py",  # this function: it waits until a file is on the disk
+        "dialogs/files.py",  # fills a new folder, which is renamed at the end
+        "training/checkpoint.py",  # the same
+        "slurm/submissions.py",  # the same
+        "finetune/train.py",  # copies a checkpoint into the run's own folder
+        "finetune/endpoint.py",  # adds lines to a file that `check_output` has seen
+        "training/monitor.py",  # adds lines to a file that it has just written so
+        "notebook/runner.py",  # in a temporary folder
+        "notebook/widgets.py",  # in memory
+    }

@@ -6,7 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import ExitStack, nullcontext, suppress
-from errno import EACCES, EROFS
+from errno import EACCES, EPERM, EROFS
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -96,16 +96,14 @@ def _sentence(error: Exception) -> str:
         return "out of memory: give a smaller model or batch"
     if isinstance(error, sqlite3.Error):
         return f"the database cannot be used: {error}"
-    if not isinstance(error, FORESEEABLE):
-        return f"a file could not be written, the disk may be full: {error}"
-    return str(error)
+    return str(error) if isinstance(error, FORESEEABLE) else f"a file could not be written, is the disk full? {error}"
 
 
 def _elsewhere(error: Exception) -> str:
     """Return what helps where the folders of what is made cannot be written."""
     refused = error if isinstance(error, OSError) else error.__context__
     made = str(paths.runs()), str(paths.ROOT / "figures")
-    if getattr(refused, "errno", None) in (EACCES, EROFS) and str(refused.filename).startswith(made):
+    if getattr(refused, "errno", None) in (EACCES, EPERM, EROFS) and str(refused.filename).startswith(made):
         return "; ITL_RUNS names another folder for what is made, ITL_FIGURES one for figures"
     return ""
 

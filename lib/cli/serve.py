@@ -10,9 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from lib.base import printable
+from lib.cli.options import Terminal
 from lib.paths import DATABASE
 
 
@@ -45,7 +44,7 @@ def serve(
             work, where = server.http(offered, listening), f"http://{server.HOST}:{listening.getsockname()[1]}/mcp"
         else:
             work, where = server.stdio(offered), "stdin and stdout"
-        told = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)  # stdout is the protocol's
-        told.print(printable(f"serving {file} at {where}; Ctrl-C ends it"))
+        told = Terminal(stderr=True, highlight=False, soft_wrap=True, markup=False)  # stdout is the protocol's
+        told.print(f"serving {file} at {where}; Ctrl-C ends it")
         logging.disable()  # the packages log what clients say
         asyncio.run(work)

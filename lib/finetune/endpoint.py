@@ -217,10 +217,8 @@ def _message(completion: Any) -> ChatCompletionMessage:
 
 
 def _query(call: Any) -> str | None:
-    try:
+    with suppress(ValueError, RecursionError):
         return query_of_call({"name": call.function.name, "arguments": json.loads(call.function.arguments)})
-    except (ValueError, RecursionError):
-        return None
 
 
 def _calls_and_results(message: ChatCompletionMessage, queries: list[str | None], results: list[str]) -> list[dict]:

@@ -33,7 +33,8 @@ def all_notebooks(group: str | None = None) -> list[Path]:
 
 def _named() -> list[Path]:
     paths.check_checkout()
-    return sorted(path for path in paths.NOTEBOOKS.glob("*.ipynb") if re.fullmatch(r"[0-9A-Z]\d_\w+", path.stem))
+    files = filter(Path.is_file, paths.NOTEBOOKS.glob("*.ipynb"))
+    return sorted(path for path in files if re.fullmatch(r"[0-9A-Z]\d_\w+", path.stem))
 
 
 def find(name: str | Path) -> Path:
@@ -136,14 +137,17 @@ def _type_name(kind: Any) -> str:
 def read(path: Path) -> NotebookNode:
     """Return a notebook; InputError if the file is none."""
     try:
-        return nbformat.read(path, as_version=4)
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)  # which `read` only logs
+        return notebook
     except Exception as error:
         raise InputError(f"{path} is not a notebook that can be read: {textwrap.shorten(str(error), 200)}") from None
 
 
 def metadata(notebook: NotebookNode) -> dict[str, Any]:
     """Return what a notebook's metadata say to this project."""
-    return notebook.metadata.get("itl", {})
+    found = notebook.metadata.get("itl")
+    return found if isinstance(found, dict) else {}
 
 
 def produces(notebook: NotebookNode) -> list[str]:

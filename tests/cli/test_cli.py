@@ -4,6 +4,8 @@ import io
 import json
 import os
 import re
+import resource
+import shlex
 import shutil
 import sqlite3
 import subprocess
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lib import paths
 from lib.base import InputError
@@ -170,6 +174,10 @@ BAD = {
     "a group in place of a field": Bad("train --set model=3", ("model takes an object", "3")),
     "a value of the wrong type": Bad("train --set training.steps=many", ("training.steps", "integer", "'many'")),
     "a rate that is not finite": Bad("train --set optim.lr=Infinity", ("optim.lr", "finite")),
+    "a value that is nested without end": Bad(
+        f"train --set training.steps={'[' * 10_000}", ("training.steps", "integer")
+    ),
+    "a field that is nested without end": Bad(f"train --set {'[' * 10_000}=1", ("unknown configuration key",)),
     "--set without a value": Bad("train --set training.steps", ("--set takes field=value", "'training.steps'")),
     "a mode that does not exist": Bad("train --mode both", ("--mode", "'both'", "'in-weight', 'in-tool'")),
     "a missing configuration": Bad("train --config c.json", ("cannot read the configuration c.json", "No such file")),
@@ -205,6 +213,14 @@ BAD = {
         "data --csv people.csv --out x.sqlite --dialogs people.csv",
         ("name the same file",),
         _file("people.csv", "name,pet\nAnn,cat\n"),
+    ),
+    "a database in place of the people, by another name": Bad(
+        "data --csv people.csv --out link",
+        ("--csv and --out name the same file",),
+        lambda here: (_file("people.csv", "name,pet\nAnn,cat\n")(here), os.link(here / "people.csv", here / "link")),
+    ),
+    "a database in place of a circle of links": Bad(
+        "data --out circle", ("cannot write the database circle",), lambda here: (here / "circle").symlink_to("circle")
     ),
     "dialogs and a database in one file": Bad(
         "data --out x.sqlite --dialogs in-weight/../x.sqlite", ("name the same file",)
@@ -440,6 +456,34 @@ def test_a_file_that_cannot_be_written_is_named_in_one_sentence_with_exit_code_1
     assert answer.err == f"itl: the system refuses to go on with {here}/file/quick/figures: Not a directory\n"
 
 
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="only Linux has a folder in which not even root writes")
+@pytest.mark.parametrize("command", [["figures", "parameter_bounds", "--profile", "quick"], ["train", *TINY]])
+def test_where_results_cannot_be_written_the_sentence_says_what_moves_them(itl, monkeypatch, command):
+    monkeypatch.setenv("ITL_RUNS", "/sys/kernel/itl")
+    answer = itl(*command)
+    assert answer.code in (1, 2) and answer.err.count("\n") == 1 and "/sys/kernel/itl" in answer.err
+    assert answer.err.endswith("; ITL_RUNS names another folder for what is made, ITL_FIGURES one for figures\n")
+    answer = itl("data", "--people", "2", "--out", "/sys/kernel/x.sqlite")  # whose place was given
+    assert answer.code in (1, 2) and "ITL_RUNS" not in answer.err
+
+
+@pytest.mark.parametrize("library", ["torch", "safetensors"])
+def test_what_libraries_say_of_a_full_disk_is_one_sentence_and_exit_code_1(here, itl, monkeypatch, library):
+    def save(*_, **__):
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limit[1]))
+        try:
+            many = torch.zeros(2**16)
+            torch.save(many, here / "many") if library == "torch" else save_file({"x": many}, here / "many")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    monkeypatch.setattr("lib.training.run.run", save)
+    answer = itl("train", *TINY)
+    assert answer.code == 1 and answer.err.startswith("itl: a file could not be written, is the disk full? ")
+    assert answer.err.count("\n") == 1
+
+
 def _run(*arguments: str, **options) -> subprocess.CompletedProcess:
     """Run `itl` in a process of its own, whose streams are files of the system."""
     command = [sys.executable, "-m", "lib", *arguments]
@@ -475,6 +519,14 @@ def test_a_message_steers_no_terminal_and_is_short(here, itl, name):
     answer = itl("data", "--out", name)
     assert answer.code in (1, 2) and answer.err.startswith("itl: ") and answer.err.count("\n") == 1
     assert "\x1b" not in answer.err and len(answer.err) < 2_000
+
+
+def test_what_is_printed_steers_no_terminal_and_can_be_typed_again(here, itl):
+    answer = itl("data", "--people", "2", "--out", "a\x1b[31mb")
+    assert answer.code == 0 and "a\\x1b[31mb" in answer.out and "\x1b" not in answer.out
+    answer = itl("train", *TINY, "--out", "it's a; run")
+    *_, folder = shlex.split(answer.out.split("talk to the model: ")[1])
+    assert folder == "it's a; run" and itl("chat", folder, "Who?").code == 0
 
 
 def test_debugging_shows_the_traceback_of_bad_input(monkeypatch):

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lib.base import InputError, WorkError
+from lib.cli import app
 from lib.finetune.endpoint import EndpointConfig, accuracy, ask_all
 from lib.finetune.triviaqa import NO_RESULT, SEARCH, SYSTEM_PROMPT, Store, load_questions
 
@@ -229,6 +230,11 @@ def test_who_asks_for_ever_is_stopped(server, tmp_path, protocol):
 
 
 # ---- Many at a time, and failures
+
+
+@pytest.mark.parametrize("concurrency", [10**12])
+def test_no_more_workers_are_made_than_there_are_questions(server, tmp_path, concurrency):
+    assert all(record["correct"] for record in ask(server(right), tmp_path / "r.jsonl", concurrency=concurrency))
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
@@ -476,6 +482,17 @@ def test_records_are_written_to_files_alone(tmp_path, place):
         asyncio.run(ask_all(QUESTIONS, endpoint, str, tmp_path / place))
 
 
+def test_the_command_does_not_write_records_over_its_questions(tmp_path, monkeypatch, capsys):
+    (tmp_path / "q.jsonl").write_text('{"question": "Why?", "answer": {"value": "So", "aliases": []}}\n')
+    os.link(tmp_path / "q.jsonl", tmp_path / "r.jsonl")
+    monkeypatch.chdir(tmp_path)
+    given = ["--base-url", "http://127.0.0.1:9", "--model", "m", "--source", "q.jsonl", "--out", "r.jsonl"]
+    monkeypatch.setattr("sys.argv", ["itl", "trivia", *given])
+    with pytest.raises(SystemExit, match="2"):
+        app.main()
+    assert capsys.readouterr().err.startswith("itl: --source and --out name the same file")
+
+
 def test_a_full_disk_ends_in_one_sentence_and_what_fits_is_kept(server, tmp_path):
     play, out = server(right), tmp_path / "r.jsonl"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -516,6 +533,7 @@ def test_a_broken_table_is_no_failure_of_the_model(server, tmp_path):
         {"base_url": "http://h/\x00"},
         {"model": ""},
         {"protocol": "sql"},
+        {"system": "\udcff"},
         {"concurrency": 0},
         {"timeout": 0.0},
         {"x": 1},

@@ -40,6 +40,32 @@ def test_an_adapter_is_loaded_onto_its_base(folder, tmp_path):
     torch.testing.assert_close(load_model(tmp_path / "adapter", "cpu")(TOKENS).logits, expected)
 
 
+@pytest.mark.parametrize("base", ["moved", "owner/base"])
+def test_adapters_whose_base_is_gone_name_the_base(folder, tmp_path, monkeypatch, base):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    adapter = tmp_path / "run" / "model"
+    peft.get_peft_model(load_model(folder, "cpu"), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
+    base = base if "/" in base else str(tmp_path / base)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    with pytest.raises(InputError, match=f"^cannot load a model from {adapter} onto {base}: there is no such folder"):
+        load_model(adapter, "cpu")
+    (adapter / "adapter_model.safetensors").write_bytes(b"damaged")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        InputError, match=f"^cannot load a model from {adapter}: it takes a folder that save_pretrained"
+    ):
+        load_model(adapter, "cpu")
+
+
+@pytest.mark.parametrize("name", ["m" * 300, "m/" * 5_000, "m\0", "\udcff"], ids=ascii)
+def test_a_name_that_no_folder_can_have_is_a_models_own_digest_and_nothing_that_loads(name):
+    assert fingerprint(name) == name
+    with pytest.raises(InputError, match="cannot load a tokenizer from"):
+        load_tokenizer(name)
+
+
 def test_a_hidden_file_beside_the_weights_makes_no_other_model(folder):
     before = fingerprint(folder)
     (folder / "._model.safetensors").write_bytes(b"\0\5\x16\7")

@@ -1,6 +1,7 @@
 """The book: built from the committed notebooks as they are; every page read as a browser would."""
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -168,6 +169,27 @@ def test_a_link_to_nowhere_ends_the_build_and_the_earlier_book_stays(small_house
     with pytest.raises(WorkError, match="two.ipynb"):
         book.build()
     assert first.read_text() == before
+
+
+def test_a_book_is_built_where_a_link_leads_and_in_the_current_folder(small_house, tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    for _ in range(2):
+        assert book.build(tmp_path / "link").is_file()
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "index.html").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert book.build(Path(".")).is_file()
+
+
+@pytest.mark.parametrize("place", ["file", "link to a file", "pipe"])
+def test_a_file_is_not_replaced_by_a_book(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link to a file").symlink_to("file")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="holds something else than a book"):
+        book.build(tmp_path / place)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):

@@ -1,6 +1,7 @@
 """Which notebooks there are, and what they accept: read from small notebooks, without a kernel."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -69,6 +70,66 @@ def test_what_a_person_leaves_around_is_passed_over_and_named_in_one_line(tmp_pa
         assert line.startswith(f"passing over {names}: ")
     assert catalog.all_notebooks("scale") == []
     assert catalog.find("05_1") == ours
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a pipe", "a circle of links", "a name that steers a terminal"])
+def test_what_is_no_file_of_a_notebook_is_passed_over_too(tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
+    ours = write(tmp_path / "05_1_bounds.ipynb")
+    match kind:
+        case "a folder":
+            (tmp_path / "07_x.ipynb").mkdir()
+        case "a pipe":
+            os.mkfifo(tmp_path / "07_x.ipynb")
+        case "a circle of links":
+            (tmp_path / "07_x.ipynb").symlink_to("07_x.ipynb")
+        case _:
+            write(tmp_path / "07_x\x1b[31m.ipynb")
+    assert catalog.all_notebooks() == [catalog.find("05_1")] == [ours]
+    said = capsys.readouterr().err
+    assert said.startswith("passing over 07_x") and said.count("\n") == 1 and "\x1b" not in said
+
+
+CELL = {"cell_type": "code", "id": "a", "execution_count": None, "outputs": [], "metadata": {}, "source": ""}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "[" * 100_000,
+        "9" * 10_000,
+        {"cells": 5},
+        {"cells": [{}]},
+        {"cells": [CELL | {"metadata": None}]},
+        {"cells": [CELL | {"metadata": {"tags": None}}]},
+        {"cells": [CELL | {"metadata": {"tags": 5}}]},
+        {"cells": [CELL | {"cell_type": "film"}]},
+        {"cells": [], "metadata": None},
+    ],
+    ids=lambda content: str(content)[:60],
+)
+def test_a_broken_notebook_is_one_sentence_and_hides_no_other(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
+    ours = write(tmp_path / "05_1_bounds.ipynb")
+    whole = {"metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    (tmp_path / "07_x.ipynb").write_text(content if isinstance(content, str) else json.dumps(whole | content))
+    for ask in (catalog.all_notebooks, lambda: catalog.parameters(catalog.find("07"))):
+        with pytest.raises(InputError, match="07_x.ipynb is not a notebook that can be read: ") as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+    assert catalog.find("05_1") == ours and catalog.parameters(ours)
+
+
+def test_metadata_of_another_kind_say_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
+    path = write(tmp_path / "05_1_bounds.ipynb")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata["itl"] = 3
+    nbformat.write(notebook, path)
+    assert catalog.all_notebooks("paper") == [path] and catalog.produces(catalog.read(path)) == []
 
 
 @pytest.fixture(scope="module")

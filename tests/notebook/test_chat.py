@@ -14,12 +14,12 @@ from bs4 import BeautifulSoup
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.ansi import AnsiDecoder
-from rich.console import Console
 
 from lib import paths
 from lib.agent.tools import EditableTool, Outcome
 from lib.base import InputError
 from lib.cli import terminal
+from lib.cli.options import Terminal
 from lib.dialogs.templates import Role, Turn, question, tool_call
 from lib.facts.database import add_people, change_fact, write_database
 from lib.facts.people import FactsConfig, People
@@ -275,7 +275,7 @@ def test_the_enter_key_asks_once_whether_or_not_the_text_is_new(talk):
 def converse(*lines: str, runs=(IN_TOOL, IN_WEIGHT), **options) -> str:
     """What is printed while these lines are typed."""
     said = io.StringIO()
-    console, left = Console(file=said, markup=False, highlight=False, soft_wrap=True, **options), iter(lines)
+    console, left = Terminal(file=said, markup=False, highlight=False, soft_wrap=True, **options), iter(lines)
     with ExitStack() as stack:
         talks = [stack.enter_context(open_conversation(run, device="cpu", editable=True)) for run in runs]
         terminal.converse(console, talks, lambda: next(left, ""))

@@ -1,5 +1,6 @@
 """The runner, on small notebooks and real kernels, and then on every notebook of the project."""
 
+import errno
 import json
 import os
 import re
@@ -123,6 +124,21 @@ def test_a_change_in_code_or_paper_data_makes_outputs_stale(tmp_path, monkeypatc
     (tmp_path / "lib" / "a.pyc").write_text("compiled")
     assert len(set(hashes)) == 7
     assert runner.source_hash(source, {}) == hashes[-1]
+
+
+def test_a_full_disk_is_a_failure_that_leaves_earlier_results_alone(tmp_path, runs, monkeypatch):
+    source = write(tmp_path / "n.ipynb", "2")
+    (runs / "quick" / "notebooks").mkdir(parents=True)
+    (runs / "quick" / "notebooks" / "n.ipynb").write_bytes(b"earlier")
+
+    def cut(_, copy, *rest, **options):
+        copy.write_text(source.read_text()[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(papermill, "execute_notebook", cut)
+    with pytest.raises(NotebookError, match=r"n failed and left no copy: OSError: .*No space left"):
+        runner.run(source)
+    assert files(runs) == {"quick/notebooks/n.ipynb": b"earlier"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import resource
 import struct
 import sys
 import time
@@ -16,12 +18,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 from wandb.proto.wandb_internal_pb2 import Record
 
-from lib.base import InputError
+from lib.base import InputError, WorkError
 from lib.config import UNOBSERVED, Observers
 from lib.paths import ROOT
 from lib.progress import _Lines, progress
 from lib.training.monitor import Monitor, Throughput, check_observers, read_metrics
-from lib.training.profiling import WAIT, WARM_UP
+from lib.training.profiling import WAIT, WARM_UP, profiled
 
 
 class Terminal(io.StringIO):
@@ -282,6 +284,13 @@ def test_without_the_package_the_wish_for_weights_and_biases_is_one_sentence(mon
         check_observers(Observers(wandb="facts"))
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "probes.jsonl"])
+def test_a_record_is_not_read_from_a_pipe(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=f"cannot write .*{name}"):
+        Monitor(tmp_path, total=4, observers=Observers(probe_every=1))
+
+
 # ---- Profiles
 
 
@@ -316,6 +325,20 @@ def test_a_summary_names_the_operators_and_the_memory(profile):
 def test_profiled_training_ends_with_the_same_weights_bit_for_bit(profile):
     _, profiled, plain = profile
     assert all(map(torch.equal, profiled, plain))
+
+
+def test_a_profile_that_does_not_fit_on_the_disk_is_a_failure_and_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
+    try:
+        with pytest.raises(WorkError, match=r"cannot write .*trace\.json: .*the disk may be full"):
+            with profiled(tmp_path / "profile", 1) as step:
+                for _ in range(WAIT + WARM_UP + 1):
+                    torch.ones(4, 4) @ torch.ones(4, 4)
+                    step()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "profile").iterdir()) == []
 
 
 def test_training_that_ends_too_early_is_told_to_have_no_profile(tmp_path):
