@@ -8,17 +8,18 @@ process, can read them.
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -31,6 +32,8 @@ from lib.training.distributed import ALONE, Ranks
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 TENSORS, STATE, MARKER = "tensors.safetensors", "state.json", "COMPLETE.json"
+#: From a checkpoint's state and its tensors, by name and without content ("meta"), to examples of what they must be.
+Expect = Callable[[dict, dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
@@ -74,27 +77,59 @@ def _commit(temporary: Path, folder: Path, state: str) -> None:
 
 
 def load(
-    folder: Path,
-    like: Callable[[str, torch.Size, torch.dtype], torch.Tensor] = lambda _, size, kind: torch.empty(size, dtype=kind),
-    ranks: Ranks = ALONE,
+    folder: Path, expect: Expect = lambda _, found: found, ranks: Ranks = ALONE
 ) -> tuple[dict[str, torch.Tensor], dict]:
-    """Return tensors and state of a checkpoint; an `InputError` says what is missing or damaged.
+    """Return tensors and state of a checkpoint, after a `check`. A DTensor that is expected reads this rank's part."""
+    state, expected, reader = check(folder, expect)
+    # Only here is memory taken, and no more than the file is long.
+    tensors = {
+        name: torch.empty_like(tensor, device="cpu" if tensor.is_meta else None, requires_grad=False)
+        for name, tensor in expected.items()
+    }
+    try:
+        dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
+    except (SafetensorError, CheckpointException, ValueError) as error:
+        raise InputError(f"the checkpoint {folder} cannot be read: {error}") from None
+    return tensors, state
 
-    like(name, shape, dtype): returns the tensor to read into; a DTensor reads this rank's part only.
+
+def check(folder: Path, expect: Expect = lambda _, found: found) -> tuple[dict, Mapping, dcp.HuggingFaceStorageReader]:
+    """Return the state of a checkpoint, examples of its tensors, and their reader.
+
+    Raises `InputError` if it is missing, damaged, or holds other tensors than the expected ones, or numbers that are
+    not finite, except for moments of an optimizer, which may overflow.
     """
     if not folder.is_dir():
         raise InputError(f"there is no checkpoint at {folder}")
     if problem := damage(folder):
         raise InputError(f"the checkpoint {folder} {problem}: use an earlier one or train again")
     try:
-        reader = dcp.HuggingFaceStorageReader(str(folder))
-        reader.fs = _Named(_checksums(folder))
-        found = reader.read_metadata().state_dict_metadata
-        tensors = {name: like(name, entry.size, entry.properties.dtype) for name, entry in found.items()}
-        dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
-        return tensors, read_json(folder / STATE)
-    except (SafetensorError, CheckpointException, DamagedFile, ValueError) as error:
+        reader, sums = dcp.HuggingFaceStorageReader(str(folder)), _checksums(folder)
+        reader.fs = _Named(sums)
+        found = {}
+        for name, entry in reader.read_metadata().state_dict_metadata.items():
+            if sum(math.prod(part.sizes) for part in entry.chunks) != math.prod(entry.size):
+                raise ValueError(f"parts of {name} are missing")
+            found[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        state = read_json(folder / STATE)
+        expected = expect(state, found)
+        for name in sorted({*found, *expected}):
+            if (here := _kind(found.get(name))) != (there := _kind(expected.get(name))):
+                raise ValueError(f"its tensors do not fit its configuration: {name} is {here}, not {there}")
+        for file in (name for name in sums if name.endswith(".safetensors")):
+            with safe_open(folder / file, "pt") as tensors:
+                for name in tensors.keys():
+                    if not name.startswith("optim.") and not tensors.get_tensor(name).isfinite().all():
+                        raise ValueError(f"{name} is not finite")
+        return state, expected, reader
+    except OSError:  # a file was deleted just now, say
+        raise
+    except Exception as error:  # what the readers raise for headers that nobody should have written is not documented
         raise InputError(f"the checkpoint {folder} cannot be read: {error}") from None
+
+
+def _kind(tensor: torch.Tensor | None) -> str:
+    return "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 class _Named(FileSystem):
@@ -128,7 +163,7 @@ def damage(folder: Path) -> str | None:
         try:
             found = _checksum(folder / name)
         except OSError:  # it may be deleted just now
-            return f"is damaged ({name} is missing)"
+            return f"is damaged ({name} is missing or no file)"
         if found != checksum:
             return f"is damaged ({name} has changed since it was written)"
     return None
@@ -180,12 +215,14 @@ def finish(saving: Future) -> None:
         ) from error
 
 
-def latest(root: Path) -> Path | None:
-    """Return the latest whole checkpoint below `root`; skip incomplete and damaged ones with a warning."""
+def latest(root: Path, expect: Expect = lambda _, found: found) -> Path | None:
+    """Return the latest checkpoint below `root` that passes a `check`; pass over others with a warning."""
     for folder in reversed(steps(root)):
-        if not (problem := damage(folder)):
+        try:
+            check(folder, expect)
             return folder
-        warnings.warn(f"skipping the checkpoint {folder}: it {problem}", stacklevel=2)
+        except (InputError, OSError) as error:
+            warnings.warn(f"passed over: {error}", stacklevel=2)
     return None
 
 
@@ -213,5 +250,7 @@ def delete_steps(root: Path) -> None:
 
 
 def _checksum(path: Path) -> str:
+    if not path.is_file():  # a pipe would never end
+        raise OSError
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

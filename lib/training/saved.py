@@ -8,12 +8,13 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
+import torch
 from filelock import FileLock
 
 from lib.agent.generation import chat
 from lib.agent.tools import EditableTool, SqlTool
 from lib.base import DamagedFile, InputError
-from lib.config import RunConfig
+from lib.config import ModelConfig, RunConfig
 from lib.dialogs.templates import Role, Turn, question
 from lib.dialogs.tokenizers import Tokenizer, load_tokenizer
 from lib.facts.people import People
@@ -168,16 +169,23 @@ def load_model(folder: Path, device: str = "auto") -> tuple[Transformer, RunConf
     if (folder / MODEL).is_dir():
         folder = folder / MODEL
     device = resolve_device(device)
-    tensors, state = checkpoint.load(folder)
-    config = RunConfig.parse(state["config"])
+    tensors, state = checkpoint.load(folder, lambda state, _: without_weights(_config_of(state).model).state_dict())
+    config = _config_of(state)
     if run_tokenizer(own_files(home, config)).name != state.get("tokenizer", "bytes"):
         raise InputError(f"{config.tokenizer} is not what the model in {folder} was trained with: give that file again")
-    model = Transformer(config.model)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError:
-        raise InputError(f"the weights in {folder} do not fit its configuration of the model") from None
+    model = without_weights(config.model)
+    model.load_state_dict(tensors, assign=True)
     return model.to(device).eval(), config
+
+
+def without_weights(config: ModelConfig) -> Transformer:
+    """Return a model whose parameters have shapes alone, until `load_state_dict` assigns them."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def _config_of(state: dict) -> RunConfig:
+    return RunConfig.parse(state.get("config"))
 
 
 # Conversations --------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from lib.training.devices import peak_flops
 from lib.training.distributed import ALONE, Preempted, Ranks, no_sync
 from lib.training.loss import IGNORED, Batch, Sums, batch_loss, compiled_batch_loss
 from lib.training.monitor import Monitor, SilentMonitor, Throughput
-from lib.training.optim import build_optimizers, clip_gradients, schedule_factor, set_learning_rate
+from lib.training.optim import build_optimizers, clip_gradients, schedule_factor, set_learning_rate, state_like
 
 #: Steps between two lines of metrics.
 LOG_EVERY = 50
@@ -295,10 +295,10 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue from the latest whole checkpoint in `directory`, if there is one."""
-        folder = self.ranks.first_does(lambda: checkpoint.latest(self.directory / "checkpoints"))
+        folder = self.ranks.first_does(lambda: checkpoint.latest(self.directory / "checkpoints", self._expect))
         if folder is None:
             return
-        tensors, state = checkpoint.load(folder, self._empty_like, self.ranks)
+        tensors, state = checkpoint.load(folder, self._expect, self.ranks)
         self.model.load_state_dict(below("model.", tensors))
         for i, optimizer in enumerate(self.optimizers):
             slots: dict[int, dict[str, torch.Tensor]] = {}
@@ -308,25 +308,31 @@ class Trainer:
             groups = optimizer.state_dict()["param_groups"]  # as the configuration says, and the schedule sets them
             optimizer.load_state_dict({"state": slots, "param_groups": groups})
         self.losses = list(tensors["losses"].to(self.model.device) / self.ranks.data_size)
-        torch.set_rng_state(tensors["random.cpu"])
-        if self.model.device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.model.device)
+        try:
+            torch.set_rng_state(tensors["random.cpu"])
+            if self.model.device.type == "cuda" and "random.cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["random.cuda"], self.model.device)
+        except RuntimeError as error:
+            raise InputError(f"the random state in {folder} cannot be used ({error}): delete this checkpoint") from None
         self.counters |= state["counters"]
         if self.cuda_graph:
             self.cuda_graph = CudaGraph()  # optimizer state and rates have other memory now
 
-    def _empty_like(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """Return what a tensor of a checkpoint is read into, laid out over the ranks as the weight it belongs to."""
-        weight = None
-        if name.startswith("model."):
-            weight = self.model.get_parameter(name.removeprefix("model."))
-        elif name.startswith("optim."):
-            _, i, parameter, _ = name.split(".")
-            groups = self.optimizers[int(i)].param_groups
-            weight = [p for group in groups for p in group["params"]][int(parameter)]
-        if weight is not None and weight.shape == shape:
-            return torch.empty_like(weight, dtype=dtype, requires_grad=False)
-        return torch.empty(shape, dtype=dtype)
+    def _expect(self, state: dict, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return examples of the tensors of a checkpoint, laid out over the ranks; a ValueError for other counters."""
+        counters = {"step": None, **state.get("counters", {})}  # earlier versions had fewer
+        kinds, found_kinds = ({name: type(n) for name, n in some.items()} for some in (self.counters, counters))
+        if kinds | found_kinds != kinds or not all(0 <= n < math.inf for n in counters.values()):
+            raise ValueError(f"its counters are {counters}")
+        expected = {f"model.{name}": weight for name, weight in self.model.state_dict().items()}
+        for i, optimizer in enumerate(self.optimizers):
+            expected |= {f"optim.{i}.{name}": tensor for name, tensor in state_like(optimizer).items()}
+        expected["losses"] = torch.empty(min(counters["step"], LOG_EVERY), device="meta")
+        expected["random.cpu"] = torch.get_rng_state()
+        if "random.cuda" in found:  # the run may have begun on another device
+            on_gpu = self.model.device.type == "cuda"
+            expected["random.cuda"] = torch.cuda.get_rng_state() if on_gpu else found["random.cuda"]
+        return expected
 
 
 def are_finite(weights: Iterable[torch.Tensor]) -> bool:

@@ -18,7 +18,7 @@ from lib.paths import DATABASE, ROW, read_json
 from lib.training import checkpoint
 from lib.training.devices import resolve_device
 from lib.training.monitor import Record
-from lib.training.saved import load_model, own_files, read_claim, read_people, run_tokenizer
+from lib.training.saved import load_model, own_files, read_claim, read_people, run_tokenizer, without_weights
 from lib.training.trainer import below
 
 #: Seconds from one look for new checkpoints to the next.
@@ -53,18 +53,23 @@ def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = Fa
 
 def _not_yet(directory: Path, config: RunConfig, measured: Collection[int]) -> Iterator[tuple[int, Transformer]]:
     """Yield the models of a run, and their steps, that are not measured yet."""
+    weights = {f"model.{name}": weight for name, weight in without_weights(config.model).state_dict().items()}
+
+    def expect(_, found):
+        return {name: tensor for name, tensor in found.items() if not name.startswith("model.")} | weights
+
     for folder in checkpoint.steps(directory / "checkpoints"):
         step = checkpoint.step_of(folder)
         if step in measured:
             continue
         try:
-            tensors, _ = checkpoint.load(folder)
+            tensors, _ = checkpoint.load(folder, expect)
         except (InputError, OSError):
             if checkpoint.damage(folder):  # or deleted by now
                 continue
             raise
-        model = Transformer(config.model)
-        model.load_state_dict(below("model.", tensors))
+        model = without_weights(config.model)
+        model.load_state_dict(below("model.", tensors), assign=True)
         yield step, model
     if (directory / ROW).exists():  # then there may be no checkpoints any more
         step = read_json(directory / ROW, fields=("steps",))["steps"]

@@ -10,6 +10,7 @@ import traceback
 from multiprocessing import get_context
 from pathlib import Path
 
+import forging
 import pytest
 import torch
 
@@ -304,6 +305,27 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     save_model(Transformer(config.model), tmp_path, override(config, {"model.d_model": 16}))
     with pytest.raises(InputError, match="do not fit its configuration"):
         load_model(tmp_path)
+
+
+FORGED = forging.FORGED | {
+    "a state without a configuration": forging.state(lambda state: {"tokenizer": "bytes"}),
+    "a configuration that is none": forging.state(lambda state: state | {"config": None}),
+    "a width that is no number": forging.state(lambda state: state | {"config": {"model": {"d_model": "8"}}}),
+    "another width": forging.state(lambda state: state | {"config": {"model": {"d_model": 12}}}),
+    "a width beyond all memory": forging.state(lambda state: state | {"config": {"model": {"d_model": 4 * 10**8}}}),
+    "layers without end": forging.state(lambda state: state | {"config": {"model": {"n_layers": 10**7}}}),
+    "another tokenizer": forging.state(lambda state: state | {"tokenizer": ["bytes"]}),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", FORGED)
+def test_a_model_that_no_run_wrote_is_refused_though_its_checksums_fit(finished, tmp_path, kind):
+    folder = shutil.copytree(finished[1] / "model", tmp_path / "model")
+    FORGED[kind](folder)
+    with pytest.raises(InputError) as caught:
+        load_model(folder, "cpu")
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 def test_a_run_that_is_not_finished_has_no_model_yet(tmp_path):

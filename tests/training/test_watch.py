@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forging
 import pytest
 
 from lib import paths
@@ -152,6 +153,15 @@ def test_a_checkpoint_that_is_not_whole_is_left_out_until_it_is(stopped, tmp_pat
     assert _steps(evaluate_checkpoints(stopped)) == [60]
 
 
+@pytest.mark.parametrize("kind", ["NaN", "int8", "a weight more", "offsets of 10^9", "no tensors"])
+def test_a_checkpoint_that_no_run_wrote_is_refused(stopped, kind):
+    forging.FORGED[kind](stopped / "checkpoints" / "step_00000060")
+    lines = evaluate_checkpoints(stopped)
+    assert next(lines)["step"] == 30
+    with pytest.raises(InputError, match="the checkpoint .*step_00000060 cannot be read"):
+        next(lines)
+
+
 @pytest.mark.parametrize("moment", ["checkpoint.load", "checkpoint._checksum", "checkpoint.dcp.load"])
 @pytest.mark.parametrize("deleted", ["*", "*.safetensors", "state.json"])
 def test_a_checkpoint_that_is_deleted_while_it_is_read_is_no_error(stopped, monkeypatch, moment, deleted):
@@ -166,7 +176,8 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_no_error(stopped, monk
         return real(*arguments, **options)
 
     monkeypatch.setattr(module, name, late)
-    assert _steps(evaluate_checkpoints(stopped)) == [60, 90]
+    read_already = moment == "checkpoint.dcp.load" and deleted == "state.json"
+    assert _steps(evaluate_checkpoints(stopped)) == ([30, 60, 90] if read_already else [60, 90])
 
 
 def test_a_folder_that_holds_no_run_is_refused_and_left_as_it_was(tmp_path):

@@ -1,0 +1,121 @@
+"""Checkpoints that hold what no run writes, with correct checksums."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lib.training import checkpoint
+
+#: Where PyTorch keeps, in a file's header, which part of a tensor is in the file.
+SHARDING = "DCP_SHARDING_INFO"
+
+
+def seal(folder: Path) -> None:
+    """Write a marker that fits the files it names as they are now."""
+    marker = folder / checkpoint.MARKER
+    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in json.loads(marker.read_text())}
+    marker.write_text(json.dumps(sums))
+
+
+def state(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """A forgery: the state is what `change` returns."""
+
+    def forge(folder: Path) -> None:
+        path = folder / checkpoint.STATE
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        seal(folder)
+
+    return forge
+
+
+def tensors(change: Callable[[str, dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    """A forgery: `change` is given the name of the first weight and all tensors, which it changes."""
+
+    def forge(folder: Path) -> None:
+        (path,) = folder.glob("*.safetensors")
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_tensor(name).clone() for name in file.keys()}
+        change(next(name for name in found if name.endswith("q_proj.weight")), found)
+        save_file(found, path)
+        seal(folder)
+
+    return forge
+
+
+def _of_type(dtype: torch.dtype) -> Callable[[Path], None]:
+    return tensors(lambda name, found: found.update({name: found[name].to(dtype)}))
+
+
+def _filled_with(value: float) -> Callable[[Path], None]:
+    return tensors(lambda name, found: found[name][0].fill_(value))
+
+
+def _far_offsets(folder: Path) -> None:
+    """The file says that its part of a weight begins at row 10^9, so that the whole would take terabytes."""
+    (path,) = folder.glob("*.safetensors")
+    with safe_open(path, "pt") as file:
+        found = {name: file.get_tensor(name).clone() for name in file.keys()}
+    offsets = {name: {"saved_offsets": [0] * tensor.dim()} for name, tensor in found.items()}
+    next(offset for name, offset in offsets.items() if name.endswith("q_proj.weight"))["saved_offsets"][0] = 10**9
+    save_file(found, path, {SHARDING: json.dumps(offsets)})
+    seal(folder)
+
+
+def _header(text: bytes) -> Callable[[Path], None]:
+    def forge(folder: Path) -> None:
+        (path,) = folder.glob("*.safetensors")
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+        seal(folder)
+
+    return forge
+
+
+def _pipe(name: str) -> Callable[[Path], None]:
+    def forge(folder: Path) -> None:
+        (path,) = folder.glob(name)
+        path.unlink()
+        os.mkfifo(path)
+
+    return forge
+
+
+def _names(*names: str) -> Callable[[Path], None]:
+    """A forgery: the marker names other files as well."""
+
+    def forge(folder: Path) -> None:
+        marker = folder / checkpoint.MARKER
+        marker.write_text(json.dumps(json.loads(marker.read_text()) | dict.fromkeys(names, "0" * 64)))
+
+    return forge
+
+
+#: Whatever it is a checkpoint of.
+FORGED: dict[str, Callable[[Path], None]] = {
+    "an empty state": state(lambda _: {}),
+    "a state that is a list": state(lambda _: []),
+    "NaN": _filled_with(float("nan")),
+    "infinity": _filled_with(float("-inf")),
+    "int8": _of_type(torch.int8),
+    "bool": _of_type(torch.bool),
+    "float64": _of_type(torch.float64),
+    "bfloat16": _of_type(torch.bfloat16),
+    "another shape": tensors(lambda name, found: found.update({name: found[name][1:].clone()})),
+    "other dimensions": tensors(lambda name, found: found.update({name: found[name][None].clone()})),
+    "a weight less": tensors(lambda name, found: found.pop(name)),
+    "a weight more": tensors(lambda name, found: found.update({name.replace(".0.", ".7."): found[name].clone()})),
+    "no tensors": tensors(lambda _, found: found.clear()),
+    "offsets of 10^9": _far_offsets,
+    "offsets that are no object": _header(b'{"__metadata__":{"%s":"[]"}}' % SHARDING.encode()),
+    "a header that is no object": _header(b"[]"),
+    "a pipe in place of tensors": _pipe("*.safetensors"),
+    "a pipe in place of the state": _pipe(checkpoint.STATE),
+    "a pipe in place of the marker": _pipe(checkpoint.MARKER),
+    "a file that is a folder": _names(".."),
+    "a file without a name": _names(""),
+}
