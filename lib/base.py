@@ -2,16 +2,11 @@
 
 import hashlib
 import json
-import reprlib
 from pathlib import Path
+from reprlib import repr as brief  # of what may be long, or deep
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-
-#: Like `repr`, but short: a value may be long, or YAML's aliases make it endless.
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 200
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 
 class InputError(ValueError):
@@ -64,11 +59,18 @@ class Config(BaseModel):
         except ValidationError as error:
             raise InputError(self._sentence(error)) from None
 
+    @field_validator("*")
+    @classmethod
+    def _fits_the_machine(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) >= 2**63 or isinstance(value, str | dict) and "\0" in "".join(value):
+            raise ValueError("integers below 2^63, and text without NUL, are accepted")
+        return value
+
     @classmethod
     def parse(cls, values: Any) -> Self:
         """Build from plain data, groups within groups. Raises `InputError`."""
         if not isinstance(values, dict):
-            raise InputError(f"{cls._group() or 'a configuration'} takes an object with fields, got {_SHORT.repr(values)}")
+            raise InputError(f"{cls._group() or 'a configuration'} takes an object with fields, got {brief(values)}")
         fields = {name: field.annotation for name, field in cls.model_fields.items()}
         groups = {name: kind for name, kind in fields.items() if isinstance(kind, type) and issubclass(kind, Config)}
         return cls(**{name: groups[name].parse(value) if name in groups else value for name, value in values.items()})
@@ -88,7 +90,7 @@ class Config(BaseModel):
         field = ".".join(filter(None, [cls._group(), str(problem["loc"][0])]))
         if problem["type"] == "extra_forbidden":
             return f"unknown configuration key {field!r}: accepted are {', '.join(cls.model_fields)}"
-        return f"{field}: {message[0].lower()}{message[1:]}, got {_SHORT.repr(problem['input'])}"
+        return f"{field}: {message[0].lower()}{message[1:]}, got {brief(problem['input'])}"
 
 
 class Identified(Config):

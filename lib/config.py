@@ -19,7 +19,7 @@ class ModelConfig(Config):
     """Shape of the transformer. The defaults are the paper's: 2 layers, 2 heads, byte vocabulary."""
 
     d_model: int = Field(32, ge=2)
-    n_layers: int = Field(2, ge=1)
+    n_layers: int = Field(2, ge=1, le=1_000)
     n_heads: int = Field(2, ge=1)
     n_kv_heads: int | None = Field(None, ge=1)
     vocab_size: int = Field(260, ge=1)
@@ -202,7 +202,7 @@ def read_config(path: Path) -> RunConfig:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from None
     return RunConfig.parse(values)
 

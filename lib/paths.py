@@ -12,6 +12,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from lib.base import DamagedFile, InputError, WorkError, printable, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,6 +97,19 @@ def replacing(path: Path, kind: str = "") -> Iterator[Path]:
         raise WorkError(f"cannot write {kind}{path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_process(lock: str | Path, timeout: float = -1) -> Iterator[None]:
+    """Keep other processes out: they wait for the `lock`. Raises `WorkError` where a file system has no locks."""
+    try:
+        held = FileLock(lock).acquire(timeout)
+    except Timeout:
+        raise
+    except OSError as error:  # as some network file systems
+        raise WorkError(f"cannot lock {lock} ({error.strerror}): use a disk with locks (--out, ITL_RUNS)") from error
+    with held:
+        yield
 
 
 def sync(file: Path) -> None:

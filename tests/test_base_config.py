@@ -102,6 +102,14 @@ def test_a_later_field_at_its_default_changes_no_id():
     assert Later.parse({**values, "a_later_field": 8}).run_id != RunConfig.parse(values).run_id
 
 
+def nested(depth: int) -> list:
+    """A list in a list in a list, and so on."""
+    inner: list = []
+    for _ in range(depth):
+        inner = [inner]
+    return inner
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -126,13 +134,22 @@ def test_a_later_field_at_its_default_changes_no_id():
         ({"evaluation": {"stop_at_recall": 1.5}}, ["evaluation.stop_at_recall", "less than or equal to 1", "1.5"]),
         ([1], ["object with fields", "[1]"]),
         (None, ["object with fields", "None"]),
+        ({"model": {"n_layers": 10**7}}, ["model.n_layers", "less than or equal to 1000", str(10**7)]),
+        ({"model": {"d_model": 10**4000}}, ["model.d_model", "below 2^63"]),
+        ({"training": {"steps": 2**63}}, ["training.steps", "below 2^63", str(2**63)]),
+        ({"evaluation": {"every": 10**400}}, ["evaluation.every", "below 2^63"]),
+        ({"facts": {"csv": "a\0b"}}, ["facts.csv", "without NUL"]),
+        ({"tokenizer": "\0"}, ["tokenizer", "without NUL"]),
+        ({"training": {"files": {"a\0b": 0.5}}}, ["training.files", "without NUL"]),
+        (nested(10_000), ["object with fields", "[[["]),
+        ({"training": {"files": {"a": nested(10_000)}}}, ["training.files", "number", "[[["]),
     ],
 )
 def test_what_cannot_be_used_is_one_sentence_that_names_the_field(values, words):
     with pytest.raises(InputError) as caught:
         RunConfig.parse(values)
     message = str(caught.value)
-    assert "\n" not in message and "RunConfig" not in message and "pydantic" not in message
+    assert "\n" not in message and "RunConfig" not in message and "pydantic" not in message and len(message) < 500
     for word in words:
         assert word in message
 

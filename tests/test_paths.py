@@ -1,10 +1,14 @@
 """Files that a run wrote: read with a check, written whole."""
 
 import ast
+import errno
+import fcntl
 import os
 import re
+from multiprocessing import get_context
 
 import pytest
+from filelock import Timeout
 
 from lib import paths
 from lib.base import DamagedFile, InputError, WorkError
@@ -180,3 +184,39 @@ def test_one_function_writes_the_files_of_lib():
         "notebook/runner.py",  # in a temporary folder
         "notebook/widgets.py",  # in memory
     }
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_without_locks_is_one_sentence(tmp_path, monkeypatch, number):
+    """As some network file systems answer."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(WorkError, match=f"cannot lock .*{os.strerror(number)}.*: use a disk with locks") as caught:
+        with paths.only_process(tmp_path / ".lock"):
+            raise AssertionError("it is not locked")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lock_is_held_within_and_free_after(tmp_path):
+    other = get_context("spawn").Pool(1)
+    with other, paths.only_process(tmp_path / ".lock"):
+        assert other.apply(_is_free, (tmp_path / ".lock",)) is False
+    assert _is_free(tmp_path / ".lock")
+    with pytest.raises(ZeroDivisionError), paths.only_process(tmp_path / ".lock"):
+        1 / 0  # noqa: B018
+    assert _is_free(tmp_path / ".lock")
+
+
+def _is_free(lock) -> bool:
+    try:
+        with paths.only_process(lock, timeout=0):
+            return True
+    except Timeout:
+        return False
+
+
+def test_all_of_lib_locks_by_one_function():
+    """So that a file system without locks is one sentence everywhere."""
+    locking = [path for path in (paths.ROOT / "lib").rglob("*.py") if "FileLock" in path.read_text("utf-8")]
+    assert [path.name for path in locking] == ["paths.py"]

@@ -1,7 +1,7 @@
 """Dialogs from files larger than memory: tokenized once into flat files, memory-mapped, read during a step.
 
-A file of dialogs has one dialog a line, `[[role, text], ...]` as JSON. Its tokens are in a folder that is named after
-the file's content, so a changed file is tokenized anew, and a copied or moved one is not.
+A file of dialogs has one dialog a line, `[[role, text], ...]` as JSON, and blank lines. Its tokens are in a folder that
+is named after the file's content, so a changed file is tokenized anew, and a copied or moved one is not.
 """
 
 import hashlib
@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 from warnings import catch_warnings, filterwarnings
 
 import torch
-from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
 from lib import paths
@@ -44,11 +43,13 @@ def tokenize_file(path: str | Path, tokenizer: Tokenizer) -> Path:
     the first. A file that cannot be read, a line that is no dialog, and a file without lines are an `InputError`.
     """
     try:
+        if not os.path.isfile(path):  # a pipe could not be read twice
+            raise InputError(f"cannot tokenize the dialogs of {path}: there is no such file")
         with open(path, "rb") as file:
             digest = _digest(file)
             folder = paths.runs() / "tokens" / f"{digest[:32]}-{tokenizer.name}-{VERSION}"
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f".{folder.name}.lock")):
+            with paths.only_process(folder.with_name(f".{folder.name}.lock")):
                 if not folder.exists():
                     temporary = folder.with_name(f".{folder.name}.tmp")
                     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
@@ -71,9 +72,11 @@ def _digest(file: BinaryIO) -> str:
 
 def _write_tokens(file: BinaryIO, path: str | Path, tokenizer: Tokenizer, folder: Path) -> None:
     """Write one flat file for each field of `TokenizedDialogs`, its type in its name."""
-    n_dialogs, n_tokens = 0, 0
+    n_lines, n_dialogs, n_tokens = 0, 0, 0
     folder.mkdir()
     file.seek(0)
+    if file.read(3) != b"\xef\xbb\xbf":  # an editor's mark of UTF-8
+        file.seek(0)
     with ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
 
@@ -85,7 +88,11 @@ def _write_tokens(file: BinaryIO, path: str | Path, tokenizer: Tokenizer, folder
 
         append("offsets", torch.zeros(1, dtype=torch.int64))
         for lines in iter(lambda: file.readlines(_BLOCK), []):
-            block = tokenize((_parse(line, path, i) for i, line in enumerate(lines, n_dialogs + 1)), tokenizer)
+            numbered = [(i, line) for i, line in enumerate(lines, n_lines + 1) if line.strip()]
+            n_lines += len(lines)
+            if not numbered:
+                continue
+            block = tokenize((_parse(line, path, i) for i, line in numbered), tokenizer)
             append("offsets", block.offsets[1:] + n_tokens)
             for name in ("values", "mask", "n_trained", "first"):
                 append(name, getattr(block, name))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from lib import paths
 from lib.experiments.publishing import Table
@@ -119,7 +119,7 @@ def sweep(profile: str, *, device: str = "auto", max_hours: float = math.inf) ->
             if time.monotonic() >= deadline:
                 break
             directory.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(Timeout), FileLock(f"{directory}.lock", timeout=0):
+            with suppress(Timeout), paths.only_process(f"{directory}.lock", timeout=0):
                 if not (directory / ROWS).exists():
                     try:
                         finetune(config, directory, device=device, description=title(config))

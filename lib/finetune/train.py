@@ -21,7 +21,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from filelock import FileLock
 from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -36,7 +35,7 @@ from lib.finetune.tasks import make_task
 from lib.finetune.trainer import ChatTrainer
 from lib.finetune.triviaqa import load_questions
 from lib.finetune.weights import base_source, origin
-from lib.paths import CLAIM, MODEL, ROWS, read_json, write_json
+from lib.paths import CLAIM, MODEL, ROWS, only_process, read_json, write_json
 from lib.progress import progress
 from lib.provenance import provenance
 from lib.training.devices import resolve_device
@@ -71,7 +70,7 @@ def finetune(
     with asked_to_leave() as asked, ExitStack() as stack:
         if processes.is_main_process:
             directory.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(directory / ".lock"))  # a second call waits and finds the rows
+            stack.enter_context(only_process(directory / ".lock"))  # a second call waits and finds the rows
         with processes.main_process_first():  # the others find what the first had to make or to fetch
             claim = _claim(config)
         _check_claim(claim, directory)

@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 from zipfile import ZipFile
 
 import torch
-from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -73,7 +72,7 @@ def _folder(name: str) -> Path:
 def _make(folder: Path, make) -> None:
     """Let `make(folder)` fill a folder, one process at a time; it appears only when it is whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with paths.only_process(f"{folder}.lock"):
         if not folder.exists():
             with TemporaryDirectory(dir=folder.parent) as unfinished:
                 make(Path(unfinished) / "model")

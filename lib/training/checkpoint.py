@@ -12,7 +12,7 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +22,6 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
 
 from lib.base import DamagedFile, InputError, WorkError, to_json
 from lib.paths import read_json, sync
@@ -32,8 +31,6 @@ from lib.training.distributed import ALONE, Ranks
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 TENSORS, STATE, MARKER = "tensors.safetensors", "state.json", "COMPLETE.json"
-#: From a checkpoint's state and its tensors, by name and without content ("meta"), to examples of what they must be.
-Expect = Callable[[dict, dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
@@ -76,16 +73,10 @@ def _commit(temporary: Path, folder: Path, state: str) -> None:
     shutil.rmtree(_replaced(folder), ignore_errors=True)
 
 
-def load(
-    folder: Path, expect: Expect = lambda _, found: found, ranks: Ranks = ALONE
-) -> tuple[dict[str, torch.Tensor], dict]:
-    """Return tensors and state of a checkpoint, after a `check`. A DTensor that is expected reads this rank's part."""
+def load(folder: Path, expect: Callable | None = None, ranks: Ranks = ALONE) -> tuple[dict[str, torch.Tensor], dict]:
+    """Return the expected tensors of a checkpoint, and its state, after a `check`; a DTensor reads this rank's part."""
     state, expected, reader = check(folder, expect)
-    # Only here is memory taken, and no more than the file is long.
-    tensors = {
-        name: torch.empty_like(tensor, device="cpu" if tensor.is_meta else None, requires_grad=False)
-        for name, tensor in expected.items()
-    }
+    tensors = {name: torch.empty_like(x, device="cpu" if x.is_meta else x.device) for name, x in expected.items()}
     try:
         dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
     except (SafetensorError, CheckpointException, ValueError) as error:
@@ -93,79 +84,59 @@ def load(
     return tensors, state
 
 
-def check(folder: Path, expect: Expect = lambda _, found: found) -> tuple[dict, Mapping, dcp.HuggingFaceStorageReader]:
-    """Return the state of a checkpoint, examples of its tensors, and their reader.
+def check(folder: Path, expect: Callable | None = None) -> tuple[dict, Mapping, dcp.HuggingFaceStorageReader]:
+    """Return the state of a checkpoint, what is expected of its tensors, and their reader; take no memory for them.
 
-    Raises `InputError` if it is missing, damaged, or holds other tensors than the expected ones, or numbers that are
-    not finite, except for moments of an optimizer, which may overflow.
+    expect(state, found): returns tensors of the shapes and types that those in the file must have; `found` are these,
+    without content. What begins like none of the expected names ("model.", say) is not read. None: all is as expected.
+
+    Raises `InputError` if it is missing, damaged or not as expected, or holds numbers that are not finite.
     """
     if not folder.is_dir():
         raise InputError(f"there is no checkpoint at {folder}")
     if problem := damage(folder):
         raise InputError(f"the checkpoint {folder} {problem}: use an earlier one or train again")
     try:
-        reader, sums = dcp.HuggingFaceStorageReader(str(folder)), _checksums(folder)
-        reader.fs = _Named(sums)
-        found = {}
+        files = [str(folder / name) for name in read_json(folder / MARKER)]
+        reader, found = dcp.HuggingFaceStorageReader(str(folder)), {}
+        reader.fs.ls = lambda _: files  # others in the folder are not read
         for name, entry in reader.read_metadata().state_dict_metadata.items():
             if sum(math.prod(part.sizes) for part in entry.chunks) != math.prod(entry.size):
                 raise ValueError(f"parts of {name} are missing")
             found[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
         state = read_json(folder / STATE)
-        expected = expect(state, found)
-        for name in sorted({*found, *expected}):
-            if (here := _kind(found.get(name))) != (there := _kind(expected.get(name))):
-                raise ValueError(f"its tensors do not fit its configuration: {name} is {here}, not {there}")
-        for file in (name for name in sums if name.endswith(".safetensors")):
-            with safe_open(folder / file, "pt") as tensors:
-                for name in tensors.keys():
-                    if not name.startswith("optim.") and not tensors.get_tensor(name).isfinite().all():
+        expected = expect(state, found) if expect else found
+        groups = {name.split(".")[0] for name in expected}
+        is_, should = ({name: f"{x.dtype} {list(x.shape)}" for name, x in some.items()} for some in (found, expected))
+        for name in sorted({*expected, *(name for name in found if name.split(".")[0] in groups)}):
+            if (a := is_.get(name, "missing")) != (b := should.get(name, "missing")):
+                raise ValueError(f"its tensors do not fit its configuration: {name} is {a}, not {b}")
+        for file in (file for file in files if file.endswith(".safetensors")):
+            with safe_open(file, "pt") as tensors:
+                for name in expected.keys() & tensors.keys():
+                    if name == "random.cpu":
+                        torch.Generator().set_state(tensors.get_tensor(name))  # an error if it cannot be one
+                    # Squares of gradients may overflow: the weights do not suffer.
+                    elif not name.startswith("optim.") and not tensors.get_tensor(name).isfinite().all():
                         raise ValueError(f"{name} is not finite")
         return state, expected, reader
-    except OSError:  # a file was deleted just now, say
-        raise
-    except Exception as error:  # what the readers raise for headers that nobody should have written is not documented
+    except Exception as error:  # what readers raise for content that nobody should have written is not documented
         raise InputError(f"the checkpoint {folder} cannot be read: {error}") from None
-
-
-def _kind(tensor: torch.Tensor | None) -> str:
-    return "missing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-class _Named(FileSystem):
-    """Lists only the files of given names in a folder."""
-
-    def __init__(self, names: Iterable[str]):
-        super().__init__()
-        self.names = sorted(names)
-
-    def ls(self, path: str) -> list[str]:
-        return [str(Path(path) / name) for name in self.names]
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    """Return the checksum of each file of a checkpoint, as its marker says. Raises `OSError` and `DamagedFile`."""
-    sums = read_json(folder / MARKER, fields=(STATE,))
-    if len(sums) < 2 or not all(Path(name).name == name for name in sums):
-        raise DamagedFile(folder / MARKER, "it names no files of a checkpoint")
-    return sums
 
 
 def damage(folder: Path) -> str | None:
     """Say what is wrong with a checkpoint folder; None if it is whole."""
     try:
-        sums = _checksums(folder)
+        sums = read_json(folder / MARKER, fields=(STATE,))
     except OSError:
         return f"is incomplete ({MARKER} is missing)"
     except DamagedFile:
         return f"is damaged ({MARKER} is not readable)"
+    if len(sums) < 2 or not all(Path(name).name == name for name in sums):
+        return f"is damaged ({MARKER} names other files than those of a checkpoint)"
     for name, checksum in sums.items():
-        try:
-            found = _checksum(folder / name)
-        except OSError:  # it may be deleted just now
-            return f"is damaged ({name} is missing or no file)"
-        if found != checksum:
-            return f"is damaged ({name} has changed since it was written)"
+        if not (folder / name).is_file() or _checksum(folder / name) != checksum:  # a pipe would never end
+            return f"is damaged ({name} is missing or has changed since it was written)"
     return None
 
 
@@ -215,7 +186,7 @@ def finish(saving: Future) -> None:
         ) from error
 
 
-def latest(root: Path, expect: Expect = lambda _, found: found) -> Path | None:
+def latest(root: Path, expect: Callable | None = None) -> Path | None:
     """Return the latest checkpoint below `root` that passes a `check`; pass over others with a warning."""
     for folder in reversed(steps(root)):
         try:
@@ -250,7 +221,5 @@ def delete_steps(root: Path) -> None:
 
 
 def _checksum(path: Path) -> str:
-    if not path.is_file():  # a pipe would never end
-        raise OSError
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

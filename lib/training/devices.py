@@ -42,6 +42,15 @@ def peak_flops(device: "torch.device", dtype: str) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
+def memory(device: "torch.device") -> float:
+    """Return the bytes of memory of a device, or of this machine; infinitely many where that is not known (Windows)."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
+
+
 def usable_cores() -> int:
     """Return how many cores this process may keep busy, at least one: others may have a claim on the rest.
 

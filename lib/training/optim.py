@@ -88,14 +88,6 @@ def build_optimizers(
     return optimizers
 
 
-def state_like(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return examples of what one of `build_optimizers` has in its state, by parameter and slot, as in "3.step"."""
-    names = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
-    count = torch.empty((), device="meta")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {f"{i}.{name}": count if name == "step" else p for i, p in enumerate(parameters) for name in names}
-
-
 def schedule_factor(config: OptimConfig, step: int, total_steps: int) -> float:
     """Return the factor in (0, 1] of the peak rate in `step` (from 0) of `total_steps`.
 

@@ -35,8 +35,8 @@ from lib.model.transformer import Transformer
 from lib.paths import CLAIM, DATABASE, MODEL, ROW, read_json, write_json
 from lib.provenance import commit, provenance
 from lib.training import checkpoint
-from lib.training.devices import fastest_threads, resolve_device, usable_cores, using_threads
-from lib.training.distributed import Preempted, asked_to_leave, connect, local_device, world_size
+from lib.training.devices import fastest_threads, memory, resolve_device, usable_cores, using_threads
+from lib.training.distributed import Preempted, Ranks, asked_to_leave, connect, local_device, world_size
 from lib.training.monitor import check_observers
 from lib.training.saved import Claim, check_claim, copies, located, locked, read_claim, run_tokenizer, save_model
 from lib.training.trainer import Ending, Trainer
@@ -71,12 +71,12 @@ def run(
     check_observers(observers)
     if observers.probe_every and (compiled or world_size() > 1):
         raise InputError("probes watch a model that is not compiled, in a single process")
-    if threads is not None and threads < 1:
-        raise InputError(f"threads = {threads}: a run takes at least one")
+    if threads is not None and not 1 <= threads <= 1024:
+        raise InputError(f"threads = {threads}: a run takes at least one, and at most 1,024")
     commit()  # remembers the code that was imported, whatever is committed while the run goes on
     config_here = located(config, inputs)
     people, tokenizer = read_inputs(config_here)
-    with asked_to_leave() as asked, ExitStack() as stack, _full_disk_told():
+    with asked_to_leave() as asked, ExitStack() as stack, _no_room_told():
         files = {path: tokenize_file(inputs.get(path, path), tokenizer) for path in sorted(config.training.files)}
         claim = Claim(config, people.digest(), {path: folder.name for path, folder in files.items()}, tokenizer.name)
         check_claim(directory, claim)
@@ -84,6 +84,7 @@ def run(
         lock = locked(directory, claim)
         if not ranks.first_does(lambda: stack.enter_context(lock) or (directory / ROW).exists()):
             # Prepare: nothing is written, and what cannot be done is refused before the folder is claimed.
+            _check_memory(config, people, tokenizer, device, ranks)
             questions = tokenize_people(people, config.mode, tokenizer)
             data, sources = _dataset(config, people, tokenizer, questions, files)
             model = Transformer(config.model, torch.Generator().manual_seed(config.seed)).to(device)
@@ -101,6 +102,7 @@ def run(
             trainer = Trainer(model, data, config, directory, None, compiled, sources, ranks, replayed)
 
             ranks.first_does(lambda: _claim(directory, replace(claim, threads=threads), config_here, people))
+            trainer.check_directory = lambda: claim.check_stays(directory)
             asks = ranks.is_first and config.mode == "in-tool"
             tool = stack.enter_context(SqlTool(directory / DATABASE)) if asks else None
             facts = list(people.facts())
@@ -112,6 +114,7 @@ def run(
 
             def measure() -> None:
                 row = _row(model, config, people, tokenizer, tool, questions, ending, trainer.total_steps)
+                trainer.check_directory()
                 save_model(model, directory / MODEL, config, tokenizer.name)
                 write_json(directory / ROW, row)
                 checkpoint.delete_steps(directory / "checkpoints")
@@ -123,10 +126,14 @@ def run(
 
 
 @contextmanager
-def _full_disk_told() -> Iterator[None]:
-    """Make a full disk a `WorkError`: it is no mistake in the code."""
+def _no_room_told() -> Iterator[None]:
+    """Make a full disk, or memory, a `WorkError`: it is no mistake in the code."""
     try:
         yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("out of memory", "allocate memory")):
+            raise
+        raise WorkError("out of memory: give a smaller model or batch, or this command where there is more") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -164,6 +171,23 @@ def _dataset(
     return ConcatDialogs(parts) if files else join(parts), sources
 
 
+def _check_memory(config: RunConfig, people: People, tokenizer: Tokenizer, device: torch.device, ranks: Ranks) -> None:
+    """Raise `InputError` if there is less memory than weights, gradients, moments, tokens and a step take at least."""
+    model, training, n_facts = config.model, config.training, people.n_facts
+    some = tokenize_people(people[:: 1 + len(people) // 64], config.mode, tokenizer)
+    length, n_trained = len(some.values) / len(some), int(some.n_trained.sum()) / len(some)
+    # Numbers that a dialog leaves for the backward pass; the last block computes little more than trained positions.
+    left = 12 * model.d_model * ((model.n_layers - 1) * length + n_trained) + model.vocab_size * n_trained
+    n_rows = min(training.batch_size, n_facts) * training.questions / training.grad_accumulation / ranks.data_size
+    needed = 4 * model.n_params * (4 if config.optim.name == "adamw" else 3) / ranks.size
+    needed += 3 * n_facts * length + n_rows * left * (2 if training.dtype == "bfloat16" else 4)
+    if needed > (there := memory(device)):
+        raise InputError(
+            f"training {model.n_params:,} parameters on {n_facts:,} facts, {n_rows:,.0f} at once, takes at least "
+            f"{needed / 1e9:,.1f} GB of memory, and {device} has {there / 1e9:,.1f} GB: make one of these smaller"
+        )
+
+
 def _choose_threads(directory: Path, device: torch.device, trial: Callable[[], Trainer]) -> int:
     """Return how many threads a run computes with: those it began with, else those that its environment asks for.
 
@@ -189,19 +213,23 @@ def _pays_to_compile(config: RunConfig, device: torch.device) -> bool:
 
 def _claim(directory: Path, claim: Claim, config_here: RunConfig, people: People) -> None:
     """Write into the folder which run it belongs to, and the run's people and tokenizer: it trusts no file outside."""
-    if not (directory / CLAIM).exists():
-        claim.write(directory)
     own = copies(directory, claim.config)
-    if (copied := own.get(claim.config.facts.csv)) and not copied.exists():
-        write_people_csv(people, copied)
-    if (copied := own.get(claim.config.tokenizer)) and not copied.exists():
-        source = tokenizer_file(config_here.tokenizer)
-        with paths.replacing(copied) as temporary:
-            shutil.copyfile(source, temporary)
-        if load_tokenizer(str(copied)).name != claim.tokenizer:
-            copied.unlink()
-            raise InputError(f"{source} has changed while it was read: give a file that is finished")
-    write_database(people, directory / DATABASE)
+    with ExitStack() as undo:
+        if not (directory / CLAIM).exists():
+            for path in (directory / CLAIM, directory / DATABASE, *own.values()):
+                undo.callback(path.unlink, missing_ok=True)
+            claim.write(directory)
+        if (copied := own.get(claim.config.facts.csv)) and not copied.exists():
+            write_people_csv(people, copied)
+        if (copied := own.get(claim.config.tokenizer)) and not copied.exists():
+            source = tokenizer_file(config_here.tokenizer)
+            with paths.replacing(copied) as temporary:
+                shutil.copyfile(source, temporary)
+            if load_tokenizer(str(copied)).name != claim.tokenizer:
+                copied.unlink()
+                raise InputError(f"{source} has changed while it was read: give a file that is finished")
+        write_database(people, directory / DATABASE)
+        undo.pop_all()
 
 
 def _row(

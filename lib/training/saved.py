@@ -1,5 +1,6 @@
 """A run's folder: claimed for one configuration, locked while it trains, and opened again to ask and to talk to."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -9,18 +10,17 @@ from operator import itemgetter
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from lib.agent.generation import chat
 from lib.agent.tools import EditableTool, SqlTool
-from lib.base import DamagedFile, InputError
+from lib.base import DamagedFile, InputError, WorkError
 from lib.config import ModelConfig, RunConfig
 from lib.dialogs.templates import Role, Turn, question
 from lib.dialogs.tokenizers import Tokenizer, load_tokenizer
 from lib.facts.people import People
 from lib.facts.sampling import load_people, unseen_people
 from lib.model.transformer import Transformer
-from lib.paths import CLAIM, DATABASE, MODEL, PEOPLE, ROW, TOKENIZER, read_json, write_json
+from lib.paths import CLAIM, DATABASE, MODEL, PEOPLE, ROW, TOKENIZER, only_process, read_json, write_json
 from lib.training import checkpoint
 from lib.training.devices import resolve_device
 
@@ -41,6 +41,13 @@ class Claim:
         """Write it into the folder of the run."""
         write_json(directory / CLAIM, {**vars(self), "config": self.config.model_dump(mode="json")})
 
+    def check_stays(self, directory: Path) -> None:
+        """Raise `WorkError` unless it is still in the run's folder, with the database beside it."""
+        with suppress(InputError):
+            if read_claim(directory) == self and (directory / DATABASE).exists():
+                return
+        raise WorkError(f"{directory} was moved or deleted: put it back, and the same command goes on from there")
+
 
 def read_claim(directory: Path) -> Claim:
     """Return the claim in a run's folder; an `InputError` if there is none."""
@@ -53,15 +60,15 @@ def read_claim(directory: Path) -> Claim:
 
 def check_claim(directory: Path, claim: Claim) -> None:
     """Raise `InputError` unless `directory` is that run's, or free: what begins with a dot does not count."""
-    if (directory / CLAIM).exists():
+    if os.path.exists(directory / CLAIM):  # for a name that is too long `Path.exists` raises an error
         if read_claim(directory) != claim:
             raise InputError(
                 f"{directory} holds a run of another configuration or other people or dialogs or another tokenizer: "
                 "give another folder"
             )
-    elif directory.exists() and not directory.is_dir():
+    elif os.path.isfile(directory):
         raise InputError(f"{directory} is a file: give a new folder")
-    elif directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
+    elif os.path.isdir(directory) and any(not path.name.startswith(".") for path in directory.iterdir()):
         raise InputError(f"{directory} is not empty and holds no run: give a new folder")
 
 
@@ -71,12 +78,12 @@ def locked(directory: Path, claim: Claim) -> Iterator[None]:
 
     Raises `InputError` if it cannot be made, or as `check_claim` does.
     """
-    new = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    new = [folder for folder in (directory, *directory.parents) if not os.path.exists(folder)]
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {directory}: {error.strerror}") from None
-    with FileLock(directory / ".lock"):
+    with only_process(directory / ".lock"):
         try:
             check_claim(directory, claim)
             yield
@@ -169,8 +176,10 @@ def load_model(folder: Path, device: str = "auto") -> tuple[Transformer, RunConf
     if (folder / MODEL).is_dir():
         folder = folder / MODEL
     device = resolve_device(device)
-    tensors, state = checkpoint.load(folder, lambda state, _: without_weights(_config_of(state).model).state_dict())
-    config = _config_of(state)
+    tensors, state = checkpoint.load(
+        folder, lambda state, _: without_weights(RunConfig.parse(state.get("config")).model).state_dict()
+    )
+    config = RunConfig.parse(state["config"])
     if run_tokenizer(own_files(home, config)).name != state.get("tokenizer", "bytes"):
         raise InputError(f"{config.tokenizer} is not what the model in {folder} was trained with: give that file again")
     model = without_weights(config.model)
@@ -182,10 +191,6 @@ def without_weights(config: ModelConfig) -> Transformer:
     """Return a model whose parameters have shapes alone, until `load_state_dict` assigns them."""
     with torch.device("meta"):
         return Transformer(config)
-
-
-def _config_of(state: dict) -> RunConfig:
-    return RunConfig.parse(state.get("config"))
 
 
 # Conversations --------------------------------------------------------------------------------------------------------

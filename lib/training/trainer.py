@@ -23,7 +23,7 @@ from lib.training.devices import peak_flops
 from lib.training.distributed import ALONE, Preempted, Ranks, no_sync
 from lib.training.loss import IGNORED, Batch, Sums, batch_loss, compiled_batch_loss
 from lib.training.monitor import Monitor, SilentMonitor, Throughput
-from lib.training.optim import build_optimizers, clip_gradients, schedule_factor, set_learning_rate, state_like
+from lib.training.optim import Muon, build_optimizers, clip_gradients, schedule_factor, set_learning_rate
 
 #: Steps between two lines of metrics.
 LOG_EVERY = 50
@@ -89,6 +89,7 @@ class Trainer:
             raise InputError(
                 f"training.grad_accumulation = {n_parts}{each}, but there are batches of {smallest} dialogs only"
             )
+        self.check_directory: Callable[[], None] = lambda: None  # called before anything is written there
         self.counters = {"step": 0, "dialogs_seen": 0, "seconds": 0.0, "reached": 0, "hopeless": False}
         self.losses: list[torch.Tensor] = []  # of the last steps, in this rank: they add up over data ranks
         self.throughput = Throughput(peak_flops(model.device, training.dtype), ranks.size)
@@ -271,6 +272,7 @@ class Trainer:
         Raises `WorkError` if training has diverged: that must not take the place of a good checkpoint.
         """
         self.finish_saving()
+        self.ranks.first_does(self.check_directory)
         self.check_losses()
         if self.ranks.any(not are_finite(self.model.parameters())):
             raise diverged(f"the weights are not finite after step {self.counters['step']}")
@@ -308,31 +310,27 @@ class Trainer:
             groups = optimizer.state_dict()["param_groups"]  # as the configuration says, and the schedule sets them
             optimizer.load_state_dict({"state": slots, "param_groups": groups})
         self.losses = list(tensors["losses"].to(self.model.device) / self.ranks.data_size)
-        try:
-            torch.set_rng_state(tensors["random.cpu"])
-            if self.model.device.type == "cuda" and "random.cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["random.cuda"], self.model.device)
-        except RuntimeError as error:
-            raise InputError(f"the random state in {folder} cannot be used ({error}): delete this checkpoint") from None
+        torch.set_rng_state(tensors["random.cpu"])
+        if self.model.device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.model.device)
         self.counters |= state["counters"]
         if self.cuda_graph:
             self.cuda_graph = CudaGraph()  # optimizer state and rates have other memory now
 
     def _expect(self, state: dict, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return examples of the tensors of a checkpoint, laid out over the ranks; a ValueError for other counters."""
+        """Return tensors like those of a checkpoint, laid out over the ranks; a ValueError for impossible counters."""
         counters = {"step": None, **state.get("counters", {})}  # earlier versions had fewer
-        kinds, found_kinds = ({name: type(n) for name, n in some.items()} for some in (self.counters, counters))
-        if kinds | found_kinds != kinds or not all(0 <= n < math.inf for n in counters.values()):
+        if any(type(n) is not type(self.counters.get(name)) or not 0 <= n < math.inf for name, n in counters.items()):
             raise ValueError(f"its counters are {counters}")
         expected = {f"model.{name}": weight for name, weight in self.model.state_dict().items()}
-        for i, optimizer in enumerate(self.optimizers):
-            expected |= {f"optim.{i}.{name}": tensor for name, tensor in state_like(optimizer).items()}
         expected["losses"] = torch.empty(min(counters["step"], LOG_EVERY), device="meta")
-        expected["random.cpu"] = torch.get_rng_state()
-        if "random.cuda" in found:  # the run may have begun on another device
-            on_gpu = self.model.device.type == "cuda"
-            expected["random.cuda"] = torch.cuda.get_rng_state() if on_gpu else found["random.cuda"]
-        return expected
+        for i, optimizer in enumerate(self.optimizers):
+            slots = ["momentum_buffer"] if isinstance(optimizer, Muon) else ["exp_avg", "exp_avg_sq", "step"]
+            for j, weight in enumerate(weight for group in optimizer.param_groups for weight in group["params"]):
+                like = {"step": torch.empty((), device="meta")}
+                expected |= {f"optim.{i}.{j}.{slot}": like.get(slot, weight) for slot in slots}
+        of_gpu = {"random.cuda": torch.empty(16, dtype=torch.uint8, device="meta")} if "random.cuda" in found else {}
+        return expected | of_gpu | {"random.cpu": torch.get_rng_state()}
 
 
 def are_finite(weights: Iterable[torch.Tensor]) -> bool:

@@ -5,8 +5,6 @@ from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
-from filelock import FileLock
-
 from lib.agent.tools import SqlTool
 from lib.base import InputError
 from lib.config import RunConfig
@@ -14,7 +12,7 @@ from lib.dialogs.tokens import tokenize_people
 from lib.evaluation.recall import bits_of_dialogs, measure_recall
 from lib.facts.people import People
 from lib.model.transformer import Transformer
-from lib.paths import DATABASE, ROW, read_json
+from lib.paths import DATABASE, ROW, only_process, read_json
 from lib.training import checkpoint
 from lib.training.devices import resolve_device
 from lib.training.monitor import Record
@@ -37,7 +35,7 @@ def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = Fa
     config = read_claim(directory).config
     people = read_people(directory, config)
     with (
-        FileLock(directory / ".evaluations.lock"),  # a second process waits and finds everything measured
+        only_process(directory / ".evaluations.lock"),  # a second process waits and finds everything measured
         Record(directory / "evaluations.jsonl") as record,
     ):
         while True:
@@ -54,16 +52,12 @@ def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = Fa
 def _not_yet(directory: Path, config: RunConfig, measured: Collection[int]) -> Iterator[tuple[int, Transformer]]:
     """Yield the models of a run, and their steps, that are not measured yet."""
     weights = {f"model.{name}": weight for name, weight in without_weights(config.model).state_dict().items()}
-
-    def expect(_, found):
-        return {name: tensor for name, tensor in found.items() if not name.startswith("model.")} | weights
-
     for folder in checkpoint.steps(directory / "checkpoints"):
         step = checkpoint.step_of(folder)
         if step in measured:
             continue
         try:
-            tensors, _ = checkpoint.load(folder, expect)
+            tensors, _ = checkpoint.load(folder, lambda *_: weights)
         except (InputError, OSError):
             if checkpoint.damage(folder):  # or deleted by now
                 continue

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import forging
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -112,6 +113,10 @@ def _damage(name: str, change: Callable[[bytes], bytes] | None) -> Callable[[Pat
 def _flip(content: bytes) -> bytes:
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def _forged(kind: str) -> Callable[[Path], None]:
+    return lambda here: forging.FORGED[kind](here / "in-weight" / "model")
 
 
 def _database(sql: str) -> Callable[[Path], None]:
@@ -254,6 +259,55 @@ BAD = {
     ),
     "a checkpoint without its tensors": Bad(
         "recall in-weight", ("damaged", checkpoint.TENSORS, "missing"), _damage(checkpoint.TENSORS, None)
+    ),
+    "a checkpoint that is forged": Bad(
+        "recall in-weight", ("in-weight/model cannot be read", "object with fields"), _forged("an empty state")
+    ),
+    "weights that are no numbers": Bad("chat in-weight Hello?", ("q_proj.weight is not finite",), _forged("NaN")),
+    "weights that are too few": Bad(
+        "recall in-weight", ("do not fit its configuration", "torch.float32 [7, 8]"), _forged("another shape")
+    ),
+    "weights of another type": Bad("evaluate in-weight", ("do not fit", "torch.bool"), _forged("bool")),
+    "weights of terabytes": Bad("recall in-weight", ("parts of", "are missing"), _forged("offsets of 10^9")),
+    "a pipe in place of weights": Bad(
+        "chat in-weight Hello?", ("damaged", checkpoint.TENSORS, "missing"), _forged("a pipe in place of tensors")
+    ),
+    # Sizes and names
+    "a model that no machine holds": Bad(
+        "train --d-model 400000000 --out run", ("takes at least", "GB of memory", "cpu has", "smaller")
+    ),
+    "layers without end": Bad("train --set model.n_layers=10000000", ("model.n_layers", "less than or equal to 1000")),
+    "an integer of 10,000 digits": Bad(f"train --set training.steps={'9' * 10_000}", ("training.steps", "integer")),
+    "an integer of 4,000 digits": Bad(f"train --set model.d_model={'8' * 4_000}", ("model.d_model", "below 2^63")),
+    "a width of 4,000 digits": Bad(f"train --d-model {'8' * 4_000}", ("model.d_model", "below 2^63")),
+    "a value that is nested without end": Bad(f"train --set seed={'[' * 100_000}", ("seed", "integer", "[[[")),
+    "a field that is nested without end": Bad(
+        f"train --set training.files{'.a' * 30_000}=1", ("training.files", "number")
+    ),
+    "a configuration that is nested without end": Bad(
+        "train --config c.json", ("c.json is not JSON", "recursion"), _file("c.json", "[" * 100_000)
+    ),
+    "a configuration of 10,000 digits": Bad(
+        "train --config c.json", ("c.json is not JSON", "digits"), _file("c.json", f'{{"seed": {"9" * 10_000}}}')
+    ),
+    "a configuration with a name that no file has": Bad(
+        "train --config c.json", ("facts.csv", "NUL"), _file("c.json", '{"facts": {"csv": "a\\u0000b"}}')
+    ),
+    "a folder with NUL in its name": Bad("train --out a\0b", ("--out", "null")),
+    "a configuration with NUL in its name": Bad("train --config a\0b", ("--config", "null")),
+    "people with NUL in the name of their file": Bad("train --csv a\0b", ("facts.csv", "NUL")),
+    "a folder with a long name": Bad(f"train --out {'x' * 300}", ("cannot make the folder xxx", "File name too long")),
+    "a folder in one with a long name": Bad(f"train --out {'x' * 300}/run", ("cannot make the folder", "too long")),
+    "a configuration with a long name": Bad(f"train --config {'x' * 300}", ("cannot read", "File name too long")),
+    "people with a long name": Bad(f"train --csv {'x' * 300}", ("cannot read people", "File name too long")),
+    "a folder that leads to itself": Bad(
+        "train --out loop", ("cannot make the folder loop",), lambda here: (here / "loop").symlink_to("loop")
+    ),
+    "a configuration that leads to itself": Bad(
+        "train --config loop", ("loop", "symbolic links"), lambda here: (here / "loop").symlink_to("loop")
+    ),
+    "people that lead to themselves": Bad(
+        "train --csv loop", ("loop", "symbolic links"), lambda here: (here / "loop").symlink_to("loop")
     ),
     # Databases
     "a missing database": Bad("recall in-tool --database no.sqlite", ("there is no database no.sqlite",)),

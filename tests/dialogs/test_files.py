@@ -103,13 +103,29 @@ def test_lines_may_end_as_on_windows_and_the_last_one_not_at_all(tmp_path):
     _assert_same(open_dialogs(tokenize_file(tmp_path / "d.jsonl", TOKENIZER)), tokenize(many, TOKENIZER))
 
 
+@pytest.mark.parametrize("block", [1, 100, 1 << 20])
+def test_blank_lines_and_a_mark_at_the_start_do_not_count(tmp_path, monkeypatch, block):
+    monkeypatch.setattr("lib.dialogs.files._BLOCK", block)
+    many, path = list(islice(dialogs(sample_people(1), "in-tool"), 3)), tmp_path / "d.jsonl"
+    one, two, three = (json.dumps(dialog).encode() for dialog in many)
+    path.write_bytes(b"\xef\xbb\xbf\n\r\n" + one + b"\n\n" + two + b"\n \t\n" + b"\n" * 300 + three + b"\n\n  ")
+    _assert_same(open_dialogs(tokenize_file(path, TOKENIZER)), tokenize(many, TOKENIZER))
+    path.write_bytes(b"\xef\xbb\xbf" + one + b"\n\n\n" + two + b"\n\n{\n")
+    with pytest.raises(InputError, match=r"d\.jsonl, line 6: "):
+        tokenize_file(path, TOKENIZER)
+    for blank in (b"\n\n \r\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"):
+        path.write_bytes(blank)
+        with pytest.raises(InputError, match="holds no dialog"):
+            tokenize_file(path, TOKENIZER)
+    assert len(_folders()) == 1
+
+
 GOOD = '[["user", "Hi"], ["assistant", "Hello"]]'
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("", ["invalid JSON", "EOF"]),
         ("{", ["invalid JSON", "EOF"]),
         ("[" * 100_000, ["invalid JSON", "recursion limit"]),
         ("1" * 5_000, ["invalid JSON"]),
@@ -145,10 +161,19 @@ def test_a_bad_line_is_named_and_nothing_is_left(tmp_path, line, words):
 
 def test_files_that_are_empty_missing_or_no_files_are_refused(tmp_path):
     (tmp_path / "empty").touch()
-    for name, words in (("empty", "holds no dialog"), ("missing", "No such file"), (".", "Is a directory")):
+    for name, words in (("empty", "holds no dialog"), ("missing", "no such file"), (".", "no such file")):
         with pytest.raises(InputError, match=words):
             tokenize_file(tmp_path / name, TOKENIZER)
     assert _folders() == set()
+
+
+@pytest.mark.timeout(60)
+def test_what_cannot_be_read_twice_or_has_no_end_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path / "loop", tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match="no such file"):
+            tokenize_file(path, TOKENIZER)
 
 
 # ---- Once, and whole

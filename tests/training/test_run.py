@@ -13,12 +13,14 @@ from pathlib import Path
 import forging
 import pytest
 import torch
+from vocabularies import N_TEXT, train_bpe, write_ranks
 
 from lib import paths
 from lib.agent.tools import SqlTool
 from lib.base import InputError, WorkError
 from lib.config import Observers, RunConfig, override
 from lib.dialogs.tokenizers import ByteTokenizer
+from lib.dialogs.tokens import tokenize_people
 from lib.evaluation.recall import measure_recall
 from lib.facts.sampling import load_people
 from lib.model.transformer import Transformer
@@ -249,6 +251,158 @@ def test_what_is_refused_late_claims_no_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+LATE = {
+    "more parts of a batch than dialogs": ({"training.grad_accumulation": 17}, {}, "batches of 16 dialogs only"),
+    "tensor ranks that are not there": ({}, {"tensor": 2}, "tensor = 2 does not divide"),
+    "a device that is not there": ({}, {"device": "cuda:99"}, "no device"),
+    "a file of dialogs that is not there": ({"training.files": {"none.jsonl": 0.5}}, {}, "no such file"),
+    "a file of dialogs that holds none": ({"training.files": {os.devnull: 0.5}}, {}, "no such file"),
+    "a tokenizer that is none": ({"tokenizer": "none.json"}, {}, "is no tokenizer"),
+    "more columns than a database has": ({"facts": {"csv": "wide.csv"}}, {}, "too many columns"),
+    "a width beyond all memory": ({"model.d_model": 4 * 10**8}, {}, r"takes at least [\d,.]+ GB .* cpu has [\d,.]+ GB"),
+    "a vocabulary beyond all memory": ({"model.vocab_size": 10**12}, {}, r"takes at least [\d,.]+ GB"),
+    "layers beyond all memory": ({"model.n_layers": 999, "model.d_model": 10**6}, {}, r"takes at least [\d,.]+ GB"),
+}
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["folder", "no folder"])
+@pytest.mark.parametrize("kind", LATE)
+def test_after_a_refused_command_the_corrected_one_has_its_folder(tmp_path, monkeypatch, kind, there):
+    monkeypatch.chdir(tmp_path)
+    columns = [f"a{i}" for i in range(3000)]
+    (tmp_path / "wide.csv").write_text(f"name,{','.join(columns)}\nAnn,{','.join('x' for _ in columns)}\n")
+    assignments, options, words = LATE[kind]
+    directory = tmp_path / "new" / "run"
+    if there:
+        directory.mkdir(parents=True)
+    _refused(override(_config(), assignments), directory, words, **options)
+    assert directory.exists() == there
+    assert run(_config(training__steps=1), directory)["steps"] == 1
+
+
+def test_a_tokenizer_that_changes_while_it_is_read_claims_no_folder(tmp_path, monkeypatch):
+    file, copyfile = write_ranks(tmp_path / "bpe.tiktoken", train_bpe()), shutil.copyfile
+
+    def change_and_copy(source, target):
+        write_ranks(file, train_bpe(n_people=20))  # as many tokens, but others
+        copyfile(source, target)
+
+    config = _config(tokenizer=str(file), model__vocab_size=N_TEXT + 4, training__steps=1)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="has changed while it was read"):
+        patch.setattr(shutil, "copyfile", change_and_copy)
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert run(config, tmp_path / "run")["steps"] == 1
+
+
+def _machine_of(monkeypatch, n_bytes: float) -> None:
+    """From now on the machine has that much memory."""
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": round(n_bytes), "SC_PAGE_SIZE": 1}.__getitem__)
+
+
+@pytest.mark.parametrize(
+    "assignments",
+    [
+        {"training__batch_size": 64, "model__d_model": 8},  # the batch counts
+        {"training__batch_size": 4, "model__d_model": 128, "optim__name": "adamw"},  # weights and moments
+        {"training__batch_size": 64, "model__d_model": 64, "model__n_layers": 4, "training__grad_accumulation": 4},
+        {"training__batch_size": 64, "model__d_model": 32, "training__dtype": "bfloat16", "model__vocab_size": 5_000},
+    ],
+)
+def test_a_run_is_refused_where_it_cannot_fit_and_never_where_it_does(tmp_path, monkeypatch, assignments):
+    """Against what a step of it really keeps: weights, gradients, moments, and what autograd saves."""
+    config = _config(facts__n_people=20, training__steps=1, **assignments)
+    model, tokenizer = Transformer(config.model), ByteTokenizer()
+    data = tokenize_people(load_people(config.facts), config.mode, tokenizer)
+    trainer, kept, most = Trainer(model, data, config, tmp_path / "measured"), {}, []
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    backward = torch.Tensor.backward
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda x: (most.append(sum(kept.values())), kept.clear(), backward(x))
+    )
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        trainer.step()
+    monkeypatch.undo()
+    moments = [x for o in trainer.optimizers for s in o.state.values() for x in s.values()]
+    weights = sum(x.nbytes for x in (*moments, *model.parameters())) + sum(x.nbytes for x in model.parameters())
+    _machine_of(monkeypatch, (weights + max(most)) / 4)
+    _refused(config, tmp_path / "run", "takes at least")
+    _machine_of(monkeypatch, weights + max(most))
+    assert run(config, tmp_path / "run")["steps"] == 1
+
+
+def test_people_whose_tokens_do_not_fit_are_refused_before_there_are_any(tmp_path, monkeypatch):
+    _machine_of(monkeypatch, 10e6)
+    monkeypatch.setattr("lib.training.run.join", None)  # of what was tokenized
+    _refused(_config("in-tool", facts__n_people=10_000), tmp_path / "run", "40,000 facts, .* takes at least 0.0 GB")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried"), None])
+def test_memory_that_runs_out_is_one_sentence(tmp_path, monkeypatch, error):
+    def step(_):
+        if error:
+            raise error
+        torch.empty(2**60)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises((WorkError, MemoryError)) as caught:
+        run(_config(), tmp_path / "run")
+    assert isinstance(caught.value, MemoryError) or "out of memory: give a smaller" in str(caught.value)
+
+
+# ---- A folder that does not stay
+
+
+@pytest.mark.parametrize("mode", ["in-weight", "in-tool"])
+@pytest.mark.parametrize("what", ["moved", "deleted", "replaced", "config.json", "people.sqlite"])
+def test_a_run_whose_folder_goes_ends_with_one_sentence_and_writes_nothing_in_its_place(
+    tmp_path, monkeypatch, what, mode
+):
+    directory, measure = tmp_path / "run", measure_recall
+
+    def take_away(*arguments, **options):
+        if what == "moved":
+            directory.rename(tmp_path / "moved")
+        elif what in ("deleted", "replaced"):
+            shutil.rmtree(directory)
+        else:
+            (directory / what).unlink()
+        if what == "replaced":
+            write_json_of_another_run()
+        left.update(_snapshot(tmp_path))
+        return measure(*arguments, **options)
+
+    def write_json_of_another_run() -> None:
+        directory.mkdir()
+        (directory / "people.sqlite").touch()
+        write_json(directory / "config.json", {**claim, "people_digest": "of others"})
+
+    left: dict = {}
+    claim = {"config": _config(mode).model_dump(mode="json"), "people_digest": "", "files": {}, "tokenizer": "bytes"}
+    monkeypatch.setattr("lib.training.run.measure_recall", take_away)
+    with pytest.raises(WorkError, match=r"run was moved or deleted: put it back") as caught:
+        run(_config(mode, evaluation__every=7), directory)
+    assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
+    now = _snapshot(tmp_path)
+    assert {name for name in now if not name.endswith(".lock")} <= left.keys()
+    assert not (directory / "row.json").exists() and not (directory / "model").exists()
+
+
+def test_a_folder_that_is_put_back_goes_on_from_its_last_checkpoint(tmp_path, finished, monkeypatch):
+    config, reference, _ = finished
+    with monkeypatch.context() as patch, pytest.raises(WorkError, match="moved"):
+        patch.setattr("lib.training.run._row", lambda *_: (tmp_path / "run").rename(tmp_path / "moved"))
+        run(config, tmp_path / "run")
+    (tmp_path / "moved").rename(tmp_path / "run")
+    run(config, tmp_path / "run")
+    model = Path("model") / checkpoint.TENSORS
+    assert (tmp_path / "run" / model).read_bytes() == (reference / model).read_bytes()
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"config": {"a": 1}, "people_digest": ""}'])
 def test_a_damaged_claim_is_refused(tmp_path, content):
     (tmp_path / "run").mkdir()
@@ -270,8 +424,8 @@ def test_a_device_that_is_not_there_is_refused(tmp_path, device):
     _refused(_config(), tmp_path / "run", f"no device {device!r}", device=device)
 
 
-@pytest.mark.parametrize("threads", [0, -1])
-def test_a_run_takes_at_least_one_thread(tmp_path, threads):
+@pytest.mark.parametrize("threads", [0, -1, 10**9, 10**30])
+def test_a_run_takes_at_least_one_thread_and_no_more_than_a_machine_has(tmp_path, threads):
     _refused(_config(), tmp_path / "run", f"threads = {threads}", threads=threads)
 
 
