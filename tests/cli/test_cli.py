@@ -267,7 +267,7 @@ BAD = {
     "weights that are too few": Bad(
         "recall in-weight", ("do not fit its configuration", "torch.float32 [7, 8]"), _forged("another shape")
     ),
-    "weights of another type": Bad("evaluate in-weight", ("do not fit", "torch.bool"), _forged("bool")),
+    "weights of another type": Bad("chat in-weight Hello?", ("do not fit", "torch.bool"), _forged("bool")),
     "weights of terabytes": Bad("recall in-weight", ("parts of", "are missing"), _forged("offsets of 10^9")),
     "a pipe in place of weights": Bad(
         "chat in-weight Hello?", ("damaged", checkpoint.TENSORS, "missing"), _forged("a pipe in place of tensors")

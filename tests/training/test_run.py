@@ -394,8 +394,13 @@ def test_a_run_whose_folder_goes_ends_with_one_sentence_and_writes_nothing_in_it
 
 def test_a_folder_that_is_put_back_goes_on_from_its_last_checkpoint(tmp_path, finished, monkeypatch):
     config, reference, _ = finished
+
+    def move_and_measure(*arguments):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        return measure_recall(*arguments)
+
     with monkeypatch.context() as patch, pytest.raises(WorkError, match="moved"):
-        patch.setattr("lib.training.run._row", lambda *_: (tmp_path / "run").rename(tmp_path / "moved"))
+        patch.setattr("lib.training.run.measure_recall", move_and_measure)
         run(config, tmp_path / "run")
     (tmp_path / "moved").rename(tmp_path / "run")
     run(config, tmp_path / "run")
