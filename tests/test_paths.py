@@ -183,6 +183,8 @@ def test_one_function_writes_the_files_of_lib():
         "notebook/runner.py",  # in a temporary folder
         "notebook/widgets.py",  # in memory
     }
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EIO])
 def test_a_file_system_without_locks_is_one_sentence(tmp_path, monkeypatch, number):
     """As some network file systems answer."""
