@@ -72,18 +72,20 @@ def converse(console: Console, talks: Sequence[Conversation], read: Callable[[],
 def _obey(line: str, tools: Sequence[EditableTool], names: Sequence[str]) -> Iterable[str]:
     """What a command has to say, once it is done."""
     command, _, rest = line.partition(" ")
-    arguments = [part.strip() for part in rest.split("|")] if rest.strip() else []
-    if command == "/help" and not arguments:
+    name, parts = rest.strip(), rest.split("|")
+    if command == "/help" and not name:
         return [HELP]
-    if command == "/who" and not arguments:
+    if command == "/who" and not name:
         return names
-    if command not in ("/who", "/set") or len(arguments) != {"/who": 1, "/set": 3}[command]:
+    if command != "/who" and (command != "/set" or len(parts) < 3):
         raise InputError(f"{line!r} is not a command: /help lists them")
     if not tools:
         raise InputError("this model is in-weight and asks no database: there is nothing to look up or to change")
     if command == "/set":
-        name, attribute, value = arguments
+        # Names and values may hold bars, so the first attribute that there is between bars counts.
+        i = next((i for i, part in enumerate(parts[1:-1], 1) if part.strip() in tools[0].attributes), 1)
+        name, attribute, value = ("|".join(some).strip() for some in (parts[:i], parts[i : i + 1], parts[i + 1 :]))
         old, *_ = change_facts([tool.path for tool in tools], name, attribute, value)
         return [f"{attribute} of {name}: {old} -> {value}"]
-    facts = tools[0].facts(arguments[0])
+    facts = tools[0].facts(name)
     return [f"{attribute}: {value}" for attribute, value in facts.items()] or ["nobody of that name"]

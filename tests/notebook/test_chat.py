@@ -272,12 +272,12 @@ def test_the_enter_key_asks_once_whether_or_not_the_text_is_new(talk):
 # ---- In a terminal
 
 
-def converse(*lines: str, runs=(IN_TOOL, IN_WEIGHT), **options) -> str:
+def converse(*lines: str, runs=(IN_TOOL, IN_WEIGHT), database=None, **options) -> str:
     """What is printed while these lines are typed."""
     said = io.StringIO()
     console, left = Terminal(file=said, markup=False, highlight=False, soft_wrap=True, **options), iter(lines)
     with ExitStack() as stack:
-        talks = [stack.enter_context(open_conversation(run, device="cpu", editable=True)) for run in runs]
+        talks = [stack.enter_context(open_conversation(run, database, "cpu", editable=True)) for run in runs]
         terminal.converse(console, talks, lambda: next(left, ""))
     return said.getvalue()
 
@@ -314,6 +314,15 @@ def test_a_wrong_command_is_told_and_the_conversation_goes_on():
     assert said[4].startswith("nobody is called 'Nobody Atall'") and said[5] == "nobody of that name"
     assert "\n".join(said[6:]) == terminal.HELP
     assert "asks no database" in converse(f"/set {KNOWN} | birth_place | Kenya", runs=[IN_WEIGHT])
+
+
+def test_names_and_values_may_hold_the_bars_that_a_command_has(tmp_path):
+    write_database(People(["A|B", "pet | C"], {"pet": ["cat", "dog"], "city": ["Oslo", "Rome"]}), tmp_path / "bars.db")
+    lines = ["/set A|B | pet | x | y", "/who A|B", "/set pet | C | city | Bern", "/who pet | C", "/set A|B | age | 3"]
+    said = converse(*lines, runs=[IN_TOOL], database=tmp_path / "bars.db").splitlines()[1:]
+    assert said[:3] == ["pet of A|B: cat -> x | y", "pet: x | y", "city: Oslo"]
+    assert said[3:6] == ["city of pet | C: Rome -> Bern", "pet: dog", "city: Bern"]
+    assert said[6].startswith("unknown attribute 'B'")
 
 
 def test_what_one_of_two_databases_refuses_is_changed_in_neither():
