@@ -323,7 +323,8 @@ class Trainer:
         if any(type(n) is not type(self.counters.get(name)) or not 0 <= n < math.inf for name, n in counters.items()):
             raise ValueError(f"its counters are {counters}")
         expected = {f"model.{name}": weight for name, weight in self.model.state_dict().items()}
-        expected["losses"] = torch.empty(min(counters["step"], LOG_EVERY), device="meta")
+        n_losses, dtype = min(counters["step"], LOG_EVERY), self.model.embedding.weight.dtype
+        expected["losses"] = torch.empty(n_losses, dtype=dtype, device="meta")
         for i, optimizer in enumerate(self.optimizers):
             slots = ["momentum_buffer"] if isinstance(optimizer, Muon) else ["exp_avg", "exp_avg_sq", "step"]
             for j, weight in enumerate(weight for group in optimizer.param_groups for weight in group["params"]):

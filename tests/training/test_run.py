@@ -382,10 +382,10 @@ def test_a_run_whose_folder_goes_ends_with_one_sentence_and_writes_nothing_in_it
         write_json(directory / "config.json", {**claim, "people_digest": "of others"})
 
     left: dict = {}
-    claim = {"config": _config(mode).model_dump(mode="json"), "people_digest": "", "files": {}, "tokenizer": "bytes"}
+    claim = {"config": _config(mode).model_dump(mode="json"), "files": {}, "tokenizer": "bytes"}
     monkeypatch.setattr("lib.training.run.measure_recall", take_away)
     with pytest.raises(WorkError, match=r"run was moved or deleted: put it back") as caught:
-        run(_config(mode, evaluation__every=7), directory)
+        run(_config(mode, evaluation__every=7, training__checkpoint_every=100), directory)
     assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
     now = _snapshot(tmp_path)
     assert {name for name in now if not name.endswith(".lock")} <= left.keys()
