@@ -3,14 +3,14 @@
 import hashlib
 import json
 from pathlib import Path
-from reprlib import repr as brief  # of what may be long, or deep
+from reprlib import repr as brief  # inputs may be long, or deeply nested
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 
 class InputError(ValueError):
-    """Something a user gave cannot be used.
+    """The user's input cannot be used.
 
     The message is one sentence: what was wrong, where, and what is accepted. The command line prints it
     and exits with `exit_code`; a notebook shows it as the last line of the traceback.
@@ -29,7 +29,7 @@ class WorkError(RuntimeError):
 
 
 class DamagedFile(WorkError):
-    """A file that a run wrote holds something else now: a power cut, a full disk, an editor."""
+    """A file that a run wrote was damaged since: by a power cut, a full disk, an editor."""
 
     def __init__(self, path: Path, reason: str):
         super().__init__(f"{path} is damaged ({reason}): delete it and start again what wrote it")
@@ -77,7 +77,7 @@ class Config(BaseModel):
 
     @classmethod
     def _group(cls) -> str:
-        """Return the name of this group in a run's configuration: `model` for ModelConfig, none for RunConfig."""
+        """Return this group's name in a run's configuration: `model` for ModelConfig, empty for RunConfig."""
         return cls.__name__.removesuffix("Config").lower().removeprefix("run")
 
     @classmethod
@@ -96,8 +96,8 @@ class Config(BaseModel):
 class Identified(Config):
     """Everything that decides the outcome of one run.
 
-    Its canonical JSON leaves out defaults, so that a field added later changes no id. The run's id is its hash. A
-    default is therefore never changed once there are rows: that would give old ids another meaning. Add a field, or
+    Its canonical JSON leaves out defaults, so that a field added later changes no id. The run's id is its hash. So
+    never change a default once there are rows: old ids would get another meaning. Add a field, or
     set the value where it is used.
     """
 

@@ -31,9 +31,9 @@ PUBLISHING = ("laptop", "paper")
 #: What a run's folder holds.
 CLAIM, DATABASE, ROW, MODEL = "config.json", "people.sqlite", "row.json", "model"
 ROWS = "rows.json"  # of a fine-tuning: a row a checkpoint
-#: Copies, in a run's folder, of files that its configuration names: what becomes of those does not matter to it.
-PEOPLE, TOKENIZER = "people.csv", "tokenizer"  # and the suffix of its kind
-#: Bytes; a run's own files take far less.
+#: A run's copies of the files that its configuration names; the originals may change or go.
+PEOPLE, TOKENIZER = "people.csv", "tokenizer"  # plus the suffix of its format
+#: Maximum bytes to read; a run's own files take far less.
 LARGEST_JSON = 256 << 20
 
 
@@ -44,7 +44,7 @@ def check_checkout() -> None:
 
 
 def runs() -> Path:
-    """The folder of everything that can be made again: runs of a checkout, or of the current folder without one."""
+    """The folder of everything reproducible: runs/ of the checkout or, without one, of the current folder."""
     return Path(os.environ.get("ITL_RUNS") or (ROOT if NOTEBOOKS.is_dir() else Path.cwd()) / "runs")
 
 
@@ -56,7 +56,7 @@ def profile_dir(profile: str) -> Path:
 
 
 def figures(profile: str) -> Path:
-    """Where a profile's figures go: figures/ for those that publish, runs/<profile>/figures for the others.
+    """The folder of a profile's figures: figures/ for those that publish, runs/<profile>/figures for the others.
 
     `ITL_FIGURES` overrides both: the notebook runner collects figures there until the notebook has succeeded.
     """
@@ -66,16 +66,16 @@ def figures(profile: str) -> Path:
 
 
 def check_output(path: Path, kind: str = "") -> Path:
-    """Return where `path` leads as a link. A device, a folder, or nothing in a folder is an `InputError`."""
+    """Return `path` with links resolved. Raises `InputError` unless it is a file, or new in an existing folder."""
     target = Path(os.path.realpath(path))
-    # A device would be replaced; of a circle of links, one is left.
+    # A device would be replaced; a cycle of links does not resolve.
     if (os.path.lexists(target) and not target.is_file()) or not target.parent.is_dir():
         raise InputError(f"cannot write {kind}{path}: a file name in an existing folder is expected")
     return target
 
 
 def check_distinct(**files: str | Path | None) -> None:
-    """Raise `InputError` if two of a command's files, by the options that name them, are one: it would be lost."""
+    """Raise `InputError` if two options of a command name the same file: it would be lost."""
     for (one, a), (other, b) in combinations(((name, path) for name, path in files.items() if path), 2):
         if os.path.realpath(a) == os.path.realpath(b) or all(map(os.path.exists, (a, b))) and os.path.samefile(a, b):
             raise InputError(f"--{one} and --{other} name the same file, which would be lost: give another")
@@ -83,7 +83,7 @@ def check_distinct(**files: str | Path | None) -> None:
 
 @contextmanager
 def replacing(path: Path, kind: str = "") -> Iterator[Path]:
-    """Give a temporary file beside `path` that takes its place at the end, or is gone after an error.
+    """Yield a temporary file that replaces `path` at the end, or is deleted after an error.
 
     Raises `InputError` as `check_output` does, and `WorkError` where the disk is full or the folder read-only.
     """
@@ -113,13 +113,13 @@ def only_process(lock: str | Path, timeout: float = -1) -> Iterator[None]:
 
 
 def sync(file: Path) -> None:
-    """Wait until a file is on the disk: a rename may otherwise survive a power cut that its content does not."""
-    with file.open("r+b") as opened:  # Windows flushes only what may be written
+    """Flush a file to disk; else a rename may survive a power cut and the content may not."""
+    with file.open("r+b") as opened:  # Windows flushes only writable files
         os.fsync(opened.fileno())
 
 
 def write_json(path: Path, content: dict | list) -> None:
-    """Write JSON under a temporary name, then rename: the file is whole or absent."""
+    """Write JSON atomically, by a rename: the file is whole or absent."""
     with replacing(path) as temporary:
         temporary.write_text(to_json(content, indent=1), encoding="utf-8")
 
@@ -145,7 +145,7 @@ def read_json(path: Path, kind: type = dict, fields: Iterable[str] = ()) -> Any:
 
 
 def whole(paths: Iterable[Path], read: Callable[[Path], Any]) -> Iterator[tuple[Path, Any]]:
-    """Yield each file with what `read` makes of it; one that cannot be read is told and passed over."""
+    """Yield each file with `read` of it; an unreadable one is reported and skipped."""
     for path in paths:
         try:
             yield path, read(path)

@@ -13,16 +13,16 @@ from lib.base import InputError
 from lib.facts.people import People, comparable
 from lib.paths import replacing
 
-#: What no name and no value may hold: control characters, and what would end a request.
+#: Forbidden in names and values: control characters, and the fence that would end a request.
 FORBIDDEN = re.compile(r"[\x00-\x1f\x7f]|```")
-#: Between cells stands the first of these that the header has, unless a line before it names one, as Excel's do.
+#: The delimiter is the first of these in the header, unless a `sep=;` line before it names one, as in Excel's.
 _DELIMITERS = ",;\t|"
 
 
 def read_people_csv(path: str | Path) -> People:
     """Read people from a CSV file with a header: the column `name`, and every other column is an attribute.
 
-    Dropped are blanks around a cell, lines and last columns without any text, and a first column that only counts.
+    Drops blanks around cells, empty lines, empty trailing cells, and a first column of row numbers.
     Raises `InputError` if the file cannot be read, columns or cells are missing, two names are `comparable`, a column
     is not letters, digits and underscores, or a cell holds something of `FORBIDDEN`.
     """
@@ -57,7 +57,7 @@ def write_people_csv(people: People, path: str | Path) -> None:
 
 
 def _read(path: str | Path) -> list[list[str]]:
-    """Return the cells of the header and of each person, as far as a line has text, without blanks around them."""
+    """Return the stripped cells of the header and of each person, without empty lines and trailing cells."""
     try:
         with open(path, "rb") as file:
             start = file.peek(4)[:4]
@@ -71,7 +71,7 @@ def _read(path: str | Path) -> list[list[str]]:
             reader = csv.reader(lines if named else chain([first], lines), delimiter=delimiter, strict=True)
             try:
                 return list(filter(None, map(_cells, reader)))
-            except csv.Error as error:  # most often an open quote, which goes on to the end of the file
+            except csv.Error as error:  # most often an unclosed quote, which runs to the end of the file
                 raise ValueError(f"{error} in or before line {reader.line_num}, is there a quote too many?") from None
     except (OSError, ValueError) as error:
         hint = " (save it as CSV UTF-8)" if isinstance(error, UnicodeDecodeError) else ""
@@ -93,7 +93,7 @@ def _without_counter(rows: list[list[str]]) -> list[list[str]]:
 
 
 def _check_header(path: str | Path, header: list[str]) -> None:
-    """Raise `InputError` unless a header has `name` and attributes that requests, SQL and tables of results take."""
+    """Raise `InputError` unless a header has `name`, and attributes valid in requests, SQL and result tables."""
     if "name" not in header:
         raise InputError(f"{path} has no column 'name' among {', '.join(header)}: the first line names the columns")
     for column in header:

@@ -1,4 +1,4 @@
-"""The SQLite database of people: written, opened, copied, changed. Nothing that others put into one is trusted."""
+"""The SQLite database of people: written, opened, copied, changed. A file's content is never trusted."""
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,12 +12,12 @@ from lib.facts.csv import FORBIDDEN
 from lib.facts.people import People, comparable
 from lib.paths import replacing
 
-#: Seconds for a statement about all people: to copy them, to search their names.
+#: Time budget, in seconds, of a statement over all people: copying them, searching their names.
 WHOLE_TABLE = 30.0
-#: Reading tables, recursively too. A reader is refused everything else: writing, ATTACH, PRAGMA, VACUUM, functions.
+#: A reader may read tables, recursively too. All else is denied: writing, ATTACH, PRAGMA, VACUUM, functions.
 _READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE}
 _HELD = " (another program may be writing to it, or its folder refuses locks and new files: copy it to a local folder)"
-#: What SQLite leaves unsaid, by its error codes.
+#: Hints that SQLite's messages lack, by error code.
 _HINTS = {
     **dict.fromkeys((sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_IOERR), _HELD),
     **dict.fromkeys((sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY), _HELD),
@@ -29,10 +29,10 @@ _HINTS = {
 def write_database(people: People, path: str | Path) -> None:
     """Store people as the SQLite table `people` (key: name, one text column per attribute), replacing the file.
 
-    The file is whole or, after an `InputError`, as it was.
+    After an error the file is as it was.
     """
     with refusing("write", path), replacing(Path(path), "the database ") as temporary:
-        rows = sorted(_rows(people), key=itemgetter(0))  # in the order of the key the tree fills from left to right
+        rows = sorted(_rows(people), key=itemgetter(0))  # sorted by key, the B-tree is filled from left to right
         _fill(temporary, people.attributes, rows, " TEXT NOT NULL", "INSERT")
 
 
@@ -69,19 +69,19 @@ def connect_read_only(path: str | Path, time_budget: float = 1.0) -> GuardedConn
 def copy_people(source: GuardedConnection, attributes: Sequence[str], path: Path) -> None:
     """Copy the rows of the table or view `people` into a new database: no trigger, view or rule comes along.
 
-    Cells keep their types. Of several people of one name the first is copied, and nobody without a name.
+    Cells keep their types. Of people with the same name only the first is copied; people without a name are skipped.
     """
     source.time_budget = WHOLE_TABLE
     source.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 100_000_000)
     columns = ", ".join(f"people.{quoted(column)}" for column in ("name", *attributes))
-    rows = (row for row in source.execute(f"SELECT {columns} FROM people"))  # in Python, where Ctrl-C is heard
+    rows = (row for row in source.execute(f"SELECT {columns} FROM people"))  # iterate in Python, where Ctrl-C works
     _fill(path, attributes, rows, "", "INSERT OR IGNORE")
 
 
 def add_people(people: People, path: str | Path) -> None:
     """Add people to a database; a person who is there already gets the new facts.
 
-    Adds all of them or, with an `InputError`, nobody. They must have the attributes of the database, all of them.
+    Adds all of them or, with an `InputError`, nobody. Their attributes must be exactly those of the database.
     """
     columns = ", ".join(map(quoted, ("name", *people.attributes)))
     values = f"?{', ?' * len(people.attributes)}"
@@ -109,13 +109,13 @@ def change_facts(paths: Iterable[str | Path], name: str, attribute: str, value: 
 
 
 def attribute_columns(connection: sqlite3.Connection) -> list[str]:
-    """Return the columns of the table `people` besides `name`; without table or name it is an sqlite3.Error."""
+    """Return the columns of the table `people` besides `name`; raises sqlite3.Error if either is missing."""
     columns = connection.execute("SELECT people.name, * FROM people LIMIT 0").description
     return [column for column, *_ in columns if column.lower() != "name"]
 
 
 def spelling(connection: sqlite3.Connection, name: str) -> str:
-    """Return how the database spells a name: as given or, if nobody is called that, as somebody who is `comparable`."""
+    """Return how the database spells a name: as given or, if absent, as the first `comparable` name."""
     if connection.execute("SELECT 1 FROM people WHERE people.name = ?", (name,)).fetchone():
         return name
     wanted, names = comparable(name), (other for (other,) in connection.execute("SELECT people.name FROM people"))
@@ -128,23 +128,23 @@ def quoted(column: str) -> str:
 
 
 def interrupted(error: Exception) -> bool:
-    """Return whether SQLite stopped a statement because it was told to. Errors of Python's own have no code."""
+    """Return whether SQLite stopped a statement on request. Errors of Python itself have no code."""
     return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT
 
 
 @contextmanager
 def refusing(deed: str, path: str | Path) -> Iterator[None]:
-    """Turn what SQLite or the system refuses into an `InputError`, a full disk into a `WorkError`; both name `path`."""
+    """Turn errors of SQLite or the system into an `InputError`, a full disk into a `WorkError`; both name `path`."""
     try:
         yield
-    except (OSError, sqlite3.Error, UnicodeError) as error:  # the last: half a character, to be stored or read
+    except (OSError, sqlite3.Error, UnicodeError) as error:  # UnicodeError: half a character, stored or read
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         kind = WorkError if code == sqlite3.SQLITE_FULL else InputError
         raise kind(f"cannot {deed} the database {path}: {error}{_HINTS.get(code, '')}") from None
 
 
 def _fill(path: Path, attributes: Sequence[str], rows: Iterable[Sequence], kind: str, insert: str) -> None:
-    """Make a database of people in a file that does not exist; after an error it must be thrown away."""
+    """Create a database of people at a new path; after an error the file must be deleted."""
     columns = "".join(f", {quoted(attribute)}{kind}" for attribute in attributes)
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("PRAGMA journal_mode = OFF")
@@ -176,7 +176,7 @@ def _changes(path: str | Path) -> Iterator[sqlite3.Connection]:
 
 
 def _connect(path: str | Path, mode: str, time_budget: float) -> GuardedConnection:
-    """Open a database of whatever content: mode "ro", or "rw", which no trigger and no view can use; wait for locks."""
+    """Open an untrusted database, waiting for locks: mode "ro", or "rw", which denies triggers and views."""
     if not Path(path).is_file():
         raise InputError(f"there is no database {path}")
     uri, timeout = f"{Path(path).absolute().as_uri()}?mode={mode}", min(time_budget, 5.0)
@@ -185,12 +185,12 @@ def _connect(path: str | Path, mode: str, time_budget: float) -> GuardedConnecti
     for pragma in ("temp_store = MEMORY", "trusted_schema = OFF", "cell_size_check = ON"):
         connection.execute(f"PRAGMA {pragma}")
     if mode == "ro":
-        connection.execute("BEGIN")  # all reads see one state; locking the file for each would take most of the time
+        connection.execute("BEGIN")  # one snapshot for all reads; a lock for each would take most of the time
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000)
     connection.set_progress_handler(lambda: monotonic() > connection.deadline, 10_000)
 
     def authorize(action: int, _1, _2, _3, origin: str | None) -> int:
-        allowed = action in _READS if mode == "ro" else origin is None  # else it is a trigger or view that asks
+        allowed = action in _READS if mode == "ro" else origin is None  # else a trigger or view asks
         return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
 
     connection.set_authorizer(authorize)

@@ -17,14 +17,14 @@ def bits_per_person() -> float:
 def entropy_bits_per_person(n_people: int, seed: int = 0, alpha: float = 0.0, law: Law = OURS) -> float:
     """Return the joint entropy of the facts of `sample_people(n_people, seed, alpha, law=law)`, in bits per person.
 
-    It is given the names, and not the families' values. Exact at alpha 0 and 1, else within 0.1% (see below).
+    Conditional on the names, not on the families' values. Exact at alpha 0 and 1, else within 0.1% (see below).
     """
     return sum(entropy_bits_by_attribute(n_people, seed, alpha, law).values())
 
 
 @cache
 def entropy_bits_by_attribute(n_people: int, seed: int = 0, alpha: float = 0.0, law: Law = OURS) -> dict[str, float]:
-    """Return `entropy_bits_per_person` of each attribute: given the names, attributes are independent."""
+    """Return `entropy_bits_per_person` by attribute: given the names, attributes are independent."""
     FactsConfig(n_people=n_people, seed=seed, alpha=alpha, **law._asdict())
     _, _, last = name_codes(0, n_people, seed, law)
     sizes = np.bincount(last)
@@ -57,7 +57,7 @@ def family_entropies(max_members: int, n_values: int, alpha: float, n_draws: int
     # If c_f members show f, its posterior is r^c_f / S, S = sum_f r^c_f, of entropy log S - log r sum_f c_f r^c_f / S.
     counts = np.zeros((n_draws, n_values), np.int32)
     log_s, log_sum = np.full(n_draws, log(n_values)), np.full(n_draws, -inf)  # of S and of sum_f c_f r^c_f
-    left = np.zeros(max_members + 1)  # H(F | X): large families settle what their value is
+    left = np.zeros(max_members + 1)  # H(F | X): large families reveal their value
     for m in members:
         left[m] = np.mean(log_s - log_r * np.exp(log_sum - log_s)) / log(2)
         if left[m] < 1e-9:

@@ -30,7 +30,7 @@ ATTRIBUTES = tuple(VALUES)
 SHARED = ATTRIBUTES[1:]
 FIRST_NAMES = {"train": _words("first_names"), "unseen": _words("unseen_first_names")}
 LAST_NAMES = {"train": _words("last_names"), "unseen": _words("unseen_last_names")}
-#: Between first and last name stands nothing until every plain pair is used up, then an initial.
+#: Middle names: none until every first-last pair is used up, then an initial.
 MIDDLES = ("", *(f"{letter}. " for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
 #: 437 x 388 x 27 = 4,578,012 distinct names.
 MAX_PEOPLE = len(FIRST_NAMES["train"]) * len(LAST_NAMES["train"]) * len(MIDDLES)
@@ -53,7 +53,7 @@ class Law(NamedTuple):
         return FIRST_NAMES["train"][: self.n_first_names], LAST_NAMES["train"][: self.n_families]
 
     def values(self, attribute: str, alpha: float) -> tuple[str, ...]:
-        """Return the values that an attribute can have where facts correlate by `alpha`."""
+        """Return the values that an attribute can have at correlation `alpha`."""
         values = VALUES[attribute]
         if self.value_lists == "cut" and attribute in SHARED:
             values = values[: max(2, int((1 - alpha) * len(values)))]
@@ -70,7 +70,7 @@ LAWS = {"ours": OURS, "released": RELEASED}
 
 
 class FactsConfig(Config):
-    """The people that a model is to know: `n_people` sampled ones, or all people of a CSV file.
+    """The people that a model learns: `n_people` sampled ones, or all people of a CSV file.
 
     `alpha` is the probability that a person takes a family's value; `n_first_names`, `n_families` and `value_lists` are
     the `Law`. With `csv` the file alone decides: `n_people` and `seed` are ignored.
@@ -148,7 +148,7 @@ class People:
 
 
 def comparable(name: str) -> str:
-    """Return a name as names are compared: characters composed (NFC), every run of blanks, of any kind, one space."""
+    """Return a name in the form in which names are compared: NFC, with every run of blanks made one space."""
     return " ".join(unicodedata.normalize("NFC", name).split())
 
 

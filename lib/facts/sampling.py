@@ -11,7 +11,7 @@ from lib.facts.people import FIRST_NAMES, LAST_NAMES, MIDDLES, OURS, SHARED, VAL
 #: Unseen people by what is new in their names: the first name, the last name (Section 5.2).
 UNSEEN = {"new_pair": (False, False), "new_first": (True, False), "new_last": (False, True), "new_both": (True, True)}
 
-#: Every draw is one position of a stream of its own, so the first n people are the same whatever n is.
+#: Every draw is at a fixed position of its own stream, so the first n people are the same for every n.
 _ORDER, _MIDDLE_ORDER, _OWN_VALUE, _FOLLOWS_FAMILY, _FAMILY_VALUE, _UNSEEN = range(6)
 
 
@@ -25,8 +25,8 @@ def load_people(config: FactsConfig) -> People:
 def sample_people(n: int, seed: int = 0, alpha: float = 0.0, start: int = 0, law: Law = OURS) -> People:
     """Return people `start` to `start + n` of the sequence that `seed` and `law` define (Section 5).
 
-    A person has the family's birth place, address and occupation with probability `alpha`, each for itself, and an
-    independent draw otherwise. Names do not depend on `alpha`, nor a family's values on its members.
+    A person has the family's birth place, address and occupation with probability `alpha`, each independently, and a
+    separate draw otherwise. Names do not depend on `alpha`, nor a family's values on its members.
 
     Raises `InputError` for values that `FactsConfig` refuses and where the names run out.
     """
@@ -66,8 +66,8 @@ def name_codes(start: int, n: int, seed: int, law: Law) -> tuple[np.ndarray, np.
 def unseen_people(config: FactsConfig, n: int) -> dict[str, People]:
     """Return `n` people of each kind of `UNSEEN`, or as many as exist; none is among the sampled people of `config`.
 
-    A new name is in no list that is trained on; any other is the name of somebody among the people of `config`. Facts
-    are independent draws. Raises `InputError` for people of a CSV file: which names would be new is not known.
+    A new name is in no training list; any other belongs to somebody among the people of `config`. Facts
+    are independent draws. Raises `InputError` for people of a CSV file: new names are not known there.
     """
     if config.csv is not None:
         raise InputError(f"the people of {config.csv} are all there are: unseen people exist for sampled ones only")
@@ -91,7 +91,7 @@ def unseen_people(config: FactsConfig, n: int) -> dict[str, People]:
 def _uniform(start: int, n: int, seed: int, *stream: int) -> np.ndarray:
     """Return numbers `start` to `start + n` of a stream, uniform on [0, 1).
 
-    They are made from the raw bits of PCG64, which are the same in all versions of numpy, unlike `Generator`'s numbers.
+    Made from PCG64's raw bits, which are the same in all versions of numpy, unlike the numbers of `Generator`.
     """
     bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=stream))
     return (bits.advance(start).random_raw(n) >> np.uint64(11)) * 2.0**-53
