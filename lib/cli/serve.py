@@ -29,7 +29,7 @@ def serve(
 
         def leave(*_) -> None:
             stack.close()
-            os._exit(0)  # a thread waits for the standard input, and Python would wait for the thread
+            os._exit(0)  # a thread is blocked on stdin, and Python would wait for it
 
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.signal(number, leave))
@@ -44,7 +44,7 @@ def serve(
             work, where = server.http(offered, listening), f"http://{server.HOST}:{listening.getsockname()[1]}/mcp"
         else:
             work, where = server.stdio(offered), "stdin and stdout"
-        told = Terminal(stderr=True, highlight=False, soft_wrap=True, markup=False)  # stdout is the protocol's
+        told = Terminal(stderr=True, highlight=False, soft_wrap=True, markup=False)  # stdout carries the protocol
         told.print(f"serving {file} at {where}; Ctrl-C ends it")
         logging.disable()  # the packages log what clients say
         asyncio.run(work)

@@ -1,4 +1,4 @@
-"""The commands of `itl` that speak with Slurm."""
+"""The commands of `itl` that use Slurm."""
 
 from shlex import quote
 from typing import Annotated
@@ -30,14 +30,14 @@ Script = Annotated[bool, typer.Option("--dry-run", help="only print the script t
 @submit.command("train")
 @takes(config=RUN, observers=OBSERVERS, how=HOW, resources=RESOURCES)
 def submit_train(config, observers, how, resources, out: Out = None, dry_run: Script = False) -> None:
-    """Train one model, with one process a GPU (without GPUs, one a node). It goes on after a time limit."""
+    """Train one model, with one process a GPU (without GPUs, one a node). It resumes after a time limit."""
     _submit(tasks.train(config, run_folder(config, out), observers, how), resources, dry_run)
 
 
 @submit.command("finetune")
 @takes(config=FINETUNE, resources=RESOURCES)
 def submit_finetune(config, resources, out: Out = None, device: Device = "auto", dry_run: Script = False) -> None:
-    """Fine-tune one model, with one process a GPU (without GPUs, one a node). It goes on after a time limit."""
+    """Fine-tune one model, with one process a GPU (without GPUs, one a node). It resumes after a time limit."""
     _submit(tasks.finetune(config, run_folder(config, out, "finetune"), device), resources, dry_run)
 
 
@@ -113,7 +113,7 @@ def status(name: Annotated[str | None, typer.Argument(help="of a submission (def
 
 
 def cancel(name: Submitted) -> None:
-    """End the jobs of a submission. What they finished stays, and itl retry goes on from there."""
+    """Cancel the jobs of a submission. Finished work stays, and itl retry resumes from there."""
     from lib.slurm import submissions
 
     console.print(f"{submissions.cancel(submissions.find(name))} jobs cancelled")

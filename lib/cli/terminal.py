@@ -17,7 +17,7 @@ HELP = """\
 /help                           this
 an empty line                   ends the conversation"""
 
-#: A backtick opens the request that ends a turn of the assistant, so what comes from there on is one.
+#: A backtick opens the request that ends an assistant's turn: all text from there on is the request.
 REPLY, REQUEST, DATABASE, NOTE = "green", "bold yellow", "magenta", "dim"
 
 
@@ -44,8 +44,8 @@ def answer(console: Console, talks: Sequence[Conversation], text: str, **options
 def converse(console: Console, talks: Sequence[Conversation], read: Callable[[], str], **options) -> None:
     """Answer the lines that `read` gives, questions and commands (see `HELP`), until one is empty.
 
-    Unseen people are added to the copied databases first. A bad command prints one sentence, and the conversation goes
-    on.
+    Unseen people are added to the copied databases first. A bad command prints one sentence, and the conversation
+    continues.
     """
     tools = [talk.tool for talk in talks if isinstance(talk.tool, EditableTool)]
     unseen = next((talk for talk in talks if talk.tool), talks[0]).unseen()
@@ -70,7 +70,7 @@ def converse(console: Console, talks: Sequence[Conversation], read: Callable[[],
 
 
 def _obey(line: str, tools: Sequence[EditableTool], names: Sequence[str]) -> Iterable[str]:
-    """What a command has to say, once it is done."""
+    """Run a command and return its message."""
     command, _, rest = line.partition(" ")
     name, parts = rest.strip(), rest.split("|")
     if command == "/help" and not name:
@@ -82,7 +82,7 @@ def _obey(line: str, tools: Sequence[EditableTool], names: Sequence[str]) -> Ite
     if not tools:
         raise InputError("this model is in-weight and asks no database: there is nothing to look up or to change")
     if command == "/set":
-        # Names and values may hold bars, so the first attribute that there is between bars counts.
+        # Names and values may hold bars: split at the first attribute that exists between bars.
         i = next((i for i, part in enumerate(parts[1:-1], 1) if part.strip() in tools[0].attributes), 1)
         name, attribute, value = ("|".join(some).strip() for some in (parts[:i], parts[i : i + 1], parts[i + 1 :]))
         old, *_ = change_facts([tool.path for tool in tools], name, attribute, value)
