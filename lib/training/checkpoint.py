@@ -2,8 +2,8 @@
 
 A checkpoint is a folder. It is written under a temporary name, its completeness marker last, and then renamed, so a
 folder with a marker is whole; the marker holds a checksum of every file, so damage is noticed, not loaded, and other
-files in the folder are not read. Ranks that share the weights out write a file each; any number of ranks, or a single
-process, can read them.
+files in the folder are not read. Ranks that shard the weights (FSDP2) write a file each; any number of ranks, or a
+single process, can read them.
 """
 
 import hashlib
@@ -36,11 +36,11 @@ TENSORS, STATE, MARKER = "tensors.safetensors", "state.json", "COMPLETE.json"
 def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
     """Write a checkpoint atomically: after a crash at any moment `folder` is whole or absent, never a mixture.
 
-    What a crashed writer left is cleared away by the next one; there must be only one at a time.
+    The next writer deletes what a crashed one left; there must be only one at a time.
     """
     temporary = _begin(folder)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    (temporary / TENSORS).write_bytes(to_bytes(tensors))  # `save_file` would hide that a disk is full
+    (temporary / TENSORS).write_bytes(to_bytes(tensors))  # `save_file` would hide a full disk
     _commit(temporary, folder, to_json(state))
 
 
@@ -49,7 +49,7 @@ def _begin(folder: Path) -> Path:
     temporary = folder.with_name(f".{folder.name}.tmp")
     for leftover in (temporary, _replaced(folder)):
         shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True, exist_ok=True)  # another rank may be as fast
+    temporary.mkdir(parents=True, exist_ok=True)  # another rank may create it first
     return temporary
 
 
@@ -58,7 +58,7 @@ def _replaced(folder: Path) -> Path:
 
 
 def _commit(temporary: Path, folder: Path, state: str) -> None:
-    """Make the tensors in `temporary` a whole checkpoint and give it its name."""
+    """Complete the checkpoint in `temporary` and rename it to `folder`."""
     (temporary / STATE).write_text(state, encoding="utf-8")
     # Some systems put hidden files beside those that are written.
     written = sorted(path for path in temporary.iterdir() if not path.name.startswith("."))
@@ -74,7 +74,7 @@ def _commit(temporary: Path, folder: Path, state: str) -> None:
 
 
 def load(folder: Path, expect: Callable | None = None, ranks: Ranks = ALONE) -> tuple[dict[str, torch.Tensor], dict]:
-    """Return the expected tensors of a checkpoint, and its state, after a `check`; a DTensor reads this rank's part."""
+    """Return a checkpoint's expected tensors and its state, after a `check`; a DTensor reads this rank's shard."""
     state, expected, reader = check(folder, expect)
     tensors = {name: torch.empty_like(x, device="cpu" if x.is_meta else x.device) for name, x in expected.items()}
     try:
@@ -85,10 +85,10 @@ def load(folder: Path, expect: Callable | None = None, ranks: Ranks = ALONE) -> 
 
 
 def check(folder: Path, expect: Callable | None = None) -> tuple[dict, Mapping, dcp.HuggingFaceStorageReader]:
-    """Return the state of a checkpoint, what is expected of its tensors, and their reader; take no memory for them.
+    """Return a checkpoint's state, its expected tensors and their reader; allocate no memory for them.
 
-    expect(state, found): returns tensors of the shapes and types that those in the file must have; `found` are these,
-    without content. What begins like none of the expected names ("model.", say) is not read. None: all is as expected.
+    expect(state, found): returns tensors of the shapes and types that the file must have; `found` are the file's, on
+    the meta device. Names with another prefix than the expected ("model.", say) are not read. None: accept all.
 
     Raises `InputError` if it is missing, damaged or not as expected, or holds numbers that are not finite.
     """
@@ -115,12 +115,12 @@ def check(folder: Path, expect: Callable | None = None) -> tuple[dict, Mapping, 
             with safe_open(file, "pt") as tensors:
                 for name in expected.keys() & tensors.keys():
                     if name == "random.cpu":
-                        torch.Generator().set_state(tensors.get_tensor(name))  # an error if it cannot be one
-                    # Squares of gradients may overflow: the weights do not suffer.
+                        torch.Generator().set_state(tensors.get_tensor(name))  # raises for an invalid state
+                    # Squared gradients may overflow without harm to the weights.
                     elif not name.startswith("optim.") and not tensors.get_tensor(name).isfinite().all():
                         raise ValueError(f"{name} is not finite")
         return state, expected, reader
-    except Exception as error:  # what readers raise for content that nobody should have written is not documented
+    except Exception as error:  # what readers raise for malformed content is not documented
         raise InputError(f"the checkpoint {folder} cannot be read: {error}") from None
 
 
@@ -135,13 +135,13 @@ def damage(folder: Path) -> str | None:
     if len(sums) < 2 or not all(Path(name).name == name for name in sums):
         return f"is damaged ({MARKER} names other files than those of a checkpoint)"
     for name, checksum in sums.items():
-        if not (folder / name).is_file() or _checksum(folder / name) != checksum:  # a pipe would never end
+        if not (folder / name).is_file() or _checksum(folder / name) != checksum:  # reading a pipe would never end
             return f"is damaged ({name} is missing or has changed since it was written)"
     return None
 
 
 class _StepWriter(dcp.HuggingFaceStorageWriter):
-    """Has every rank write a file; then the first makes them a whole checkpoint and deletes old ones."""
+    """Lets every rank write a file; then the first rank completes the checkpoint and deletes old ones."""
 
     def __init__(self, folder: Path, state: str, keep: int):
         super().__init__(str(folder.with_name(f".{folder.name}.tmp")), save_distributed=True)
@@ -156,7 +156,7 @@ class _StepWriter(dcp.HuggingFaceStorageWriter):
         _commit(Path(self.path), self.folder, self.state)
         found = steps(self.folder.parent)
         here = found.index(self.folder) + 1
-        # Later ones are damaged: this run has passed over them.
+        # Later ones are damaged: this run skipped them.
         for folder in found[: max(0, here - self.keep)] + found[here:]:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -164,9 +164,9 @@ class _StepWriter(dcp.HuggingFaceStorageWriter):
 def save_step(
     root: Path, step: int, tensors: dict[str, torch.Tensor], state: dict, keep: int, ranks: Ranks = ALONE
 ) -> Future:
-    """Begin to write the checkpoint of one step below `root`, after which all but the latest `keep` are deleted.
+    """Begin to write the checkpoint of one step below `root`; then all but the latest `keep` are deleted.
 
-    Tensors and state are copied at once and may change then; `finish` waits for the rest.
+    Tensors and state are copied at once and may change afterwards; `finish` waits for the write.
     """
     writer = _StepWriter(root / f"step_{step:08d}", to_json(state), keep)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -187,7 +187,7 @@ def finish(saving: Future) -> None:
 
 
 def latest(root: Path, expect: Callable | None = None) -> Path | None:
-    """Return the latest checkpoint below `root` that passes a `check`; pass over others with a warning."""
+    """Return the latest checkpoint below `root` that passes a `check`; skip others with a warning."""
     for folder in reversed(steps(root)):
         try:
             check(folder, expect)
@@ -216,7 +216,7 @@ def delete_steps(root: Path) -> None:
     """Delete all checkpoints of `save_step` below `root`, and what a crashed writer left."""
     for folder in (*steps(root), *(path for path in root.glob(".step_*") if _HIDDEN.fullmatch(path.name))):
         shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):  # not there, or somebody keeps something in it
+    with suppress(OSError):  # missing, or other files are in it
         root.rmdir()
 
 

@@ -45,23 +45,23 @@ class CudaGraph:
         if self._warmed_up < WARM_UP:
             self._warmed_up += 1
             usual = torch.cuda.current_stream(device)
-            self._stream = self._stream or torch.cuda.Stream(device)  # not the usual one, as CUDA asks for
+            self._stream = self._stream or torch.cuda.Stream(device)  # a side stream, as CUDA requires
             self._stream.wait_stream(usual)
             with torch.cuda.stream(self._stream), warnings.catch_warnings():
-                # PyTorch's optimizers warn of a step that could be captured and is not: it will be.
+                # PyTorch's optimizers warn that a capturable step is not captured; later it is.
                 warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
                 yield inputs
             usual.wait_stream(self._stream)
             return
         graph, held = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
-        # A thread that writes a checkpoint may go on meanwhile.
+        # A thread that writes a checkpoint may continue meanwhile.
         with (
             torch.cuda.device(device),
             torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
         ):
             yield held
         self._graph, self._inputs = graph, held
-        graph.replay()  # capturing runs nothing
+        graph.replay()  # capture only records, so run it
 
     def replay(self, inputs: Sequence[torch.Tensor]) -> None:
         """Run the captured work on `inputs`; a ValueError if their shapes are not those captured."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 #: Floating-point operations a second of dense matrix products in bfloat16, as NVIDIA states them, by part of the name.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-#: How much faster more threads must be to be worth another core.
+#: Speed-up that more threads must bring to be worth it.
 WORTH_A_CORE = 1.1
 
 
@@ -52,7 +52,7 @@ def memory(device: "torch.device") -> float:
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may keep busy, at least one: others may have a claim on the rest.
+    """Return how many cores this process may keep busy, at least one: the rest may belong to others.
 
     It is the minimum of the CPU affinity (taskset, Slurm), the container's CPU quota, and SLURM_CPUS_PER_TASK (for
     Slurm without binding).
@@ -65,7 +65,7 @@ def usable_cores() -> int:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Yield the quotas of CPU time, in cores, of this process's control group and of all that it is part of."""
+    """Yield the quotas of CPU time, in cores, of this process's control group and its ancestors."""
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, group = line.split(":", 2)
@@ -74,7 +74,7 @@ def _quotas(root: Path) -> Iterator[float]:
             top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")  # version 1 has a folder for each controller
             here = top / group.lstrip("/")
             for folder in (here, *here.parents):
-                with suppress(OSError, ValueError):  # no quota, or not for this process to see
+                with suppress(OSError, ValueError):  # no quota, or not readable
                     if controllers:
                         quota, period = (
                             (folder / f"cpu.cfs_{name}_us").read_text(encoding="utf-8") for name in ("quota", "period")
@@ -88,9 +88,9 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def fastest_threads(step: Callable[[], object], most: int, rounds: int = 5) -> int:
-    """Return how many threads, of 1, 2, 4, ... up to `most`, make `step` fast, by a few steps of each in turn.
+    """Return how many threads, of 1, 2, 4, ... up to `most`, make `step` fast, from a few steps of each in turn.
 
-    Medians count, and more threads only where they save a tenth of the time: beside a busy process each thread that
+    Medians are compared, and more threads must save a tenth of the time: beside a busy process each thread that
     loses its core makes all others wait, so one thread is often faster than two.
     """
     choices = [n for n in (2**i for i in range(most.bit_length())) if n <= most]
@@ -111,7 +111,7 @@ def fastest_threads(step: Callable[[], object], most: int, rounds: int = 5) -> i
 
 @contextmanager
 def using_threads(n: int) -> Iterator[None]:
-    """Compute with `n` threads within."""
+    """Use `n` threads within the context."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,7 +1,7 @@
-"""Several processes that train one model: how its weights lie on them, and the signals that ask them to leave.
+"""Distributed training of one model: its sharding over processes, and the signals that ask them to exit.
 
-Processes are started by torchrun, or by Slurm through submitit; they find each other by the variables that these set.
-Without those variables a process is alone, and everything here does nothing.
+Processes are started by torchrun, or by Slurm through submitit; they find each other by environment
+variables that these set. Without them there is a single process, and everything here does nothing.
 """
 
 import atexit
@@ -30,25 +30,25 @@ if TYPE_CHECKING:  # sharding and tensor parallelism take most of a second to im
 
 
 class Preempted(WorkError):
-    """A signal asked the process to leave; a checkpoint is written, the same command goes on from there."""
+    """A signal asked the process to exit; a checkpoint is written, and the same command resumes from it."""
 
     exit_code = 75  # EX_TEMPFAIL: try again
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, and how they divide it: data ranks take parts of a batch, tensor ranks of a matrix."""
+    """The processes of a run, and their parallelism: data ranks split a batch, tensor ranks split each matrix."""
 
     rank: int = 0
     size: int = 1
     mesh: "DeviceMesh | None" = None  # (data ranks, tensor ranks)
-    sharded: bool = False  # data ranks share the weights out (FSDP2) instead of each having all of them (DDP)
-    cpu_group: dist.ProcessGroup | None = None  # for what the hosts tell each other while their devices are busy
+    sharded: bool = False  # data ranks shard the weights (FSDP2) instead of replicating them (DDP)
+    cpu_group: dist.ProcessGroup | None = None  # for messages between hosts while their devices are busy
     saving_group: dist.ProcessGroup | None = None  # for the threads that write checkpoints meanwhile
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that writes, measures and speaks."""
+        """Whether this process is the one that writes, measures and prints."""
         return self.rank == 0
 
     @property
@@ -60,14 +60,14 @@ class Ranks:
         return self.mesh["data"].get_local_rank() if self.mesh else 0
 
     def wrap(self, model: Transformer) -> nn.Module:
-        """Lay the weights of `model` out over the ranks, in place; return the module to call for a training step."""
+        """Distribute the weights of `model` over the ranks, in place; return the module to call in a training step."""
         if self.mesh is None:
             return model
         if self.mesh["tensor"].size() > 1:
             _split_matrices(model, self.mesh["tensor"])
         if self.data_size == 1:
             return model
-        # DDP does not know weights that are split already, so beside split matrices data ranks share out.
+        # DDP cannot replicate DTensors, so with tensor parallelism data ranks use FSDP2.
         if self.sharded or self.mesh["tensor"].size() > 1:
             from torch.distributed.fsdp import fully_shard
 
@@ -77,7 +77,7 @@ class Ranks:
         return DistributedDataParallel(model, process_group=self.mesh["data"].get_group())
 
     def full_model(self, model: Transformer) -> Transformer:
-        """Return the model with all of its weights in this process: itself where they are. Every rank has to ask."""
+        """Return the model with full weights in this process, itself if it has them. Every rank must call this."""
         parameters = dict(model.named_parameters())
         if not any(map(_is_divided, parameters.values())):
             return model
@@ -135,7 +135,7 @@ def is_first() -> bool:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """Return the process's own GPU where there are several processes; an `InputError` if there are too few GPUs."""
+    """Return this process's own GPU if there are several processes; an `InputError` if there are too few GPUs."""
     if world_size() == 1 or device.type != "cuda":
         return device
     rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -148,8 +148,8 @@ def local_device(device: torch.device) -> torch.device:
 def connect(device: torch.device, config: ModelConfig, sharded: bool = False, tensor: int = 1) -> Iterator[Ranks]:
     """Join the other processes that train a model of this `config`, each on its `local_device`.
 
-    sharded: data ranks share the weights out. tensor: so many ranks split each matrix, and the groups of so many divide
-    the batch. An impossible division is an `InputError`; a rank that dies makes the others raise `WorkError`.
+    sharded: data ranks shard the weights (FSDP2). tensor: number of ranks that split each matrix; groups of this size
+    split the batch. An impossible split is an `InputError`; a rank that dies makes the others raise `WorkError`.
     """
     size = world_size()
     if tensor < 1 or size % tensor:
@@ -159,13 +159,13 @@ def connect(device: torch.device, config: ModelConfig, sharded: bool = False, te
     if size == 1:
         yield ALONE
         return
-    # Two sums where a tensor is divided in two ways, and views that a sharded block returns: harmless here.
+    # Two all-reduces for a tensor on a 2D mesh, and views returned by an FSDP2 block: harmless here.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module returned a view")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        if not dist.is_initialized():  # once: a process that leaves and joins again finds the keys of the last time
+        if not dist.is_initialized():  # once: a process that rejoins would find old keys in the store
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
             atexit.register(_disconnect)
         from torch.distributed.device_mesh import init_device_mesh
@@ -195,17 +195,17 @@ def _is_of_the_network(error: RuntimeError) -> bool:
 
 
 def _is_divided(tensor: torch.Tensor) -> bool:
-    """Return whether ranks have parts of it: whether it is a DTensor."""
+    """Return whether it is a DTensor, whose ranks hold parts."""
     return hasattr(tensor, "full_tensor")
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return all of a tensor of which this rank has a part; every rank has to ask."""
+    """Return the full tensor of a DTensor; every rank must call this."""
     return tensor.full_tensor() if _is_divided(tensor) else tensor
 
 
 def distribute_like(example: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Return `tensor`, which every rank has in full, laid out over the ranks as `example` is."""
+    """Return `tensor`, which every rank has in full, distributed like `example`."""
     if not _is_divided(example):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -215,7 +215,7 @@ def distribute_like(example: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor
 
 @contextmanager
 def no_sync(module: nn.Module) -> Iterator[None]:
-    """Keep gradients in each rank within: for all parts of a batch but the last."""
+    """Do not synchronize gradients within: for all micro-batches but the last."""
     if isinstance(module, DistributedDataParallel):
         with module.no_sync():
             yield
@@ -231,7 +231,7 @@ def no_sync(module: nn.Module) -> Iterator[None]:
 
 
 def _split_matrices(model: Transformer, mesh: "DeviceMesh") -> None:
-    """Split heads and hidden units over tensor ranks, embedding and output by vocabulary: two sums a block."""
+    """Split heads and hidden units over tensor ranks, embedding and output by vocabulary: two all-reduces a block."""
     from torch.distributed.tensor import DTensor, Replicate, distribute_module
     from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
@@ -268,7 +268,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(s
 
 @contextmanager
 def asked_to_leave() -> Iterator[threading.Event]:
-    """Yield an event that is set when a signal asks this process to leave; the earlier handlers come back after."""
+    """Yield an event that is set when a signal asks this process to exit; restore earlier handlers afterwards."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield event

@@ -13,7 +13,7 @@ IGNORED = -100
 
 
 class Batch(NamedTuple):
-    """The part of a step's batch that is computed at once."""
+    """A micro-batch of a training step."""
 
     tokens: torch.Tensor  # (B, S) int64
     targets: torch.Tensor  # (B, S - first) int64: what follows the positions from `first` on, or IGNORED
@@ -32,7 +32,7 @@ def summed_loss(logits: torch.Tensor, targets: torch.Tensor, gamma: float = 0.0)
     """Return the focal loss of logits (..., V) at targets (...), with no loss where these are IGNORED.
 
     A target's cross-entropy has the weight (1 - p)^gamma, p the model's probability of it (Lin et al., 2017), through
-    which no gradient flows: what is known already no longer counts. `gamma` = 0 is plain cross-entropy.
+    which no gradient flows, so known targets count less. `gamma` = 0 is plain cross-entropy.
     """
     if logits.dtype == torch.bfloat16:
         logits = logits.float()
@@ -42,7 +42,7 @@ def summed_loss(logits: torch.Tensor, targets: torch.Tensor, gamma: float = 0.0)
         return Sums(total, (targets != IGNORED).sum(), total)
     losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")  # zero where IGNORED
     unsure = -torch.expm1(-losses.detach())
-    # Where everything is known all weights are equal, not zero.
+    # If all targets are known, weights are equal, not zero.
     weights = unsure.clamp(min=torch.finfo(torch.float32).eps) ** gamma * (targets != IGNORED)
     return Sums((weights * losses).sum(), weights.sum(), losses.detach().sum())
 
@@ -55,7 +55,7 @@ def batch_loss(model: nn.Module, batch: Batch, gamma: float) -> Sums:
 def compiled_batch_loss(model: nn.Module, example: Batch, gamma: float) -> Callable[[nn.Module, Batch, float], Sums]:
     """Return `batch_loss` with its elementwise work fused by torch.compile, for batches of any shape.
 
-    The example is computed once, gradients included, to see whether compiling works. Where it fails, for want of a
+    The example is computed once, gradients included, to see whether compiling works. If not, without a
     compiler or because a killed process left half a library, this warns and returns `batch_loss` as it is.
     """
     compiled = torch.compile(batch_loss, dynamic=True)

@@ -1,4 +1,4 @@
-"""Progress and metrics of a run while it trains: a bar and JSON lines always, the rest on request."""
+"""Progress and metrics of a run while it trains: always a bar and JSON lines, the rest on request."""
 
 import json
 import time
@@ -20,7 +20,7 @@ from lib.training.profiling import profiled
 
 
 def check_observers(observers: Observers) -> None:
-    """Raise `InputError` if something that is asked for is not installed, or has no account."""
+    """Raise `InputError` if a requested observer is not installed, or has no account."""
     if observers.tensorboard:
         _summary_writer()
     if observers.wandb:
@@ -33,9 +33,9 @@ class Record:
     """Lines of JSON about steps, as {"step": 50, "loss": 2.5}: readable while they are written, and after a kill."""
 
     def __init__(self, path: Path, last: float = inf):
-        """Continue what is there, without a half-written line and those about steps after `last`."""
+        """Continue the file, but drop a half-written line and those of steps after `last`."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        check_output(path)  # a pipe is not read, it would never end
+        check_output(path)  # reading a pipe would never end
         kept = [line for line in read_record(path) if line["step"] <= last] if path.exists() else []
         with replacing(path) as temporary:
             temporary.write_text("".join(f"{to_json(line)}\n" for line in kept), encoding="utf-8")
@@ -72,13 +72,13 @@ class Monitor:
         with ExitStack() as stack:
             self.tensorboard = self.wandb = None
             if observers.tensorboard:
-                # purge_step hides what TensorBoard was told after the last checkpoint.
+                # purge_step hides TensorBoard's events after the last checkpoint.
                 writer = _summary_writer()(directory / "tensorboard", purge_step=step + 1)
                 self.tensorboard = stack.enter_context(writer)
             self.metrics = stack.enter_context(Record(directory / "metrics.jsonl", step))
             if observers.wandb:
                 self.wandb = stack.enter_context(_wandb_run(observers.wandb, directory))
-            if observers.probe_every:  # a reading at `step` is of the step that comes next
+            if observers.probe_every:  # probes at `step` are of the next step
                 self.probes = stack.enter_context(Record(directory / "probes.jsonl", step - 1))
             self.bar = stack.enter_context(progress(total, description, initial=step))
             self._end_step = lambda: None
@@ -87,7 +87,7 @@ class Monitor:
             self._stack = stack.pop_all()
 
     def log(self, step: int, **metrics: float) -> None:
-        """Write down the metrics after `step` steps."""
+        """Log the metrics after `step` steps."""
         self.metrics.write(step, **metrics)
         if self.tensorboard:
             for name, value in metrics.items():
@@ -98,7 +98,7 @@ class Monitor:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Probe the activations of the training step of `model` within, when that is due."""
+        """Probe the activations of the training step within, when a probe is due."""
         if self.probe_every and self.step % self.probe_every == 0:
             with probe(model) as rows:
                 yield
@@ -121,7 +121,7 @@ class Monitor:
 
 
 class SilentMonitor(nullcontext):
-    """Takes the place of a `Monitor` in all ranks but the first, which speaks for all."""
+    """Replaces `Monitor` in all ranks but the first, which logs for all."""
 
     def __enter__(self):
         return self
@@ -156,13 +156,13 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time within."""
+        """Exclude the time within."""
         started = time.perf_counter()
         yield
         self.since += time.perf_counter() - started
 
     def read(self) -> dict[str, float]:
-        """Return the rates, and begin again. On a GPU the steps must be done: wait for their losses first."""
+        """Return the rates, and restart. On a GPU, first wait for the losses: the steps must be done."""
         seconds = time.perf_counter() - self.since
         rates = {"tokens_per_second": self.tokens / seconds, "tflops": self.flops / seconds / 1e12}
         if self.peak:
@@ -175,7 +175,7 @@ def read_record(path: Path) -> list[dict]:
     """Return all whole lines that a `Record` wrote, oldest first."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        # What a power cut left, or the half-written last line of a process that was killed, or is writing.
+        # Left by a power cut, or the half-written last line of a killed or running process.
         with suppress(ValueError, RecursionError):
             if isinstance(line := json.loads(text), dict) and isinstance(line.get("step"), int):
                 lines.append(line)
@@ -210,7 +210,7 @@ def _wandb() -> Iterator[ModuleType]:
 
 
 def _wandb_run(project: str, directory: Path):
-    """Return the run of Weights & Biases that belongs to `directory`: an interrupted one goes on as the same."""
+    """Return the run of Weights & Biases that belongs to `directory`: an interrupted one is resumed."""
     name = directory / "wandb" / "id"
     if not name.exists():
         name.parent.mkdir(parents=True, exist_ok=True)

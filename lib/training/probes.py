@@ -1,4 +1,4 @@
-"""What activations and their gradients look like while a model trains: four moments of every named tensor."""
+"""Statistics of activations and their gradients during training: four moments of every named tensor."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-#: What is computed of the elements of a tensor. Skewness and excess kurtosis are 0 for a normal distribution.
+#: Statistics of the elements of a tensor. Skewness and excess kurtosis are 0 for a normal distribution.
 MOMENTS = ("mean", "std", "skew", "kurtosis")
 
 
@@ -17,7 +17,7 @@ def probe(model: nn.Module) -> Iterator[list[dict]]:
 
     The list is filled at the end with {"tensor": name of the submodule, "of": "output" or "gradient", and `MOMENTS`},
     None where a moment is not defined, of constant tensors. Moments are over all elements, padding included, and all
-    passes together: a batch computed in parts gives what it gives in one. Only passes that record gradients count. The
+    passes together: micro-batches give what the whole batch gives. Only passes that record gradients count. The
     model has to be called as it is: not compiled, not wrapped.
     """
     seen: dict[tuple[str, str], list[torch.Tensor]] = defaultdict(list)
@@ -25,7 +25,7 @@ def probe(model: nn.Module) -> Iterator[list[dict]]:
     def watch(name: str, output: object) -> None:
         if isinstance(output, torch.Tensor) and output.requires_grad:
             seen[name, "output"].append(output.detach())
-            # On the tensor: a module's backward hook would pass it through another node, and warn of the embedding.
+            # A tensor hook: a module's backward hook would add an autograd node, and warn of the embedding.
             output.register_hook(lambda gradient: seen[name, "gradient"].append(gradient.detach()))
 
     rows: list[dict] = []

@@ -1,4 +1,4 @@
-"""What a training step spends its time and memory on: torch.profiler over some steps."""
+"""Time and memory of training steps, by operator: torch.profiler over some steps."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from lib.paths import replacing
 
-#: Steps before those that are recorded. The first finds memory, chooses kernels and may compile; then the profiler
+#: Steps before those that are recorded. The first allocates memory, chooses kernels and may compile; then the profiler
 #: itself is slow at first.
 WAIT, WARM_UP = 3, 2
 
@@ -28,7 +28,7 @@ def profiled(folder: Path, n_steps: int) -> Iterator[Callable[[], None]]:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / "trace.json") as temporary:
             profiler.export_chrome_trace(str(temporary))
-            if not temporary.exists():  # torch goes on, and leaves a part
+            if not temporary.exists():  # torch continues, with a partial file
                 Path(f"{temporary}.tmp").unlink(missing_ok=True)
                 raise OSError("torch could not finish it, the disk may be full")
         order = "self_device_time_total" if on_gpu else "self_cpu_time_total"

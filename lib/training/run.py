@@ -3,7 +3,7 @@
 The folder of a run holds `config.json`, `people.sqlite`, copies of the files with its people and its tokenizer,
 `metrics.jsonl`, `checkpoints/`, and once it is finished `model/` (weights alone) and `row.json`; beside them, what
 observers write (`lib.config.Observers`) and `evaluations.jsonl` (`lib.training.watch`). A finished run is never
-repeated; one that was killed goes on.
+repeated; a killed one resumes.
 """
 
 import copy
@@ -60,8 +60,8 @@ def run(
     compiled: whether to use torch.compile; None: only for long, unprobed runs of one process on a CPU. On a GPU, steps
     are replayed from a CUDA graph instead. observers: extra logging. It does not change training, except that probes
     turn off CUDA graphs, which changes rounding. Several processes may train one run; all of them call this, and
-    sharded and tensor say how they divide it (`lib.training.distributed.connect`). inputs: where files lie now, by the
-    paths that the configuration names. threads: of the CPU; None keeps those that the run began with, and a new run
+    sharded and tensor set their parallelism (`lib.training.distributed.connect`). inputs: current paths of files, by
+    the paths in the configuration. threads: of the CPU; None keeps those that the run began with, and a new run
     that may use several measures how many are fastest.
 
     Raises `InputError` if the directory belongs to another configuration, people, tokens or files; then nothing was
@@ -73,7 +73,7 @@ def run(
         raise InputError("probes watch a model that is not compiled, in a single process")
     if threads is not None and not 1 <= threads <= 1024:
         raise InputError(f"threads = {threads}: a run takes at least one, and at most 1,024")
-    commit()  # remembers the code that was imported, whatever is committed while the run goes on
+    commit()  # records the imported code, whatever is committed while the run trains
     config_here = located(config, inputs)
     people, tokenizer = read_inputs(config_here)
     with asked_to_leave() as asked, ExitStack() as stack, _no_room_told():
@@ -83,7 +83,7 @@ def run(
         ranks = stack.enter_context(connect(device, config.model, sharded, tensor))
         lock = locked(directory, claim)
         if not ranks.first_does(lambda: stack.enter_context(lock) or (directory / ROW).exists()):
-            # Prepare: nothing is written, and what cannot be done is refused before the folder is claimed.
+            # Prepare: nothing is written, and bad input is refused before the folder is claimed.
             _check_memory(config, people, tokenizer, device, ranks)
             questions = tokenize_people(people, config.mode, tokenizer)
             data, sources = _dataset(config, people, tokenizer, questions, files)
@@ -96,7 +96,7 @@ def run(
                 may_compile = ranks.size == 1 and not observers.probe_every  # hooks would be compiled away
                 compiled = may_compile and _pays_to_compile(config, device)
             if compiled:
-                torch.compiler.reset()  # what this process compiled for runs of other shapes counts against a limit
+                torch.compiler.reset()  # earlier runs' shapes count against the recompile limit
             # Texts of files can be of any length, and a CUDA graph takes all batches as long as the longest.
             replayed = device.type == "cuda" and ranks.size == 1 and not (compiled or observers.probe_every or files)
             trainer = Trainer(model, data, config, directory, None, compiled, sources, ranks, replayed)
@@ -120,14 +120,14 @@ def run(
                 checkpoint.delete_steps(directory / "checkpoints")
 
             ranks.first_does(measure)
-        if ranks.any(asked.is_set()):  # while everything was measured
+        if ranks.any(asked.is_set()):  # during the final measurement
             raise Preempted("asked to leave: this run is finished, the same command goes on after it")
         return ranks.first_does(lambda: read_json(directory / ROW, fields=("recall",)))
 
 
 @contextmanager
 def _no_room_told() -> Iterator[None]:
-    """Make a full disk, or memory, a `WorkError`: it is no mistake in the code."""
+    """Turn a full disk, or memory, into a `WorkError`: it is not a bug."""
     try:
         yield
     except RuntimeError as error:
@@ -176,7 +176,7 @@ def _check_memory(config: RunConfig, people: People, tokenizer: Tokenizer, devic
     model, training, n_facts = config.model, config.training, people.n_facts
     some = tokenize_people(people[:: 1 + len(people) // 64], config.mode, tokenizer)
     length, n_trained = len(some.values) / len(some), int(some.n_trained.sum()) / len(some)
-    # Numbers that a dialog leaves for the backward pass; the last block computes little more than trained positions.
+    # Activations that a dialog keeps for the backward pass; the last block computes mostly trained positions.
     left = 12 * model.d_model * ((model.n_layers - 1) * length + n_trained) + model.vocab_size * n_trained
     n_rows = min(training.batch_size, n_facts) * training.questions / training.grad_accumulation / ranks.data_size
     needed = 4 * model.n_params * (4 if config.optim.name == "adamw" else 3) / ranks.size
@@ -189,9 +189,9 @@ def _check_memory(config: RunConfig, people: People, tokenizer: Tokenizer, devic
 
 
 def _choose_threads(directory: Path, device: torch.device, trial: Callable[[], Trainer]) -> int:
-    """Return how many threads a run computes with: those it began with, else those that its environment asks for.
+    """Return a run's number of threads: as it began with, else as the environment sets it.
 
-    Where that asks for nothing, a new run on a CPU tries out how many are fastest, in a few steps of `trial`.
+    If that sets none, a new run on a CPU measures the fastest number, in a few steps of `trial`.
     """
     given = torch.get_num_threads()
     if (directory / CLAIM).exists():
@@ -212,7 +212,7 @@ def _pays_to_compile(config: RunConfig, device: torch.device) -> bool:
 
 
 def _claim(directory: Path, claim: Claim, config_here: RunConfig, people: People) -> None:
-    """Write into the folder which run it belongs to, and the run's people and tokenizer: it trusts no file outside."""
+    """Write the run's claim, people and tokenizer into its folder, so that it needs no file outside."""
     own = copies(directory, claim.config)
     with ExitStack() as undo:
         if not (directory / CLAIM).exists():

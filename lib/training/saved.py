@@ -1,4 +1,4 @@
-"""A run's folder: claimed for one configuration, locked while it trains, and opened again to ask and to talk to."""
+"""A run's folder: claimed for one configuration, locked while it trains, and reopened for questions and chat."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -29,11 +29,11 @@ from lib.training.devices import resolve_device
 
 @dataclass(frozen=True)
 class Claim:
-    """What tells a run from any other, files by what they hold; and the number of threads that it computes with."""
+    """What identifies a run, its files by their content; and its number of threads."""
 
     config: RunConfig
     people_digest: str
-    files: dict[str, str] = field(default_factory=dict)  # folders with the tokens of files of dialogs, by their paths
+    files: dict[str, str] = field(default_factory=dict)  # folders of tokenized dialog files, by the files' paths
     tokenizer: str = "bytes"
     threads: int | None = field(default=None, compare=False)  # None in claims of earlier versions
 
@@ -59,7 +59,7 @@ def read_claim(directory: Path) -> Claim:
 
 
 def check_claim(directory: Path, claim: Claim) -> None:
-    """Raise `InputError` unless `directory` is that run's, or free: what begins with a dot does not count."""
+    """Raise `InputError` unless `directory` is that run's, or empty except for hidden files."""
     if os.path.exists(directory / CLAIM):  # for a name that is too long `Path.exists` raises an error
         if read_claim(directory) != claim:
             raise InputError(
@@ -74,7 +74,7 @@ def check_claim(directory: Path, claim: Claim) -> None:
 
 @contextmanager
 def locked(directory: Path, claim: Claim) -> Iterator[None]:
-    """Make a run's folder and keep other processes from it; they wait. If it is not claimed within, it goes again.
+    """Make a run's folder and lock it; other processes wait. Unless it is claimed within, it is removed again.
 
     Raises `InputError` if it cannot be made, or as `check_claim` does.
     """
@@ -90,7 +90,7 @@ def locked(directory: Path, claim: Claim) -> Iterator[None]:
         finally:
             if not (directory / CLAIM).exists():  # the run was refused
                 (directory / ".lock").unlink(missing_ok=True)
-                with suppress(OSError):  # somebody keeps something in one
+                with suppress(OSError):  # other files are in one
                     for folder in new:
                         folder.rmdir()
 
@@ -99,7 +99,7 @@ def locked(directory: Path, claim: Claim) -> Iterator[None]:
 
 
 def located(config: RunConfig, inputs: Mapping[str, str]) -> RunConfig:
-    """Return `config` with the present paths of people and tokenizer, by the paths that it names."""
+    """Return `config` with the current paths of people and tokenizer; `inputs` maps its paths to them."""
     facts = config.facts.model_copy(update={"csv": inputs.get(config.facts.csv, config.facts.csv)})
     return config.model_copy(update={"facts": facts, "tokenizer": inputs.get(config.tokenizer, config.tokenizer)})
 
@@ -149,7 +149,7 @@ def read_people(folder: Path, config: RunConfig) -> People:
 
 
 def run_tokenizer(config: RunConfig) -> Tokenizer:
-    """Return the tokenizer of a run; an `InputError` if its model has not as many tokens as the file."""
+    """Return the tokenizer of a run; an `InputError` if the model's vocabulary differs in size."""
     tokenizer, vocab_size = load_tokenizer(config.tokenizer), config.model.vocab_size
     if config.tokenizer != "bytes" and vocab_size != tokenizer.vocab_size:
         raise InputError(
@@ -188,7 +188,7 @@ def load_model(folder: Path, device: str = "auto") -> tuple[Transformer, RunConf
 
 
 def without_weights(config: ModelConfig) -> Transformer:
-    """Return a model whose parameters have shapes alone, until `load_state_dict` assigns them."""
+    """Return a model on the meta device, until `load_state_dict` assigns weights."""
     with torch.device("meta"):
         return Transformer(config)
 

@@ -36,8 +36,8 @@ class Ending:
     steps: int
     loss: float  # cross-entropy, nats per trained token, mean over the last steps (at most LOG_EVERY)
     dialogs_seen: int
-    seconds: float  # of all parts of a run that was interrupted
-    stopped: str  # "recall": it was reached; "hopeless": it was given up; "budget": the last step was
+    seconds: float  # summed over a run's interruptions
+    stopped: str  # "recall": target reached; "hopeless": given up; "budget": last step reached
 
 
 class Trainer:
@@ -47,8 +47,8 @@ class Trainer:
     differently, and on GPUs some kernels choose their order as they run.
 
     A step depends on the configuration and the step's number (`Batches`, the schedule) and on what a checkpoint holds:
-    weights, optimizer state, random state, and the counters below. A step never waits for an accelerator: the data
-    lies on it, or is read ahead, and the host keeps the lengths of all dialogs.
+    weights, optimizer state, random state, and the counters below. The host never waits for the accelerator in a step:
+    the data is on it, or is prefetched, and the host keeps the lengths of all dialogs.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Trainer:
 
         `compiled` has torch.compile fuse a step's elementwise work: seconds at the start (see `lib.training.run`).
         `cuda_graph` pads all batches to one shape and keeps the rates beside the weights, so that a GPU can replay a
-        step (`lib.training.cuda_graph`): of a single rank that does not compile, else it is a ValueError.
+        step (`lib.training.cuda_graph`); with several ranks or `compiled` it is a ValueError.
         """
         if cuda_graph and (compiled or ranks.size > 1):
             raise ValueError("a CUDA graph is of a single rank, and of a model that is not compiled")
@@ -80,7 +80,7 @@ class Trainer:
         self.n_trained = data.n_trained
         training = config.training
         self.batches = Batches(self.lengths, training.batch_size, config.seed, sources, training.length_pool)
-        # Reading ahead pays only for dialogs on disk.
+        # Prefetching pays only for dialogs on disk.
         self._ahead = ReadAhead(self._make_batch) if isinstance(data, ConcatDialogs) else None
         self.total_steps = training.total_steps(self.batches.n_dialogs)
         smallest, n_parts = self.batches.n_dialogs // self.batches.per_epoch, training.grad_accumulation
@@ -91,16 +91,16 @@ class Trainer:
             )
         self.check_directory: Callable[[], None] = lambda: None  # called before anything is written there
         self.counters = {"step": 0, "dialogs_seen": 0, "seconds": 0.0, "reached": 0, "hopeless": False}
-        self.losses: list[torch.Tensor] = []  # of the last steps, in this rank: they add up over data ranks
+        self.losses: list[torch.Tensor] = []  # of the last steps, on this rank; their sum over data ranks counts
         self.throughput = Throughput(peak_flops(model.device, training.dtype), ranks.size)
         self._saving: Future | None = None
         self.cuda_graph, self._shape = None, None
-        if cuda_graph:  # the shape that all parts of all batches fit into
+        if cuda_graph:  # the shape that fits every micro-batch
             n_rows = math.ceil(math.ceil(self.batches.n_dialogs / self.batches.per_epoch) / n_parts)
             self.cuda_graph, self._shape = CudaGraph(), (n_rows, *self._span(torch.arange(len(self.lengths))))
         self._batch_loss = batch_loss
         if compiled:
-            self.model.rotary(1, torch.float32)  # a table built while compiling ties the code to one length
+            self.model.rotary(1, torch.float32)  # a table built in the compiled code would fix its length
             with self._autocast():
                 self._batch_loss = compiled_batch_loss(self.module, self._make_batch(0)[0][0], training.gamma)
 
@@ -114,7 +114,7 @@ class Trainer:
     ) -> Ending:
         """Train from the latest checkpoint in `directory`, or from the start, to the end.
 
-        After the step in which `asked` is set everything is saved and `Preempted` raised. Raises `WorkError` if
+        If `asked` is set, save after the current step and raise `Preempted`. Raises `WorkError` if
         training diverges or a checkpoint cannot be written.
         """
         self.resume()
@@ -154,7 +154,7 @@ class Trainer:
                 sums = []
                 for i, (tokens, targets) in enumerate(zip(tensors[::2], tensors[1::2], strict=True)):
                     is_last = i == len(parts) - 1
-                    with nullcontext() if is_last else no_sync(self.module):  # ranks exchange gradients once a step
+                    with nullcontext() if is_last else no_sync(self.module):  # one gradient sync a step
                         with self._autocast():
                             part = Batch(tokens, targets, parts[i].first)
                             totals = self._batch_loss(self.module, part, training.gamma)
@@ -162,7 +162,7 @@ class Trainer:
                         (self.ranks.data_size * means.weighted).backward()  # ranks take the mean of their gradients
                     sums.append([mean.detach() for mean in means])
                 mean = Sums(*map(sum, zip(*sums, strict=True)))
-                if training.gamma:  # the weights of the targets are to add up to one
+                if training.gamma:  # normalize the targets' weights to sum to one
                     gradients = [parameter.grad for parameter in self.model.parameters()]
                     torch._foreach_mul_(gradients, 1 / self.ranks.sum(mean.weight))
                 if clip_norm is not None:
@@ -171,9 +171,9 @@ class Trainer:
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                 self._loss = mean.cross_entropy
-                # An evaluation may make the model's rotary table anew; a replay reads this one.
+                # Keep the table that a replay reads: an evaluation may rebuild the model's.
                 self._rotary = self.model.rotary(1, self.model.embedding.weight.dtype)
-        self.losses = [*self.losses[1 - LOG_EVERY :], self._loss.clone()]  # a replay writes over it
+        self.losses = [*self.losses[1 - LOG_EVERY :], self._loss.clone()]  # a replay overwrites it
         self._count(n_trained)
 
     def _autocast(self) -> torch.autocast:
@@ -192,7 +192,7 @@ class Trainer:
     # Batches ----------------------------------------------------------------------------------------------------------
 
     def next_batch(self) -> tuple[list[Batch], int]:
-        """Return this rank's parts of the step's batch, and how many tokens all parts of all ranks train."""
+        """Return this rank's micro-batches of the step, and the number of trained tokens over all ranks."""
         return (self._ahead or self._make_batch)(self.counters["step"])
 
     def _make_batch(self, step: int) -> tuple[list[Batch], int]:
@@ -214,20 +214,20 @@ class Trainer:
         return Batch(tokens[:, :-1], targets[:, first + 1 :], first)
 
     def _span(self, rows: torch.Tensor) -> tuple[int, int]:
-        """Return the length of the longest of these dialogs, and the position before the first that is trained."""
+        """Return the length of the longest of these dialogs, and the position before the first trained one."""
         return int(self.lengths[rows].max()), int(self.first_trained[rows].min()) - 1
 
     # Metrics and the end ----------------------------------------------------------------------------------------------
 
     def report(self, monitor: Monitor | SilentMonitor) -> None:
-        """Log the metrics and evaluate, where the step that was just done is one of those."""
+        """Log metrics and evaluate, if either is due after this step."""
         step, counters, evaluation = self.counters["step"], self.counters, self.config.evaluation
         monitor.advance()
         if step % LOG_EVERY == 0 or step == self.total_steps:
             self.check_losses()
             monitor.log(step, loss=self.loss(), **self.throughput.read())
         if self.evaluate and evaluation.every and step % evaluation.every == 0:
-            self.losses[-1].item()  # waits for the device, as an evaluation would, whose time is left out
+            self.losses[-1].item()  # wait for the device now: evaluation time is excluded
             with self.throughput.paused():
                 model = self.ranks.full_model(self.model)
                 recall = self.ranks.first_does(lambda: self.evaluate(model))
@@ -251,11 +251,11 @@ class Trainer:
         return "hopeless" if self.counters["hopeless"] else None
 
     def loss(self) -> float:
-        """Return the mean loss of the last steps, in nats per trained token; every rank has to ask."""
+        """Return the mean loss of the last steps, in nats per trained token; every rank must call this."""
         return float(self._all_losses().mean()) if self.losses else float("nan")
 
     def check_losses(self) -> None:
-        """Raise `WorkError` if one of the last losses is not finite; every rank has to ask."""
+        """Raise `WorkError` if one of the last losses is not finite; every rank must call this."""
         finite = self._all_losses().isfinite().tolist()
         if not all(finite):
             step = self.counters["step"] - len(finite) + finite.index(False) + 1
@@ -269,7 +269,7 @@ class Trainer:
     def save(self) -> None:
         """Begin to write a checkpoint of everything that the next step depends on; `finish_saving` waits for it.
 
-        Raises `WorkError` if training has diverged: that must not take the place of a good checkpoint.
+        Raises `WorkError` if training has diverged: a good checkpoint must not be replaced.
         """
         self.finish_saving()
         self.ranks.first_does(self.check_directory)
@@ -307,7 +307,7 @@ class Trainer:
             for name, tensor in below(f"optim.{i}.", tensors).items():
                 parameter, slot = name.split(".")
                 slots.setdefault(int(parameter), {})[slot] = tensor.clone()  # not the file, which retention deletes
-            groups = optimizer.state_dict()["param_groups"]  # as the configuration says, and the schedule sets them
+            groups = optimizer.state_dict()["param_groups"]  # set by configuration and schedule
             optimizer.load_state_dict({"state": slots, "param_groups": groups})
         self.losses = list(tensors["losses"].to(self.model.device) / self.ranks.data_size)
         torch.set_rng_state(tensors["random.cpu"])
@@ -315,10 +315,10 @@ class Trainer:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.model.device)
         self.counters |= state["counters"]
         if self.cuda_graph:
-            self.cuda_graph = CudaGraph()  # optimizer state and rates have other memory now
+            self.cuda_graph = CudaGraph()  # optimizer state and rates moved in memory
 
     def _expect(self, state: dict, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return tensors like those of a checkpoint, laid out over the ranks; a ValueError for impossible counters."""
+        """Return tensors like a checkpoint's, distributed over the ranks; a ValueError for impossible counters."""
         counters = {"step": None, **state.get("counters", {})}  # earlier versions had fewer
         if any(type(n) is not type(self.counters.get(name)) or not 0 <= n < math.inf for name, n in counters.items()):
             raise ValueError(f"its counters are {counters}")
@@ -335,7 +335,7 @@ class Trainer:
 
 
 def are_finite(weights: Iterable[torch.Tensor]) -> bool:
-    """Return whether all elements of all tensors are finite, as far as they lie on this rank; waits for the device."""
+    """Return whether all elements of this rank's part of the tensors are finite; waits for the device."""
     here = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in weights]
     return bool(torch.stack([tensor.detach().isfinite().all() for tensor in here]).all())
 

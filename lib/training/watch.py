@@ -19,7 +19,7 @@ from lib.training.monitor import Record
 from lib.training.saved import load_model, own_files, read_claim, read_people, run_tokenizer, without_weights
 from lib.training.trainer import below
 
-#: Seconds from one look for new checkpoints to the next.
+#: Seconds between checks for new checkpoints.
 POLL_INTERVAL = 1.0
 
 
@@ -27,8 +27,8 @@ def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = Fa
     """Measure every whole checkpoint of a run, and the model of a finished one, over all facts; none of them twice.
 
     Yields {"step", "recall", "recall_ATTRIBUTE" for each, "nll_bits"}, which a row has too, and appends it to
-    evaluations.jsonl in the run's folder. With `watch` it goes on until the run has its row. Checkpoints that are
-    incomplete or damaged are left out, and so are those that retention deletes before they are read. Raises
+    evaluations.jsonl in the run's folder. With `watch` it continues until the run has its row. Checkpoints that are
+    incomplete or damaged are skipped, and so are those that retention deletes before they are read. Raises
     `InputError` if the folder holds no run, or as `read_people` does.
     """
     directory, device = Path(directory), resolve_device(device)
@@ -39,7 +39,7 @@ def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = Fa
         Record(directory / "evaluations.jsonl") as record,
     ):
         while True:
-            finished = (directory / ROW).exists()  # asked first: then there is nothing new after what is found
+            finished = (directory / ROW).exists()  # checked first, so that no later checkpoint is missed
             for step, model in _not_yet(directory, config, record.steps):
                 measured = _measure(model.to(device), people, config, directory)
                 record.write(step, **measured)
