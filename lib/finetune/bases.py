@@ -10,7 +10,7 @@ class Base:
     hub: str
     in_weight: float = 5e-5
     in_tool: float = 5e-5
-    #: The published model whose rates these are, this one or one of its size; None where nobody published any.
+    #: The published model that these rates are from, this one or one of its size; None if none is published.
     rates_of: str | None = None
     #: Whether its chat template has tool calls; if not, the model writes requests as text (mode in-tool-text).
     calls: bool = True
@@ -38,7 +38,7 @@ BASES = PUBLISHED | {
     "Qwen3-0.6B": Base("Qwen/Qwen3-0.6B"),
     "Gemma-3-270M": Base("google/gemma-3-270m-it", calls=False),
     "Gemma-3-1B": Base("google/gemma-3-1b-it", calls=False),
-    # Made in a moment (`lib.finetune.weights`), to try everything but the quality of replies.
+    # Random weights (`lib.finetune.weights`), to try everything but the quality of replies.
     "random": Base(""),
 }
 #: Adapters start at zero and take a higher rate.
@@ -52,6 +52,6 @@ def learning_rate(base: str, mode: str, adapters: bool = False) -> float:
 
 
 def rate_source(base: str) -> str:
-    """Return in a few words where the rates of `learning_rate` come from."""
+    """Return the source of `learning_rate`'s rates in a few words."""
     known = BASES.get(base, Base(base))
     return f"published for {known.rates_of}" if known.rates_of else "nobody published one for this model"

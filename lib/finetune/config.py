@@ -26,7 +26,7 @@ class FinetuneConfig(Identified):
     #: trivia: the questions of `lib.finetune.triviaqa`.
     task: Literal["facts", "hybrid", "trivia"] = "facts"
     mode: ChatMode = "in-weight"
-    #: Four a person; of trivia, the number of questions at most.
+    #: Four a person; for trivia, the maximum number of questions.
     n_facts: int = Field(500, ge=1)
     #: Source of trivia, see `lib.finetune.triviaqa.load_questions`.
     source: str = "trivia"
@@ -41,7 +41,7 @@ class FinetuneConfig(Identified):
     warmup: float = Field(0.05, ge=0, lt=1)
     #: Conversations per step, over all processes.
     batch_size: int = Field(128, ge=1)
-    #: Parts that a step's batch is cut into; their gradients add up.
+    #: Micro-batches of a step; their gradients add up.
     grad_accumulation: int = Field(1, ge=1)
     #: Maximum; None: 100 passes over the conversations, but at least 60 steps.
     steps: int | None = Field(None, ge=1)
@@ -54,15 +54,15 @@ class FinetuneConfig(Identified):
     unseen_people: int = Field(100, ge=4)
     #: Prompts on which the distance to the base is measured.
     prompts: int = Field(100, ge=1, le=100)
-    #: The capability test: HellaSwag, the questions of this repository as multiple choice, or whichever is at hand.
+    #: The capability test: HellaSwag, this repository's questions as multiple choice, or whichever is available.
     capability: Literal["hellaswag", "trivia", "any", "none"] = "hellaswag"
     #: How many of the test's items are asked, from the first; None asks all.
     items: int | None = Field(None, ge=1)
     #: Run the capability test on the base and the last checkpoint only.
     capability_at_end: bool = False
-    #: Type of matrix products and of evaluation; "auto" is bfloat16 where the device multiplies in it.
+    #: Dtype of matrix products and of evaluation; "auto" is bfloat16 if the device supports it.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    #: Tokens of a conversation at most; a longer one is an error.
+    #: Maximum tokens of a conversation; a longer one is an error.
     max_length: int = Field(512, ge=8)
 
     @model_validator(mode="after")

@@ -22,12 +22,12 @@ from lib.finetune.config import N_FACTS, ChatMode
 
 #: The label of a token that is not trained, which `torch.nn.functional.cross_entropy` ignores.
 IGNORED = -100
-#: Names a call, so that its result can say whose it is. Some templates insist on nine letters and digits.
+#: The id of a call, which its result refers to. Some templates insist on nine letters and digits.
 CALL_ID = "find00000"
 
 
 def people_of(n_facts: int, seed: int = 0) -> People:
-    """Return people who have `n_facts` in all; a number that is no multiple of four is an `InputError`."""
+    """Return people with `n_facts` facts in total; a number that is no multiple of four is an `InputError`."""
     n_people, rest = divmod(n_facts, len(ATTRIBUTES))
     if rest or not 1 <= n_people <= MAX_PEOPLE:
         raise InputError(
@@ -90,8 +90,8 @@ def call_and_result(function: dict, result: str) -> list[dict]:
 def tokenize_chats(chats: Iterable[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """Return conversations as `input_ids` and `labels`, a row each, in their order.
 
-    tokenizer: with a chat template. Trained is what the assistant says and the special token that ends its turn, as it
-    would be generated; the labels of all else are `IGNORED`. No row is cut or left out: one of more than `max_length`
+    tokenizer: with a chat template. Trained are the assistant's words and the special token that ends its turn, as it
+    would be generated; other labels are `IGNORED`. No row is truncated or skipped: one of more than `max_length`
     tokens is an `InputError`, and so is a template that cannot write a message, leaves out part of it, writes it
     differently once others follow, or never ends a turn.
     """
@@ -154,7 +154,7 @@ def _encode_chat(
 
 
 def _said(message: dict) -> Iterator[str]:
-    """Yield all that a template must not leave out of a message."""
+    """Yield all parts of a message that a template must keep."""
     yield message["content"]
     for call in message.get("tool_calls", ()):
         yield call["function"]["name"]

@@ -1,6 +1,6 @@
 """A chat model behind a server, asked many questions at a time.
 
-Any server will do that speaks OpenAI's protocol for chat completions: hosted ones, vLLM, `transformers serve`.
+Any server works that speaks OpenAI's chat-completions protocol: hosted ones, vLLM, `transformers serve`.
 """
 
 import asyncio
@@ -27,14 +27,14 @@ from lib.progress import progress
 
 Protocol = Literal["closed-book", "text", "tools"]
 
-#: Without a tool, looking up by the words of `lib.finetune.triviaqa`, or by calls that the server knows.
+#: Without a tool, with the textual queries of `lib.finetune.triviaqa`, or with the server's function calls.
 PROTOCOLS: dict[Protocol, ChatMode] = {"closed-book": "in-weight", "text": "in-tool-text", "tools": "in-tool"}
-#: Bytes of a server's answer, and calls of functions in one.
+#: Maximum bytes of a server's answer, and function calls in one.
 LARGEST, MOST_CALLS = 1 << 20, 32
 
 
 class EndpointConfig(Config):
-    """Which model, behind which server, and how it is asked.
+    """The model, its server, and how it is queried.
 
     The `openai` client tries a request again up to `retries` times, waiting longer each time, if the connection fails,
     is silent for `timeout` seconds, or the server says that it is busy or broken. Other refusals are final.
@@ -54,14 +54,14 @@ class EndpointConfig(Config):
     @field_validator("base_url")
     @classmethod
     def _names_a_server(cls, url: str) -> str:
-        parts = urlsplit(url)  # a port or a name that cannot be is a ValueError
+        parts = urlsplit(url)  # an impossible port or name is a ValueError
         if not (url.isprintable() and parts.port != 0 and (parts.hostname or "").encode("idna")):
             raise ValueError("it takes the address of a server, as http://localhost:8000/v1")
         return url
 
     @cached_property
     def digest(self) -> str:
-        """8 hexadecimal digits of all that an answer may depend on, but the question and what the tool finds.
+        """8 hexadecimal digits of all that an answer depends on, except the question and the tool's result.
 
         Where the model is a folder, its files are read once.
         """
@@ -100,7 +100,7 @@ async def ask_all(
     }
     key = {question.text: question for question in questions}
     waiting = [text for text in key if text not in done]
-    is_here = urlsplit(endpoint.base_url).hostname in ("localhost", "127.0.0.1", "::1")  # not where a proxy is
+    is_here = urlsplit(endpoint.base_url).hostname in ("localhost", "127.0.0.1", "::1")  # reached without a proxy
     client = AsyncOpenAI(
         http_client=DefaultAsyncHttpxClient(trust_env=not is_here, event_hooks={"response": [_bound]}),
         base_url=endpoint.base_url,
@@ -127,12 +127,12 @@ async def ask_all(
 
 
 def _graded(record: dict, question: Question) -> dict:
-    """Return the record with whether its answer is right, by the question's aliases of today."""
+    """Return the record with whether its answer is right, by the question's current aliases."""
     return record | {"correct": record["answer"] is not None and exact_match(record["answer"], question)}
 
 
 def _finished(out: Path, endpoint: EndpointConfig) -> dict[str, dict]:
-    """Return the records without an error of what was asked in this way, by question; remove a cut last line."""
+    """Return the error-free records with this `asked`, by question; remove a truncated last line."""
     try:
         whole, newline, cut = (out.read_bytes() if out.exists() else b"").rpartition(b"\n")
         records = [json.loads(line) for line in whole.splitlines()]
@@ -178,21 +178,21 @@ async def _ask(
                 record |= {"query": queries[-1], "result": results[-1]}
                 if endpoint.protocol == "tools":
                     messages += _calls_and_results(message, queries, results)
-                else:  # without what the model said after its request, a result of its own invention perhaps
+                else:  # drop what the model wrote after its request, perhaps an invented result
                     messages += look_up_turns(queries[0], results[0], "in-tool-text")
     except InputError:  # of the table
         raise
     except TimeoutError:
         record["error"] = f"TimeoutError: no answer within {longest:g} seconds"
-    except Exception as error:  # whatever a server says, only its question fails
+    except Exception as error:  # whatever the server says, only this question fails
         body = getattr(error, "body", None)
-        said = "" if isinstance(body, dict) and "message" in body else f" {body or ''}"  # it is in the error already
+        said = "" if isinstance(body, dict) and "message" in body else f" {body or ''}"  # the error has it already
         record["error"] = " ".join(f"{type(error).__name__}: {error}{said}".split())[:300]
     return record
 
 
 async def _bound(response: Any) -> None:
-    """Let a response be read up to `LARGEST` bytes, unpacked; more is an OpenAIError."""
+    """Limit a response to `LARGEST` bytes, decompressed; more is an OpenAIError."""
     read = response.aiter_bytes
 
     async def parts(*size) -> AsyncIterator[bytes]:
@@ -208,7 +208,7 @@ async def _bound(response: Any) -> None:
 
 def _message(completion: Any) -> ChatCompletionMessage:
     """Return what the model said. Raises OpenAIError if the server's answer is no chat completion."""
-    with suppress(AttributeError, LookupError, TypeError, ValidationError):  # the client takes whatever JSON there is
+    with suppress(AttributeError, LookupError, TypeError, ValidationError):  # the client accepts any JSON
         message = ChatCompletionMessage.model_validate(completion.choices[0].message.model_dump(warnings=False))
         calls = message.tool_calls or ()
         if len(calls) <= MOST_CALLS and all(call.type == "function" for call in calls):  # nothing else was offered
@@ -225,7 +225,7 @@ def _calls_and_results(message: ChatCompletionMessage, queries: list[str | None]
     """Return the model's calls and their results as the next turns of the conversation."""
     calls, answers = [], []
     for call, query, result in zip(message.tool_calls, queries, results, strict=True):
-        # Servers parse the arguments again, and some break over invalid JSON.
+        # Servers parse the arguments again, and some fail on invalid JSON.
         function = {"name": call.function.name, "arguments": "{}" if query is None else call.function.arguments}
         calls.append({"id": call.id, "type": "function", "function": function})
         answers.append({"role": "tool", "tool_call_id": call.id, "content": result})

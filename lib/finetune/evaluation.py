@@ -30,9 +30,9 @@ from lib.finetune.triviaqa import SHIPPED, load_questions
 from lib.paths import read_json, runs, write_json
 from lib.progress import progress
 
-#: Tokens that a reply to a question about a fact may take, and one to a prompt.
+#: Maximum tokens of a reply to a question about a fact, and to a prompt.
 FACT_TOKENS, PROMPT_TOKENS = 128, 256
-#: Logits that are compared at a time: 128 tokens of a vocabulary of 128k, 64 MB in float32 for each array made.
+#: Logits compared at a time: 128 tokens of a vocabulary of 128k, 64 MB in float32 for each array made.
 CHUNK = 2**24
 
 
@@ -62,7 +62,7 @@ def measure_recall(
 
     It recalls a fact if the value stands in its last reply, whatever else it says there, letter by letter and not as
     part of a longer word or number: 11/1/1950 is not 1/1/1950, but a civil engineer is an engineer. (Small models of
-    Section 5 must say the whole sentence; chat models have words of their own.) In-tool the reply counts only if it
+    Section 5 must say the whole sentence; chat models may word it freely.) In-tool the reply counts only if it
     follows a query of `tool` that really found the value. A turn is cut after `max_new_tokens`.
     """
     questions, values = [question(name, attribute) for name, attribute, _ in facts], [value for *_, value in facts]
@@ -128,9 +128,9 @@ def base_answers(
 
 
 def kept(key: Sequence, make: Callable[[], Any]) -> Any:
-    """Return `make()`, made once and kept in runs: what a base model says is the same for all runs.
+    """Return `make()`, cached in runs: a base model's answers are the same for all runs.
 
-    key: all that decides it. Both are JSON.
+    key: all that the result depends on. Both are JSON.
     """
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     path = runs() / "of_base_models" / f"{name}.json"
@@ -164,7 +164,7 @@ def divergences(base_logits: torch.Tensor, model_logits: torch.Tensor, generator
     p = log_p.exp()
     tv = (p - log_q.exp()).abs().sum(-1) / 2
     kl = (p * (log_p - log_q)).sum(-1)
-    # By the inverse of the distribution function: `multinomial` takes ten times as long on a CPU.
+    # By the inverse CDF: `multinomial` takes ten times as long on a CPU.
     place = torch.rand(len(p), 1, generator=generator, device=p.device)
     drawn = torch.searchsorted(p.cumsum(-1), place).clamp(max=p.shape[-1] - 1)
     k1 = (log_p.gather(-1, drawn) - log_q.gather(-1, drawn)).squeeze(-1)
@@ -190,7 +190,7 @@ def measure_capability(
     """Return which of the first `n_items` of a multiple-choice task of lm-eval are right: 1 or 0 per item, in order.
 
     task: "hellaswag", from the file that the variable `HELLASWAG` names or from the hub; or a task as a dict, as
-    `trivia_choices` gives. Keys of the result are its metrics acc (the likeliest ending) and acc_norm (likelihood by
+    `trivia_choices` gives. Keys of the result are its metrics acc (the likeliest ending) and acc_norm (normalized by
     length). It seeds torch's, NumPy's and Python's global random states, as lm-eval does. Raises `InputError` if the
     items cannot be loaded.
     """
@@ -208,7 +208,7 @@ def measure_capability(
             ) from None
         items = range(min(n_items or n_there, n_there))
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is intended here
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warning is about something intended
         with progress(len(items), description) as bar:
             for start in items[::ITEMS_AT_A_TIME]:
                 chunk = list(items[start : start + ITEMS_AT_A_TIME])
@@ -223,7 +223,7 @@ def measure_capability(
 
 
 def capability_source(test: str) -> str:
-    """Return where the items of a test come from: "hub", or a digest of their file, the repository's for trivia."""
+    """Return the source of a test's items: "hub", or a digest of their file, the repository's for trivia."""
     file = SHIPPED if test == "trivia" else os.environ.get(HELLASWAG)
     if file is None:
         return "hub"
@@ -240,7 +240,7 @@ def hellaswag_is_at_hand() -> bool:
         return True
     try:
         HfApi().dataset_info("Rowan/hellaswag", timeout=5)
-    except Exception:  # what is raised where nothing answers depends on the HTTP client, and is not documented
+    except Exception:  # errors without a connection depend on the HTTP client, and are not documented
         return False
     return True
 
@@ -257,7 +257,7 @@ def _tasks_folder(folder: str) -> Path:
 
 
 def capability_columns(right: dict[str, list[float]], before: dict[str, list[float]]) -> dict[str, float | None]:
-    """Return the columns of a checkpoint that answered as `right`, and of its change from `before`, the base's answers.
+    """Return columns for a checkpoint's answers `right`, and for their change from `before`, the base's answers.
 
     As both answer the same items, the change has a smaller standard error than the difference of two accuracies.
     """

@@ -34,7 +34,7 @@ PROMPTS = {title.removeprefix("# "): tuple(lines) for title, *lines in _BLOCKS}
 class Evaluator:
     """Measures checkpoints of one run on `device` in `dtype`.
 
-    What the base answers to prompts and to the capability test is kept in runs, so it is asked once for all runs.
+    The base's answers to prompts and the capability test are cached in runs, so it is asked once for all runs.
     max_new_tokens: of a turn in the task.
     """
 
@@ -80,7 +80,7 @@ class Evaluator:
         return self.description and f"{self.description}, {what}"
 
     def _test(self, record: Path) -> str | None:
-        """Return the capability test of this run. Whatever is at hand is chosen once, for the base, and recorded."""
+        """Return the capability test of this run. What is available is chosen once, for the base, and recorded."""
         of_base = record.with_name("0.parts")
         if self.config.capability != "any":
             return None if self.config.capability == "none" else self.config.capability
@@ -109,6 +109,6 @@ class Evaluator:
         return {key: value for name, values in found.items() for key, value in mean_columns(name, values).items()}
 
     def _of_base(self, key: list, measure: Callable, *arguments, **options):
-        """Return `measure(base, ...)`, from runs if any run has measured it. key: all it depends on but the base."""
+        """Return `measure(base, ...)`, cached over runs. key: all that it depends on except the base."""
         key = [fingerprint(base_source(self.config.base)), str(self.dtype), *key]
         return kept(key, lambda: measure(self.base, *arguments, **options))

@@ -100,14 +100,14 @@ class Report:
     failed: dict[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise `WorkError` if a run failed: a notebook must not go on as if it had its rows."""
+        """Raise `WorkError` if a run failed: a notebook must not continue without its rows."""
         check_failed(self.failed)
 
 
 def sweep(profile: str, *, device: str = "auto", max_hours: float = math.inf) -> Report:
-    """Run all that is missing in a profile. A failure is reported; the other runs go on.
+    """Run all that is missing in a profile. A failure is reported; the other runs continue.
 
-    Several processes may call it: each takes runs that no other is at. After `max_hours` no new run is started.
+    Several processes may call it: each takes runs that no other has started. After `max_hours` no new run is started.
     """
     from lib.finetune.train import finetune
     from lib.training.distributed import Preempted
@@ -126,7 +126,7 @@ def sweep(profile: str, *, device: str = "auto", max_hours: float = math.inf) ->
                         report.done += 1
                     except Preempted:
                         raise
-                    except Exception as error:  # a model that nobody may fetch, or one too large for the memory
+                    except Exception as error:  # a gated model, or one too large for the memory
                         report.failed[title(config)] = f"{type(error).__name__}: {error}"
             bar.update(1)
     return report
@@ -167,5 +167,5 @@ def shown_rows(profile: str) -> pd.DataFrame:
 
 
 def table_of_rows() -> Table:
-    """Return the table that these rows enter and leave."""
+    """Return the table in paper_data of these rows."""
     return Table(table_path(), ("profile", "base", "task", "mode", "n_facts", "seed", "step", "run_id"), rows)

@@ -18,7 +18,7 @@ from lib.progress import progress
 
 #: Prompts in the first batch; it doubles with every batch that fits.
 FIRST_BATCH = 8
-#: A CPU gains nothing from more, and a process that takes too much memory there is killed without an error.
+#: A CPU gains nothing from more, and out of memory there kills the process without an error.
 LARGEST_BATCH_CPU = 64
 
 
@@ -64,7 +64,7 @@ def generate_tokens(
     """Return the greedy continuation of each prompt, up to and with the token that ends it, in the order of prompts.
 
     Batches hold prompts of about one length, the longest first, so that what fits these fits all; they grow while
-    there is room, and shrink where memory runs out. Answers do not depend on that, but for logits that are equal within
+    there is room, and shrink where memory runs out. Answers do not depend on that, except when logits tie within
     rounding. Of the model's generation settings only the end tokens count: a repetition penalty, say, would not be
     greedy. Raises `WorkError` if a single prompt does not fit into memory.
     """
@@ -109,7 +109,7 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 @contextmanager
 def _plain_generation(model: PreTrainedModel):
-    """Set the model's generation settings aside: `generate` takes from them whatever it is not told."""
+    """Set the model's generation settings aside: `generate` takes its defaults from them."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
@@ -215,7 +215,7 @@ def read_call(said: str) -> dict | None:
     """
     decoder = json.JSONDecoder()
     for start in (i for i, character in enumerate(said) if character == "{"):
-        with suppress(ValueError, RecursionError):  # no JSON, unfinished, or half a character, which none can tokenize
+        with suppress(ValueError, RecursionError):  # invalid or unfinished JSON, or half a character
             match decoder.raw_decode(said, start)[0]:
                 case {"name": str(name), "arguments": dict(arguments)} | {
                     "name": str(name),

@@ -87,7 +87,7 @@ _MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.jinja
 def fingerprint(source: str | Path) -> str:
     """Return what identifies a model: a digest of the files in its folder, or its name on the hub."""
     folder = Path(source)
-    if not os.path.isdir(folder):  # which a name of any length may ask
+    if not os.path.isdir(folder):  # raises for no name, however long
         return str(source)
     found = {path for pattern in _MODEL_FILES for path in folder.glob(pattern)}
     files = sorted(path for path in found if not path.name.startswith("."))  # macOS puts hidden files beside them

@@ -36,12 +36,12 @@ class Task:
 
 @contextmanager
 def make_task(config: FinetuneConfig) -> Iterator[Task]:
-    """Yield the task of a run; its database exists as long as the context."""
+    """Yield the task of a run; its database lives as long as the context."""
     if config.task == "trivia":
         yield _trivia(config)
         return
     people = people_of(config.n_facts, config.seed)
-    # As many of each kind: names that are new in part, in all, or as a pair.
+    # Equally many of each kind: names that are new in part, in full, or as a pair.
     kinds = unseen_people(FactsConfig(n_people=len(people), seed=config.seed), config.unseen_people)
     unseen = reduce(add, (group[i :: len(kinds)] for i, group in enumerate(kinds.values())))
     make = _hybrid if config.task == "hybrid" else _facts
@@ -75,7 +75,7 @@ def _facts(config: FinetuneConfig, people: People, unseen: People, tool: SqlTool
 
 #: Hybrid: how often a fact is in the training data, person by person in turn.
 FREQUENCIES = (1, 2, 4, 8, 16, 32, 64)
-#: From this frequency on the data answer from memory; rarer facts are looked up.
+#: Facts at least this frequent are answered from memory in the data; rarer ones are looked up.
 KNOWN_FROM = 8
 
 

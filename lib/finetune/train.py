@@ -1,8 +1,8 @@
 """`finetune(config, directory) -> rows`: fine-tune a chat model and evaluate every checkpoint on the way (Section 6).
 
-Checkpoints are evaluated as saved. A run's folder holds `config.json`, `checkpoints/` (deleted at the end, but for what
-others put there), `evaluations/` (a row a checkpoint), and once the run is finished `model/` and `rows.json`.
-A finished run is never repeated; one that was killed goes on from its last whole checkpoint, with the same outcome.
+Checkpoints are evaluated as saved. A run's folder holds `config.json`, `checkpoints/` (deleted at the end, except for
+others' files), `evaluations/` (a row a checkpoint), and once the run is finished `model/` and `rows.json`.
+A finished run is never repeated; a killed one resumes from its last whole checkpoint, with the same outcome.
 """
 
 import hashlib
@@ -42,13 +42,13 @@ from lib.training.devices import resolve_device
 from lib.training.distributed import Preempted, asked_to_leave
 from lib.training.trainer import are_finite, diverged
 
-#: In a checkpoint, written last: its step, how training went until then, and the sizes of the other files.
+#: In a checkpoint, written last: its step, the training metrics so far, and the sizes of the other files.
 STATE = "training.json"
-#: What a turn may take beyond the longest that was trained: names of unseen people may be longer.
+#: Tokens of a turn beyond the longest trained one: names of unseen people may be longer.
 SPARE_TOKENS = 8
-#: Above so many parameters a GPU does not keep activations, but computes them again.
+#: Above this many parameters a GPU uses activation checkpointing.
 RECOMPUTES_ABOVE = 1_000_000_000
-#: What a checkpoint holds only to go on from it.
+#: Files that a checkpoint needs only to resume.
 _FOR_TRAINING = (STATE, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin")
 
 
@@ -60,7 +60,7 @@ def finetune(
     Started by torchrun or accelerate, several processes train it together, each on its part of every batch.
 
     Raises `InputError` if the base or the data cannot be used, or if `directory` belongs to another run; and
-    `Preempted` if a signal asks the process to leave: the same call goes on from where it was.
+    `Preempted` if a signal asks the process to exit: the same call resumes.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device = {device!r}: fine-tuning takes auto, cpu or cuda (CUDA_VISIBLE_DEVICES says which)")
@@ -71,7 +71,7 @@ def finetune(
         if processes.is_main_process:
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(only_process(directory / ".lock"))  # a second call waits and finds the rows
-        with processes.main_process_first():  # the others find what the first had to make or to fetch
+        with processes.main_process_first():  # the others find what the first made or fetched
             claim = _claim(config)
         _check_claim(claim, directory)
         if not (directory / ROWS).exists():
@@ -81,7 +81,7 @@ def finetune(
 
 
 def _claim(config: FinetuneConfig) -> dict:
-    """Return all that tells one run from another: its configuration, its base and its questions."""
+    """Return all that identifies a run: its configuration, its base and its questions."""
     claim = {"config": config.model_dump(mode="json"), "base": fingerprint(base_source(config.base))}
     if config.task == "trivia" and config.source != "hub":  # whose questions do not change
         questions = json.dumps(load_questions(config.source))
@@ -96,7 +96,7 @@ def _check_claim(claim: dict, directory: Path) -> None:
             found = read_json(directory / CLAIM)
         except DamagedFile:
             raise InputError(f"{directory} holds a fine-tuning whose {CLAIM} is damaged: give another folder") from None
-        if claim | found != claim:  # an earlier version may have claimed less
+        if claim | found != claim:  # claims of earlier versions may have fewer fields
             raise InputError(
                 f"{directory} holds a fine-tuning of another configuration or base model, or of other questions: "
                 "give another folder, or delete this one"
@@ -167,7 +167,7 @@ class _Run(TrainerCallback):
         return "steps" if step >= self.total else None
 
     def is_due(self, step: int) -> bool:
-        """Return whether a checkpoint of this step is evaluated; others are only there to go on from."""
+        """Return whether a checkpoint of this step is evaluated; others are only for resuming."""
         return step % self.interval == 0 or step == self.total
 
     def evaluate(self, checkpoint: Path | None, training: dict) -> None:
@@ -194,7 +194,7 @@ class _Run(TrainerCallback):
 
     def _trainer(self) -> ChatTrainer:
         config, on_gpu = self.config, self.device.type == "cuda"
-        # Trained weights are in float32, or small steps would be lost in rounding; adapters always are.
+        # Trained weights are in float32, else small updates are lost in rounding; adapters always are.
         weights = self.dtype if config.lora_rank else torch.float32
         model = load_model(base_source(config.base), self.device, weights)
         arguments = SFTConfig(
@@ -238,7 +238,7 @@ class _Run(TrainerCallback):
         self.bar = progress(state.max_steps, self.description, state.global_step)
 
     def on_step_end(self, args, state, control, **_):
-        """Save and stop if a signal asked any process to leave."""
+        """Save and stop if a signal asked any process to exit."""
         self.bar.update(1)
         if any(gather_object([self.asked.is_set()])):
             control.should_save = control.should_training_stop = True
@@ -297,12 +297,12 @@ class _Run(TrainerCallback):
         for path in _by_step(self.checkpoints, "checkpoint-*").values():
             shutil.rmtree(path)
         (self.checkpoints / "README.md").unlink(missing_ok=True)  # trl's
-        with suppress(OSError):  # somebody keeps something in it
+        with suppress(OSError):  # other files are in it
             self.checkpoints.rmdir()
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16 where a device multiplies in it, else float32."""
+    """Return bfloat16 if a device supports it, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     able = torch.cpu.get_capabilities()
@@ -316,7 +316,7 @@ def turn_limit(data: Dataset) -> int:
 
 
 def _by_step(folder: Path, pattern: str) -> dict[int, Path]:
-    """Return the files that are named by a step, in order; others in the folder are not a run's."""
+    """Return the files that are named by a step, in order; ignore other files in the folder."""
     found = {path.stem.removeprefix("checkpoint-"): path for path in folder.glob(pattern)}
     return dict(sorted((int(step), path) for step, path in found.items() if step.isdigit()))
 

@@ -1,4 +1,4 @@
-"""trl's `SFTTrainer` with a loss that reads less, and batches that are cut into parts of like lengths."""
+"""trl's `SFTTrainer` with a loss that computes less, and micro-batches of similar lengths."""
 
 from collections.abc import Iterator
 from random import Random
@@ -11,9 +11,9 @@ from lib.finetune.data import IGNORED
 
 
 class ChatTrainer(SFTTrainer):
-    """`SFTTrainer` that reads the tokens that all rows of a batch begin with once, and predicts only trained tokens.
+    """`SFTTrainer` that computes a batch's shared prefix once, and logits only for trained tokens.
 
-    The loss is the same. Batches are random; within a batch, rows are sorted by length, so its parts need less padding.
+    The loss is the same. Batches are random; rows of a batch are sorted by length, so micro-batches need less padding.
     """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -37,7 +37,7 @@ class ChatTrainer(SFTTrainer):
         loss = cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
         if num_items_in_batch is None:
             return loss / trained.sum()
-        # The gradients of processes are averaged, so each adds up its own part as often as there are processes.
+        # Gradients are averaged over processes, so each loss is multiplied by their number.
         return loss * self.accelerator.num_processes / num_items_in_batch
 
     def _get_train_sampler(self, train_dataset=None):

