@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from lib.base import Config, Identified, InputError
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.facts.people import ATTRIBUTES, MAX_PEOPLE, FactsConfig
+from lib.paths import read_text
 
 
 class ModelConfig(Config):
@@ -199,7 +200,7 @@ class RunConfig(Identified):
 def read_config(path: Path) -> RunConfig:
     """Return the configuration in a JSON file; an `InputError` names the file."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -35,6 +35,8 @@ ROWS = "rows.json"  # of a fine-tuning: a row a checkpoint
 PEOPLE, TOKENIZER = "people.csv", "tokenizer"  # plus the suffix of its format
 #: Maximum bytes to read; a run's own files take far less.
 LARGEST_JSON = 256 << 20
+#: Maximum characters of a configuration or plan; nobody types more.
+LARGEST_TEXT = 1 << 20
 
 
 def check_checkout() -> None:
@@ -122,6 +124,12 @@ def write_json(path: Path, content: dict | list) -> None:
     """Write JSON atomically, by a rename: the file is whole or absent."""
     with replacing(path) as temporary:
         temporary.write_text(to_json(content, indent=1), encoding="utf-8")
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a user's file, of an endless one its beginning. Raises `OSError` and `ValueError`."""
+    with open(path, encoding="utf-8") as file:
+        return file.read(LARGEST_TEXT)
 
 
 def read_json(path: Path, kind: type = dict, fields: Iterable[str] = ()) -> Any:

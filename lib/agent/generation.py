@@ -21,6 +21,8 @@ from lib.progress import progress
 
 #: Drop finished rows once at most this share of a batch is unfinished: copying the KV cache takes as long as a step.
 KEPT_SHARE = 0.75
+#: Maximum tokens of a question in a chat: attention to a prompt takes memory in the square of its length.
+LONGEST_QUESTION = 8192
 
 
 class Call(NamedTuple):
@@ -158,10 +160,14 @@ def chat(
     """Answer one question, yielding (speaker, next piece of text). A change of the speaker begins a new turn.
 
     Pieces are whole characters, and the pieces of a turn add up to its text. Options are those of `generate`.
+    Raises `InputError` for a question that is too long or holds half a character.
     """
     if any("\ud800" <= character <= "\udfff" for character in question):
         raise InputError("the question holds half a character, which no tokenizer knows: leave it out")
-    row = _Row(encode_prompt([Turn(Role.USER, question)], tokenizer), tokenizer, tool, max_new_tokens)
+    prompt = encode_prompt([Turn(Role.USER, question)], tokenizer)
+    if len(prompt) > LONGEST_QUESTION:
+        raise InputError(f"the question has {len(prompt):,} tokens: at most {LONGEST_QUESTION:,} are accepted")
+    row = _Row(prompt, tokenizer, tool, max_new_tokens)
     turn, told = 0, 0  # the current turn, and how many of its characters were yielded
     for _ in _decode(model, [row] * (not row.done), temperature, generator):
         turns = row.generation.turns(tokenizer)

@@ -18,7 +18,7 @@ from lib.config import EvaluationConfig, ModelConfig, OptimConfig, RunConfig, Tr
 from lib.dialogs.tokenizers import load_tokenizer
 from lib.experiments.search import SIZES, Search
 from lib.facts.people import ATTRIBUTES, LAWS, FactsConfig
-from lib.paths import PROFILES, PUBLISHING
+from lib.paths import PROFILES, PUBLISHING, read_text
 
 PLANS = Path(__file__).parent / "plans"
 
@@ -167,7 +167,7 @@ _Loader.add_implicit_resolver(
 
 def _read(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return yaml.load(read_text(path), _Loader)
     except OSError as error:
         raise InputError(f"cannot read the plan {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, endless numbers, too deep

@@ -38,6 +38,11 @@ def test_half_a_character_cannot_be_asked():
         next(chat(says({}), "Who is \ud800?", TOKENIZER))
 
 
+def test_a_question_whose_attention_would_not_fit_into_memory_is_refused():
+    with pytest.raises(InputError, match="the question has 100,002 tokens: at most 8,192"):
+        next(chat(says({}), "x" * 100_000, TOKENIZER))
+
+
 # ---- Turns, calls, forced tokens
 
 

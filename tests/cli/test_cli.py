@@ -280,6 +280,12 @@ BAD = {
     "a field that is nested without end": Bad(
         f"train --set training.files{'.a' * 30_000}=1", ("training.files", "number")
     ),
+    "a configuration without end": Bad("train --config /dev/zero", ("/dev/zero is not JSON",)),
+    "a plan without end": Bad(
+        "sweep endless.yaml --dry-run",
+        ("endless.yaml is not YAML",),
+        lambda here: (here / "endless.yaml").symlink_to("/dev/zero"),
+    ),
     "a configuration that is nested without end": Bad(
         "train --config c.json", ("c.json is not JSON", "recursion"), _file("c.json", "[" * 100_000)
     ),
