@@ -62,14 +62,19 @@ class Config(BaseModel):
     @field_validator("*")
     @classmethod
     def _fits_the_machine(cls, value: Any) -> Any:
-        if isinstance(value, int) and abs(value) >= 2**63 or isinstance(value, str | dict) and "\0" in "".join(value):
+        if (
+            isinstance(value, int)
+            and abs(value) >= 2**63
+            or isinstance(value, str | dict)
+            and "\0" in "".join(map(str, value))
+        ):
             raise ValueError("integers below 2^63, and text without NUL, are accepted")
         return value
 
     @classmethod
     def parse(cls, values: Any) -> Self:
         """Build from plain data, groups within groups. Raises `InputError`."""
-        if not isinstance(values, dict):
+        if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
             raise InputError(f"{cls._group() or 'a configuration'} takes an object with fields, got {brief(values)}")
         fields = {name: field.annotation for name, field in cls.model_fields.items()}
         groups = {name: kind for name, kind in fields.items() if isinstance(kind, type) and issubclass(kind, Config)}

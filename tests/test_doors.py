@@ -293,6 +293,8 @@ def test_an_assignment_is_read_or_a_sentence(assignments, seconds):
     + b"".join(b"%c: &%c [%s]\n" % (c, c, b",".join([b"*%c" % (c - 1)] * 9)) for c in b"bcdefghij")
 )
 @example(content=b"&a [*a]")
+@example(content=b"1: 2")
+@example(content=b"base: {1: 2, training: {files: {3: 0.5}}}\nsizes: [8]")
 @example(content=b"sizes: &a [*a]")
 def test_a_plan_is_searches_or_a_sentence(content, tmp_path, seconds):
     seconds()
