@@ -107,10 +107,10 @@ def check(folder: Path, expect: Callable | None = None) -> tuple[dict, Mapping, 
         state = read_json(folder / STATE)
         expected = expect(state, found) if expect else found
         groups = {name.split(".")[0] for name in expected}
-        is_, should = ({name: f"{x.dtype} {list(x.shape)}" for name, x in some.items()} for some in (found, expected))
+        has, wants = ({name: f"{x.dtype} {list(x.shape)}" for name, x in some.items()} for some in (found, expected))
         for name in sorted({*expected, *(name for name in found if name.split(".")[0] in groups)}):
-            if (a := is_.get(name, "missing")) != (b := should.get(name, "missing")):
-                raise ValueError(f"its tensors do not fit its configuration: {name} is {a}, not {b}")
+            if (here := has.get(name, "missing")) != (there := wants.get(name, "missing")):
+                raise ValueError(f"its tensors do not fit its configuration: {name} is {here}, not {there}")
         for file in (file for file in files if file.endswith(".safetensors")):
             with safe_open(file, "pt") as tensors:
                 for name in expected.keys() & tensors.keys():
