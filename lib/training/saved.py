@@ -10,6 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from lib.agent.generation import chat
 from lib.agent.tools import EditableTool, SqlTool
@@ -187,9 +188,18 @@ def load_model(folder: Path, device: str = "auto") -> tuple[Transformer, RunConf
     return model.to(device).eval(), config
 
 
+class _NoInit(TorchFunctionMode):
+    """Skips the initialization of parameters, which on the meta device imports torch's compiler: three seconds."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return (arguments or [*options.values()])[0]
+        return function(*arguments, **(options or {}))
+
+
 def without_weights(config: ModelConfig) -> Transformer:
     """Return a model on the meta device, until `load_state_dict` assigns weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInit():
         return Transformer(config)
 
 
