@@ -90,9 +90,8 @@ async def ask_all(
     else; old answers are graded against today's `questions`. Raises `InputError` if it is no file of records.
     description: of the progress shown, if any.
     """
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    paths.check_output(out, "records to ")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    out = paths.check_output(Path(out), "records to ")
     done = {
         text: record
         for text, record in _finished(out, endpoint).items()
@@ -101,13 +100,12 @@ async def ask_all(
     key = {question.text: question for question in questions}
     waiting = [text for text in key if text not in done]
     is_here = urlsplit(endpoint.base_url).hostname in ("localhost", "127.0.0.1", "::1")  # reached without a proxy
-    client = AsyncOpenAI(
-        http_client=DefaultAsyncHttpxClient(trust_env=not is_here, event_hooks={"response": [_bound]}),
-        base_url=endpoint.base_url,
-        api_key=endpoint.api_key,
-        timeout=endpoint.timeout,
-        max_retries=endpoint.retries,
-    )
+    try:
+        http = DefaultAsyncHttpxClient(trust_env=not is_here, event_hooks={"response": [_bound]})
+    except Exception as error:  # each cause has a kind of its own
+        raise InputError(f"the environment names a proxy that cannot be used: {error}") from None
+    limits = {"timeout": endpoint.timeout, "max_retries": endpoint.retries}
+    client = AsyncOpenAI(http_client=http, base_url=endpoint.base_url, api_key=endpoint.api_key, **limits)
 
     async def work() -> None:
         while waiting:  # shared by all workers: each takes the next
@@ -157,7 +155,8 @@ async def _ask(
     messages = request["messages"]
     if endpoint.system and endpoint.protocol != "text":
         messages.insert(0, {"role": "system", "content": endpoint.system})
-    longest = endpoint.max_turns * (endpoint.timeout + endpoint.retries * (endpoint.timeout + 60))  # with its pauses
+    # However slowly an answer drips in: all turns and tries up to their timeout, and a minute between two tries.
+    longest = endpoint.max_turns * (endpoint.timeout + endpoint.retries * (endpoint.timeout + 60))
     try:
         async with asyncio.timeout(longest):
             while record["n_turns"] < endpoint.max_turns:

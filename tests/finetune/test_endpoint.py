@@ -366,6 +366,14 @@ def test_only_a_server_elsewhere_is_asked_through_a_proxy(server, tmp_path, monk
     assert len(proxy.requests) == len(QUESTIONS)
 
 
+@pytest.mark.parametrize("proxy", ["ftp://host", "http://[::1", "http://host:99x"])
+def test_a_proxy_that_cannot_be_is_one_sentence(tmp_path, monkeypatch, proxy):
+    monkeypatch.setenv("http_proxy", proxy)
+    endpoint = EndpointConfig(base_url="http://elsewhere.invalid/v1", model="m")
+    with pytest.raises(InputError, match="the environment names a proxy that cannot be used: "):
+        asyncio.run(ask_all(QUESTIONS, endpoint, str, tmp_path / "r.jsonl"))
+
+
 def test_a_models_files_are_read_once_however_many_are_asked(server, tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr("lib.finetune.endpoint.fingerprint", lambda model: read.append(model) or "its digits")
