@@ -16,11 +16,16 @@ from lib.paths import replacing
 WHOLE_TABLE = 30.0
 #: A reader may read tables, recursively too. All else is denied: writing, ATTACH, PRAGMA, VACUUM, functions.
 _READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE}
-_HELD = " (another program may be writing to it, or its folder refuses locks and new files: copy it to a local folder)"
+_BLOCKED = (
+    " (another program may be writing to it, or its folder refuses locks and new files: copy it to a local folder)"
+)
 #: Hints that SQLite's messages lack, by error code.
 _HINTS = {
-    **dict.fromkeys((sqlite3.SQLITE_BUSY, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_IOERR), _HELD),
-    **dict.fromkeys((sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY), _HELD),
+    sqlite3.SQLITE_BUSY: _BLOCKED,
+    sqlite3.SQLITE_PROTOCOL: _BLOCKED,
+    sqlite3.SQLITE_IOERR: _BLOCKED,
+    sqlite3.SQLITE_CANTOPEN: _BLOCKED,
+    sqlite3.SQLITE_READONLY: _BLOCKED,
     sqlite3.SQLITE_INTERRUPT: " (it took too long)",
     sqlite3.SQLITE_AUTH: " (only a plain table people, without triggers, can be changed)",
 }

@@ -214,19 +214,19 @@ def _pays_to_compile(config: RunConfig, device: torch.device) -> bool:
 def _claim(directory: Path, claim: Claim, config_here: RunConfig, people: People) -> None:
     """Write the run's claim, people and tokenizer into its folder, so that it needs no file outside."""
     own = copies(directory, claim.config)
+    new = [path for path in (directory / CLAIM, directory / DATABASE, *own.values()) if not path.exists()]
     with ExitStack() as undo:
-        if not (directory / CLAIM).exists():
-            for path in (directory / CLAIM, directory / DATABASE, *own.values()):
-                undo.callback(path.unlink, missing_ok=True)
+        for path in new:
+            undo.callback(path.unlink, missing_ok=True)
+        if directory / CLAIM in new:
             claim.write(directory)
-        if (copied := own.get(claim.config.facts.csv)) and not copied.exists():
+        if (copied := own.get(claim.config.facts.csv)) in new:
             write_people_csv(people, copied)
-        if (copied := own.get(claim.config.tokenizer)) and not copied.exists():
+        if (copied := own.get(claim.config.tokenizer)) in new:
             source = tokenizer_file(config_here.tokenizer)
             with paths.replacing(copied) as temporary:
                 shutil.copyfile(source, temporary)
             if load_tokenizer(str(copied)).name != claim.tokenizer:
-                copied.unlink()
                 raise InputError(f"{source} has changed while it was read: give a file that is finished")
         write_database(people, directory / DATABASE)
         undo.pop_all()
