@@ -5,7 +5,7 @@ from itertools import cycle
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.figures.style import STYLES, draw_bits_lines, draw_means, panels, published_label, smallest
+from lib.figures.style import STYLES, draw_bits_lines, draw_means, log_ticks, panels, published_label, smallest
 
 
 def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: float = 0.95) -> Figure:
@@ -31,6 +31,6 @@ def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: fl
         ends = {bits: (low / bits, high / bits) for bits in (1, 2)}
         draw_bits_lines(by_entropy, ends, "#BBBBBB", xytext=(3, 0), ha="left", va="center")
         by_entropy.xaxis.set_major_formatter("{x:,.0f}")
-        by_entropy.xaxis.set_minor_formatter(lambda x, _: f"{x:,.0f}" if f"{x:e}"[0] in "25" else "")
+        log_ticks(by_entropy.xaxis, pd.Series([low, high]))
         by_alpha.legend()
     return figure

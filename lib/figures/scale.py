@@ -12,16 +12,14 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
-from matplotlib.axis import Axis
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from lib import paths
 from lib.experiments.scale_tables import LEARNED, by_family, of_facts, rate
-from lib.figures.style import HOLLOW, RC, STYLES, nothing_yet
+from lib.figures.style import HOLLOW, RC, STYLES, log_ticks, nothing_yet
 
 #: Half-filled markers mean a tool: single points have no line style to tell modes apart in grey.
 MODES = {
@@ -63,9 +61,9 @@ def against_steps(rows: pd.DataFrame, metric: str) -> Figure:
                 axes.text(0.04, 0.04, f"{', '.join(unmeasured)}: no values", transform=axes.transAxes, fontsize=7)
             axes.set_title(f"{base}\n{_rates(runs)}", fontsize=8)
             axes.set(xscale="log", yscale="log" if is_distance else "linear")
-            _log_ticks(axes.xaxis, rows.step)
+            log_ticks(axes.xaxis, rows.step)
             if is_distance:
-                _log_ticks(axes.yaxis, rows[metric])
+                log_ticks(axes.yaxis, rows[metric])
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.yaxis.set_major_formatter("{x:g}")
             if metric == "capability_relative":
@@ -77,14 +75,6 @@ def against_steps(rows: pd.DataFrame, metric: str) -> Figure:
         handles = [Line2D([], [], label=f"{mode}, {n:,} facts", **look) for (mode, n), look in looks.items()]
         figure.legend(handles=handles, fontsize=7, handlelength=3, loc="outside right center")
     return figure
-
-
-def _log_ticks(axis: Axis, values: pd.Series) -> None:
-    """Label powers of ten, and between them 2 and 5 where they are too few."""
-    values = values[values > 0]
-    if len(values) and values.max() < 30 * values.min():
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _label(metric: str, rows: pd.DataFrame) -> str:

@@ -9,7 +9,9 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from lib import paths
 from lib.experiments.tables import described
@@ -161,6 +163,14 @@ def draw_bits_lines(axes, ends: dict[int, tuple[float, float]], color: str, **pl
         axes.plot(x, y, color=color, linewidth=0.9, zorder=1)
         axes.annotate(f"{bits:g} bit{'s' * (bits != 1)} a parameter", (x[1], y[1]), **note, **place)
     axes.set_xlim(x)
+
+
+def log_ticks(axis: Axis, values: pd.Series) -> None:
+    """Label powers of ten and, where these are too few, 2 and 5 times as much."""
+    values = values[values > 0]
+    if len(values) and values.max() < 30 * values.min():
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def shades(n: int) -> list[tuple[float, ...]]:
