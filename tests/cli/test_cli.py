@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import sqlite3
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import forging
 import pytest
 import torch
+from full_disk import full_after
 from safetensors.torch import save_file
 
 from lib import paths
@@ -526,13 +526,9 @@ def test_where_results_cannot_be_written_the_sentence_says_what_moves_them(itl, 
 @pytest.mark.parametrize("library", ["torch", "safetensors"])
 def test_what_libraries_say_of_a_full_disk_is_one_sentence_and_exit_code_1(here, itl, monkeypatch, library):
     def save(*_, **__):
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limit[1]))
-        try:
-            many = torch.zeros(2**16)
+        many = torch.zeros(2**16)
+        with full_after(1_000):
             torch.save(many, here / "many") if library == "torch" else save_file({"x": many}, here / "many")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
     monkeypatch.setattr("lib.training.run.run", save)
     answer = itl("train", *TINY)

@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import re
-import resource
 import socket
 import threading
 import time
@@ -15,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from full_disk import full_after
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -503,13 +503,8 @@ def test_the_command_does_not_write_records_over_its_questions(tmp_path, monkeyp
 
 def test_a_full_disk_ends_in_one_sentence_and_what_fits_is_kept(server, tmp_path):
     play, out = server(right), tmp_path / "r.jsonl"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
-    try:
-        with pytest.raises(WorkError, match="cannot write records to .*r.jsonl: File too large"):
-            ask(play, out, concurrency=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_after(600), pytest.raises(WorkError, match="cannot write records to .*r.jsonl: File too large"):
+        ask(play, out, concurrency=1)
     kept = out.read_bytes().count(b"\n")
     play.requests.clear()
     assert 0 < kept < len(QUESTIONS) and all(record["correct"] for record in ask(play, out))

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import resource
 import struct
 import sys
 import time
@@ -13,6 +12,7 @@ import nbformat
 import pytest
 import ranks
 import torch
+from full_disk import full_after
 from nbconvert.preprocessors import ExecutePreprocessor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
@@ -328,16 +328,11 @@ def test_profiled_training_ends_with_the_same_weights_bit_for_bit(profile):
 
 
 def test_a_profile_that_does_not_fit_on_the_disk_is_a_failure_and_leaves_nothing(tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
-    try:
-        with pytest.raises(WorkError, match=r"cannot write .*trace\.json: .*the disk may be full"):
-            with profiled(tmp_path / "profile", 1) as step:
-                for _ in range(WAIT + WARM_UP + 1):
-                    torch.ones(4, 4) @ torch.ones(4, 4)
-                    step()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    refusal = r"cannot write .*trace\.json: .*the disk may be full"
+    with full_after(2_000), pytest.raises(WorkError, match=refusal), profiled(tmp_path / "profile", 1) as step:
+        for _ in range(WAIT + WARM_UP + 1):
+            torch.ones(4, 4) @ torch.ones(4, 4)
+            step()
     assert list((tmp_path / "profile").iterdir()) == []
 
 
