@@ -8,10 +8,10 @@ RUN := $(VENV)/bin/python
 comma := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help paper refresh scale test fuzz bench book lab clean
+.PHONY: help paper refresh scale test test-all fuzz bench book lab clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 paper: $(VENV)/core.stamp ## run all notebooks in the quick profile, draw the figures, render them to HTML
 	@$(RUN) -m lib paper
@@ -23,8 +23,11 @@ scale: $(VENV)/scale.stamp ## the same for Section 6 and TriviaQA: fetch a chat 
 	@$(RUN) -m lib fetch
 	@$(RUN) -m lib scale
 
-test: $(VENV)/extras.stamp ## run the tests, which run every notebook at smoke size
+test: $(VENV)/extras.stamp ## run the fast tests
 	@$(RUN) -m lib test
+
+test-all: $(VENV)/extras.stamp ## run the slow tests too: notebooks, browser, Slurm, killed processes
+	@$(RUN) -m lib test -m ""
 
 fuzz: $(VENV)/extras.stamp ## give damaged input to everything that reads files, replies and requests (an hour)
 	@$(RUN) -m lib test tests/test_doors.py --hypothesis-profile fuzz --timeout 7200

@@ -468,6 +468,7 @@ def test_a_monitor_that_is_not_installed_is_answered_with_one_sentence(here, itl
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_weights_and_biases_without_an_account_says_how_to_do_without(here):
     """In a process of its own: the package remembers how it was set up first."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}

@@ -238,6 +238,7 @@ def _script(code: str, *arguments) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_tokenization_leaves_nothing_that_counts_and_is_made_good(tmp_path):
     path = _write(tmp_path / "d.jsonl", list(dialogs(sample_people(20_000), "in-weight")))
     process = _script(
@@ -261,6 +262,7 @@ def _safely(pattern: str) -> list[Path]:
     return [path for path in (paths.runs() / "tokens").glob(pattern) if path.exists()]
 
 
+@pytest.mark.slow
 def test_processes_that_want_the_same_tokens_make_them_once(tmp_path):
     path = _write(tmp_path / "d.jsonl", list(dialogs(sample_people(2_000), "in-weight")))
     code = (
@@ -402,6 +404,7 @@ def test_what_fails_ahead_fails_when_its_turn_comes_and_can_be_asked_for_again()
     assert [ahead(1), ahead(2)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_or_ends_while_it_reads_ahead_does_not_hang(tmp_path):
     for last_words, code in (("raise SystemExit(3)", 3), ("1 / 0", 1), ("pass", 0)):
         process = _script(
@@ -645,6 +648,7 @@ def test_impossible_shares_are_refused(training, words):
         assert word in str(caught.value)
 
 
+@pytest.mark.slow
 def test_files_are_given_on_the_command_line_and_in_a_file(files, tmp_path):
     fixed = ["--people", "4", "--d-model", "8", "--set", "training.steps=2"]
     (tmp_path / "c.json").write_text(json.dumps({"training": {"files": {"a.jsonl": 0.25}}}))

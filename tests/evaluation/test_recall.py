@@ -463,6 +463,7 @@ def some_of(people: People):
 
 @settings(max_examples=20)
 @given(st.integers(1, 4), seeds, noises, some_of(IN_WEIGHT_PEOPLE), st.integers(1, 8))
+@pytest.mark.slow
 def test_verify_and_decode_agree_on_every_prompt_in_weight(in_weight, i, seed, noise, facts, batch_size):
     ask(disturbed(in_weight[i], seed, noise), facts, batch_size=batch_size)
 
@@ -474,6 +475,7 @@ edits = st.dictionaries(
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 4), seeds, noises, some_of(IN_TOOL_PEOPLE), st.integers(1, 8), edits)
+@pytest.mark.slow
 def test_verify_and_decode_agree_on_every_prompt_in_tool(in_tool, tmp_path, i, seed, noise, facts, batch_size, edits):
     """Whatever the database holds: some have another occupation there, or (None) are not in it."""
     write_database(IN_TOOL_PEOPLE, tmp_path / "edited.sqlite")

@@ -376,6 +376,7 @@ def test_hybrids_are_a_mode_of_their_own_and_trivia_is_no_recall_of_facts():
     assert list(ours(rows)["mode"]) == ["hybrid", "in-tool"]
 
 
+@pytest.mark.slow
 def test_nothing_here_needs_the_models_of_others():
     blocked = "import sys; sys.modules.update(dict.fromkeys(['transformers', 'datasets', 'peft', 'trl', 'lm_eval']));"
     code = "from lib.figures import scale; from lib.experiments import scale_tables; import pandas; "
@@ -399,6 +400,7 @@ def test_prose_of_section_6_is_short_and_its_numbers_are_computed(name):
 
 
 @pytest.mark.parametrize("name", ["06_1_factual_recall_at_scale", "06_2_capabilities_at_scale"])
+@pytest.mark.slow
 def test_notebooks_of_section_6_need_no_rows_of_ours_and_no_model_libraries(name, tmp_path):
     code = f"""
 import sys

@@ -41,6 +41,7 @@ def _of_half_the_points(plan: list) -> list:
 
 
 @pytest.mark.parametrize("left", [_of_half_the_points, lambda plan: []], ids=["half", "none"])
+@pytest.mark.slow
 def test_a_plan_that_loses_searches_loses_no_row_and_no_figure_a_point(published, monkeypatch, left):
     drawn = {name: _points(name) for name in record.FIGURES}
     rows = {section: tables.committed_rows(section) for section in tables.TABLES}

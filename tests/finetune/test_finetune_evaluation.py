@@ -306,6 +306,7 @@ def test_a_change_of_capability_has_the_error_of_paired_answers(items):
             assert columns[f"{name}{suffix}_stderr"] == pytest.approx(error, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_has_no_hellaswag():
     ask = "from lib.finetune.evaluation import hellaswag_is_at_hand as ask; print(ask())"
     for there in ("http://127.0.0.1:9", "http://no-such-host.invalid"):

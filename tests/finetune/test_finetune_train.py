@@ -167,6 +167,7 @@ def test_the_newest_two_checkpoints_are_kept_while_training_goes_on(undisturbed,
     assert seen == [[], ["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
 
 
+@pytest.mark.slow
 def test_who_is_asked_to_leave_writes_a_checkpoint_and_comes_back(undisturbed, tmp_path, monkeypatch):
     config, directory, _ = undisturbed
     on_step_end = train._Run.on_step_end

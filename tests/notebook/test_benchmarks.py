@@ -115,6 +115,7 @@ def test_growth_states_the_memory_of_the_dialogs():
     assert list(table.n_facts) == [8, 32] and (table.microseconds == 1e6 / table.per_second).all()
 
 
+@pytest.mark.slow
 def test_a_cold_start_is_a_whole_run():
     row = benchmarks.cold_start(
         RunConfig.parse({"facts": {"n_people": 2}, "model": {"d_model": 8}, "training": {"steps": 3}})

@@ -348,6 +348,7 @@ def test_turns_have_colors_of_their_own_in_a_terminal_that_has_them():
     assert all(len(color) == 1 for color in told) and len(set.union(*told)) == 3
 
 
+@pytest.mark.slow
 def test_a_piped_conversation_works_as_a_program_of_its_own():
     command = [sys.executable, "-m", "lib", "chat", str(IN_WEIGHT), "--beside", str(IN_TOOL)]
     said = subprocess.run(command, cwd=paths.ROOT, input="/who\nWho?\n", capture_output=True, text=True, check=True)

@@ -78,6 +78,7 @@ def test_the_database_to_talk_about_holds_people_whom_either_or_neither_model_wa
         assert set(connection.execute("SELECT * FROM people")) == expected
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_readme_are_looked_up():
     readme = (paths.ROOT / "README.md").read_text()
     folder = "paper_data/checkpoints/in-tool"

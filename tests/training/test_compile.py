@@ -31,6 +31,7 @@ def make_trainer(folder: Path, compiled: bool, n_people: int = 8, **training) ->
 
 
 @pytest.mark.parametrize("loss", ["cross-entropy", "focal"])
+@pytest.mark.slow
 def test_a_compiled_step_is_the_eager_one(loss, tmp_path):
     torch.compiler.reset()
     eager, compiled = (make_trainer(tmp_path / str(c), c, loss=loss) for c in (False, True))
@@ -54,6 +55,7 @@ def test_it_is_compiled_once_whatever_the_lengths_of_later_batches(tmp_path):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_code_that_cannot_be_compiled_runs_as_it_is(tmp_path, monkeypatch):
     torch.compiler.reset()
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))

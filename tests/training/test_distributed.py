@@ -102,6 +102,7 @@ def test_who_shares_the_weights_out_holds_a_part_of_them(trained, layout, share)
     assert share * n_params <= here <= share * n_params + norms
 
 
+@pytest.mark.slow
 def test_ranks_exchange_gradients_once_a_step_however_many_parts_it_has(tmp_path):
     ranks.launch(2, ranks.count_exchanges, tmp_path)
     before, after = map(int, (tmp_path / "exchanges").read_text().split())

@@ -61,6 +61,7 @@ def stopped(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("mode", ["in-weight", "in-tool"])
+@pytest.mark.slow
 def test_every_checkpoint_of_a_process_that_trains_is_measured_and_the_watch_ends_with_it(tmp_path, mode):
     config, folder = override(_config(steps=120), {"mode": mode}), tmp_path / "run"
     (tmp_path / "config.json").write_text(config.canonical_json())
