@@ -105,6 +105,8 @@ class TrainingConfig(Config):
     #: probability of it, with weights that add up to one over a batch (Lin et al., 2017).
     loss: Literal["cross-entropy", "focal"] = "cross-entropy"
     focal_gamma: float = Field(2.0, gt=0, le=5)
+    #: Whether the loss counts the value that an in-tool answer repeats after the database said it.
+    repeats: bool = True
     #: Parts (micro-batches) that a step's batch is cut into.
     grad_accumulation: int = Field(1, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"

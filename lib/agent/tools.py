@@ -116,6 +116,30 @@ class SqlTool(Closing):
         self.connection.close()
 
 
+class ForgivingTool:
+    """A `SqlTool` that, where nobody has the name asked for, answers for the nearest name (Section 7, our own).
+
+    edits: the most letters to insert, delete or replace; two names equally near are no match, as before. It takes the
+    package rapidfuzz, which the extra [serve] installs.
+    """
+
+    def __init__(self, tool: SqlTool, edits: int):
+        self.tool, self.edits = tool, edits
+        self._names = [name for (name,) in tool.connection.execute("SELECT people.name FROM people")]
+
+    def __call__(self, turn: str) -> Response:
+        from rapidfuzz import process  # only here: it is no part of the core
+        from rapidfuzz.distance import Levenshtein
+
+        response, request = self.tool(turn), parse_request(turn)
+        if request is None or response.outcome is not Outcome.NO_MATCH:
+            return response
+        near = process.extract(request.name, self._names, scorer=Levenshtein.distance, score_cutoff=self.edits, limit=2)
+        if not near or (len(near) == 2 and near[0][1] == near[1][1]):
+            return response
+        return self.tool.find(request.attribute, near[0][0])
+
+
 class EditableTool(Closing):
     """A `SqlTool` on a copy of a database's people that may be changed; the database itself is only read.
 

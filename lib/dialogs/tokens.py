@@ -21,21 +21,28 @@ def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
     return [*tokens, tokenizer.role_ids[Role.ASSISTANT]]
 
 
-def encode_dialog(dialog: Dialog, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+def encode_dialog(dialog: Dialog, tokenizer: Tokenizer, repeats: bool = True) -> tuple[list[int], list[bool]]:
     """Return the tokens of a dialog and, for each, whether the model is trained to produce it.
 
     A turn begins with its role token; the dialog ends with `tokenizer.end`. Trained are the assistant's tokens and
-    the token that follows its turn: the hand-over to the database, or the end.
+    the token that follows its turn: the hand-over to the database, or the end. Without `repeats` a turn's first
+    repetition of what the database said just before is not trained.
     """
     tokens, trained = [], []
-    follows_assistant = False
+    follows_assistant, result = False, []
     for role, text in dialog:
         ids = tokenizer.encode(text)
         tokens.append(tokenizer.role_ids[role])
         tokens += ids
         trained.append(follows_assistant)
         follows_assistant = role == Role.ASSISTANT
-        trained += [follows_assistant] * len(ids)
+        flags = [follows_assistant] * len(ids)
+        if result and not repeats:
+            places = (i for i in range(len(ids)) if ids[i : i + len(result)] == result)
+            start = next(places, len(ids))
+            flags[start : start + len(result)] = [False] * len(ids[start : start + len(result)])
+        result = ids if role == Role.DATABASE else []
+        trained += flags
     return [*tokens, tokenizer.end], [*trained, follows_assistant]
 
 
@@ -102,16 +109,17 @@ def join(parts: Sequence[TokenizedDialogs]) -> TokenizedDialogs:
     return TokenizedDialogs(values, mask, torch.cat([parts[0].offsets[:1], *ends]), n_trained, first)
 
 
-def tokenize(items: Iterable[Dialog], tokenizer: Tokenizer) -> TokenizedDialogs:
+def tokenize(items: Iterable[Dialog], tokenizer: Tokenizer, repeats: bool = True) -> TokenizedDialogs:
     """Tokenize a whole dataset once: 4,000,000 in-tool dialogs take one to two minutes and 2.6 GB.
 
-    An empty dataset is an `InputError`, and so is a dialog without a turn of the assistant.
+    repeats: as `encode_dialog` takes it. An empty dataset is an `InputError`, and so is a dialog without a turn of the
+    assistant.
     """
     code, dtype = ("h", torch.int16) if tokenizer.vocab_size <= 2**15 else ("i", torch.int32)
     # Arrays grow in place: to join a list of them at the end would hold the dataset twice.
     values, mask, offsets, n_trained, first = array(code), bytearray(), array("q", [0]), array("q"), array("q")
     for dialog in items:
-        tokens, trained = encode_dialog(dialog, tokenizer)
+        tokens, trained = encode_dialog(dialog, tokenizer, repeats)
         flags = bytes(trained)
         values.fromlist(tokens)
         mask += flags
@@ -126,6 +134,6 @@ def tokenize(items: Iterable[Dialog], tokenizer: Tokenizer) -> TokenizedDialogs:
     return TokenizedDialogs(torch.frombuffer(values, dtype=dtype), torch.frombuffer(mask, dtype=torch.bool), *counts)
 
 
-def tokenize_people(people: People, mode: Mode, tokenizer: Tokenizer) -> TokenizedDialogs:
+def tokenize_people(people: People, mode: Mode, tokenizer: Tokenizer, repeats: bool = True) -> TokenizedDialogs:
     """Return the tokens of the `dialogs` of people. Nobody, or an unknown mode, is an `InputError`."""
-    return tokenize(dialogs(people, mode), tokenizer)
+    return tokenize(dialogs(people, mode), tokenizer, repeats)

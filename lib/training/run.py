@@ -86,7 +86,8 @@ def run(
             # Prepare: nothing is written, and bad input is refused before the folder is claimed.
             _check_memory(config, people, tokenizer, device, ranks)
             questions = tokenize_people(people, config.mode, tokenizer)
-            data, sources = _dataset(config, people, tokenizer, questions, files)
+            trained = questions if config.training.repeats else tokenize_people(people, config.mode, tokenizer, False)
+            data, sources = _dataset(config, people, tokenizer, trained, files)
             model = Transformer(config.model, torch.Generator().manual_seed(config.seed)).to(device)
             threads = threads or _choose_threads(
                 directory, device, lambda: Trainer(copy.deepcopy(model), data, config, directory, sources=sources)

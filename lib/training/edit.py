@@ -1,0 +1,74 @@
+"""Change what a trained model knows: teach it other facts, or make it forget some (Section 7, our own)."""
+
+import copy
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from lib.config import OptimConfig
+from lib.dialogs.tokens import TokenizedDialogs
+from lib.model.transformer import Transformer
+from lib.training.loss import IGNORED, Batch, batch_loss
+from lib.training.optim import build_optimizers, clip_gradients
+
+#: Dialogs of each kind in a step.
+BATCH = 32
+
+
+class Edited(NamedTuple):
+    """A model after an edit, and what that took."""
+
+    model: Transformer
+    done: bool  # within the steps allowed
+    steps: int
+    dialogs: int  # those kept included
+    seconds: float  # of the steps alone
+
+
+def edit(
+    model: Transformer,
+    dialogs: TokenizedDialogs,
+    optim: OptimConfig,
+    is_done: Callable[[Transformer], bool],
+    *,
+    keep: TokenizedDialogs | None = None,
+    forget: bool = False,
+    max_steps: int = 1_000,
+    look_every: int = 5,
+    seed: int = 0,
+) -> Edited:
+    """Train a copy of a model on some dialogs until `is_done`, asked every few steps, or for `max_steps`.
+
+    forget: climb the loss of these dialogs instead (gradient ascent). keep: dialogs of which each step trains as many,
+    so that the model keeps what they say. optim: its learning rates stay as they are, without schedule.
+    """
+    model = copy.deepcopy(model).train()
+    optimizers = build_optimizers(model, optim)
+    draw = torch.Generator().manual_seed(seed)
+    steps, n_dialogs, seconds, done = 0, 0, 0.0, False
+    while not done and steps < max_steps:
+        began = time.monotonic()
+        for data, sign in ((dialogs, -1 if forget else 1), (keep, 1)):
+            if data is not None:
+                rows = torch.randperm(len(data), generator=draw)[:BATCH]
+                (sign * _mean_loss(model, data, rows)).backward()
+                n_dialogs += len(rows)
+        clip_gradients(model.parameters(), optim.clip_norm or float("inf"))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        seconds, steps = seconds + time.monotonic() - began, steps + 1
+        done = steps % look_every == 0 and is_done(model.eval())
+        model.train()
+    return Edited(model.eval(), done, steps, n_dialogs, seconds)
+
+
+def _mean_loss(model: Transformer, data: TokenizedDialogs, rows: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross-entropy of the trained tokens of some dialogs, in nats."""
+    tokens, mask = data.batch(rows)
+    first = int(data.first[rows].min()) - 1
+    targets = tokens.masked_fill(~mask, IGNORED)[:, first + 1 :]
+    sums = batch_loss(model, Batch(tokens[:, :-1], targets, first), 0.0)
+    return sums.weighted / sums.weight
