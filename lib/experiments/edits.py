@@ -252,6 +252,9 @@ def _ask(base: Setting, facts: Sequence[Fact], tool: Tool) -> list[tuple[str, st
     return found
 
 
+#: What a row says about the model and the experiment; what was measured follows.
+COLUMNS = ["profile", "run_id", "mode", "n_facts", "seed", "d_model", "n_params", "repeats", "experiment", "method"]
+COLUMNS += ["n_edited", "asked", "who", "finished_at", "commit"]
 #: In-weight models have no tool to contest or forgive.
 EXPERIMENTS = {"in-weight": (change, delete), "in-tool": (change, delete, contest, forgive)}
 
@@ -301,14 +304,18 @@ def _measure_into(home: Path, folder: Path, profile: str) -> None:
 
 
 def rows(profile: str) -> pd.DataFrame:
-    """Return all rows of a profile, a row a measurement: those in paper_data, and those still in runs."""
+    """Return all rows of a profile, a row a measurement: those in paper_data, and those still in runs.
+
+    Columns that an experiment does not measure are empty.
+    """
     known = read_table(TABLE)
     tables = [known[known.profile == profile]] if len(known) else []
     done = set(tables[0].run_id) if tables else set()
     for _, made in whole(sorted(sweep_dir(SECTION, profile).glob(f"*/{ROWS}")), lambda path: read_json(path, list)):
         tables.append(pd.DataFrame([row for row in made if row["run_id"] not in done]).assign(profile=profile))
     tables = [table for table in tables if len(table)]
-    return pd.concat(tables, ignore_index=True).assign(superseded=False) if tables else pd.DataFrame()
+    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
+    return table.assign(superseded=False)
 
 
 def table_of_rows() -> Table:

@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.agent.tools import ERROR_TEXTS, CalculatorTool, EditableTool, Outcome, SqlTool, connect_read_only
+from lib.agent.tools import (
+    ERROR_TEXTS,
+    CalculatorTool,
+    EditableTool,
+    ForgivingTool,
+    Outcome,
+    SqlTool,
+    connect_read_only,
+)
 from lib.base import InputError
 from lib.dialogs.request import format_request, parse_request
 from lib.facts import database as database_module
@@ -529,3 +537,42 @@ def test_the_calculator_answers_with_typed_outcomes(request_line, outcome, text)
     response = CalculatorTool()(f"```calc\n{request_line}\n```")
     assert (response.outcome, response.text) == (outcome, text)
     assert CalculatorTool()(f"```sql\n{request_line}\n```").outcome is Outcome.MALFORMED
+
+
+# ---- A tool that forgives wrong letters
+
+
+def distance(a: str, b: str) -> int:
+    """How many letters to insert, delete or replace, by the textbook's table."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row, before = [i], row
+        for j, y in enumerate(b, 1):
+            row.append(min(row[j - 1] + 1, before[j] + 1, before[j - 1] + (x != y)))
+    return row[-1]
+
+
+@given(
+    names=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=6, unique=True),
+    asked=st.text("abc", min_size=1, max_size=4),
+    edits=st.integers(0, 3),
+)
+def test_a_forgiving_tool_answers_for_the_one_nearest_name(names, asked, edits):
+    with tempfile.TemporaryDirectory() as folder:
+        write_database(People(names, {"city": [f"of {name}" for name in names]}), f"{folder}/people.db")
+        with SqlTool(f"{folder}/people.db") as tool:
+            response = ForgivingTool(tool, edits)(format_request("city", asked))
+    near = sorted((distance(asked, name), name) for name in names)
+    best = [name for far, name in near if far == near[0][0]]
+    if near[0][0] <= edits and len(best) == 1:
+        assert response == (Outcome.ANSWER, f"of {best[0]}")
+    else:
+        assert response.outcome is Outcome.NO_MATCH
+
+
+def test_a_forgiving_tool_forgives_nothing_but_names(database):
+    with SqlTool(database) as tool:
+        forgiving = ForgivingTool(tool, 3)
+        assert forgiving("hello").outcome is Outcome.MALFORMED
+        assert forgiving(format_request("birthplace", PEOPLE.names[0])).outcome is Outcome.UNKNOWN_ATTRIBUTE
+        assert forgiving(format_request("birth_place", PEOPLE.names[0])).ok

@@ -1,0 +1,104 @@
+"""Figures of Section 7.1 (our own): what it takes to change, delete and contest facts."""
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lib.facts.sampling import UNSEEN
+from lib.figures.generalization import KINDS
+from lib.figures.style import STYLES, draw_means, nothing_yet, panels, shades
+
+#: How facts are changed, as a legend says it.
+METHODS = {
+    "write to the database": ("in tool: write to the database", STYLES["in-tool"]),
+    "train on them": ("in weights: train on them", STYLES["in-weight"]),
+    "train among the others": (
+        "in weights: train, the others repeated",
+        {**STYLES["in-weight"], "marker": "^", "linestyle": "--"},
+    ),
+}
+
+
+def edits(rows: pd.DataFrame) -> Figure:
+    """Draw what changing facts takes and breaks, and what is still known of deleted ones.
+
+    rows: as `lib.experiments.edits.rows` gives them, of one number of facts a mode: means over seeds with bars from the
+    smallest to the largest.
+    """
+    with panels((11, 3.4), 1, 3, width_ratios=(1, 1, 1.2)) as (figure, (cost, harm, memory)):
+        changed = rows[rows.experiment == "change"]
+        for method, (label, look) in METHODS.items():
+            points = changed[changed.method == method]
+            if len(points):
+                draw_means(cost, points, "n_edited", label, of="seconds", **look)
+                draw_means(harm, points, "n_edited", label, of="recall_others", **look)
+        cost.set(xlabel="facts changed", ylabel="seconds until all are right", xscale="log", yscale="log")
+        harm.set(xlabel="facts changed", ylabel="recall of the other facts", xscale="log", ylim=(-0.04, 1.06))
+        cost.legend()
+        _memories(memory, rows[rows.experiment == "delete"])
+    return figure
+
+
+def _memories(axes, deleted: pd.DataFrame) -> None:
+    """Draw, for each way to delete, the share of facts still known without the tool, beside those never seen."""
+    if not len(deleted):
+        return nothing_yet(axes, "finished")
+    groups = list(deleted.groupby(["mode", "repeats", "method", "asked"], sort=False))
+    names = []
+    for y, ((mode, repeats, method, asked), points) in enumerate(groups):
+        look = {"color": STYLES[mode]["color"], "marker": STYLES[mode]["marker"], "linestyle": "none"}
+        axes.plot(points.memory, [y] * len(points), **look, label="deleted" if not y else None)
+        never = {**look, "markerfacecolor": "white", "color": "#777777"}
+        axes.plot(points.never_memory, [y + 0.25] * len(points), **never, label="never seen" if not y else None)
+        axes.plot([points.guess.mean()] * 2, [y - 0.3, y + 0.45], color="#555555", linestyle=":",
+                  label="a guess" if not y else None)  # fmt: skip
+        about = f", {asked}" if mode == "in-tool" else ""
+        untrained = "" if repeats else ",\nvalue not trained"
+        names.append(f"{mode}: {method.removesuffix(' from the database')}{about}{untrained}")
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="share still known", xlim=(-0.04, 1.04))
+    axes.invert_yaxis()
+    axes.legend(loc="lower right")
+
+
+def contested(rows: pd.DataFrame) -> Figure:
+    """Draw whom an in-tool model believes: shares of answers that follow the database, or state the fact anyway."""
+    rows = rows[rows.experiment == "contest"]
+    groups = list(rows.groupby("who", sort=False)) or [("no runs yet", rows)]
+    with panels((10, 2.8), 1, len(groups), sharey=True) as (figure, row):
+        for axes, (who, told) in zip(row if len(groups) > 1 else [row], groups, strict=True):
+            kinds = list(dict.fromkeys(told.method))
+            for shift, (column, label, color) in enumerate(
+                (("follows", "states the result", "#0072B2"), ("remembers", "states the fact", "#D55E00"))
+            ):
+                y = [i + 0.3 * shift for i in range(len(kinds))]
+                means = [told[told.method == kind][column].mean() for kind in kinds]
+                axes.barh(y, means, height=0.28, color=color, label=label)
+                for place, kind in zip(y, kinds, strict=True):
+                    seeds = told[told.method == kind][column]
+                    axes.plot(seeds, [place] * len(seeds), ".", color="black", markersize=3)
+            axes.set(title=who, xlim=(0, 1.02), xlabel="share of answers", yticks=range(len(kinds)), yticklabels=kinds)
+        axes.invert_yaxis()
+        axes.legend()
+    return figure
+
+
+def forgiving(rows: pd.DataFrame) -> Figure:
+    """Draw recall and wrong answers against how many letters of a name the tool forgives, a panel a kind of person."""
+    rows = rows[rows.experiment == "forgive"]
+    rows = rows.assign(
+        letters=rows.get("method", pd.Series(dtype=str)).str.extract(r"(\d)", expand=False).astype(float)
+    )
+    counts = sorted(rows.n_facts.unique()) if len(rows) else []
+    with panels((9.6, 2.9), 1, len(UNSEEN), sharey=True) as (figure, row):
+        for axes, kind in zip(row, UNSEEN, strict=True):
+            for n_facts, color in zip(counts, shades(len(counts)), strict=True):
+                points = rows[(rows.who == kind) & (rows.n_facts == n_facts)]
+                draw_means(axes, points, "letters", f"{n_facts:,} training facts", of="recall", color=color, marker="o")
+                draw_means(axes, points, "letters", "wrong answers", of="wrong", color=color, marker="x", linestyle=":")
+            axes.set(title=KINDS[kind], xlabel="letters forgiven", ylim=(-0.04, 1.06), xticks=range(4))
+        row[0].set_ylabel("share of questions")
+        handles, labels = row[0].get_legend_handles_labels()
+        if handles:
+            figure.legend(
+                dict(zip(labels, handles, strict=True)).values(), dict.fromkeys(labels), loc="outside right center"
+            )
+    return figure

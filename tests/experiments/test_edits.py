@@ -1,0 +1,91 @@
+"""Section 7.1 on a model that cannot know a fact, the circuit of Section 4, and through a whole smoke run."""
+
+import numpy as np
+import pytest
+
+from lib.base import InputError
+from lib.config import RunConfig
+from lib.dialogs.tokenizers import ByteTokenizer
+from lib.experiments import edits
+from lib.experiments.plan import searches
+from lib.experiments.rows import sweep_dir
+from lib.model.circuit import Circuit
+from lib.paths import ROWS, read_json, write_json
+from lib.training.saved import Conversation
+
+
+@pytest.fixture(scope="module")
+def circuit(tmp_path_factory) -> edits.Setting:
+    config = RunConfig.parse({"mode": "in-tool", "facts": {"n_people": 12}})
+    talk = Conversation(tmp_path_factory.mktemp("circuit"), Circuit().model(), config, ByteTokenizer(), None, None)
+    return edits.Setting(talk, "smoke")
+
+
+def test_what_is_written_to_the_database_is_answered_and_nothing_else_changes(circuit):
+    rows = list(edits.change(circuit))
+    assert [row["n_edited"] for row in rows] == [1, 3]
+    for row in rows:
+        assert (row["recall_edited"], row["recall_others"], row["dialogs"]) == (1, 1, 0)
+
+
+def test_nobody_answers_for_the_deleted_and_a_circuit_knows_nothing_by_heart(circuit):
+    at_once, after_error = edits.delete(circuit)
+    for row in (at_once, after_error):
+        assert (row["recall_edited"], row["recall_others"]) == (0, 1)
+        assert row["says_the_value"] == row["says_a_value"] == 0
+    assert after_error["memory"] < 1
+
+
+@pytest.mark.slow
+def test_a_forgiving_tool_changes_nothing_for_who_copies_rightly(circuit):
+    rows = list(edits.forgive(circuit))
+    assert len(rows) == 5 * len(edits.LETTERS)
+    assert all((row["recall"], row["wrong"]) == (1, 0) for row in rows)
+
+
+def test_other_values_are_other_and_of_the_same_attribute(circuit):
+    for (_, attribute, value), other in zip(circuit.facts, circuit.other_values(circuit.facts), strict=True):
+        assert other != value and other in circuit.people.columns[attribute]
+
+
+def test_a_split_takes_every_fact_once(circuit):
+    for split in (circuit.split, circuit.split_people):
+        some, others = split(2)
+        assert sorted(some + others) == sorted(circuit.facts)
+        assert not ({*some} & {*others})
+    deleted, left = circuit.split_people(2)
+    assert len({name for name, *_ in deleted}) == 2 and not ({n for n, *_ in deleted} & {n for n, *_ in left})
+
+
+@pytest.mark.slow
+def test_a_smoke_run_measures_every_model_once(monkeypatch):
+    rows = edits.run("smoke")
+    planned = {run_id for search in searches(edits.SECTION, "smoke") for run_id in search.run_ids}
+    assert {*rows.run_id} == planned and (rows.profile == "smoke").all()
+    by_mode = rows.groupby("mode").experiment.unique().map(set)
+    assert by_mode["in-tool"] == {"change", "delete", "contest", "forgive"}
+    assert by_mode["in-weight"] == {"change", "delete"}
+    shares = rows[
+        ["recall_edited", "recall_others", "memory", "never_memory", "follows", "remembers", "recall", "wrong"]
+    ]
+    assert shares.stack().between(0, 1).all()
+    assert (rows.wrong.dropna() + rows.recall.dropna() <= 1).all()
+    times = {path: path.stat().st_mtime_ns for path in sweep_dir(edits.SECTION, "smoke").glob(f"*/{ROWS}")}
+    edits.run("smoke")
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_rows_are_published_once_and_only_with_a_commit(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(edits, "TABLE", tmp_path / "edits.csv")
+    row = {"run_id": "0123456789ab", "mode": "in-tool", "n_facts": 8, "seed": 0, "experiment": "change", "method": "m",
+           "n_edited": 1, "asked": None, "who": None, "recall_others": 0.5, "finished_at": "2026-01-01",
+           "commit": "a" * 40}  # fmt: skip
+    path = sweep_dir(edits.SECTION, "laptop") / row["run_id"] / ROWS
+    path.parent.mkdir(parents=True)
+    write_json(path, [row, row | {"method": "n"}])
+    assert edits.table_of_rows().add("laptop") == 2 and edits.table_of_rows().add("laptop") == 0
+    assert read_json(path, list)[0]["recall_others"] == edits.rows("laptop").recall_others[0]
+    assert np.isnan(edits.rows("laptop").seed).sum() == 0
+    write_json(path, [row | {"run_id": "ba9876543210", "commit": "unknown"}])
+    with pytest.raises(InputError, match="not made by a clean commit"):
+        edits.table_of_rows().add("laptop")
