@@ -253,7 +253,14 @@ def sweep(
     else:
         from lib.experiments import sweep as sweeps
 
-        report = sweeps.sweep(source, profile, jobs=jobs, dry_run=dry_run, max_hours=max_hours, device=device)
+        options, plan = {"max_hours": max_hours, "device": device}, None
+        if source == "07_1":
+            from lib.experiments import edits
+
+            if not dry_run:
+                edits.run(profile, jobs, **options)
+            plan = edits.missing(profile)
+        report = sweeps.sweep(source, profile, jobs=jobs, dry_run=dry_run, plan=plan, **options)
         console.print(str(report))
     if publish and not dry_run:
         table = _table(source)
@@ -268,6 +275,10 @@ def _table(section: str):
     paths.check_checkout()
     if section == "06":
         from lib.finetune.experiments import table_of_rows
+
+        return table_of_rows()
+    if section == "07_1":
+        from lib.experiments.edits import table_of_rows
 
         return table_of_rows()
     from lib.experiments.publishing import table_of

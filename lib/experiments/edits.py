@@ -27,15 +27,17 @@ from lib.evaluation.recall import Fact, measure_recall
 from lib.experiments.plan import searches
 from lib.experiments.publishing import Table
 from lib.experiments.rows import sweep_dir
+from lib.experiments.search import Search
 from lib.experiments.sweep import sweep
 from lib.experiments.tables import read_table
 from lib.facts.database import change_fact, write_database
 from lib.facts.people import People
 from lib.facts.sampling import unseen_people
 from lib.model.transformer import Transformer
-from lib.paths import DATABASE, ROWS, read_json, whole, write_json
+from lib.paths import DATABASE, ROW, ROWS, read_json, whole, write_json
 from lib.progress import progress
 from lib.provenance import provenance
+from lib.training.devices import usable_cores
 from lib.training.edit import Edited, edit
 from lib.training.saved import Conversation, open_conversation
 
@@ -280,24 +282,29 @@ def measure(folder: Path, profile: str) -> list[dict[str, Any]]:
     return found
 
 
-def run(profile: str, jobs: int = 1) -> pd.DataFrame:
+def missing(profile: str) -> list[Search]:
+    """Return the searches of a profile whose models have no rows yet; none for quick, which trains no model."""
+    done = set(rows(profile).run_id)
+    plan = searches(SECTION, profile) if profile != "quick" else []
+    return [search for search in plan if not done >= {*search.run_ids}]
+
+
+def run(profile: str, jobs: int | None = None, **options) -> pd.DataFrame:
     """Train the models that have no rows yet, `jobs` at a time, measure each, and return `rows`.
 
-    The quick profile trains none: it takes the committed checkpoints.
+    The quick profile trains none: it takes the committed checkpoints. options: as `lib.experiments.sweep.sweep` takes
+    them.
     """
-    home, done = sweep_dir(SECTION, profile), set(rows(profile).get("run_id", ()))
-    if profile == "quick":
-        folders = [paths.CHECKPOINTS / name for name in ("in-weight", "in-tool")]
-        for folder in folders:
-            if not (home / folder.name / ROWS).exists():
-                _measure_into(home / folder.name, folder, profile)
-        return rows(profile)
-    plan = [search for search in searches(SECTION, profile) if not done >= {*search.run_ids}]
+    home, plan, jobs = sweep_dir(SECTION, profile), missing(profile), jobs or usable_cores()
+    for name in ("in-weight", "in-tool") if profile == "quick" else ():
+        if not (home / name / ROWS).exists():
+            _measure_into(home / name, paths.CHECKPOINTS / name, profile)
     for start in range(0, len(plan), jobs):
         group = plan[start : start + jobs]
-        sweep(SECTION, profile, plan=group, jobs=jobs).check()
+        sweep(SECTION, profile, plan=group, jobs=jobs, **options).check()
         for run_id in (run_id for search in group for run_id in search.run_ids):
-            _measure_into(home / run_id, home / run_id, profile)
+            if (home / run_id / ROW).exists():  # not if the time was up
+                _measure_into(home / run_id, home / run_id, profile)
     return rows(profile)
 
 
