@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from lib.base import Config, Identified, InputError
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.facts.people import ATTRIBUTES, MAX_PEOPLE, FactsConfig
-from lib.paths import read_text
+from lib.paths import LARGEST_TEXT, read_bytes
 
 
 class ModelConfig(Config):
@@ -202,11 +202,9 @@ class RunConfig(Identified):
 def read_config(path: Path) -> RunConfig:
     """Return the configuration in a JSON file; an `InputError` names the file."""
     try:
-        values = json.loads(read_text(path))
-    except OSError as error:
-        raise InputError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
+        values = json.loads(read_bytes(path, LARGEST_TEXT))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read the configuration {path}, a file of JSON: {error}") from None
     return RunConfig.parse(values)
 
 

@@ -33,9 +33,9 @@ CLAIM, DATABASE, ROW, MODEL = "config.json", "people.sqlite", "row.json", "model
 ROWS = "rows.json"  # of a fine-tuning: a row a checkpoint
 #: A run's copies of the files that its configuration names; the originals may change or go.
 PEOPLE, TOKENIZER = "people.csv", "tokenizer"  # plus the suffix of its format
-#: Maximum bytes to read; a run's own files take far less.
+#: Maximum bytes that are held in memory; a run's own files take far less.
 LARGEST_JSON = 256 << 20
-#: Maximum characters of a configuration or plan; nobody types more.
+#: Maximum bytes of a configuration or plan; nobody types more.
 LARGEST_TEXT = 1 << 20
 
 
@@ -84,6 +84,15 @@ def check_distinct(**files: str | Path | None) -> None:
 
 
 @contextmanager
+def writing(path: Path, kind: str = "") -> Iterator[None]:
+    """Turn an error of the system into a `WorkError` that names what was to be written: a full disk's does not."""
+    try:
+        yield
+    except OSError as error:
+        raise WorkError(f"cannot write {kind}{path}: {error.strerror or error}") from error
+
+
+@contextmanager
 def replacing(path: Path, kind: str = "") -> Iterator[Path]:
     """Yield a temporary file that replaces `path` at the end, or is deleted after an error.
 
@@ -92,11 +101,10 @@ def replacing(path: Path, kind: str = "") -> Iterator[Path]:
     target = check_output(path, kind)
     temporary = target.with_name(f".{target.name[:50]}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise WorkError(f"cannot write {kind}{path}: {error.strerror or error}") from error
+        with writing(path, kind):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -126,10 +134,15 @@ def write_json(path: Path, content: dict | list) -> None:
         temporary.write_text(to_json(content, indent=1), encoding="utf-8")
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a user's file, of an endless one its beginning. Raises `OSError` and `ValueError`."""
-    with open(path, encoding="utf-8") as file:
-        return file.read(LARGEST_TEXT)
+def read_bytes(path: str | Path, largest: int = LARGEST_JSON) -> bytes:
+    """Return what a file, or a pipe of the shell, holds. Raises `OSError`; `ValueError` for all else and too much."""
+    # Devices have no end, and pipes may have no writer; those of the shell, `<(...)`, have one.
+    if os.path.exists(path) and not (os.path.isfile(path) or str(path).startswith(("/dev/fd/", "/dev/stdin"))):
+        raise ValueError("it is no file")
+    with open(path, "rb") as file:
+        if len(content := file.read(largest + 1)) > largest:
+            raise ValueError(f"it is larger than {largest >> 20} MB")
+    return content
 
 
 def read_json(path: Path, kind: type = dict, fields: Iterable[str] = ()) -> Any:
@@ -138,11 +151,7 @@ def read_json(path: Path, kind: type = dict, fields: Iterable[str] = ()) -> Any:
     Raises `DamagedFile` for anything else, `OSError` if there is no file or it may not be read.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would never end
-            raise ValueError("it is no file")
-        if path.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"it is larger than {LARGEST_JSON >> 20} MB")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bytes(path).decode())
         if not isinstance(content, kind):
             raise ValueError(f"it holds no {'object' if kind is dict else 'list'}")
         if lacking := [field for field in fields if field not in content]:

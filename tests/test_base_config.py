@@ -225,9 +225,9 @@ def test_read_config_reads_what_canonical_json_wrote(tmp_path):
     ("content", "words"),
     [
         (None, ["cannot read", "No such file"]),
-        (b"", ["is not JSON"]),
-        (b'{"seed": 1', ["is not JSON"]),
-        (b"\xff\xfe", ["is not JSON"]),
+        (b"", ["cannot read the configuration", "a file of JSON"]),
+        (b'{"seed": 1', ["cannot read the configuration", "a file of JSON"]),
+        (b"\xff\xfe", ["cannot read the configuration", "a file of JSON"]),
         (b"[]", ["object with fields"]),
         (b'{"seeds": 1}', ["unknown configuration key 'seeds'"]),
     ],

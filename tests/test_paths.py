@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import re
+from contextlib import nullcontext as does_not_raise
 
 import pytest
 from filelock import Timeout
@@ -24,18 +25,38 @@ def test_json_that_a_run_cannot_have_written_is_one_error(tmp_path, content):
         paths.read_json(tmp_path / "row.json")
 
 
-def test_json_is_read_from_files_alone_and_not_without_end(tmp_path, monkeypatch):
+def test_json_is_read_from_files_alone_and_not_without_end(tmp_path):
     with pytest.raises(DamagedFile):
         paths.read_json(tmp_path)
     os.mkfifo(tmp_path / "pipe.json")
-    with pytest.raises(DamagedFile, match="no file"):
+    with pytest.raises(DamagedFile, match="it is no file"):
         paths.read_json(tmp_path / "pipe.json")
-    monkeypatch.setattr(paths, "LARGEST_JSON", 10)
-    paths.write_json(tmp_path / "large.json", {"n": "0123456789"})
-    with pytest.raises(DamagedFile, match="larger"):
+    with (tmp_path / "large.json").open("wb") as large:
+        large.truncate(paths.LARGEST_JSON + 1)  # takes no room
+    with pytest.raises(DamagedFile, match="larger than 256 MB"):
         paths.read_json(tmp_path / "large.json")
     with pytest.raises(FileNotFoundError):
         paths.read_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("path", ["/dev/full", "/dev/zero", "pipe", ".", "link"])
+def test_what_may_have_no_end_is_not_read(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    os.symlink("/dev/zero", "link")
+    with pytest.raises(ValueError, match="it is no file"):
+        paths.read_bytes(path)
+
+
+def test_a_pipe_of_the_shell_is_read_up_to_a_limit():
+    """As `--csv <(...)` gives one."""
+    for limit, shown in (4, does_not_raise(b"name")), (3, pytest.raises(ValueError, match="it is larger")):
+        ours, theirs = os.pipe()
+        os.write(theirs, b"name")
+        os.close(theirs)
+        with shown as expected:
+            assert paths.read_bytes(f"/dev/fd/{ours}", limit) == expected
+        os.close(ours)
 
 
 def test_a_file_that_cannot_be_read_is_told_and_passed_over(tmp_path, capsys):

@@ -118,7 +118,7 @@ def trivia(
         str, typer.Option(help="trivia (shipped), hub (TriviaQA), or a file of its records as JSON lines")
     ] = "trivia",
     split: Annotated[Literal["train", "validation"] | None, typer.Option(help="(default: all)")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="ask only the first so many")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, max=10**9, help="ask only the first so many")] = None,
     api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="of the server", show_default=False)] = "none",
     out: Annotated[
         Path | None, typer.Option(help="JSON lines, one a question (default: runs/trivia/records.jsonl)")

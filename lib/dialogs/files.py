@@ -49,7 +49,7 @@ def tokenize_file(path: str | Path, tokenizer: Tokenizer) -> Path:
             digest = _digest(file)
             folder = paths.runs() / "tokens" / f"{digest[:32]}-{tokenizer.name}-{VERSION}"
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with paths.only_process(folder.with_name(f".{folder.name}.lock")):
+            with paths.writing(folder), paths.only_process(folder.with_name(f".{folder.name}.lock")):
                 if not folder.exists():
                     temporary = folder.with_name(f".{folder.name}.tmp")
                     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
@@ -61,7 +61,7 @@ def tokenize_file(path: str | Path, tokenizer: Tokenizer) -> Path:
                     finally:
                         shutil.rmtree(temporary, ignore_errors=True)
         return folder
-    except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise InputError(f"cannot tokenize the dialogs of {path}: {error}") from None
 
 
@@ -87,9 +87,9 @@ def _write_tokens(file: BinaryIO, path: str | Path, tokenizer: Tokenizer, folder
             files[name].write(array)
 
         append("offsets", torch.zeros(1, dtype=torch.int64))
-        for lines in iter(lambda: file.readlines(_BLOCK), []):
-            numbered = [(i, line) for i, line in enumerate(lines, n_lines + 1) if line.strip()]
-            n_lines += len(lines)
+        for text in iter(lambda: file.read(_BLOCK) + file.readline(paths.LARGEST_JSON), b""):
+            numbered = [(i, line) for i, line in enumerate(text.split(b"\n"), n_lines + 1) if line.strip()]
+            n_lines += text.count(b"\n")
             if not numbered:
                 continue
             block = tokenize((_parse(line, path, i) for i, line in numbered), tokenizer)

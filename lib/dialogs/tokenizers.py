@@ -14,6 +14,7 @@ from typing import Protocol
 
 from lib.base import InputError
 from lib.dialogs.templates import Role
+from lib.paths import read_bytes
 
 
 class Tokenizer(Protocol):
@@ -89,13 +90,11 @@ def load_tokenizer(spec: str) -> Tokenizer:
         raise InputError(f"tokenizer = {spec!r} is no tokenizer (nothing is downloaded): {_ACCEPTED}")
     kind, load = kinds[path.suffix]
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
         tokenizer = SubwordTokenizer(f"{kind}-{hashlib.sha256(content).hexdigest()[:16]}", *load(content))
-    except OSError as error:
-        raise InputError(f"cannot read the tokenizer {path}: {error.strerror}") from None
     except InputError:
         raise
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is not a tokenizer that can be used ({error}): {_ACCEPTED}") from None
     back = tokenizer.decode(tokenizer.encode(_PROBE))
     if back != _PROBE:

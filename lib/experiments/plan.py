@@ -18,7 +18,7 @@ from lib.config import EvaluationConfig, ModelConfig, OptimConfig, RunConfig, Tr
 from lib.dialogs.tokenizers import load_tokenizer
 from lib.experiments.search import SIZES, Search
 from lib.facts.people import ATTRIBUTES, LAWS, FactsConfig
-from lib.paths import PROFILES, PUBLISHING, read_text
+from lib.paths import LARGEST_TEXT, PROFILES, PUBLISHING, read_bytes
 
 PLANS = Path(__file__).parent / "plans"
 
@@ -167,11 +167,9 @@ _Loader.add_implicit_resolver(
 
 def _read(path: Path) -> Any:
     try:
-        return yaml.load(read_text(path), _Loader)
-    except OSError as error:
-        raise InputError(f"cannot read the plan {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, endless numbers, too deep
-        raise InputError(f"{path} is not YAML: {error}") from None
+        return yaml.load(read_bytes(path, LARGEST_TEXT), _Loader)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: endless numbers
+        raise InputError(f"cannot read the plan {path}, a file of YAML: {error}") from None
 
 
 def _names() -> list[str]:

@@ -5,13 +5,13 @@ import csv
 import re
 import unicodedata
 from collections import Counter
-from io import TextIOWrapper
+from io import BytesIO, TextIOWrapper
 from itertools import chain
 from pathlib import Path
 
 from lib.base import InputError
 from lib.facts.people import People, comparable
-from lib.paths import replacing
+from lib.paths import read_bytes, replacing
 
 #: Forbidden in names and values: control characters, and the fence that would end a request.
 FORBIDDEN = re.compile(r"[\x00-\x1f\x7f]|```")
@@ -59,20 +59,19 @@ def write_people_csv(people: People, path: str | Path) -> None:
 def _read(path: str | Path) -> list[list[str]]:
     """Return the stripped cells of the header and of each person, without empty lines and trailing cells."""
     try:
-        with open(path, "rb") as file:
-            start = file.peek(4)[:4]
-            if start in (b"PK\x03\x04", b"\xd0\xcf\x11\xe0"):  # .xlsx and .ods, .xls
-                raise ValueError("it is a workbook, which the program that made it can save as CSV UTF-8")
-            encoding = "utf-16" if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-            lines = TextIOWrapper(file, encoding, newline="")
-            first = next(filter(str.strip, lines), "")
-            named = re.fullmatch(f'"?sep=([{_DELIMITERS}])"?[\r\n]*', first)
-            delimiter = named[1] if named else next((each for each in _DELIMITERS if each in first), ",")
-            reader = csv.reader(lines if named else chain([first], lines), delimiter=delimiter, strict=True)
-            try:
-                return list(filter(None, map(_cells, reader)))
-            except csv.Error as error:  # most often an unclosed quote, which runs to the end of the file
-                raise ValueError(f"{error} in or before line {reader.line_num}, is there a quote too many?") from None
+        content = read_bytes(path)
+        if content[:4] in (b"PK\x03\x04", b"\xd0\xcf\x11\xe0"):  # .xlsx and .ods, .xls
+            raise ValueError("it is a workbook, which the program that made it can save as CSV UTF-8")
+        encoding = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        lines = TextIOWrapper(BytesIO(content), encoding, newline="")
+        first = next(filter(str.strip, lines), "")
+        named = re.fullmatch(f'"?sep=([{_DELIMITERS}])"?[\r\n]*', first)
+        delimiter = named[1] if named else next((each for each in _DELIMITERS if each in first), ",")
+        reader = csv.reader(lines if named else chain([first], lines), delimiter=delimiter, strict=True)
+        try:
+            return list(filter(None, map(_cells, reader)))
+        except csv.Error as error:  # most often an unclosed quote, which runs to the end of the file
+            raise ValueError(f"{error} in or before line {reader.line_num}, is there a quote too many?") from None
     except (OSError, ValueError) as error:
         hint = " (save it as CSV UTF-8)" if isinstance(error, UnicodeDecodeError) else ""
         raise InputError(f"cannot read people from {path}: {error}{hint}") from None

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib
@@ -103,7 +104,8 @@ def save(figure: Figure, name: str, profile: str) -> list[Path]:
         path = folder / f"{name}.{kind}"
         # Resolution and fonts are looked up when a figure is written, so the context is needed again.
         with paths.replacing(path) as temporary, matplotlib.rc_context(RC):
-            figure.savefig(temporary, format=kind, metadata=metadata)
+            figure.savefig(drawn := BytesIO(), format=kind, metadata=metadata)
+            temporary.write_bytes(drawn.getvalue())  # on a full disk, `savefig` hides why it failed
         written.append(path)
     plt.close(figure)  # or a notebook shows it twice: as the cell's value and as an open figure
     return written

@@ -19,7 +19,7 @@ from openai.types.chat import ChatCompletionMessage
 from pydantic import Field, ValidationError, field_validator
 
 from lib import paths
-from lib.base import Config, InputError, WorkError, to_json
+from lib.base import Config, InputError, to_json
 from lib.finetune.data import ChatMode
 from lib.finetune.models import fingerprint
 from lib.finetune.triviaqa import NO_RESULT, Question, exact_match, look_up_turns, opening, query_of_call, read_query
@@ -115,12 +115,10 @@ async def ask_all(
             file.flush()
             bar.update(1)
 
-    try:
-        with out.open("a", encoding="utf-8") as file, progress(len(waiting), description) as bar:
+    with paths.writing(out, "records to "), out.open("a", encoding="utf-8") as file:
+        with progress(len(waiting), description) as bar:
             async with client:
                 await asyncio.gather(*(work() for _ in range(min(endpoint.concurrency, len(waiting)))))
-    except OSError as error:
-        raise WorkError(f"cannot write records to {out}: {error.strerror}") from None
     return [_graded(done[question.text], question) for question in questions]
 
 

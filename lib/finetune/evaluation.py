@@ -27,7 +27,7 @@ from lib.finetune.data import ChatMode, as_user
 from lib.finetune.generation import answer_with_tool, encode_prompts, generate_tokens, reply_all
 from lib.finetune.models import no_bars_in_logs
 from lib.finetune.triviaqa import SHIPPED, load_questions
-from lib.paths import read_json, runs, write_json
+from lib.paths import read_bytes, read_json, runs, write_json
 from lib.progress import progress
 
 #: Maximum tokens of a reply to a question about a fact, and to a prompt.
@@ -228,10 +228,9 @@ def capability_source(test: str) -> str:
     if file is None:
         return "hub"
     try:
-        with open(file, "rb") as content:
-            return f"file {hashlib.file_digest(content, 'sha256').hexdigest()[:8]}"
-    except OSError as error:
-        raise InputError(f"cannot read {file}, which {HELLASWAG} names: {error.strerror}") from None
+        return f"file {hashlib.sha256(read_bytes(file)).hexdigest()[:8]}"
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {file}, which {HELLASWAG} names: {error}") from None
 
 
 def hellaswag_is_at_hand() -> bool:

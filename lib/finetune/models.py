@@ -89,7 +89,7 @@ def fingerprint(source: str | Path) -> str:
     folder = Path(source)
     if not os.path.isdir(folder):  # raises for no name, however long
         return str(source)
-    found = {path for pattern in _MODEL_FILES for path in folder.glob(pattern)}
+    found = {path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
     files = sorted(path for path in found if not path.name.startswith("."))  # macOS puts hidden files beside them
     content = hashlib.sha256()
     for path in files:

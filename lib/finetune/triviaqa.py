@@ -100,6 +100,8 @@ def _hub(split: Split | None) -> Iterable[dict]:
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield number and content of each line that is not blank."""
+    if path.exists() and not path.is_file():  # a device has no end
+        raise InputError(f"cannot read the questions {path}: it is no file")
     try:
         with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(LARGEST_JSON), b""), start=1):

@@ -66,7 +66,7 @@ def parameters(path: Path) -> dict[str, Any]:
         for line in ast.parse(cell.source).body:
             kind = kinds[line.target.id] = _type(line.annotation)
             TypeAdapter(kind).validate_python(ast.literal_eval(line.value), strict=True)
-    except (SyntaxError, ValueError, AttributeError, TypeError):
+    except Exception:  # what Python's parser and pydantic raise is not all documented
         raise InputError(
             f"{path.stem}: the cell tagged 'parameters' takes annotated literals only, such as 'seeds: int = 3'"
         ) from None
@@ -137,8 +137,9 @@ def _type_name(kind: Any) -> str:
 def read(path: Path) -> NotebookNode:
     """Return a notebook; InputError if the file is none."""
     try:
-        notebook = nbformat.read(path, as_version=4)
-        nbformat.validate(notebook)  # which `read` only logs
+        notebook = nbformat.reads(paths.read_bytes(path, 64 << 20).decode(), as_version=4)
+        nbformat.validate(notebook)  # which `reads` only logs
+        TypeAdapter(list[str]).validate_python(produces(notebook))
         return notebook
     except Exception as error:
         raise InputError(f"{path} is not a notebook that can be read: {textwrap.shorten(str(error), 200)}") from None

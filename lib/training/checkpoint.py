@@ -24,7 +24,7 @@ from safetensors.torch import save as to_bytes
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lib.base import DamagedFile, InputError, WorkError, to_json
-from lib.paths import read_json, sync
+from lib.paths import read_json, sync, writing
 from lib.training.distributed import ALONE, Ranks
 
 # torch warns on every save that no process group exists. That is intended here, so silence it.
@@ -38,10 +38,11 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
 
     The next writer deletes what a crashed one left; there must be only one at a time.
     """
-    temporary = _begin(folder)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    (temporary / TENSORS).write_bytes(to_bytes(tensors))  # `save_file` would hide a full disk
-    _commit(temporary, folder, to_json(state))
+    with writing(folder, "the checkpoint "):
+        temporary = _begin(folder)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        (temporary / TENSORS).write_bytes(to_bytes(tensors))  # `save_file` would hide a full disk
+        _commit(temporary, folder, to_json(state))
 
 
 def _begin(folder: Path) -> Path:

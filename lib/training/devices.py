@@ -42,13 +42,15 @@ def peak_flops(device: "torch.device", dtype: str) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def memory(device: "torch.device") -> float:
-    """Return the bytes of memory of a device, or of this machine; infinitely many where that is not known (Windows)."""
+def memory(device: "torch.device", root: Path = Path("/")) -> float:
+    """Return a device's bytes of memory, or those that this process may use, by Linux's files in `root`; else inf."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
+    limits = _limits(root, "memory", ["memory.max"], ["memory.limit_in_bytes"])
+    return min([there, *(limit for (limit,) in limits)])
 
 
 def usable_cores() -> int:
@@ -66,25 +68,24 @@ def usable_cores() -> int:
 
 def _quotas(root: Path) -> Iterator[float]:
     """Yield the quotas of CPU time, in cores, of this process's control group and its ancestors."""
+    limits = _limits(root, "cpu", ["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"])
+    return (quota / period for quota, period in limits if quota > 0)  # -1: none
+
+
+def _limits(root: Path, controller: str, *choices: list[str]) -> Iterator[list[float]]:
+    """Yield the numbers in the files of this process's control group and its ancestors, by version 2 or 1 of them."""
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, group = line.split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
+            if controllers and controller not in controllers.split(","):
                 continue
-            top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")  # version 1 has a folder for each controller
+            top = root / "sys/fs/cgroup" / (controllers and controller)  # version 1 has a folder for each controller
             here = top / group.lstrip("/")
-            for folder in (here, *here.parents):
-                with suppress(OSError, ValueError):  # no quota, or not readable
-                    if controllers:
-                        quota, period = (
-                            (folder / f"cpu.cfs_{name}_us").read_text(encoding="utf-8") for name in ("quota", "period")
-                        )
-                    else:
-                        quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
-                    if float(quota) > 0:  # -1: none; "max" is no number
-                        yield float(quota) / float(period)
-                if folder == top:
-                    break
+            for folder in (each for each in (here, *here.parents) if each.is_relative_to(top)):
+                for names in choices:
+                    with suppress(OSError, ValueError):  # no limit ("max"), or not readable
+                        texts = [(folder / name).read_text(encoding="utf-8") for name in names]
+                        yield [float(word) for word in " ".join(texts).split()]
 
 
 def fastest_threads(step: Callable[[], object], most: int, rounds: int = 5) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 
 from lib.base import InputError, to_json
 from lib.config import UNOBSERVED, Observers
-from lib.paths import check_output, replacing
+from lib.paths import check_output, replacing, writing
 from lib.progress import progress
 from lib.training.probes import probe
 from lib.training.profiling import profiled
@@ -43,15 +43,17 @@ class Record:
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, **values) -> None:
-        self.file.write(to_json({"step": step, **values}) + "\n")
-        self.file.flush()
+        with writing(Path(self.file.name)):
+            self.file.write(to_json({"step": step, **values}) + "\n")
+            self.file.flush()
         self.steps.add(step)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.file.close()
+        with suppress(OSError):  # that a line did not fit was said
+            self.file.close()
 
 
 class Monitor:

@@ -183,7 +183,7 @@ BAD = {
     "a mode that does not exist": Bad("train --mode both", ("--mode", "'both'", "'in-weight', 'in-tool'")),
     "a missing configuration": Bad("train --config c.json", ("cannot read the configuration c.json", "No such file")),
     "a configuration that is not JSON": Bad(
-        "train --config c.json", ("c.json is not JSON",), _file("c.json", "{seed: 1}")
+        "train --config c.json", ("cannot read the configuration c.json",), _file("c.json", "{seed: 1}")
     ),
     "a configuration that is a list": Bad("train --config c.json", ("object with fields",), _file("c.json", "[1]")),
     "a configuration with an unknown key": Bad("train --config c.json", ("'seeds'",), _file("c.json", '{"seeds": 1}')),
@@ -280,17 +280,33 @@ BAD = {
     "a field that is nested without end": Bad(
         f"train --set training.files{'.a' * 30_000}=1", ("training.files", "number")
     ),
-    "a configuration without end": Bad("train --config /dev/zero", ("/dev/zero is not JSON",)),
+    "a configuration without end": Bad(
+        "train --config /dev/zero", ("cannot read the configuration /dev/zero", "it is no file")
+    ),
+    "people without end": Bad("data --csv /dev/full --out p.sqlite", ("people from /dev/full", "it is no file")),
+    "people of a pipe that nobody fills": Bad(
+        "train --csv pipe", ("people from pipe", "it is no file"), lambda here: os.mkfifo(here / "pipe")
+    ),
+    "a plan of a pipe that nobody fills": Bad(
+        "sweep pipe.yaml", ("the plan pipe.yaml", "it is no file"), lambda here: os.mkfifo(here / "pipe.yaml")
+    ),
+    "people of a file that does not fit into memory": Bad(
+        "data --csv large.csv --out p.sqlite",
+        ("people from large.csv", "larger than 256 MB"),
+        lambda here: (_file("large.csv", "")(here), os.truncate(here / "large.csv", 1 << 40)),
+    ),
     "a plan without end": Bad(
         "sweep endless.yaml --dry-run",
-        ("endless.yaml is not YAML",),
+        ("cannot read the plan endless.yaml", "it is no file"),
         lambda here: (here / "endless.yaml").symlink_to("/dev/zero"),
     ),
     "a configuration that is nested without end": Bad(
-        "train --config c.json", ("c.json is not JSON", "recursion"), _file("c.json", "[" * 100_000)
+        "train --config c.json", ("cannot read the configuration c.json", "recursion"), _file("c.json", "[" * 100_000)
     ),
     "a configuration of 10,000 digits": Bad(
-        "train --config c.json", ("c.json is not JSON", "digits"), _file("c.json", f'{{"seed": {"9" * 10_000}}}')
+        "train --config c.json",
+        ("cannot read the configuration c.json", "digits"),
+        _file("c.json", f'{{"seed": {"9" * 10_000}}}'),
     ),
     "a configuration with a name that no file has": Bad(
         "train --config c.json", ("facts.csv", "NUL"), _file("c.json", '{"facts": {"csv": "a\\u0000b"}}')

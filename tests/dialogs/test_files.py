@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from full_disk import full_after
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lib import paths
-from lib.base import InputError
+from lib.base import InputError, WorkError
 from lib.config import RunConfig, override
 from lib.dialogs.batches import Source
 from lib.dialogs.files import ConcatDialogs, ReadAhead, open_dialogs, tokenize_file
@@ -229,6 +231,25 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch):
         tokenize_file(path, TOKENIZER)
     assert _folders() == set()
     assert len(open_dialogs(tokenize_file(path, TOKENIZER))) == 9
+
+
+def test_tokens_that_do_not_fit_on_the_disk_name_their_folder_and_leave_nothing(tmp_path):
+    path = _write(tmp_path / "d.jsonl", list(dialogs(sample_people(20), "in-weight")))
+    with full_after(1_000), pytest.raises(WorkError, match="^cannot write .*/tokens/.*-bytes-1: File too large$"):
+        tokenize_file(path, TOKENIZER)
+    assert _folders() == set()
+
+
+def test_a_line_without_end_is_refused_and_not_held(tmp_path, monkeypatch):
+    with (tmp_path / "d.jsonl").open("wb") as file:
+        file.write(GOOD.encode() + b"\n")
+        file.truncate(100 << 20)  # takes no room
+    monkeypatch.setattr(paths, "LARGEST_JSON", 1 << 20)
+    tracemalloc.start()
+    with pytest.raises(InputError, match="d.jsonl, line 2: "):
+        tokenize_file(tmp_path / "d.jsonl", TOKENIZER)
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
 
 
 def _script(code: str, *arguments) -> subprocess.Popen:

@@ -290,9 +290,9 @@ def test_a_mistake_in_a_grid_is_one_sentence_that_names_the_file(tmp_path, chang
 
 
 def test_a_file_that_is_missing_or_no_yaml_is_one_sentence(tmp_path):
-    with pytest.raises(InputError, match="cannot read the plan .*none.yaml: No such file"):
+    with pytest.raises(InputError, match="cannot read the plan .*none.yaml, a file of YAML: .*No such file"):
         searches(str(tmp_path / "none.yaml"), "quick")
-    with pytest.raises(InputError, match="mine.yaml is not YAML: "):
+    with pytest.raises(InputError, match="cannot read the plan .*mine.yaml, a file of YAML: "):
         _plan(tmp_path, "sizes: [4")
     with pytest.raises(InputError, match="mine.yaml: grid takes an object with fields, got 'sizes'"):
         _plan(tmp_path, "sizes")

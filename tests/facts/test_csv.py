@@ -1,6 +1,7 @@
 """People from CSV files."""
 
 import hashlib
+import os
 import unicodedata
 
 import pytest
@@ -161,6 +162,19 @@ def test_a_file_of_another_kind_is_told_with_the_cure(tmp_path, content, cure):
 @pytest.mark.parametrize("path", ["a\0b", "\ud800", ""])
 def test_a_path_that_cannot_be_one_is_one_sentence(path):
     with pytest.raises(InputError, match="cannot read people from"):
+        read_people_csv(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("/dev/full", "no file"), ("/dev/zero", "no file"), ("pipe", "no file"), ("large", "larger than 256 MB")],
+)
+def test_people_are_not_read_without_end(tmp_path, monkeypatch, path, reason):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    with open("large", "wb") as large:
+        large.truncate(1 << 40)  # takes no room
+    with pytest.raises(InputError, match=f"^cannot read people from {path}: it is {reason}$"):
         read_people_csv(path)
 
 

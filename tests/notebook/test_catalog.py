@@ -28,6 +28,9 @@ from lib.notebook import catalog
         "seeds: print('called') = 3",
         "import os",
         "seeds: =",
+        "seeds: int = " + "-" * 100_000 + "1",
+        "seeds: int = " + "+".join("1" * 100_000),
+        "seeds: Literal[()] = 1",
     ],
 )
 def test_a_parameters_cell_holds_annotated_literals_only(tmp_path, parameters):
@@ -108,6 +111,11 @@ CELL = {"cell_type": "code", "id": "a", "execution_count": None, "outputs": [], 
         {"cells": [CELL | {"metadata": {"tags": 5}}]},
         {"cells": [CELL | {"cell_type": "film"}]},
         {"cells": [], "metadata": None},
+        {"cells": [CELL | {"source": 5}]},
+        {"cells": [{name: value for name, value in CELL.items() if name != "source"}]},
+        {"cells": [CELL], "metadata": {"itl": {"produces": 3}}},
+        {"cells": [CELL], "metadata": {"itl": {"produces": None}}},
+        {"cells": [CELL], "metadata": {"itl": {"produces": ["a.png", 3]}}},
     ],
     ids=lambda content: str(content)[:60],
 )
@@ -121,6 +129,14 @@ def test_a_broken_notebook_is_one_sentence_and_hides_no_other(tmp_path, monkeypa
             ask()
         assert "\n" not in str(caught.value)
     assert catalog.find("05_1") == ours and catalog.parameters(ours)
+
+
+def test_a_notebook_that_is_too_large_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
+    with (tmp_path / "07_x.ipynb").open("wb") as large:
+        large.truncate(100 << 20)
+    with pytest.raises(InputError, match="07_x.ipynb is not a notebook that can be read: it is larger than 64 MB"):
+        catalog.all_notebooks()
 
 
 def test_metadata_of_another_kind_say_nothing(tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
-"""Cores that a process may use."""
+"""Cores and memory that a process may use."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from lib import paths
 from lib.training import devices
@@ -42,10 +44,35 @@ def test_slurm_says_how_many_cores_a_process_may_use(monkeypatch, given, cores):
     ],
 )  # fmt: skip
 def test_quotas_of_cpu_time_are_read_as_linux_writes_them(tmp_path, group, files, quotas):
-    for name, content in {f"sys/fs/cgroup/{name}": text for name, text in files.items()}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(content)
-    if group is not None:
-        (tmp_path / "proc" / "self").mkdir(parents=True)
-        (tmp_path / "proc" / "self" / "cgroup").write_text(group)
+    _write(tmp_path, group, files)
     assert list(devices._quotas(tmp_path)) == quotas
+
+
+def _write(root: Path, group: str | None, files: dict[str, str]) -> None:
+    """Write the files of control groups as Linux would."""
+    written = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name, content in (written if group is None else written | {"proc/self/cgroup": group}).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+
+
+V1 = "4:memory:/job/step\n3:cpu:/x\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "limit"),
+    [
+        ("0::/\n", {"memory.max": "5000\n"}, 5000),  # in a container
+        ("0::/\n", {"memory.max": "max\n"}, None),
+        ("0::/a/b\n", {"a/b/memory.max": "max\n", "a/memory.max": "4000\n", "memory.max": "7000\n"}, 4000),
+        ("0::/a\n", {"b/memory.max": "1"}, None),
+        (V1, {"memory/job/step/memory.limit_in_bytes": "9223372036854771712", "cpu/x/memory.max": "1"}, None),
+        (V1, {"memory/job/step/memory.limit_in_bytes": "6000", "memory/job/memory.limit_in_bytes": "3000"}, 3000),
+        ("0::/a\n", {"a/memory.max": "9000000000000000000"}, None),
+        (None, {"memory.max": "1"}, None),
+    ],
+)
+def test_the_memory_is_the_least_of_the_machine_s_and_the_control_groups(tmp_path, group, files, limit):
+    _write(tmp_path, group, files)
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert devices.memory(torch.device("cpu"), tmp_path) == (limit or machine)

@@ -22,6 +22,7 @@ from lib.base import InputError, WorkError
 from lib.config import UNOBSERVED, Observers
 from lib.paths import ROOT
 from lib.progress import _Lines, progress
+from lib.training import monitor
 from lib.training.monitor import Monitor, Throughput, check_observers, read_metrics
 from lib.training.profiling import WAIT, WARM_UP, profiled
 
@@ -148,6 +149,19 @@ def test_a_resumed_record_drops_what_came_after_the_checkpoint_and_a_half_writte
     with Monitor(tmp_path, total=9, step=4) as record:
         record.log(6, loss=0.5)
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(2, 2.0), (4, 4.0), (4, 4.0), (6, 0.5)]
+
+
+def test_a_line_that_does_not_fit_on_the_disk_names_the_file_and_those_before_stay(tmp_path):
+    refusal = r"^cannot write .*evaluations\.jsonl: File too large$"
+    with (
+        full_after(60),
+        pytest.raises(WorkError, match=refusal),
+        monitor.Record(tmp_path / "evaluations.jsonl") as made,
+    ):
+        for step in range(10):
+            made.write(step, recall=0.5)
+    with monitor.Record(tmp_path / "evaluations.jsonl") as again:
+        assert again.steps == {0, 1}
 
 
 def test_a_last_line_that_lacks_only_its_end_is_kept_and_ended(tmp_path):
