@@ -290,11 +290,6 @@ BAD = {
     "a plan of a pipe that nobody fills": Bad(
         "sweep pipe.yaml", ("the plan pipe.yaml", "it is no file"), lambda here: os.mkfifo(here / "pipe.yaml")
     ),
-    "people of a file that does not fit into memory": Bad(
-        "data --csv large.csv --out p.sqlite",
-        ("people from large.csv", "larger than 256 MB"),
-        lambda here: (_file("large.csv", "")(here), os.truncate(here / "large.csv", 1 << 40)),
-    ),
     "a plan without end": Bad(
         "sweep endless.yaml --dry-run",
         ("cannot read the plan endless.yaml", "it is no file"),
