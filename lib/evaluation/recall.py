@@ -15,13 +15,13 @@ import torch.nn.functional as F
 
 from lib.agent.generation import Generation, generate
 from lib.agent.tools import Tool
+from lib.base import InputError
+from lib.dialogs.chains import Fact, chain_dialog
 from lib.dialogs.request import Request, parse_request
-from lib.dialogs.templates import Role, answer, in_tool_dialog, in_weight_dialog
+from lib.dialogs.templates import Role, answer, in_weight_dialog
 from lib.dialogs.tokenizers import Tokenizer
 from lib.dialogs.tokens import TokenizedDialogs, encode_prompt, tokenize
 from lib.progress import progress
-
-Fact = tuple[str, str, str]  # name, attribute, value
 
 #: If the gap between the two largest logits is smaller, teacher forcing and cached decoding may disagree: then decode.
 #: In float32 their logits differ by 1e-4 at most where logits reach 35.
@@ -71,6 +71,26 @@ def measure_recall(
 ) -> Recall:
     """Ask a model about `facts`, greedily; if there is a `tool`, it must be used.
 
+    See `measure_chains` for the method: a fact is a question of one hop.
+    """
+    chains = [[fact] for fact in facts]
+    return measure_chains(model, chains, tokenizer, tool, method=method, batch_size=batch_size, description=description)
+
+
+def measure_chains(
+    model,
+    chains: Sequence[Sequence[Fact]],
+    tokenizer: Tokenizer,
+    tool: Tool | None,
+    *,
+    method: Literal["verify", "decode"] = "verify",
+    batch_size: int | None = None,
+    description: str | None = None,
+) -> Recall:
+    """Ask a model questions of any number of hops (`lib.dialogs.chains`), greedily; every hop must use the tool.
+
+    Without a tool, questions have one hop; more are an `InputError`.
+
     A dialog is cut off, and counts as wrong, at `DETOUR` tokens more than its expected dialog has, question
     included: the limit depends on that question alone.
 
@@ -78,10 +98,12 @@ def measure_recall(
     another token. `verify` finds this position by one teacher-forced pass and decodes only from there; in-weight it
     decodes only where the pass is too close to call. `decode` decodes everything: the reference. Both assume float32.
     """
-    dialogs = [in_weight_dialog(*fact) if tool is None else in_tool_dialog(*fact) for fact in facts]
+    if tool is None and any(len(chain) > 1 for chain in chains):
+        raise InputError("a question of more than one hop takes a tool")
+    dialogs = [in_weight_dialog(*chain[0]) if tool is None else chain_dialog(chain) for chain in chains]
     prompts = [encode_prompt(dialog[:1], tokenizer) for dialog in dialogs]
     data = tokenize(dialogs, tokenizer)
-    agreed, refuted = np.array([len(prompt) for prompt in prompts]), np.zeros(len(facts), dtype=bool)
+    agreed, refuted = np.array([len(prompt) for prompt in prompts]), np.zeros(len(chains), dtype=bool)
     if method == "verify":
         agreed, refuted = _verify(model, data, description)
     # Without a tool the first turn is the last: once it diverges it cannot become the expected sentence.
@@ -100,24 +122,26 @@ def measure_recall(
         description=description and f"{description}, decoding",
     )
     for i, generation in zip(undecided, generations, strict=True):
-        correct[i] = is_correct(generation, facts[i], tokenizer, tool)
+        correct[i] = is_correct(generation, chains[i][-1], tokenizer, tool, chains[i][:-1])
     decoded = sum(g.tokens != tokens for g, tokens in zip(generations, known, strict=True))
     requests = [parse_request(g.calls[0].turn) if g.calls else None for g in generations] if tool is not None else []
-    return Recall(correct, np.array([attribute for _, attribute, _ in facts]), decoded, requests)
+    return Recall(correct, np.array([attribute for *_, (_, attribute, _) in chains]), decoded, requests)
 
 
-def is_correct(generation: Generation, fact: Fact, tokenizer: Tokenizer, tool: Tool | None) -> bool:
-    """Return whether a greedy dialog ends with the expected sentence and, with a tool, retrieved the fact from it."""
-    name, attribute, value = fact
+def is_correct(
+    generation: Generation, fact: Fact, tokenizer: Tokenizer, tool: Tool | None, links: Sequence[Fact] = ()
+) -> bool:
+    """Return whether a greedy dialog ends with the expected sentence and, with a tool, retrieved the fact from it.
+
+    The facts that lead to it, `links`, must have been retrieved, too.
+    """
     assistant = tokenizer.role_ids[Role.ASSISTANT]  # the prompt ends with it
     final_turn = [assistant, *tokenizer.encode(answer(*fact)), tokenizer.end]
     said = [assistant, *generation.tokens][-len(final_turn) :] == final_turn
     if tool is None or not said:
         return said
-    return any(
-        call.response.ok and call.response.text == value and parse_request(call.turn) == Request(attribute, name)
-        for call in generation.calls
-    )
+    retrieved = {(parse_request(call.turn), call.response.text) for call in generation.calls if call.response.ok}
+    return all((Request(attribute, name), value) in retrieved for name, attribute, value in (*links, fact))
 
 
 def bits_of_dialogs(model, data: TokenizedDialogs) -> np.ndarray:

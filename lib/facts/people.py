@@ -26,6 +26,8 @@ VALUES = {
     "occupation": _words("occupations"),
 }
 ATTRIBUTES = tuple(VALUES)
+#: The attribute whose value is another person (`lib.dialogs.chains`); sampled people have it only where it is asked for.
+LINK = "boss"
 #: The attributes that a family shares when facts are correlated; birth dates stay independent.
 SHARED = ATTRIBUTES[1:]
 FIRST_NAMES = {"train": _words("first_names"), "unseen": _words("unseen_first_names")}

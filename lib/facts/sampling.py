@@ -6,13 +6,13 @@ import numpy as np
 
 from lib.base import InputError
 from lib.facts.csv import read_people_csv
-from lib.facts.people import FIRST_NAMES, LAST_NAMES, MIDDLES, OURS, SHARED, VALUES, FactsConfig, Law, People
+from lib.facts.people import FIRST_NAMES, LAST_NAMES, LINK, MIDDLES, OURS, SHARED, VALUES, FactsConfig, Law, People
 
 #: Unseen people by what is new in their names: the first name, the last name (Section 5.2).
 UNSEEN = {"new_pair": (False, False), "new_first": (True, False), "new_last": (False, True), "new_both": (True, True)}
 
 #: Every draw is at a fixed position of its own stream, so the first n people are the same for every n.
-_ORDER, _MIDDLE_ORDER, _OWN_VALUE, _FOLLOWS_FAMILY, _FAMILY_VALUE, _UNSEEN = range(6)
+_ORDER, _MIDDLE_ORDER, _OWN_VALUE, _FOLLOWS_FAMILY, _FAMILY_VALUE, _UNSEEN, _BOSS = range(7)
 
 
 def load_people(config: FactsConfig) -> People:
@@ -86,6 +86,19 @@ def unseen_people(config: FactsConfig, n: int) -> dict[str, People]:
             columns[attribute] = _decode(values, _choices(len(values), 0, len(names), config.seed, _UNSEEN, *new, k))
         groups[kind] = People(names, columns)
     return groups
+
+
+def with_bosses(people: People, seed: int = 0) -> People:
+    """Return the same people with one more attribute, `LINK`: each of the others is equally likely (our Section 7.2).
+
+    A single person is an `InputError`.
+    """
+    n = len(people)
+    if n < 2:
+        raise InputError("nobody is left to be the boss: give at least two people")
+    others = _choices(n - 1, 0, n, seed, _BOSS)
+    bosses = (np.arange(n) + 1 + others) % n
+    return People(people.names, {LINK: _decode(tuple(people.names), bosses), **people.columns})
 
 
 def _uniform(start: int, n: int, seed: int, *stream: int) -> np.ndarray:

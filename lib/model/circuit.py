@@ -110,12 +110,25 @@ class _Unit(NamedTuple):
     to: np.ndarray
 
 
+class _Span(NamedTuple):
+    """A part of a turn: the forms that are the position of its first token and its number of tokens."""
+
+    start: np.ndarray
+    length: np.ndarray
+
+
 class Circuit:
     """The construction for some attributes: what each head and each hidden unit reads and writes.
 
     `model` makes the weights; `config` and `n_params` need none. No attributes, and attributes whose questions cannot
     be told apart, are an `InputError`.
     """
+
+    #: Axes of the stream of one number each.
+    scalars = ("one", "anchor", "position", "square", "first", "last", "database", "seen", "hand_over")
+    n_blocks = 3
+    #: Axes that the second block does not know yet, or only behind its attention.
+    late = ("attribute",)
 
     def __init__(self, attributes: Sequence[str] = ATTRIBUTES):
         if not attributes:
@@ -125,13 +138,16 @@ class Circuit:
         #: The residual stream. A byte is 8 signs; the first telling letter is kept in `said` until something is said.
         letters = 8 * max(0, len(self.places) - 1)
         sizes = {"byte": 8, "role": 3, "letters": letters, "attribute": len(attributes), "said": 8}
-        scalars = ("one", "anchor", "position", "square", "first", "last", "database", "seen", "hand_over")
-        axes = np.eye(sum(sizes.values()) + len(scalars))
+        axes = np.eye(sum(sizes.values()) + len(self.scalars))
         *groups, scalar = np.split(axes, np.cumsum(list(sizes.values())))
-        self.axes = dict(zip([*sizes, *scalars], [*groups, *scalar], strict=True))
-        self.blocks: list[tuple[list[_Head], list[_Unit]]] = [([], []) for _ in range(3)]
+        self.axes = dict(zip([*sizes, *self.scalars], [*groups, *scalar], strict=True))
+        self.blocks: list[tuple[list[_Head], list[_Unit]]] = [([], []) for _ in range(self.n_blocks)]
+        self._build()
+
+    def _build(self) -> None:
         self._count()
         self._read()
+        self._find_turns()
         self._copy()
 
     @property
@@ -205,18 +221,13 @@ class Circuit:
         units.append(_Unit(always, _ANCHOR / _STEEP / _COUNT * anchor, anchor))
 
     def _read(self) -> None:
-        """Build the second block, except the text that it says."""
+        """Build the part of the second block that finds the attribute."""
         heads, units = self.blocks[1]
-        one, position, said = self.axes["one"], self.axes["position"], self.axes["said"]
+        one, said = self.axes["one"], self.axes["said"]
         letters = [said, *self.axes["letters"].reshape(-1, 8, len(one))][: len(self.places)]
         for place, slot in zip(self.places, letters, strict=True):
             query, key = self._pointer((place + 2) * one)  # the first letter of a question is at p = 2
             heads.append(_Head(f"letter {place + 1} of the question", query, key, self.axes["byte"], slot))
-        is_assistant, is_database = self._is(Role.ASSISTANT), self._is(Role.DATABASE)
-        for name, key in (("first", _FAR * is_assistant - position), ("last", _FAR * is_assistant + position)):
-            heads.append(_Head(f"{name} assistant token", [_SHARP * one], [key], [position], [self.axes[name]]))
-        to = [self.axes["database"], self.axes["seen"]]
-        heads.append(_Head("database token", [_FAR * one], [is_database], [position, is_database], to))
         for each, axis in zip(self.phrases, self.axes["attribute"], strict=True):
             agrees = one.copy()  # 1 if all letters are this attribute's, else 0 or less
             for place, slot in zip(self.places, letters, strict=True):
@@ -226,33 +237,58 @@ class Circuit:
         if letters:  # the letter has been read: silence
             units.extend(self._rectified(sign * axis, -sign * axis) for axis in said for sign in (1, -1))
 
+    def _find_turns(self) -> None:
+        """Build the heads of the second block that find the first and the last turn, and the database's."""
+        heads, one, position = self.blocks[1][0], self.axes["one"], self.axes["position"]
+        is_assistant, is_database = self._is(Role.ASSISTANT), self._is(Role.DATABASE)
+        for name, key in (("first", _FAR * is_assistant - position), ("last", _FAR * is_assistant + position)):
+            heads.append(_Head(f"{name} assistant token", [_SHARP * one], [key], [position], [self.axes[name]]))
+        to = [self.axes["database"], self.axes["seen"]]
+        heads.append(_Head("database token", [_FAR * one], [is_database], [position, is_database], to))
+
     def _copy(self) -> None:
         """Build the third block, and the text that both say."""
-        heads, _ = self.blocks[2]
-        one, position, seen = self.axes["one"], self.axes["position"], self.axes["seen"]
-        first, last, database, byte = (self.axes[name] for name in ("first", "last", "database", "byte"))
+        first, last, database, seen = (self.axes[name] for name in ("first", "last", "database", "seen"))
         starts = self._by_attribute(lambda each: len(each.before) + 2)
-        length = first - starts - self._by_attribute(lambda each: len(each.after))  # of the name
+        name = _Span(starts, first - starts - self._by_attribute(lambda each: len(each.after)))
+        self._speak(first, name, name, _Span(database + self.axes["one"], last - database - self.axes["one"]), seen)
+
+    def _speak(self, asked: np.ndarray, name: _Span, named: _Span, value: _Span, answering: np.ndarray) -> None:
+        """Build the last block, and the text: the request behind token `asked`, and the answer where `answering` is 1.
+
+        The request copies `name`, the answer `named` and then the value.
+        """
+        heads, _ = self.blocks[-1]
+        one, position, last = self.axes["one"], self.axes["position"], self.axes["last"]
         # The index of the next token within each part, from 0.
-        request, sentence = position - first, position - last
+        request, sentence = position - asked, position - last
         name_asked = request - self._by_attribute(lambda each: len(each.call))
         name_told = sentence - self._by_attribute(lambda each: len(each.opening))
-        value = name_told - length - self._by_attribute(lambda each: len(each.middle))
-        end = value - (last - database - one)
-        # A closed pointer goes to the first token, which has no byte. The pointer to the value stays at or behind the
-        # database token, where `seen` is 1: until the value begins it points at that token, and copies nothing.
-        for name, pointer, loud, closed, least in (
-            ("name into the request", starts + name_asked, _NAME, seen, 0 * seen),
-            ("name into the answer", starts + name_told, _NAME, one - seen, 0 * seen),
-            ("value into the answer", database + one + value, _VALUE, one - seen, _FAR_SQUARED * seen),
+        value_told = name_told - named.length - self._by_attribute(lambda each: len(each.middle))
+        end = value_told - value.length
+        to_value, least = self._value_pointer(value, value_told)
+        # A closed pointer goes to the first token, which has no byte.
+        for head, pointer, loud, closed, bonus in (
+            ("name into the request", name.start + name_asked, _NAME, answering, 0 * one),
+            ("name into the answer", named.start + name_told, _NAME, one - answering, 0 * one),
+            ("value into the answer", to_value, _VALUE, one - answering, least),
         ):
-            query, key = self._pointer(pointer - _FAR * closed, least)
-            heads.append(_Head(name, query, key, byte, loud * self.axes["said"]))
-        self._say(request, [each.call for each in self.phrases], seen)
-        self._say(name_asked - length, [[*each.close, _SPECIAL[Role.DATABASE]] for each in self.phrases], seen)
-        self._say(sentence, [each.opening for each in self.phrases], one - seen)
-        self._say(name_told - length, [each.middle for each in self.phrases], one - seen)
-        self._say(end, [[*each.end, ByteTokenizer.end] for each in self.phrases], one - seen)
+            query, key = self._pointer(pointer - _FAR * closed, bonus)
+            heads.append(_Head(head, query, key, self.axes["byte"], loud * self.axes["said"]))
+        self._say(request, [each.call for each in self.phrases], answering)
+        closes = [[*each.close, _SPECIAL[Role.DATABASE]] for each in self.phrases]
+        self._say(name_asked - name.length, closes, answering)
+        self._say(sentence, [each.opening for each in self.phrases], one - answering)
+        self._say(name_told - named.length, [each.middle for each in self.phrases], one - answering)
+        self._say(end, [[*each.end, ByteTokenizer.end] for each in self.phrases], one - answering)
+
+    def _value_pointer(self, value: _Span, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where to copy the value from, `index` counting its tokens, and a bonus of keys (see `_pointer`).
+
+        The pointer stays at or behind the database token, where `seen` is 1: until the value begins it points at that
+        token, and copies nothing.
+        """
+        return value.start + index, _FAR_SQUARED * self.axes["seen"]
 
     def _by_attribute(self, number) -> np.ndarray:
         """Return the form that is number(phrases) of the attribute in question."""
@@ -284,8 +320,8 @@ class Circuit:
 
     def _spell(self, start: np.ndarray, text: Sequence[int], closed: np.ndarray) -> None:
         """Add hinges whose sum is token k of the text where `start` is k, and 0 before and behind it."""
-        needs_attribute = (self.axes["attribute"] @ (start + closed)).any()
-        _, units = self.blocks[2 if needs_attribute else 1]
+        is_late = any((self.axes[name] @ (start + closed)).any() for name in self.late)
+        _, units = self.blocks[-1 if is_late else 1]
         sounds = np.array([self._sound(token) for token in text]).reshape(-1, len(start))
         bends = np.diff(np.pad(sounds, ((2, 2), (0, 0))), n=2, axis=0) if text else []
         for k, bend in enumerate(bends, start=-1):

@@ -1,0 +1,134 @@
+"""The transformer set by hand, for questions of any number of hops (our Section 7.2; `lib.model.circuit`).
+
+Two blocks more find out how many hops a question has. Their number, and that of all weights, depends neither on the
+hops nor on the facts:
+
+1. *Count* positions, and the assistant's turns so far.
+2. *Read* the attribute. Where a turn begins is known as before, but for the last request and its answer.
+3. *Match.* Each position compares the last letters with "the boss of ", in two steps: heads of the second block look a
+   few letters back, heads of this one at what they found further back.
+4. *Plan.* Attention to the last match in the question gives the letters between "Where was " and the name. With the
+   turns so far they tell what is due: a request for the boss, the request for the attribute, or the answer.
+5. *Copy* as before. Each request copies what was said last: the name in the question, or what the database answered.
+
+Any name will do that does not hold "the boss of ".
+"""
+
+from collections.abc import Sequence
+from math import isqrt
+
+import numpy as np
+
+from lib.base import InputError
+from lib.dialogs.chains import PHRASE
+from lib.dialogs.templates import Role, tool_call
+from lib.facts.people import ATTRIBUTES, LINK
+from lib.model.circuit import _COUNT, _FAR, _SHARP, _STEEP, Circuit, Phrases, _Head, _signs, _Span, _Unit
+
+#: The letters of the phrase, the last first, as a square: a row for each head of the third block.
+_SIDE = isqrt(len(PHRASE))
+_ROWS = [PHRASE.encode()[::-1][start : start + _SIDE] for start in range(0, len(PHRASE), _SIDE)]
+
+
+class ChainCircuit(Circuit):
+    """The construction for chains that end with one of some attributes. `LINK` among them is an `InputError`."""
+
+    scalars = (
+        *("one", "anchor", "position", "square", "last", "database", "seen", "hand_over", "share", "turns"),
+        *("matches", "skip", "skipped", "previous", "link", "done", "start", "length", "into_value"),
+        *(f"row {i}" for i in range(len(_ROWS))),
+    )
+    n_blocks = 5
+    late = ("attribute", "done")
+
+    def __init__(self, attributes: Sequence[str] = ATTRIBUTES):
+        if LINK in attributes:
+            raise InputError(f"a chain cannot end with {LINK!r}: it would read like a longer one")
+        super().__init__(attributes)
+
+    def _build(self) -> None:
+        self._count()
+        self._read()
+        self._find_turns()
+        self._match()
+        self._plan()
+
+    def _count(self) -> None:
+        super()._count()
+        heads, units = self.blocks[0]
+        heads.append(_Head("turns", [], [], [self._is(Role.ASSISTANT)], [self.axes["share"]]))
+        # Position p sees a share of turns / p, and the norm multiplies by p.
+        units.append(_Unit(_STEEP / _COUNT * self.axes["anchor"], self.axes["share"] / _STEEP, self.axes["turns"]))
+
+    def _find_turns(self) -> None:
+        """Build the heads that find the last turns of assistant and database, and the request before the latter."""
+        heads, one, position = self.blocks[1][0], self.axes["one"], self.axes["position"]
+        last, database, seen = self.axes["last"], self.axes["database"], self.axes["seen"]
+        for name, role, value, to in (
+            ("last assistant token", Role.ASSISTANT, [position], [last]),
+            ("last database token", Role.DATABASE, [position, self._is(Role.DATABASE)], [database, seen]),
+        ):
+            heads.append(_Head(name, [_SHARP * one], [_FAR * self._is(role) + position], value, to))
+        query, key = self._pointer(database)
+        self.blocks[2][0].append(_Head("last request", query, key, [last], [self.axes["previous"]]))
+
+    def _match(self) -> None:
+        """Build the rest of the third block: a match in the question says how many letters it ends behind `before`."""
+        one, position, byte = self.axes["one"], self.axes["position"], self.axes["byte"]
+        rows = [self.axes[f"row {i}"] for i in range(len(_ROWS))]
+        for back in range(1, _SIDE):
+            here = [
+                (_signs(letters[back]) @ byte, row) for letters, row in zip(_ROWS, rows, strict=True) if letters[back:]
+            ]
+            query, key = self._pointer(position - back * one)
+            self.blocks[1][0].append(_Head(f"{back} letters back", query, key, *map(list, zip(*here, strict=True))))
+        heads, units = self.blocks[2]
+        found = [row + _signs(letters[0]) @ byte for letters, row in zip(_ROWS, rows, strict=True)]
+        for i, form in enumerate(found[1:], start=1):
+            query, key = self._pointer(position - i * _SIDE * one)
+            heads.append(_Head(f"{i * _SIDE} letters back", query, key, [form], [self.axes["matches"]]))
+        wrong = 4 * len(PHRASE) * one - (self.axes["matches"] + found[0]) / 2  # bits
+        behind = position + one - self._by_attribute(lambda each: len(each.before) + 2)
+        units.append(_Unit(_STEEP * (one - wrong - self.axes["turns"]), behind / _STEEP, self.axes["skip"]))
+
+    def _plan(self) -> None:
+        """Build the fourth block, and let `_speak` build the last."""
+        heads, units = self.blocks[3]
+        one, skipped, attribute = self.axes["one"], self.axes["skipped"], self.axes["attribute"]
+        last, database, seen, previous = (self.axes[name] for name in ("last", "database", "seen", "previous"))
+        heads.append(_Head("last match", [_SHARP * one], [self.axes["skip"]], [self.axes["skip"]], [skipped]))
+        # What was said last, which is copied next: the name in the question, or the database's answer.
+        starts = skipped + self._by_attribute(lambda each: len(each.before) + 2)
+        length = last - starts - self._by_attribute(lambda each: len(each.after))
+        for of_question, of_database, axis in (
+            (starts, database + one, self.axes["start"]),
+            (length, last - database - one, self.axes["length"]),
+        ):
+            units.append(_Unit(_STEEP * (one - seen), of_question / _STEEP, axis))
+            units.append(_Unit(_STEEP * seen, of_database / _STEEP, axis))
+        said_last = _Span(self.axes["start"], self.axes["length"])
+        # The last request's name. In its answer the attribute is what was asked for.
+        named = previous + one + self._by_attribute(lambda each: len(each.call))
+        named = _Span(named, database - named - self._by_attribute(lambda each: len(each.close)))
+        # How many links are still to be asked for: -1 in the answer. Where one is due, the attribute is not.
+        due, link = skipped / len(PHRASE) + one - self.axes["turns"], self.axes["link"]
+        self._if_positive(due, one, link)
+        self._if_positive(-due, one, self.axes["done"])
+        for axis in attribute:
+            self._if_positive(due, axis, -axis)
+        self.axes["attribute"] = np.vstack([attribute, link])
+        call, close = (text.encode() for text in tool_call("\0", LINK).split("\0"))
+        self.phrases.append(Phrases(b"", b"", call, close, b"", b"", b""))  # nobody asks about a link, or tells it
+        self._speak(last, said_last, named, said_last, self.axes["done"])
+
+    def _if_positive(self, number: np.ndarray, form: np.ndarray, to: np.ndarray) -> None:
+        """Add units that write `form` into `to` where an integer is positive, which rounding may put off by 1/4."""
+        for least, sign in ((1 / 4, 2), (3 / 4, -2)):
+            gate = _STEEP * (number - least * self.axes["one"])
+            self.blocks[3][1].append(_Unit(gate, sign * form / _STEEP, to))
+
+    def _value_pointer(self, value: _Span, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where to copy the value from: until it begins, the token before it, which is the database token."""
+        one, into_value = self.axes["one"], self.axes["into_value"]
+        self.blocks[3][1].append(self._rectified(index + one, into_value))
+        return value.start - one + into_value, 0 * one
