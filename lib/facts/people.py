@@ -26,7 +26,7 @@ VALUES = {
     "occupation": _words("occupations"),
 }
 ATTRIBUTES = tuple(VALUES)
-#: The attribute whose value is another person (`lib.dialogs.chains`); sampled people have it only where it is asked for.
+#: The attribute whose value is another person (`lib.dialogs.chains`). Only `with_bosses` gives it to sampled people.
 LINK = "boss"
 #: The attributes that a family shares when facts are correlated; birth dates stay independent.
 SHARED = ATTRIBUTES[1:]
