@@ -6,9 +6,12 @@ on, the training run itself in `run/`, and in the end its row.
 
 import tempfile
 from collections.abc import Sequence
-from itertools import islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
 
 from lib import paths
 from lib.agent.tools import SqlTool
@@ -98,7 +101,7 @@ def write_inputs(config: RunConfig, folder: Path) -> dict[str, str]:
     write_people_csv(people, folder / _PEOPLE)
     for hops in trained_hops(config)[1:]:
         with paths.replacing(folder / _dialogs(hops)) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.writelines(f"{to_json(chain_dialog(chain))}\n" for chain in chains(people, hops))
+            file.writelines(f"{to_json(chain_dialog(each))}\n" for each in chains(people, hops))
     return {name: str(folder / name) for name in (_PEOPLE, *config.training.files)}
 
 
@@ -123,16 +126,28 @@ def run_chains(config: RunConfig, folder: Path, asked: int, description: str | N
     return paths.read_json(folder / paths.ROW)
 
 
+def run_profile(profile: str, recompute: bool = True) -> pd.DataFrame:
+    """Return the rows of a profile's finished runs, after doing those that are not, unless `recompute` is false."""
+    folder, rows = paths.profile_dir(profile) / SECTION, []
+    for config in configurations(profile):
+        if recompute or (folder / config.run_id / paths.ROW).exists():
+            description = f"{SECTION}: seed {config.seed}"
+            rows.append(run_chains(config, folder / config.run_id, SETTINGS[profile].asked, description))
+    return pd.DataFrame(rows).assign(profile=profile)
+
+
 def recall_by_hops(model, facts: FactsConfig, people: People, tokenizer: Tokenizer, asked: int) -> dict[str, float]:
     """Ask a model about people, and unseen ones, all in one database (see `run_chains`)."""
     sampled = facts.model_copy(update={"csv": None})
     groups = {"trained": people, "unseen": with_bosses(unseen_people(sampled, max(2, asked))["new_both"], facts.seed)}
-    columns = {}
+    questions = {
+        f"{group}_{hops}": list(islice(chains(members, hops), asked * len(ATTRIBUTES)))
+        for group, members in groups.items()
+        for hops in ASKED
+    }
     with tempfile.TemporaryDirectory() as folder:
         write_database(groups["trained"] + groups["unseen"], Path(folder, paths.DATABASE))
         with SqlTool(Path(folder, paths.DATABASE)) as tool:
-            for group, members in groups.items():
-                for hops in ASKED:
-                    questions = list(islice(chains(members, hops), asked * len(ATTRIBUTES)))
-                    columns[f"{group}_{hops}"] = measure_chains(model, questions, tokenizer, tool).overall
-    return columns
+            correct = measure_chains(model, [*chain.from_iterable(questions.values())], tokenizer, tool).correct
+    ends = list(accumulate(map(len, questions.values())))
+    return {name: float(part.mean()) for name, part in zip(questions, np.split(correct, ends[:-1]), strict=True)}

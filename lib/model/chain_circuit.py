@@ -11,7 +11,7 @@ hops nor on the facts:
    turns so far they tell what is due: a request for the boss, the request for the attribute, or the answer.
 5. *Copy* as before. Each request copies what was said last: the name in the question, or what the database answered.
 
-Any name will do that does not hold "the boss of ".
+Any name will do in which "the boss of" does not stand.
 """
 
 from collections.abc import Sequence

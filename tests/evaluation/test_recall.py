@@ -13,12 +13,13 @@ from scripted import ASSISTANT, DATABASE, END, USER, Scripted, prompt, says, tur
 
 from lib.agent.generation import Call, Generation
 from lib.agent.tools import Outcome, Response, SqlTool, Tool
+from lib.base import InputError
 from lib.config import ModelConfig, RunConfig, override
 from lib.dialogs.request import format_request
 from lib.dialogs.templates import Mode, dialogs, in_tool_dialog, in_weight_dialog, tool_call
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.dialogs.tokens import encode_dialog, tokenize
-from lib.evaluation.recall import Recall, bits_of_dialogs, is_correct, measure_recall
+from lib.evaluation.recall import Recall, bits_of_dialogs, is_correct, measure_chains, measure_recall
 from lib.facts.database import write_database
 from lib.facts.people import People
 from lib.facts.sampling import sample_people
@@ -124,6 +125,43 @@ def test_without_a_tool_the_whole_dialog_must_be_the_expected_sentence(said, cou
 )
 def test_with_a_tool_the_right_query_must_have_run(database, said, counts):
     assert ask(says({ASKED: said}), [FACT], database).correct.tolist() == [counts]
+
+
+CHAIN = [("Ann Lee", "boss", "Bob Lee"), ("Bob Lee", "birth_place", "Peru")]
+ASKED_BOTH, TOLD_LAST = "Where was the boss of Ann Lee born?", "Bob Lee was born in Peru."
+LINK_REQUEST, LAST_REQUEST = tool_call("Ann Lee", "boss"), tool_call("Bob Lee", "birth_place")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("said", "counts"),
+    [
+        ([turn(LINK_REQUEST, DATABASE), turn(LAST_REQUEST, DATABASE), turn(TOLD_LAST, END)], True),
+        ([turn(LAST_REQUEST, DATABASE), turn(TOLD_LAST, END)], False),  # knows the boss by heart
+        ([turn(LINK_REQUEST, DATABASE), turn(TOLD_LAST, END)], False),  # knows the birth place by heart
+        ([turn(tool_call("Bob Lee", "boss"), DATABASE), turn(LAST_REQUEST, DATABASE), turn(TOLD_LAST, END)], False),
+        (
+            [
+                turn(LINK_REQUEST, DATABASE),
+                turn(LAST_REQUEST, DATABASE),
+                turn("The boss of Ann Lee was born in Peru.", END),
+            ],
+            False,
+        ),
+    ],
+)
+def test_every_hop_of_a_chain_must_have_been_a_query(tmp_path, method, said, counts):
+    people = People(["Ann Lee", "Bob Lee"], {"boss": ["Bob Lee", "Ann Lee"], "birth_place": ["Chad", "Peru"]})
+    write_database(people, tmp_path / "people.sqlite")
+    with SqlTool(tmp_path / "people.sqlite") as tool:
+        measured = measure_chains(says({ASKED_BOTH: said}), [CHAIN], TOKENIZER, tool, method=method)
+    assert measured.correct.tolist() == [counts]
+    assert measured.attributes.tolist() == ["birth_place"]
+
+
+def test_a_chain_takes_a_tool():
+    with pytest.raises(InputError, match="^a question of more than one hop takes a tool$"):
+        measure_chains(says({}), [CHAIN], TOKENIZER, None)
 
 
 def test_an_in_tool_model_without_its_tool_recalls_nothing():

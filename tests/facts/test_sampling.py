@@ -20,7 +20,7 @@ from lib.facts.people import (
     FactsConfig,
     People,
 )
-from lib.facts.sampling import load_people, sample_people
+from lib.facts.sampling import load_people, sample_people, with_bosses
 
 N_PLAIN_NAMES = 437 * 388
 
@@ -151,3 +151,20 @@ def test_of_a_released_family_a_share_alpha_and_the_lucky_ones_have_its_value():
     pairs = Counter(zip(map(last_name, people.names), people.columns["occupation"], strict=True))
     with_the_familys = sum(max(n for (name, _), n in pairs.items() if name == family) for family in families)
     assert with_the_familys / len(people) == pytest.approx(0.75 + 0.25 / 25, abs=0.01)
+
+
+def test_everybody_has_a_boss_who_is_any_of_the_others():
+    people = sample_people(5)
+    drawn = [with_bosses(people, seed) for seed in range(2_000)]
+    assert with_bosses(people, 7) == drawn[7]
+    for i, name in enumerate(people.names):
+        counts = Counter(each.columns["boss"][i] for each in drawn)
+        assert set(counts) == {*people.names} - {name}
+        assert all(abs(count - 500) < 5 * math.sqrt(2_000 * 3 / 16) for count in counts.values())
+    assert drawn[0].attributes == ("boss", *people.attributes) and drawn[0].names == people.names
+    assert {a: drawn[0].columns[a] for a in people.attributes} == people.columns
+
+
+def test_nobody_is_his_own_boss():
+    with pytest.raises(InputError, match="^nobody is left to be the boss: give at least two people$"):
+        with_bosses(sample_people(1))

@@ -1,0 +1,34 @@
+"""The figure of our Section 7.2: recall against the number of hops."""
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lib.experiments.chains import ASKED
+from lib.figures.style import nothing_yet, panels
+
+#: Who is asked about, as a legend says it.
+GROUPS = {
+    "trained": ("trained people", {"color": "#0072B2", "marker": "s"}),
+    "unseen": ("both names new", {"color": "#009E73", "marker": "D", "linestyle": "--"}),
+}
+
+
+def recall_by_hops(rows: pd.DataFrame) -> Figure:
+    """Draw the share of questions answered rightly against their hops: mean over runs, bars from least to most.
+
+    rows: of runs trained on the same hops, as `lib.experiments.chains.run_chains` gives them. Grey: hops trained on.
+    """
+    with panels((5.2, 3.2)) as (figure, axes):
+        for (group, (label, style)), shift in zip(GROUPS.items(), (-0.03, 0.03), strict=True):
+            if len(rows):
+                shares = rows[[f"{group}_{hops}" for hops in ASKED]].set_axis(ASKED, axis=1).agg(["mean", "min", "max"])
+                bars = [shares.loc["mean"] - shares.loc["min"], shares.loc["max"] - shares.loc["mean"]]
+                axes.errorbar(shares.columns + shift, shares.loc["mean"], yerr=bars, label=label, **style)
+        axes.set(xlabel="hops of the question", ylabel="recall", ylim=(-0.04, 1.06), xticks=ASKED)
+        if len(rows):
+            trained = rows.hops.iloc[0]
+            axes.axvspan(min(trained) - 0.3, max(trained) + 0.3, color="#EEEEEE", zorder=0, label="trained on")
+            axes.legend()
+        else:
+            nothing_yet(axes, "in-tool")
+    return figure
