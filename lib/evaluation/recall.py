@@ -61,7 +61,7 @@ class Recall:
 
 def measure_recall(
     model,
-    facts: Sequence[Fact],
+    facts: Sequence[Fact | list[Fact]],
     tokenizer: Tokenizer,
     tool: Tool | None = None,
     *,
@@ -71,25 +71,8 @@ def measure_recall(
 ) -> Recall:
     """Ask a model about `facts`, greedily; if there is a `tool`, it must be used.
 
-    See `measure_chains` for the method: a fact is a question of one hop.
-    """
-    chains = [[fact] for fact in facts]
-    return measure_chains(model, chains, tokenizer, tool, method=method, batch_size=batch_size, description=description)
-
-
-def measure_chains(
-    model,
-    chains: Sequence[Sequence[Fact]],
-    tokenizer: Tokenizer,
-    tool: Tool | None,
-    *,
-    method: Literal["verify", "decode"] = "verify",
-    batch_size: int | None = None,
-    description: str | None = None,
-) -> Recall:
-    """Ask a model questions of any number of hops (`lib.dialogs.chains`), greedily; every hop must use the tool.
-
-    Without a tool, questions have one hop; more are an `InputError`.
+    In place of a fact stands a list of them for a question of several hops (`lib.dialogs.chains`): each must use the
+    tool. Without one, such a question is an `InputError`.
 
     A dialog is cut off, and counts as wrong, at `DETOUR` tokens more than its expected dialog has, question
     included: the limit depends on that question alone.
@@ -98,6 +81,7 @@ def measure_chains(
     another token. `verify` finds this position by one teacher-forced pass and decodes only from there; in-weight it
     decodes only where the pass is too close to call. `decode` decodes everything: the reference. Both assume float32.
     """
+    chains = [fact if isinstance(fact, list) else [fact] for fact in facts]
     if tool is None and any(len(chain) > 1 for chain in chains):
         raise InputError("a question of more than one hop takes a tool")
     dialogs = [in_weight_dialog(*chain[0]) if tool is None else chain_dialog(chain) for chain in chains]

@@ -19,16 +19,15 @@ def recall_by_hops(rows: pd.DataFrame) -> Figure:
     rows: of runs trained on the same hops, as `lib.experiments.chains.run_chains` gives them. Grey: hops trained on.
     """
     with panels((5.2, 3.2)) as (figure, axes):
-        for (group, (label, style)), shift in zip(GROUPS.items(), (-0.03, 0.03), strict=True):
-            if len(rows):
-                shares = rows[[f"{group}_{hops}" for hops in ASKED]].set_axis(ASKED, axis=1).agg(["mean", "min", "max"])
-                bars = [shares.loc["mean"] - shares.loc["min"], shares.loc["max"] - shares.loc["mean"]]
-                axes.errorbar(shares.columns + shift, shares.loc["mean"], yerr=bars, label=label, **style)
         axes.set(xlabel="hops of the question", ylabel="recall", ylim=(-0.04, 1.06), xticks=ASKED)
-        if len(rows):
-            trained = rows.hops.iloc[0]
-            axes.axvspan(min(trained) - 0.3, max(trained) + 0.3, color="#EEEEEE", zorder=0, label="trained on")
-            axes.legend()
-        else:
+        if not len(rows):
             nothing_yet(axes, "in-tool")
+            return figure
+        for group, (label, style) in GROUPS.items():
+            shares = rows[[f"{group}_{hops}" for hops in ASKED]]
+            bars = [shares.mean() - shares.min(), shares.max() - shares.mean()]
+            axes.errorbar(ASKED, shares.mean(), yerr=bars, label=label, **style)
+        trained = rows.hops.iloc[0]
+        axes.axvspan(min(trained) - 0.3, max(trained) + 0.3, color="#EEEEEE", zorder=0, label="trained on")
+        axes.legend()
     return figure

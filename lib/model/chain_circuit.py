@@ -15,7 +15,6 @@ Any name will do in which "the boss of" does not stand.
 """
 
 from collections.abc import Sequence
-from math import isqrt
 
 import numpy as np
 
@@ -23,10 +22,10 @@ from lib.base import InputError
 from lib.dialogs.chains import PHRASE
 from lib.dialogs.templates import Role, tool_call
 from lib.facts.people import ATTRIBUTES, LINK
-from lib.model.circuit import _COUNT, _FAR, _SHARP, _STEEP, Circuit, Phrases, _Head, _signs, _Span, _Unit
+from lib.model.circuit import _COUNT, _FAR, _SHARP, _STEEP, Circuit, Phrases, _Head, _signs, _Unit
 
-#: The letters of the phrase, the last first, as a square: a row for each head of the third block.
-_SIDE = isqrt(len(PHRASE))
+#: The letters of the phrase, the last first, in rows of equal length: a row for each head of the third block.
+_SIDE = 3
 _ROWS = [PHRASE.encode()[::-1][start : start + _SIDE] for start in range(0, len(PHRASE), _SIDE)]
 
 
@@ -45,13 +44,6 @@ class ChainCircuit(Circuit):
         if LINK in attributes:
             raise InputError(f"a chain cannot end with {LINK!r}: it would read like a longer one")
         super().__init__(attributes)
-
-    def _build(self) -> None:
-        self._count()
-        self._read()
-        self._find_turns()
-        self._match()
-        self._plan()
 
     def _count(self) -> None:
         super()._count()
@@ -77,11 +69,9 @@ class ChainCircuit(Circuit):
         one, position, byte = self.axes["one"], self.axes["position"], self.axes["byte"]
         rows = [self.axes[f"row {i}"] for i in range(len(_ROWS))]
         for back in range(1, _SIDE):
-            here = [
-                (_signs(letters[back]) @ byte, row) for letters, row in zip(_ROWS, rows, strict=True) if letters[back:]
-            ]
             query, key = self._pointer(position - back * one)
-            self.blocks[1][0].append(_Head(f"{back} letters back", query, key, *map(list, zip(*here, strict=True))))
+            agrees = [_signs(letters[back]) @ byte for letters in _ROWS]
+            self.blocks[1][0].append(_Head(f"{back} letters back", query, key, agrees, rows))
         heads, units = self.blocks[2]
         found = [row + _signs(letters[0]) @ byte for letters, row in zip(_ROWS, rows, strict=True)]
         for i, form in enumerate(found[1:], start=1):
@@ -91,8 +81,9 @@ class ChainCircuit(Circuit):
         behind = position + one - self._by_attribute(lambda each: len(each.before) + 2)
         units.append(_Unit(_STEEP * (one - wrong - self.axes["turns"]), behind / _STEEP, self.axes["skip"]))
 
-    def _plan(self) -> None:
-        """Build the fourth block, and let `_speak` build the last."""
+    def _copy(self) -> None:
+        """Build the third block, the fourth, which plans, and the last."""
+        self._match()
         heads, units = self.blocks[3]
         one, skipped, attribute = self.axes["one"], self.axes["skipped"], self.axes["attribute"]
         last, database, seen, previous = (self.axes[name] for name in ("last", "database", "seen", "previous"))
@@ -100,16 +91,15 @@ class ChainCircuit(Circuit):
         # What was said last, which is copied next: the name in the question, or the database's answer.
         starts = skipped + self._by_attribute(lambda each: len(each.before) + 2)
         length = last - starts - self._by_attribute(lambda each: len(each.after))
-        for of_question, of_database, axis in (
-            (starts, database + one, self.axes["start"]),
-            (length, last - database - one, self.axes["length"]),
+        said_last = self.axes["start"], self.axes["length"]
+        for axis, of_question, of_database in zip(
+            said_last, (starts, length), (database + one, last - database - one), strict=True
         ):
             units.append(_Unit(_STEEP * (one - seen), of_question / _STEEP, axis))
             units.append(_Unit(_STEEP * seen, of_database / _STEEP, axis))
-        said_last = _Span(self.axes["start"], self.axes["length"])
         # The last request's name. In its answer the attribute is what was asked for.
         named = previous + one + self._by_attribute(lambda each: len(each.call))
-        named = _Span(named, database - named - self._by_attribute(lambda each: len(each.close)))
+        named = named, database - named - self._by_attribute(lambda each: len(each.close))
         # How many links are still to be asked for: -1 in the answer. Where one is due, the attribute is not.
         due, link = skipped / len(PHRASE) + one - self.axes["turns"], self.axes["link"]
         self._if_positive(due, one, link)
@@ -127,8 +117,8 @@ class ChainCircuit(Circuit):
             gate = _STEEP * (number - least * self.axes["one"])
             self.blocks[3][1].append(_Unit(gate, sign * form / _STEEP, to))
 
-    def _value_pointer(self, value: _Span, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _value_pointer(self, value: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return where to copy the value from: until it begins, the token before it, which is the database token."""
         one, into_value = self.axes["one"], self.axes["into_value"]
         self.blocks[3][1].append(self._rectified(index + one, into_value))
-        return value.start - one + into_value, 0 * one
+        return value - one + into_value, 0 * one

@@ -46,6 +46,8 @@ _FAR_SQUARED = 2.0**18
 _NAME, _VALUE, _TEXT = 1.0, 2.0, 4.0
 
 _SPECIAL = ByteTokenizer.role_ids
+#: A part of a turn: the forms that are the position of its first token, and its number of tokens.
+_Span = tuple[np.ndarray, np.ndarray]
 
 
 class Phrases(NamedTuple):
@@ -110,13 +112,6 @@ class _Unit(NamedTuple):
     to: np.ndarray
 
 
-class _Span(NamedTuple):
-    """A part of a turn: the forms that are the position of its first token and its number of tokens."""
-
-    start: np.ndarray
-    length: np.ndarray
-
-
 class Circuit:
     """The construction for some attributes: what each head and each hidden unit reads and writes.
 
@@ -142,9 +137,6 @@ class Circuit:
         *groups, scalar = np.split(axes, np.cumsum(list(sizes.values())))
         self.axes = dict(zip([*sizes, *self.scalars], [*groups, *scalar], strict=True))
         self.blocks: list[tuple[list[_Head], list[_Unit]]] = [([], []) for _ in range(self.n_blocks)]
-        self._build()
-
-    def _build(self) -> None:
         self._count()
         self._read()
         self._find_turns()
@@ -250,45 +242,47 @@ class Circuit:
         """Build the third block, and the text that both say."""
         first, last, database, seen = (self.axes[name] for name in ("first", "last", "database", "seen"))
         starts = self._by_attribute(lambda each: len(each.before) + 2)
-        name = _Span(starts, first - starts - self._by_attribute(lambda each: len(each.after)))
-        self._speak(first, name, name, _Span(database + self.axes["one"], last - database - self.axes["one"]), seen)
+        name = starts, first - starts - self._by_attribute(lambda each: len(each.after))
+        value = database + self.axes["one"], last - database - self.axes["one"]
+        self._speak(first, name, name, value, seen)
 
     def _speak(self, asked: np.ndarray, name: _Span, named: _Span, value: _Span, answering: np.ndarray) -> None:
         """Build the last block, and the text: the request behind token `asked`, and the answer where `answering` is 1.
 
         The request copies `name`, the answer `named` and then the value.
         """
+        (name, name_length), (named, named_length), (value, value_length) = name, named, value
         heads, _ = self.blocks[-1]
         one, position, last = self.axes["one"], self.axes["position"], self.axes["last"]
         # The index of the next token within each part, from 0.
         request, sentence = position - asked, position - last
         name_asked = request - self._by_attribute(lambda each: len(each.call))
         name_told = sentence - self._by_attribute(lambda each: len(each.opening))
-        value_told = name_told - named.length - self._by_attribute(lambda each: len(each.middle))
-        end = value_told - value.length
+        value_told = name_told - named_length - self._by_attribute(lambda each: len(each.middle))
+        end = value_told - value_length
         to_value, least = self._value_pointer(value, value_told)
         # A closed pointer goes to the first token, which has no byte.
         for head, pointer, loud, closed, bonus in (
-            ("name into the request", name.start + name_asked, _NAME, answering, 0 * one),
-            ("name into the answer", named.start + name_told, _NAME, one - answering, 0 * one),
+            ("name into the request", name + name_asked, _NAME, answering, 0 * one),
+            ("name into the answer", named + name_told, _NAME, one - answering, 0 * one),
             ("value into the answer", to_value, _VALUE, one - answering, least),
         ):
             query, key = self._pointer(pointer - _FAR * closed, bonus)
             heads.append(_Head(head, query, key, self.axes["byte"], loud * self.axes["said"]))
         self._say(request, [each.call for each in self.phrases], answering)
         closes = [[*each.close, _SPECIAL[Role.DATABASE]] for each in self.phrases]
-        self._say(name_asked - name.length, closes, answering)
+        self._say(name_asked - name_length, closes, answering)
         self._say(sentence, [each.opening for each in self.phrases], one - answering)
-        self._say(name_told - named.length, [each.middle for each in self.phrases], one - answering)
+        self._say(name_told - named_length, [each.middle for each in self.phrases], one - answering)
         self._say(end, [[*each.end, ByteTokenizer.end] for each in self.phrases], one - answering)
 
-    def _value_pointer(self, value: _Span, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return where to copy the value from, `index` counting its tokens, and a bonus of keys (see `_pointer`).
+    def _value_pointer(self, value: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where to copy token `index` of the value from, and a bonus of keys (see `_pointer`).
 
         The pointer stays at or behind the database token, where `seen` is 1: until the value begins it points at that
         token, and copies nothing.
         """
-        return value.start + index, _FAR_SQUARED * self.axes["seen"]
+        return value + index, _FAR_SQUARED * self.axes["seen"]
 
     def _by_attribute(self, number) -> np.ndarray:
         """Return the form that is number(phrases) of the attribute in question."""

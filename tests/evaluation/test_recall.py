@@ -19,7 +19,7 @@ from lib.dialogs.request import format_request
 from lib.dialogs.templates import Mode, dialogs, in_tool_dialog, in_weight_dialog, tool_call
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.dialogs.tokens import encode_dialog, tokenize
-from lib.evaluation.recall import Recall, bits_of_dialogs, is_correct, measure_chains, measure_recall
+from lib.evaluation.recall import Recall, bits_of_dialogs, is_correct, measure_recall
 from lib.facts.database import write_database
 from lib.facts.people import People
 from lib.facts.sampling import sample_people
@@ -154,14 +154,14 @@ def test_every_hop_of_a_chain_must_have_been_a_query(tmp_path, method, said, cou
     people = People(["Ann Lee", "Bob Lee"], {"boss": ["Bob Lee", "Ann Lee"], "birth_place": ["Chad", "Peru"]})
     write_database(people, tmp_path / "people.sqlite")
     with SqlTool(tmp_path / "people.sqlite") as tool:
-        measured = measure_chains(says({ASKED_BOTH: said}), [CHAIN], TOKENIZER, tool, method=method)
+        measured = measure_recall(says({ASKED_BOTH: said}), [CHAIN], TOKENIZER, tool, method=method)
     assert measured.correct.tolist() == [counts]
     assert measured.attributes.tolist() == ["birth_place"]
 
 
 def test_a_chain_takes_a_tool():
     with pytest.raises(InputError, match="^a question of more than one hop takes a tool$"):
-        measure_chains(says({}), [CHAIN], TOKENIZER, None)
+        measure_recall(says({}), [CHAIN], TOKENIZER, None)
 
 
 def test_an_in_tool_model_without_its_tool_recalls_nothing():

@@ -10,7 +10,7 @@ from lib.config import RunConfig
 from lib.dialogs.chains import chains
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.evaluation import attention_maps
-from lib.evaluation.recall import measure_chains
+from lib.evaluation.recall import measure_recall
 from lib.facts.database import write_database
 from lib.facts.people import ATTRIBUTES, People
 from lib.facts.sampling import sample_people, with_bosses
@@ -36,7 +36,7 @@ def recall(model, people: People, hops: int, folder, method="verify", n: int | N
     if n is not None:
         asked = [asked[i] for i in np.random.default_rng(1).choice(len(asked), n, replace=False)]
     with SqlTool(folder / "people.sqlite") as tool:
-        measured = measure_chains(model, asked, ByteTokenizer(), tool, method=method)
+        measured = measure_recall(model, asked, ByteTokenizer(), tool, method=method)
         assert measured.overall < 1 or tool.n_queries == hops * len(asked)
     return measured.overall
 
