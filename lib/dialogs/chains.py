@@ -18,23 +18,22 @@ Fact = tuple[str, str, str]  # name, attribute, value
 def chains(people: People, hops: int) -> Iterator[list[Fact]]:
     """Yield the chains of `hops` facts that begin with each of `people` and end with each attribute but `LINK`.
 
-    Without a hop, without links, or if a link leads to nobody of `people`, it is an `InputError`.
+    Less than one hop, and a person without a `LINK` among `people` where one is needed, are an `InputError`.
     """
     if hops < 1:
         raise InputError(f"hops = {hops}: a question takes one look-up or more")
-    if hops > 1 and LINK not in people.attributes:
-        raise InputError(f"these people have no {LINK}: a question of {hops} hops needs one")
     rows = {name: i for i, name in enumerate(people.names)}
+    bosses = people.columns.get(LINK, [])
+    if hops > 1 and not (bosses and rows.keys() >= {*bosses}):
+        raise InputError(f"a question of {hops} hops needs a {LINK} of everybody who is among these people")
     for name in people.names:
-        links, last = [], name
+        links = []
         for _ in range(hops - 1):
-            links.append((last, LINK, people.value(rows[last], LINK)))
-            last = links[-1][2]
-            if last not in rows:
-                raise InputError(f"{last!r}, the {LINK} of {links[-1][0]!r}, is not among these people")
+            links.append((name, LINK, bosses[rows[name]]))
+            name = bosses[rows[name]]
         for attribute in people.attributes:
             if attribute != LINK:
-                yield [*links, (last, attribute, people.value(rows[last], attribute))]
+                yield [*links, (name, attribute, people.value(rows[name], attribute))]
 
 
 def chain_question(chain: Sequence[Fact]) -> str:

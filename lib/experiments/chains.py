@@ -5,10 +5,10 @@ on, the training run itself in `run/`, and in the end its row.
 """
 
 import tempfile
+from collections import namedtuple
 from collections.abc import Sequence
 from itertools import accumulate, chain, islice, product
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,20 +30,11 @@ from lib.provenance import commit
 SECTION = "07_2"
 #: The hops that every model is asked about.
 ASKED = (1, 2, 3)
-_PEOPLE = "people.csv"
+_PEOPLE, _dialogs = "people.csv", "dialogs_{}.jsonl".format
 
 
-class Setting(NamedTuple):
-    """The models of one profile."""
-
-    n_people: int
-    d_model: int
-    steps: int
-    recipe: str  # in lib/experiments/plans/recipes.yaml
-    n_seeds: int
-    asked: int  # how many trained people, and as many unseen ones
-
-
+#: Of each profile; `asked` is how many trained people are asked about, and how many unseen ones.
+Setting = namedtuple("Setting", "n_people d_model steps recipe n_seeds asked")
 SETTINGS = {
     "smoke": Setting(4, 8, 5, "copying", 1, 2),
     "quick": Setting(8, 24, 300, "copying", 1, 8),
@@ -68,10 +59,6 @@ def configurations(profile: str, hops: Sequence[int] = (1, 2)) -> list[RunConfig
     recipe |= {"evaluation": {"every": None, "stop_at_recall": None}}
     facts = [{"n_people": setting.n_people, "seed": seed, "csv": _PEOPLE} for seed in range(setting.n_seeds)]
     return [RunConfig.parse({**recipe, "facts": each, "seed": each["seed"]}) for each in facts]
-
-
-def _dialogs(hops: int) -> str:
-    return f"dialogs_{hops}.jsonl"
 
 
 def write_inputs(config: RunConfig, folder: Path) -> dict[str, str]:
@@ -109,11 +96,9 @@ def run_chains(config: RunConfig, folder: Path, asked: int, description: str | N
 
 def run_profile(profile: str, recompute: bool = True) -> pd.DataFrame:
     """Return the rows of a profile's finished runs, after doing those that are not, unless `recompute` is false."""
-    folder, rows = paths.profile_dir(profile) / SECTION, []
-    for config in configurations(profile):
-        own = folder / config.run_id
-        if recompute or (own / paths.ROW).exists():
-            rows.append(run_chains(config, own, SETTINGS[profile].asked, f"{SECTION}: seed {config.seed}"))
+    runs = {paths.profile_dir(profile) / SECTION / config.run_id: config for config in configurations(profile)}
+    wanted = [folder for folder in runs if recompute or (folder / paths.ROW).exists()]
+    rows = [run_chains(runs[folder], folder, SETTINGS[profile].asked, SECTION) for folder in wanted]
     return pd.DataFrame(rows).assign(profile=profile)
 
 

@@ -93,11 +93,9 @@ def with_bosses(people: People, seed: int = 0) -> People:
 
     A single person is an `InputError`.
     """
-    n = len(people)
-    if n < 2:
+    if (n := len(people)) < 2:
         raise InputError("nobody is left to be the boss: give at least two people")
-    others = _choices(n - 1, 0, n, seed, _BOSS)
-    bosses = (np.arange(n) + 1 + others) % n
+    bosses = (np.arange(n) + 1 + _choices(n - 1, 0, n, seed, _BOSS)) % n
     return People(people.names, {LINK: _decode(tuple(people.names), bosses), **people.columns})
 
 

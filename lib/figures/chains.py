@@ -4,13 +4,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lib.experiments.chains import ASKED
-from lib.figures.style import nothing_yet, panels
+from lib.figures.style import STYLES, nothing_yet, panels
 
-#: Who is asked about, as a legend says it.
-GROUPS = {
-    "trained": ("trained people", {"color": "#0072B2", "marker": "s"}),
-    "unseen": ("both names new", {"color": "#009E73", "marker": "D", "linestyle": "--"}),
-}
+_LOOKS = {"trained": STYLES["in-tool"], "unseen": {"color": "#009E73", "marker": "D", "linestyle": "--"}}
 
 
 def recall_by_hops(rows: pd.DataFrame) -> Figure:
@@ -23,10 +19,10 @@ def recall_by_hops(rows: pd.DataFrame) -> Figure:
         if not len(rows):
             nothing_yet(axes, "in-tool")
             return figure
-        for group, (label, style) in GROUPS.items():
+        for group, look in _LOOKS.items():
             shares = rows[[f"{group}_{hops}" for hops in ASKED]]
             bars = [shares.mean() - shares.min(), shares.max() - shares.mean()]
-            axes.errorbar(ASKED, shares.mean(), yerr=bars, label=label, **style)
+            axes.errorbar(ASKED, shares.mean(), yerr=bars, label=f"{group} people", **look)
         trained = rows.hops.iloc[0]
         axes.axvspan(min(trained) - 0.3, max(trained) + 0.3, color="#EEEEEE", zorder=0, label="trained on")
         axes.legend()

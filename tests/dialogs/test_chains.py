@@ -50,8 +50,9 @@ def test_chains_follow_the_bosses_and_end_with_every_other_attribute(hops):
 def test_chains_that_lead_nowhere_are_refused():
     with pytest.raises(InputError, match="^hops = 0: a question takes one look-up or more$"):
         list(chains(PEOPLE, 0))
-    with pytest.raises(InputError, match="^these people have no boss: a question of 2 hops needs one$"):
-        list(chains(sample_people(3), 2))
-    with pytest.raises(InputError, match="^'Cy Ode', the boss of 'Ann Lee', is not among these people$"):
-        list(chains(PEOPLE[:2], 2))
+    for people in (sample_people(3), PEOPLE[:2]):
+        with pytest.raises(
+            InputError, match="^a question of 2 hops needs a boss of everybody who is among these people$"
+        ):
+            list(chains(people, 2))
     assert len(list(chains(PEOPLE[:2], 1))) == 2

@@ -16,7 +16,7 @@ def test_means_over_seeds_have_bars_from_the_least_to_the_most():
         assert [tuple(bar[:, 1]) for bar in bars.get_segments()] == [
             pytest.approx((0.5 / hops, 1 / hops)) for hops in (1, 2, 3)
         ]
-    assert "trained people; both names new" in alt_text(figure)
+    assert "trained people; unseen people" in alt_text(figure)
 
 
 def test_without_runs_the_figure_says_so():
