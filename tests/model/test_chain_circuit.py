@@ -57,6 +57,7 @@ def test_it_decodes_three_hops_token_by_token(model, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # minutes on an idle core
 def test_it_answers_10_000_of_10_000_questions_of_three_hops_about_a_million_facts(model, tmp_path):
     assert recall(model, with_bosses(sample_people(250_000)), 3, tmp_path, n=10_000) == 1.0
 
