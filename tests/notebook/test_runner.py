@@ -363,7 +363,7 @@ def test_a_committed_notebook_shows_what_the_tables_say_and_recomputing_nothing_
     assert _from_tables(executed) == _from_tables(path), "stale: itl refresh runs it again"
     trained = [name for name in files(tmp_path / "runs") if name.endswith(("metrics.jsonl", "row.json"))]
     assert trained == []
-    drawn = {product.stem for product in (tmp_path / "figures").iterdir()} & set(record.FIGURES)
+    drawn = {product.stem for product in (tmp_path / "figures").glob("*")} & set(record.FIGURES)
     monkeypatch.setenv("ITL_FIGURES", str(tmp_path / "expected"))
     for name in drawn:
         style.save(record.draw(name, refresh.PROFILE), name, refresh.PROFILE)
