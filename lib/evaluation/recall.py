@@ -61,7 +61,7 @@ class Recall:
 
 def measure_recall(
     model,
-    facts: Sequence[Fact | list[Fact]],
+    facts: Sequence[Fact | Sequence[Fact]],
     tokenizer: Tokenizer,
     tool: Tool | None = None,
     *,
@@ -71,7 +71,7 @@ def measure_recall(
 ) -> Recall:
     """Ask a model about `facts`, greedily; if there is a `tool`, it must be used.
 
-    In place of a fact stands a list of them for a question of several hops (`lib.dialogs.chains`): each must use the
+    In place of a fact stands a sequence of them for a question of several hops (`lib.dialogs.chains`): each must use the
     tool. Without one, such a question is an `InputError`.
 
     A dialog is cut off, and counts as wrong, at `DETOUR` tokens more than its expected dialog has, question
@@ -81,7 +81,7 @@ def measure_recall(
     another token. `verify` finds this position by one teacher-forced pass and decodes only from there; in-weight it
     decodes only where the pass is too close to call. `decode` decodes everything: the reference. Both assume float32.
     """
-    chains = [fact if isinstance(fact, list) else [fact] for fact in facts]
+    chains = [[fact] if isinstance(fact[0], str) else fact for fact in facts]
     if tool is None and any(len(chain) > 1 for chain in chains):
         raise InputError("a question of more than one hop takes a tool")
     dialogs = [in_weight_dialog(*chain[0]) if tool is None else chain_dialog(chain) for chain in chains]
