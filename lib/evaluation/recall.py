@@ -71,8 +71,8 @@ def measure_recall(
 ) -> Recall:
     """Ask a model about `facts`, greedily; if there is a `tool`, it must be used.
 
-    In place of a fact stands a sequence of them for a question of several hops (`lib.dialogs.chains`): each must use the
-    tool. Without one, such a question is an `InputError`.
+    In place of a fact may stand a sequence of them, a question of several hops (`lib.dialogs.chains`): each must be
+    looked up. Without a tool, such a question is an `InputError`.
 
     A dialog is cut off, and counts as wrong, at `DETOUR` tokens more than its expected dialog has, question
     included: the limit depends on that question alone.
