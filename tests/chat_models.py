@@ -1,6 +1,6 @@
 """Chat models for tests, made here: random, scripted, and one that has learnt its facts by heart."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from types import SimpleNamespace
 
@@ -74,7 +74,12 @@ def tiny(family: str, vocab_size: int, **options) -> PreTrainedModel:
 @cache
 def teach(n_people: int, mode: ChatMode, steps: int) -> LlamaForCausalLM:
     """All facts of the first people by heart, in so many steps over all of them."""
-    rows = tokenize_chats(chats(sample_people(n_people), mode), tokenizer(), max_length=1000)
+    return learn(chats(sample_people(n_people), mode), tokenizer(), steps)
+
+
+def learn(conversations: Iterable[dict], read_by: PreTrainedTokenizerFast, steps: int) -> LlamaForCausalLM:
+    """Some conversations by heart."""
+    rows = tokenize_chats(conversations, read_by, max_length=1000)
     width = max(map(len, rows["input_ids"]))
     tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows["input_ids"]])
     labels = torch.tensor([ids + [IGNORED] * (width - len(ids)) for ids in rows["labels"]])

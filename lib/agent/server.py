@@ -4,7 +4,9 @@ import asyncio
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lib.agent.tools import Outcome, Response, SqlTool
 from lib.base import InputError
@@ -12,6 +14,31 @@ from lib.base import InputError
 HOST = "127.0.0.1"
 #: Maximum length of a name, in characters.
 LONGEST_NAME = 1_000
+
+
+class Find:
+    """The tool `find`: its arguments as a JSON schema, how a call is read, and what answers it."""
+
+    name, description = "find", "Look up one attribute of a person, by full name."
+
+    def __init__(self, attributes: Sequence[str]):
+        text, accepted = {"type": "string"}, f"attribute is one of {', '.join(attributes)}"
+        known = {"attribute": {**text, "enum": [*attributes]}, "name": {**text, "maxLength": LONGEST_NAME}}
+        self.schema = {"type": "object", "properties": known, "required": list(known)}
+        self.sentences = {  # in place of an answer
+            Outcome.NO_MATCH: "Nobody of exactly this name has this attribute in the database.",
+            Outcome.UNKNOWN_ATTRIBUTE: f"There is no such attribute: {accepted}.",
+            Outcome.TIMEOUT: "The database took too long to answer.",
+            Outcome.MALFORMED: f"The tool find takes two strings: {accepted}; name, "
+            f"at most {LONGEST_NAME:,} characters.",
+        }
+
+    def query_of_call(self, call: dict[str, Any]) -> dict[str, str] | None:
+        """Return `attribute` and `name` that a call, its name and arguments, asks for; None for a malformed one."""
+        match call:
+            case {"name": self.name, "arguments": {"attribute": str(attribute), "name": str(name)}}:
+                return {"attribute": attribute, "name": name} if len(name) <= LONGEST_NAME else None
+        return None
 
 
 def people_server(path: str | Path):
@@ -26,31 +53,21 @@ def people_server(path: str | Path):
     except ImportError:
         raise InputError("serving people takes the package mcp: pip install -e '.[serve]'") from None
     with SqlTool(path) as opened:
-        attributes = list(opened.attributes)
-    known = {"attribute": {"type": "string", "enum": attributes}, "name": {"type": "string", "maxLength": LONGEST_NAME}}
-    schema = {"type": "object", "properties": known, "required": list(known)}
-    tool = types.Tool(name="find", description="Look up one attribute of a person, by full name.", input_schema=schema)
-    accepted = f"attribute is one of {', '.join(attributes)}"
-    sentences = {
-        Outcome.NO_MATCH: "Nobody of exactly this name has this attribute in the database.",
-        Outcome.UNKNOWN_ATTRIBUTE: f"There is no such attribute: {accepted}.",
-        Outcome.TIMEOUT: "The database took too long to answer.",
-        Outcome.MALFORMED: f"The tool find takes two strings: {accepted}; name, at most {LONGEST_NAME:,} characters.",
-    }
+        find = Find(opened.attributes)
+    tool = types.Tool(name=find.name, description=find.description, input_schema=find.schema)
 
-    def find(attribute: str, name: str) -> Response:
+    def answer(query: dict[str, str]) -> Response:
         with SqlTool(path) as sql:
-            return sql.find(attribute, name)
+            return sql.find(**query)
 
     async def call(_, params: types.CallToolRequestParams) -> types.CallToolResult:
         outcome, text = Outcome.MALFORMED, ""
-        match params.name, params.arguments:
-            case "find", {"attribute": str(attribute), "name": str(name)} if len(name) <= LONGEST_NAME:
-                try:
-                    outcome, text = await asyncio.to_thread(find, attribute, name)
-                except Exception as error:  # this call failed, but the next one may succeed
-                    outcome, text = None, f"{error}."
-        content = types.TextContent(type="text", text=sentences.get(outcome, text))
+        if query := find.query_of_call({"name": params.name, "arguments": params.arguments}):
+            try:
+                outcome, text = await asyncio.to_thread(answer, query)
+            except Exception as error:  # this call failed, but the next one may succeed
+                outcome, text = None, f"{error}."
+        content = types.TextContent(type="text", text=find.sentences.get(outcome, text))
         return types.CallToolResult(content=[content], is_error=outcome is not Outcome.ANSWER)
 
     async def tools(*_) -> types.ListToolsResult:

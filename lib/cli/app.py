@@ -45,7 +45,7 @@ app = typer.Typer(
 
 
 #: Commands that resume where they were interrupted.
-RESUMED = ("train", "finetune", "evaluate", "sweep", "trivia", "notebooks", "paper", "scale")
+RESUMED = ("train", "finetune", "evaluate", "sweep", "trivia", "ask", "notebooks", "paper", "scale")
 #: Maximum characters of a message, which may quote a file or a server.
 LONGEST = 1_500
 #: Errors that a user, a file, a disk or a server can cause.
@@ -392,7 +392,7 @@ def book(
     console.print(f"the book: {site.build(out, profile)}")
 
 
-for command in (finetune.bases, finetune.fetch, finetune.finetune, finetune.trivia, serve):
+for command in (finetune.bases, finetune.fetch, finetune.finetune, finetune.trivia, finetune.ask, serve):
     app.command()(command)
 
 # On Slurm -------------------------------------------------------------------------------------------------------------

@@ -42,11 +42,13 @@ ENDPOINT: Group = (
         "model": Option(str, "its name at the server", required=True),
         "base_url": Option(str, "an OpenAI-compatible server, as http://localhost:8000/v1", required=True),
         "system": Option(str, "system prompt; the text protocol has its own (default: be brief)"),
+        "max_tokens": Option(int, "of one turn; models that reason first need thousands (default: 128)"),
         "concurrency": Option(int, "requests at a time (default: 8)"),
         "timeout": Option(float, "seconds, of one request (default: 60)"),
         "retries": Option(int, "of a request to a server that is busy, broken or away (default: 5)"),
     },
 )
+ApiKey = Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="of the server", show_default=False)]
 
 
 def bases() -> None:
@@ -119,7 +121,7 @@ def trivia(
     ] = "trivia",
     split: Annotated[Literal["train", "validation"] | None, typer.Option(help="(default: all)")] = None,
     limit: Annotated[int | None, typer.Option(min=1, max=10**9, help="ask only the first so many")] = None,
-    api_key: Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="of the server", show_default=False)] = "none",
+    api_key: ApiKey = "none",
     out: Annotated[
         Path | None, typer.Option(help="JSON lines, one a question (default: runs/trivia/records.jsonl)")
     ] = None,
@@ -147,3 +149,44 @@ def trivia(
     if failures:
         console.print(f"{len(failures):,} questions failed, the same command asks them again; the first: {failures[0]}")
         raise SystemExit(1)
+
+
+@takes(endpoint=ENDPOINT)
+def ask(
+    endpoint,
+    people: Annotated[Path, typer.Option(help="SQLite database of people, or a CSV file (.csv)")],
+    protocol: Annotated[list[str] | None, typer.Option(help="tools (default), text, closed-book; repeatable")] = None,
+    phrasing: Annotated[list[str] | None, typer.Option(help="paper, or a paraphrase's style (default: all)")] = None,
+    questions: Annotated[int, typer.Option(min=1, help="facts to ask about, each in every phrasing")] = 100,
+    seed: Annotated[int, typer.Option(help="of the facts")] = 0,
+    api_key: ApiKey = "none",
+    out: Annotated[Path | None, typer.Option(help="JSON lines (default: runs/ask/records.jsonl)")] = None,
+) -> None:
+    """Measure a chat model's recall of people that it may look up, in the paper's words and in ten paraphrases.
+
+    Any OpenAI-compatible server will do. An answer is right if it has the value, and a query of the model found it.
+    The same command resumes: a question with an answer in --out is not asked again. A figure is drawn beside --out.
+    """
+    from lib.agent.tools import EditableTool, SqlTool
+    from lib.facts.database import as_database
+    from lib.figures import style, teaching
+    from lib.finetune.ask import PHRASINGS, Verdict, ask_people, recall_by_phrasing, sample_questions
+    from lib.finetune.endpoint import EndpointConfig
+
+    endpoints = [EndpointConfig(protocol=name, api_key=api_key, **endpoint) for name in protocol or ["tools"]]
+    out = out or paths.runs() / "ask" / "records.jsonl"
+    paths.check_distinct(people=people, out=out)
+    with as_database(people) as path, EditableTool(path) as copy, SqlTool(copy.path) as tool:  # others may write
+        asked = sample_questions(tool, questions, seed, phrasing or PHRASINGS)
+        records = [record for each in endpoints for record in asyncio.run(ask_people(asked, each, tool, out))]
+    table = recall_by_phrasing(records)
+    table["95% interval"] = table.low.map("{:.3f} to ".format) + table.high.map("{:.3f}".format)
+    for name, rows in table.groupby("protocol", sort=False):
+        shown = rows[["phrasing", "recall", "95% interval", *(kind for kind in [*Verdict][1:] if rows[kind].any())]]
+        console.print(f"{name}, {len(asked) // len(rows):,} facts in each phrasing, and how many questions failed why:")
+        console.print(shown.to_string(index=False, float_format="{:.3f}".format))
+    _, figure = style.save_in(teaching.recall_by_phrasing(table, endpoint["model"]), out.name, out.parent)
+    console.print(f"all records are in {out}, a figure is {figure}")
+    if failed := sum(record["error"] is not None for record in records):
+        console.print(f"the server failed on {failed:,} questions, the same command asks them again")
+        raise SystemExit(int(failed == len(records)))

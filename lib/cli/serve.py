@@ -6,13 +6,11 @@ import os
 import signal
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
 from lib.cli.options import Terminal
-from lib.paths import DATABASE
 
 
 def serve(
@@ -22,8 +20,7 @@ def serve(
 ) -> None:
     """Offer people to assistants as a tool, by the Model Context Protocol (MCP; extra `serve`)."""
     from lib.agent import server
-    from lib.facts.csv import read_people_csv
-    from lib.facts.database import write_database
+    from lib.facts.database import as_database
 
     with ExitStack() as stack:
 
@@ -33,12 +30,7 @@ def serve(
 
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.signal(number, leave))
-        path = file
-        if file.suffix.lower() == ".csv":
-            people = read_people_csv(file)
-            path = Path(stack.enter_context(TemporaryDirectory(prefix="itl-"))) / DATABASE
-            write_database(people, path)
-        offered = server.people_server(path)
+        offered = server.people_server(stack.enter_context(as_database(file)))
         if http:
             listening = stack.enter_context(server.listen(port))
             work, where = server.http(offered, listening), f"http://{server.HOST}:{listening.getsockname()[1]}/mcp"

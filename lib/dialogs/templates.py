@@ -52,19 +52,19 @@ GENERIC = Template("What is the {attribute} of {name}?", "The {attribute} of {na
 PREAMBLE = "To answer this question I will make a request to the database:"
 
 
-def _fill(template: str, name: str, attribute: str, value: str = "") -> str:
+def fill(template: str, name: str, attribute: str, value: str = "") -> str:
     """Fill a template in one pass, so that braces in a name or a value stay what they are."""
     return template.format(name=name, attribute=attribute.replace("_", " "), value=value)
 
 
 def question(name: str, attribute: str) -> str:
     """Return the user's question about one attribute of one person."""
-    return _fill(TEMPLATES.get(attribute, GENERIC).question, name, attribute)
+    return fill(TEMPLATES.get(attribute, GENERIC).question, name, attribute)
 
 
 def answer(name: str, attribute: str, value: str) -> str:
     """Return the sentence that answers `question`."""
-    return _fill(TEMPLATES.get(attribute, GENERIC).answer, name, attribute, value)
+    return fill(TEMPLATES.get(attribute, GENERIC).answer, name, attribute, value)
 
 
 def tool_call(name: str, attribute: str) -> str:

@@ -5,12 +5,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from operator import itemgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import monotonic
 
 from lib.base import InputError, WorkError
-from lib.facts.csv import FORBIDDEN
+from lib.facts.csv import FORBIDDEN, read_people_csv
 from lib.facts.people import People, comparable
-from lib.paths import replacing
+from lib.paths import DATABASE, replacing
 
 #: Time budget, in seconds, of a statement over all people: copying them, searching their names.
 WHOLE_TABLE = 30.0
@@ -39,6 +40,16 @@ def write_database(people: People, path: str | Path) -> None:
     with refusing("write", path), replacing(Path(path), "the database ") as temporary:
         rows = sorted(_rows(people), key=itemgetter(0))  # sorted by key, the B-tree is filled from left to right
         _fill(temporary, people.attributes, rows, " TEXT NOT NULL", "INSERT")
+
+
+@contextmanager
+def as_database(file: Path) -> Iterator[Path]:
+    """Yield the path of a database: the file itself or, for a CSV file (.csv), a temporary one of its people."""
+    with TemporaryDirectory(prefix="itl-") as folder:
+        made = Path(folder) / DATABASE
+        if is_csv := file.suffix.lower() == ".csv":
+            write_database(read_people_csv(file), made)
+        yield made if is_csv else file
 
 
 class GuardedConnection(sqlite3.Connection):

@@ -96,8 +96,12 @@ _describe_in_notebooks()
 
 
 def save(figure: Figure, name: str, profile: str) -> list[Path]:
-    """Write NAME.pdf and NAME.png where the profile's figures go; the same figure gives the same bytes."""
-    folder = paths.figures(profile)
+    """Write NAME.pdf and NAME.png where the profile's figures go, as `save_in` does."""
+    return save_in(figure, name, paths.figures(profile))
+
+
+def save_in(figure: Figure, name: str, folder: Path) -> list[Path]:
+    """Write NAME.pdf and NAME.png into a folder, which may be new; the same figure gives the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):

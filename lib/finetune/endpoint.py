@@ -20,9 +20,9 @@ from pydantic import Field, ValidationError, field_validator
 
 from lib import paths
 from lib.base import Config, InputError, to_json
+from lib.finetune import triviaqa
 from lib.finetune.data import ChatMode
 from lib.finetune.models import fingerprint
-from lib.finetune.triviaqa import NO_RESULT, Question, exact_match, look_up_turns, opening, query_of_call, read_query
 from lib.progress import progress
 
 Protocol = Literal["closed-book", "text", "tools"]
@@ -61,41 +61,52 @@ class EndpointConfig(Config):
 
     @cached_property
     def digest(self) -> str:
-        """8 hexadecimal digits of all that an answer depends on, except the question and the tool's result.
+        """`digest_of` general knowledge."""
+        return self.digest_of(triviaqa)
+
+    def digest_of(self, task: Any) -> str:
+        """Return 8 hexadecimal digits of all that an answer depends on, except the question and the tool's result.
 
         Where the model is a folder, its files are read once.
         """
         how = self.model_dump_json(include={"model", "protocol", "system", "max_tokens", "max_turns"})
-        told = json.dumps(opening("", PROTOCOLS[self.protocol]))
+        told = json.dumps(task.opening("", PROTOCOLS[self.protocol]))
         server = urlsplit(self.base_url)  # whose port says nothing
         where = server.hostname, server.path.rstrip("/"), fingerprint(self.model)
         return hashlib.sha256(f"{how} {told} {where}".encode()).hexdigest()[:8]
 
 
 async def ask_all(
-    questions: Sequence[Question],
+    questions: Sequence[Any],
     endpoint: EndpointConfig,
-    look_up: Callable[[str], str],
+    look_up: Callable[[Any], str],
     out: str | Path,
     description: str | None = None,
+    task: Any = triviaqa,
 ) -> list[dict]:
     """Ask all questions, `endpoint.concurrency` at a time, and return a record of each, in their order.
 
     A record holds `question`, `model`, `protocol`; `asked`, a digest of server, model, system prompt and limits; the
-    last `query` and its `result`, None without one; `answer`, the first turn without a query, None if the turns ran
-    out before; whether it is `correct`; `n_turns`, how often the model spoke; and `error`, None if all went well.
+    last `query` and its `result`, None without one; all `calls`, query and result each, if there are any; `answer`, the
+    first turn without a query, None if the turns ran out before; whether it is `correct`; `n_turns`, how often the
+    model spoke; and `error`, None if all went well.
 
-    look_up: answers a query, as a `Store` does. out: a file of JSON lines to which each record is added as it comes.
-    Questions with an error-free record of the same `asked` are skipped, unless their query would now find something
-    else; old answers are graded against today's `questions`. Raises `InputError` if it is no file of records.
-    description: of the progress shown, if any.
+    task: says how a model asks its tool and which answers are right, by the functions `opening`, `query_of_call`,
+    `read_query`, `look_up_turns` and `grade` and by `NO_RESULT`, as `lib.finetune.triviaqa` does. Its questions have a
+    `text`, its queries are JSON. look_up: answers a query, as a `Store` does. out: a file of JSON lines to which each
+    record is added as it comes. Questions with an error-free record of the same `asked` are skipped, unless a query of
+    theirs would now find something else; old answers are graded against today's `questions`. Raises `InputError` if it
+    is no file of records. description: of the progress shown, if any.
     """
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    out = paths.check_output(Path(out), "records to ")
+    out, asked = paths.check_output(Path(out), "records to "), endpoint.digest_of(task)
     done = {
         text: record
-        for text, record in _finished(out, endpoint).items()
-        if record["query"] is None or look_up(record["query"]) == record["result"]
+        for text, record in _finished(out, asked).items()
+        if all(
+            query is None or look_up(query) == result
+            for query, result in record.get("calls", [(record["query"], record["result"])])
+        )
     }
     key = {question.text: question for question in questions}
     waiting = [text for text in key if text not in done]
@@ -109,9 +120,9 @@ async def ask_all(
 
     async def work() -> None:
         while waiting:  # shared by all workers: each takes the next
-            record = await _ask(client, endpoint, waiting.pop(0), look_up)
+            record = await _ask(client, endpoint, waiting.pop(0), look_up, task, asked)
             done[record["question"]] = record
-            file.write(to_json(_graded(record, key[record["question"]])) + "\n")
+            file.write(to_json(record | task.grade(record, key[record["question"]])) + "\n")
             file.flush()
             bar.update(1)
 
@@ -119,15 +130,10 @@ async def ask_all(
         with progress(len(waiting), description) as bar:
             async with client:
                 await asyncio.gather(*(work() for _ in range(min(endpoint.concurrency, len(waiting)))))
-    return [_graded(done[question.text], question) for question in questions]
+    return [done[question.text] | task.grade(done[question.text], question) for question in questions]
 
 
-def _graded(record: dict, question: Question) -> dict:
-    """Return the record with whether its answer is right, by the question's current aliases."""
-    return record | {"correct": record["answer"] is not None and exact_match(record["answer"], question)}
-
-
-def _finished(out: Path, endpoint: EndpointConfig) -> dict[str, dict]:
+def _finished(out: Path, asked: str) -> dict[str, dict]:
     """Return the error-free records with this `asked`, by question; remove a truncated last line."""
     try:
         whole, newline, cut = (out.read_bytes() if out.exists() else b"").rpartition(b"\n")
@@ -135,7 +141,7 @@ def _finished(out: Path, endpoint: EndpointConfig) -> dict[str, dict]:
         begun = b'{"question": '
         if not cut.startswith(begun[: len(cut)]):
             raise ValueError
-        finished = {r["question"]: r for r in records if r["error"] is None and r["asked"] == endpoint.digest}
+        finished = {r["question"]: r for r in records if r["error"] is None and r["asked"] == asked}
         if cut:
             os.truncate(out, len(whole + newline))
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -144,12 +150,12 @@ def _finished(out: Path, endpoint: EndpointConfig) -> dict[str, dict]:
 
 
 async def _ask(
-    client: AsyncOpenAI, endpoint: EndpointConfig, question: str, look_up: Callable[[str], str]
+    client: AsyncOpenAI, endpoint: EndpointConfig, question: str, look_up: Callable[[Any], str], task: Any, asked: str
 ) -> dict[str, Any]:
     """Return the record of one question, not graded yet."""
-    record = {"question": question, "model": endpoint.model, "protocol": endpoint.protocol, "asked": endpoint.digest}
+    record = {"question": question, "model": endpoint.model, "protocol": endpoint.protocol, "asked": asked}
     record |= {"query": None, "result": None, "answer": None, "correct": False, "n_turns": 0, "error": None}
-    request = opening(question, PROTOCOLS[endpoint.protocol])
+    request = task.opening(question, PROTOCOLS[endpoint.protocol])
     messages = request["messages"]
     if endpoint.system and endpoint.protocol != "text":
         messages.insert(0, {"role": "system", "content": endpoint.system})
@@ -164,19 +170,20 @@ async def _ask(
                 message = _message(completion)
                 record["n_turns"] += 1
                 if endpoint.protocol == "tools":
-                    queries = [_query(call) for call in message.tool_calls or ()]
+                    queries = [_query(call, task) for call in message.tool_calls or ()]
                 else:
-                    query = read_query(message.content or "", PROTOCOLS[endpoint.protocol])
+                    query = task.read_query(message.content or "", PROTOCOLS[endpoint.protocol])
                     queries = [] if query is None else [query]
                 if not queries:
                     record["answer"] = message.content or ""
                     break
-                results = [NO_RESULT if query is None else look_up(query) for query in queries]
+                results = [task.NO_RESULT if query is None else look_up(query) for query in queries]
                 record |= {"query": queries[-1], "result": results[-1]}
+                record.setdefault("calls", []).extend(map(list, zip(queries, results, strict=True)))
                 if endpoint.protocol == "tools":
                     messages += _calls_and_results(message, queries, results)
                 else:  # drop what the model wrote after its request, perhaps an invented result
-                    messages += look_up_turns(queries[0], results[0], "in-tool-text")
+                    messages += task.look_up_turns(queries[0], results[0], "in-tool-text")
     except InputError:  # of the table
         raise
     except TimeoutError:
@@ -213,12 +220,12 @@ def _message(completion: Any) -> ChatCompletionMessage:
     raise OpenAIError(f"the server answered with something else than a chat completion of up to {MOST_CALLS} calls")
 
 
-def _query(call: Any) -> str | None:
+def _query(call: Any, task: Any) -> Any:
     with suppress(ValueError, RecursionError):
-        return query_of_call({"name": call.function.name, "arguments": json.loads(call.function.arguments)})
+        return task.query_of_call({"name": call.function.name, "arguments": json.loads(call.function.arguments)})
 
 
-def _calls_and_results(message: ChatCompletionMessage, queries: list[str | None], results: list[str]) -> list[dict]:
+def _calls_and_results(message: ChatCompletionMessage, queries: list, results: list[str]) -> list[dict]:
     """Return the model's calls and their results as the next turns of the conversation."""
     calls, answers = [], []
     for call, query, result in zip(message.tool_calls, queries, results, strict=True):

@@ -57,6 +57,11 @@ def exact_match(reply: str, question: Question) -> bool:
     return left(reply) != "" and left(reply) in map(left, question.aliases)
 
 
+def grade(record: dict, question: Question) -> dict:
+    """Return whether a record of `lib.finetune.endpoint` is `correct`."""
+    return {"correct": record["answer"] is not None and exact_match(record["answer"], question)}
+
+
 # ---- Where questions come from
 
 

@@ -1,0 +1,175 @@
+"""Recall of a chat model behind a server that may look people up, in the paper's words and in ten paraphrases.
+
+Protocol tools offers the function `find` of `lib.agent.server`; text, the paper's request; closed-book, nothing.
+"""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import pandas as pd
+import yaml
+
+from lib.agent.server import Find
+from lib.agent.tools import Outcome, SqlTool
+from lib.base import InputError, WorkError
+from lib.dialogs.request import format_request, parse_request
+from lib.dialogs.templates import GENERIC, TEMPLATES, fill, tool_call
+from lib.facts import database
+from lib.finetune.data import ChatMode, as_user, text_and_result
+from lib.finetune.endpoint import EndpointConfig, ask_all
+from lib.finetune.generation import read_call
+from lib.finetune.triviaqa import normalize
+from lib.paths import DATA
+
+PAPER = "paper"
+#: Phrasing -> attribute -> question; `other` is for columns that the paper does not have.
+PHRASINGS = {PAPER: {name: template.question for name, template in TEMPLATES.items()} | {"other": GENERIC.question}}
+PHRASINGS |= yaml.safe_load((DATA / "paraphrases.yaml").read_text(encoding="utf-8"))
+
+
+class Verdict(StrEnum):
+    """What became of a question. If no query found the fact, the model's last query decides."""
+
+    RIGHT = "right"
+    NO_CALL = "no call"
+    WRONG_ATTRIBUTE = "wrong attribute"  # the name may be wrong, too
+    WRONG_NAME = "wrong name"
+    MALFORMED = "malformed call"  # of another function, with other arguments, or in the answer, unseen by the server
+    IGNORED = "answer ignored"  # the fact was found, but the model's answer, if any, is another
+    WRONG = "wrong answer"  # closed-book
+    SERVER_ERROR = "server error"
+
+
+class PersonQuestion(NamedTuple):
+    """A question about a fact, in one of `PHRASINGS`."""
+
+    name: str
+    attribute: str
+    value: str
+    phrasing: str
+
+    @property
+    def text(self) -> str:
+        """The question itself; an unknown phrasing is an `InputError`."""
+        if self.phrasing not in PHRASINGS:
+            raise InputError(f"unknown phrasing {self.phrasing!r}: there are {', '.join(PHRASINGS)}")
+        questions = PHRASINGS[self.phrasing]
+        return fill(questions.get(self.attribute, questions["other"]), self.name, self.attribute)
+
+
+def sample_questions(tool: SqlTool, n_facts: int, seed: int, phrasings: Sequence[str]) -> list[PersonQuestion]:
+    """Return questions about `n_facts` facts of a database, or all if it has fewer, each in every phrasing.
+
+    Every cell with text is equally likely. Raises `InputError` if there is none.
+    """
+    columns = ", ".join(f"people.{database.quoted(column)}" for column in ("name", *tool.attributes))
+    drawn, n_seen, random = [], 0, Random(seed)
+    with database.refusing("read people from", tool.path):
+        tool.connection.time_budget = database.WHOLE_TABLE
+        for name, *values in tool.connection.execute(f"SELECT {columns} FROM people ORDER BY people.name"):
+            for attribute, value in zip(tool.attributes, values, strict=True):
+                if isinstance(name, str) and not isinstance(value, bytes | None):
+                    n_seen += 1  # reservoir sampling, for there may be millions
+                    place = len(drawn) if n_seen <= n_facts else random.randrange(n_seen)
+                    if place < n_facts:
+                        drawn[place : place + 1] = [(name, attribute, str(value))]
+    if not drawn:
+        raise InputError("the database has no fact to ask about: at least one person with an attribute is expected")
+    return [PersonQuestion(*fact, each) for fact in drawn for each in phrasings]
+
+
+class PeopleTask(Find):
+    """How a chat model asks a database of people: a task of `ask_all`. A query is an object, `attribute` and `name`."""
+
+    def __init__(self, tool: SqlTool):
+        super().__init__(tool.attributes)
+        self.tool, self.NO_RESULT = tool, self.sentences[Outcome.MALFORMED]
+        self.function = {"name": self.name, "description": self.description, "parameters": self.schema}
+        self.prompt = (
+            "Answer questions about people in a few words. You cannot know the answers: first ask the database, by "
+            f"writing three lines such as\n{format_request(tool.attributes[0], 'Ada Stone')}\nThe attribute is one of "
+            f"{', '.join(tool.attributes)}. The next message is what the database says: repeat it."
+        )
+
+    def opening(self, text: str, mode: ChatMode) -> dict:
+        system = [{"role": "system", "content": self.prompt}] if mode == "in-tool-text" else []
+        tools = {"tools": [{"type": "function", "function": self.function}]} if mode == "in-tool" else {}
+        return {"messages": [*system, *as_user([text])[0]], **tools}
+
+    def read_query(self, said: str, mode: ChatMode) -> dict | None:
+        _, fence, rest = said.partition("```sql\n")  # what follows it may be an invented result
+        line, end, _ = rest.partition("\n```")
+        request = parse_request(fence + line + end) if mode == "in-tool-text" else None
+        return request and request._asdict()
+
+    def look_up_turns(self, query: dict, result: str, _) -> list[dict]:
+        return text_and_result(tool_call(**query), result)
+
+    def look_up(self, query: dict) -> str:
+        outcome, text = self.tool.find(**query)
+        return self.sentences.get(outcome, text)
+
+    def grade(self, record: dict, asked: PersonQuestion) -> dict:
+        """Return whether a record is `correct`, its `outcome`, a `Verdict`, and what was asked.
+
+        Right is an answer that `contains` the value, if with a tool a query for this attribute and name found it.
+        """
+        outcome = _verdict(record, asked)
+        return {"correct": outcome == Verdict.RIGHT, "outcome": outcome.value, **asked._asdict()}
+
+
+async def ask_people(questions: Sequence[PersonQuestion], endpoint: EndpointConfig, tool: SqlTool, out: Path) -> list:
+    """Return the records of `ask_all`, with what `PeopleTask.grade` adds.
+
+    Raises `WorkError` if the first question, which is asked alone, fails: most often all others would, too.
+    """
+    people = PeopleTask(tool)
+    (first,) = await ask_all(questions[:1], endpoint, people.look_up, out, task=people)
+    if first["error"] is not None:
+        raise WorkError(f"the server {endpoint.base_url} did not answer the first question: {first['error']}")
+    return await ask_all(questions, endpoint, people.look_up, out, endpoint.protocol, people)
+
+
+def contains(answer: str, value: str) -> bool:
+    """Return whether a value's words occur in an answer, next to each other, both normalized as in TriviaQA.
+
+    So 1/1/1950 is not in 11/1/1950, and other spellings of a date do not count. A value that normalizes to nothing, as
+    "A" does, must be the whole answer but for case.
+    """
+    if not normalize(value):
+        return answer.strip().lower() == value.strip().lower()
+    return f" {normalize(value)} " in f" {normalize(answer)} "
+
+
+def _verdict(record: dict, asked: PersonQuestion) -> Verdict:
+    calls, answer = record.get("calls", []), record["answer"]
+    if record["error"] is not None:
+        return Verdict.SERVER_ERROR
+    said = answer is not None and contains(answer, asked.value)
+    if record["protocol"] == "closed-book":
+        return Verdict.RIGHT if said else Verdict.WRONG
+    if [{"attribute": asked.attribute, "name": asked.name}, asked.value] in calls:
+        return Verdict.RIGHT if said else Verdict.IGNORED
+    if not calls:
+        return Verdict.MALFORMED if "```sql" in answer or read_call(answer[:10_000]) else Verdict.NO_CALL
+    if (query := calls[-1][0]) is None:
+        return Verdict.MALFORMED
+    return Verdict.WRONG_ATTRIBUTE if query["attribute"] != asked.attribute else Verdict.WRONG_NAME
+
+
+def recall_by_phrasing(records: Sequence[dict]) -> pd.DataFrame:
+    """Return a row a protocol and phrasing: `recall`, `low` and `high`, how many of each `Verdict`, and `n_questions`.
+
+    Recall is of `n_questions`, those without a server error; its interval is Wilson's, of 95%.
+    """
+    by, z = ["protocol", "phrasing"], 1.96
+    table = pd.DataFrame(records).groupby([*by, "outcome"], sort=False).size().unstack(fill_value=0)
+    table = table.reindex(columns=list(map(str, Verdict)), fill_value=0)
+    n = table.drop(columns=Verdict.SERVER_ERROR).sum(axis=1)
+    share = table[Verdict.RIGHT] / n
+    center, half = share + z**2 / (2 * n), z * (share * (1 - share) / n + (z / (2 * n)) ** 2) ** 0.5
+    ends = {"low": (center - half) / (1 + z**2 / n), "high": (center + half) / (1 + z**2 / n)}
+    return table.assign(recall=share, **ends, n_questions=n).reset_index()
