@@ -17,6 +17,14 @@ METHODS = {
     ),
 }
 
+#: How facts are deleted, in a few words.
+DELETED = {
+    "delete from the database": "deleted",
+    "nothing": "before",
+    "gradient ascent": "ascent",
+    "gradient ascent among the others": "ascent,\nthe others repeated",
+}
+
 
 def edits(rows: pd.DataFrame) -> Figure:
     """Draw what changing facts takes and breaks, and what is still known of deleted ones.
@@ -33,7 +41,9 @@ def edits(rows: pd.DataFrame) -> Figure:
                 draw_means(harm, points, "n_edited", label, of="recall_others", **look)
         cost.set(xlabel="facts changed", ylabel="seconds until all are right", xscale="log", yscale="log")
         harm.set(xlabel="facts changed", ylabel="recall of the other facts", xscale="log", ylim=(-0.04, 1.06))
-        cost.legend()
+        handles, labels = cost.get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside lower left", ncols=len(handles))
         _memories(memory, rows[rows.experiment == "delete"])
     return figure
 
@@ -53,10 +63,10 @@ def _memories(axes, deleted: pd.DataFrame) -> None:
                   label="a guess" if not y else None)  # fmt: skip
         about = f", {asked}" if mode == "in-tool" else ""
         untrained = "" if repeats else ",\nvalue not trained"
-        names.append(f"{mode}: {method.removesuffix(' from the database')}{about}{untrained}")
+        names.append(f"{mode}: {DELETED[method]}{about}{untrained}")
     axes.set(yticks=range(len(names)), yticklabels=names, xlabel="share still known", xlim=(-0.04, 1.04))
     axes.invert_yaxis()
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
 
 
 def contested(rows: pd.DataFrame) -> Figure:
