@@ -39,8 +39,11 @@ def edits(rows: pd.DataFrame) -> Figure:
             if len(points):
                 draw_means(cost, points, "n_edited", label, of="seconds", **look)
                 draw_means(harm, points, "n_edited", label, of="recall_others", **look)
-        cost.set(xlabel="facts changed", ylabel="seconds until all are right", xscale="log", yscale="log")
-        harm.set(xlabel="facts changed", ylabel="recall of the other facts", xscale="log", ylim=(-0.04, 1.06))
+                grey = {**look, "markerfacecolor": "white", "linestyle": ":", "alpha": 0.6}
+                draw_means(harm, points, "n_edited", "the changed facts", of="recall_edited", **grey)
+        cost.set(xlabel="facts changed", ylabel="seconds that it takes", xscale="log", yscale="log")
+        harm.set(xlabel="facts changed", ylabel="recall afterwards", xscale="log", ylim=(-0.04, 1.06))
+        harm.set_title("filled: of the other facts; hollow: of the changed ones", fontsize=8)
         handles, labels = cost.get_legend_handles_labels()
         if handles:
             figure.legend(handles, labels, loc="outside lower left", ncols=len(handles))
