@@ -782,8 +782,8 @@ def test_paper_runs_every_notebook_and_says_where_everything_is(here, itl, monke
     )
     answer = itl("paper")
     ((names, profile), options) = asked.pop()
-    numbered = [path for path in sorted(paths.NOTEBOOKS.glob("*.ipynb")) if path.stem[:2] not in ("06", "A1", "A2")]
-    assert names == numbered
+    left_out = ("06", "07", "A1", "A2")  # they take extras, or an idle machine
+    assert names == [path for path in sorted(paths.NOTEBOOKS.glob("*.ipynb")) if path.stem[:2] not in left_out]
     assert (profile, options) == ("quick", {"reuse": True})
     for place in ("figures", "notebooks"):
         assert str(here / "runs" / "quick" / place) in answer.out
