@@ -19,11 +19,14 @@ METHODS = {
 
 #: How facts are deleted, in a few words.
 DELETED = {
-    "delete from the database": "deleted",
     "nothing": "before",
     "gradient ascent": "ascent",
     "gradient ascent among the others": "ascent,\nthe others repeated",
+    "delete from the database": "deleted",
 }
+#: Whom contested answers are about, and what the database says, in the order in which they are drawn.
+WHO = ["trained", "unseen", "by heart, hybrid", "looked up, hybrid"]
+RESULTS = ["the fact", "another value", "an unknown word", "two values", "nothing", "an order"]
 
 
 def edits(rows: pd.DataFrame) -> Figure:
@@ -55,6 +58,7 @@ def _memories(axes, deleted: pd.DataFrame) -> None:
     """Draw, for each way to delete, the share of facts still known without the tool, beside those never seen."""
     if not len(deleted):
         return nothing_yet(axes, "finished")
+    deleted = deleted.sort_values("method", key=lambda methods: methods.map([*DELETED].index), kind="stable")
     groups = list(deleted.groupby(["mode", "repeats", "method", "asked"], sort=False))
     names = []
     for y, ((mode, repeats, method, asked), points) in enumerate(groups):
@@ -75,10 +79,10 @@ def _memories(axes, deleted: pd.DataFrame) -> None:
 def contested(rows: pd.DataFrame) -> Figure:
     """Draw whom an in-tool model believes: shares of answers that follow the database, or state the fact anyway."""
     rows = rows[rows.experiment == "contest"]
-    groups = list(rows.groupby("who", sort=False)) or [("no runs yet", rows)]
+    groups = [(who, rows[rows.who == who]) for who in WHO if (rows.who == who).any()] or [("no runs yet", rows)]
     with panels((10, 2.8), 1, len(groups), sharey=True) as (figure, row):
         for axes, (who, told) in zip(row if len(groups) > 1 else [row], groups, strict=True):
-            kinds = list(dict.fromkeys(told.method))
+            kinds = [kind for kind in RESULTS if (told.method == kind).any()]
             for shift, (column, label, color) in enumerate(
                 (("follows", "states the result", "#0072B2"), ("remembers", "states the fact", "#D55E00"))
             ):

@@ -9,6 +9,7 @@ from lib.dialogs.tokenizers import ByteTokenizer
 from lib.experiments import edits
 from lib.experiments.plan import searches
 from lib.experiments.rows import sweep_dir
+from lib.figures import edits as figures
 from lib.model.circuit import Circuit
 from lib.paths import ROWS, read_json, write_json
 from lib.training.saved import Conversation
@@ -41,6 +42,10 @@ def test_a_forgiving_tool_changes_nothing_for_who_copies_rightly(circuit):
     rows = list(edits.forgive(circuit))
     assert len(rows) == 5 * len(edits.LETTERS)
     assert all((row["recall"], row["wrong"]) == (1, 0) for row in rows)
+
+
+def test_the_figure_knows_every_kind_of_result():
+    assert sorted(figures.RESULTS) == sorted(edits.CONTESTED)
 
 
 def test_other_values_are_other_and_of_the_same_attribute(circuit):
