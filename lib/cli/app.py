@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import ExitStack, nullcontext, suppress
 from errno import EACCES, EPERM, EROFS
+from importlib import import_module
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -273,14 +274,9 @@ def sweep(
 def _table(section: str):
     """Return the table of a section's rows in paper_data: a `lib.experiments.publishing.Table`."""
     paths.check_checkout()
-    if section == "06":
-        from lib.finetune.experiments import table_of_rows
-
-        return table_of_rows()
-    if section == "07_1":
-        from lib.experiments.edits import table_of_rows
-
-        return table_of_rows()
+    own = {"06": "lib.finetune.experiments", "07_1": "lib.experiments.edits"}  # with several rows a run
+    if section in own:
+        return import_module(own[section]).table_of_rows()
     from lib.experiments.publishing import table_of
 
     return table_of(section)

@@ -151,7 +151,7 @@ def change(base: Setting) -> Iterator[dict[str, Any]]:
             began = time.monotonic()
             for fact in changed:
                 change_fact(path, *fact)
-            cost = {"done": True, "steps": 0, "dialogs": 0, "seconds": time.monotonic() - began}
+            cost = {"steps": 0, "dialogs": 0, "seconds": time.monotonic() - began}
             with SqlTool(path) as tool:
                 recalls = base.recalls(base.model, changed, others, tool)
             yield {"method": "write to the database", "n_edited": n, **cost, **recalls}
@@ -282,11 +282,15 @@ def measure(folder: Path, profile: str) -> list[dict[str, Any]]:
     return found
 
 
+def plan(profile: str) -> list[Search]:
+    """Return the searches of a profile's models; none for quick, which trains no model."""
+    return searches(SECTION, profile) if profile != "quick" else []
+
+
 def missing(profile: str) -> list[Search]:
-    """Return the searches of a profile whose models have no rows yet; none for quick, which trains no model."""
+    """Return the searches of a profile whose models have no rows yet."""
     done = set(rows(profile).run_id)
-    plan = searches(SECTION, profile) if profile != "quick" else []
-    return [search for search in plan if not done >= {*search.run_ids}]
+    return [search for search in plan(profile) if not done >= {*search.run_ids}]
 
 
 def run(profile: str, jobs: int | None = None, **options) -> pd.DataFrame:
@@ -295,12 +299,12 @@ def run(profile: str, jobs: int | None = None, **options) -> pd.DataFrame:
     The quick profile trains none: it takes the committed checkpoints. options: as `lib.experiments.sweep.sweep` takes
     them.
     """
-    home, plan, jobs = sweep_dir(SECTION, profile), missing(profile), jobs or usable_cores()
+    home, todo, jobs = sweep_dir(SECTION, profile), missing(profile), jobs or usable_cores()
     for name in ("in-weight", "in-tool") if profile == "quick" else ():
         if not (home / name / ROWS).exists():
             _measure_into(home / name, paths.CHECKPOINTS / name, profile)
-    for start in range(0, len(plan), jobs):
-        group = plan[start : start + jobs]
+    for start in range(0, len(todo), jobs):
+        group = todo[start : start + jobs]
         sweep(SECTION, profile, plan=group, jobs=jobs, **options).check()
         for run_id in (run_id for search in group for run_id in search.run_ids):
             if (home / run_id / ROW).exists():  # not if the time was up
@@ -325,7 +329,8 @@ def rows(profile: str) -> pd.DataFrame:
         tables.append(pd.DataFrame([row for row in made if row["run_id"] not in done]).assign(profile=profile))
     tables = [table for table in tables if len(table)]
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
-    return table.assign(superseded=False)
+    planned = {run_id for search in plan(profile) for run_id in search.run_ids}
+    return table.assign(superseded=(profile != "quick") & ~table.run_id.isin(planned))
 
 
 def table_of_rows() -> Table:
