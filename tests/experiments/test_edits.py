@@ -79,7 +79,8 @@ def test_a_smoke_run_measures_every_model_once(monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
-def test_rows_are_published_once_and_only_with_a_commit(runs, tmp_path, monkeypatch):
+def test_rows_are_published_once_and_only_with_a_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path))  # other tests count the rows of the shared folder
     monkeypatch.setattr(edits, "TABLE", tmp_path / "edits.csv")
     row = {"run_id": "0123456789ab", "mode": "in-tool", "n_facts": 8, "seed": 0, "experiment": "change", "method": "m",
            "n_edited": 1, "asked": None, "who": None, "recall_others": 0.5, "finished_at": "2026-01-01",
