@@ -1,7 +1,6 @@
-"""The transformer as Hugging Face's Llama, and back."""
+"""The transformer as Hugging Face's Llama."""
 
 from lib.base import InputError
-from lib.config import ModelConfig
 from lib.model.transformer import Transformer
 
 _LLAMA_NAMES = {
@@ -49,37 +48,3 @@ def to_llama(model: Transformer):
     )
     llama.load_state_dict({_llama_name(name): tensor for name, tensor in model.state_dict().items()})
     return llama.eval()
-
-
-def from_llama(llama) -> Transformer:
-    """Return a `LlamaForCausalLM` as our model; logits agree.
-
-    A Llama of another architecture is an `InputError`: another width of the feed-forward, biases, tied embeddings,
-    scaled rotary positions.
-    """
-    c = llama.config
-    needed = {
-        "intermediate_size": 4 * c.hidden_size,
-        "hidden_act": "silu",
-        "head_dim": c.hidden_size // c.num_attention_heads,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "rope_type": "default",
-    }
-    theirs = c.to_dict() | c.rope_parameters
-    for name, value in needed.items():
-        if theirs[name] != value:
-            raise InputError(f"a Llama with {name} = {theirs[name]!r} is no model of this kind: it must be {value!r}")
-    config = ModelConfig(
-        d_model=c.hidden_size,
-        n_layers=c.num_hidden_layers,
-        n_heads=c.num_attention_heads,
-        n_kv_heads=None if c.num_key_value_heads == c.num_attention_heads else c.num_key_value_heads,
-        vocab_size=c.vocab_size,
-        rope_theta=float(theirs["rope_theta"]),
-        norm_eps=c.rms_norm_eps,
-    )
-    model, weights = Transformer(config), llama.state_dict()
-    model.load_state_dict({name: weights[_llama_name(name)] for name in model.state_dict()})
-    return model

@@ -1,7 +1,7 @@
 """The transformer that all experiments of Section 5 train.
 
 Decoder-only, RMSNorm before each block, rotary positions, grouped-query attention, SwiGLU of width 4 d_model, untied
-output, no biases: Llama's architecture, so that weights travel to and from Hugging Face's `LlamaForCausalLM`.
+output, no biases: Llama's architecture, so that `lib.model.llama` can export it.
 Shapes: B rows, S positions, D = d_model, H query heads, K key-value heads, E = head_dim, V vocabulary.
 """
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from lib import paths
 from lib.base import InputError
 from lib.config import ModelConfig
-from lib.model.llama import from_llama, to_llama
+from lib.model.llama import to_llama
 from lib.model.transformer import Transformer
 from lib.training import checkpoint
 from lib.training.distributed import asked_to_leave, connect
@@ -120,7 +120,7 @@ def test_what_cannot_be_divided_is_one_sentence(monkeypatch, size, tensor, messa
 
 
 @pytest.mark.slow
-def test_a_model_of_several_ranks_goes_to_llama_and_back(trained):
+def test_a_model_of_several_ranks_becomes_a_llama(trained):
     folder, _ = trained("muon")
     tensors, _ = checkpoint.load(folder / "sharded" / "checkpoints" / "step_00000025")
     model = Transformer(ranks.config().model)
@@ -128,7 +128,6 @@ def test_a_model_of_several_ranks_goes_to_llama_and_back(trained):
     tokens = torch.randint(0, 260, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         torch.testing.assert_close(to_llama(model)(tokens).logits, model(tokens), rtol=1e-4, atol=1e-4)
-        assert torch.equal(from_llama(to_llama(model))(tokens), model(tokens))
 
 
 # ---- Real processes
