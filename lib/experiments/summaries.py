@@ -68,9 +68,14 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
     return shown(table, "min_params_mean", [*POINT, "recall_threshold"])
 
 
-def bounds_of_seeds(profile: str, threshold: float) -> pd.DataFrame:
-    """Return `minimal_parameters_of_seeds` of what `bounds` shows of Section 5.1 in a profile."""
-    return minimal_parameters_of_seeds(behind(bounds_rows(profile), threshold), threshold)
+def bounds_by_seed(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
+    """Return `minimal_parameters_of_seeds` of what `bounds` shows, at each recall_threshold."""
+    rows = bounds_rows(profile, tokenizer)
+    tables = [
+        minimal_parameters_of_seeds(behind(rows, threshold), threshold).assign(recall_threshold=threshold)
+        for threshold in THRESHOLDS
+    ]
+    return pd.concat(tables, ignore_index=True)
 
 
 def behind(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
@@ -205,6 +210,22 @@ def fit_line(points: pd.DataFrame, of: str = "min_params_mean") -> dict[str, flo
         slopes = (from_mean * y[drawn]).sum(axis=1) / (from_mean**2).sum(axis=1)
         fit["low"], fit["high"] = map(float, np.quantile(slopes, [0.025, 0.975]))
     return fit
+
+
+#: The number of facts from which a line is fitted: below, in-weight models pay for the language of the dialogs, and
+#: in-tool models memorize instead of copying.
+FIT_FROM = {"in-weight": 256, "in-tool": 4096}
+
+
+def fit_of_mode(seeds: pd.DataFrame, mode: str) -> dict:
+    """Return `fit_line` over `FIT_FROM` facts and more, a point a seed, and `facts`, the first and the last number.
+
+    seeds: of one threshold, with min_params. Recipes are not mixed: that of more points counts.
+    """
+    points = described(seeds)
+    points = points[points["mode"].eq(mode) & points.n_facts.ge(FIT_FROM[mode])].dropna(subset="min_params")
+    points = points[points.superseded == (points.superseded.mean() > 0.5)]
+    return fit_line(points, of="min_params") | {"facts": (points.n_facts.min(), points.n_facts.max())}
 
 
 def unseen_shares(rows: pd.DataFrame) -> pd.DataFrame:

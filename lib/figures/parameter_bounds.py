@@ -7,8 +7,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lib.experiments import summaries, tables
+from lib.experiments.published import published_by_paper
 from lib.facts.people import VALUES
 from lib.figures.style import (
+    BELOW,
     BESIDE,
     EARLIER,
     STYLES,
@@ -19,39 +21,64 @@ from lib.figures.style import (
     published_label,
     shades,
     smallest,
+    told_apart,
 )
 from lib.model.bounds import BY_HAND_PARAMETERS, MEASURED_BITS, bits_at_recall, parameters_needed
 
+#: The bits a parameter of the main figure's bound: what models of any size were measured to hold at most.
+BOUND = "Allen-Zhu & Li 2024"
 
-def parameter_bounds(
-    points: pd.DataFrame, published: pd.DataFrame, threshold: float = 0.95, by_hand: bool = False
-) -> Figure:
+
+def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: float = 0.95) -> Figure:
     """Draw parameters needed for a recall `threshold` against the number of facts (Section 5.1, main figure).
 
-    Tables as `summaries.minimal_parameters` gives them. Published points lie behind as lines with a band of one
-    standard deviation, ours in front with bars from the smallest to the largest seed.
-    by_hand: also draw the parameters of the construction of Section 4, which recalls any number of facts.
+    seeds: as `summaries.bounds_by_seed` gives them, a point each, side by side. published: as
+    `summaries.minimal_parameters`, lines with a band of one standard deviation. Thin lines are the fits of
+    `summaries.fit_of_mode`, with their 95% intervals in the legend. Section 4 gives the lower bound, for models that
+    hold 2 bits a parameter, and the construction that recalls any number of facts with a tool.
     """
-    with panels() as (figure, axes):
+    with panels((6.2, 4.6)) as (figure, axes):
         for mode, style in STYLES.items():
             theirs = smallest(published, mode, threshold)
             mean, std = theirs["mean"], theirs["std"]
             label = published_label(theirs.n_facts, mode)
             axes.plot(theirs.n_facts, mean, color=style["color"], alpha=0.45, linewidth=1.4, label=label)
             axes.fill_between(theirs.n_facts, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
-            ours = smallest(points, mode, threshold)
-            draw_means(axes, ours, "n_facts", f"{mode}, this repository", linestyle="none", zorder=3, **style)
-        if by_hand:
-            _by_hand_line(axes)
+            ours = seeds[seeds["mode"].eq(mode) & seeds.recall_threshold.eq(threshold)].dropna(subset="min_params")
+            for points, name, look in told_apart(ours, f"{mode}, this repository", style):
+                places = points.groupby("n_facts").seed.rank(method="first") - 1
+                spread = places / points.groupby("n_facts").seed.transform("size").sub(1).clip(lower=1) - 0.5
+                x = points.n_facts * 2 ** (SPREAD * spread.where(points.n_facts.duplicated(keep=False), 0))
+                axes.plot(x, points.min_params, label=name, linestyle="none", **look)
+            fit = summaries.fit_of_mode(ours, mode)
+            if np.isfinite(fit["low"]):
+                x = np.geomspace(*fit["facts"], 50)
+                name = f"{mode}: {fit['slope']:.2g} ({fit['low']:.2g} to {fit['high']:.2g}) parameters a fact"
+                axes.plot(x, fit["intercept"] + fit["slope"] * x, color=style["color"], linewidth=0.8, label=name)
+        _bound_and_construction(axes, threshold)
         axes.set(yscale="log", xlabel="facts", ylabel=f"parameters needed for {threshold:.0%} recall")
         axes.set_xscale("log", base=2)
-        axes.legend(fontsize=7.5)
+        axes.legend(**BELOW)
     return figure
+
+
+#: Octaves over which the seeds of one number of facts are spread, to be seen side by side.
+SPREAD = 0.4
+
+
+def _bound_and_construction(axes, threshold: float) -> None:
+    """Draw Section 4's construction, and its lower bound as far down as the figure goes."""
+    axes.set_ylim(bottom=0.8 * axes.dataLim.y0)
+    facts, per_parameter = axes.dataLim.intervalx, MEASURED_BITS[BOUND]
+    bound = [parameters_needed(n * bits_at_recall(threshold) / len(VALUES), per_parameter) for n in facts]
+    label = f"least in weights: {per_parameter:g} bits a parameter"
+    axes.plot(facts, bound, color="#555555", linestyle="--", label=label)
+    _by_hand_line(axes)
 
 
 def _by_hand_line(axes) -> None:
     look = {"color": "#009E73", "linestyle": "-.", "linewidth": 1.4}
-    axes.axhline(BY_HAND_PARAMETERS, **look, label="constructed by hand (Section 4)")
+    axes.axhline(BY_HAND_PARAMETERS, **look, label="set by hand, for any number of facts")
 
 
 def lower_bound(points: pd.DataFrame, published: pd.DataFrame, threshold: float = 0.95) -> Figure:
@@ -150,11 +177,13 @@ def bits_stored(held: pd.DataFrame) -> Figure:
 
 
 def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
-    """Return sentences about our points of `parameter_bounds`: the last number of facts that both modes have, and where
-    a mode's points end."""
+    """Return sentences about our points of `parameter_bounds`: the last number of facts that both modes have, by what
+    factor they differ there, and where a mode's points end."""
     profile = tables.publishing_profile(profile)
     table = summaries.bounds(profile).query("recall_threshold == @threshold")
     found = table.dropna(subset="min_params_mean").set_index(["n_facts", "mode"])
+    theirs = published_by_paper("parameter_bounds").query("recall_threshold == @threshold")
+    theirs = theirs.set_index(["n_facts", "mode"]).min_params_mean.unstack()
     both = found.min_params_mean.unstack().reindex(columns=["in-weight", "in-tool"]).dropna()
     sentences = []
     for n_facts, (weights, tool) in both.tail(1).iterrows():
@@ -163,8 +192,11 @@ def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
         earlier = ", of an earlier recipe" if points.superseded.any() else ""
         sentences.append(
             f"At {n_facts:,} facts it takes {weights:,.0f} parameters in weights and {tool:,.0f} with a tool "
-            f"(means over {seeds} seed{'s' if seeds > 1 else ''} or more{earlier})."
+            f"(means over {seeds} seed{'s' if seeds > 1 else ''} or more{earlier}): {weights / tool:.1f} times as many."
         )
+        if n_facts in theirs.dropna().index:
+            factor = theirs["in-weight"][n_facts] / theirs["in-tool"][n_facts]
+            sentences.append(f"The published factor is {factor:.1f} there.")
     rows = summaries.behind(summaries.bounds_rows(profile), threshold)
     for mode, unknown in table[table.min_params_mean.isna()].groupby("mode"):
         n_facts = unknown.n_facts.min()

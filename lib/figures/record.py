@@ -25,7 +25,7 @@ class Record(NamedTuple):
     points: Callable[..., pd.DataFrame]  # of a profile: the table that is drawn
     published: Callable[[], pd.DataFrame] | None = None  # the paper's points
     about_published: str = ""  # over which seeds, and when, the paper's points were measured
-    options: tuple[str, ...] = ()  # of threshold, d_model, by_hand; tokenizer says whose own rows to add
+    options: tuple[str, ...] = ()  # of threshold, d_model; tokenizer says whose own rows to add
     mode: str | None = None  # if only runs of one mode are drawn
     has_own: bool = True  # whether a profile that does not publish (quick) adds its own rows
 
@@ -52,10 +52,10 @@ FIGURES = {
         shows=_SMALLEST,
         draw=parameter_bounds.parameter_bounds,
         rows=summaries.bounds_rows,
-        points=summaries.bounds,
+        points=summaries.bounds_by_seed,
         published=partial(published_by_paper, "parameter_bounds"),
         about_published=_TEN_SEEDS,
-        options=("threshold", "by_hand", "tokenizer"),
+        options=("threshold", "tokenizer"),
     ),
     "recall_vs_parameters": Record(
         shows="Recall at the end of training",

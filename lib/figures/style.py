@@ -49,8 +49,9 @@ RC = {
 }
 
 
-#: Where a legend stands beside its panel.
+#: Where a legend stands beside its panel, or below.
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": 2}
 
 
 @contextmanager
@@ -124,16 +125,25 @@ def nothing_yet(axes, mode: str) -> None:
 
 
 def draw_means(axes, table: pd.DataFrame, x: str, label: str, of: str | None = None, **look) -> None:
-    """Draw means over seeds against the column `x`, with bars from the smallest to the largest.
+    """Draw means over seeds against the column `x`, with bars from the smallest to the largest, see `told_apart`.
 
     of: the column of `table`, a row per run, to average; None if `table` has the columns mean, min and max already.
+    """
+    for points, name, style in told_apart(table, label, look):
+        if of:
+            points = points.groupby(x)[of].agg(["mean", "min", "max"]).reset_index()
+        bars = [points["mean"] - points["min"], points["max"] - points["mean"]]
+        axes.errorbar(points[x], points["mean"], yerr=bars, label=name, **style)
+
+
+def told_apart(table: pd.DataFrame, label: str, look: dict) -> Iterator[tuple[pd.DataFrame, str, dict]]:
+    """Yield points that look alike, with their label and look.
+
     Other databases, earlier recipes (`tables.described`) and rows of the quick profile, whose column `own` is true, get
     points and labels of their own.
     """
     table = described(table).assign(own=table.get("own", False))
     for (own, law, superseded), points in table.groupby(["own", "law", "superseded"]):
-        if of:
-            points = points.groupby(x)[of].agg(["mean", "min", "max"]).reset_index()
         name, style = label, {"alpha": 1, **look}
         if law != "ours":
             name += f", {law} law"
@@ -141,8 +151,7 @@ def draw_means(axes, table: pd.DataFrame, x: str, label: str, of: str | None = N
             name, style = f"{name} (quick)", {**style, **HOLLOW}
         if superseded:
             name, style = f"{name}, earlier recipe", {**style, **EARLIER, "alpha": style["alpha"] * EARLIER["alpha"]}
-        bars = [points["mean"] - points["min"], points["max"] - points["mean"]]
-        axes.errorbar(points[x], points["mean"], yerr=bars, label=name, **style)
+        yield points, name, style
 
 
 def smallest(table: pd.DataFrame, mode: str, threshold: float) -> pd.DataFrame:

@@ -23,7 +23,7 @@ from lib.experiments.published import published_by_paper
 from lib.experiments.rows import sweep_dir
 from lib.facts.people import ATTRIBUTES, FactsConfig
 from lib.figures import compressibility, generalization, parameter_bounds, record, style
-from lib.model.bounds import BY_HAND_PARAMETERS, MEASURED_BITS
+from lib.model.bounds import BY_HAND_PARAMETERS, MEASURED_BITS, bits_at_recall
 from lib.model.circuit import Circuit
 
 REPOSITORY = paths.ROOT
@@ -155,7 +155,7 @@ def _lines(axes) -> dict[str, np.ndarray]:
 def test_the_published_points_are_drawn_where_the_table_has_them(threshold):
     (axes,) = record.draw("parameter_bounds", "laptop", threshold=threshold).axes
     drawn = _lines(axes)
-    names = {label.split(", ")[0]: label for label in drawn}
+    names = {label.split(", ")[0]: label for label in drawn if ", published" in label}
     assert set(names) == {"in-weight", "in-tool"}
     for mode in style.STYLES:
         table = PUBLISHED[(PUBLISHED["mode"] == mode) & (PUBLISHED.recall_threshold == threshold)]
@@ -166,27 +166,50 @@ def test_the_published_points_are_drawn_where_the_table_has_them(threshold):
     assert f"{threshold:.0%} recall" in axes.get_ylabel()
 
 
-def test_our_points_are_means_over_seeds_with_bars_to_the_extremes():
-    rows = pd.DataFrame(_rows())
-    figure = parameter_bounds.parameter_bounds(summaries.minimal_parameters(rows), PUBLISHED)
-    (axes,) = figure.axes
+def _by_seed(rows: list[dict]) -> pd.DataFrame:
+    return summaries.minimal_parameters_of_seeds(pd.DataFrame(rows), 0.95).assign(recall_threshold=0.95)
+
+
+def test_every_seed_is_a_point_beside_the_others_of_its_number_of_facts():
+    (axes,) = parameter_bounds.parameter_bounds(_by_seed(_rows()), PUBLISHED).axes
     drawn = _lines(axes)
     for mode in style.STYLES:
-        mean = (6_248 + 10_908) / 2
-        np.testing.assert_array_equal(drawn[f"{mode}, this repository"], [[32, mean], [128, mean]])
-    handles, labels = axes.get_legend_handles_labels()
-    container = handles[labels.index("in-tool, this repository")]
-    for segment in container.lines[2][0].get_segments():
-        assert sorted(segment[:, 1]) == [6_248, 10_908]
+        x, y = drawn[f"{mode}, this repository"].T
+        np.testing.assert_array_equal(y, [6_248, 10_908] * 2)  # seed 0, seed 1
+        np.testing.assert_allclose(np.sqrt(x[::2] * x[1::2]), [32, 128])  # in the middle, on the logarithmic axis
+        assert (x[::2] < x[1::2]).all() and (x[1::2] / x[::2] < 2**0.5).all()
+
+
+def test_the_fitted_line_and_its_legend_are_those_of_least_squares():
+    rows = [row | {"n_facts": 256 * row["n_facts"]} for row in _rows() if row["n_params"] > 6_248 or row["seed"] == 0]
+    (axes,) = parameter_bounds.parameter_bounds(_by_seed(rows), PUBLISHED).axes
+    assert not any("parameters a fact" in label for label in _lines(axes))  # too few points for an interval
+    points = pd.DataFrame(
+        {"n_facts": [256, 512, 1024] * 3, "min_params": [5e3, 7e3, 1.2e4, 6e3, 7e3, 1.1e4] + [8e3] * 3}
+    )
+    points = points.assign(mode="in-weight", recall_threshold=0.95, seed=np.repeat(range(3), 3))
+    (axes,) = parameter_bounds.parameter_bounds(points, PUBLISHED).axes
+    slope, intercept = np.polynomial.Polynomial.fit(points.n_facts, points.min_params, 1).convert().coef[::-1]
+    (label,) = (label for label in _lines(axes) if "parameters a fact" in label)
+    assert label.startswith(f"in-weight: {slope:.2g} (")
+    x, y = _lines(axes)[label].T
+    assert (x[0], x[-1]) == (256, 1024)
+    np.testing.assert_allclose(y, intercept + slope * x)
+
+
+def test_a_point_on_the_lower_bound_has_two_bits_a_parameter():
+    (axes,) = record.draw("parameter_bounds", "laptop").axes
+    (line,) = (line for label, line in _lines(axes).items() if "2 bits a parameter" in label)
+    for n_facts, parameters in line:
+        assert 2 * parameters == pytest.approx(n_facts / len(ATTRIBUTES) * bits_at_recall(0.95))
 
 
 def test_quick_points_are_hollow_and_come_on_top_of_those_committed():
-    table = summaries.minimal_parameters(pd.DataFrame(_rows()))
+    table = _by_seed(_rows())
     (axes,) = parameter_bounds.parameter_bounds(_with_own(table, table), PUBLISHED).axes
-    handles, labels = axes.get_legend_handles_labels()
+    lines = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     for mode in style.STYLES:
-        quick = handles[labels.index(f"{mode}, this repository (quick)")].lines[0]
-        committed = handles[labels.index(f"{mode}, this repository")].lines[0]
+        quick, committed = lines[f"{mode}, this repository (quick)"], lines[f"{mode}, this repository"]
         assert quick.get_markerfacecolor() == "white" != committed.get_markerfacecolor()
         assert quick.get_marker() == committed.get_marker()
         assert quick.get_zorder() > committed.get_zorder()
@@ -258,13 +281,10 @@ def _shares() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def test_the_construction_is_a_line_where_it_is_asked_for():
-    label = "constructed by hand (Section 4)"
+def test_the_construction_is_a_level_line():
     (axes,) = record.draw("parameter_bounds", "laptop").axes
-    assert label not in axes.get_legend_handles_labels()[1]
-    (axes,) = record.draw("parameter_bounds", "laptop", by_hand=True).axes
     lines = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    assert list(lines[label].get_ydata()) == [BY_HAND_PARAMETERS] * 2
+    assert list(lines["set by hand, for any number of facts"].get_ydata()) == [BY_HAND_PARAMETERS] * 2
 
 
 def test_the_construction_has_as_many_parameters_as_figures_say():
@@ -286,7 +306,7 @@ def test_the_lower_bound_is_where_the_bits_divided_by_those_of_a_parameter_say()
     ours = lines["smallest in-weight models, this repository"].lines[0]
     smallest = np.mean([ModelConfig(d_model=d).n_params for d in (8, 12)])
     assert list(ours.get_ydata()) == [smallest] * 2 and ours.get_xdata()[1] == 4 * ours.get_xdata()[0]
-    assert list(lines["constructed by hand (Section 4)"].get_ydata()) == [BY_HAND_PARAMETERS] * 2
+    assert list(lines["set by hand, for any number of facts"].get_ydata()) == [BY_HAND_PARAMETERS] * 2
 
 
 def test_recall_of_unseen_people_is_drawn_by_what_is_new_in_their_names():
