@@ -242,3 +242,22 @@ def unseen_shares(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 _OF_RUN = ["mode", "n_facts", "n_params", "d_model", "seed", *COMPUTED]
+
+
+def seeds_that_generalize(shares: pd.DataFrame, threshold: float = 0.95) -> pd.DataFrame:
+    """Return how many seeds recall unseen people of every kind: share, low, high and seeds, a row per size and n_facts.
+
+    shares: as `unseen_shares` gives them. A seed counts if its recall reaches the threshold on each kind.
+    """
+    by = [name for name in (*_OF_RUN, "own") if name in shares and name != "seed"]
+    unseen = shares[(shares.measure == "recall") & (shares.kind != "trained")]
+    found = unseen.groupby([*by, "seed"]).share.min().ge(threshold).groupby(by).agg(["sum", "size"]).reset_index()
+    low, high = interval_of_share(found["sum"], found["size"])
+    return found[by].assign(share=found["sum"] / found["size"], low=low, high=high, seeds=found["size"])
+
+
+def interval_of_share(hits: pd.Series, n: pd.Series) -> tuple[pd.Series, pd.Series]:
+    """Return both ends of Wilson's 95% interval of a share, `hits` of `n`."""
+    z = 1.96
+    center, half = hits + z**2 / 2, z * (hits * (n - hits) / n + z**2 / 4) ** 0.5
+    return (center - half) / (n + z**2), (center + half) / (n + z**2)

@@ -1,13 +1,16 @@
 """Figures of Section 5.2: recall of unseen people, and the requests about them."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lib.experiments import summaries
 from lib.experiments.published import PUBLISHED_KIND
 from lib.facts.people import FactsConfig, best_constant_guess
 from lib.facts.sampling import unseen_people
-from lib.figures.style import STYLES, draw_means, nothing_yet, panels, published_label
+from lib.figures.style import STYLES, draw_means, nothing_yet, panels, published_label, side_by_side, told_apart
 
 #: What is new in the names of unseen people, as a legend says it.
 KINDS = {
@@ -22,21 +25,29 @@ KINDS = {
 def generalization(shares: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """Draw recall of unseen people against the number of training facts, a panel per kind of name (Section 5.2).
 
-    shares: as `summaries.unseen_shares` gives them; a line per size, in-tool and, dashed, in-weight: mean over seeds
-    with bars from the smallest to the largest. published: the paper's points, grey, in the panel of people of
-    `PUBLISHED_KIND`. Dotted: the recall of the best constant answers.
+    shares: as `summaries.unseen_shares` gives them; a point a seed, those of one number of facts side by side. The last
+    panel has the share of seeds that `summaries.seeds_that_generalize`, with 95% intervals. published: the paper's
+    points, grey, in the panel of people of `PUBLISHED_KIND`. Dotted: the recall of the best constant answers.
     """
     kinds = list(KINDS)[1:]
     guess = best_constant_guess(unseen_people(FactsConfig(n_people=1), 1000)[PUBLISHED_KIND])
-    with panels((9.6, 3.1), 1, len(kinds), sharey=True, sharex=True) as (figure, row):
-        for axes, kind in zip(row, kinds, strict=True):
+    with panels((11, 3.1), 1, len(kinds) + 1, sharey=True, sharex=True) as (figure, row):
+        for axes, kind in zip(row, kinds, strict=False):
             if kind == PUBLISHED_KIND:
                 _published_recall(axes, published)
-            _lines_by_size(axes, shares[(shares.kind == kind) & (shares.measure == "recall")])
+            for points, label, look in _by_size(shares[(shares.kind == kind) & (shares.measure == "recall")]):
+                axes.plot(side_by_side(points, "n_facts"), points.share, label=label, **look | {"linestyle": "none"})
             axes.axhline(guess, color="#555555", linewidth=0.9, linestyle=":", label="best constant guess")
-            axes.set(title=KINDS[kind], xlabel="training facts", ylim=(-0.04, 1.06))
-            axes.set_xscale("log", base=2)
-        row[0].set_ylabel("recall")
+            axes.set(title=KINDS[kind])
+        found = summaries.seeds_that_generalize(shares[shares["mode"] == "in-tool"])
+        for points, _, look in _by_size(found):
+            bars = [points.share - points.low, points.high - points.share]
+            row[-1].errorbar(points.n_facts, points.share, yerr=bars, **look)
+        row[-1].set(title="seeds that generalize", ylim=(-0.04, 1.06))
+        row[-1].set_xscale("log", base=2)
+        row[0].set_ylabel("recall, or share of seeds")
+        for axes in row:
+            axes.set_xlabel("training facts")
         entries = {
             label: handle for axes in row for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
@@ -44,13 +55,13 @@ def generalization(shares: pd.DataFrame, published: pd.DataFrame) -> Figure:
     return figure
 
 
-def _lines_by_size(axes, table: pd.DataFrame) -> None:
-    """Draw share against n_facts: a line per size, each mode in its color, larger models darker."""
+def _by_size(table: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, str, dict]]:
+    """Yield the points of each size, their label and look: each mode in its color, larger models darker."""
     for mode, style in STYLES.items():
         groups = list(table[table["mode"] == mode].groupby("n_params"))
         for strength, (n_params, rows) in zip(np.linspace(1, 0.35, len(groups))[::-1], groups, strict=True):
             look = {**style, "alpha": strength, "linestyle": "-" if mode == "in-tool" else "--"}
-            draw_means(axes, rows, "n_facts", f"{n_params:,}, {mode}", of="share", **look)
+            yield from told_apart(rows, f"{n_params:,}, {mode}", look)
 
 
 def _published_recall(axes, published: pd.DataFrame) -> None:

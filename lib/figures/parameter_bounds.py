@@ -20,6 +20,7 @@ from lib.figures.style import (
     panels,
     published_label,
     shades,
+    side_by_side,
     smallest,
     told_apart,
 )
@@ -46,10 +47,7 @@ def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: fl
             axes.fill_between(theirs.n_facts, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
             ours = seeds[seeds["mode"].eq(mode) & seeds.recall_threshold.eq(threshold)].dropna(subset="min_params")
             for points, name, look in told_apart(ours, f"{mode}, this repository", style):
-                places = points.groupby("n_facts").seed.rank(method="first") - 1
-                spread = places / points.groupby("n_facts").seed.transform("size").sub(1).clip(lower=1) - 0.5
-                x = points.n_facts * 2 ** (SPREAD * spread.where(points.n_facts.duplicated(keep=False), 0))
-                axes.plot(x, points.min_params, label=name, linestyle="none", **look)
+                axes.plot(side_by_side(points, "n_facts"), points.min_params, label=name, linestyle="none", **look)
             fit = summaries.fit_of_mode(ours, mode)
             if np.isfinite(fit["low"]):
                 x = np.geomspace(*fit["facts"], 50)
@@ -60,10 +58,6 @@ def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: fl
         axes.set_xscale("log", base=2)
         axes.legend(**BELOW)
     return figure
-
-
-#: Octaves over which the seeds of one number of facts are spread, to be seen side by side.
-SPREAD = 0.4
 
 
 def _bound_and_construction(axes, threshold: float) -> None:

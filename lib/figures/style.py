@@ -154,6 +154,16 @@ def told_apart(table: pd.DataFrame, label: str, look: dict) -> Iterator[tuple[pd
         yield points, name, style
 
 
+def side_by_side(points: pd.DataFrame, of: str) -> pd.Series:
+    """Return x positions on a logarithmic axis for points at equal `of`, numbers of facts say, but of several seeds.
+
+    They are spread over 0.4 octaves around it.
+    """
+    seeds = points.groupby(of).seed
+    places = (seeds.rank(method="first") - 1) / (seeds.transform("size") - 1) - 0.5
+    return points[of] * 2 ** (0.4 * places.fillna(0))  # 0 / 0: a single one
+
+
 def smallest(table: pd.DataFrame, mode: str, threshold: float) -> pd.DataFrame:
     """Return the points of `summaries.minimal_parameters` that are known for a mode and threshold, as `draw_means`
     takes them."""

@@ -309,19 +309,35 @@ def test_the_lower_bound_is_where_the_bits_divided_by_those_of_a_parameter_say()
     assert list(lines["set by hand, for any number of facts"].get_ydata()) == [BY_HAND_PARAMETERS] * 2
 
 
-def test_recall_of_unseen_people_is_drawn_by_what_is_new_in_their_names():
-    figure = generalization.generalization(_shares(), PUBLISHED_UNSEEN)
-    assert [axes.get_title() for axes in figure.axes] == list(generalization.KINDS.values())[1:]
-    for axes, last in zip(figure.axes, (0.9, 0, 0, 0), strict=True):
+def test_recall_of_unseen_people_is_drawn_by_what_is_new_in_their_names_a_point_a_seed():
+    *of_kinds, generalizing = generalization.generalization(_shares(), PUBLISHED_UNSEEN).axes
+    assert [axes.get_title() for axes in of_kinds] == list(generalization.KINDS.values())[1:]
+    for axes, knows in zip(of_kinds, (1, 0, 0, 0), strict=True):
         drawn = _lines(axes)
-        np.testing.assert_allclose(drawn["60,372, in-tool"], [[256, 0], [4096, last]])
-        np.testing.assert_allclose(drawn["60,372, in-weight"], [[256, 0], [4096, 0]])
+        # Both seeds with 256 facts, then both with 4,096; or by seed.
+        np.testing.assert_allclose(sorted(drawn["60,372, in-tool"][:, 1]), [0, 0, 0.8 * knows, knows])
+        np.testing.assert_allclose(drawn["60,372, in-weight"][:, 1], 0)
+        assert len({*drawn["60,372, in-tool"][:, 0]}) == 4  # none hides another
+    assert list(generalizing.lines[0].get_ydata()) == [0, 0]  # pairs of known names are not enough
+
+
+def test_the_share_of_seeds_that_generalize_has_an_interval_that_holds_it():
+    def share(generalize: int, seeds: int) -> np.ndarray:
+        shares = _shares().query("mode == 'in-tool' and n_facts == 256 and seed == 0")
+        shares = pd.concat(shares.assign(seed=i, share=0.9 + 0.1 * (i < generalize)) for i in range(seeds))
+        return summaries.seeds_that_generalize(shares)[["share", "low", "high"]].to_numpy()[0]
+
+    for generalize, seeds in ((0, 3), (2, 3), (9, 10), (10, 10)):
+        found, low, high = share(generalize, seeds)
+        assert found == generalize / seeds and 0 <= low <= found <= high <= 1
+        for end in {low, high} - {0, 1}:  # the score test rejects no share inside, and all outside
+            assert abs(found - end) == pytest.approx(1.96 * (end * (1 - end) / seeds) ** 0.5)
 
 
 def test_the_largest_models_are_drawn_strongest_the_only_ones_among_them():
     def strengths(shares: pd.DataFrame) -> list[float]:
         handles, labels = generalization.generalization(shares, PUBLISHED_UNSEEN).axes[0].get_legend_handles_labels()
-        return [h.lines[0].get_alpha() for h, label in zip(handles, labels, strict=True) if "in-tool" in label]
+        return [h.get_alpha() for h, label in zip(handles, labels, strict=True) if "in-tool" in label]
 
     assert strengths(_shares()) == [1]
     small, middle, large = strengths(pd.concat(_shares().assign(n_params=n) for n in (900, 30_000, 7000)))
