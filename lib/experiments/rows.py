@@ -16,6 +16,7 @@ from lib.paths import ROW
 TABLES = {
     "05_1": "parameter_bounds",
     "05_1_biographies": "biographies",
+    "05_1_patience": "patience",
     "05_2": "generalization",
     "05_3": "compressibility",
 }

@@ -161,7 +161,7 @@ def capacity(rows: pd.DataFrame) -> pd.DataFrame:
     that it cannot spell yet.
     """
     columns = ["profile", "optimizer", "n_facts", "alpha", "seed", "d_model", "n_params", "steps", "stopped", "recall"]
-    columns += COMPUTED
+    columns += ["dialogs_seen", *COMPUTED]
     nll = [f"nll_bits_{attribute}" for attribute in ATTRIBUTES]
     rows = described(rows).reindex(columns=["mode", *columns, *nll])
     rows = rows[rows["mode"] == "in-weight"].reset_index(drop=True)

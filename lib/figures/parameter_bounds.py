@@ -170,6 +170,29 @@ def bits_stored(held: pd.DataFrame) -> Figure:
     return figure
 
 
+def patience(held: pd.DataFrame) -> Figure:
+    """Draw recall, and the bits that a parameter stores, against passes over the facts (ours, of Section 5.1).
+
+    held: as `summaries.capacity` gives it; a line a size, with bars from the smallest to the largest seed.
+    """
+    held = held.assign(
+        passes=held.dialogs_seen / held.n_facts, bits=held.stored_bits / held.n_params, own=held.get("own", False)
+    )
+    shown = {"recall": "recall at the end of training", "bits": "bits stored a parameter"}
+    with panels((8.6, 3.4), 1, 2, sharex=True) as (figure, row):
+        for axes, (of, label) in zip(row, shown.items(), strict=True):
+            groups = list(held.groupby(["n_facts", "n_params"]))
+            for color, ((n_facts, n_params), runs) in zip(shades(len(groups)), groups, strict=True):
+                name = f"{n_params:,} parameters, {n_facts:,} facts"
+                draw_means(axes, runs, "passes", name, of=of, color=color, marker="o")
+            axes.set(xlabel="passes over the facts", ylabel=label, ylim=(0, None), xscale="log")
+            if not groups:
+                nothing_yet(axes, "in-weight")
+        if groups:
+            row[1].legend(**BESIDE)
+    return figure
+
+
 def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     """Return sentences about our points of `parameter_bounds`: the last number of facts that both modes have, by what
     factor they differ there, and where a mode's points end."""

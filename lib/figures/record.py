@@ -74,6 +74,13 @@ FIGURES = {
         mode="in-weight",
         has_own=False,
     ),
+    "patience": Record(
+        shows="Recall and stored bits after more and more passes over the facts",
+        draw=parameter_bounds.patience,
+        rows=partial(tables.read_rows, "05_1_patience"),
+        points=lambda profile: summaries.capacity(tables.read_rows("05_1_patience", profile)),
+        mode="in-weight",
+    ),
     "lower_bound": Record(
         shows=_SMALLEST,
         draw=parameter_bounds.lower_bound,

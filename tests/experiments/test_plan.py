@@ -137,7 +137,7 @@ def test_the_paper_profile_is_the_published_grid():
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("section", ["05_1", "05_1_biographies", "05_2", "05_3"])
+@pytest.mark.parametrize("section", ["05_1", "05_1_biographies", "05_1_patience", "05_2", "05_3"])
 def test_every_profile_holds_valid_distinct_runs(section, profile):
     plan = searches(section, profile)
     ids = set()

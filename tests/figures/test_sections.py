@@ -353,6 +353,17 @@ def test_requests_are_drawn_for_models_of_one_size():
     assert set(_lines(own)) == {"name copied rightly (quick)"}
 
 
+def test_patience_is_drawn_against_passes_over_the_facts():
+    held = pd.DataFrame({
+        "n_facts": [64, 64], "n_params": [6_248, 6_248], "seed": [0, 0], "dialogs_seen": [640, 6_400],
+        "recall": [0.25, 1.0], "stored_bits": [624.8, 3_124.0],
+    })  # fmt: skip
+    recall, bits = parameter_bounds.patience(held).axes
+    (label,) = _lines(recall)
+    np.testing.assert_allclose(_lines(recall)[label], [[10, 0.25], [100, 1]])
+    np.testing.assert_allclose(_lines(bits)[label], [[10, 0.1], [100, 0.5]])
+
+
 def test_compressibility_is_drawn_against_correlation_and_against_bits():
     published = pd.DataFrame({
         "n_facts": [4000, 4000], "alpha": [0.0, 1.0], "recall_threshold": [0.95, 0.95], "min_params": [50_000, 20_000],
