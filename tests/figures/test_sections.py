@@ -57,7 +57,7 @@ def _rows() -> list[dict]:
                     rows.append({
                         "run_id": f"{len(rows):012d}", "mode": mode, "n_facts": n_facts, "alpha": 0.0, "seed": seed,
                         "d_model": d_model, "n_params": ModelConfig(d_model=d_model).n_params,
-                        "recall": 1.0 if d_model >= enough else 0.3, "stopped": "budget",
+                        "recall": 1.0 if d_model >= enough else 0.3, "stopped": "budget", "dialogs_seen": 640,
                         "commit": "a" * 40, **{f"nll_bits_{attribute}": 1.0 for attribute in ATTRIBUTES},
                         "new_pair_recall": 0.25, "trained_right_name": 0.75,
                     })  # fmt: skip
@@ -90,7 +90,8 @@ def _pdf_text(path: Path) -> bytes:
 def test_every_figure_is_drawn_to_whole_files_that_are_the_same_a_second_time_and_not_after_new_rows(
     places, name, profile
 ):
-    section = {"generalization": "05_2", "tool_calls": "05_2", "compressibility": "05_3"}.get(name, "05_1")
+    sections = {"generalization": "05_2", "tool_calls": "05_2", "compressibility": "05_3", "patience": "05_1_patience"}
+    section = sections.get(name, "05_1")
     options = {"d_model": 8} if name == "tool_calls" else {}
 
     def drawn() -> list[bytes]:
