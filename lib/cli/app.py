@@ -249,8 +249,14 @@ def sweep(
         _table(source)  # an experiment without a table is an `InputError`
         publishing.check_publishes(profile)
         publishing.check_traceable()
-    if source == "06":
-        report = finetune.sweep(profile, jobs, dry_run, max_hours, device)
+    failed = False
+    if source == "07_2":
+        from lib.experiments import chains
+
+        n_done, n_runs = len(chains.run_profile(profile, not dry_run)), len(chains.configurations(profile))
+        console.print(f"{n_done} of {n_runs} runs are finished")
+    elif source == "06":
+        failed = finetune.sweep(profile, jobs, dry_run, max_hours, device).failed
     else:
         from lib.experiments import sweep as sweeps
 
@@ -263,18 +269,19 @@ def sweep(
             plan = edits.missing(profile)
         report = sweeps.sweep(source, profile, jobs=jobs, dry_run=dry_run, plan=plan, **options)
         console.print(str(report))
+        failed = report.failed
     if publish and not dry_run:
         table = _table(source)
         console.print(f"{table.add(profile)} new rows in {table.path}")
         refresh()
-    if report.failed:
+    if failed:
         raise SystemExit(1)
 
 
 def _table(section: str):
     """Return the table of a section's rows in paper_data: a `lib.experiments.publishing.Table`."""
     paths.check_checkout()
-    own = {"06": "lib.finetune.experiments", "07_1": "lib.experiments.edits"}  # with several rows a run
+    own = {"06": "lib.finetune.experiments", "07_1": "lib.experiments.edits", "07_2": "lib.experiments.chains"}
     if section in own:
         return import_module(own[section]).table_of_rows()
     from lib.experiments.publishing import table_of

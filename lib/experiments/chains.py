@@ -21,13 +21,15 @@ from lib.dialogs.chains import chain_dialog, chains
 from lib.dialogs.tokenizers import Tokenizer
 from lib.evaluation.recall import measure_recall
 from lib.experiments.plan import RECIPES
+from lib.experiments.publishing import Table
+from lib.experiments.tables import rows_of_runs
 from lib.facts.csv import read_people_csv, write_people_csv
 from lib.facts.database import write_database
 from lib.facts.people import ATTRIBUTES, FactsConfig, People
 from lib.facts.sampling import sample_people, unseen_people, with_bosses
 from lib.provenance import commit
 
-SECTION = "07_2"
+SECTION, TABLE = "07_2", paths.PAPER_DATA / "chains.csv"
 #: The hops that every model is asked about.
 ASKED = (1, 2, 3)
 _PEOPLE, _dialogs = "people.csv", "dialogs_{}.jsonl".format
@@ -95,11 +97,27 @@ def run_chains(config: RunConfig, folder: Path, asked: int, description: str | N
 
 
 def run_profile(profile: str, recompute: bool = True) -> pd.DataFrame:
-    """Return the rows of a profile's finished runs, after doing those that are not, unless `recompute` is false."""
-    runs = {paths.profile_dir(profile) / SECTION / config.run_id: config for config in configurations(profile)}
-    wanted = [folder for folder in runs if recompute or (folder / paths.ROW).exists()]
-    rows = [run_chains(runs[folder], folder, SETTINGS[profile].asked, SECTION) for folder in wanted]
-    return pd.DataFrame(rows).assign(profile=profile)
+    """Return `rows` of a profile, after doing the runs that are not finished, unless `recompute` is false."""
+    done = set(rows(profile).run_id)
+    for config in configurations(profile) if recompute else ():
+        if config.run_id not in done:
+            run_chains(config, _folder(config, profile), SETTINGS[profile].asked, SECTION)
+    return rows(profile)
+
+
+def _folder(config: RunConfig, profile: str) -> Path:
+    return paths.profile_dir(profile) / SECTION / config.run_id
+
+
+def rows(profile: str) -> pd.DataFrame:
+    """Return a row a finished run: those in paper_data, and those of today's plan still in runs."""
+    runs = {config.run_id: _folder(config, profile) / paths.ROW for config in configurations(profile)}
+    return rows_of_runs(TABLE, profile, runs.values(), runs)
+
+
+def table_of_rows() -> Table:
+    """Return the table in paper_data of these rows."""
+    return Table(TABLE, ("profile", "n_facts", "seed", "run_id"), rows)
 
 
 def recall_by_hops(model, facts: FactsConfig, people: People, tokenizer: Tokenizer, asked: int) -> dict[str, float]:

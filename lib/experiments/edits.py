@@ -29,12 +29,12 @@ from lib.experiments.publishing import Table
 from lib.experiments.rows import sweep_dir
 from lib.experiments.search import Search
 from lib.experiments.sweep import sweep
-from lib.experiments.tables import read_table
+from lib.experiments.tables import rows_of_runs
 from lib.facts.database import change_fact, write_database
 from lib.facts.people import People
 from lib.facts.sampling import unseen_people
 from lib.model.transformer import Transformer
-from lib.paths import DATABASE, ROW, ROWS, read_json, whole, write_json
+from lib.paths import DATABASE, ROW, ROWS, write_json
 from lib.progress import progress
 from lib.provenance import provenance
 from lib.training.devices import usable_cores
@@ -322,15 +322,10 @@ def rows(profile: str) -> pd.DataFrame:
 
     Columns that an experiment does not measure are empty.
     """
-    known = read_table(TABLE)
-    tables = [known[known.profile == profile]] if len(known) else []
-    done = set(tables[0].run_id) if tables else set()
-    for _, made in whole(sorted(sweep_dir(SECTION, profile).glob(f"*/{ROWS}")), lambda path: read_json(path, list)):
-        tables.append(pd.DataFrame([row for row in made if row["run_id"] not in done]).assign(profile=profile))
-    tables = [table for table in tables if len(table)]
-    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
     planned = {run_id for search in plan(profile) for run_id in search.run_ids}
-    return table.assign(superseded=(profile != "quick") & ~table.run_id.isin(planned))
+    table = rows_of_runs(TABLE, profile, sorted(sweep_dir(SECTION, profile).glob(f"*/{ROWS}")), planned)
+    table = table.reindex(columns=[*dict.fromkeys([*COLUMNS, *table.columns])])
+    return table.assign(superseded=table.superseded & (profile != "quick"))
 
 
 def table_of_rows() -> Table:

@@ -3,7 +3,7 @@
 import json
 from ast import literal_eval
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -61,6 +61,23 @@ def read_rows(section: str, profile: str, plan: Sequence[Search] | None = None) 
     tables = [table for table in (known, pd.DataFrame(fresh).assign(profile=profile)) if len(table)]
     rows = pd.concat(tables) if tables else pd.DataFrame(columns=["run_id"])
     return _marked(rows.drop_duplicates("run_id", ignore_index=True), planned)
+
+
+def rows_of_runs(table: Path, profile: str, files: Iterable[Path], planned: Collection[str]) -> pd.DataFrame:
+    """Return a profile's rows in a table of paper_data, and those in the files of finished runs that it lacks.
+
+    files: the rows of one run each, as JSON, a list or a single one; missing files are left out. Adds superseded:
+    whether `planned` lacks the run.
+    """
+    known = read_table(table)
+    tables = [known[known.profile == profile]] if len(known) else []
+    done = set(tables[0].run_id) if tables else set()
+    for _, made in paths.whole(filter(Path.exists, files), lambda path: paths.read_json(path, list | dict)):
+        made = [row for row in (made if isinstance(made, list) else [made]) if row["run_id"] not in done]
+        tables.append(pd.DataFrame(made).assign(profile=profile))
+    tables = [table for table in tables if len(table)]
+    rows = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["profile", "run_id"])
+    return rows.assign(superseded=~rows.run_id.isin(planned))
 
 
 def searches_of(section: str, profile: str, tokenizer: str = "bytes") -> list[Search]:

@@ -1,5 +1,7 @@
 """The figure of our Section 7.2: recall against the number of hops."""
 
+import json
+
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -23,7 +25,7 @@ def recall_by_hops(rows: pd.DataFrame) -> Figure:
             shares = rows[[f"{group}_{hops}" for hops in ASKED]]
             bars = [shares.mean() - shares.min(), shares.max() - shares.mean()]
             axes.errorbar(ASKED, shares.mean(), yerr=bars, label=f"{group} people", **look)
-        trained = rows.hops.iloc[0]
+        trained = json.loads(str(rows.hops.iloc[0]))  # a table has it as text
         axes.axvspan(min(trained) - 0.3, max(trained) + 0.3, color="#EEEEEE", zorder=0, label="trained on")
         axes.legend()
     return figure

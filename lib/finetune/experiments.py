@@ -14,12 +14,11 @@ from filelock import Timeout
 from lib import paths
 from lib.experiments.publishing import Table
 from lib.experiments.scale_tables import rate, table_path
-from lib.experiments.scale_tables import stored_rows as committed_rows
 from lib.experiments.sweep import check_failed
-from lib.experiments.tables import publishing_profile, shown
+from lib.experiments.tables import publishing_profile, rows_of_runs, shown
 from lib.finetune.bases import BASES, PUBLISHED
 from lib.finetune.config import N_FACTS, FinetuneConfig
-from lib.paths import ROWS, read_json, whole
+from lib.paths import ROWS
 from lib.progress import progress
 
 SECTION = "06"
@@ -137,18 +136,11 @@ def rows(profile: str) -> pd.DataFrame:
 
     Two columns are added and never stored: superseded, whether today's plan does not ask for the run, and recipe.
     """
-    known, planned = committed_rows(), plan(profile)
-    tables = [known[known.profile == profile]] if len(known) else []
-    done = set(tables[0].run_id) if tables else set()
-    found = [folder(config, profile) / ROWS for config in planned if config.run_id not in done]
-    for _, made in whole(filter(Path.exists, found), lambda path: read_json(path, list)):
-        tables.append(pd.DataFrame(made).assign(profile=profile))
-    if not tables:
-        return pd.DataFrame()
-    table = pd.concat(tables, ignore_index=True)
-    configs = [json.loads(config) for config in table.get("config", ["{}"] * len(table))]
-    recipes = [json.dumps({k: v for k, v in sorted(config.items()) if k != "seed"}) for config in configs]
-    return table.assign(superseded=~table.run_id.isin({config.run_id for config in planned}), recipe=recipes)
+    configs = plan(profile)
+    files = [folder(config, profile) / ROWS for config in configs]
+    table = rows_of_runs(table_path(), profile, files, {config.run_id for config in configs})
+    recipes = [json.loads(config) | {"seed": None} for config in table.get("config", ["{}"] * len(table))]
+    return table.assign(recipe=[json.dumps(recipe, sort_keys=True) for recipe in recipes])
 
 
 def shown_rows(profile: str) -> pd.DataFrame:

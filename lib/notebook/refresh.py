@@ -81,7 +81,7 @@ def _main_figure() -> str:
 
 def _rows() -> str:
     """Return the state of the tables: rows, seeds and facts of each section and profile (takes the extra `scale`)."""
-    from lib.experiments import edits
+    from lib.experiments import chains, edits
     from lib.finetune import experiments
 
     lines = [
@@ -90,8 +90,8 @@ def _rows() -> str:
     ]
     read = {section: partial(tables.read_rows, section) for section in tables.TABLES}
     known = {section: tables.committed_rows(section) for section in tables.TABLES}
-    read[experiments.SECTION], known[experiments.SECTION] = experiments.rows, experiments.committed_rows()
-    read[edits.SECTION], known[edits.SECTION] = edits.rows, tables.read_table(edits.TABLE)
+    for own in (experiments, edits, chains):
+        read[own.SECTION], known[own.SECTION] = own.rows, tables.read_table(own.table_of_rows().path)
     for section, committed in known.items():
         for profile in committed.profile.unique() if len(committed) else ():
             rows = read[section](profile)
