@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from lib.experiments.search import Search
 from lib.experiments.worker import attempt
 from lib.facts.people import ATTRIBUTES, RELEASED
 from lib.paths import ROW
-from lib.progress import progress
+from lib.progress import LINE_INTERVAL, progress
 
 #: How often a failing run is tried before it counts as failed.
 TRIES = 2
@@ -152,75 +153,73 @@ def _execute(
     """Keep a run on each of `devices` until nothing can start any more, adding to `recalls` and `report`."""
     idle, tries, deadline = devices[::-1], Counter(), time.monotonic() + seconds
     running: dict[Future, tuple[RunConfig, str]] = {}
-    processes: list[subprocess.Popen] = []
+    receiver, sender = os.pipe()  # the runs' standard input: when this process ends, however it does, they leave
 
     def start(config: RunConfig, device: str) -> Future:
         arguments = config, directory / config.run_id, device
         if not in_process:
-            said = tempfile.TemporaryFile()  # no pipe: what a killed run leaves behind would keep it open
-            processes.append(process := _process(*arguments, said))
-            return pool.submit(_error, process, said)
+            return pool.submit(_in_a_process, *arguments, stdin)
         future = Future()
-        future.set_result(attempt(*arguments))
+        future.set_result(attempt(*arguments, _title(config)))
         return future
 
     with (
         ThreadPoolExecutor(len(devices)) as pool,
         progress(len(plan), f"{directory.parent.name} {directory.name}") as bar,
+        open(receiver, "rb") as stdin,
+        open(sender, "wb"),  # closed before the pool waits: runs that are left then stop, with a checkpoint
     ):
-        try:
-            while True:
-                known = report.failed.keys() | {config.run_id for config, _ in running.values()}
-                ready = [config for config in _pending(plan, recalls) if config.run_id not in known]
-                while ready and idle and time.monotonic() < deadline:
-                    config, device = ready.pop(0), idle.pop()
-                    running[start(config, device)] = config, device
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    config, device = running.pop(future)
-                    idle.append(device)
-                    run_id, title = config.run_id, _title(config)
-                    if error := future.result():
-                        tries[run_id] += 1
-                        if tries[run_id] == TRIES:
-                            report.failed[run_id] = f"{title}: {error}"
-                        continue
-                    recalls[run_id] = read_row(directory / run_id / ROW)["recall"]
-                    report.done_now += 1
-                    bar.set_postfix_str(f"{title}: recall {recalls[run_id]:.3f}", refresh=False)
-                closed = sum(not search.pending(recalls) for search in plan)
-                bar.update(closed - bar.n)
-        finally:
-            for process in processes:
-                process.terminate()  # asks a run to leave, which it does with a checkpoint
+        while True:
+            known = report.failed.keys() | {config.run_id for config, _ in running.values()}
+            ready = [config for config in _pending(plan, recalls) if config.run_id not in known]
+            while ready and idle and time.monotonic() < deadline:
+                config, device = ready.pop(0), idle.pop()
+                running[start(config, device)] = config, device
+            if not running:
+                return
+            while not (finished := wait(running, LINE_INTERVAL, FIRST_COMPLETED).done):
+                going = [_how_far(config, directory / config.run_id) for config, _ in running.values()]
+                bar.set_postfix_str("; ".join(going))
+                bar.update(0)
+            for future in finished:
+                config, device = running.pop(future)
+                idle.append(device)
+                run_id, title = config.run_id, _title(config)
+                if error := future.result():
+                    tries[run_id] += 1
+                    if tries[run_id] == TRIES:
+                        report.failed[run_id] = f"{title}: {error}"
+                    continue
+                recalls[run_id] = read_row(directory / run_id / ROW)["recall"]
+                report.done_now += 1
+                bar.set_postfix_str(f"{title}: recall {recalls[run_id]:.3f}", refresh=False)
+            closed = sum(not search.pending(recalls) for search in plan)
+            bar.update(closed - bar.n)
 
 
-def _process(config: RunConfig, directory: Path, device: str, said: IO[bytes]) -> subprocess.Popen:
-    """Start a run in a process of its own: its death harms no other run, and it does not outlive the sweep."""
+def _how_far(config: RunConfig, directory: Path) -> str:
+    """Return which run goes and how many steps it has done, as it logged last."""
+    metrics = directory / "metrics.jsonl"
+    steps = re.findall(r'"step": (\d+)', metrics.read_text()) if metrics.exists() else []
+    total = config.training.total_steps(len(ATTRIBUTES) * config.facts.n_people)
+    return f"{_title(config)}: step {int((steps or [0])[-1]):,} of {total:,}"
+
+
+def _in_a_process(config: RunConfig, directory: Path, device: str, stdin: IO[bytes]) -> str | None:
+    """Do a run in a process of its own, whose death harms no other; return what ended it unfinished, in one line."""
     path = [str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     # PYTHONSAFEPATH: no lib of the current folder. One thread: small models gain little from a second, and wait for it
     # where cores are busy.
     environment = {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "lib.experiments.worker", config.canonical_json(), str(directory), device],
-        stdin=subprocess.PIPE,  # closes with this process, however it ends: then the run leaves
-        stdout=subprocess.DEVNULL,
-        stderr=said,
-        env=os.environ | environment | {"ITL_PROGRESS": "off"},
-    )
-
-
-def _error(process: subprocess.Popen, said: IO[bytes]) -> str | None:
-    """Wait for a process; return what ended it before its run was finished, in one line."""
-    with said:
-        with process:
-            process.wait()
+    environment = os.environ | environment | {"ITL_PROGRESS": "off"}
+    command = [sys.executable, "-m", "lib.experiments.worker", config.canonical_json(), str(directory), device]
+    with tempfile.TemporaryFile() as said:  # no pipe: what a killed run leaves behind would keep it open
+        code = subprocess.run(command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=said, env=environment).returncode
         said.seek(0)
         lines = [line.strip() for line in said.read().decode(errors="replace").split("\n") if line.strip()]
-    if process.returncode == 1 and lines:
+    if code == 1 and lines:
         return lines[-1]
-    return f"its process died with exit code {process.returncode}" if process.returncode else None
+    return f"its process died with exit code {code}" if code else None
 
 
 def _title(config: RunConfig) -> str:

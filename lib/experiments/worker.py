@@ -10,13 +10,13 @@ from threading import Thread
 from lib.config import RunConfig
 
 
-def attempt(config: RunConfig, directory: Path, device: str) -> str | None:
+def attempt(config: RunConfig, directory: Path, device: str, description: str | None = None) -> str | None:
     """Do one run; return the error that ended it, in one line, or None if it has its row now. Raises `Preempted`."""
     from lib.training.distributed import Preempted
     from lib.training.run import run
 
     try:
-        run(config, directory, device=device)
+        run(config, directory, device=device, description=description)
     except Preempted:
         raise
     except Exception as error:

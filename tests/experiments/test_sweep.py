@@ -218,6 +218,23 @@ def test_a_run_that_fails_twice_is_reported_with_its_last_line(script):
         report.check()
 
 
+def test_a_log_says_which_runs_go_and_how_far_they_are(script, monkeypatch, capsys):
+    monkeypatch.setattr("lib.progress.LINE_INTERVAL", 0.1)
+    monkeypatch.setattr(sweep, "LINE_INTERVAL", 0.1)
+    script('mkdir -p "$folder"; echo \'{"step": 3, "loss": 1}\' > "$folder/metrics.jsonl"; sleep 1')
+    monkeypatch.setenv("ITL_PROGRESS", "lines")
+    sweep.sweep("05_1", "smoke", plan=[_single(seed=seed) for seed in range(2)], jobs=2, device="cpu")
+    both = "; ".join(f"in-weight, 8 facts, d = 4, seed {seed}: step 3 of 10" for seed in range(2))
+    assert any("smoke 05_1: 0/2" in line and both in line for line in capsys.readouterr().err.splitlines())
+
+
+def test_a_log_says_how_far_a_run_in_this_process_is(runs, monkeypatch, capsys):
+    monkeypatch.setattr("lib.progress.LINE_INTERVAL", 0)
+    monkeypatch.setenv("ITL_PROGRESS", "lines")
+    sweep.sweep("05_1", "smoke", plan=[_single()], in_process=True)
+    assert "in-weight, 8 facts, d = 4, seed 0: 3/10" in capsys.readouterr().err
+
+
 # ---- The order of things, in this process and without training
 
 
@@ -230,7 +247,7 @@ def outcomes(runs, monkeypatch):
 def _replace_training(patch, of) -> list[str]:
     asked = []
 
-    def run(config: RunConfig, directory: Path, device: str) -> None:
+    def run(config: RunConfig, directory: Path, device: str, description: str) -> None:
         asked.append(config.run_id)
         recall = of(config)
         directory.mkdir(parents=True)
