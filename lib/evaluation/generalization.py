@@ -1,19 +1,16 @@
 """Recall of people that a model was not trained on (Section 5.2)."""
 
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import reduce
 from operator import add
-from pathlib import Path
 
 from lib.agent.tools import SqlTool
 from lib.config import RunConfig
 from lib.dialogs.tokenizers import Tokenizer
 from lib.evaluation.recall import Fact, Recall, measure_recall
-from lib.facts.database import write_database
+from lib.facts.database import temporary_database
 from lib.facts.sampling import load_people, unseen_people
-from lib.paths import DATABASE
 
 
 def measure_generalization(model, config: RunConfig, tokenizer: Tokenizer) -> dict[str, float]:
@@ -29,9 +26,8 @@ def measure_generalization(model, config: RunConfig, tokenizer: Tokenizer) -> di
     with ExitStack() as stack:
         tool = None
         if config.mode == "in-tool":
-            database = Path(stack.enter_context(tempfile.TemporaryDirectory())) / DATABASE
-            write_database(reduce(add, unseen.values(), trained), database)
-            tool = stack.enter_context(SqlTool(database))
+            everybody = reduce(add, unseen.values(), trained)
+            tool = stack.enter_context(SqlTool(stack.enter_context(temporary_database(everybody))))
         for kind, people in {"trained": trained[:n], **unseen}.items():
             if not people.names:  # one person alone gives no new pair of names
                 continue

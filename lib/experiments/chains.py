@@ -1,12 +1,10 @@
-"""Chains of calls (our Section 7.2): models trained on some numbers of hops, asked these and more.
+"""Chains of calls (our Section 7.2): models trained on one and two hops, asked these and more.
 
-The folder of a run, runs/<profile>/07_2/<run_id>, holds the people and the dialogs of several hops that it is trained
-on, the training run itself in `run/`, and in the end its row.
+The folder of a run, runs/<profile>/07_2/<run_id>, holds the people and the dialogs of two hops that it is trained on,
+the training run itself in `run/`, and in the end its row.
 """
 
-import tempfile
 from collections import namedtuple
-from collections.abc import Sequence
 from itertools import accumulate, chain, islice, product
 from pathlib import Path
 
@@ -15,16 +13,16 @@ import pandas as pd
 
 from lib import paths
 from lib.agent.tools import SqlTool
-from lib.base import InputError, to_json
+from lib.base import to_json
 from lib.config import RunConfig
 from lib.dialogs.chains import chain_dialog, chains
 from lib.dialogs.tokenizers import Tokenizer
 from lib.evaluation.recall import measure_recall
-from lib.experiments.plan import RECIPES
+from lib.experiments.plan import Grid
 from lib.experiments.publishing import Table
-from lib.experiments.tables import rows_of_runs
+from lib.experiments.tables import rows_of_profile
 from lib.facts.csv import read_people_csv, write_people_csv
-from lib.facts.database import write_database
+from lib.facts.database import temporary_database
 from lib.facts.people import ATTRIBUTES, FactsConfig, People
 from lib.facts.sampling import sample_people, unseen_people, with_bosses
 from lib.provenance import commit
@@ -32,7 +30,7 @@ from lib.provenance import commit
 SECTION, TABLE = "07_2", paths.PAPER_DATA / "chains.csv"
 #: The hops that every model is asked about.
 ASKED = (1, 2, 3)
-_PEOPLE, _dialogs = "people.csv", "dialogs_{}.jsonl".format
+_PEOPLE, _DIALOGS = "people.csv", "dialogs_2.jsonl"
 
 
 #: Of each profile; `asked` is how many trained people are asked about, and how many unseen ones.
@@ -45,39 +43,35 @@ SETTINGS = {
 }
 
 
-def configurations(profile: str, hops: Sequence[int] = (1, 2)) -> list[RunConfig]:
-    """Return the runs of a profile, one a seed, trained on equal shares of dialogs of each of `hops`, 1 among them.
+def configurations(profile: str) -> list[RunConfig]:
+    """Return the runs of a profile, one a seed, trained on equal shares of dialogs of one and two hops.
 
-    Their files are those of `write_inputs`. An unknown profile, and hops that are not in `ASKED`, are an `InputError`.
+    Their files are those of `write_inputs`. An unknown profile is an `InputError`.
     """
     paths.profile_dir(profile)
-    if 1 not in hops or {*hops} - {*ASKED} or len({*hops}) < len(hops):
-        raise InputError(f"hops = {[*hops]}: 1 is expected, and others of {ASKED}, each once")
-    setting = SETTINGS[profile]
-    recipe = {"training": {"batch_size": 32}, **RECIPES[setting.recipe]}
-    files = {_dialogs(each): 1 / len(hops) for each in hops if each > 1}
-    recipe["training"] = {**recipe["training"], "steps": setting.steps, "files": files}
-    recipe |= {"mode": "in-tool", "model": {"d_model": setting.d_model}}
-    recipe |= {"evaluation": {"every": None, "stop_at_recall": None}}
-    facts = [{"n_people": setting.n_people, "seed": seed, "csv": _PEOPLE} for seed in range(setting.n_seeds)]
-    return [RunConfig.parse({**recipe, "facts": each, "seed": each["seed"]}) for each in facts]
+    n_people, d_model, steps, recipe, n_seeds, _ = SETTINGS[profile]
+    base = {
+        "mode": "in-tool",
+        "facts": {"n_people": n_people, "csv": _PEOPLE},
+        "training": {"batch_size": 32, "steps": steps, "files": {_DIALOGS: 0.5}},
+        "evaluation": {"every": None, "stop_at_recall": None},
+    }
+    grid = Grid(recipe=recipe, base=base, axes=[{"seed": [*range(n_seeds)]}], sizes=[d_model], threshold=None)
+    return [search.config(d_model) for search in grid.searches()]
 
 
 def write_inputs(config: RunConfig, folder: Path) -> dict[str, str]:
     """Write the files that a run names into a folder; return their paths by these names, as `run` takes them."""
     people = with_bosses(sample_people(config.facts.n_people, config.facts.seed), config.facts.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    inputs = {name: str(folder / name) for name in (_PEOPLE, *config.training.files)}
-    write_people_csv(people, inputs[_PEOPLE])
-    for hops in ASKED:
-        if path := inputs.get(_dialogs(hops)):
-            with paths.replacing(Path(path)) as temporary, temporary.open("w", encoding="utf-8") as file:
-                file.writelines(f"{to_json(chain_dialog(each))}\n" for each in chains(people, hops))
-    return inputs
+    write_people_csv(people, folder / _PEOPLE)
+    with paths.replacing(folder / _DIALOGS) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(f"{to_json(chain_dialog(each))}\n" for each in chains(people, 2))
+    return {name: str(folder / name) for name in (_PEOPLE, _DIALOGS)}
 
 
-def run_chains(config: RunConfig, folder: Path, asked: int, description: str | None = None) -> dict:
-    """Do one run of `configurations`, or go on with it; return its row: that of `lib.training.run`, and recall by hop.
+def run_chains(config: RunConfig, folder: Path, asked: int, description: str | None = None) -> None:
+    """Do one run of `configurations`, or go on with it; write its row: that of `lib.training.run`, and recall by hop.
 
     trained_HOPS and unseen_HOPS are about the first `asked` people that the model was trained on, and as many whose
     first and last names it never met; a boss is of the same group. Every look-up must have been made.
@@ -85,15 +79,12 @@ def run_chains(config: RunConfig, folder: Path, asked: int, description: str | N
     from lib.training.run import run
     from lib.training.saved import load_model, run_tokenizer
 
-    if (folder / paths.ROW).exists():
-        return paths.read_json(folder / paths.ROW, fields=("recall", "trained_1"))
     inputs = write_inputs(config, folder)
     row = run(config, folder / "run", inputs=inputs, description=description)
     model, _ = load_model(folder / "run" / paths.MODEL, "cpu")
-    row["hops"] = [hops for hops in ASKED if hops == 1 or _dialogs(hops) in inputs]
+    row["hops"] = [1, 2]
     row |= recall_by_hops(model, config.facts, read_people_csv(inputs[_PEOPLE]), run_tokenizer(config), asked)
-    paths.write_json(folder / paths.ROW, row | {"measured_commit": commit()})
-    return paths.read_json(folder / paths.ROW)
+    paths.write_json(folder / paths.ROWS, [row | {"measured_commit": commit()}])
 
 
 def run_profile(profile: str, recompute: bool = True) -> pd.DataFrame:
@@ -111,8 +102,8 @@ def _folder(config: RunConfig, profile: str) -> Path:
 
 def rows(profile: str) -> pd.DataFrame:
     """Return a row a finished run: those in paper_data, and those of today's plan still in runs."""
-    runs = {config.run_id: _folder(config, profile) / paths.ROW for config in configurations(profile)}
-    return rows_of_runs(TABLE, profile, runs.values(), runs)
+    runs = {config.run_id: _folder(config, profile) / paths.ROWS for config in configurations(profile)}
+    return rows_of_profile(TABLE, profile, runs.values(), runs)
 
 
 def table_of_rows() -> Table:
@@ -126,9 +117,7 @@ def recall_by_hops(model, facts: FactsConfig, people: People, tokenizer: Tokeniz
     groups = {"trained": people, "unseen": with_bosses(unseen_people(sampled, max(2, asked))["new_both"], facts.seed)}
     n, pairs = asked * len(ATTRIBUTES), product(groups.items(), ASKED)
     questions = {f"{group}_{hops}": list(islice(chains(members, hops), n)) for (group, members), hops in pairs}
-    with tempfile.TemporaryDirectory() as folder:
-        write_database(groups["trained"] + groups["unseen"], Path(folder, paths.DATABASE))
-        with SqlTool(Path(folder, paths.DATABASE)) as tool:
-            correct = measure_recall(model, [*chain.from_iterable(questions.values())], tokenizer, tool).correct
+    with temporary_database(groups["trained"] + groups["unseen"]) as path, SqlTool(path) as tool:
+        correct = measure_recall(model, [*chain.from_iterable(questions.values())], tokenizer, tool).correct
     ends = list(accumulate(map(len, questions.values())))
     return {name: float(part.mean()) for name, part in zip(questions, np.split(correct, ends[:-1]), strict=True)}

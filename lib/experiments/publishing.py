@@ -10,7 +10,7 @@ import pandas as pd
 from lib import paths
 from lib.base import InputError
 from lib.experiments.rows import table_path
-from lib.experiments.tables import COMPUTED, TABLE_ONLY, read_rows, read_table
+from lib.experiments.tables import COMPUTED, TABLE_ONLY, read_rows, read_table, stacked
 from lib.provenance import commit
 
 
@@ -55,8 +55,8 @@ class Table:
                 f"{len(bad)} rows were not made by a clean commit (run {bad.run_id.iloc[0]}, commit "
                 f"{bad.commit.iloc[0]}): only rows that can be traced are published, delete these runs and sweep again"
             )
-        others = known[known.profile != profile] if len(known) else known
-        self._write(pd.concat([others, rows]))
+        others = known[known.profile != profile]
+        self._write(stacked(others, rows))
         return len(others) + len(rows) - len(known)
 
     def drop(

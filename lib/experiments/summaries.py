@@ -18,6 +18,7 @@ from lib.experiments.tables import (
     searches_of,
     shown,
     sizes_shown,
+    stacked,
 )
 from lib.facts.entropy import entropy_bits_by_attribute
 from lib.facts.people import ATTRIBUTES
@@ -44,7 +45,7 @@ def bounds_rows(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
         found_here = pd.MultiIndex.from_frame(others[POINT]).isin(pd.MultiIndex.from_frame(found))
         earlier = others.superseded & (others["mode"] == "in-tool") & ~is_grid.astype(bool) & ~found_here
         others = others[earlier | others.run_id.isin(planned)]
-    return pd.concat([rows for rows in (own, others) if len(rows)] or [own], ignore_index=True)
+    return stacked(own, others)
 
 
 def generalization_rows(profile: str) -> pd.DataFrame:
@@ -106,13 +107,17 @@ def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHO
 
 def minimal_parameters_of_seeds(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Return what `minimal_parameters` summarizes, seed by seed, with columns seed and min_params (NaN if unknown)."""
-    columns = [*GROUP, "seed", "min_params", "finished_at"]
+    seed, of_size = [*GROUP, "seed"], ["d_model", "n_params", "recall", "next_smaller", "finished_at"]
     if not len(rows):
-        return pd.DataFrame(columns=columns)
-    of_size = ["d_model", "n_params", "recall", "next_smaller", "finished_at"]
-    runs_of_seeds = described(rows).reindex(columns=[*GROUP, "seed", *of_size]).groupby([*GROUP, "seed"])
-    found = [(*key, _smallest(runs, threshold), runs.finished_at.max()) for key, runs in runs_of_seeds]
-    return pd.DataFrame(found, columns=columns)
+        return pd.DataFrame(columns=[*seed, "min_params", "finished_at"])
+    runs = described(rows).reindex(columns=[*seed, *of_size])
+    found = runs[runs.recall >= threshold].sort_values("d_model").drop_duplicates(seed)
+    of_sizes = found.d_model.map(lambda d_model: max((size for size in SIZES if size < d_model), default=0))
+    below = found.assign(d_model=found.next_smaller.fillna(of_sizes))  # unless a plan says which sizes are tried
+    tried = pd.MultiIndex.from_frame(below[[*seed, "d_model"]]).isin(pd.MultiIndex.from_frame(runs[[*seed, "d_model"]]))
+    known = found[tried | found.d_model.eq(SIZES[0])].set_index(seed)  # a smaller size was not enough, or there is none
+    columns = {"min_params": known.n_params.astype(float), "finished_at": runs.groupby(seed).finished_at.max()}
+    return pd.DataFrame(columns).reset_index()
 
 
 _STATISTICS = {
@@ -120,19 +125,6 @@ _STATISTICS = {
     "seeds_reaching_it": "count",
     "seeds": "size",
 }
-
-
-def _smallest(runs: pd.DataFrame, threshold: float) -> float:
-    """Return the parameters of the smallest size that reached `threshold` if the next smaller one did not, else NaN."""
-    enough = runs[runs.recall >= threshold]
-    if not len(enough):
-        return math.nan
-    run = enough.sort_values("d_model").iloc[0]
-    below = run.next_smaller
-    if pd.isna(below):  # unless said otherwise, all sizes are to be tried
-        below = max((size for size in SIZES if size < run.d_model), default=0)
-    known = below in set(runs.d_model) if below else run.d_model == SIZES[0]  # smaller sizes were not enough
-    return float(run.n_params) if known else math.nan
 
 
 def biographies_bounds(profile: str, threshold: float = 0.95) -> pd.DataFrame:

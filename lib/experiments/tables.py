@@ -2,7 +2,6 @@
 
 import json
 from ast import literal_eval
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from lib.experiments.plan import searches
 from lib.experiments.rows import TABLES, rows_in_runs, table_path
 from lib.experiments.search import Search
 from lib.facts.people import LAWS, Law
+from lib.paths import read_json, whole
 
 #: Profiles that only tables have: no plan asks for their rows (paper_data/README.md).
 TABLE_ONLY = ("near-paper",)
@@ -25,6 +25,7 @@ _MARKS = {"next_smaller": "Int64", "every_seed": "boolean"}
 _DTYPES = dict.fromkeys(("run_id", "people_digest", "commit", "python", "torch"), str) | _MARKS
 #: Columns that are computed whenever rows are read, and never stored: a stored one would go stale with the plan.
 COMPUTED = ["superseded", "law", "recipe"]
+NO_ROWS = pd.DataFrame(columns=["profile", "run_id"])
 #: What a point of a figure is about; results of different recipes are never averaged.
 POINT = ["mode", "n_facts", "alpha", "law"]
 GROUP = [*POINT, "recipe", "superseded"]
@@ -39,7 +40,28 @@ def check_threshold(threshold: float) -> None:
 
 def read_table(path: Path) -> pd.DataFrame:
     """Return the rows of a table of runs; empty before anything was published."""
-    return pd.read_csv(path, dtype=_DTYPES) if path.exists() else pd.DataFrame()
+    return pd.read_csv(path, dtype=_DTYPES) if path.exists() else NO_ROWS
+
+
+def stacked(*tables: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of all tables; empty tables are left out, as their columns would change the others' types."""
+    return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
+
+
+def rows_of_profile(path: Path, profile: str, found: Iterable[Path], planned: Collection[str]) -> pd.DataFrame:
+    """Return a profile's rows in a table, and those of other runs that finished runs have in files `found`.
+
+    Missing files are left out. Adds superseded: whether the run is not `planned`.
+    """
+    files = whole(filter(Path.exists, found), lambda file: read_json(file, list))
+    rows = _with_fresh(read_table(path), profile, [row for _, rows in files for row in rows])
+    return rows.assign(superseded=~rows.run_id.isin(planned))
+
+
+def _with_fresh(known: pd.DataFrame, profile: str, fresh: list[dict]) -> pd.DataFrame:
+    known = known[known.profile == profile]
+    done = {*known.run_id}
+    return stacked(known, pd.DataFrame([row for row in fresh if row["run_id"] not in done]).assign(profile=profile))
 
 
 def committed_rows(section: str) -> pd.DataFrame:
@@ -54,30 +76,9 @@ def read_rows(section: str, profile: str, plan: Sequence[Search] | None = None) 
     unchanged. Adds `COMPUTED`: superseded (the plan no longer asks for this run), law and recipe (see `described`).
     """
     plan = searches_of(section, profile) if plan is None else plan
-    planned = _planned(plan)
     fresh = rows_in_runs(section, profile, plan) if plan else []
-    known = committed_rows(section) if section in TABLES else pd.DataFrame()
-    known = known[known.profile == profile] if len(known) else known
-    tables = [table for table in (known, pd.DataFrame(fresh).assign(profile=profile)) if len(table)]
-    rows = pd.concat(tables) if tables else pd.DataFrame(columns=["run_id"])
-    return _marked(rows.drop_duplicates("run_id", ignore_index=True), planned)
-
-
-def rows_of_runs(table: Path, profile: str, files: Iterable[Path], planned: Collection[str]) -> pd.DataFrame:
-    """Return a profile's rows in a table of paper_data, and those in the files of finished runs that it lacks.
-
-    files: the rows of one run each, as JSON, a list or a single one; missing files are left out. Adds superseded:
-    whether `planned` lacks the run.
-    """
-    known = read_table(table)
-    tables = [known[known.profile == profile]] if len(known) else []
-    done = set(tables[0].run_id) if tables else set()
-    for _, made in paths.whole(filter(Path.exists, files), lambda path: paths.read_json(path, list | dict)):
-        made = [row for row in (made if isinstance(made, list) else [made]) if row["run_id"] not in done]
-        tables.append(pd.DataFrame(made).assign(profile=profile))
-    tables = [table for table in tables if len(table)]
-    rows = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["profile", "run_id"])
-    return rows.assign(superseded=~rows.run_id.isin(planned))
+    known = committed_rows(section) if section in TABLES else NO_ROWS
+    return _marked(_with_fresh(known, profile, fresh), _planned(plan))
 
 
 def searches_of(section: str, profile: str, tokenizer: str = "bytes") -> list[Search]:
@@ -85,27 +86,24 @@ def searches_of(section: str, profile: str, tokenizer: str = "bytes") -> list[Se
     return [] if profile in TABLE_ONLY else searches(section, profile, tokenizer)
 
 
-def _planned(plan: Sequence[Search]) -> dict[str, tuple[int, bool]]:
+def _planned(plan: Sequence[Search]) -> pd.DataFrame:
     """Return by run the `_MARKS`: the next smaller size tried on its database (0: none), and `Search.certain`."""
-    sizes = defaultdict(set)
-    for search in plan:
-        sizes[search.base.canonical_json()] |= set(search.sizes)
-    planned = {}
-    for search in plan:
-        tried = sizes[search.base.canonical_json()]
-        for size, run_id in zip(search.sizes, search.run_ids, strict=True):
-            certain = size in search.certain or planned.get(run_id, (0, False))[1]
-            planned[run_id] = max((other for other in tried if other < size), default=0), certain
-    return planned
+    runs = [
+        (search.base.canonical_json(), size, run_id, size in search.certain)
+        for search in plan
+        for size, run_id in zip(search.sizes, search.run_ids, strict=True)
+    ]
+    runs = pd.DataFrame(runs, columns=["base", "next_smaller", "run_id", "every_seed"])
+    runs = runs.groupby(["base", "next_smaller", "run_id"], as_index=False).any()
+    smaller = runs.groupby("base").next_smaller.shift(fill_value=0)
+    return runs.assign(next_smaller=smaller).set_index("run_id")[[*_MARKS]]
 
 
-def _marked(rows: pd.DataFrame, planned: dict[str, tuple[int, bool]]) -> pd.DataFrame:
+def _marked(rows: pd.DataFrame, planned: pd.DataFrame) -> pd.DataFrame:
     """Return rows as a plan sees them; those it does not ask for keep the marks that they were published with."""
-    rows = rows.assign(superseded=~rows.run_id.isin(planned))
-    for i, (column, dtype) in enumerate(_MARKS.items()):
-        marks = pd.Series([planned[id_][i] if id_ in planned else pd.NA for id_ in rows.run_id], rows.index, dtype)
-        rows[column] = marks.fillna(rows[column].astype(dtype)) if column in rows else marks
-    return described(rows)
+    marks, stored = planned.reindex(rows.run_id), rows.reindex(columns=[*_MARKS])
+    rows[[*_MARKS]] = marks.set_axis(rows.index).astype(_MARKS).fillna(stored.astype(_MARKS))
+    return described(rows.assign(superseded=~rows.run_id.isin(planned.index)))
 
 
 def described(rows: pd.DataFrame) -> pd.DataFrame:

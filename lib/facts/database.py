@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,13 +43,19 @@ def write_database(people: People, path: str | Path) -> None:
 
 
 @contextmanager
+def temporary_database(people: People) -> Iterator[Path]:
+    """Yield the path of a database of people that is deleted at the end."""
+    with TemporaryDirectory(prefix="itl-") as folder:
+        write_database(people, path := Path(folder) / DATABASE)
+        yield path
+
+
+@contextmanager
 def as_database(file: Path) -> Iterator[Path]:
     """Yield the path of a database: the file itself or, for a CSV file (.csv), a temporary one of its people."""
-    with TemporaryDirectory(prefix="itl-") as folder:
-        made = Path(folder) / DATABASE
-        if is_csv := file.suffix.lower() == ".csv":
-            write_database(read_people_csv(file), made)
-        yield made if is_csv else file
+    is_csv = file.suffix.lower() == ".csv"
+    with temporary_database(read_people_csv(file)) if is_csv else nullcontext(file) as path:
+        yield path
 
 
 class GuardedConnection(sqlite3.Connection):

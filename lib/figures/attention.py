@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from lib.evaluation.attention_maps import attention_weights, dialog_tokens, spans
 from lib.evaluation.recall import Fact
-from lib.figures.style import panels
+from lib.figures.style import panels, shared_legend
 from lib.model.transformer import Transformer
 
 
@@ -77,7 +77,7 @@ def copying_by_letter(tables: dict[str, pd.DataFrame]) -> Figure:
             axes.set_xticks(range(len(common)), ticks)
         mass.set_ylabel("attention on the next letter")
         right.set_ylabel("share said rightly")
-        figure.legend(*mass.get_legend_handles_labels(), loc="outside lower center", ncols=len(tables))
+        shared_legend(figure, [mass], loc="outside lower center")
     return figure
 
 

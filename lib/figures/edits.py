@@ -1,11 +1,12 @@
 """Figures of Section 7.1 (our own): what it takes to change, delete and contest facts."""
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from lib.facts.sampling import UNSEEN
 from lib.figures.generalization import KINDS
-from lib.figures.style import STYLES, draw_means, nothing_yet, panels, shades
+from lib.figures.style import STYLES, draw_means, nothing_yet, panels, shades, shared_legend
 
 #: How facts are changed, as a legend says it.
 METHODS = {
@@ -47,9 +48,7 @@ def edits(rows: pd.DataFrame) -> Figure:
         cost.set(xlabel="facts changed", ylabel="seconds that it takes", xscale="log", yscale="log")
         harm.set(xlabel="facts changed", ylabel="recall afterwards", xscale="log", ylim=(-0.04, 1.06))
         harm.set_title("filled: of the other facts; hollow: of the changed ones", fontsize=8)
-        handles, labels = cost.get_legend_handles_labels()
-        if handles:
-            figure.legend(handles, labels, loc="outside lower left", ncols=len(handles))
+        shared_legend(figure, [cost], loc="outside lower left")
         _memories(memory, rows[rows.experiment == "delete"])
     return figure
 
@@ -59,15 +58,16 @@ def _memories(axes, deleted: pd.DataFrame) -> None:
     if not len(deleted):
         return nothing_yet(axes, "finished")
     deleted = deleted.sort_values("method", key=lambda methods: methods.map([*DELETED].index), kind="stable")
-    groups = list(deleted.groupby(["mode", "repeats", "method", "asked"], sort=False))
-    names = []
-    for y, ((mode, repeats, method, asked), points) in enumerate(groups):
-        look = {"color": STYLES[mode]["color"], "marker": STYLES[mode]["marker"], "linestyle": "none"}
-        axes.plot(points.memory, [y] * len(points), **look, label="deleted" if not y else None)
-        never = {**look, "markerfacecolor": "white", "color": "#777777"}
-        axes.plot(points.never_memory, [y + 0.25] * len(points), **never, label="never seen" if not y else None)
-        axes.plot([points.guess.mean()] * 2, [y - 0.3, y + 0.45], color="#555555", linestyle=":",
-                  label="a guess" if not y else None)  # fmt: skip
+    ways = deleted.groupby(["mode", "repeats", "method", "asked"], sort=False)
+    deleted, guess = deleted.assign(y=ways.ngroup()), ways.guess.mean()
+    for mode, points in deleted.groupby("mode", sort=False):
+        known = {**STYLES[mode], "linestyle": "none", "label": None if axes.lines else "deleted"}
+        never = {**known, "markerfacecolor": "white", "color": "#777777", "label": None if axes.lines else "never seen"}
+        axes.plot(points.memory, points.y, **known)
+        axes.plot(points.never_memory, points.y + 0.25, **never)
+    y, names = np.arange(len(guess)), []
+    axes.vlines(guess, y - 0.3, y + 0.45, color="#555555", linestyle=":", label="a guess")
+    for mode, repeats, method, asked in guess.index:
         about = f", {asked}" if mode == "in-tool" else ""
         untrained = "" if repeats else ",\nvalue not trained"
         names.append(f"{mode}: {DELETED[method]}{about}{untrained}")
@@ -78,20 +78,19 @@ def _memories(axes, deleted: pd.DataFrame) -> None:
 
 def contested(rows: pd.DataFrame) -> Figure:
     """Draw whom an in-tool model believes: shares of answers that follow the database, or state the fact anyway."""
-    rows = rows[rows.experiment == "contest"]
+    rows = rows[rows.experiment == "contest"].reindex(columns=["who", "method", "follows", "remembers"])
     groups = [(who, rows[rows.who == who]) for who in WHO if (rows.who == who).any()] or [("no runs yet", rows)]
     with panels((10, 2.8), 1, len(groups), sharey=True) as (figure, row):
         for axes, (who, told) in zip(row if len(groups) > 1 else [row], groups, strict=True):
             kinds = [kind for kind in RESULTS if (told.method == kind).any()]
-            for shift, (column, label, color) in enumerate(
-                (("follows", "states the result", "#0072B2"), ("remembers", "states the fact", "#D55E00"))
+            for shift, (column, label, mode) in enumerate(
+                (("follows", "states the result", "in-tool"), ("remembers", "states the fact", "in-weight"))
             ):
-                y = [i + 0.3 * shift for i in range(len(kinds))]
-                means = [told[told.method == kind][column].mean() for kind in kinds]
-                axes.barh(y, means, height=0.28, color=color, label=label)
-                for place, kind in zip(y, kinds, strict=True):
-                    seeds = told[told.method == kind][column]
-                    axes.plot(seeds, [place] * len(seeds), ".", color="black", markersize=3)
+                places = pd.Series(0.3 * shift + np.arange(len(kinds)), kinds)
+                means = told.groupby("method")[column].mean().reindex(kinds)
+                axes.barh(places, means, height=0.28, color=STYLES[mode]["color"], label=label)
+                for kind, seeds in told.groupby("method")[column]:
+                    axes.plot(seeds, [places[kind]] * len(seeds), ".", color="black", markersize=3)
             axes.set(title=who, xlim=(0, 1.02), xlabel="share of answers", yticks=range(len(kinds)), yticklabels=kinds)
         axes.invert_yaxis()
         axes.legend()
@@ -101,10 +100,8 @@ def contested(rows: pd.DataFrame) -> Figure:
 def forgiving(rows: pd.DataFrame) -> Figure:
     """Draw recall and wrong answers against how many letters of a name the tool forgives, a panel a kind of person."""
     rows = rows[rows.experiment == "forgive"]
-    rows = rows.assign(
-        letters=rows.get("method", pd.Series(dtype=str)).str.extract(r"(\d)", expand=False).astype(float)
-    )
-    counts = sorted(rows.n_facts.unique()) if len(rows) else []
+    rows = rows.assign(letters=rows.method.str.extract(r"(\d)", expand=False).astype(float))
+    counts = sorted(rows.n_facts.unique())
     with panels((9.6, 2.9), 1, len(UNSEEN), sharey=True) as (figure, row):
         for axes, kind in zip(row, UNSEEN, strict=True):
             for n_facts, color in zip(counts, shades(len(counts)), strict=True):
@@ -113,9 +110,5 @@ def forgiving(rows: pd.DataFrame) -> Figure:
                 draw_means(axes, points, "letters", "wrong answers", of="wrong", color=color, marker="x", linestyle=":")
             axes.set(title=KINDS[kind], xlabel="letters forgiven", ylim=(-0.04, 1.06), xticks=range(4))
         row[0].set_ylabel("share of questions")
-        handles, labels = row[0].get_legend_handles_labels()
-        if handles:
-            figure.legend(
-                dict(zip(labels, handles, strict=True)).values(), dict.fromkeys(labels), loc="outside right center"
-            )
+        shared_legend(figure, row, loc="outside right center")
     return figure

@@ -10,7 +10,16 @@ from lib.experiments import summaries
 from lib.experiments.published import PUBLISHED_KIND
 from lib.facts.people import FactsConfig, best_constant_guess
 from lib.facts.sampling import unseen_people
-from lib.figures.style import STYLES, draw_means, nothing_yet, panels, published_label, side_by_side, told_apart
+from lib.figures.style import (
+    STYLES,
+    draw_means,
+    nothing_yet,
+    panels,
+    published_label,
+    shared_legend,
+    side_by_side,
+    told_apart,
+)
 
 #: What is new in the names of unseen people, as a legend says it.
 KINDS = {
@@ -48,10 +57,7 @@ def generalization(shares: pd.DataFrame, published: pd.DataFrame) -> Figure:
         row[0].set_ylabel("recall, or share of seeds")
         for axes in row:
             axes.set_xlabel("training facts")
-        entries = {
-            label: handle for axes in row for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(entries.values(), entries, loc="outside right center", title="parameters")
+        shared_legend(figure, row, loc="outside right center", title="parameters")
     return figure
 
 
@@ -100,9 +106,7 @@ def tool_calls(shares: pd.DataFrame, d_model: int = TOOL_CALLS_D_MODEL) -> Figur
             if not axes.get_lines():
                 nothing_yet(axes, "in-tool")
         row[0].set_ylabel("share of first requests")
-        handles, labels = row[0].get_legend_handles_labels()
-        if handles:
-            figure.legend(handles, labels, loc="outside lower center", ncols=len(handles))
+        shared_legend(figure, row, loc="outside lower center")
     return figure
 
 

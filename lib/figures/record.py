@@ -46,17 +46,19 @@ _SMALLEST = "Parameters of the smallest model that recalls enough facts"
 _TEN_SEEDS = "10 seeds, measured at the end of training"
 _ONE_SEED = "one seed, the best of about 100 evaluations"
 
+_BOUNDS = Record(
+    shows=_SMALLEST,
+    draw=parameter_bounds.parameter_bounds,
+    rows=summaries.bounds_rows,
+    points=summaries.bounds_by_seed,
+    published=partial(published_by_paper, "parameter_bounds"),
+    about_published=_TEN_SEEDS,
+    options=("threshold", "tokenizer"),
+)
+
 #: Every figure that is drawn from the tables of Sections 4 and 5, by the name of its files.
 FIGURES = {
-    "parameter_bounds": Record(
-        shows=_SMALLEST,
-        draw=parameter_bounds.parameter_bounds,
-        rows=summaries.bounds_rows,
-        points=summaries.bounds_by_seed,
-        published=partial(published_by_paper, "parameter_bounds"),
-        about_published=_TEN_SEEDS,
-        options=("threshold", "tokenizer"),
-    ),
+    "parameter_bounds": _BOUNDS,
     "recall_vs_parameters": Record(
         shows="Recall at the end of training",
         draw=parameter_bounds.recall_against_parameters,
@@ -81,13 +83,9 @@ FIGURES = {
         points=lambda profile: summaries.capacity(tables.read_rows("05_1_patience", profile)),
         mode="in-weight",
     ),
-    "lower_bound": Record(
-        shows=_SMALLEST,
+    "lower_bound": _BOUNDS._replace(
         draw=parameter_bounds.lower_bound,
-        rows=summaries.bounds_rows,
         points=summaries.bounds,
-        published=partial(published_by_paper, "parameter_bounds"),
-        about_published=_TEN_SEEDS,
         options=("threshold",),
         mode="in-weight",
         has_own=False,
@@ -135,11 +133,11 @@ def draw(name: str, profile: str = "laptop", **options) -> Figure:
 
 def _with_own(record: Record, table: Callable[..., pd.DataFrame], profile: str, options: dict) -> pd.DataFrame:
     """Return the publishing profile's table; rows of a non-publishing profile follow, with `own` true."""
-    read = [table(tables.publishing_profile(profile)).assign(own=False)]
-    if record.has_own and profile not in paths.PUBLISHING:
-        of_own = {key: value for key, value in options.items() if key == "tokenizer"}
-        read.append(table(profile, **of_own).assign(own=True))
-    return pd.concat([part for part in read if len(part)] or read[:1], ignore_index=True)
+    published = table(tables.publishing_profile(profile)).assign(own=False)
+    if profile in paths.PUBLISHING or not record.has_own:
+        return published
+    of_own = {key: value for key, value in options.items() if key == "tokenizer"}
+    return tables.stacked(published, table(profile, **of_own).assign(own=True))
 
 
 def _found(name: str, options: dict) -> Record:

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib.artist import Artist
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -169,6 +170,17 @@ def smallest(table: pd.DataFrame, mode: str, threshold: float) -> pd.DataFrame:
     takes them."""
     known = table[table["mode"].eq(mode) & table.recall_threshold.eq(threshold) & table.min_params_mean.notna()]
     return known.sort_values("n_facts", kind="stable").rename(columns=lambda name: name.removeprefix("min_params_"))
+
+
+def shared_legend(figure: Figure, panels, **look) -> None:
+    """Draw one legend of all that panels have labels for, each label once; none if there is nothing."""
+    entries: dict[str, Artist] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= zip(labels, handles, strict=True)
+    if entries:
+        n_columns = len(entries) if "lower" in look["loc"] else 1
+        figure.legend(entries.values(), entries, ncols=n_columns, **look)
 
 
 def published_label(n_facts: pd.Series, about: str = "", law: str = "independent") -> str:

@@ -6,8 +6,7 @@ from itertools import cycle
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.base import InputError
-from lib.figures.style import BESIDE, STYLES, panels, shades
+from lib.figures.style import BESIDE, STYLES, panels, shades, shared_legend
 
 _CONTENDERS = {
     "ours": {"linestyle": "--", "alpha": 0.7},
@@ -54,17 +53,14 @@ def performance(training: pd.DataFrame, curve: pd.DataFrame, growth: pd.DataFram
 _SCALES = {"mean": "linear", "std": "log", "skew": "linear", "kurtosis": "symlog"}
 
 
-def probes(rows: list[dict], tensors: list[str] | None = None) -> Figure:
+def probes(rows: list[dict]) -> Figure:
     """Draw moments of activations (above) and of the loss's gradient there (below) over steps, a line per tensor.
 
-    rows: what a run wrote to probes.jsonl. tensors: which; by default the residual stream and what is read from it:
-    the embedding, the sum after each block, the last norm and the logits. One that is not there is an `InputError`.
+    rows: what a run wrote to probes.jsonl. Drawn are the residual stream and what is read from it: the embedding, the
+    sum after each block, the last norm and the logits.
     """
     table = pd.DataFrame(rows, columns=["step", "tensor", "of", *_SCALES])
-    known = table.tensor.unique()
-    names = tensors or [name for name in known if name.count(".") <= 1]
-    if missing := [name for name in names if name not in known]:
-        raise InputError(f"there are no probes of {missing[0]!r}: there are {', '.join(known)}")
+    names = [name for name in table.tensor.unique() if name.count(".") <= 1]
     size, rc = (9.6, 4.2), {"lines.markersize": 3, "lines.linewidth": 1}
     with panels(size, 2, len(_SCALES), rc, sharex=True) as (figure, grid):
         for of, line in zip(("output", "gradient"), grid, strict=True):
@@ -76,21 +72,20 @@ def probes(rows: list[dict], tensors: list[str] | None = None) -> Figure:
                 axes.set_title(f"{moment} of the {of}", fontsize=9)
         for axes in grid[-1]:
             axes.set_xlabel("steps")
-        if len(names):
-            figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center")
+        shared_legend(figure, grid[0], loc="outside right center")
     return figure
 
 
 _SPECIAL_TOKENS = {256: "U", 257: "A", 258: "D", 259: "E", ord("\n"): "\u21b5"}
 
 
-def trained_characters(tokens: Sequence[int], trained: Sequence[bool], width: int = 46) -> Figure:
+def trained_characters(tokens: Sequence[int], trained: Sequence[bool]) -> Figure:
     """Draw a dialog of bytes, a character a place, special tokens as U, A, D and E; trained tokens are colored.
 
     tokens, trained: as `lib.dialogs.tokens.encode_dialog` gives them for the byte tokenizer; of ASCII text.
     """
     shown = [_SPECIAL_TOKENS.get(token) or chr(token) for token in tokens]
-    n_rows = len(tokens) // width
+    width, n_rows = 46, len(tokens) // 46
     with panels((9, 0.26 * (n_rows + 1))) as (figure, axes):
         for i, (character, is_trained) in enumerate(zip(shown, trained, strict=True)):
             box = {"facecolor": "#F0B48A" if is_trained else "#EEEEEE", "edgecolor": "none", "pad": 2}

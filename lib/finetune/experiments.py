@@ -15,7 +15,7 @@ from lib import paths
 from lib.experiments.publishing import Table
 from lib.experiments.scale_tables import rate, table_path
 from lib.experiments.sweep import check_failed
-from lib.experiments.tables import publishing_profile, rows_of_runs, shown
+from lib.experiments.tables import publishing_profile, rows_of_profile, shown
 from lib.finetune.bases import BASES, PUBLISHED
 from lib.finetune.config import N_FACTS, FinetuneConfig
 from lib.paths import ROWS
@@ -138,7 +138,7 @@ def rows(profile: str) -> pd.DataFrame:
     """
     configs = plan(profile)
     files = [folder(config, profile) / ROWS for config in configs]
-    table = rows_of_runs(table_path(), profile, files, {config.run_id for config in configs})
+    table = rows_of_profile(table_path(), profile, files, {config.run_id for config in configs})
     recipes = [json.loads(config) | {"seed": None} for config in table.get("config", ["{}"] * len(table))]
     return table.assign(recipe=[json.dumps(recipe, sort_keys=True) for recipe in recipes])
 

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from lib import paths
-from lib.base import InputError
 from lib.config import RunConfig
 from lib.dialogs.chains import chain_dialog, chains
 from lib.dialogs.tokenizers import ByteTokenizer
@@ -13,52 +12,66 @@ from lib.experiments.chains import (
     SETTINGS,
     configurations,
     recall_by_hops,
-    run_chains,
     run_profile,
     write_inputs,
 )
 from lib.facts.csv import read_people_csv
 from lib.facts.people import FactsConfig
 from lib.facts.sampling import sample_people, with_bosses
+from lib.figures.chains import recall_by_hops as recall_by_hops_figure
 from lib.model.chain_circuit import ChainCircuit
 from lib.model.circuit import Circuit
 
 
-def smoke(hops=(1, 2)) -> RunConfig:
-    return configurations("smoke", hops)[0]
+def smoke() -> RunConfig:
+    return configurations("smoke")[0]
 
 
-@pytest.mark.parametrize(("hops", "shares"), [((1,), []), ((1, 2), [0.5]), ((1, 3), [0.5]), ((1, 2, 3), [1 / 3] * 2)])
-def test_the_dialogs_of_each_number_of_hops_are_the_same_share(hops, shares):
-    training = smoke(hops).training
-    assert [*training.files.values()] == shares
-    assert training.questions == pytest.approx(1 / len(hops))
+def test_the_dialogs_of_each_number_of_hops_are_the_same_share():
+    training = smoke().training
+    assert [*training.files.values()] == [0.5] == [training.questions]
 
 
 def test_the_inputs_of_a_run_are_people_with_bosses_and_their_dialogs(tmp_path):
-    config = smoke((1, 3))
+    config = smoke()
     inputs = write_inputs(config, tmp_path / "a")
     people = read_people_csv(inputs["people.csv"])
     assert people == with_bosses(sample_people(4))
-    lines = [json.loads(line) for line in open(inputs["dialogs_3.jsonl"], encoding="utf-8")]
-    assert lines == [[list(turn) for turn in chain_dialog(chain)] for chain in chains(people, 3)]
+    lines = [json.loads(line) for line in open(inputs["dialogs_2.jsonl"], encoding="utf-8")]
+    assert lines == [[list(turn) for turn in chain_dialog(chain)] for chain in chains(people, 2)]
     for name, path in write_inputs(config, tmp_path / "b").items():
         assert open(path, "rb").read() == open(inputs[name], "rb").read()
 
 
-def test_a_run_is_asked_about_each_number_of_hops_and_is_not_repeated(tmp_path):
-    row = run_chains(smoke(), tmp_path / "run", asked=1)
+def test_a_run_is_asked_about_each_number_of_hops_and_is_not_repeated(monkeypatch, tmp_path):
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path))
+    monkeypatch.setitem(SETTINGS, "smoke", SETTINGS["smoke"]._replace(asked=1))
+    (row,) = run_profile("smoke").to_dict("records")
     assert {f"{group}_{hops}": row[f"{group}_{hops}"] for group in ("trained", "unseen") for hops in (1, 2, 3)} == (
         dict.fromkeys(["trained_1", "trained_2", "trained_3", "unseen_1", "unseen_2", "unseen_3"], 0.0)
     )  # after five steps
     assert (row["hops"], row["steps"], row["run_id"]) == ([1, 2], 5, smoke().run_id)
     assert {"commit", "measured_commit", "finished_at", "torch", "device", "seed", "config"} <= set(row)
-    row_file = tmp_path / "run" / paths.ROW
-    written = row_file.stat().st_mtime_ns
-    assert run_chains(smoke(), tmp_path / "run", asked=1) == row
-    assert row_file.stat().st_mtime_ns == written
-    row_file.unlink()  # killed after training: it is measured again
-    assert run_chains(smoke(), tmp_path / "run", asked=1)["finished_at"] == row["finished_at"]
+    (file,) = tmp_path.glob(f"smoke/07_2/*/{paths.ROWS}")
+    written = file.stat().st_mtime_ns
+    assert run_profile("smoke").to_dict("records") == [row]
+    assert file.stat().st_mtime_ns == written
+    file.unlink()  # killed after training: it is measured again
+    assert run_profile("smoke").finished_at[0] == row["finished_at"]
+
+
+def test_a_committed_row_is_not_made_again_and_is_drawn_as_a_fresh_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path))
+    fresh = run_profile("smoke")
+    monkeypatch.setattr("lib.experiments.chains.TABLE", tmp_path / "chains.csv")
+    fresh.to_csv(tmp_path / "chains.csv", index=False)
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "elsewhere"))
+    committed = run_profile("smoke")
+    assert not (tmp_path / "elsewhere").exists() and not committed.superseded[0]
+    assert committed.trained_1[0] == fresh.trained_1[0]
+    drawn = [recall_by_hops_figure(rows).axes[0] for rows in (fresh, committed)]
+    one, other = ([patch.get_extents().bounds for patch in axes.patches] for axes in drawn)
+    assert one == other and len(one) == 1  # grey from one to two hops
 
 
 @pytest.mark.parametrize(("circuit", "most"), [(ChainCircuit, 3), (Circuit, 1)])
@@ -74,12 +87,6 @@ def test_every_profile_has_its_runs_one_a_seed():
         assert len({config.run_id for config in runs}) == len(runs) == setting.n_seeds
         assert [config.facts.seed for config in runs] == [config.seed for config in runs] == [*range(len(runs))]
     assert set(SETTINGS) == set(paths.PROFILES)
-
-
-@pytest.mark.parametrize("hops", [(), (2,), (1, 1), (1, 4)])
-def test_hops_that_cannot_be_trained_on_are_refused(hops):
-    with pytest.raises(InputError, match="1 is expected, and others of"):
-        smoke(hops)
 
 
 def test_a_profile_gives_its_finished_runs_and_trains_none_unless_told_to(monkeypatch, tmp_path):
