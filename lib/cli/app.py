@@ -238,7 +238,10 @@ def sweep(
     profile: ProfileOption = "quick",
     jobs: Annotated[int | None, typer.Option(help="runs at a time (default: one a core, or one a GPU)")] = None,
     dry_run: Annotated[bool, typer.Option(help="only say what is ahead")] = False,
-    max_hours: Annotated[float, typer.Option(min=0, help="start no new run after this time")] = float("inf"),
+    facts: Annotated[list[int] | None, typer.Option(help="only so many facts; may be repeated (Section 5)")] = None,
+    max_hours: Annotated[float, typer.Option(min=0, help="stop after this time; the same command resumes")] = float(
+        "inf"
+    ),
     device: Device = "auto",
     publish: Annotated[bool, typer.Option(help="merge finished rows into paper_data (laptop and paper)")] = False,
 ) -> None:
@@ -250,6 +253,8 @@ def sweep(
         publishing.check_publishes(profile)
         publishing.check_traceable()
     failed = False
+    if facts and source in ("06", "07_1", "07_2"):
+        raise InputError(f"--facts is for Section 5 and grids of your own, not for section {source}: leave it out")
     if source == "07_2":
         from lib.experiments import chains
 
@@ -259,6 +264,8 @@ def sweep(
         failed = finetune.sweep(profile, jobs, dry_run, max_hours, device).failed
     else:
         from lib.experiments import sweep as sweeps
+        from lib.experiments.plan import searches
+        from lib.facts.people import ATTRIBUTES
 
         options, plan = {"max_hours": max_hours, "device": device}, None
         if source == "07_1":
@@ -267,6 +274,8 @@ def sweep(
             if not dry_run:
                 edits.run(profile, jobs, **options)
             plan = edits.missing(profile)
+        elif facts:
+            plan = [each for each in searches(source, profile) if len(ATTRIBUTES) * each.base.facts.n_people in facts]
         report = sweeps.sweep(source, profile, jobs=jobs, dry_run=dry_run, plan=plan, **options)
         console.print(str(report))
         failed = report.failed

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -80,9 +81,10 @@ def sweep(
     """Run all that an experiment needs in a profile and that has no row yet, `jobs` runs at a time.
 
     section: as `lib.experiments.plan.searches` takes it. jobs: by default one a core, or one a GPU; of several GPUs
-    each run gets one (see `assign_devices`). max_hours: after this time no run starts. dry_run: run nothing; the report
-    says what is ahead, on a CPU core unless `device` names a GPU. plan: searches to do instead of all of the section's.
-    in_process: run here, one after the other, without processes; raises `Preempted`.
+    each run gets one (see `assign_devices`). max_hours: after this time runs save a checkpoint and leave; the same call
+    goes on with them. dry_run: run nothing; the report says what is ahead, on a CPU core unless `device` names a GPU.
+    plan: searches to do instead of all of the section's. in_process: run here, one after the other, without processes,
+    each to its end; raises `Preempted`.
 
     A failing run is tried once more, then reported; the others go on.
     """
@@ -178,6 +180,8 @@ def _execute(
             if not running:
                 return
             while not (finished := wait(running, LINE_INTERVAL, FIRST_COMPLETED).done):
+                if time.monotonic() >= deadline:
+                    return
                 going = [_how_far(config, directory / config.run_id) for config, _ in running.values()]
                 bar.set_postfix_str("; ".join(going))
                 bar.update(0)
@@ -199,8 +203,9 @@ def _execute(
 
 def _how_far(config: RunConfig, directory: Path) -> str:
     """Return which run goes and how many steps it has done, as it logged last."""
-    metrics = directory / "metrics.jsonl"
-    steps = re.findall(r'"step": (\d+)', metrics.read_text()) if metrics.exists() else []
+    steps = []
+    with suppress(OSError):  # it has logged nothing yet
+        steps = re.findall(r'"step": (\d+)', (directory / "metrics.jsonl").read_text("utf-8", "replace"))
     total = config.training.total_steps(len(ATTRIBUTES) * config.facts.n_people)
     return f"{_title(config)}: step {int((steps or [0])[-1]):,} of {total:,}"
 
