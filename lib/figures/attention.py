@@ -43,7 +43,7 @@ def copying_maps(heads: dict[str, tuple[Transformer, int, int]], fact: Fact) -> 
             _map(axes, title, head, weights, letters)
             axes.title.set_fontsize(8)
         grid[0, 0].set_ylabel("next letter of the request")
-        figure.supxlabel("letter of the question", fontsize=8)
+        figure.supxlabel("letter of the question (darker: more attention)", fontsize=8)
     return figure
 
 
@@ -76,7 +76,7 @@ def copying_by_letter(tables: dict[str, pd.DataFrame]) -> Figure:
             axes.set(ylim=(-0.05, 1.05), xlabel="letter of the name")
             axes.set_xticks(range(len(common)), ticks)
         mass.set_ylabel("attention on the next letter")
-        right.set_ylabel("share said rightly")
+        right.set_ylabel("share of letters said right")
         shared_legend(figure, [mass], loc="outside lower center")
     return figure
 

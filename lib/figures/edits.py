@@ -21,12 +21,17 @@ METHODS = {
 #: How facts are deleted, in a few words.
 DELETED = {
     "nothing": "before",
-    "gradient ascent": "ascent",
-    "gradient ascent among the others": "ascent,\nthe others repeated",
+    "gradient ascent": "gradient ascent",
+    "gradient ascent among the others": "gradient ascent,\nthe others repeated",
     "delete from the database": "deleted",
 }
-#: Whom contested answers are about, and what the database says, in the order in which they are drawn.
-WHO = ["trained", "unseen", "by heart, hybrid", "looked up, hybrid"]
+#: Whom contested answers are about, with a title each, and what the database says, in the order of drawing.
+WHO = {
+    "trained": "trained people",
+    "unseen": "unseen people",
+    "by heart, hybrid": "hybrid model:\npeople learned by heart",
+    "looked up, hybrid": "hybrid model:\nall other people",
+}
 RESULTS = ["the fact", "another value", "an unknown word", "two values", "nothing", "an order"]
 
 
@@ -36,18 +41,16 @@ def edits(rows: pd.DataFrame) -> Figure:
     rows: as `lib.experiments.edits.rows` gives them, of one number of facts a mode: means over seeds with bars from the
     smallest to the largest.
     """
-    with panels((11, 3.4), 1, 3, width_ratios=(1, 1, 1.2)) as (figure, (cost, harm, memory)):
+    with panels((12.4, 3.4), 1, 4, width_ratios=(1, 1, 1, 1.2)) as (figure, (cost, harm, success, memory)):
         changed = rows[rows.experiment == "change"]
         for method, (label, look) in METHODS.items():
             points = changed[changed.method == method]
             if len(points):
-                draw_means(cost, points, "n_edited", label, of="seconds", **look)
-                draw_means(harm, points, "n_edited", label, of="recall_others", **look)
-                grey = {**look, "markerfacecolor": "white", "linestyle": ":", "alpha": 0.6}
-                draw_means(harm, points, "n_edited", "the changed facts", of="recall_edited", **grey)
-        cost.set(xlabel="facts changed", ylabel="seconds that it takes", xscale="log", yscale="log")
-        harm.set(xlabel="facts changed", ylabel="recall afterwards", xscale="log", ylim=(-0.04, 1.06))
-        harm.set_title("filled: of the other facts; hollow: of the changed ones", fontsize=8)
+                for axes, column in ((cost, "seconds"), (harm, "recall_others"), (success, "recall_edited")):
+                    draw_means(axes, points, "n_edited", label, of=column, **look)
+        cost.set(xlabel="facts changed", ylabel="seconds for the edit", xscale="log", yscale="log")
+        for axes, which in ((harm, "all other"), (success, "the changed")):
+            axes.set(xlabel="facts changed", ylabel=f"recall of {which} facts", xscale="log", ylim=(-0.04, 1.06))
         shared_legend(figure, [cost], loc="outside lower left")
         _memories(memory, rows[rows.experiment == "delete"])
     return figure
@@ -68,10 +71,10 @@ def _memories(axes, deleted: pd.DataFrame) -> None:
     y, names = np.arange(len(guess)), []
     axes.vlines(guess, y - 0.3, y + 0.45, color="#555555", linestyle=":", label="a guess")
     for mode, repeats, method, asked in guess.index:
-        about = f", {asked}" if mode == "in-tool" else ""
+        about = f",\nasked {asked}" if mode == "in-tool" else ""
         untrained = "" if repeats else ",\nvalue not trained"
         names.append(f"{mode}: {DELETED[method]}{about}{untrained}")
-    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="share still known", xlim=(-0.04, 1.04))
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="share of facts still known", xlim=(-0.04, 1.04))
     axes.invert_yaxis()
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
 
@@ -90,10 +93,12 @@ def contested(rows: pd.DataFrame) -> Figure:
                 means = told.groupby("method")[column].mean().reindex(kinds)
                 axes.barh(places, means, height=0.28, color=STYLES[mode]["color"], label=label)
                 for kind, seeds in told.groupby("method")[column]:
-                    axes.plot(seeds, [places[kind]] * len(seeds), ".", color="black", markersize=3)
-            axes.set(title=who, xlim=(0, 1.02), xlabel="share of answers", yticks=range(len(kinds)), yticklabels=kinds)
+                    axes.plot(seeds, [places[kind]] * len(seeds), ".", color="black", markersize=3, label="one seed")
+            axes.set(xlim=(0, 1.02), xlabel="share of answers", yticks=range(len(kinds)), yticklabels=kinds)
+            axes.set_title(WHO.get(who, who), fontsize=9)
         axes.invert_yaxis()
-        axes.legend()
+        figure.axes[0].set_ylabel("what the database says")
+        shared_legend(figure, [axes], loc="outside lower center")
     return figure
 
 
@@ -106,8 +111,11 @@ def forgiving(rows: pd.DataFrame) -> Figure:
         for axes, kind in zip(row, UNSEEN, strict=True):
             for n_facts, color in zip(counts, shades(len(counts)), strict=True):
                 points = rows[(rows.who == kind) & (rows.n_facts == n_facts)]
-                draw_means(axes, points, "letters", f"{n_facts:,} training facts", of="recall", color=color, marker="o")
-                draw_means(axes, points, "letters", "wrong answers", of="wrong", color=color, marker="x", linestyle=":")
+                about = f"answers,\n{n_facts:,} training facts"
+                draw_means(axes, points, "letters", f"right {about}", of="recall", color=color, marker="o")
+                points = points.assign(letters=points.letters + 0.12)  # or the bars overlap
+                look = {"color": color, "marker": "x", "linestyle": ":"}
+                draw_means(axes, points, "letters", f"wrong {about}", of="wrong", **look)
             axes.set(title=KINDS[kind], xlabel="letters forgiven", ylim=(-0.04, 1.06), xticks=range(4))
         row[0].set_ylabel("share of questions")
         shared_legend(figure, row, loc="outside right center")

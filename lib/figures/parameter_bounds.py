@@ -96,8 +96,9 @@ def lower_bound(points: pd.DataFrame, published: pd.DataFrame, threshold: float 
             axes.plot(ends, bound, color="#555555", linestyle=line, label=f"{per_parameter:g} bits a parameter ({who})")
         _by_hand_line(axes)
         axes.set(xscale="log", yscale="log", ylabel="parameters")
-        axes.set_xlabel(f"bits that recalling {threshold:.0%} of the facts takes")
-        axes.legend()
+        axes.set_xlabel(f"bits needed to recall {threshold:.0%} of the facts")
+        axes.set_ylim(top=5 * axes.get_ylim()[1])  # room for the legend
+        axes.legend(loc="upper left")
     return figure
 
 
@@ -156,15 +157,18 @@ def bits_stored(held: pd.DataFrame) -> Figure:
         axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="bits stored")
         low, high = axes.get_xlim()
         ends = {bits: (bits * low, bits * high) for bits in (1, 2)}
-        draw_bits_lines(axes, ends, "#777777", xytext=(-2, 3), ha="right", va="bottom")
+        draw_bits_lines(axes, ends, "#777777", xytext=(4, 0), ha="left", va="center")
         if high < 50 * low:  # matplotlib's own ticks run into each other
             axes.set_xticks([tick for tick in 5000 * 2 ** np.arange(8) if low <= tick <= high])
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.xaxis.set_minor_formatter("")
+        grey = {"color": "#666666"}
+        axes.plot([], [], "o", **grey, markerfacecolor="white", label="hollow: recall ≥ 95%")
         if held.superseded.any():
-            axes.plot([], [], "o", **{"color": "#777777", **EARLIER}, label="pale: earlier recipe")
+            axes.plot([], [], "o", **grey, alpha=EARLIER["alpha"], label="pale: earlier recipe")
+        axes.plot([], [], **grey, linewidth=0.7, linestyle=":", label="entropy of the database")
         if groups:
-            axes.legend(title="facts", **BESIDE)
+            axes.legend(title="facts", loc="upper left", bbox_to_anchor=(1, 0.85))
         else:
             nothing_yet(axes, "in-weight")
     return figure

@@ -37,9 +37,10 @@ def test_changes_are_drawn_as_means_over_seeds():
         {"experiment": "delete", "mode": "in-weight", "method": "nothing", "asked": "at once", "seed": 0, "memory": 0.9,
          "never_memory": 0.1, "guess": 0.05},
     )  # fmt: skip
-    cost, harm, memory = figures.edits(table).axes
+    cost, harm, success, memory = figures.edits(table).axes
     assert cost.lines[0].get_xydata().tolist() == [[1, 2.5], [2, 4.5]]
     assert harm.lines[0].get_xydata().tolist() == [[1, 0.875], [2, 0.375]]
+    assert success.lines[0].get_xydata().tolist() == [[1, 1.0], [2, 1.0]]
     assert [line.get_xdata()[0] for line in memory.lines] == [0.9, 0.1]
     assert memory.collections[0].get_segments()[0][:, 0].tolist() == [0.05, 0.05]
     assert [label.get_text() for label in memory.get_yticklabels()] == ["in-weight: before"]
