@@ -1,4 +1,4 @@
-"""People as a server of the Model Context Protocol (MCP), which assistants speak (extra `serve`)."""
+"""A server that offers people to assistants, over the Model Context Protocol (MCP; extra `serve`)."""
 
 import asyncio
 import os

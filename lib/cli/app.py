@@ -125,7 +125,7 @@ def data(
     dialogs: Annotated[Path | None, typer.Option(help="also write the dialogs, as JSON lines")] = None,
     mode: Mode = "in-weight",
 ) -> None:
-    """Make people and their database."""
+    """Sample people, or read them from a CSV file, and write their database."""
     from lib.dialogs import templates
     from lib.facts.database import write_database
     from lib.facts.sampling import load_people
@@ -316,7 +316,7 @@ def drop(
 
 @app.command()
 def refresh() -> None:
-    """Compute the comparisons, README's numbers, figures and notebooks' outputs from paper_data; trains nothing."""
+    """Recompute comparisons, README's numbers, figures and notebooks' outputs from paper_data, without training."""
     from lib.notebook import refresh as everything
 
     everything.refresh(console.print)
@@ -325,7 +325,7 @@ def refresh() -> None:
 @app.command()
 def compare(
     section: Section,
-    threshold: Annotated[float, typer.Option(help="recall that counts as knowing: 0.5, 0.9, 0.95 or 0.99")] = 0.95,
+    threshold: Annotated[float, typer.Option(help="recall that a model must reach: 0.5, 0.9, 0.95 or 0.99")] = 0.95,
 ) -> None:
     """Show our results beside the published ones, and write the table of all of them to paper_data/compared."""
     from lib.experiments import published, tables
@@ -381,7 +381,7 @@ def paper(profile: ProfileOption = "quick") -> None:
 
 @app.command()
 def scale(profile: ProfileOption = "quick") -> None:
-    """Do as `paper` for Section 6 and the TriviaQA appendix: large models, fine-tuned (extra `scale`)."""
+    """Do as `paper` for the notebooks of Section 6 and of TriviaQA, which fine-tune chat models (extra `scale`)."""
     _run_all("scale", profile)
 
 

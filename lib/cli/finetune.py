@@ -52,7 +52,7 @@ ApiKey = Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="of the serve
 
 
 def bases() -> None:
-    """List the base models that have names, and the learning rates that they are fine-tuned with (extra `scale`)."""
+    """List the named base models and the learning rates that they are fine-tuned with (extra `scale`)."""
     from lib.experiments.scale_tables import rate
     from lib.finetune.bases import BASES, rate_source
 
@@ -126,7 +126,7 @@ def trivia(
         Path | None, typer.Option(help="JSON lines, one a question (default: runs/trivia/records.jsonl)")
     ] = None,
 ) -> None:
-    """Ask a chat model behind a server questions of general knowledge, without a tool and with one that knows.
+    """Ask a chat model behind a server questions of general knowledge, without a tool and with one to look them up.
 
     To serve a model of your own: pip install "transformers[serving]", then transformers serve FOLDER.
     The same command resumes: a question with an answer in --out is not asked again.
@@ -164,8 +164,9 @@ def ask(
 ) -> None:
     """Measure a chat model's recall of people that it may look up, in the paper's words and in ten paraphrases.
 
-    Any OpenAI-compatible server will do. An answer is right if it has the value, and a query of the model found it.
-    The same command resumes: a question with an answer in --out is not asked again. A figure is drawn beside --out.
+    Any OpenAI-compatible server will do. An answer is right if it contains the value and one of the model's queries
+    found it. The same command resumes: a question with an answer in --out is not asked again. A figure is drawn
+    beside --out.
     """
     from lib.agent.tools import EditableTool, SqlTool
     from lib.facts.database import as_database
@@ -183,7 +184,7 @@ def ask(
     table["95% interval"] = table.low.map("{:.3f} to ".format) + table.high.map("{:.3f}".format)
     for name, rows in table.groupby("protocol", sort=False):
         shown = rows[["phrasing", "recall", "95% interval", *(kind for kind in [*Verdict][1:] if rows[kind].any())]]
-        console.print(f"{name}, {len(asked) // len(rows):,} facts in each phrasing, and how many questions failed why:")
+        console.print(f"{name}, {len(asked) // len(rows):,} facts in each phrasing, and why questions failed:")
         console.print(shown.to_string(index=False, float_format="{:.3f}".format))
     _, figure = style.save_in(teaching.recall_by_phrasing(table, endpoint["model"]), out.name, out.parent)
     console.print(f"all records are in {out}, a figure is {figure}")

@@ -137,7 +137,7 @@ SET = Option(list[str], "any other field, as training.steps=500; may be repeated
 RUN: Group = (
     _run_config,
     {
-        "mode": Option(Mode, "where the facts are to be"),
+        "mode": Option(Mode, "answer from memory or by asking a database"),
         "people": Option(int, "how many people to learn", "facts.n_people"),
         "d_model": Option(int, "width of the model", "model.d_model"),
         "seed": Option(int, "of the people, the initialization and the data order"),

@@ -94,7 +94,7 @@ Submitted = Annotated[str, typer.Argument(help="name of a submission, as itl sta
 
 
 def status(name: Annotated[str | None, typer.Argument(help="of a submission (default: all)")] = None) -> None:
-    """Say which tasks that were submitted to Slurm are queued, running, done, failed or missing, and why."""
+    """Say which submitted tasks are queued, running, done, failed or missing, and why."""
     from lib.slurm import job, submissions
 
     queue = job.queue()

@@ -1,7 +1,7 @@
 """Questions that take several look-ups, one after the other: "Where was the boss of Ann Lee born?" (our Section 7.2).
 
 A chain is the facts that answer a question, in the order in which they are asked for. Each but the last is about the
-attribute `LINK`, whose value is the next person: h facts are a question of h hops.
+attribute `LINK`, whose value is the next person. h facts answer a question of h hops.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ Fact = tuple[str, str, str]  # name, attribute, value
 def chains(people: People, hops: int) -> Iterator[list[Fact]]:
     """Yield the chains of `hops` facts that begin with each of `people` and end with each attribute but `LINK`.
 
-    Less than one hop, and a person without a `LINK` among `people` where one is needed, are an `InputError`.
+    Raises `InputError` for less than one hop, and if somebody's `LINK` is needed but not among `people`.
     """
     if hops < 1:
         raise InputError(f"hops = {hops}: a question takes one look-up or more")
@@ -37,14 +37,14 @@ def chains(people: People, hops: int) -> Iterator[list[Fact]]:
 
 
 def chain_question(chain: Sequence[Fact]) -> str:
-    """Return the user's question: of one hop it is `question`; each hop more puts `PHRASE` before the name."""
+    """Return the user's question: `question` for one hop, with `PHRASE` before the name for each further hop."""
     return question(PHRASE * (len(chain) - 1) + chain[0][0], chain[-1][1])
 
 
 def chain_dialog(chain: Sequence[Fact]) -> Dialog:
-    """Return question, request and database's answer for each hop, and the answer, about the last person by name.
+    """Return the question, a request and the database's answer for each hop, and the answer, about the last person.
 
-    Of one hop it is `in_tool_dialog`.
+    For one hop this is `in_tool_dialog`.
     """
     turns = [Turn(Role.USER, chain_question(chain))]
     for name, attribute, value in chain:

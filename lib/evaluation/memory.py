@@ -1,4 +1,4 @@
-"""What a model knows by heart, its tool cut off, and whether it believes what its tool says (Section 7, our own)."""
+"""What a model knows without its tool, and whether it repeats what its tool says (Section 7, our own)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,7 @@ from lib.dialogs.tokenizers import Tokenizer
 from lib.dialogs.tokens import encode_prompt, tokenize
 from lib.evaluation.recall import Fact, bits_of_dialogs
 
-#: Maximum values among which a model has to tell the true one.
+#: Maximum number of candidate values, the true one included.
 MOST_CANDIDATES = 100
 
 
@@ -27,7 +27,7 @@ def measure_memory(
     """Return how well a model knows facts when it must answer without its tool.
 
     The answer with the true value competes with answers that have other values of the attribute, drawn from `values`,
-    up to `MOST_CANDIDATES` in all. They follow the question or, `after_error`, a request that found nothing.
+    up to `MOST_CANDIDATES` in all. They follow the question or, `after_error`, a request that found nobody.
 
     Returns `memory`, the share of facts whose true answer is the most probable, and `guess`, the `memory` of a model
     that knows nothing.

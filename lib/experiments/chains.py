@@ -33,7 +33,7 @@ ASKED = (1, 2, 3)
 _PEOPLE, _DIALOGS = "people.csv", "dialogs_2.jsonl"
 
 
-#: Of each profile; `asked` is how many trained people are asked about, and how many unseen ones.
+#: The sizes of a profile. asked: how many trained people to ask about, and how many unseen ones.
 Setting = namedtuple("Setting", "n_people d_model steps recipe n_seeds asked")
 SETTINGS = {
     "smoke": Setting(4, 8, 5, "copying", 1, 2),
@@ -71,10 +71,10 @@ def write_inputs(config: RunConfig, folder: Path) -> dict[str, str]:
 
 
 def run_chains(config: RunConfig, folder: Path, asked: int, description: str | None = None) -> None:
-    """Do one run of `configurations`, or go on with it; write its row: that of `lib.training.run`, and recall by hop.
+    """Do or resume one run of `configurations`; write its row: that of `lib.training.run` with recall by hops.
 
-    trained_HOPS and unseen_HOPS are about the first `asked` people that the model was trained on, and as many whose
-    first and last names it never met; a boss is of the same group. Every look-up must have been made.
+    trained_HOPS is the recall of questions about the first `asked` people of training, unseen_HOPS about as many people
+    whose first and last names the model never saw; bosses are of the same group. Every look-up must have been made.
     """
     from lib.training.run import run
     from lib.training.saved import load_model, run_tokenizer
@@ -112,7 +112,7 @@ def table_of_rows() -> Table:
 
 
 def recall_by_hops(model, facts: FactsConfig, people: People, tokenizer: Tokenizer, asked: int) -> dict[str, float]:
-    """Ask a model about people, and unseen ones, all in one database (see `run_chains`)."""
+    """Return the recall of trained and unseen people by hops, asked with all of them in one database (`run_chains`)."""
     sampled = facts.model_copy(update={"csv": None})
     groups = {"trained": people, "unseen": with_bosses(unseen_people(sampled, max(2, asked))["new_both"], facts.seed)}
     n, pairs = asked * len(ATTRIBUTES), product(groups.items(), ASKED)

@@ -1,6 +1,6 @@
 """Section 7.1, our own: facts of trained models change, are deleted, or are contested by the database.
 
-An experiment takes an open `Conversation` with a trained model and yields rows: what was done, and what it gave.
+An experiment takes a `Setting`, one trained model with its people, and yields rows: what was done, and what it gave.
 """
 
 import sqlite3
@@ -49,7 +49,7 @@ SIZES = {
     "quick": ((1, 10, 100), 32, 8, 300),
     "laptop": ((1, 10, 100, 500), 500, 32, 1_000),
 }
-#: Training on an edit takes this share of a run's peak learning rates: more breaks other facts, less is slow (LOG.md).
+#: Edits train at this share of a run's peak learning rates: more breaks other facts, less is slow (LOG.md).
 RATE = 0.1
 #: What a contested database answers, by kind: of the true value and another one.
 CONTESTED = {
@@ -77,24 +77,24 @@ class Setting:
         self.optim = talk.config.optim.model_copy(update=rates)
 
     def split(self, n: int) -> tuple[list[Fact], list[Fact]]:
-        """Return `n` facts, drawn, and all others, in random order."""
+        """Return `n` facts drawn at random, and all others in random order."""
         order = self.draw.permutation(len(self.facts))
         return [self.facts[i] for i in order[:n]], [self.facts[i] for i in order[n:]]
 
     def split_people(self, n: int) -> tuple[list[Fact], list[Fact]]:
-        """Return the facts of `n` people, drawn, and all others, in random order."""
+        """Return the facts of `n` people drawn at random, and all others, in random order."""
         chosen = {self.people.names[i] for i in self.draw.permutation(len(self.people))[:n]}
         shuffled = self.split(0)[1]
         return [f for f in shuffled if f[0] in chosen], [f for f in shuffled if f[0] not in chosen]
 
     def other_values(self, facts: Sequence[Fact]) -> list[str]:
-        """Return for each fact another value of its attribute."""
+        """Return for each fact another value of its attribute, drawn at random."""
         values = {attribute: sorted({*column}) for attribute, column in self.people.columns.items()}
         choices = ([other for other in values[attribute] if other != value] for _, attribute, value in facts)
         return [str(self.draw.choice(others)) if others else "Atlantis" for others in choices]
 
     def some(self, people: People) -> list[Fact]:
-        """Return at most `n_asked` facts about people, drawn."""
+        """Return at most `n_asked` facts about people, drawn at random."""
         facts = [*people.facts()]
         return [facts[i] for i in self.draw.permutation(len(facts))[: self.n_asked]]
 
@@ -125,7 +125,7 @@ class Setting:
 
 
 def change(base: Setting) -> Iterator[dict[str, Any]]:
-    """Give facts another value: write it into the database, or train on it, alone or among the other facts."""
+    """Change facts: write new values into the database, or train on them, alone or together with all other facts."""
     for n in base.n_edited:
         chosen, others = base.split(n)
         changed = [(*fact[:2], value) for fact, value in zip(chosen, base.other_values(chosen), strict=True)]
@@ -144,10 +144,11 @@ def change(base: Setting) -> Iterator[dict[str, Any]]:
 
 
 def delete(base: Setting) -> Iterator[dict[str, Any]]:
-    """Delete people, from the database or, by gradient ascent, from the weights, and ask for them without a tool.
+    """Delete people, from the database or, by gradient ascent, from the weights, and ask about them without the tool.
 
-    memory and guess (`measure_memory`) are of the deleted facts; never_... of facts that the model never
-    saw, of new pairs of seen names. `asked` tells whether the answer follows the question or a request in vain.
+    memory and guess (`measure_memory`) are about the deleted facts; never_memory and never_guess about facts that the
+    model never saw, of people with seen names in new pairs. asked: the answer follows the question ("at once") or a
+    request that found nobody ("after an error").
     """
     values = base.people.columns
     deleted, others = base.split_people(max(1, base.n_edited[-1] // len(values)))
@@ -181,10 +182,10 @@ def delete(base: Setting) -> Iterator[dict[str, Any]]:
 
 
 def contest(base: Setting) -> Iterator[dict[str, Any]]:
-    """Let the database answer right requests with something else than the fact.
+    """Let the database answer right requests with something other than the fact.
 
-    who: people it was trained on; unseen people; and, by a model that was then trained to answer questions about some
-    people at once ("hybrid"), these people, whom it knows by heart, and the others.
+    who: whom the questions are about, trained or unseen people. A "hybrid" model was trained further to answer
+    questions about some people without the tool: it is asked about these, whom it knows by heart, and all others.
     """
     n_heart = min(base.n_heart, len(base.people) // 2)
     heart, others = base.people[:n_heart], base.people[n_heart:]
@@ -210,10 +211,10 @@ def contest(base: Setting) -> Iterator[dict[str, Any]]:
 
 
 def forgive(base: Setting) -> Iterator[dict[str, Any]]:
-    """Ask about unseen people with a `ForgivingTool`, which lets a model get letters of a name wrong.
+    """Ask about trained and unseen people with a `ForgivingTool`, which accepts names with some wrong letters.
 
-    recall: the share of right final answers, from a result that was right; wrong: of questions whose last request found
-    something, but were answered wrongly.
+    recall: share of questions with the right answer, after a result that was right. wrong: share of questions with
+    another answer, although the last request found somebody.
     """
     unseen = unseen_people(base.config.facts, base.n_asked)
     with temporary_database(reduce(add, unseen.values(), base.people)) as path, SqlTool(path) as tool:
@@ -228,7 +229,7 @@ def forgive(base: Setting) -> Iterator[dict[str, Any]]:
 
 
 def _ask(base: Setting, facts: Sequence[Fact], tool: Tool) -> list[tuple[str, str | None]]:
-    """Return for each fact the last turn of the model's answer, and the last value that the tool found."""
+    """Return for each fact the model's last turn, and what its last request found, None if that was nothing."""
     prompts = [encode_prompt([Turn(Role.USER, question(*fact[:2]))], base.tokenizer) for fact in facts]
     found = []
     for generation in generate(base.model, prompts, base.tokenizer, tool):
@@ -242,12 +243,12 @@ def _ask(base: Setting, facts: Sequence[Fact], tool: Tool) -> list[tuple[str, st
 #: What a row says about the model and the experiment; what was measured follows.
 COLUMNS = ["profile", "run_id", "mode", "n_facts", "seed", "d_model", "n_params", "repeats", "experiment", "method"]
 COLUMNS += ["n_edited", "asked", "who", "finished_at", "commit"]
-#: In-weight models have no tool to contest or forgive.
+#: The experiments of each mode: in-weight models have no tool that could contest a fact or forgive a letter.
 EXPERIMENTS = {"in-weight": (change, delete), "in-tool": (change, delete, contest, forgive)}
 
 
 def measure(folder: Path, profile: str) -> list[dict[str, Any]]:
-    """Return all rows of the model in a run's folder."""
+    """Run all experiments on the model in a run's folder; return their rows."""
     found = []
     with open_conversation(folder, device="cpu") as talk:
         base, config = Setting(talk, profile), talk.config

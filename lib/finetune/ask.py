@@ -1,6 +1,6 @@
 """Recall of a chat model behind a server that may look people up, in the paper's words and in ten paraphrases.
 
-Protocol tools offers the function `find` of `lib.agent.server`; text, the paper's request; closed-book, nothing.
+Protocol "tools" offers the function `find` of `lib.agent.server`, "text" the paper's request, "closed-book" no tool.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ class PersonQuestion(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The question itself; an unknown phrasing is an `InputError`."""
+        """The question in its phrasing. Raises `InputError` for an unknown phrasing."""
         if self.phrasing not in PHRASINGS:
             raise InputError(f"unknown phrasing {self.phrasing!r}: there are {', '.join(PHRASINGS)}")
         questions = PHRASINGS[self.phrasing]
@@ -161,9 +161,9 @@ def _verdict(record: dict, asked: PersonQuestion) -> Verdict:
 
 
 def recall_by_phrasing(records: Sequence[dict]) -> pd.DataFrame:
-    """Return a row a protocol and phrasing: `recall`, `low` and `high`, how many of each `Verdict`, and `n_questions`.
+    """Return a row for each protocol and phrasing: counts of each `Verdict`, `recall`, `low`, `high` and `n_questions`.
 
-    Recall is of `n_questions`, those without a server error; its interval is Wilson's, of 95%.
+    Recall is over `n_questions`, those without a server error; `low` and `high` are Wilson's 95% interval.
     """
     by, z = ["protocol", "phrasing"], 1.96
     table = pd.DataFrame(records).groupby([*by, "outcome"], sort=False).size().unstack(fill_value=0)

@@ -1,17 +1,17 @@
-"""The transformer set by hand, for questions of any number of hops (our Section 7.2; `lib.model.circuit`).
+"""The transformer with hand-set weights, for questions of any number of hops (our Section 7.2; `lib.model.circuit`).
 
-Two blocks more find out how many hops a question has. Their number, and that of all weights, depends neither on the
-hops nor on the facts:
+Two more blocks find out how many hops a question has. The numbers of blocks and weights depend neither on the hops nor
+on the facts:
 
 1. *Count* positions, and the assistant's turns so far.
-2. *Read* the attribute. Where a turn begins is known as before, but for the last request and its answer.
+2. *Read* the attribute. Turns are found as before, except the last request and its answer.
 3. *Match.* Each position compares the last letters with "the boss of ", in two steps: heads of the second block look a
    few letters back, heads of this one at what they found further back.
 4. *Plan.* Attention to the last match in the question gives the letters between "Where was " and the name. With the
    turns so far they tell what is due: a request for the boss, the request for the attribute, or the answer.
 5. *Copy* as before. Each request copies what was said last: the name in the question, or what the database answered.
 
-Any name will do in which "the boss of" does not stand.
+Names must not contain "the boss of".
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ _ROWS = [PHRASE.encode()[::-1][start : start + _SIDE] for start in range(0, len(
 
 
 class ChainCircuit(Circuit):
-    """The construction for chains that end with one of some attributes. `LINK` among them is an `InputError`."""
+    """The construction for chains that end with one of `attributes`. Raises `InputError` if `LINK` is among them."""
 
     scalars = (
         *("one", "anchor", "position", "square", "last", "database", "seen", "hand_over", "share", "turns"),
@@ -65,7 +65,7 @@ class ChainCircuit(Circuit):
         self.blocks[2][0].append(_Head("last request", query, key, [last], [self.axes["previous"]]))
 
     def _match(self) -> None:
-        """Build the rest of the third block: a match in the question says how many letters it ends behind `before`."""
+        """Build the rest of the third block: write at each match in the question how far behind `before` it ends."""
         one, position, byte = self.axes["one"], self.axes["position"], self.axes["byte"]
         rows = [self.axes[f"row {i}"] for i in range(len(_ROWS))]
         for back in range(1, _SIDE):
@@ -112,7 +112,7 @@ class ChainCircuit(Circuit):
         self._speak(last, said_last, named, said_last, self.axes["done"])
 
     def _if_positive(self, number: np.ndarray, form: np.ndarray, to: np.ndarray) -> None:
-        """Add units that write `form` into `to` where an integer is positive, which rounding may put off by 1/4."""
+        """Add units that write `form` into `to` where an integer, known up to a rounding error of 1/4, is positive."""
         for least, sign in ((1 / 4, 2), (3 / 4, -2)):
             gate = _STEEP * (number - least * self.axes["one"])
             self.blocks[3][1].append(_Unit(gate, sign * form / _STEEP, to))

@@ -21,10 +21,10 @@ class Edited(NamedTuple):
     """A model after an edit, and what that took."""
 
     model: Transformer
-    done: bool  # within the steps allowed
+    done: bool  # whether `is_done` held within `max_steps`
     steps: int
-    dialogs: int  # those kept included
-    seconds: float  # of the steps alone
+    dialogs: int  # trained on, those of `keep` included
+    seconds: float  # of the steps alone, without `is_done`
 
 
 def edit(
@@ -39,10 +39,10 @@ def edit(
     look_every: int = 5,
     seed: int = 0,
 ) -> Edited:
-    """Train a copy of a model on some dialogs until `is_done`, asked every few steps, or for `max_steps`.
+    """Train a copy of a model on some dialogs until `is_done`, asked every `look_every` steps, or for `max_steps`.
 
-    forget: climb the loss of these dialogs instead (gradient ascent). keep: dialogs of which each step trains as many,
-    so that the model keeps what they say. optim: its learning rates stay as they are, without schedule.
+    forget: increase the loss of these dialogs instead (gradient ascent). keep: dialogs that every step also trains on,
+    as many, so that the model does not forget them. optim: its learning rates are constant.
     """
     model = copy.deepcopy(model).train()
     optimizers = build_optimizers(model, optim)
