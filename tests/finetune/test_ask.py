@@ -12,7 +12,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import chat_models
@@ -40,7 +40,8 @@ from lib.finetune.ask import (
     recall_by_phrasing,
     sample_questions,
 )
-from lib.finetune.endpoint import EndpointConfig
+from lib.finetune.endpoint import PROTOCOLS, EndpointConfig
+from lib.finetune.weights import base_source, fetch
 
 PEOPLE = sample_people(3)
 ADA = PEOPLE.names[0]
@@ -412,6 +413,33 @@ RESPONSE = {
 }
 
 
+@contextmanager
+def serving(model: Path, log: Path) -> Iterator[str]:
+    """Start `transformers serve` with the model of a folder; yield its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("transformers"), "serve", model]
+    command += ["--host", "127.0.0.1", "--port", port, "--device", "cpu"]
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            list(map(str, command)), stdout=file, stderr=file, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        ) as process,
+    ):
+        try:
+            deadline = time.monotonic() + 600
+            while process.poll() is None and time.monotonic() < deadline:
+                with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+                time.sleep(0.5)
+            else:
+                pytest.fail(f"transformers serve does not start: {log.read_text()[-2000:]}")
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.terminate()
+
+
 @pytest.fixture(scope="module")
 def transformers_serve(tmp_path_factory) -> Iterator[tuple[str, str]]:
     """`transformers serve` with a small model that has learnt to look one person up, in the paper's words alone."""
@@ -430,29 +458,8 @@ def transformers_serve(tmp_path_factory) -> Iterator[tuple[str, str]]:
     model.generation_config.eos_token_id = tokenizer.eos_token_id  # where the server ends a turn
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("transformers"), "serve", folder / "model"]
-    command += ["--host", "127.0.0.1", "--port", port, "--device", "cpu"]
-    log = folder / "log.txt"
-    with (
-        log.open("w") as file,
-        subprocess.Popen(
-            list(map(str, command)), stdout=file, stderr=file, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-        ) as process,
-    ):
-        try:
-            deadline = time.monotonic() + 600
-            while process.poll() is None and time.monotonic() < deadline:
-                with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                    break
-                time.sleep(0.5)
-            else:
-                pytest.fail(f"transformers serve does not start: {log.read_text()[-2000:]}")
-            yield f"http://127.0.0.1:{port}/v1", str(folder / "model")
-        finally:
-            process.terminate()
+    with serving(folder / "model", folder / "log.txt") as url:
+        yield url, str(folder / "model")
 
 
 @pytest.mark.slow
@@ -469,3 +476,32 @@ def test_a_real_server_calls_the_tool_and_recall_is_of_what_its_model_learnt(tra
     # In other words it may ask for something else, or write a call that is no JSON: the server answers that with 500.
     assert len(records) == 8 and all((record["error"] is None) == bool(record.get("calls")) for record in records)
     assert all(record["outcome"] != "right" or record["value"] in record["answer"] for record in records)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1_800)  # a download, and 135 million weights on a CPU that may be busy
+def test_a_chat_model_that_people_know_is_asked_by_every_protocol(tmp_path, monkeypatch, itl):
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
+    fetch("SmolLM2-135M")
+    model = base_source("SmolLM2-135M")
+    write_people_csv(sample_people(1), tmp_path / "people.csv")
+    protocols = [option for name in PROTOCOLS for option in ("--protocol", name)]
+    with serving(model, tmp_path / "log.txt") as url:
+        given = [
+            "--people",
+            tmp_path / "people.csv",
+            "--base-url",
+            url,
+            "--out",
+            tmp_path / "r.jsonl",
+            "--model",
+            model,
+        ]
+        options = ["--questions", 1, "--phrasing", PAPER, "--max-tokens", 48, "--timeout", 400]
+        code, _, errors = itl(*given, *options, *protocols)
+    assert code == 0, errors
+    records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [record["protocol"] for record in records] == list(PROTOCOLS)
+    # It was never taught these people: it may say anything, but it says something, and cannot know the value.
+    assert all(record["error"] is None and record["answer"] for record in records if not record.get("calls"))
+    assert records[0]["outcome"] == "wrong answer"
