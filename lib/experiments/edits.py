@@ -76,16 +76,19 @@ class Setting:
         rates = {name: RATE * getattr(talk.config.optim, name) for name in ("lr", "muon_lr")}
         self.optim = talk.config.optim.model_copy(update=rates)
 
+    def shuffled(self, items: Sequence) -> list:
+        """Return items in random order."""
+        return [items[i] for i in self.draw.permutation(len(items))]
+
     def split(self, n: int) -> tuple[list[Fact], list[Fact]]:
         """Return `n` facts drawn at random, and all others in random order."""
-        order = self.draw.permutation(len(self.facts))
-        return [self.facts[i] for i in order[:n]], [self.facts[i] for i in order[n:]]
+        facts = self.shuffled(self.facts)
+        return facts[:n], facts[n:]
 
     def split_people(self, n: int) -> tuple[list[Fact], list[Fact]]:
         """Return the facts of `n` people drawn at random, and all others, in random order."""
-        chosen = {self.people.names[i] for i in self.draw.permutation(len(self.people))[:n]}
-        shuffled = self.split(0)[1]
-        return [f for f in shuffled if f[0] in chosen], [f for f in shuffled if f[0] not in chosen]
+        chosen, facts = self.shuffled(self.people.names)[:n], self.shuffled(self.facts)
+        return [f for f in facts if f[0] in chosen], [f for f in facts if f[0] not in chosen]
 
     def other_values(self, facts: Sequence[Fact]) -> list[str]:
         """Return for each fact another value of its attribute, drawn at random."""
@@ -95,8 +98,7 @@ class Setting:
 
     def some(self, people: People) -> list[Fact]:
         """Return at most `n_asked` facts about people, drawn at random."""
-        facts = [*people.facts()]
-        return [facts[i] for i in self.draw.permutation(len(facts))[: self.n_asked]]
+        return self.shuffled([*people.facts()])[: self.n_asked]
 
     def recalls(self, model: Transformer, edited: Sequence[Fact], others: Sequence[Fact], tool: Tool | None = None):
         """Return the columns recall_edited and recall_others."""
@@ -259,8 +261,8 @@ def measure(folder: Path, profile: str) -> list[dict[str, Any]]:
         with progress(len(experiments), f"Section 7.1, {config.mode}, {len(base.facts):,} facts") as bar:
             for experiment in experiments:
                 bar.set_postfix_str(experiment.__name__)
-                made = [about | {"experiment": experiment.__name__} | row for row in experiment(base)]
-                found += [row | provenance(base.model.device) for row in made]
+                about["experiment"] = experiment.__name__
+                found += [about | row | provenance(base.model.device) for row in experiment(base)]
                 bar.update(1)
     return found
 

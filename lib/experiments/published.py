@@ -51,14 +51,11 @@ def compare(section: str, profile: str) -> pd.DataFrame:
         rows = tables.described(summaries.generalization_rows(profile)).reindex(columns=[*about, recall])
         statistics = {"ours": "mean", "ours_std": "std", "seeds_reaching_it": "count", "seeds": "size"}
         ours = rows.groupby(about)[recall].agg(**statistics).reset_index()
-        published = published_by_paper("generalization").rename(columns={"ood_recall": "published"})
     else:
         ours = summaries.bounds(profile) if section == "05_1" else summaries.compressibility_bounds(profile)
         ours = ours.rename(columns={"min_params_mean": "ours", "min_params_std": "ours_std"})
-        published = published_by_paper(TABLES[section])
-        published = published.rename(
-            columns={"min_params_mean": "published", "min_params": "published", "correlation_alpha": "alpha"}
-        )
+    names = dict.fromkeys(("min_params_mean", "min_params", "ood_recall"), "published") | {"correlation_alpha": "alpha"}
+    published = published_by_paper(TABLES[section]).rename(columns=names)
     both = ours.merge(published[[*_POINTS[section], "published"]], on=_POINTS[section])
     both = both.assign(ratio=both.ours / both.published).dropna(subset="ratio")
     columns = ["law", "superseded", "ours", "ours_std", "seeds_reaching_it", "seeds", "published", "ratio"]
@@ -72,8 +69,8 @@ def path(section: str) -> Path:
 
 def write(section: str) -> pd.DataFrame:
     """Write `compare` of all profiles in the tables, with a column `profile`, to `path`; return the table."""
-    compared = [compare(section, profile).assign(profile=profile) for profile in PROFILES]
-    table = pd.concat(compared).set_index("profile").reset_index()  # the profile first
+    compared = {profile: compare(section, profile) for profile in PROFILES}
+    table = pd.concat(compared, names=["profile"]).reset_index("profile")
     if not len(table):
         path(section).unlink(missing_ok=True)
         return table

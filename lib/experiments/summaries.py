@@ -97,20 +97,15 @@ def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHO
     """
     if not len(rows):
         return pd.DataFrame(columns=[*GROUP, "recall_threshold", *_STATISTICS, "finished_at"])
-    tables = []
-    for threshold in thresholds:
-        of_seeds = minimal_parameters_of_seeds(rows, threshold).groupby(GROUP)
-        table = of_seeds.min_params.agg(**_STATISTICS).assign(finished_at=of_seeds.finished_at.max())
-        tables.append(table.reset_index().assign(recall_threshold=threshold))
-    return pd.concat(tables).sort_values([*GROUP, "recall_threshold"], ignore_index=True)
+    tables = [minimal_parameters_of_seeds(rows, each).assign(recall_threshold=each) for each in thresholds]
+    points = pd.concat(tables).groupby([*GROUP, "recall_threshold"])
+    return points.min_params.agg(**_STATISTICS).assign(finished_at=points.finished_at.max()).reset_index()
 
 
 def minimal_parameters_of_seeds(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Return what `minimal_parameters` summarizes, seed by seed, with columns seed and min_params (NaN if unknown)."""
-    seed, of_size = [*GROUP, "seed"], ["d_model", "n_params", "recall", "next_smaller", "finished_at"]
-    if not len(rows):
-        return pd.DataFrame(columns=[*seed, "min_params", "finished_at"])
-    runs = described(rows).reindex(columns=[*seed, *of_size])
+    seed = [*GROUP, "seed"]
+    runs = described(rows).reindex(columns=[*seed, "d_model", "n_params", "recall", "next_smaller", "finished_at"])
     found = runs[runs.recall >= threshold].sort_values("d_model").drop_duplicates(seed)
     of_sizes = found.d_model.map(lambda d_model: max((size for size in SIZES if size < d_model), default=0))
     below = found.assign(d_model=found.next_smaller.fillna(of_sizes))  # unless a plan says which sizes are tried
@@ -227,7 +222,7 @@ def unseen_shares(rows: pd.DataFrame) -> pd.DataFrame:
     """
     if not len(rows):
         return pd.DataFrame(columns=[*_OF_RUN, "share", "kind", "measure"])
-    columns = [column for column in rows.columns if column.startswith(("trained_", "new_"))]
+    columns = rows.filter(regex="^(trained|new)_").columns
     tidy = described(rows).melt(_OF_RUN, columns, "column", "share").dropna(subset="share")
     kind_and_measure = tidy.pop("column").str.extract(r"^(trained|new_[a-z]+?)_(.+)$")
     return tidy.assign(kind=kind_and_measure[0], measure=kind_and_measure[1]).reset_index(drop=True)

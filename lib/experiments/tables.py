@@ -149,10 +149,9 @@ def shown(table: pd.DataFrame, value: str, on: Sequence[str] = POINT) -> pd.Data
     That of today's plan if it has a `value`, else of the latest superseded one (`finished_at`) that has.
     """
     table = described(table)
-    latest = table.get("finished_at", pd.Series("", table.index)).astype(object).fillna("")
-    order = table.assign(unknown=table[value].isna(), latest=latest).sort_values("latest", ascending=False)
-    first = order.sort_values(["unknown", "superseded"], kind="stable").drop_duplicates(on)
-    return table.merge(first[[*on, "recipe", "superseded"]])
+    order = table.assign(unknown=table[value].isna(), latest=table.get("finished_at", ""))
+    order = order.sort_values(["unknown", "superseded", "latest"], ascending=[True, True, False])
+    return table.merge(order.drop_duplicates(on)[[*on, "recipe", "superseded"]])
 
 
 def sizes_shown(rows: pd.DataFrame) -> pd.DataFrame:

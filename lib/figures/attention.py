@@ -65,16 +65,15 @@ def copying_by_letter(tables: dict[str, pd.DataFrame]) -> Figure:
     tables: by their label, rows of `attention_maps.copying` of one copy and one head; letters that stand in few of the
     names are left out.
     """
-    letters = {label: rows.groupby(["word", "letter"])[["mass", "right"]] for label, rows in tables.items()}
-    often = [{*each.size()[lambda size: size > 5].index} for each in letters.values()]
-    common = sorted(set.intersection(*often))
-    ticks = [f"{letter + 1}" if letter else f"1\nname {word + 1}" for word, letter in common]
+    letters = pd.concat(tables, names=["label"]).groupby(["label", "word", "letter"])[["mass", "right"]]
+    means = letters.mean()[letters.size() > 5].unstack("label").dropna()  # of letters that all have
+    ticks = [f"{letter + 1}" if letter else f"1\nname {word + 1}" for word, letter in means.index]
     with panels((9.6, 3), 1, 2, sharey=True) as (figure, (mass, right)):
         for axes, column in ((mass, "mass"), (right, "right")):
-            for (label, of_letter), marker in zip(letters.items(), "sov^D", strict=False):
-                axes.plot(range(len(common)), of_letter.mean().loc[common, column], marker=marker, label=label)
+            for label, marker in zip(tables, "sov^D", strict=False):
+                axes.plot(range(len(means)), means[column, label], marker=marker, label=label)
             axes.set(ylim=(-0.05, 1.05), xlabel="letter of the name")
-            axes.set_xticks(range(len(common)), ticks)
+            axes.set_xticks(range(len(means)), ticks)
         mass.set_ylabel("attention on the next letter")
         right.set_ylabel("share of letters said right")
         shared_legend(figure, [mass], loc="outside lower center")

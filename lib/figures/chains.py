@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lib.experiments.chains import ASKED
-from lib.figures.style import STYLES, nothing_yet, panels
+from lib.figures.style import STYLES, draw_means, nothing_yet, panels
 
 _LOOKS = {"trained": STYLES["in-tool"], "unseen": {"color": "#009E73", "marker": "D", "linestyle": "--"}}
 
@@ -22,9 +22,8 @@ def recall_by_hops(rows: pd.DataFrame) -> Figure:
             nothing_yet(axes, "in-tool")
             return figure
         for group, look in _LOOKS.items():
-            shares = rows[[f"{group}_{hops}" for hops in ASKED]]
-            bars = [shares.mean() - shares.min(), shares.max() - shares.mean()]
-            axes.errorbar(ASKED, shares.mean(), yerr=bars, label=f"{group} people", **look)
+            shares = rows[[f"{group}_{hops}" for hops in ASKED]].set_axis(ASKED, axis="columns")
+            draw_means(axes, shares.melt(var_name="hops"), "hops", f"{group} people", of="value", **look)
         trained = json.loads(str(rows.hops.iloc[0]))  # a table has it as text
         axes.axvspan(min(trained) - 0.3, max(trained) + 0.3, color="#EEEEEE", zorder=0, label="trained on")
         axes.legend()

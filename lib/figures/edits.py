@@ -45,9 +45,8 @@ def edits(rows: pd.DataFrame) -> Figure:
         changed = rows[rows.experiment == "change"]
         for method, (label, look) in METHODS.items():
             points = changed[changed.method == method]
-            if len(points):
-                for axes, column in ((cost, "seconds"), (harm, "recall_others"), (success, "recall_edited")):
-                    draw_means(axes, points, "n_edited", label, of=column, **look)
+            for axes, column in ((cost, "seconds"), (harm, "recall_others"), (success, "recall_edited")):
+                draw_means(axes, points, "n_edited", label, of=column, **look)
         cost.set(xlabel="facts changed", ylabel="seconds for the edit", xscale="log", yscale="log")
         for axes, which in ((harm, "all other"), (success, "the changed")):
             axes.set(xlabel="facts changed", ylabel=f"recall of {which} facts", xscale="log", ylim=(-0.04, 1.06))
@@ -83,8 +82,8 @@ def contested(rows: pd.DataFrame) -> Figure:
     """Draw whom an in-tool model believes: shares of answers that follow the database, or state the fact anyway."""
     rows = rows[rows.experiment == "contest"].reindex(columns=["who", "method", "follows", "remembers"])
     groups = [(who, rows[rows.who == who]) for who in WHO if (rows.who == who).any()] or [("no runs yet", rows)]
-    with panels((10, 2.8), 1, len(groups), sharey=True) as (figure, row):
-        for axes, (who, told) in zip(row if len(groups) > 1 else [row], groups, strict=True):
+    with panels((10, 2.8), 1, len(groups), sharey=True, squeeze=False) as (figure, row):
+        for axes, (who, told) in zip(row[0], groups, strict=True):
             kinds = [kind for kind in RESULTS if (told.method == kind).any()]
             for shift, (column, label, mode) in enumerate(
                 (("follows", "states the result", "in-tool"), ("remembers", "states the fact", "in-weight"))
