@@ -25,6 +25,7 @@ _MARKS = {"next_smaller": "Int64", "every_seed": "boolean"}
 _DTYPES = dict.fromkeys(("run_id", "people_digest", "commit", "python", "torch"), str) | _MARKS
 #: Columns that are computed whenever rows are read, and never stored: a stored one would go stale with the plan.
 COMPUTED = ["superseded", "law", "recipe"]
+#: A table before anything was published.
 NO_ROWS = pd.DataFrame(columns=["profile", "run_id"])
 #: What a point of a figure is about; results of different recipes are never averaged.
 POINT = ["mode", "n_facts", "alpha", "law"]
@@ -40,7 +41,7 @@ def check_threshold(threshold: float) -> None:
 
 def read_table(path: Path) -> pd.DataFrame:
     """Return the rows of a table of runs; empty before anything was published."""
-    return pd.read_csv(path, dtype=_DTYPES) if path.exists() else NO_ROWS
+    return pd.read_csv(path, dtype=_DTYPES) if path.exists() else NO_ROWS.copy()
 
 
 def stacked(*tables: pd.DataFrame) -> pd.DataFrame:
@@ -101,9 +102,9 @@ def _planned(plan: Sequence[Search]) -> pd.DataFrame:
 
 def _marked(rows: pd.DataFrame, planned: pd.DataFrame) -> pd.DataFrame:
     """Return rows as a plan sees them; those it does not ask for keep the marks that they were published with."""
-    marks, stored = planned.reindex(rows.run_id), rows.reindex(columns=[*_MARKS])
-    rows[[*_MARKS]] = marks.set_axis(rows.index).astype(_MARKS).fillna(stored.astype(_MARKS))
-    return described(rows.assign(superseded=~rows.run_id.isin(planned.index)))
+    stored = rows.reindex(columns=[*_MARKS]).astype(_MARKS)
+    marks = planned.reindex(rows.run_id).set_axis(rows.index).astype(_MARKS).fillna(stored)
+    return described(rows.assign(**marks, superseded=~rows.run_id.isin(planned.index)))
 
 
 def described(rows: pd.DataFrame) -> pd.DataFrame:
