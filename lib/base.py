@@ -95,7 +95,8 @@ class Config(BaseModel):
         field = ".".join(filter(None, [cls._group(), str(problem["loc"][0])]))
         if problem["type"] == "extra_forbidden":
             return f"unknown configuration key {field!r}: accepted are {', '.join(cls.model_fields)}"
-        return f"{field}: {message[0].lower()}{message[1:]}, got {brief(problem['input'])}"
+        got = f", got {brief(problem['input'])}" if cls.model_fields[problem["loc"][0]].repr else ""  # else a secret
+        return f"{field}: {message[0].lower()}{message[1:]}{got}"
 
 
 class Identified(Config):

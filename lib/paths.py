@@ -146,7 +146,7 @@ def read_bytes(path: str | Path, largest: int = LARGEST_JSON) -> bytes:
 
 
 def read_json(path: Path, kind: type = dict, fields: Iterable[str] = ()) -> Any:
-    """Return the content of a JSON file that a run wrote: an object with `fields` or, by `kind`, a list.
+    """Return the content of a JSON file that a run wrote: an object with `fields` or, by `kind`, a list of such.
 
     Raises `DamagedFile` for anything else, `OSError` if there is no file or it may not be read.
     """
@@ -154,8 +154,9 @@ def read_json(path: Path, kind: type = dict, fields: Iterable[str] = ()) -> Any:
         content = json.loads(read_bytes(path).decode())
         if not isinstance(content, kind):
             raise ValueError(f"it holds no {'object' if kind is dict else 'list'}")
-        if lacking := [field for field in fields if field not in content]:
-            raise ValueError(f"it lacks {lacking[0]}")
+        for each in content if fields and kind is list else [content]:
+            if lacking := [field for field in fields if not isinstance(each, dict) or field not in each]:
+                raise ValueError(f"it lacks {lacking[0]}")
         return content
     except (ValueError, RecursionError) as error:
         raise DamagedFile(path, str(error)) from None

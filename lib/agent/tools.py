@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack, closing
 from datetime import datetime
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, Protocol
@@ -124,17 +125,22 @@ class ForgivingTool:
     """
 
     def __init__(self, tool: SqlTool, edits: int):
-        self.tool, self.edits = tool, edits
-        self._names = [name for (name,) in tool.connection.execute("SELECT people.name FROM people")]
+        try:
+            from rapidfuzz import process  # only here: it is no part of the core
+            from rapidfuzz.distance import Levenshtein
+        except ImportError:
+            raise InputError("forgiving letters takes the package rapidfuzz: pip install -e '.[serve]'") from None
+        with refusing("read people from", tool.path):
+            names = tool.connection.execute("SELECT people.name FROM people")
+            names = [name for (name,) in names if isinstance(name, str)]
+        self.tool, options = tool, {"scorer": Levenshtein.distance, "score_cutoff": edits, "limit": 2}
+        self._nearest = partial(process.extract, choices=names, **options)
 
     def __call__(self, turn: str) -> Response:
-        from rapidfuzz import process  # only here: it is no part of the core
-        from rapidfuzz.distance import Levenshtein
-
         response, request = self.tool(turn), parse_request(turn)
         if request is None or response.outcome is not Outcome.NO_MATCH:
             return response
-        near = process.extract(request.name, self._names, scorer=Levenshtein.distance, score_cutoff=self.edits, limit=2)
+        near = self._nearest(request.name)
         if not near or (len(near) == 2 and near[0][1] == near[1][1]):
             return response
         return self.tool.find(request.attribute, near[0][0])

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -63,6 +64,7 @@ def main() -> None:
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)  # not every terminal can show every character
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing temporary stays
     try:
         code = app(standalone_mode=False)
         if sys.stdout:
@@ -75,6 +77,8 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, InputError):  # all find bad input; one reports
             _say(_sentence(error) + _elsewhere(error))
         code = getattr(error, "exit_code", 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if code == 130:  # typer's code for Ctrl-C
         resumed = len(sys.argv) > 1 and sys.argv[1] in RESUMED
         _say("interrupted: the same command goes on from what was saved" if resumed else "interrupted")
@@ -239,9 +243,7 @@ def sweep(
     jobs: Annotated[int | None, typer.Option(help="runs at a time (default: one a core, or one a GPU)")] = None,
     dry_run: Annotated[bool, typer.Option(help="only say what is ahead")] = False,
     facts: Annotated[list[int] | None, typer.Option(help="only so many facts; may be repeated (Section 5)")] = None,
-    max_hours: Annotated[float, typer.Option(min=0, help="stop after this time; the same command resumes")] = float(
-        "inf"
-    ),
+    max_hours: Annotated[float, typer.Option(min=0, help="stop then; the same command resumes")] = float("inf"),
     device: Device = "auto",
     publish: Annotated[bool, typer.Option(help="merge finished rows into paper_data (laptop and paper)")] = False,
 ) -> None:
@@ -267,16 +269,18 @@ def sweep(
         from lib.experiments.plan import searches
         from lib.facts.people import ATTRIBUTES
 
-        options, plan = {"max_hours": max_hours, "device": device}, None
+        options = {"max_hours": max_hours, "device": device}
         if source == "07_1":
             from lib.experiments import edits
 
             if not dry_run:
                 edits.run(profile, jobs, **options)
-            plan = edits.missing(profile)
-        elif facts:
-            plan = [each for each in searches(source, profile) if len(ATTRIBUTES) * each.base.facts.n_people in facts]
-        report = sweeps.sweep(source, profile, jobs=jobs, dry_run=dry_run, plan=plan, **options)
+            report = sweeps.sweep(source, profile, dry_run=True, plan=edits.missing(profile), device=device)
+        else:
+            plan = searches(source, profile)
+            if facts:
+                plan = [each for each in plan if len(ATTRIBUTES) * each.base.facts.n_people in facts]
+            report = sweeps.sweep(source, profile, jobs=jobs, dry_run=dry_run, plan=plan, **options)
         console.print(str(report))
         failed = report.failed
     if publish and not dry_run:

@@ -25,7 +25,7 @@ from lib.evaluation.memory import measure_belief, measure_memory
 from lib.evaluation.recall import Fact, measure_recall
 from lib.experiments.plan import searches
 from lib.experiments.publishing import Table
-from lib.experiments.rows import sweep_dir
+from lib.experiments.rows import read_row, sweep_dir
 from lib.experiments.search import Search
 from lib.experiments.sweep import sweep
 from lib.experiments.tables import rows_of_profile
@@ -284,13 +284,14 @@ def run(profile: str, jobs: int | None = None, **options) -> pd.DataFrame:
     The quick profile trains none: it takes the committed checkpoints. options: as `lib.experiments.sweep.sweep` takes
     them.
     """
-    home, todo = sweep_dir(SECTION, profile), missing(profile)
+    home, todo, done = sweep_dir(SECTION, profile), missing(profile), {*rows(profile).run_id}
     report = sweep(SECTION, profile, plan=todo, jobs=jobs, **options)
     folders = {run_id: home / run_id for search in todo for run_id in search.run_ids}
     if profile == "quick":
         folders = {name: paths.CHECKPOINTS / name for name in ("in-weight", "in-tool")}
     for name, folder in folders.items():
-        if (folder / ROW).exists() and not (home / name / ROWS).exists():  # no row if it failed, or the time was up
+        # A run has no row if it failed, or the time was up.
+        if (folder / ROW).exists() and read_row(folder / ROW)["run_id"] not in done:
             (home / name).mkdir(parents=True, exist_ok=True)
             write_json(home / name / ROWS, measure(folder, profile))
     report.check()

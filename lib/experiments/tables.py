@@ -40,8 +40,14 @@ def check_threshold(threshold: float) -> None:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Return the rows of a table of runs; empty before anything was published."""
-    return pd.read_csv(path, dtype=_DTYPES) if path.exists() else NO_ROWS.copy()
+    """Return the rows of a table of runs; empty before anything was published. Another file is an `InputError`."""
+    try:
+        table = pd.read_csv(path, dtype=_DTYPES) if path.exists() else NO_ROWS.copy()
+        if not {*NO_ROWS} <= {*table}:
+            raise ValueError("it lacks the columns profile and run_id")
+    except ValueError as error:
+        raise InputError(f"{path} is no table of runs ({error}): restore it, `git checkout` can") from None
+    return table
 
 
 def stacked(*tables: pd.DataFrame) -> pd.DataFrame:
@@ -49,12 +55,15 @@ def stacked(*tables: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
 
 
-def rows_of_profile(path: Path, profile: str, found: Iterable[Path], planned: Collection[str]) -> pd.DataFrame:
+def rows_of_profile(
+    path: Path, profile: str, found: Iterable[Path], planned: Collection[str], fields: Sequence[str] = ("run_id",)
+) -> pd.DataFrame:
     """Return a profile's rows in a table, and those of other runs that finished runs have in files `found`.
 
-    Missing files are left out. Adds superseded: whether the run is not `planned`.
+    Missing files are left out, and files whose rows lack one of `fields`. Adds superseded: whether the run is not
+    `planned`.
     """
-    files = whole(filter(Path.exists, found), lambda file: read_json(file, list))
+    files = whole(filter(Path.exists, found), lambda file: read_json(file, list, fields))
     rows = _with_fresh(read_table(path), profile, [row for _, rows in files for row in rows])
     return rows.assign(superseded=~rows.run_id.isin(planned))
 

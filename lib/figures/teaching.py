@@ -107,6 +107,6 @@ def recall_by_phrasing(table: pd.DataFrame, model: str) -> Figure:
             bars, look = [rows.recall - rows.low, rows.high - rows.recall], looks.get(protocol, {"marker": "^"})
             axes.errorbar(rows.recall, rows.phrasing, xerr=bars, label=protocol, linestyle="none", **look)
         axes.invert_yaxis()  # the first phrasing above
-        axes.set(title=model, xlabel="recall", ylabel="phrasing", xlim=(-0.03, 1.03))
+        axes.set(title=model.replace("$", r"\$"), xlabel="recall", ylabel="phrasing", xlim=(-0.03, 1.03))
         axes.legend(**BESIDE)
     return figure

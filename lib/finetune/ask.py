@@ -166,7 +166,8 @@ def recall_by_phrasing(records: Sequence[dict]) -> pd.DataFrame:
     Recall is over `n_questions`, those without a server error; `low` and `high` are Wilson's 95% interval.
     """
     by, z = ["protocol", "phrasing"], 1.96
-    table = pd.DataFrame(records).groupby([*by, "outcome"], sort=False).size().unstack(fill_value=0)
+    table = pd.DataFrame(records, columns=[*by, "outcome"])  # an answer may be no text that pandas takes
+    table = table.groupby([*by, "outcome"], sort=False).size().unstack(fill_value=0)
     table = table.reindex(columns=list(map(str, Verdict)), fill_value=0)
     n = table.drop(columns=Verdict.SERVER_ERROR).sum(axis=1)
     share = table[Verdict.RIGHT] / n

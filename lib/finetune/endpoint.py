@@ -40,9 +40,9 @@ class EndpointConfig(Config):
     is silent for `timeout` seconds, or the server says that it is busy or broken. Other refusals are final.
     """
 
-    base_url: str = Field(pattern=r"^https?://\S+$")
+    base_url: str = Field(pattern=r"^https?://\S+$", max_length=2_000)
     model: str = Field(min_length=1)
-    api_key: str = Field("none", min_length=1, repr=False)
+    api_key: str = Field("none", pattern="^[!-~]([ -~]*[!-~])?$", repr=False)  # as HTTP takes it
     protocol: Protocol = "tools"
     system: str = Field("Answer in a few words, without a sentence around them.", max_length=100_000)  # "" for none
     max_tokens: int = Field(128, ge=1)  # of one turn
@@ -100,15 +100,8 @@ async def ask_all(
     """
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     out, asked = paths.check_output(Path(out), "records to "), endpoint.digest_of(task)
-    done = {
-        text: record
-        for text, record in _finished(out, asked).items()
-        if all(
-            query is None or look_up(query) == result
-            for query, result in record.get("calls", [(record["query"], record["result"])])
-        )
-    }
     key = {question.text: question for question in questions}
+    done = _finished(out, asked, key, look_up, task)
     waiting = [text for text in key if text not in done]
     is_here = urlsplit(endpoint.base_url).hostname in ("localhost", "127.0.0.1", "::1")  # reached without a proxy
     try:
@@ -133,18 +126,28 @@ async def ask_all(
     return [done[question.text] | task.grade(done[question.text], question) for question in questions]
 
 
-def _finished(out: Path, asked: str) -> dict[str, dict]:
-    """Return the error-free records with this `asked`, by question; remove a truncated last line."""
+def _finished(out: Path, asked: str, key: dict[str, Any], look_up: Callable[[Any], str], task: Any) -> dict[str, dict]:
+    """Return the records that `ask_all` need not ask for again, by question; remove a truncated last line."""
     try:
         whole, newline, cut = (out.read_bytes() if out.exists() else b"").rpartition(b"\n")
-        records = [json.loads(line) for line in whole.splitlines()]
+        found = [json.loads(line) for line in whole.splitlines()]
         begun = b'{"question": '
         if not cut.startswith(begun[: len(cut)]):
             raise ValueError
-        finished = {r["question"]: r for r in records if r["error"] is None and r["asked"] == asked}
+        last = {r["question"]: r for r in found if r["error"] is None and r["asked"] == asked and r["question"] in key}
+        finished = {
+            text: record | task.grade(record, key[text])
+            for text, record in last.items()
+            if all(
+                query is None or look_up(query) == result
+                for query, result in record.get("calls", [(record["query"], record["result"])])
+            )
+        }
         if cut:
             os.truncate(out, len(whole + newline))
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except InputError:  # of the table
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise InputError(f"{out} holds other lines than records of questions: name a new file") from None
     return finished
 
@@ -190,8 +193,9 @@ async def _ask(
         record["error"] = f"TimeoutError: no answer within {longest:g} seconds"
     except Exception as error:  # whatever the server says, only this question fails
         body = getattr(error, "body", None)
-        said = "" if isinstance(body, dict) and "message" in body else f" {body or ''}"  # the error has it already
-        record["error"] = " ".join(f"{type(error).__name__}: {error}{said}".split())[:300]
+        told = isinstance(body, dict) and "message" in body  # by the error itself
+        said = "" if told else body or error.__cause__ or ""
+        record["error"] = " ".join(f"{type(error).__name__}: {error} {said}".split())[:300]
     return record
 
 

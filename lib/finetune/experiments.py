@@ -138,7 +138,8 @@ def rows(profile: str) -> pd.DataFrame:
     """
     configs = plan(profile)
     files = [folder(config, profile) / ROWS for config in configs]
-    table = rows_of_profile(table_path(), profile, files, {config.run_id for config in configs})
+    planned = {config.run_id for config in configs}
+    table = rows_of_profile(table_path(), profile, files, planned, ("run_id", "config"))
     recipes = [json.loads(config) | {"seed": None} for config in table.get("config", ["{}"] * len(table))]
     return table.assign(recipe=[json.dumps(recipe, sort_keys=True) for recipe in recipes])
 

@@ -3,9 +3,9 @@
 import io
 import os
 import re
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lib import paths
 from lib.base import InputError, WorkError
@@ -31,7 +31,7 @@ def build(out: Path | None = None, profile: str | None = None) -> Path:
     from sphinx.util.docutils import docutils_namespace
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".book-", dir=out.parent) as folder, docutils_namespace():
+    with paths.writing(out), TemporaryDirectory(prefix=".book-", dir=out.parent) as folder, docutils_namespace():
         made, warnings, source = Path(folder, "made"), io.StringIO(), paths.NOTEBOOKS
         places = source, source, made, Path(folder, "doctrees")
         Sphinx(*places, "html", {"executed": executed}, status=None, warning=warnings).build()

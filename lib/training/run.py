@@ -76,10 +76,11 @@ def run(
     commit()  # records the imported code, whatever is committed while the run trains
     config_here = located(config, inputs)
     people, tokenizer = read_inputs(config_here)
-    with asked_to_leave() as asked, ExitStack() as stack, _no_room_told():
+    with ExitStack() as stack, _no_room_told():
         files = {path: tokenize_file(inputs.get(path, path), tokenizer) for path in sorted(config.training.files)}
         claim = Claim(config, people.digest(), {path: folder.name for path, folder in files.items()}, tokenizer.name)
         check_claim(directory, claim)
+        asked = stack.enter_context(asked_to_leave())  # not before: it may take long to read the files
         ranks = stack.enter_context(connect(device, config.model, sharded, tensor))
         lock = locked(directory, claim)
         if not ranks.first_does(lambda: stack.enter_context(lock) or (directory / ROW).exists()):

@@ -3,6 +3,7 @@
 import os
 import signal
 import sqlite3
+import sys
 import tempfile
 import threading
 from time import monotonic
@@ -576,3 +577,31 @@ def test_a_forgiving_tool_forgives_nothing_but_names(database):
         assert forgiving("hello").outcome is Outcome.MALFORMED
         assert forgiving(format_request("birthplace", PEOPLE.names[0])).outcome is Outcome.UNKNOWN_ATTRIBUTE
         assert forgiving(format_request("birth_place", PEOPLE.names[0])).ok
+
+
+@pytest.mark.parametrize("value", ["5", "5.5", "x'416e'", "NULL"])
+def test_a_forgiving_tool_passes_over_names_that_are_no_text(tmp_path, value):
+    rows = f"({value}, 'cat'), ('Anna', 'dog')"
+    path = made(tmp_path / "x.db", "CREATE TABLE people (name, pet)", f"INSERT INTO people VALUES {rows}")
+    with SqlTool(path) as tool:
+        assert ForgivingTool(tool, 1)(format_request("pet", "Ann")) == (Outcome.ANSWER, "dog")
+
+
+def test_what_a_forgiving_tool_cannot_do_is_one_sentence(tmp_path, database, monkeypatch):
+    path = made(tmp_path / "x.db", PETS, "INSERT INTO people VALUES (CAST(x'ff' AS TEXT), 'cat')")
+    with SqlTool(path) as tool, pytest.raises(InputError, match="cannot read people from the database .*UTF-8"):
+        ForgivingTool(tool, 1)
+    monkeypatch.setitem(sys.modules, "rapidfuzz", None)
+    with SqlTool(database) as tool, pytest.raises(InputError, match=r"rapidfuzz: pip install -e '\.\[serve\]'"):
+        ForgivingTool(tool, 1)
+
+
+@pytest.mark.parametrize("times, said", [(1, Outcome.NO_MATCH), (900, Outcome.TIMEOUT)])
+def test_slow_functions_of_a_computed_column_end_in_time(tmp_path, times, said):
+    n = 450_000 if times == 1 else 4_500
+    slow = " + ".join([f"instr(hex(zeroblob({n})), hex(zeroblob({n // 2})) || '1')"] * times)
+    columns = f"name TEXT, pet TEXT AS (name || 's cat'), slow TEXT AS ({slow})"
+    path = made(tmp_path / "x.db", f"CREATE TABLE people ({columns})", "INSERT INTO people VALUES ('Ann')")
+    assert outcome(path).text == "Anns cat"
+    start = monotonic()
+    assert outcome(path, "slow").outcome is said and monotonic() - start < 10

@@ -6,9 +6,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -825,3 +827,29 @@ def test_help_lists_the_commands_and_nothing_at_all_shows_it(itl):
         assert said in told  # nothing in brackets, say, is taken for markup
     bare = itl()
     assert bare.code == 2 and "Usage" in bare.out + bare.err and "itl: \n" not in bare.err
+
+
+@pytest.mark.parametrize(
+    "command, place",
+    [
+        ("ask --people people.csv --model m --base-url http://127.0.0.1:9", "lib.finetune.ask.sample_questions"),
+        ('train --csv people.csv --set training.files={"people.csv":0.5} --out run', "hashlib.file_digest"),
+    ],
+)
+def test_sigterm_ends_a_command_at_once_and_nothing_temporary_stays(command, place, tmp_path, monkeypatch):
+    def before(*_) -> None:
+        raise AssertionError("the command did not care for the signal")
+
+    (tmp_path / "people.csv").write_text("name,city\nAda,Lyon\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(place, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("sys.argv", ["itl", *command.split()])
+    handler = signal.signal(signal.SIGTERM, before)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            app.main()
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["people.csv"]

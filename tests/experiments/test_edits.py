@@ -3,11 +3,13 @@
 import pytest
 
 from lib.base import InputError
+from lib.cli import app
 from lib.config import RunConfig
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.experiments import edits
 from lib.experiments.plan import searches
 from lib.experiments.rows import sweep_dir
+from lib.experiments.sweep import Report
 from lib.figures import edits as figures
 from lib.model.circuit import Circuit
 from lib.paths import ROWS, read_json, write_json
@@ -93,3 +95,63 @@ def test_rows_are_published_once_and_only_with_a_commit(tmp_path, monkeypatch):
     write_json(path, [row | {"run_id": "ba9876543210", "commit": "unknown"}])
     with pytest.raises(InputError, match="not made by a clean commit"):
         edits.table_of_rows().add("laptop")
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """A function that stores the rows of runs of the quick profile, as these bytes."""
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path))
+    monkeypatch.setattr(edits, "TABLE", tmp_path / "edits.csv")
+
+    def store(content: str, run: str = "in-tool") -> None:
+        path = sweep_dir(edits.SECTION, "quick") / run / ROWS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+    return store
+
+
+@pytest.mark.parametrize("content", ["[1]", "[null]", "[[]]", "[{}]", '["run_id"]', '[{"run_id": "a"}, {}]'])
+def test_damaged_rows_are_passed_over(content, stored, capsys):
+    stored(content)
+    stored('[{"run_id": "b"}]', "in-weight")
+    assert [*edits.rows("quick").run_id] == ["b"]
+    assert f"{ROWS} is damaged (it lacks run_id): delete it" in capsys.readouterr().err
+
+
+def test_damaged_rows_are_measured_again(stored, monkeypatch):
+    measured = []
+
+    def measure(folder, profile):
+        measured.append(folder.name)
+        return [{"run_id": read_json(folder / "row.json")["run_id"]}]
+
+    monkeypatch.setattr(edits, "measure", measure)
+    stored("[{]")
+    for _ in range(2):
+        assert len(edits.run("quick")) == 2
+    assert measured == ["in-weight", "in-tool"]
+
+
+def test_after_max_hours_no_further_group_of_models_starts(stored, monkeypatch):
+    given, now = [], [0.0]
+
+    def sweep(section, profile, *, plan, jobs, max_hours):
+        given.append(max_hours)
+        now[0] += 3000  # seconds
+        return Report()
+
+    monkeypatch.setattr(edits, "sweep", sweep)
+    monkeypatch.setattr(edits.time, "monotonic", lambda: now[0])
+    edits.run("laptop", jobs=5, max_hours=1)
+    first, second, *others = given
+    assert (first, second) == pytest.approx((1, 1 / 6)) and {*others} == {0}
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1"])
+def test_a_sweep_without_processes_is_refused_before_it_measures(jobs, stored, monkeypatch, capsys):
+    monkeypatch.setattr(edits, "measure", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr("sys.argv", ["itl", "sweep", "07_1", f"--jobs={jobs}"])
+    with pytest.raises(SystemExit, match="2"):
+        app.main()
+    assert capsys.readouterr().err.startswith(f"itl: jobs = {jobs}: ")

@@ -514,3 +514,10 @@ def test_biographies_are_weighed_against_the_same_databases_without_them(monkeyp
     }
     monkeypatch.setattr(summaries, "read_rows", lambda section, profile: pd.DataFrame())
     assert len(summaries.biographies_bounds("laptop")) == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n", b"\xff\xfe", b'profile,run_id\n"a,b\n'])
+def test_what_is_no_table_is_one_sentence(content, tmp_path):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(InputError, match="t.csv is no table of runs .*: restore it"):
+        tables.read_table(tmp_path / "t.csv")

@@ -29,6 +29,7 @@ from lib.facts.csv import write_people_csv
 from lib.facts.database import change_fact, write_database
 from lib.facts.people import ATTRIBUTES, People
 from lib.facts.sampling import sample_people
+from lib.figures.teaching import recall_by_phrasing as recall_figure
 from lib.finetune.ask import (
     PAPER,
     PHRASINGS,
@@ -93,6 +94,7 @@ OTHER = next(value for (_, attribute), value in VALUES.items() if attribute == "
         ([calls(find()), calls(find("occupation")), GOOD], "right"),
         ([GOOD], "no call"),  # it may know, but it did not look
         ([says("")], "no call"),
+        ([says("half a pair: \ud800")], "no call"),
         ([calls(find("occupation")), GOOD], "wrong attribute"),
         ([calls(find("birthplace")), GOOD], "wrong attribute"),
         ([calls(find("occupation", "Ada")), GOOD], "wrong attribute"),
@@ -127,6 +129,7 @@ def test_a_failing_server_is_no_failure_of_the_model(server, tool, tmp_path):
     play = server(lambda request, n: answers.get(request["messages"][-1]["content"], GOOD))
     records = ask(play, tool, tmp_path / "r.jsonl", questions)
     assert [record["outcome"] for record in records] == ["right", "server error", "no call"]
+    records[0]["answer"] = "half a pair: \ud800"
     table = recall_by_phrasing(records).set_index("phrasing")
     assert table.n_questions.to_dict() == {PAPER: 1, "casual": 0, "gap": 1}
     assert table.recall.isna().to_dict() == {PAPER: False, "casual": True, "gap": False}
@@ -364,6 +367,38 @@ def test_a_server_that_is_not_there_ends_in_one_sentence(database, tmp_path, itl
     assert code == 1 and said.startswith(f"itl: the server {url} did not answer the first question: APIConnectionError")
 
 
+def test_the_name_of_a_model_is_no_formula(server, database, tmp_path, itl):
+    play = server(looks_up)
+    given = ["--people", database, "--base-url", f"http://127.0.0.1:{play.server_port}/v1", "--out", tmp_path / "r"]
+    assert itl(*given, "--questions", 1, "--phrasing", PAPER, "--model", r"a$\b$")[0] == 0
+    table = recall_by_phrasing([json.loads(line) for line in (tmp_path / "r").read_text().splitlines()])
+    drawn = recall_figure(table, r"a$\b$")
+    drawn.canvas.draw()
+    assert drawn.axes[0].title.get_text().replace(r"\$", "$") == r"a$\b$"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({field: ...} for field in ("protocol", "query", "result", "answer")),
+        *({"query": query} for query in (3, "x", [], {}, {"attribute": "birth_place"})),
+        *({"answer": answer} for answer in (3, [])),
+        *({"calls": calls} for calls in (None, 3, {}, [3], [[]], [["birth_place", "x"]], [[{"name": ADA}, "x"]])),
+    ],
+    ids=str,
+)
+def test_a_damaged_record_is_one_sentence_and_stays(server, tool, tmp_path, damage):
+    out, play = tmp_path / "r.jsonl", server(looks_up)
+    (record,) = ask(play, tool, out)
+    if "calls" not in damage:
+        del record["calls"]
+    out.write_text(json.dumps({name: value for name, value in (record | damage).items() if value is not ...}) + "\n")
+    before = out.read_bytes()
+    with pytest.raises(InputError, match="r.jsonl holds other lines than records of questions: name a new file"):
+        ask(play, tool, out)
+    assert out.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "wrong, words",
     [
@@ -375,6 +410,8 @@ def test_a_server_that_is_not_there_ends_in_one_sentence(database, tmp_path, itl
         (["--questions", "0"], "questions"),
         (["--base-url", "localhost"], "endpoint.base_url: "),
         (["--out", "people.sqlite"], "--people and --out name the same file"),
+        (["--base-url", "http://localhost/" + "x" * 100_000], "endpoint.base_url: "),
+        (["--api-key", "sec\nret"], "endpoint.api_key: string should match pattern '^[!-~]([ -~]*[!-~])?$'\n"),
         (["--out", "notes.sqlite"], "notes.sqlite holds other lines than records of questions"),
     ],
     ids=str,

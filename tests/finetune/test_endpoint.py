@@ -250,7 +250,9 @@ def test_a_server_that_is_not_there_is_in_every_record(tmp_path):
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     endpoint = EndpointConfig(base_url=url, model="m", retries=0)
     records = asyncio.run(ask_all(QUESTIONS, endpoint, str, tmp_path / "r.jsonl"))
-    assert {record["error"] for record in records} == {"APIConnectionError: Connection error."}
+    assert {record["error"] for record in records} == {
+        "APIConnectionError: Connection error. All connection attempts failed"
+    }
 
 
 def test_only_a_server_elsewhere_is_asked_through_a_proxy(server, tmp_path, monkeypatch):

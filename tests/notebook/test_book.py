@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import pytest
 from bs4 import BeautifulSoup
+from full_disk import full_after
 
 from lib import paths
 from lib.base import InputError, WorkError
@@ -206,3 +207,12 @@ def test_without_the_extra_one_sentence_says_how_to_get_it(tmp_path, monkeypatch
     with pytest.raises(InputError, match=r"package furo: pip install -e '\.\[book\]'"):
         book.build(tmp_path / "new")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_sentence_and_the_earlier_book_stays(small_house):
+    first = book.build()
+    before = first.read_bytes()
+    with full_after(1_000), pytest.raises(WorkError, match=f"^cannot write {first.parent}: File too large$"):
+        book.build()
+    assert first.read_bytes() == before
+    assert [path for path in first.parent.parent.iterdir() if path.name.startswith(".book")] == []
