@@ -8,10 +8,8 @@ are standard errors, often smaller than the marker. A point without a value is l
 
 from itertools import cycle
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -19,7 +17,7 @@ from matplotlib.patches import Patch
 
 from lib import paths
 from lib.experiments.scale_tables import LEARNED, by_family, of_facts, rate
-from lib.figures.style import HOLLOW, RC, STYLES, log_ticks, nothing_yet
+from lib.figures.style import BESIDE, HOLLOW, STYLES, log_ticks, nothing_yet, panels
 
 #: Half-filled markers mean a tool: single points have no line style to tell modes apart in grey.
 MODES = {
@@ -49,9 +47,9 @@ def against_steps(rows: pd.DataFrame, metric: str) -> Figure:
     bases, looks = by_family(rows.base), _looks_of_runs(rows)
     n_columns = min(3, max(1, len(bases)))
     n_rows = max(1, -(-len(bases) // n_columns))
-    with matplotlib.rc_context({**RC, "figure.figsize": (2.6 * n_columns + 2.0, 2.2 * n_rows + 0.4)}):
-        figure, panels = plt.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
-        for axes, base in zip(panels.flat, bases, strict=False):
+    size, shared = (2.6 * n_columns + 2.0, 2.2 * n_rows + 0.4), {"sharex": True, "sharey": True, "squeeze": False}
+    with panels(size, n_rows, n_columns, **shared) as (figure, grid):
+        for axes, base in zip(grid.flat, bases, strict=False):
             runs = rows[rows.base == base]
             for (mode, n_facts, _), run in runs.groupby(["mode", "n_facts", "run_id"]):
                 points = run.dropna(subset=metric).sort_values("step")
@@ -68,12 +66,12 @@ def against_steps(rows: pd.DataFrame, metric: str) -> Figure:
             axes.yaxis.set_major_formatter("{x:g}")
             if metric == "capability_relative":
                 axes.axhline(100, color="#555555", linewidth=0.9, linestyle=":")
-        for axes in panels.flat[len(bases) :]:
+        for axes in grid.flat[len(bases) :]:
             nothing_yet(axes, "fine-tuned")
         figure.supxlabel("steps of fine-tuning", fontsize=9)
         figure.supylabel(_label(metric, rows), fontsize=9)
         handles = [Line2D([], [], label=f"{mode}, {n:,} facts", **look) for (mode, n), look in looks.items()]
-        figure.legend(handles=handles, fontsize=7, handlelength=3, loc="outside right center")
+        figure.legend(handles=handles, handlelength=3, loc="outside right center")
     return figure
 
 
@@ -118,8 +116,7 @@ def steps_to_recall(table: pd.DataFrame) -> Figure:
 
     A bar is the standard deviation of a uniform draw between evaluations.
     """
-    with _style(5.8, table):
-        figure, axes = plt.subplots()
+    with _beside_legend(5.8, table) as (figure, axes):
         _against_facts(axes, table, "steps_to_recall")
         axes.set(yscale="log", ylabel=f"steps to {LEARNED:.0%} recall")
         axes.yaxis.set_major_formatter("{x:,.0f}")
@@ -129,13 +126,12 @@ def steps_to_recall(table: pd.DataFrame) -> Figure:
 
 def forgetting(table: pd.DataFrame) -> Figure:
     """Draw recall, relative capability and total variation side by side, against facts (Section 6, main figure)."""
-    with _style(10.6, table):
-        figure, panels = plt.subplots(1, 3, sharex=True)
-        for axes, metric in zip(panels, ("recall", "capability_relative", "tv"), strict=True):
+    with _beside_legend(10.6, table, 3) as (figure, row):
+        for axes, metric in zip(row, ("recall", "capability_relative", "tv"), strict=True):
             _against_facts(axes, table, metric)
             axes.set_ylabel(_label(metric, table))
-        panels[0].set_ylim(-0.04, 1.06)
-        panels[2].set_ylim(bottom=-0.03 * panels[2].get_ylim()[1])  # room for half a marker below zero
+        row[0].set_ylim(-0.04, 1.06)
+        row[2].set_ylim(bottom=-0.03 * row[2].get_ylim()[1])  # room for half a marker below zero
         _legend(figure, table)
     return figure
 
@@ -146,27 +142,26 @@ def hybrid(table: pd.DataFrame) -> Figure:
     table: as `scale_tables.hybrid` gives it. The axis is logarithmic; if some facts were never seen, it is linear from
     zero to the least frequent others.
     """
-    with _style(7.8):
-        figure, panels = plt.subplots(1, 2, sharex=True, sharey=True)
+    with panels((7.8, 3.4), 1, 2, _PADDED, sharex=True, sharey=True) as (figure, row):
         label = "times seen in training"
         if table.frequency.eq(0).any():
             least = min((frequency for frequency in table.frequency if frequency > 0), default=1)
-            panels[0].set_xscale("symlog", base=2, linthresh=least)
+            row[0].set_xscale("symlog", base=2, linthresh=least)
             label += f" (linear below {least:g})"
         else:
-            panels[0].set_xscale("log", base=2)
-        for axes, shares in zip(panels, (["call_share"], ["accuracy", "accuracy_of_calls"]), strict=True):
+            row[0].set_xscale("log", base=2)
+        for axes, shares in zip(row, (["call_share"], ["accuracy", "accuracy_of_calls"]), strict=True):
             for share in shares:
                 points = table.dropna(subset=share)
-                bars = {"yerr": points[f"{share}_stderr"], "capsize": 2}
+                bars = {"yerr": points[f"{share}_stderr"]}
                 axes.errorbar(points.frequency, points[share], **bars, **_ASKED[share])
             axes.set(xlabel=label, ylim=(-0.04, 1.06))
             axes.xaxis.set_major_formatter("{x:g}")
             if not len(table):
                 nothing_yet(axes, "hybrid")
-        panels[0].set_ylabel("share looked up")
-        panels[1].set_ylabel("share answered rightly")
-        panels[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        row[0].set_ylabel("share looked up")
+        row[1].set_ylabel("share answered rightly")
+        row[1].legend(**BESIDE)
     return figure
 
 
@@ -179,19 +174,18 @@ def trivia(table: pd.DataFrame, model: str) -> Figure:
     ways, hatches = [way for way in WAYS if way in set(table.way)], cycle(("", "///", "...", "xxx", "---"))
     looks = dict(zip(table.questions.unique(), hatches, strict=False))
     width = 0.8 / max(1, len(looks))
-    with _style(7.8):
-        figure, axes = plt.subplots()
+    with panels((7.8, 3.4), rc=_PADDED) as (figure, axes):
         for i, (kind, hatch) in enumerate(looks.items()):
             bars = table[table.questions == kind].set_index("way").reindex(ways)
             places = np.arange(len(ways)) + width * (i - (len(looks) - 1) / 2)
             look = {"color": [WAYS[way] for way in ways], "hatch": hatch, "edgecolor": "white", "ecolor": "black"}
-            axes.bar(places, bars.accuracy, width, yerr=bars.standard_error, capsize=2, **look)
+            axes.bar(places, bars.accuracy, width, yerr=bars.standard_error, **look)
         axes.set_xticks(range(len(ways)), ways)
         axes.set(title=model, ylabel="share answered rightly", ylim=(0, 1.06))
         handles = [
             Patch(facecolor="#444444", edgecolor="white", hatch=look, label=kind) for kind, look in looks.items()
         ]
-        figure.legend(handles=handles, fontsize=7, loc="outside right center")
+        figure.legend(handles=handles, loc="outside right center")
     return figure
 
 
@@ -216,13 +210,13 @@ _ASKED = {
 }
 
 
-def _style(width: float, table: pd.DataFrame | None = None):
-    """Set the size of figures: so many inches wide, and high enough for the legend of a table."""
-    lines = 0
-    if table is not None:
-        lines = table["mode"].nunique() + table.model.nunique() + len(table.groupby(["model", "mode"]))
-    size = (width, max(3.4, 0.13 * lines))
-    return matplotlib.rc_context({**RC, "figure.figsize": size, "figure.constrained_layout.w_pad": 0.1})
+_PADDED = {"figure.constrained_layout.w_pad": 0.1}
+
+
+def _beside_legend(width: float, table: pd.DataFrame, n_columns: int = 1):
+    """Return `panels` so many inches wide, and high enough for the legend of a table."""
+    lines = table["mode"].nunique() + table.model.nunique() + len(table.groupby(["model", "mode"]))
+    return panels((width, max(3.4, 0.13 * lines)), 1, n_columns, _PADDED, sharex=True)
 
 
 def _looks(table: pd.DataFrame) -> dict[tuple[str, str | None], dict]:
@@ -245,7 +239,7 @@ def _looks(table: pd.DataFrame) -> dict[tuple[str, str | None], dict]:
 def _against_facts(axes, table: pd.DataFrame, metric: str) -> None:
     looks = _looks(table)
     for (model, mode), points in table.dropna(subset=metric).groupby(["model", "mode"], sort=False):
-        bars = {"yerr": points[f"{metric}_stderr"], "capsize": 2}
+        bars = {"yerr": points[f"{metric}_stderr"]}
         axes.errorbar(points.n_facts, points[metric], label=f"{model}, {_runs(points)}", **bars, **looks[model, mode])
     if not axes.get_lines():
         nothing_yet(axes, "fine-tuned")
