@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from lib.base import Config, Identified, InputError
 from lib.dialogs.tokenizers import ByteTokenizer
-from lib.facts.people import ATTRIBUTES, MAX_PEOPLE, FactsConfig
+from lib.facts.people import ATTRIBUTES, MAX_PEOPLE, RELEASED, FactsConfig
 from lib.paths import LARGEST_TEXT, read_bytes
 
 
@@ -188,6 +188,16 @@ class RunConfig(Identified):
                 f"there are {MAX_PEOPLE:,} names"
             )
         return self
+
+    @property
+    def title(self) -> str:
+        """The run in a few words."""
+        correlation = f", alpha {self.facts.alpha:g}" if self.facts.alpha else ""
+        law = ", released law" if self.facts.law == RELEASED else ""
+        facts = f"{len(ATTRIBUTES) * self.facts.n_people} facts{correlation}{law}"
+        shape = self.model.n_layers, self.model.n_heads
+        layers = "" if shape == (2, 2) else f", {shape[0]} layers of {shape[1]} heads"
+        return f"{self.mode}, {facts}, d = {self.model.d_model}{layers}, seed {self.seed}"
 
     def flops(self) -> float:
         """Return about how many floating-point operations the whole training takes: three forward passes a step."""

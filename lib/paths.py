@@ -21,7 +21,7 @@ NOTEBOOKS = ROOT / "notebooks"
 PAPER_DATA = ROOT / "paper_data"
 PUBLISHED = PAPER_DATA / "published"
 CHECKPOINTS = PAPER_DATA / "checkpoints"
-#: Lists of names and values, prompts and questions: part of the package.
+#: Lists of names and values, prompts, questions and fine-tunings: part of the package.
 DATA = Path(__file__).parent / "data"
 
 #: Profiles change sizes and recipe, never code. `smoke` is for the tests; only the last two publish.

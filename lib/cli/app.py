@@ -254,40 +254,39 @@ def sweep(
         _table(source)  # an experiment without a table is an `InputError`
         publishing.check_publishes(profile)
         publishing.check_traceable()
-    failed = False
+    options = {"jobs": jobs, "max_hours": max_hours, "device": device}
     if facts and source in ("06", "07_1", "07_2"):
         raise InputError(f"--facts is for Section 5 and grids of your own, not for section {source}: leave it out")
-    if source == "07_2":
+    if source == "06":
+        from lib.finetune import experiments
+
+        report = experiments.sweep(profile, dry_run=dry_run, **options)
+    elif source == "07_2":
         from lib.experiments import chains
 
-        n_done, n_runs = len(chains.run_profile(profile, not dry_run)), len(chains.configurations(profile))
-        console.print(f"{n_done} of {n_runs} runs are finished")
-    elif source == "06":
-        failed = finetune.sweep(profile, jobs, dry_run, max_hours, device).failed
+        report = chains.sweep(profile, dry_run=dry_run)
     else:
         from lib.experiments import sweep as sweeps
         from lib.experiments.plan import searches
         from lib.facts.people import ATTRIBUTES
 
-        options = {"max_hours": max_hours, "device": device}
         if source == "07_1":
             from lib.experiments import edits
 
             if not dry_run:
-                edits.run(profile, jobs, **options)
+                edits.run(profile, **options)
             report = sweeps.sweep(source, profile, dry_run=True, plan=edits.missing(profile), device=device)
         else:
             plan = searches(source, profile)
             if facts:
                 plan = [each for each in plan if len(ATTRIBUTES) * each.base.facts.n_people in facts]
-            report = sweeps.sweep(source, profile, jobs=jobs, dry_run=dry_run, plan=plan, **options)
-        console.print(str(report))
-        failed = report.failed
+            report = sweeps.sweep(source, profile, dry_run=dry_run, plan=plan, **options)
+    console.print(str(report))
     if publish and not dry_run:
         table = _table(source)
         console.print(f"{table.add(profile)} new rows in {table.path}")
         refresh()
-    if failed:
+    if report.failed:
         raise SystemExit(1)
 
 

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lib import paths
-from lib.base import InputError
 from lib.cli.options import SET, Device, Group, Option, Out, assigned, console, run_folder, takes
 
 MODEL = "SmolLM2-135M"
@@ -76,38 +75,18 @@ def finetune(config, out: Out = None, device: Device = "auto") -> None:
     The same command resumes an interrupted run. Started by torchrun or accelerate, several processes train it
     together.
     """
-    from lib.finetune.experiments import title
     from lib.finetune.train import finetune as run
     from lib.training.distributed import is_first
 
     console.quiet = not is_first()
     directory = run_folder(config, out, "finetune")
-    console.print(f"run {config.run_id}: {title(config)}")
-    rows = run(config, directory, device=device, description="fine-tuning" if is_first() else None)
+    console.print(f"run {config.run_id}: {config.title}")
+    rows = run(config, directory, device=device)
     columns = {"recall": "recall", "recall_unseen": "of unseen", "capability": "capability", "tv": "total variation"}
     for row in rows:
         measured = [f"{said} {row[name]:.3f}" for name, said in columns.items() if row[name] is not None]
         console.print(f"step {row['step']:>6,}: {', '.join(measured)}")
     console.print(f"model and rows: {directory}")
-
-
-def sweep(profile: str, jobs: int | None, dry_run: bool, max_hours: float, device: str):
-    """Do `itl sweep 06`: run the missing fine-tunings of a profile; return the report."""
-    from lib.finetune import experiments
-
-    if jobs not in (None, 1):
-        raise InputError("section 06 runs one fine-tuning at a time: for more, start the same command again beside it")
-    report = experiments.Report()
-    if not dry_run:
-        report = experiments.sweep(profile, device=device, max_hours=max_hours)
-        console.print(f"{report.done} runs done now")
-    left, n_planned = experiments.missing(profile), len(experiments.plan(profile))
-    console.print(f"{len(left)} of {n_planned} fine-tunings are ahead" if left else "nothing is missing")
-    for config in left:
-        console.print(f"  {experiments.title(config)}")
-    for run, reason in report.failed.items():
-        console.print(f"failed: {run}: {reason}")
-    return report
 
 
 @takes(endpoint=ENDPOINT)

@@ -5,6 +5,7 @@ the training run itself in `run/`, and in the end its row.
 """
 
 from collections import namedtuple
+from dataclasses import replace
 from itertools import accumulate, chain, islice, product
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lib.dialogs.tokenizers import Tokenizer
 from lib.evaluation.recall import measure_recall
 from lib.experiments.plan import Grid
 from lib.experiments.publishing import Table
+from lib.experiments.sweep import Report
 from lib.experiments.tables import rows_of_profile
 from lib.facts.csv import read_people_csv, write_people_csv
 from lib.facts.database import temporary_database
@@ -87,13 +89,16 @@ def run_chains(config: RunConfig, folder: Path, asked: int, description: str | N
     paths.write_json(folder / paths.ROWS, [row | {"measured_commit": commit()}])
 
 
-def run_profile(profile: str, recompute: bool = True) -> pd.DataFrame:
-    """Return `rows` of a profile, after doing the runs that are not finished, unless `recompute` is false."""
-    done = set(rows(profile).run_id)
-    for config in configurations(profile) if recompute else ():
-        if config.run_id not in done:
-            run_chains(config, _folder(config, profile), SETTINGS[profile].asked, SECTION)
-    return rows(profile)
+def sweep(profile: str, *, dry_run: bool = False) -> Report:
+    """Do the runs of a profile that are not finished, or with `dry_run` only report them."""
+    done = {*rows(profile).run_id}
+    missing = [config for config in configurations(profile) if config.run_id not in done]
+    report = Report(done_before=len(done), missing=missing, runs_ahead=len(missing))
+    if not dry_run:
+        for config in missing:
+            run_chains(config, _folder(config, profile), SETTINGS[profile].asked, config.title)
+        report = replace(report, done_now=len(missing), missing=[], runs_ahead=0)
+    return report
 
 
 def _folder(config: RunConfig, profile: str) -> Path:

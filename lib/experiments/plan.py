@@ -99,7 +99,7 @@ class Grid(Config):
 
     def searches(self) -> list[Search]:
         """Return the search of each combination, the last axis varying fastest. Raises `InputError`."""
-        points = [*map(_points, self.axes)]
+        points = [*map(points_of, self.axes)]
         if (n_searches := math.prod(map(len, points))) > MOST_SEARCHES:
             raise InputError(f"axes make {n_searches:,} searches: a plan takes at most {MOST_SEARCHES:,}")
         found = [self._search(combined) for combined in product(*points)]
@@ -130,7 +130,7 @@ class Grid(Config):
         return Search(base, grid.threshold, start, tuple(grid.sizes), grid.neighbours)
 
 
-def _points(axis: dict[str, list[Any]]) -> list[dict[str, Any]]:
+def points_of(axis: dict[str, list[Any]]) -> list[dict[str, Any]]:
     """Return the values of an axis, one mapping of fields for each point."""
     if len({len(values) for values in axis.values()}) != 1:
         raise InputError(f"axes: {', '.join(axis)} share an axis, so their lists take equally many values")

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from lib.experiments.plan import searches
 from lib.experiments.rows import known_rows, read_row, sweep_dir
 from lib.experiments.search import Search
 from lib.experiments.worker import attempt
-from lib.facts.people import ATTRIBUTES, RELEASED
+from lib.facts.people import ATTRIBUTES
 from lib.paths import ROW
 from lib.progress import LINE_INTERVAL, progress
 
@@ -42,29 +42,25 @@ class Report:
     done_before: int = 0  # runs that had a row already
     done_now: int = 0
     failed: dict[str, str] = field(default_factory=dict)  # run id -> the error's last line
-    missing: list[RunConfig] = field(default_factory=list)  # runs that could start now
+    missing: list = field(default_factory=list)  # configurations of runs that could start now
     runs_ahead: int = 0  # about how many runs are left, those that depend on others included
-    hours_ahead: float = 0.0  # about how many hours they take one process
+    hours_ahead: float = 0.0  # about how many hours they take one process; 0 if that is not known
 
     def check(self) -> None:
         """Raise `WorkError` if a run failed: a notebook must not go on as if it had its rows."""
-        check_failed(self.failed)
+        if self.failed:
+            raise WorkError("; ".join(f"{run}: {reason}" for run, reason in self.failed.items()))
 
     def __str__(self) -> str:
         done = f"{self.done_now} runs done now, {self.done_before} before; "
         if not self.missing:
             return done + "nothing is missing"
-        ahead = f"about {self.runs_ahead:,} runs and {self.hours_ahead:,.1f} hours of one process ahead, beginning with"
-        lines = [done + ahead, *(f"  {_title(config)}" for config in self.missing[:LISTED])]
+        hours = f" and {self.hours_ahead:,.1f} hours of one process" if self.hours_ahead else ""
+        ahead = f"about {self.runs_ahead:,} runs{hours} ahead, beginning with"
+        lines = [done + ahead, *(f"  {config.title}" for config in self.missing[:LISTED])]
         if more := self.missing[LISTED:]:
             lines.append(f"  and {len(more):,} more")
         return "\n".join(lines + [f"failed: {run_id}: {reason}" for run_id, reason in self.failed.items()])
-
-
-def check_failed(failed: Mapping[str, str]) -> None:
-    """Raise `WorkError` with the reasons by run, if there are any."""
-    if failed:
-        raise WorkError("; ".join(f"{run}: {reason}" for run, reason in failed.items()))
 
 
 def sweep(
@@ -162,7 +158,7 @@ def _execute(
         if not in_process:
             return pool.submit(_in_a_process, *arguments, stdin)
         future = Future()
-        future.set_result(attempt(*arguments, _title(config)))
+        future.set_result(attempt(*arguments, config.title))
         return future
 
     with (
@@ -188,7 +184,7 @@ def _execute(
             for future in finished:
                 config, device = running.pop(future)
                 idle.append(device)
-                run_id, title = config.run_id, _title(config)
+                run_id, title = config.run_id, config.title
                 if error := future.result():
                     tries[run_id] += 1
                     if tries[run_id] == TRIES:
@@ -207,7 +203,7 @@ def _how_far(config: RunConfig, directory: Path) -> str:
     with suppress(OSError):  # it has logged nothing yet
         steps = re.findall(r'"step": (\d+)', (directory / "metrics.jsonl").read_text("utf-8", "replace"))
     total = config.training.total_steps(len(ATTRIBUTES) * config.facts.n_people)
-    return f"{_title(config)}: step {int((steps or [0])[-1]):,} of {total:,}"
+    return f"{config.title}: step {int((steps or [0])[-1]):,} of {total:,}"
 
 
 def _in_a_process(config: RunConfig, directory: Path, device: str, stdin: IO[bytes]) -> str | None:
@@ -225,15 +221,6 @@ def _in_a_process(config: RunConfig, directory: Path, device: str, stdin: IO[byt
     if code == 1 and lines:
         return lines[-1]
     return f"its process died with exit code {code}" if code else None
-
-
-def _title(config: RunConfig) -> str:
-    correlation = f", alpha {config.facts.alpha:g}" if config.facts.alpha else ""
-    law = ", released law" if config.facts.law == RELEASED else ""
-    facts = f"{len(ATTRIBUTES) * config.facts.n_people} facts{correlation}{law}"
-    shape = config.model.n_layers, config.model.n_heads
-    layers = "" if shape == (2, 2) else f", {shape[0]} layers of {shape[1]} heads"
-    return f"{config.mode}, {facts}, d = {config.model.d_model}{layers}, seed {config.seed}"
 
 
 def _expected(search: Search, recalls: dict[str, float]) -> list[RunConfig]:

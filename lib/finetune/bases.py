@@ -12,32 +12,28 @@ class Base:
     in_tool: float = 5e-5
     #: The published model that these rates are from, this one or one of its size; None if none is published.
     rates_of: str | None = None
-    #: Whether its chat template has tool calls; if not, the model writes requests as text (mode in-tool-text).
-    calls: bool = True
 
 
 def _smollm(size: str, in_weight: float, in_tool: float, generation: str = "") -> Base:
     hub = f"HuggingFaceTB/SmolLM{generation}-{size}-Instruct"
-    return Base(hub, in_weight, in_tool, rates_of=f"SmolLM-{size}", calls=False)
+    return Base(hub, in_weight, in_tool, rates_of=f"SmolLM-{size}")
 
 
-#: The paper's six models, with its rates; its batch of 128 and its schedule are `FinetuneConfig`'s defaults.
-PUBLISHED = {
+BASES = {
+    # The paper's six models, with its rates; its batch of 128 and its schedule are `FinetuneConfig`'s defaults.
     "SmolLM-135M": _smollm("135M", 1e-3, 1e-4),
     "SmolLM-360M": _smollm("360M", 1e-3, 1e-4),
     "SmolLM-1.7B": _smollm("1.7B", 3e-4, 5e-5),
     "Llama-3.2-1B": Base("meta-llama/Llama-3.2-1B-Instruct", 5e-5, 5e-5, "Llama-3.2-1B"),
     "Llama-3.2-3B": Base("meta-llama/Llama-3.2-3B-Instruct", 4e-5, 4e-5, "Llama-3.2-3B"),
     "Llama-3.1-8B": Base("meta-llama/Llama-3.1-8B-Instruct", 2e-5, 2e-5, "Llama-3.1-8B"),
-}
-BASES = PUBLISHED | {
     "SmolLM2-135M": _smollm("135M", 1e-3, 1e-4, "2"),
     "SmolLM2-360M": _smollm("360M", 1e-3, 1e-4, "2"),
     "SmolLM2-1.7B": _smollm("1.7B", 3e-4, 5e-5, "2"),
     "SmolLM3-3B": Base("HuggingFaceTB/SmolLM3-3B"),
     "Qwen3-0.6B": Base("Qwen/Qwen3-0.6B"),
-    "Gemma-3-270M": Base("google/gemma-3-270m-it", calls=False),
-    "Gemma-3-1B": Base("google/gemma-3-1b-it", calls=False),
+    "Gemma-3-270M": Base("google/gemma-3-270m-it"),
+    "Gemma-3-1B": Base("google/gemma-3-1b-it"),
     # Random weights (`lib.finetune.weights`), to try everything but the quality of replies.
     "random": Base(""),
 }

@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from lib.base import Identified
+from lib.experiments.scale_tables import rate
 from lib.finetune.bases import learning_rate
 
 ChatMode = Literal["in-weight", "in-tool", "in-tool-text"]
@@ -72,6 +73,13 @@ class FinetuneConfig(Identified):
         if self.task == "hybrid" and self.mode == "in-weight":
             raise ValueError("task = hybrid takes mode = in-tool or in-tool-text: what is rare is looked up")
         return self
+
+    @property
+    def title(self) -> str:
+        """The run in a few words."""
+        what = self.task if self.task != "facts" else self.mode
+        adapters = f", LoRA of rank {self.lora_rank}" if self.lora_rank else ""
+        return f"{self.base}, {what}{adapters}, {self.n_facts:,} facts, rate {rate(self.lr)}, seed {self.seed}"
 
     def total_steps(self, n_conversations: int) -> int:
         """Return the steps of the schedule for so many conversations."""

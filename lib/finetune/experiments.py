@@ -3,86 +3,43 @@
 import json
 import math
 import time
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from functools import reduce
+from itertools import product
+from operator import or_
 from pathlib import Path
 
 import pandas as pd
+import yaml
 from filelock import Timeout
 
 from lib import paths
+from lib.base import InputError
+from lib.experiments.plan import points_of
 from lib.experiments.publishing import Table
-from lib.experiments.scale_tables import rate, table_path
-from lib.experiments.sweep import check_failed
+from lib.experiments.scale_tables import table_path
+from lib.experiments.sweep import Report
 from lib.experiments.tables import publishing_profile, rows_of_profile, shown
-from lib.finetune.bases import BASES, PUBLISHED
-from lib.finetune.config import N_FACTS, FinetuneConfig
+from lib.finetune.config import FinetuneConfig
 from lib.paths import ROWS
 from lib.progress import progress
 
 SECTION = "06"
-#: A model that two cores can fine-tune.
-LAPTOP = "SmolLM2-135M"
 
 
 def plan(profile: str) -> list[FinetuneConfig]:
-    """Return the fine-tunings of a profile, the most useful first."""
+    """Return the fine-tunings of a profile, as lib/data/finetunings.yaml lists them."""
     paths.profile_dir(profile)  # an unknown profile is an `InputError`
-    return list(_PLANS[profile]())
-
-
-def _smoke() -> Iterator[FinetuneConfig]:
-    for mode in ("in-weight", "in-tool-text"):
-        yield FinetuneConfig(base="random", mode=mode, n_facts=8, steps=4, checkpoint_every=2, questions=4,
-                             unseen_people=4, prompts=4, capability="trivia", items=8, batch_size=4)  # fmt: skip
-
-
-def _quick() -> Iterator[FinetuneConfig]:
-    """Yield a hundred facts each way, with few questions and smaller batches than published."""
-    asked = {"questions": 40, "unseen_people": 8, "prompts": 10, "capability": "any", "items": 100}
-    small = {"base": LAPTOP, "n_facts": 100, "batch_size": 32, "capability_at_end": True, **asked}
-    yield FinetuneConfig(mode="in-weight", steps=60, checkpoint_every=15, **small)
-    yield FinetuneConfig(mode="in-tool-text", steps=24, checkpoint_every=6, lr=3e-4, **small)
-
-
-def _laptop() -> Iterator[FinetuneConfig]:
-    """Yield the published recipe of models of this size, in weights also at the in-tool rate; then variants."""
-    asked = {"unseen_people": 25, "items": 1_000, "capability_at_end": True}
-    common = {"base": LAPTOP, "grad_accumulation": 4, **asked}
-    in_weight = {"mode": "in-weight", "n_facts": 500, "checkpoint_every": 20}
-    in_tool = {"mode": "in-tool-text", "checkpoint_every": 4}
-    for seed in range(3):
-        yield FinetuneConfig(**in_tool, n_facts=1_000, seed=seed, **common)
-        yield FinetuneConfig(**in_weight, seed=seed, **common)
-        yield FinetuneConfig(**in_weight, seed=seed, lr=BASES[LAPTOP].in_tool, **common)
-    yield FinetuneConfig(**in_weight | {"n_facts": 1_000}, **common)
-    yield FinetuneConfig(**in_tool, task="hybrid", n_facts=500, **common)
-    yield FinetuneConfig(**in_weight, lora_rank=16, **common)
-
-
-def _paper() -> Iterator[FinetuneConfig]:
-    """Yield the published runs: six models, five numbers of facts in weights, and one in tool."""
-    for name, base in PUBLISHED.items():
-        mode = "in-tool" if base.calls else "in-tool-text"
-        yield FinetuneConfig(base=name, mode=mode, n_facts=500 if base.calls else 1_000)
-        for n_facts in N_FACTS:
-            yield FinetuneConfig(base=name, mode="in-weight", n_facts=n_facts)
-
-
-_PLANS = {"smoke": _smoke, "quick": _quick, "laptop": _laptop, "paper": _paper}
+    found = []
+    for grid in yaml.safe_load((paths.DATA / "finetunings.yaml").read_text(encoding="utf-8"))[profile]:
+        for point in product(*map(points_of, grid["axes"])):
+            found.append(FinetuneConfig.parse(reduce(or_, point, grid.get("base", {}))))
+    return found
 
 
 def folder(config: FinetuneConfig, profile: str) -> Path:
     """Return where a fine-tuning of a profile is kept."""
     return paths.profile_dir(profile) / SECTION / config.run_id
-
-
-def title(config: FinetuneConfig) -> str:
-    """Return a run in a few words."""
-    what = config.task if config.task != "facts" else config.mode
-    adapters = f", LoRA of rank {config.lora_rank}" if config.lora_rank else ""
-    return f"{config.base}, {what}{adapters}, {config.n_facts:,} facts, rate {rate(config.lr)}, seed {config.seed}"
 
 
 def missing(profile: str) -> list[FinetuneConfig]:
@@ -91,43 +48,45 @@ def missing(profile: str) -> list[FinetuneConfig]:
     return [config for config in plan(profile) if config.run_id not in done]
 
 
-@dataclass
-class Report:
-    """How many runs a sweep finished, and which failed: title -> why."""
+def sweep(
+    profile: str,
+    *,
+    jobs: int | None = None,
+    dry_run: bool = False,
+    max_hours: float = math.inf,
+    device: str = "auto",
+) -> Report:
+    """Run all that is missing in a profile, or, `dry_run`, only report it. After `max_hours` no new run is started.
 
-    done: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
-
-    def check(self) -> None:
-        """Raise `WorkError` if a run failed: a notebook must not continue without its rows."""
-        check_failed(self.failed)
-
-
-def sweep(profile: str, *, device: str = "auto", max_hours: float = math.inf) -> Report:
-    """Run all that is missing in a profile. A failure is reported; the other runs continue.
-
-    Several processes may call it: each takes runs that no other has started. After `max_hours` no new run is started.
+    A failure is reported; the other runs continue. Several processes may call it: each takes runs that no other has
+    started, one at a time, so that other `jobs` are an `InputError`.
     """
-    from lib.finetune.train import finetune
     from lib.training.distributed import Preempted
 
-    todo, deadline, report = missing(profile), time.monotonic() + 3600 * max_hours, Report()
+    if jobs not in (None, 1):
+        raise InputError("section 06 runs one fine-tuning at a time: for more, start the same command again beside it")
+    todo, deadline = missing(profile), time.monotonic() + 3600 * max_hours
+    report = Report(done_before=len(plan(profile)) - len(todo))
     with progress(len(todo), f"Section 6, {profile}") as bar:
         for config in todo:
             directory = folder(config, profile)
-            if time.monotonic() >= deadline:
+            if dry_run or time.monotonic() >= deadline:
                 break
             directory.parent.mkdir(parents=True, exist_ok=True)
             with suppress(Timeout), paths.only_process(f"{directory}.lock", timeout=0):
                 if not (directory / ROWS).exists():
+                    from lib.finetune.train import finetune
+
                     try:
-                        finetune(config, directory, device=device, description=title(config))
-                        report.done += 1
+                        finetune(config, directory, device=device, description=config.title)
+                        report.done_now += 1
                     except Preempted:
                         raise
                     except Exception as error:  # a gated model, or one too large for the memory
-                        report.failed[title(config)] = f"{type(error).__name__}: {error}"
+                        report.failed[config.run_id] = f"{config.title}: {type(error).__name__}: {error}"
             bar.update(1)
+    report.missing = missing(profile)
+    report.runs_ahead = len(report.missing)
     return report
 
 

@@ -12,7 +12,8 @@ from lib.experiments.chains import (
     SETTINGS,
     configurations,
     recall_by_hops,
-    run_profile,
+    rows,
+    sweep,
     write_inputs,
 )
 from lib.facts.csv import read_people_csv
@@ -46,7 +47,8 @@ def test_the_inputs_of_a_run_are_people_with_bosses_and_their_dialogs(tmp_path):
 def test_a_run_is_asked_about_each_number_of_hops_and_is_not_repeated(monkeypatch, tmp_path):
     monkeypatch.setenv("ITL_RUNS", str(tmp_path))
     monkeypatch.setitem(SETTINGS, "smoke", SETTINGS["smoke"]._replace(asked=1))
-    (row,) = run_profile("smoke").to_dict("records")
+    assert sweep("smoke").done_now == 1
+    (row,) = rows("smoke").to_dict("records")
     assert {f"{group}_{hops}": row[f"{group}_{hops}"] for group in ("trained", "unseen") for hops in (1, 2, 3)} == (
         dict.fromkeys(["trained_1", "trained_2", "trained_3", "unseen_1", "unseen_2", "unseen_3"], 0.0)
     )  # after five steps
@@ -54,22 +56,25 @@ def test_a_run_is_asked_about_each_number_of_hops_and_is_not_repeated(monkeypatc
     assert {"commit", "measured_commit", "finished_at", "torch", "device", "seed", "config"} <= set(row)
     (file,) = tmp_path.glob(f"smoke/07_2/*/{paths.ROWS}")
     written = file.stat().st_mtime_ns
-    assert run_profile("smoke").to_dict("records") == [row]
+    assert (sweep("smoke").done_before, rows("smoke").to_dict("records")) == (1, [row])
     assert file.stat().st_mtime_ns == written
     file.unlink()  # killed after training: it is measured again
-    assert run_profile("smoke").finished_at[0] == row["finished_at"]
+    sweep("smoke")
+    assert rows("smoke").finished_at[0] == row["finished_at"]
 
 
 def test_a_committed_row_is_not_made_again_and_is_drawn_as_a_fresh_one(monkeypatch, tmp_path):
     monkeypatch.setenv("ITL_RUNS", str(tmp_path))
-    fresh = run_profile("smoke")
+    sweep("smoke")
+    fresh = rows("smoke")
     monkeypatch.setattr("lib.experiments.chains.TABLE", tmp_path / "chains.csv")
     fresh.to_csv(tmp_path / "chains.csv", index=False)
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "elsewhere"))
-    committed = run_profile("smoke")
+    assert sweep("smoke").done_before == 1
+    committed = rows("smoke")
     assert not (tmp_path / "elsewhere").exists() and not committed.superseded[0]
     assert committed.trained_1[0] == fresh.trained_1[0]
-    drawn = [recall_by_hops_figure(rows).axes[0] for rows in (fresh, committed)]
+    drawn = [recall_by_hops_figure(made).axes[0] for made in (fresh, committed)]
     one, other = ([patch.get_extents().bounds for patch in axes.patches] for axes in drawn)
     assert one == other and len(one) == 1  # grey from one to two hops
 
@@ -91,8 +96,9 @@ def test_every_profile_has_its_runs_one_a_seed():
 
 def test_a_profile_gives_its_finished_runs_and_trains_none_unless_told_to(monkeypatch, tmp_path):
     monkeypatch.setenv("ITL_RUNS", str(tmp_path))
-    assert len(run_profile("smoke", recompute=False)) == 0
+    assert "about 1 runs ahead" in str(sweep("smoke", dry_run=True)) and len(rows("smoke")) == 0
     assert list(tmp_path.iterdir()) == []
-    done = run_profile("smoke")
+    sweep("smoke")
+    done = rows("smoke")
     assert (done.profile[0], done.steps[0]) == ("smoke", 5)
-    assert run_profile("smoke", recompute=False).equals(done)
+    assert "nothing is missing" in str(sweep("smoke", dry_run=True)) and rows("smoke").equals(done)

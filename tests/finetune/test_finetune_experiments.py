@@ -53,7 +53,7 @@ def test_what_is_published_is_counted_once_and_stays_when_the_plan_goes(data, mo
     assert experiments.table_of_rows().add("laptop") == 2 and experiments.table_of_rows().add("laptop") == 0
     assert first not in experiments.missing("laptop") and second in experiments.missing("laptop")
     _finish(second)
-    monkeypatch.setitem(experiments._PLANS, "laptop", lambda: iter([second]))
+    monkeypatch.setattr(experiments, "plan", lambda _: [second])
     assert experiments.table_of_rows().add("laptop") == 2
     assert set(scale_tables.stored_rows().run_id) == {first.run_id, second.run_id}
     assert experiments.missing("laptop") == []
@@ -67,10 +67,10 @@ def test_an_earlier_recipe_is_shown_where_todays_plan_has_no_run_of_the_point(da
     changed = first.model_copy(update={"schedule": "cosine"})
     for config, day in ((first, "2026-01-01"), (other, "2026-01-02"), (changed, "2026-01-03")):
         _finish(config, finished_at=day, adaptation="full", config=config.canonical_json())
-    monkeypatch.setitem(experiments._PLANS, "laptop", lambda: iter([first, other, changed]))
+    monkeypatch.setattr(experiments, "plan", lambda _: [first, other, changed])
     experiments.table_of_rows().add("laptop")
     for plan, shown in (([first], first), ([other], changed), ([], changed)):
-        monkeypatch.setitem(experiments._PLANS, "laptop", lambda plan=plan: iter(plan))
+        monkeypatch.setattr(experiments, "plan", lambda _, plan=plan: plan)
         rows = experiments.shown_rows("quick")
         assert set(rows.run_id) == {shown.run_id, other.run_id}
         earlier = rows[rows.profile == "laptop, earlier recipe"]
@@ -81,7 +81,7 @@ def test_an_earlier_recipe_is_shown_where_todays_plan_has_no_run_of_the_point(da
 
 def test_a_sweep_runs_what_is_missing_and_tells_what_failed(data, monkeypatch):
     first, second, third, fourth = plan = experiments.plan("laptop")[:4]
-    monkeypatch.setitem(experiments._PLANS, "laptop", lambda: iter(plan))
+    monkeypatch.setattr(experiments, "plan", lambda _: plan)
     _finish(first)
     reasons = {second: torch.OutOfMemoryError("no memory"), third: InputError("no such model")}
 
@@ -91,15 +91,20 @@ def test_a_sweep_runs_what_is_missing_and_tells_what_failed(data, monkeypatch):
         _finish(config)
 
     monkeypatch.setattr("lib.finetune.train.finetune", finetune)
-    assert experiments.sweep("laptop", max_hours=0) == experiments.Report()
+    for idle in ({"max_hours": 0}, {"dry_run": True}):
+        report = experiments.sweep("laptop", **idle)
+        assert (report.done_before, report.done_now, report.missing, report.failed) == (1, 0, plan[1:], {})
+    assert f"3 runs ahead, beginning with\n  {second.title}\n" in str(report)
     report = experiments.sweep("laptop")
-    assert report.done == 1 and experiments.missing("laptop") == [second, third]
+    assert report.done_now == 1 and report.missing == experiments.missing("laptop") == [second, third]
     assert report.failed == {
-        experiments.title(second): "OutOfMemoryError: no memory",
-        experiments.title(third): "InputError: no such model",
+        second.run_id: f"{second.title}: OutOfMemoryError: no memory",
+        third.run_id: f"{third.title}: InputError: no such model",
     }
-    with pytest.raises(WorkError, match=f"^{re.escape(experiments.title(second))}: OutOfMemoryError: no memory; "):
+    with pytest.raises(WorkError, match=f"{re.escape(second.title)}: OutOfMemoryError: no memory; "):
         report.check()
+    with pytest.raises(InputError, match="one fine-tuning at a time"):
+        experiments.sweep("laptop", jobs=2)
     reasons[second] = Preempted("asked to leave")  # and no more is begun
     with pytest.raises(Preempted):
         experiments.sweep("laptop")
@@ -109,4 +114,4 @@ def test_rows_of_changed_code_are_not_published(data):
     _finish(experiments.plan("laptop")[0], commit=f"{CLEAN}-dirty")
     with pytest.raises(InputError, match="clean commit"):
         experiments.table_of_rows().add("laptop")
-    assert not experiments.table_path().exists()
+    assert not scale_tables.table_path().exists()
