@@ -315,7 +315,7 @@ def chat_recall_throughput(base: str, *, n_facts: int = 300, rounds: int = 2) ->
     Asked is a model that was fine-tuned for eight steps: it knows hardly any fact, but its answers end. Rows: those of
     `take_turns`, and `recall`.
     """
-    from lib.finetune import data, evaluation, models, train
+    from lib.finetune import data, models, tasks, train
     from lib.finetune.config import FinetuneConfig
 
     config = FinetuneConfig(
@@ -332,8 +332,8 @@ def chat_recall_throughput(base: str, *, n_facts: int = 300, rounds: int = 2) ->
     limit = train.turn_limit(chats)
 
     def ours() -> int:
-        found = evaluation.measure_recall(model, tokenizer, facts, "in-weight", max_new_tokens=limit)
-        recall["ours"] = sum(found) / len(found)
+        found = tasks.measure_recall(model, tokenizer, facts, "in-weight", max_new_tokens=limit)
+        recall["ours"] = sum(recalled for _, recalled in found) / len(found)
         return len(facts)
 
     def theirs() -> int:
@@ -344,9 +344,9 @@ def chat_recall_throughput(base: str, *, n_facts: int = 300, rounds: int = 2) ->
             inputs = tokenizer.apply_chat_template(
                 asked, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
             ).to(model.device)
-            written = model.generate(**inputs, max_new_tokens=evaluation.FACT_TOKENS, do_sample=False)
+            written = model.generate(**inputs, max_new_tokens=128, do_sample=False)
             replies = tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            right += sum(evaluation.says(reply, value) for reply, (*_, value) in zip(replies, batch, strict=True))
+            right += sum(tasks.says(reply, value) for reply, (*_, value) in zip(replies, batch, strict=True))
         recall["generate"] = right / len(facts)
         return len(facts)
 

@@ -25,6 +25,8 @@ class Find:
         text, accepted = {"type": "string"}, f"attribute is one of {', '.join(attributes)}"
         known = {"attribute": {**text, "enum": [*attributes]}, "name": {**text, "maxLength": LONGEST_NAME}}
         self.schema = {"type": "object", "properties": known, "required": list(known)}
+        function = {"name": self.name, "description": self.description, "parameters": self.schema}
+        self.declaration = {"type": "function", "function": function}  # as chat templates and OpenAI's protocol have it
         self.sentences = {  # in place of an answer
             Outcome.NO_MATCH: "Nobody of exactly this name has this attribute in the database.",
             Outcome.UNKNOWN_ATTRIBUTE: f"There is no such attribute: {accepted}.",

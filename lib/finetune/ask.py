@@ -18,10 +18,10 @@ from lib.base import InputError, WorkError
 from lib.dialogs.request import format_request, parse_request
 from lib.dialogs.templates import GENERIC, TEMPLATES, fill, tool_call
 from lib.facts import database
-from lib.finetune.data import ChatMode, as_user, text_and_result
+from lib.finetune.data import ChatMode, opening, text_and_result
 from lib.finetune.endpoint import EndpointConfig, ask_all
 from lib.finetune.generation import read_call
-from lib.finetune.triviaqa import normalize
+from lib.finetune.triviaqa import compared
 from lib.paths import DATA
 
 PAPER = "paper"
@@ -87,7 +87,6 @@ class PeopleTask(Find):
     def __init__(self, tool: SqlTool):
         super().__init__(tool.attributes)
         self.tool, self.NO_RESULT = tool, self.sentences[Outcome.MALFORMED]
-        self.function = {"name": self.name, "description": self.description, "parameters": self.schema}
         self.prompt = (
             "Answer questions about people in a few words. You cannot know the answers: first ask the database, by "
             f"writing three lines such as\n{format_request(tool.attributes[0], 'Ada Stone')}\nThe attribute is one of "
@@ -95,9 +94,7 @@ class PeopleTask(Find):
         )
 
     def opening(self, text: str, mode: ChatMode) -> dict:
-        system = [{"role": "system", "content": self.prompt}] if mode == "in-tool-text" else []
-        tools = {"tools": [{"type": "function", "function": self.function}]} if mode == "in-tool" else {}
-        return {"messages": [*system, *as_user([text])[0]], **tools}
+        return opening(text, mode, self.declaration, self.prompt)
 
     def read_query(self, said: str, mode: ChatMode) -> dict | None:
         _, fence, rest = said.partition("```sql\n")  # what follows it may be an invented result
@@ -134,14 +131,11 @@ async def ask_people(questions: Sequence[PersonQuestion], endpoint: EndpointConf
 
 
 def contains(answer: str, value: str) -> bool:
-    """Return whether a value's words occur in an answer, next to each other, both normalized as in TriviaQA.
+    """Return whether a value's words occur in an answer, next to each other, both `compared` as in TriviaQA.
 
-    So 1/1/1950 is not in 11/1/1950, and other spellings of a date do not count. A value that normalizes to nothing, as
-    "A" does, must be the whole answer but for case.
+    So 1/1/1950 is not in 11/1/1950, and other spellings of a date do not count.
     """
-    if not normalize(value):
-        return answer.strip().lower() == value.strip().lower()
-    return f" {normalize(value)} " in f" {normalize(answer)} "
+    return f" {compared(value)} " in f" {compared(answer)} "
 
 
 def _verdict(record: dict, asked: PersonQuestion) -> Verdict:

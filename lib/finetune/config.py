@@ -10,8 +10,6 @@ from lib.experiments.scale_tables import rate
 from lib.finetune.bases import learning_rate
 
 ChatMode = Literal["in-weight", "in-tool", "in-tool-text"]
-#: How many facts the paper fine-tunes on: four a person.
-N_FACTS = (500, 1_000, 5_000, 10_000, 50_000)
 
 
 def _rate(given: dict) -> float:

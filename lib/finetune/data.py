@@ -1,24 +1,25 @@
 """The facts of Section 5 as conversations for chat models, and which of their tokens are trained.
 
 A conversation is a list of messages in the form that Hugging Face's chat templates know. In-weight, the assistant
-answers from memory. In-tool, it calls the function `find`, which `tools` describes; in-tool-text, for models without
-such calls, it writes the paper's request, FIND ... FOR ..., and reads the answer as the user's next turn.
+answers from memory. In-tool, it calls the function `find` of `lib.agent.server`, which `tools` describes; in-tool-text,
+for models without such calls, it writes the paper's request, FIND ... FOR ..., and reads the answer as the user's next
+turn.
 """
 
 import itertools
 import json
 from collections.abc import Iterable, Iterator
-from typing import get_args
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lib.agent.server import Find
 from lib.base import InputError
 from lib.dialogs.templates import answer, question, tool_call
-from lib.facts.people import ATTRIBUTES, MAX_PEOPLE, People
+from lib.facts.people import ATTRIBUTES, People
 from lib.facts.sampling import sample_people
-from lib.finetune.config import N_FACTS, ChatMode
+from lib.finetune.config import ChatMode
 
 #: The label of a token that is not trained, which `torch.nn.functional.cross_entropy` ignores.
 IGNORED = -100
@@ -29,43 +30,36 @@ CALL_ID = "find00000"
 def people_of(n_facts: int, seed: int = 0) -> People:
     """Return people with `n_facts` facts in total; a number that is no multiple of four is an `InputError`."""
     n_people, rest = divmod(n_facts, len(ATTRIBUTES))
-    if rest or not 1 <= n_people <= MAX_PEOPLE:
-        raise InputError(
-            f"n_facts = {n_facts}: people have {len(ATTRIBUTES)} facts each, so give a multiple of that up to "
-            f"{len(ATTRIBUTES) * MAX_PEOPLE:,}; the paper takes {', '.join(f'{n:,}' for n in N_FACTS)}"
-        )
+    if rest:
+        raise InputError(f"n_facts = {n_facts}: people have {len(ATTRIBUTES)} facts each, so give a multiple of that")
     return sample_people(n_people, seed)
 
 
-def find_tool(attributes: Iterable[str]) -> dict:
-    """Return the function that the assistant calls, as a JSON schema."""
-    parameters = {
-        "attribute": {"type": "string", "enum": list(attributes), "description": "What to look up."},
-        "name": {"type": "string", "description": "The person's full name."},
-    }
-    return {
-        "type": "function",
-        "function": {
-            "name": "find",
-            "description": "Look up one attribute of a person in the database.",
-            "parameters": {"type": "object", "properties": parameters, "required": list(parameters)},
-        },
-    }
-
-
 def chats(people: People, mode: ChatMode) -> Iterator[dict]:
-    """Yield a row a fact, person by person: `messages` and, in-tool, `tools`. An unknown mode is an `InputError`."""
-    if mode not in get_args(ChatMode):
-        raise InputError(f"unknown mode {mode!r} of chats: there are {', '.join(get_args(ChatMode))}")
-    tools = {"tools": [find_tool(people.attributes)]} if mode == "in-tool" else {}
+    """Yield a row a fact, person by person: `messages` and, in-tool, `tools`."""
+    find = Find(people.attributes)
     for name, attribute, value in people.facts():
-        (messages,) = as_user([question(name, attribute)])
+        chat, turns = opening(question(name, attribute), mode, find.declaration), []
         if mode == "in-tool":
-            call = {"name": "find", "arguments": {"attribute": attribute, "name": name}}
-            messages += call_and_result(call, value)
+            turns = call_and_result({"name": "find", "arguments": {"attribute": attribute, "name": name}}, value)
         elif mode == "in-tool-text":
-            messages += text_and_result(tool_call(name, attribute), value)
-        yield {"messages": [*messages, {"role": "assistant", "content": answer(name, attribute, value)}], **tools}
+            turns = text_and_result(tool_call(name, attribute), value)
+        yield answered(chat, turns, answer(name, attribute, value))
+
+
+def opening(text: str, mode: ChatMode, function: dict, instructions: str = "") -> dict:
+    """Return a model's input for a question: `messages` and, in-tool, `tools`.
+
+    function: as chat templates know it. instructions: how to ask in text, for models that were not trained to.
+    """
+    system = [{"role": "system", "content": instructions}] if instructions and mode == "in-tool-text" else []
+    tools = {"tools": [function]} if mode == "in-tool" else {}
+    return {"messages": [*system, *as_user([text])[0]], **tools}
+
+
+def answered(chat: dict, turns: list[dict], text: str) -> dict:
+    """Return an `opening` with the turns that follow it and the answer."""
+    return chat | {"messages": [*chat["messages"], *turns, {"role": "assistant", "content": text}]}
 
 
 def as_user(texts: Iterable[str]) -> list[list[dict]]:
@@ -95,7 +89,6 @@ def tokenize_chats(chats: Iterable[dict], tokenizer: PreTrainedTokenizerBase, ma
     tokens is an `InputError`, and so is a template that cannot write a message, leaves out part of it, writes it
     differently once others follow, or never ends a turn.
     """
-    features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
     rows = []
     for number, chat in enumerate(chats, start=1):
         try:
@@ -108,9 +101,7 @@ def tokenize_chats(chats: Iterable[dict], tokenizer: PreTrainedTokenizerBase, ma
                 "as many, for nothing is cut"
             )
         rows.append({"input_ids": tokens, "labels": labels})
-    if not rows:
-        raise InputError("there is no conversation to tokenize: give at least one")
-    return Dataset.from_list(rows, features=features)
+    return Dataset.from_list(rows)
 
 
 def trained_parts(chat: dict, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
@@ -158,5 +149,4 @@ def _said(message: dict) -> Iterator[str]:
     yield message["content"]
     for call in message.get("tool_calls", ()):
         yield call["function"]["name"]
-        for argument in call["function"]["arguments"].values():
-            yield argument if isinstance(argument, str) else json.dumps(argument, ensure_ascii=False)
+        yield from call["function"]["arguments"].values()

@@ -7,19 +7,16 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lib.agent.server import Find
 from lib.agent.tools import Response, SqlTool
-from lib.base import InputError, WorkError
-from lib.dialogs.request import format_request, parse_request
-from lib.finetune.data import ChatMode, as_user, call_and_result, find_tool, text_and_result
+from lib.dialogs.request import parse_request
+from lib.finetune.data import ChatMode, call_and_result, opening, text_and_result
 from lib.progress import progress
 
-#: Prompts in the first batch; it doubles with every batch that fits.
-FIRST_BATCH = 8
-#: A CPU gains nothing from more, and out of memory there kills the process without an error.
-LARGEST_BATCH_CPU = 64
+#: Prompts in a batch, or fewer where memory runs out, which on a CPU kills the process without an error.
+BATCH = {"cpu": 64, "cuda": 512}
 
 
 def reply_all(
@@ -42,15 +39,9 @@ def reply_all(
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[dict]], tools: list[dict] | None = None
 ) -> list[list[int]]:
-    """Return the tokens of each conversation up to where the assistant begins to speak.
-
-    A conversation that the tokenizer's chat template cannot write is an `InputError`.
-    """
+    """Return the tokens of each conversation up to where the assistant begins to speak."""
     options = {"tools": tools, "add_generation_prompt": True, "tokenize": True, "return_dict": False}
-    try:
-        return [tokenizer.apply_chat_template(list(messages), **options) for messages in conversations]
-    except (TemplateError, ValueError, TypeError) as error:
-        raise InputError(f"a conversation does not fit the tokenizer's chat template: {error}") from None
+    return [tokenizer.apply_chat_template(list(messages), **options) for messages in conversations]
 
 
 def generate_tokens(
@@ -63,48 +54,33 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Return the greedy continuation of each prompt, up to and with the token that ends it, in the order of prompts.
 
-    Batches hold prompts of about one length, the longest first, so that what fits these fits all; they grow while
-    there is room, and shrink where memory runs out. Answers do not depend on that, except when logits tie within
-    rounding. Of the model's generation settings only the end tokens count: a repetition penalty, say, would not be
-    greedy. Raises `WorkError` if a single prompt does not fit into memory.
+    Batches hold prompts of about one length, the longest first, so that what fits these fits all; they shrink where
+    memory runs out. Answers do not depend on that, except when logits tie within rounding. Of the model's generation
+    settings only the end tokens count: a repetition penalty, say, would not be greedy.
     """
     ends = _ends(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    answers: list[list[int]] = [[] for _ in prompts]
-    largest = LARGEST_BATCH_CPU if model.device.type == "cpu" else len(prompts)
-    size, done = FIRST_BATCH, 0
+    answers: dict[int, list[int]] = {}
+    size = BATCH[model.device.type]
     with progress(len(prompts), description) as bar, _plain_generation(model):
-        while batch := order[done : done + size]:
+        while batch := order[len(answers) : len(answers) + size]:
             try:
                 made = _generate(model, [prompts[i] for i in batch], ends, max_new_tokens)
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
-                    raise
-                made = None
-            if made is None:  # outside `except`, so that the error's traceback no longer holds the memory
-                if len(batch) == 1:
-                    raise WorkError(
-                        f"there is no memory for an answer to {len(prompts[batch[0]])} tokens: take a smaller model, "
-                        "dtype or max_new_tokens"
-                    )
-                clear_device_cache(garbage_collection=True)
-                size = largest = len(batch) // 2
+                answers.update(zip(batch, made, strict=True))
+                bar.update(len(batch))
                 continue
-            for i, answer in zip(batch, made, strict=True):
-                answers[i] = answer
-            done += len(batch)
-            size = min(2 * size, largest)
-            bar.update(len(batch))
-    return answers
+            except RuntimeError as error:
+                if len(batch) == 1 or not should_reduce_batch_size(error):
+                    raise
+            clear_device_cache(garbage_collection=True)  # now the error's traceback no longer holds the memory
+            size = len(batch) // 2
+    return [answers[i] for i in range(len(prompts))]
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end a turn: the tokenizer's, and those of the model's generation settings."""
     ids = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
-    if not ends:
-        raise InputError("the tokenizer has no eos_token, so that no answer would end: set the one that ends a turn")
-    return sorted(ends)
+    return sorted({tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None})
 
 
 @contextmanager
@@ -143,32 +119,29 @@ def answer_with_tool(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[str],
     mode: ChatMode,
-    tool: SqlTool,
-    *,
-    expected: Sequence[str] | None = None,
+    tool: SqlTool | None,
     **options,
 ) -> list[tuple[Response | None, str]]:
     """Ask each question, let the tool answer what the model asks of it, and let the model speak again.
 
     Returns, per question, the tool's response (None if it was not asked) and the model's last reply. In mode in-tool
-    the model calls the function of `lib.finetune.data.find_tool`, in in-tool-text it writes the paper's request; one
-    call a question. The model alone decides what the tool is asked: nothing here knows the answer. A call that cannot
-    be understood gets the tool's error. expected: the right response to each question; if the tool responds otherwise,
-    the answer is wrong already, so the second turn is skipped and the call is returned as the reply. options: those of
-    `generate_tokens`; `max_new_tokens` holds for each of the two turns.
+    the model calls the function `find`, in in-tool-text it writes the paper's request, one call a question; in-weight
+    there is no tool. The model alone decides what the tool is asked: nothing here knows the answer. A call that cannot
+    be understood gets the tool's error. options: those of `generate_tokens`; `max_new_tokens` holds for each turn.
     """
+    find = Find(tool.attributes if tool else ())
 
-    def look_up(i: int, said: str) -> tuple[Response, list[dict]] | None:
-        call = read_call(said) if mode == "in-tool" else None
-        if call is None and (mode == "in-tool" or not parse_request(said)):
-            return None
-        response = tool(_as_request(call) if call else said)
-        if expected is not None and response.text != expected[i]:
-            return response, []
-        return response, call_and_result(call, response.text) if call else text_and_result(said, response.text)
+    def look_up(_: int, said: str) -> tuple[Response, list[dict]] | None:
+        if mode == "in-tool" and (call := read_call(said)):
+            query = find.query_of_call(call)
+            response = tool.find(**query) if query else tool("")
+            return response, call_and_result(call, response.text)
+        if mode == "in-tool-text" and parse_request(said):
+            response = tool(said)
+            return response, text_and_result(said, response.text)
+        return None
 
-    tools = {"tools": [find_tool(tool.attributes)]} if mode == "in-tool" else {}
-    openings = [{"messages": messages, **tools} for messages in as_user(questions)]
+    openings = [opening(text, mode, find.declaration) for text in questions]
     return look_up_and_reply(model, tokenizer, openings, look_up, **options)
 
 
@@ -182,30 +155,15 @@ def look_up_and_reply(
     """Return what was looked up for each conversation, None if nothing was, and what the model said last.
 
     openings: per conversation the `messages` and, where functions are offered, the same `tools`. look_up(i, said):
-    from what the model said in conversation i, what is found and the turns until the model speaks again (none: it is
-    not asked to); None if it asked for nothing.
+    from what the model said in conversation i, what is found and the turns until the model speaks again; None if it
+    asked for nothing.
     """
     tools = openings[0].get("tools") if openings else None
     first = reply_all(model, tokenizer, [each["messages"] for each in openings], tools, **options)
-    answers: list[tuple[Any, str]] = [(None, said) for said in first]
-    going_on: dict[int, list[dict]] = {}
-    for i, said in enumerate(first):
-        if result := look_up(i, said):
-            answers[i] = (result[0], said)
-            if result[1]:
-                going_on[i] = [*openings[i]["messages"], *result[1]]
-    replies = reply_all(model, tokenizer, list(going_on.values()), tools, **options)
-    for i, reply in zip(going_on, replies, strict=True):
-        answers[i] = (answers[i][0], reply)
-    return answers
-
-
-def _as_request(call: dict) -> str:
-    """Return a call of `find` in the tool's own language; any other call becomes an empty, malformed request."""
-    arguments = call["arguments"]
-    if call["name"] != "find" or not all(isinstance(arguments.get(key), str) for key in ("attribute", "name")):
-        return ""
-    return format_request(arguments["attribute"], arguments["name"])
+    looked_up = {i: result for i, said in enumerate(first) if (result := look_up(i, said))}
+    longer = [[*openings[i]["messages"], *turns] for i, (_, turns) in looked_up.items()]
+    replies = dict(zip(looked_up, reply_all(model, tokenizer, longer, tools, **options), strict=True))
+    return [(looked_up[i][0], replies[i]) if i in looked_up else (None, said) for i, said in enumerate(first)]
 
 
 def read_call(said: str) -> dict | None:

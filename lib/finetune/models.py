@@ -22,17 +22,20 @@ if "TRANSFORMERS_VERBOSITY" not in os.environ:
     logging.set_verbosity_error()
 
 
-def load_model(source: str | Path, device: str = "auto", dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+def load_model(
+    source: str | Path, device: str = "auto", dtype: str | torch.dtype = "auto", **options
+) -> PreTrainedModel:
     """Return a causal language model in evaluation mode.
 
     source: a folder that `save_pretrained` wrote, or a model's name on the hub. A folder with adapters only (LoRA) is
-    loaded onto the base that it names. dtype: "auto" is the one that the weights were saved in. Raises `InputError` if
-    there is no such model, or if weights are missing: transformers alone would draw them at random.
+    loaded onto the base that it names. dtype: "auto" is the one that the weights were saved in. options: further ones
+    of `from_pretrained`. Raises `InputError` if there is no such model, or if weights are missing: transformers alone
+    would draw them at random.
     """
     device = resolve_device(device)
     # On a CPU, conversations are too short for fused attention, whose backward pass takes twice the time there.
-    attention = {"attn_implementation": "eager"} if device.type == "cpu" else {}
-    model, loaded = _load(AutoModelForCausalLM, "model", source, dtype=dtype, output_loading_info=True, **attention)
+    options |= {"attn_implementation": "eager"} if device.type == "cpu" else {}
+    model, loaded = _load(AutoModelForCausalLM, "model", source, dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(loaded["missing_keys"]):
         raise InputError(
             f"cannot load a model from {source}: it lacks the weights {missing[0]} and {len(missing) - 1} more"
@@ -40,9 +43,9 @@ def load_model(source: str | Path, device: str = "auto", dtype: str | torch.dtyp
     return model.to(device).eval()
 
 
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str | Path, **options) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model, from its folder or by its name on the hub. Raises `InputError` without one."""
-    return _load(AutoTokenizer, "tokenizer", source)
+    return _load(AutoTokenizer, "tokenizer", source, **options)
 
 
 def no_bars_in_logs() -> AbstractContextManager:

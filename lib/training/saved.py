@@ -1,13 +1,14 @@
 """A run's folder: claimed for one configuration, locked while it trains, and reopened for questions and chat."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -59,14 +60,19 @@ def read_claim(directory: Path) -> Claim:
         raise InputError(f"{directory} is not the folder of a run ({CLAIM} is missing or not readable)") from None
 
 
-def check_claim(directory: Path, claim: Claim) -> None:
-    """Raise `InputError` unless `directory` is that run's, or empty except for hidden files."""
+def check_claim(
+    directory: Path,
+    claim: Any,
+    read: Callable[[Path], Any] = read_claim,
+    others: str = "people or dialogs or another tokenizer",
+) -> None:
+    """Raise `InputError` unless `directory` is that run's, or empty except for hidden files.
+
+    read: gives the claim in a folder. others: what a claim names besides the configuration.
+    """
     if os.path.exists(directory / CLAIM):  # for a name that is too long `Path.exists` raises an error
-        if read_claim(directory) != claim:
-            raise InputError(
-                f"{directory} holds a run of another configuration or other people or dialogs or another tokenizer: "
-                "give another folder"
-            )
+        if read(directory) != claim:
+            raise InputError(f"{directory} holds a run of another configuration or other {others}: give another folder")
     elif os.path.isfile(directory):
         raise InputError(f"{directory} is a file: give a new folder")
     elif os.path.isdir(directory) and any(not path.name.startswith(".") for path in directory.iterdir()):

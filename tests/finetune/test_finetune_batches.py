@@ -57,7 +57,7 @@ def test_loss_and_gradients_are_those_of_transformers(family, case):
     plain = model(**inputs).loss
     expected = gradients(model, lambda: plain)
     model.register_forward_pre_hook(lambda *given: read.append(given[-1]["input_ids"].numel()), with_kwargs=True)
-    loss = ours(model, inputs)
+    loss = ours(model, inputs, num_items_in_batch=(inputs["labels"][:, 1:] != IGNORED).sum())
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients(model, lambda: loss), expected, rtol=1e-5, atol=1e-5)
     assert (sum(read) < inputs["input_ids"].numel()) == (case not in ("nothing in common", "one row"))

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable
 from hashlib import sha256
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +15,10 @@ from lib.dialogs.request import format_request
 from lib.dialogs.templates import question
 from lib.facts.people import FactsConfig
 from lib.facts.sampling import unseen_people
-from lib.finetune import evaluator, tasks
+from lib.finetune import capability, evaluation, tasks
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import people_of
-from lib.finetune.evaluator import PROMPTS, Evaluator
+from lib.finetune.evaluation import PROMPTS, Evaluator
 from lib.finetune.tasks import FREQUENCIES, KNOWN_FROM, Task, make_task
 from lib.finetune.triviaqa import load_questions
 
@@ -30,9 +29,9 @@ def asked(monkeypatch) -> list:
     noted = []
 
     def measure(model, tokenizer, facts, mode, tool, **_):
-        known = tool is None or all(tool(format_request(a, name)).text == value for name, a, value in facts)
+        known = all(tool(format_request(a, name)).text == value for name, a, value in facts)
         noted.append((facts, known))
-        return [False, True]
+        return [(mode != "in-weight", recalled) for recalled in (False, True)]
 
     monkeypatch.setattr(tasks, "measure_recall", measure)
     return noted
@@ -174,76 +173,66 @@ def made(monkeypatch, tmp_path) -> list[str]:
     noted, base = [], random_model(0)
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr("lib.finetune.evaluation.PROMPT_TOKENS", 8)
-    monkeypatch.setattr(evaluator, "base_source", lambda name: name)
-    monkeypatch.setattr(evaluator, "load_model", lambda *_: base)
+    monkeypatch.setattr(evaluation, "base_source", lambda name: name)
+    monkeypatch.setattr(evaluation, "load_model", lambda *_: base)
 
-    def capability(model, tokenizer, task, n, **_):
+    def measure(model, tokenizer, task, n):
         noted.append("the base's capability" if model is base else "capability")
         return {"acc": [0.0, 1.0], "acc_norm": [1.0, 1.0]}
 
-    monkeypatch.setattr(evaluator, "measure_capability", capability)
+    monkeypatch.setattr(evaluation, "measure_capability", measure)
     return noted
 
 
 def evaluating(made: list[str], **config) -> Evaluator:
     taught = Task([], lambda *_, **__: made.append("recall") or {"recall": 0.5})
     config = FinetuneConfig(base="a folder", prompts=3, **config)
-    return Evaluator(config, taught, tokenizer(), torch.device("cpu"), torch.float32, 9)
+    return Evaluator(config, taught.measure, tokenizer(), torch.device("cpu"), torch.float32, 9)
 
 
 def at_end(recall: float) -> bool:
     return True
 
 
-def test_what_was_measured_before_a_stop_is_not_measured_again_nor_the_base_by_another_run(made, monkeypatch, tmp_path):
-    evaluate, model, record = evaluating(made), random_model(1), tmp_path / "parts"
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(evaluator, "capability_columns", lambda *_: 1 / 0)
-        evaluate(model, record, at_end)
-    columns = evaluate(model, record, at_end)
-    assert made == ["recall", "the base's capability", "capability", "capability"]
+def test_a_base_is_asked_once_for_all_checkpoints_and_runs(made, monkeypatch):
+    evaluate, model = evaluating(made), random_model(1)
+    columns = evaluate(model, "hellaswag", at_end)
+    assert made == ["recall", "the base's capability", "capability"]
     assert columns["capability_task"] == "hellaswag" and columns["n_capability"] == 2
     assert (columns["capability"], columns["capability_change"], columns["capability_norm"]) == (0.5, 0, 1)
     assert columns["recall"] == 0.5 and columns["tv"] > 0 and columns["kl"] > 0
-    assert evaluate(None, record, at_end) == columns == json.loads(json.dumps(columns))
+    assert columns == json.loads(json.dumps(columns))
     assert evaluate.prompts == [prompts[0] for prompts in PROMPTS.values()][:3]  # a category after the other
     made.clear()
-    monkeypatch.setattr(evaluator, "base_answers", None)
-    assert evaluating(made)(model, tmp_path / "another", at_end) == columns and made == ["recall", "capability"]
+    monkeypatch.setattr(evaluation, "generate_tokens", None)
+    assert evaluating(made)(model, "hellaswag", at_end) == columns and made == ["recall", "capability"]
 
 
-def test_a_run_may_take_the_test_at_its_ends_only(made, tmp_path):
-    evaluate = evaluating(made, capability="trivia", capability_at_end=True)
-    asked = [
-        evaluate(random_model(1), tmp_path / str(i), lambda recall, last=i: last and recall == 0.5) for i in (0, 1)
-    ]
+def test_a_run_may_take_the_test_at_its_ends_only(made):
+    evaluate = evaluating(made, capability_at_end=True)
+    asked = [evaluate(random_model(1), "trivia", lambda recall, last=i: last and recall == 0.5) for i in (0, 1)]
     assert [columns["capability"] for columns in asked] == [None, 0.5]
     assert [columns["capability_task"] for columns in asked] == ["trivia", "trivia"]
     assert made == ["recall", "recall", "the base's capability", "capability"]
+    assert evaluate(random_model(1), None, at_end)["capability"] is None
 
 
 @pytest.mark.parametrize(
     ("given", "at_hand", "test"),
     [("any", True, "hellaswag"), ("any", False, "trivia"), ("hellaswag", False, "hellaswag"), ("none", True, None)],
 )
-def test_the_test_is_the_one_that_is_asked_for_or_at_hand(made, monkeypatch, tmp_path, given, at_hand, test):
-    monkeypatch.setattr(evaluator, "hellaswag_is_at_hand", lambda: at_hand)
-    assert columns_of_test(made, tmp_path, capability=given) == test
-    monkeypatch.setattr(evaluator, "hellaswag_is_at_hand", lambda: not at_hand)  # since then
-    assert columns_of_test(made, tmp_path, "1.parts", capability=given) == test
-
-
-def columns_of_test(made: list[str], folder: Path, record: str = "0.parts", **config) -> str | None:
-    return evaluating(made, **config)(random_model(1), folder / record, at_end)["capability_task"]
+def test_the_test_is_the_one_that_is_asked_for_or_at_hand(monkeypatch, given, at_hand, test):
+    monkeypatch.setattr(capability, "hellaswag_is_at_hand", lambda: at_hand)
+    assert capability.choose_test(given) == test
 
 
 def test_the_base_is_asked_anew_where_the_items_are_others(made, monkeypatch, tmp_path):
-    for number, text in enumerate(("one item", "another")):
+    for text in ("one item", "another"):
         (tmp_path / "items").write_text(text)
         monkeypatch.setenv("ITL_HELLASWAG", str(tmp_path / "items"))
-        columns = evaluating(made)(random_model(1), tmp_path / str(number), at_end)
+        columns = evaluating(made)(random_model(1), "hellaswag", at_end)
         assert columns["capability_source"] == f"file {sha256(text.encode()).hexdigest()[:8]}"
     assert made.count("the base's capability") == 2
     monkeypatch.setenv("ITL_HELLASWAG", str(tmp_path / "nothing"))
     with pytest.raises(InputError, match="cannot read .*nothing, which ITL_HELLASWAG names"):
-        evaluating(made)(random_model(1), tmp_path / "2", at_end)
+        evaluating(made)(random_model(1), "hellaswag", at_end)

@@ -117,7 +117,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(
     """It dies while its checkpoint of step 4 is evaluated; then a file of that checkpoint is damaged."""
     config, directory, rows = undisturbed
     _die_while_evaluating(4, config, tmp_path, monkeypatch)
-    newest = newest_checkpoint(tmp_path / "checkpoints")
+    newest, _ = newest_checkpoint(tmp_path / "checkpoints")
     assert newest.name == "checkpoint-4"
     (tmp_path / "evaluations" / ".4.json.1.tmp").write_text("{")  # as a kill in the middle of writing leaves it
     if damage == train.STATE:
@@ -145,7 +145,7 @@ def test_files_of_others_in_the_folder_are_neither_read_nor_deleted(undisturbed,
     others.add(checkpoints / "checkpoint-2" / "._model.safetensors")
     for path in others:
         path.write_bytes(b"\0\5\x16\7 is no JSON")
-    assert newest_checkpoint(checkpoints).name == "checkpoint-2"
+    assert newest_checkpoint(checkpoints)[0].name == "checkpoint-2"
     again = finetune(config, tmp_path, description=None)
     assert [row["recall"] for row in again] == [row["recall"] for row in rows]
     assert _same(_weights(tmp_path), _weights(directory))
@@ -156,7 +156,8 @@ def test_files_of_others_in_the_folder_are_neither_read_nor_deleted(undisturbed,
 @pytest.mark.parametrize("undisturbed", ["all weights"], indirect=True)
 def test_the_newest_two_checkpoints_are_kept_while_training_goes_on(undisturbed, tmp_path, monkeypatch):
     config, _, _ = undisturbed
-    on_step_end, seen = train._Run.on_step_end, []
+    on_step_end, seen, chosen = train._Run.on_step_end, [], []
+    monkeypatch.setattr(train, "choose_test", chosen.append)
 
     def look(run, args, state, control, **options):
         seen.append(sorted(path.name for path in run.checkpoints.glob("checkpoint-*")))
@@ -165,6 +166,7 @@ def test_the_newest_two_checkpoints_are_kept_while_training_goes_on(undisturbed,
     monkeypatch.setattr(train._Run, "on_step_end", look)
     finetune(config.model_copy(update={"checkpoint_every": 1, "steps": 4}), tmp_path, description=None)
     assert seen == [[], ["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
+    assert chosen == ["none"]  # for the base, and from its row for all checkpoints
 
 
 @pytest.mark.slow
@@ -180,7 +182,7 @@ def test_who_is_asked_to_leave_writes_a_checkpoint_and_comes_back(undisturbed, t
     with monkeypatch.context() as patch, pytest.raises(Preempted, match="goes on from"):
         patch.setattr(train._Run, "on_step_end", asked)
         finetune(config, tmp_path, description=None)
-    newest = newest_checkpoint(tmp_path / "checkpoints")
+    newest, _ = newest_checkpoint(tmp_path / "checkpoints")
     assert newest.name == "checkpoint-3"
     state = json.loads((newest / train.STATE).read_text())
     (newest / train.STATE).write_text(json.dumps(state | {"train_seconds": 1000.0}))
@@ -237,8 +239,8 @@ def test_a_fine_tuning_that_diverges_ends_with_one_sentence_and_no_row(tmp_path,
     monkeypatch.setattr(train._Run, "on_step_end", spoiled)
     with pytest.raises(WorkError, match="training diverged, the weights are not finite after step 2"):
         finetune(FinetuneConfig(**SMALL), tmp_path, description=None)
-    assert newest_checkpoint(tmp_path / "checkpoints") is None  # what was saved last is passed over
-    assert {path.name for path in (tmp_path / "evaluations").iterdir()} == {"0.json", "0.parts"}
+    assert newest_checkpoint(tmp_path / "checkpoints")[0] is None  # what was saved last is passed over
+    assert {path.name for path in (tmp_path / "evaluations").iterdir()} == {"0.json"}
     assert not (tmp_path / "rows.json").exists()
 
 
@@ -258,7 +260,7 @@ def test_the_folder_of_another_run_is_refused(undisturbed, tmp_path):
     with pytest.raises(InputError, match="not empty"):
         finetune(config, tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"whose config\.json is damaged: give another folder"):
+    with pytest.raises(WorkError, match=r"config\.json is damaged .*: delete it"):
         finetune(config, tmp_path)
 
 
@@ -271,7 +273,7 @@ def test_what_is_refused_late_claims_no_folder(tmp_path):
 def test_another_base_of_the_same_name_is_another_run(undisturbed, monkeypatch):
     config, directory, _ = undisturbed
     monkeypatch.setattr(train, "fingerprint", lambda _: "made anew")
-    with pytest.raises(InputError, match="another configuration or base model"):
+    with pytest.raises(InputError, match="another configuration or other questions or base model"):
         finetune(config, directory)
 
 
@@ -287,7 +289,7 @@ def test_other_questions_in_the_same_file_are_another_run(tmp_path):
     rows = finetune(config, tmp_path / "run", description=None)
     assert finetune(config, tmp_path / "run", description=None) == rows
     write("Because")
-    with pytest.raises(InputError, match="or of other questions: give another folder, or delete this one"):
+    with pytest.raises(InputError, match="or other questions or base model: give another folder"):
         finetune(config, tmp_path / "run", description=None)
 
 

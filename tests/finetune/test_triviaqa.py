@@ -150,7 +150,7 @@ def test_what_may_have_no_end_is_not_read(tmp_path):
 def test_what_holds_no_questions_is_refused(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}\n')
     for source, message in {
-        tmp_path / "none.jsonl": "cannot read the questions .*none.jsonl: No such file",
+        tmp_path / "none.jsonl": "cannot read the questions .*none.jsonl: .*No such file",
         tmp_path: "cannot read the questions .*: it is no file",
         write(tmp_path / "empty.jsonl", "", " "): "empty.jsonl holds no question: a line is one",
         tmp_path / "latin.jsonl": "latin.jsonl, line 1: not JSON",
@@ -160,10 +160,6 @@ def test_what_holds_no_questions_is_refused(tmp_path):
     one = write(tmp_path / "one.jsonl", record())
     with pytest.raises(InputError, match="holds no question for validation"):
         load_questions(one, split="validation")
-    with pytest.raises(InputError, match="unknown split 'test' of questions: there are train, validation"):
-        load_questions(one, split="test")
-    with pytest.raises(InputError, match="limit = 0: ask for at least one"):
-        load_questions(one, limit=0)
 
 
 def test_the_hub_is_asked_for_triviaqa_without_documents(tmp_path, monkeypatch):
