@@ -61,7 +61,7 @@ def generate_tokens(
     ends = _ends(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     answers: dict[int, list[int]] = {}
-    size = BATCH[model.device.type]
+    size = BATCH.get(model.device.type, 64)
     with progress(len(prompts), description) as bar, _plain_generation(model):
         while batch := order[len(answers) : len(answers) + size]:
             try:
