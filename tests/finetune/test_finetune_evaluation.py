@@ -274,7 +274,7 @@ def test_a_change_of_capability_has_the_error_of_paired_answers(items):
 
 @pytest.mark.slow
 def test_a_hub_that_does_not_answer_has_no_hellaswag():
-    ask = "from lib.finetune.evaluation import hellaswag_is_at_hand as ask; print(ask())"
+    ask = "from lib.finetune.capability import hellaswag_is_at_hand as ask; print(ask())"
     for there in ("http://127.0.0.1:9", "http://no-such-host.invalid"):
         online = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", HELLASWAG)}
         answer = subprocess.check_output([sys.executable, "-c", ask], env=online | {"HF_ENDPOINT": there}, text=True)
