@@ -65,8 +65,8 @@ class Config(BaseModel):
         if (
             isinstance(value, int)
             and abs(value) >= 2**63
-            or isinstance(value, str | dict)
-            and "\0" in "".join(map(str, value))
+            or isinstance(value, str | dict)  # in keys, pydantic would write half a character as another one
+            and b"\0" in "".join(map(str, value)).encode(errors="strict" if isinstance(value, dict) else "ignore")
         ):
             raise ValueError("integers below 2^63, and text without NUL, are accepted")
         return value

@@ -295,3 +295,10 @@ def test_configuring_and_planning_runs_imports_no_torch():
     code = f"import sys, {modules}; lib.training.devices.usable_cores(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_file_whose_name_would_be_stored_as_another_is_refused():
+    with pytest.raises(InputError, match=r"training.files: 'utf-8' codec can't encode character '\\udcc3'"):
+        RunConfig.parse({"training": {"files": {"d\udcc3.jsonl": 0.5}}})
+    config = RunConfig.parse({"facts": {"csv": "p\udcc3.csv"}})
+    assert RunConfig.parse(json.loads(json.dumps(config.model_dump(mode="json")))) == config

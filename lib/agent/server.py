@@ -60,16 +60,17 @@ def people_server(path: str | Path):
 
     def answer(query: dict[str, str]) -> Response:
         with SqlTool(path) as sql:
-            return sql.find(**query)
+            outcome, text = sql.find(**query)
+            return Response(outcome, Find(sql.attributes).sentences.get(outcome, text))  # the file may be another now
 
     async def call(_, params: types.CallToolRequestParams) -> types.CallToolResult:
-        outcome, text = Outcome.MALFORMED, ""
+        outcome, text = Outcome.MALFORMED, find.sentences[Outcome.MALFORMED]
         if query := find.query_of_call({"name": params.name, "arguments": params.arguments}):
             try:
                 outcome, text = await asyncio.to_thread(answer, query)
             except Exception as error:  # this call failed, but the next one may succeed
                 outcome, text = None, f"{error}."
-        content = types.TextContent(type="text", text=find.sentences.get(outcome, text))
+        content = types.TextContent(type="text", text=text)
         return types.CallToolResult(content=[content], is_error=outcome is not Outcome.ANSWER)
 
     async def tools(*_) -> types.ListToolsResult:

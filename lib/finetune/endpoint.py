@@ -193,8 +193,7 @@ async def _ask(
         record["error"] = f"TimeoutError: no answer within {longest:g} seconds"
     except Exception as error:  # whatever the server says, only this question fails
         body = getattr(error, "body", None)
-        told = isinstance(body, dict) and "message" in body  # by the error itself
-        said = "" if told else body or error.__cause__ or ""
+        said = "" if isinstance(body, dict) and "message" in body else body or error.__cause__ or ""  # told already
         record["error"] = " ".join(f"{type(error).__name__}: {error} {said}".split())[:300]
     return record
 

@@ -334,6 +334,9 @@ def test_a_change_is_seen_at_once_and_a_file_that_is_gone_is_an_error(tmp_path):
     assert is_error and "there is no database" in text and "\n" not in text
     path.write_bytes(content)
     assert ask(server, GOOD) == [(False, "something new")]
+    write_database(People([NAME], {"hobby": ["chess"]}), path)
+    asked = ask(server, GOOD, {"attribute": "hobby", "name": NAME})
+    assert asked == [(True, "There is no such attribute: attribute is one of hobby."), (False, "chess")]
 
 
 def test_a_query_without_end_is_an_error_and_holds_up_nobody(tmp_path):
