@@ -579,7 +579,7 @@ def test_a_forgiving_tool_forgives_nothing_but_names(database):
         assert forgiving(format_request("birth_place", PEOPLE.names[0])).ok
 
 
-@pytest.mark.parametrize("value", ["5", "5.5", "x'416e'", "NULL"])
+@pytest.mark.parametrize("value", ["5", "5.5", "x'416e'"])
 def test_a_forgiving_tool_passes_over_names_that_are_no_text(tmp_path, value):
     rows = f"({value}, 'cat'), ('Anna', 'dog')"
     path = made(tmp_path / "x.db", "CREATE TABLE people (name, pet)", f"INSERT INTO people VALUES {rows}")
