@@ -19,13 +19,23 @@ from lib.finetune.data import as_user
 from lib.finetune.models import no_bars_in_logs
 from lib.finetune.triviaqa import SHIPPED, load_questions
 from lib.paths import read_bytes, write_json
+from lib.progress import progress
 
 #: Names a file with HellaSwag's validation set, a JSON object a line as the hub has it; else the hub is asked.
 HELLASWAG = "ITL_HELLASWAG"
 
 
+#: How many items are asked between two updates of the progress bar.
+ITEMS_AT_A_TIME = 100
+
+
 def measure_capability(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str | dict, n_items: int | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str | dict,
+    n_items: int | None = None,
+    *,
+    description: str | None = None,
 ) -> dict[str, list[float]]:
     """Return which of the first `n_items` of a multiple-choice task of lm-eval are right: 1 or 0 per item, in order.
 
@@ -36,19 +46,27 @@ def measure_capability(
     """
     name = task if isinstance(task, str) else task["task"]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about what is intended
-    with TemporaryDirectory() as folder, no_bars_in_logs():
+    rows = []
+    with TemporaryDirectory() as folder:
         manager = TaskManager(include_path=str(_tasks_folder(folder)), include_defaults=False)
         try:
-            manager.load([task])
+            with no_bars_in_logs():
+                n_there = len(manager.load([task])["tasks"][name].eval_docs)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"cannot load the items of {name} ({str(error).splitlines()[0]}): HellaSwag comes from the hub, "
                 f"once, or from a file that {HELLASWAG} names"
             ) from None
+        items = range(min(n_items or n_there, n_there))
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)
-        options = {"limit": n_items, "bootstrap_iters": 0}
-        measured = lm_eval.simple_evaluate(harness, tasks=[task], task_manager=manager, **options)
-    rows = sorted(measured["samples"][name], key=lambda row: row["doc_id"])
+        with progress(len(items), description) as bar:
+            for start in items[::ITEMS_AT_A_TIME]:
+                chunk = list(items[start : start + ITEMS_AT_A_TIME])
+                options = {"samples": {name: chunk}, "bootstrap_iters": 0}
+                with no_bars_in_logs():
+                    measured = lm_eval.simple_evaluate(harness, tasks=[task], task_manager=manager, **options)
+                rows += sorted(measured["samples"][name], key=lambda row: row["doc_id"])
+                bar.update(len(chunk))
     return {metric: [float(row[metric]) for row in rows] for metric in ("acc", "acc_norm")}
 
 

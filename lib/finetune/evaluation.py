@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, islice
 from typing import Any
 
@@ -145,8 +145,10 @@ class Evaluator:
             return {"capability": None, "capability_stderr": None, "capability_task": test}
         task = "hellaswag" if test == "hellaswag" else trivia_choices(self.tokenizer)
         n, source = self.config.items, capability_source(test)
-        before = self._of_base([test, source, n], lambda: measure_capability(self.base, self.tokenizer, task, n))
-        right = before if model is self.base else measure_capability(model, self.tokenizer, task, n)
+        asked = {"n_items": n, "description": self._doing(test)}
+        measure = partial(measure_capability, tokenizer=self.tokenizer, task=task, **asked)
+        before = self._of_base([test, source, n], lambda: measure(self.base))
+        right = before if model is self.base else measure(model)
         about = {"capability_task": test, "capability_source": source, "n_capability": len(right["acc"])}
         return capability_columns(right, before) | about
 

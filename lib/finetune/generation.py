@@ -120,6 +120,8 @@ def answer_with_tool(
     questions: Sequence[str],
     mode: ChatMode,
     tool: SqlTool | None,
+    *,
+    values: Sequence[str] | None = None,
     **options,
 ) -> list[tuple[Response | None, str]]:
     """Ask each question, let the tool answer what the model asks of it, and let the model speak again.
@@ -127,19 +129,23 @@ def answer_with_tool(
     Returns, per question, the tool's response (None if it was not asked) and the model's last reply. In mode in-tool
     the model calls the function `find`, in in-tool-text it writes the paper's request, one call a question; in-weight
     there is no tool. The model alone decides what the tool is asked: nothing here knows the answer. A call that cannot
-    be understood gets the tool's error. options: those of `generate_tokens`; `max_new_tokens` holds for each turn.
+    be understood gets the tool's error. values: what the tool should find; if it finds something else, the answer is
+    wrong already, and the model does not speak again. options: those of `generate_tokens`; `max_new_tokens` holds for
+    each turn.
     """
     find = Find(tool.attributes if tool else ())
 
-    def look_up(_: int, said: str) -> tuple[Response, list[dict]] | None:
+    def look_up(i: int, said: str) -> tuple[Response, list[dict]] | None:
         if mode == "in-tool" and (call := read_call(said)):
             query = find.query_of_call(call)
             response = tool.find(**query) if query else tool("")
-            return response, call_and_result(call, response.text)
-        if mode == "in-tool-text" and parse_request(said):
+            turns = call_and_result(call, response.text)
+        elif mode == "in-tool-text" and parse_request(said):
             response = tool(said)
-            return response, text_and_result(said, response.text)
-        return None
+            turns = text_and_result(said, response.text)
+        else:
+            return None
+        return response, turns if values is None or response.text == values[i] else []
 
     openings = [opening(text, mode, find.declaration) for text in questions]
     return look_up_and_reply(model, tokenizer, openings, look_up, **options)
@@ -155,15 +161,15 @@ def look_up_and_reply(
     """Return what was looked up for each conversation, None if nothing was, and what the model said last.
 
     openings: per conversation the `messages` and, where functions are offered, the same `tools`. look_up(i, said):
-    from what the model said in conversation i, what is found and the turns until the model speaks again; None if it
-    asked for nothing.
+    from what the model said in conversation i, what is found and the turns until the model speaks again (none: it does
+    not); None if it asked for nothing.
     """
     tools = openings[0].get("tools") if openings else None
     first = reply_all(model, tokenizer, [each["messages"] for each in openings], tools, **options)
     looked_up = {i: result for i, said in enumerate(first) if (result := look_up(i, said))}
-    longer = [[*openings[i]["messages"], *turns] for i, (_, turns) in looked_up.items()]
-    replies = dict(zip(looked_up, reply_all(model, tokenizer, longer, tools, **options), strict=True))
-    return [(looked_up[i][0], replies[i]) if i in looked_up else (None, said) for i, said in enumerate(first)]
+    longer = {i: [*openings[i]["messages"], *turns] for i, (_, turns) in looked_up.items() if turns}
+    replies = dict(zip(longer, reply_all(model, tokenizer, [*longer.values()], tools, **options), strict=True))
+    return [(looked_up.get(i, (None,))[0], replies.get(i, said)) for i, said in enumerate(first)]
 
 
 def read_call(said: str) -> dict | None:

@@ -41,6 +41,7 @@ from lib.progress import progress
 from lib.provenance import provenance
 from lib.training.devices import resolve_device
 from lib.training.distributed import Preempted, asked_to_leave
+from lib.training.run import no_room_told
 from lib.training.saved import check_claim
 from lib.training.trainer import are_finite, diverged
 
@@ -70,7 +71,7 @@ def finetune(
     directory = Path(directory)
     # While the first process evaluates the others wait, however long that takes.
     processes = PartialState(cpu=resolve_device(device).type == "cpu", timeout=timedelta(days=7))
-    with asked_to_leave() as asked, ExitStack() as stack:
+    with asked_to_leave() as asked, ExitStack() as stack, no_room_told():
         if processes.is_main_process:
             directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(only_process(directory / ".lock"))  # a second call waits and finds the rows

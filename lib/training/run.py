@@ -76,7 +76,7 @@ def run(
     commit()  # records the imported code, whatever is committed while the run trains
     config_here = located(config, inputs)
     people, tokenizer = read_inputs(config_here)
-    with ExitStack() as stack, _no_room_told():
+    with ExitStack() as stack, no_room_told():
         files = {path: tokenize_file(inputs.get(path, path), tokenizer) for path in sorted(config.training.files)}
         claim = Claim(config, people.digest(), {path: folder.name for path, folder in files.items()}, tokenizer.name)
         check_claim(directory, claim)
@@ -128,7 +128,7 @@ def run(
 
 
 @contextmanager
-def _no_room_told() -> Iterator[None]:
+def no_room_told() -> Iterator[None]:
     """Turn a full disk, or memory, into a `WorkError`: it is not a bug."""
     try:
         yield

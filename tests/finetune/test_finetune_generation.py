@@ -241,3 +241,15 @@ def test_the_tool_that_is_offered_has_the_attributes_of_the_database(database):
         for mode in ("in-tool", "in-tool-text"):
             answer_with_tool(ScriptedModel(lambda _: "-"), tokenizer(), ["x"], mode, database, max_new_tokens=9)
     assert offered == [[Find(PEOPLE.attributes).declaration], None]
+
+
+@pytest.mark.parametrize("mode", ["in-tool", "in-tool-text"])
+def test_no_reply_is_asked_for_where_the_tool_says_something_else_than_is_expected(mode, database):
+    (name, attribute, value), *_ = PEOPLE.facts()
+    call = _call(name="find", arguments={"attribute": attribute, "name": name})
+    call = call if mode == "in-tool" else tool_call(name, attribute)
+    model = ScriptedModel(lambda prompt: "The end." if prompt.count("assistant\n") > 1 else call)
+    asked, expected = ["Where?"] * 3, [value, "elsewhere", value]
+    made = answer_with_tool(model, tokenizer(), asked, mode, database, values=expected, max_new_tokens=200)
+    assert [reply for _, reply in made] == ["The end.", call, "The end."] and model.batches == [3, 2]
+    assert all(response == (Outcome.ANSWER, value) for response, _ in made)

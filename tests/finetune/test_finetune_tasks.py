@@ -176,7 +176,7 @@ def made(monkeypatch, tmp_path) -> list[str]:
     monkeypatch.setattr(evaluation, "base_source", lambda name: name)
     monkeypatch.setattr(evaluation, "load_model", lambda *_: base)
 
-    def measure(model, tokenizer, task, n):
+    def measure(model, tokenizer, task, n_items, description):
         noted.append("the base's capability" if model is base else "capability")
         return {"acc": [0.0, 1.0], "acc_norm": [1.0, 1.0]}
 
