@@ -9,7 +9,6 @@ from lib.dialogs.tokenizers import ByteTokenizer
 from lib.experiments import edits
 from lib.experiments.plan import searches
 from lib.experiments.rows import sweep_dir
-from lib.experiments.sweep import Report
 from lib.figures import edits as figures
 from lib.model.circuit import Circuit
 from lib.paths import ROWS, read_json, write_json
@@ -131,21 +130,6 @@ def test_damaged_rows_are_measured_again(stored, monkeypatch):
     for _ in range(2):
         assert len(edits.run("quick")) == 2
     assert measured == ["in-weight", "in-tool"]
-
-
-def test_after_max_hours_no_further_group_of_models_starts(stored, monkeypatch):
-    given, now = [], [0.0]
-
-    def sweep(section, profile, *, plan, jobs, max_hours):
-        given.append(max_hours)
-        now[0] += 3000  # seconds
-        return Report()
-
-    monkeypatch.setattr(edits, "sweep", sweep)
-    monkeypatch.setattr(edits.time, "monotonic", lambda: now[0])
-    edits.run("laptop", jobs=5, max_hours=1)
-    first, second, *others = given
-    assert (first, second) == pytest.approx((1, 1 / 6)) and {*others} == {0}
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1"])

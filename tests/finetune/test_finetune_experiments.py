@@ -27,7 +27,8 @@ def _finish(fine_tuning, commit: str = CLEAN, steps: tuple[int, ...] = (0, 10), 
     folder = experiments.folder(fine_tuning, "laptop")
     folder.mkdir(parents=True)
     what = fine_tuning.model_dump(include={"base", "task", "mode", "n_facts", "seed", "lr"})
-    rows = [{"run_id": fine_tuning.run_id, **what, "step": step, "commit": commit, **columns} for step in steps]
+    what |= {"run_id": fine_tuning.run_id, "config": fine_tuning.canonical_json()}
+    rows = [{**what, "step": step, "commit": commit, **columns} for step in steps]
     (folder / ROWS).write_text(json.dumps(rows))
 
 
@@ -66,7 +67,7 @@ def test_an_earlier_recipe_is_shown_where_todays_plan_has_no_run_of_the_point(da
     other = first.model_copy(update={"n_facts": 64})
     changed = first.model_copy(update={"schedule": "cosine"})
     for config, day in ((first, "2026-01-01"), (other, "2026-01-02"), (changed, "2026-01-03")):
-        _finish(config, finished_at=day, adaptation="full", config=config.canonical_json())
+        _finish(config, finished_at=day, adaptation="full")
     monkeypatch.setattr(experiments, "plan", lambda _: [first, other, changed])
     experiments.table_of_rows().add("laptop")
     for plan, shown in (([first], first), ([other], changed), ([], changed)):
