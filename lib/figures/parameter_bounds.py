@@ -123,8 +123,10 @@ def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame) -> Fi
             axes.set(xscale="log", xlabel="parameters", title=mode, ylim=(-0.03, 1.06))
             if not axes.get_lines():
                 nothing_yet(axes, mode)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(title="facts", **BESIDE)
+            handles, labels = axes.get_legend_handles_labels()
+            if handles:
+                entries = dict(zip((label.removesuffix(", earlier recipe") for label in labels), handles, strict=True))
+                axes.legend(entries.values(), entries, title="facts\n(pale: earlier recipe)", **BESIDE)
         row[0].set_ylabel("recall at the end of training")
     return figure
 
