@@ -93,6 +93,9 @@ def sweep(
     if not dry_run and _pending(plan, recalls):
         devices = [device] if in_process else _devices(device, jobs)
         _execute(plan, recalls, report, sweep_dir(section, profile), devices, 3600 * max_hours, in_process)
+        rows = known_rows(section, profile, plan)  # a run may finish while it leaves
+        recalls = _recalls(rows, plan)
+        report.done_now = len(recalls) - report.done_before
     report.missing = _pending(plan, recalls)
     ahead = [config for search in plan for config in _expected(search, recalls)]
     speed = _speed(rows.values(), "cuda" if device.startswith("cuda") else "cpu")
@@ -148,7 +151,7 @@ def _execute(
     seconds: float,
     in_process: bool,
 ) -> None:
-    """Keep a run on each of `devices` until nothing can start any more, adding to `recalls` and `report`."""
+    """Keep a run on each of `devices` until nothing can start any more, adding to `recalls` and `report.failed`."""
     idle, tries, deadline = devices[::-1], Counter(), time.monotonic() + seconds
     running: dict[Future, tuple[RunConfig, str]] = {}
     receiver, sender = os.pipe()  # the runs' standard input: when this process ends, however it does, they leave
@@ -162,9 +165,9 @@ def _execute(
         return future
 
     with (
+        open(receiver, "rb") as stdin,
         ThreadPoolExecutor(len(devices)) as pool,
         progress(len(plan), f"{directory.parent.name} {directory.name}") as bar,
-        open(receiver, "rb") as stdin,
         open(sender, "wb"),  # closed before the pool waits: runs that are left then stop, with a checkpoint
     ):
         while True:
@@ -175,12 +178,13 @@ def _execute(
                 running[start(config, device)] = config, device
             if not running:
                 return
-            while not (finished := wait(running, LINE_INTERVAL, FIRST_COMPLETED).done):
-                if time.monotonic() >= deadline:
+            left = deadline - time.monotonic()
+            finished = wait(running, min(LINE_INTERVAL, max(left, 0)), FIRST_COMPLETED).done
+            if not finished:
+                if left <= 0:
                     return
                 going = [_how_far(config, directory / config.run_id) for config, _ in running.values()]
                 bar.set_postfix_str("; ".join(going))
-                bar.update(0)
             for future in finished:
                 config, device = running.pop(future)
                 idle.append(device)
@@ -191,7 +195,6 @@ def _execute(
                         report.failed[run_id] = f"{title}: {error}"
                     continue
                 recalls[run_id] = read_row(directory / run_id / ROW)["recall"]
-                report.done_now += 1
                 bar.set_postfix_str(f"{title}: recall {recalls[run_id]:.3f}", refresh=False)
             closed = sum(not search.pending(recalls) for search in plan)
             bar.update(closed - bar.n)

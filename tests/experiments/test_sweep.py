@@ -186,6 +186,14 @@ def test_no_more_runs_than_jobs_at_a_time_and_one_on_a_device(script, monkeypatc
     assert most == 2 and busy.keys() == {"cuda:0", "cuda:1"}
 
 
+def test_when_the_time_is_up_runs_leave_and_one_that_finishes_meanwhile_counts(script):
+    script('cat; case "$config" in *\'"seed":1\'*) exit 75;; esac')  # it reads until the sweep asks it to leave
+    began, plan = time.monotonic(), [_single(seed=seed) for seed in range(3)]
+    report = sweep.sweep("05_1", "smoke", plan=plan, jobs=2, device="cpu", max_hours=1 / 3600)
+    assert time.monotonic() - began < sweep.LINE_INTERVAL
+    assert (report.done_now, len(report.missing), report.failed) == (1, 2, {})
+
+
 def test_a_run_that_is_killed_is_started_again_and_harms_no_other(script):
     script('case "$config" in *\'"seed":1\'*) if mkdir "$log.killed"; then kill -9 $$; fi;; esac')
     report = sweep.sweep("05_1", "smoke", plan=[_single(seed=seed) for seed in range(3)], jobs=2, device="cpu")
