@@ -48,6 +48,8 @@ app = typer.Typer(
 
 #: Commands that resume where they were interrupted.
 RESUMED = ("train", "finetune", "evaluate", "sweep", "trivia", "ask", "notebooks", "paper", "scale")
+#: Sections with a module of their own, which has their table.
+OWN = {"06": "lib.finetune.experiments", "07_1": "lib.experiments.edits", "07_2": "lib.experiments.chains"}
 #: Maximum characters of a message, which may quote a file or a server.
 LONGEST = 1_500
 #: Errors that a user, a file, a disk or a server can cause.
@@ -254,17 +256,13 @@ def sweep(
         _table(source)  # an experiment without a table is an `InputError`
         publishing.check_publishes(profile)
         publishing.check_traceable()
-    options = {"jobs": jobs, "max_hours": max_hours, "device": device}
-    if facts and source in ("06", "07_1", "07_2"):
+    options = {"max_hours": max_hours, "device": device}
+    if facts and source in OWN:
         raise InputError(f"--facts is for Section 5 and grids of your own, not for section {source}: leave it out")
-    if source == "06":
-        from lib.finetune import experiments
-
-        report = experiments.sweep(profile, dry_run=dry_run, **options)
-    elif source == "07_2":
-        from lib.experiments import chains
-
-        report = chains.sweep(profile, dry_run=dry_run)
+    if source in ("06", "07_2"):
+        if jobs not in (None, 1):
+            raise InputError(f"section {source} does one run at a time: leave --jobs out")
+        report = import_module(OWN[source]).sweep(profile, dry_run=dry_run, **options)
     else:
         from lib.experiments import sweep as sweeps
         from lib.experiments.plan import searches
@@ -274,13 +272,15 @@ def sweep(
             from lib.experiments import edits
 
             if not dry_run:
-                edits.run(profile, **options)
+                edits.run(profile, jobs, **options)
             report = sweeps.sweep(source, profile, dry_run=True, plan=edits.missing(profile), device=device)
         else:
             plan = searches(source, profile)
             if facts:
                 plan = [each for each in plan if len(ATTRIBUTES) * each.base.facts.n_people in facts]
-            report = sweeps.sweep(source, profile, dry_run=dry_run, plan=plan, **options)
+                if not plan:
+                    raise InputError(f"no {profile} run of {source} has {' or '.join(map(str, facts))} facts")
+            report = sweeps.sweep(source, profile, jobs=jobs, dry_run=dry_run, plan=plan, **options)
     console.print(str(report))
     if publish and not dry_run:
         table = _table(source)
@@ -293,9 +293,8 @@ def sweep(
 def _table(section: str):
     """Return the table of a section's rows in paper_data: a `lib.experiments.publishing.Table`."""
     paths.check_checkout()
-    own = {"06": "lib.finetune.experiments", "07_1": "lib.experiments.edits", "07_2": "lib.experiments.chains"}
-    if section in own:
-        return import_module(own[section]).table_of_rows()
+    if section in OWN:
+        return import_module(OWN[section]).table_of_rows()
     from lib.experiments.publishing import table_of
 
     return table_of(section)

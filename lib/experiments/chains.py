@@ -4,8 +4,9 @@ The folder of a run, runs/<profile>/07_2/<run_id>, holds the people and the dial
 the training run itself in `run/`, and in the end its row.
 """
 
+import math
+import time
 from collections import namedtuple
-from dataclasses import replace
 from itertools import accumulate, chain, islice, product
 from pathlib import Path
 
@@ -72,32 +73,35 @@ def write_inputs(config: RunConfig, folder: Path) -> dict[str, str]:
     return {name: str(folder / name) for name in (_PEOPLE, _DIALOGS)}
 
 
-def run_chains(config: RunConfig, folder: Path, asked: int, description: str | None = None) -> None:
+def run_chains(config: RunConfig, folder: Path, asked: int, **options) -> None:
     """Do or resume one run of `configurations`; write its row: that of `lib.training.run` with recall by hops.
 
     trained_HOPS is the recall of questions about the first `asked` people of training, unseen_HOPS about as many people
     whose first and last names the model never saw; bosses are of the same group. Every look-up must have been made.
+    options: as `lib.training.run.run` takes them.
     """
     from lib.training.run import run
     from lib.training.saved import load_model, run_tokenizer
 
     inputs = write_inputs(config, folder)
-    row = run(config, folder / "run", inputs=inputs, description=description)
+    row = run(config, folder / "run", inputs=inputs, **options)
     model, _ = load_model(folder / "run" / paths.MODEL, "cpu")
     row["hops"] = [1, 2]
     row |= recall_by_hops(model, config.facts, read_people_csv(inputs[_PEOPLE]), run_tokenizer(config), asked)
     paths.write_json(folder / paths.ROWS, [row | {"measured_commit": commit()}])
 
 
-def sweep(profile: str, *, dry_run: bool = False) -> Report:
-    """Do the runs of a profile that are not finished, or with `dry_run` only report them."""
-    done = {*rows(profile).run_id}
+def sweep(profile: str, *, dry_run: bool = False, max_hours: float = math.inf, device: str = "auto") -> Report:
+    """Run all that is missing in a profile, or, `dry_run`, only report it. After `max_hours` no new run is started."""
+    done, deadline = {*rows(profile).run_id}, time.monotonic() + 3600 * max_hours
     missing = [config for config in configurations(profile) if config.run_id not in done]
-    report = Report(done_before=len(done), missing=missing, runs_ahead=len(missing))
-    if not dry_run:
-        for config in missing:
-            run_chains(config, _folder(config, profile), SETTINGS[profile].asked, config.title)
-        report = replace(report, done_now=len(missing), missing=[], runs_ahead=0)
+    report = Report(done_before=len(done), missing=missing)
+    while missing and not dry_run and time.monotonic() < deadline:
+        config = missing[0]
+        run_chains(config, _folder(config, profile), SETTINGS[profile].asked, device=device, description=config.title)
+        missing.remove(config)
+        report.done_now += 1
+    report.runs_ahead = len(missing)
     return report
 
 

@@ -14,12 +14,11 @@ import yaml
 from filelock import Timeout
 
 from lib import paths
-from lib.base import InputError
 from lib.experiments.plan import points_of
 from lib.experiments.publishing import Table
 from lib.experiments.scale_tables import table_path
 from lib.experiments.sweep import Report
-from lib.experiments.tables import publishing_profile, rows_of_profile, shown
+from lib.experiments.tables import publishing_profile, rows_of_profile, shown, stacked
 from lib.finetune.config import FinetuneConfig
 from lib.paths import ROWS
 from lib.progress import progress
@@ -44,27 +43,18 @@ def folder(config: FinetuneConfig, profile: str) -> Path:
 
 def missing(profile: str) -> list[FinetuneConfig]:
     """Return the fine-tunings of a profile that have no rows yet."""
-    done = set(rows(profile).get("run_id", ()))
+    done = {*rows(profile).run_id}
     return [config for config in plan(profile) if config.run_id not in done]
 
 
-def sweep(
-    profile: str,
-    *,
-    jobs: int | None = None,
-    dry_run: bool = False,
-    max_hours: float = math.inf,
-    device: str = "auto",
-) -> Report:
+def sweep(profile: str, *, dry_run: bool = False, max_hours: float = math.inf, device: str = "auto") -> Report:
     """Run all that is missing in a profile, or, `dry_run`, only report it. After `max_hours` no new run is started.
 
     A failure is reported; the other runs continue. Several processes may call it: each takes runs that no other has
-    started, one at a time, so that other `jobs` are an `InputError`.
+    started.
     """
     from lib.training.distributed import Preempted
 
-    if jobs not in (None, 1):
-        raise InputError("section 06 runs one fine-tuning at a time: for more, start the same command again beside it")
     todo, deadline = missing(profile), time.monotonic() + 3600 * max_hours
     report = Report(done_before=len(plan(profile)) - len(todo))
     with progress(len(todo), f"Section 6, {profile}") as bar:
@@ -110,7 +100,7 @@ def shown_rows(profile: str) -> pd.DataFrame:
     "laptop, earlier recipe", say.
     """
     tables = [rows(name) for name in dict.fromkeys((publishing_profile(profile), profile))]
-    table = pd.concat([table for table in tables if len(table)] or tables, ignore_index=True)
+    table = stacked(*tables)
     if not len(table):
         return table
     table = shown(table, "step", ["profile", "base", "task", "mode", "adaptation", "n_facts", "lr"])

@@ -96,7 +96,8 @@ def test_every_profile_has_its_runs_one_a_seed():
 
 def test_a_profile_gives_its_finished_runs_and_trains_none_unless_told_to(monkeypatch, tmp_path):
     monkeypatch.setenv("ITL_RUNS", str(tmp_path))
-    assert "about 1 runs ahead" in str(sweep("smoke", dry_run=True)) and len(rows("smoke")) == 0
+    for idle in ({"dry_run": True}, {"max_hours": 0}):
+        assert "about 1 runs ahead" in str(sweep("smoke", **idle)) and len(rows("smoke")) == 0
     assert list(tmp_path.iterdir()) == []
     sweep("smoke")
     done = rows("smoke")
