@@ -187,7 +187,7 @@ def fit_line(points: pd.DataFrame, of: str = "min_params_mean") -> dict[str, flo
     points = points.dropna(subset=of)
     x, y = points.n_facts.to_numpy(float), points[of].to_numpy(float)
     fit = dict.fromkeys(("slope", "low", "high", "intercept"), math.nan) | {"n_points": len(x)}
-    if len(x) < 2:
+    if len({*x}) < 2:
         return fit
     fit["slope"], fit["intercept"] = map(float, np.polyfit(x, y, 1))
     if len(x) > 4:

@@ -469,7 +469,8 @@ def test_means_over_seeds_are_of_sizes_that_no_outcome_chose(tmp_path, monkeypat
 def test_too_few_points_have_no_interval():
     points = pd.DataFrame({"n_facts": [1.0, 2.0, 3.0, 4.0], "min_params_mean": [3.0, 5.0, 7.0, 9.0]})
     assert summaries.fit_line(points)["slope"] == pytest.approx(2) and math.isnan(summaries.fit_line(points)["low"])
-    assert math.isnan(summaries.fit_line(points[:1])["slope"])
+    for at_one_number in (points[:1], pd.concat([points[:1]] * 6)):
+        assert math.isnan(summaries.fit_line(at_one_number)["slope"])
 
 
 def test_the_published_slopes_are_those_of_the_published_table():
