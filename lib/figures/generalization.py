@@ -45,7 +45,7 @@ def generalization(shares: pd.DataFrame, published: pd.DataFrame) -> Figure:
             if kind == PUBLISHED_KIND:
                 _published_recall(axes, published)
             for points, label, look in _by_size(shares[(shares.kind == kind) & (shares.measure == "recall")]):
-                axes.plot(side_by_side(points, "n_facts"), points.share, label=label, **look | {"linestyle": "none"})
+                axes.plot(side_by_side(points), points.share, label=label, **look | {"linestyle": "none"})
             axes.axhline(guess, color="#555555", linewidth=0.9, linestyle=":", label="best constant guess")
             axes.set(title=KINDS[kind])
         found = summaries.seeds_that_generalize(shares[shares["mode"] == "in-tool"])

@@ -10,7 +10,6 @@ from lib.experiments import summaries, tables
 from lib.experiments.published import published_by_paper
 from lib.facts.people import VALUES
 from lib.figures.style import (
-    BELOW,
     BESIDE,
     EARLIER,
     STYLES,
@@ -47,7 +46,7 @@ def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: fl
             axes.fill_between(theirs.n_facts, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
             ours = seeds[seeds["mode"].eq(mode) & seeds.recall_threshold.eq(threshold)].dropna(subset="min_params")
             for points, name, look in told_apart(ours, f"{mode}, this repository", style):
-                axes.plot(side_by_side(points, "n_facts"), points.min_params, label=name, linestyle="none", **look)
+                axes.plot(side_by_side(points), points.min_params, label=name, linestyle="none", **look)
             fit = summaries.fit_of_mode(ours, mode)
             if np.isfinite(fit["low"]):
                 x = np.geomspace(*fit["facts"], 50)
@@ -56,7 +55,7 @@ def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: fl
         _bound_and_construction(axes, threshold)
         axes.set(yscale="log", xlabel="facts", ylabel=f"parameters needed for {threshold:.0%} recall")
         axes.set_xscale("log", base=2)
-        axes.legend(**BELOW)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     return figure
 
 
@@ -181,9 +180,7 @@ def patience(held: pd.DataFrame) -> Figure:
 
     held: as `summaries.capacity` gives it; a line a size, with bars from the smallest to the largest seed.
     """
-    held = held.assign(
-        passes=held.dialogs_seen / held.n_facts, bits=held.stored_bits / held.n_params, own=held.get("own", False)
-    )
+    held = held.assign(passes=held.dialogs_seen / held.n_facts, bits=held.stored_bits / held.n_params)
     shown = {"recall": "recall at the end of training", "bits": "bits stored a parameter"}
     with panels((8.6, 3.4), 1, 2, sharex=True) as (figure, row):
         for axes, (of, label) in zip(row, shown.items(), strict=True):

@@ -50,9 +50,8 @@ RC = {
 }
 
 
-#: Where a legend stands beside its panel, or below.
+#: Where a legend stands beside its panel.
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
-BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": 2}
 
 
 @contextmanager
@@ -126,7 +125,7 @@ def nothing_yet(axes, mode: str) -> None:
 
 
 def draw_means(axes, table: pd.DataFrame, x: str, label: str, of: str | None = None, **look) -> None:
-    """Draw means over seeds against the column `x`, with bars from the smallest to the largest, see `told_apart`.
+    """Draw means over seeds against the column `x`, with bars from the smallest to the largest (see `told_apart`).
 
     of: the column of `table`, a row per run, to average; None if `table` has the columns mean, min and max already.
     """
@@ -138,10 +137,10 @@ def draw_means(axes, table: pd.DataFrame, x: str, label: str, of: str | None = N
 
 
 def told_apart(table: pd.DataFrame, label: str, look: dict) -> Iterator[tuple[pd.DataFrame, str, dict]]:
-    """Yield points that look alike, with their label and look.
+    """Yield groups of points, each with its label and look.
 
-    Other databases, earlier recipes (`tables.described`) and rows of the quick profile, whose column `own` is true, get
-    points and labels of their own.
+    Other databases, earlier recipes (`tables.described`) and rows of the quick profile, whose column `own` is true, are
+    groups of their own.
     """
     table = described(table).assign(own=table.get("own", False))
     for (own, law, superseded), points in table.groupby(["own", "law", "superseded"]):
@@ -155,14 +154,11 @@ def told_apart(table: pd.DataFrame, label: str, look: dict) -> Iterator[tuple[pd
         yield points, name, style
 
 
-def side_by_side(points: pd.DataFrame, of: str) -> pd.Series:
-    """Return x positions on a logarithmic axis for points at equal `of`, numbers of facts say, but of several seeds.
-
-    They are spread over 0.4 octaves around it.
-    """
-    seeds = points.groupby(of).seed
+def side_by_side(points: pd.DataFrame) -> pd.Series:
+    """Return x positions on a logarithmic axis that spread the seeds at each `n_facts` over 0.4 octaves around it."""
+    seeds = points.groupby("n_facts").seed
     places = (seeds.rank(method="first") - 1) / (seeds.transform("size") - 1) - 0.5
-    return points[of] * 2 ** (0.4 * places.fillna(0))  # 0 / 0: a single one
+    return points.n_facts * 2 ** (0.4 * places.fillna(0))  # 0 / 0: a single seed
 
 
 def smallest(table: pd.DataFrame, mode: str, threshold: float) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from lib.agent.tools import Outcome, SqlTool
 from lib.base import InputError, WorkError
 from lib.dialogs.request import format_request, parse_request
 from lib.dialogs.templates import GENERIC, TEMPLATES, fill, tool_call
+from lib.experiments.summaries import interval_of_share
 from lib.facts import database
 from lib.finetune.data import ChatMode, opening, text_and_result
 from lib.finetune.endpoint import EndpointConfig, ask_all
@@ -159,12 +160,10 @@ def recall_by_phrasing(records: Sequence[dict]) -> pd.DataFrame:
 
     Recall is over `n_questions`, those without a server error; `low` and `high` are Wilson's 95% interval.
     """
-    by, z = ["protocol", "phrasing"], 1.96
+    by = ["protocol", "phrasing"]
     table = pd.DataFrame(records, columns=[*by, "outcome"])  # an answer may be no text that pandas takes
     table = table.groupby([*by, "outcome"], sort=False).size().unstack(fill_value=0)
     table = table.reindex(columns=list(map(str, Verdict)), fill_value=0)
     n = table.drop(columns=Verdict.SERVER_ERROR).sum(axis=1)
-    share = table[Verdict.RIGHT] / n
-    center, half = share + z**2 / (2 * n), z * (share * (1 - share) / n + (z / (2 * n)) ** 2) ** 0.5
-    ends = {"low": (center - half) / (1 + z**2 / n), "high": (center + half) / (1 + z**2 / n)}
-    return table.assign(recall=share, **ends, n_questions=n).reset_index()
+    low, high = interval_of_share(table[Verdict.RIGHT], n)
+    return table.assign(recall=table[Verdict.RIGHT] / n, low=low, high=high, n_questions=n).reset_index()
