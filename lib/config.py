@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from lib.base import Config, Identified, InputError
+from lib.dialogs.templates import QuestionMode
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.facts.people import ATTRIBUTES, MAX_PEOPLE, RELEASED, FactsConfig
 from lib.paths import LARGEST_TEXT, read_bytes
@@ -155,7 +156,7 @@ class EvaluationConfig(Config):
 class RunConfig(Identified):
     """One run: facts + model + optimizer + training + evaluation."""
 
-    mode: Literal["in-weight", "in-tool"] = "in-weight"
+    mode: QuestionMode = "in-weight"
     #: Seeds the initialization and the order of the data; `facts.seed` draws the people.
     seed: int = Field(0, ge=0, lt=2**63)
     #: "bytes", or a vocabulary file (`lib.dialogs.tokenizers`), whose size must equal `model.vocab_size`.

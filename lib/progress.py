@@ -1,6 +1,7 @@
 """Progress: a bar, a widget or lines of text."""
 
 import os
+import re
 import sys
 import time
 
@@ -8,6 +9,8 @@ from tqdm import tqdm
 
 #: Seconds between two lines of progress in logs.
 LINE_INTERVAL = 10.0
+#: What lines of progress hold, and other lines hardly ever.
+METER = re.compile(r": \d+/\d+ \[\d+:\d+")
 
 
 class _Lines:

@@ -3,7 +3,7 @@
 import re
 import sqlite3
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from datetime import datetime
 from enum import StrEnum
 from functools import partial
@@ -12,7 +12,8 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple, Protocol
 
 from lib.base import InputError
-from lib.dialogs.request import fenced_line, format_request, parse_request
+from lib.dialogs.chains import chain_dialog
+from lib.dialogs.request import fenced_line, parse_request
 from lib.facts import database
 from lib.facts.database import connect_read_only, quoted, refusing
 from lib.facts.people import People
@@ -59,6 +60,15 @@ class Tool(Protocol):
     def __call__(self, turn: str) -> Response: ...
 
 
+class PeopleTool:
+    """How tools that look up people are asked, as `lib.evaluation.recall` reads it; another tool brings its own."""
+
+    #: Facts to the dialog that looks them up, one after the other.
+    dialog = staticmethod(chain_dialog)
+    #: A turn to the request that it ends in, None if there is none: equal for turns that ask the same.
+    parse = staticmethod(parse_request)
+
+
 class Closing(AbstractContextManager):
     """Something that a `with` block closes at its end."""
 
@@ -69,7 +79,7 @@ class Closing(AbstractContextManager):
         self.close()
 
 
-class SqlTool(Closing):
+class SqlTool(PeopleTool, Closing):
     """Answers `FIND <attribute> FOR <name>` from the table `people` of a SQLite database, which it only reads.
 
     The model's words never become SQL: the name is bound as a parameter, and the attribute picks one of the queries
@@ -117,7 +127,7 @@ class SqlTool(Closing):
         self.connection.close()
 
 
-class ForgivingTool:
+class ForgivingTool(PeopleTool):
     """A `SqlTool` that, where nobody has the name asked for, answers for the nearest name (Section 7, our own).
 
     edits: the most letters to insert, delete or replace; two names equally near are no match, as before. It takes the
@@ -146,14 +156,15 @@ class ForgivingTool:
         return self.tool.find(request.attribute, near[0][0])
 
 
-class EditableTool(Closing):
-    """A `SqlTool` on a copy of a database's people that may be changed; the database itself is only read.
+class EditableTool(PeopleTool, Closing):
+    """A tool on a copy of a database's people that may be changed; the database itself is only read.
 
-    `close`, or else the end of the process, deletes the copy.
+    kind: what answers in its place, one of `TOOLS`. `close`, or else the end of the process, deletes the copy.
     Raises `InputError` for a database that `SqlTool` refuses or that cannot be copied.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, kind: type[SqlTool] = SqlTool):
+        self.kind = kind
         with SqlTool(path) as tool, ExitStack() as stack, refusing("copy", path):
             self.attributes = tool.attributes
             self._folder = TemporaryDirectory(prefix="itl-")
@@ -163,7 +174,7 @@ class EditableTool(Closing):
             stack.pop_all()
 
     def __call__(self, turn: str) -> Response:
-        with SqlTool(self.path) as tool:  # opened anew: as long as one is open, nobody can write
+        with self.kind(self.path) as tool:  # opened anew: as long as one is open, nobody can write
             return tool(turn)
 
     def add(self, people: People) -> None:
@@ -178,7 +189,7 @@ class EditableTool(Closing):
         """Return what the copy says about a person, by attribute; nothing about an unknown one."""
         with SqlTool(self.path, time_budget=database.WHOLE_TABLE) as tool, refusing("read people from", self.path):
             name = database.spelling(tool.connection, name)
-        answers = {attribute: self(format_request(attribute, name)) for attribute in self.attributes}
+            answers = {attribute: tool.find(attribute, name) for attribute in self.attributes}
         return {attribute: answer.text for attribute, answer in answers.items() if answer.ok}
 
     def close(self) -> None:
@@ -199,3 +210,13 @@ class CalculatorTool:
             return _error(Outcome.MALFORMED)
         years = on.year - born.year - ((on.month, on.day) < (born.month, born.day))
         return Response(Outcome.ANSWER, str(years)) if years >= 0 else _error(Outcome.NO_MATCH)
+
+
+#: The tools that models are trained to use, by mode: each opens a database of people, has `dialog` and `parse` (as
+#: `PeopleTool` does), and counts in `n_queries` what it looked up.
+TOOLS = {"in-tool": SqlTool}
+
+
+def open_tool(mode: str, database: Path) -> AbstractContextManager:
+    """Return the tool that models of a mode use, to be closed by `with`; None for those that use none."""
+    return TOOLS[mode](database) if mode in TOOLS else nullcontext()

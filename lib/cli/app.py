@@ -25,7 +25,6 @@ from lib.cli.options import (
     OBSERVERS,
     RUN,
     Device,
-    Mode,
     Out,
     Parameters,
     Profile,
@@ -37,6 +36,7 @@ from lib.cli.options import (
     takes,
 )
 from lib.cli.serve import serve
+from lib.dialogs.templates import QuestionMode
 
 app = typer.Typer(
     help="In-tool and in-weight learning: train, ask, sweep, draw.",
@@ -129,7 +129,7 @@ def data(
     facts,
     out: Annotated[Path, typer.Option(help="SQLite file to write")],
     dialogs: Annotated[Path | None, typer.Option(help="also write the dialogs, as JSON lines")] = None,
-    mode: Mode = "in-weight",
+    mode: QuestionMode = "in-weight",
 ) -> None:
     """Sample people, or read them from a CSV file, and write their database."""
     from lib.dialogs import templates

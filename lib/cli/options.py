@@ -14,11 +14,11 @@ from rich.console import Console
 from lib import paths
 from lib.base import Config, InputError, printable
 from lib.config import Observers, RunConfig, override, read_config
+from lib.dialogs.templates import QuestionMode
 from lib.facts.people import FactsConfig
 from lib.slurm.tasks import Resources
 
 Profile = Literal[*paths.PROFILES]
-Mode = Literal["in-weight", "in-tool"]
 
 
 class Terminal(Console):
@@ -137,7 +137,7 @@ SET = Option(list[str], "any other field, as training.steps=500; may be repeated
 RUN: Group = (
     _run_config,
     {
-        "mode": Option(Mode, "answer from memory or by asking a database"),
+        "mode": Option(QuestionMode, "answer from memory or by asking a database"),
         "people": Option(int, "how many people to learn", "facts.n_people"),
         "d_model": Option(int, "width of the model", "model.d_model"),
         "seed": Option(int, "of the people, the initialization and the data order"),

@@ -13,7 +13,9 @@ from lib.base import InputError
 from lib.dialogs.request import format_request
 from lib.facts.people import People
 
-Mode = Literal["in-weight", "in-tool", "biography"]
+#: How a model answers questions: from memory, or by a tool of `lib.agent.tools.TOOLS`.
+QuestionMode = Literal["in-weight", "in-tool"]
+Mode = Literal[QuestionMode, "biography"]
 
 
 class Role(StrEnum):

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from functools import reduce
 from operator import add
 
-from lib.agent.tools import SqlTool
+from lib.agent.tools import TOOLS, open_tool
 from lib.config import RunConfig
 from lib.dialogs.tokenizers import Tokenizer
 from lib.evaluation.recall import Fact, Recall, measure_recall
@@ -25,9 +25,9 @@ def measure_generalization(model, config: RunConfig, tokenizer: Tokenizer) -> di
     columns = {}
     with ExitStack() as stack:
         tool = None
-        if config.mode == "in-tool":
+        if config.mode in TOOLS:
             everybody = reduce(add, unseen.values(), trained)
-            tool = stack.enter_context(SqlTool(stack.enter_context(temporary_database(everybody))))
+            tool = stack.enter_context(open_tool(config.mode, stack.enter_context(temporary_database(everybody))))
         for kind, people in {"trained": trained[:n], **unseen}.items():
             if not people.names:  # one person alone gives no new pair of names
                 continue

@@ -7,6 +7,7 @@ counts only if a query that really ran against the database retrieved the value.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -16,9 +17,9 @@ import torch.nn.functional as F
 from lib.agent.generation import Generation, generate
 from lib.agent.tools import Tool
 from lib.base import InputError
-from lib.dialogs.chains import Fact, chain_dialog
-from lib.dialogs.request import Request, parse_request
-from lib.dialogs.templates import Role, answer, in_weight_dialog
+from lib.dialogs.chains import Fact
+from lib.dialogs.request import Request
+from lib.dialogs.templates import Dialog, Role, in_weight_dialog
 from lib.dialogs.tokenizers import Tokenizer
 from lib.dialogs.tokens import TokenizedDialogs, encode_prompt, tokenize
 from lib.progress import progress
@@ -69,7 +70,7 @@ def measure_recall(
     batch_size: int | None = None,
     description: str | None = None,
 ) -> Recall:
-    """Ask a model about `facts`, greedily; if there is a `tool`, it must be used.
+    """Ask a model about `facts`, greedily; if there is a `tool`, one of `lib.agent.tools.TOOLS`, it must be used.
 
     In place of a fact may stand a sequence of them, a question of several hops (`lib.dialogs.chains`): each must be
     looked up. Without a tool, such a question is an `InputError`.
@@ -84,7 +85,7 @@ def measure_recall(
     chains = [[fact] if isinstance(fact[0], str) else fact for fact in facts]
     if tool is None and any(len(chain) > 1 for chain in chains):
         raise InputError("a question of more than one hop takes a tool")
-    dialogs = [in_weight_dialog(*chain[0]) if tool is None else chain_dialog(chain) for chain in chains]
+    dialogs = [in_weight_dialog(*chain[0]) if tool is None else tool.dialog(chain) for chain in chains]
     prompts = [encode_prompt(dialog[:1], tokenizer) for dialog in dialogs]
     data = tokenize(dialogs, tokenizer)
     agreed, refuted = np.array([len(prompt) for prompt in prompts]), np.zeros(len(chains), dtype=bool)
@@ -106,26 +107,25 @@ def measure_recall(
         description=description and f"{description}, decoding",
     )
     for i, generation in zip(undecided, generations, strict=True):
-        correct[i] = is_correct(generation, chains[i][-1], tokenizer, tool, chains[i][:-1])
+        correct[i] = is_correct(generation, dialogs[i], tokenizer, tool)
     decoded = sum(g.tokens != tokens for g, tokens in zip(generations, known, strict=True))
-    requests = [parse_request(g.calls[0].turn) if g.calls else None for g in generations] if tool is not None else []
+    requests = [tool.parse(g.calls[0].turn) if g.calls else None for g in generations] if tool is not None else []
     return Recall(correct, np.array([attribute for *_, (_, attribute, _) in chains]), decoded, requests)
 
 
-def is_correct(
-    generation: Generation, fact: Fact, tokenizer: Tokenizer, tool: Tool | None, links: Sequence[Fact] = ()
-) -> bool:
-    """Return whether a greedy dialog ends with the expected sentence and, with a tool, retrieved the fact from it.
+def is_correct(generation: Generation, dialog: Dialog, tokenizer: Tokenizer, tool: Tool | None) -> bool:
+    """Return whether a greedy generation ends as `dialog` does and, with a tool, looked up all that stands there.
 
-    The facts that lead to it, `links`, must have been retrieved, too.
+    A value counts as retrieved if a request equal to the one in `dialog` returned it.
     """
     assistant = tokenizer.role_ids[Role.ASSISTANT]  # the prompt ends with it
-    final_turn = [assistant, *tokenizer.encode(answer(*fact)), tokenizer.end]
+    final_turn = [assistant, *tokenizer.encode(dialog[-1].text), tokenizer.end]
     said = [assistant, *generation.tokens][-len(final_turn) :] == final_turn
     if tool is None or not said:
         return said
-    retrieved = {(parse_request(call.turn), call.response.text) for call in generation.calls if call.response.ok}
-    return all((Request(attribute, name), value) in retrieved for name, attribute, value in (*links, fact))
+    retrieved = {(tool.parse(call.turn), call.response.text) for call in generation.calls if call.response.ok}
+    lookups = [pair for pair in pairwise(dialog) if pair[1].role == Role.DATABASE]
+    return all((tool.parse(request.text), value.text) in retrieved for request, value in lookups)
 
 
 def bits_of_dialogs(model, data: TokenizedDialogs) -> np.ndarray:

@@ -26,10 +26,12 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
+from tqdm import tqdm
 
 from lib import paths
 from lib.base import WorkError, printable
 from lib.notebook.catalog import checked, find, metadata, produces, read
+from lib.progress import METER
 
 
 class NotebookError(WorkError):
@@ -146,6 +148,7 @@ def _execute(source: Path, values: dict[str, Any], copy: Path, figures: Path) ->
             extra_arguments=["--log-level=CRITICAL"],
             cwd=source.parent,
             progress_bar={"desc": source.stem, "leave": False} if sys.stderr.isatty() else False,
+            stdout_file=_ProgressLines(),
         )
     except Exception as error:  # of a cell, with its name and value; of papermill or the kernel
         cause = f"{getattr(error, 'ename', type(error).__name__)}: {getattr(error, 'evalue', error)}"
@@ -165,6 +168,18 @@ def _execute(source: Path, values: dict[str, Any], copy: Path, figures: Path) ->
     notebook.metadata["itl"] = {"produces": produces(notebook), "source_hash": now}
     nbformat.write(notebook, copy)
     return None
+
+
+class _ProgressLines:
+    """A file that tells the progress lines among what a notebook prints, as they come."""
+
+    def write(self, text: str) -> None:
+        for line in text.splitlines():
+            if METER.search(line):
+                _say(line)
+
+    def flush(self) -> None:
+        pass
 
 
 def _this_interpreter(figures: Path) -> type[AsyncKernelManager]:
@@ -232,4 +247,4 @@ def _publish(made: Path, target: Path) -> Path:
 
 
 def _say(line: str) -> None:
-    print(printable(line), file=sys.stderr, flush=True)
+    tqdm.write(printable(line), file=sys.stderr)  # beside papermill's bar

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from lib import paths
-from lib.agent.tools import SqlTool
+from lib.agent.tools import Tool, open_tool
 from lib.base import InputError, WorkError
 from lib.config import UNOBSERVED, Observers, RunConfig
 from lib.dialogs.batches import Source
@@ -105,8 +105,7 @@ def run(
 
             ranks.first_does(lambda: _claim(directory, replace(claim, threads=threads), config_here, people))
             trainer.check_directory = lambda: claim.check_stays(directory)
-            asks = ranks.is_first and config.mode == "in-tool"
-            tool = stack.enter_context(SqlTool(directory / DATABASE)) if asks else None
+            tool = stack.enter_context(open_tool(config.mode, directory / DATABASE)) if ranks.is_first else None
             facts = list(people.facts())
             some = facts[: config.evaluation.questions]
             trainer.evaluate = lambda model: measure_recall(model, some, tokenizer, tool).overall
@@ -239,7 +238,7 @@ def _row(
     config: RunConfig,
     people: People,
     tokenizer: Tokenizer,
-    tool: SqlTool | None,
+    tool: Tool | None,
     questions: TokenizedDialogs,
     ending: Ending,
     steps_budget: int,

@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from lib.agent.generation import chat
-from lib.agent.tools import EditableTool, SqlTool
+from lib.agent.tools import TOOLS, EditableTool, Tool
 from lib.base import DamagedFile, InputError, WorkError
 from lib.config import ModelConfig, RunConfig
 from lib.dialogs.templates import Role, Turn, question
@@ -220,7 +220,7 @@ class Conversation:
     model: Transformer
     config: RunConfig
     tokenizer: Tokenizer
-    tool: SqlTool | EditableTool | None
+    tool: Tool | None
     database: Path | None
 
     @cached_property
@@ -261,11 +261,12 @@ def open_conversation(
     folder = Path(folder)
     model, config = load_model(folder, device)
     tokenizer = run_tokenizer(own_files(folder, config))
-    if config.mode == "in-weight":
+    if config.mode not in TOOLS:
         if database:
             raise InputError(f"the model in {folder} is in-weight and asks no database: leave {database} out")
         yield Conversation(folder, model, config, tokenizer, None, None)
         return
     database = Path(database) if database else folder / DATABASE
-    with (EditableTool if editable else SqlTool)(database) as tool:
+    kind = TOOLS[config.mode]
+    with EditableTool(database, kind) if editable else kind(database) as tool:
         yield Conversation(folder, model, config, tokenizer, tool, Path(tool.path))

@@ -2,10 +2,9 @@
 
 import time
 from collections.abc import Collection, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
-from lib.agent.tools import SqlTool
+from lib.agent.tools import open_tool
 from lib.base import InputError
 from lib.config import RunConfig
 from lib.dialogs.tokens import tokenize_people
@@ -73,7 +72,7 @@ def _not_yet(directory: Path, config: RunConfig, measured: Collection[int]) -> I
 
 def _measure(model: Transformer, people: People, config: RunConfig, directory: Path) -> dict[str, float]:
     tokenizer = run_tokenizer(own_files(directory, config))
-    with SqlTool(directory / DATABASE) if config.mode == "in-tool" else nullcontext() as tool:
+    with open_tool(config.mode, directory / DATABASE) as tool:
         measured = measure_recall(model, list(people.facts()), tokenizer, tool)
     bits = bits_of_dialogs(model, tokenize_people(people, config.mode, tokenizer))
     return measured.columns() | {"nll_bits": float(bits.mean())}

@@ -226,6 +226,15 @@ def test_outputs_are_written_back_into_the_source_and_nothing_else_is(tmp_path, 
     assert source.read_text() == text
 
 
+def test_the_progress_of_a_notebook_is_told_while_it_runs_and_nothing_else_of_it(tmp_path, capsys):
+    work = "from lib import progress\nprogress.LINE_INTERVAL = 0\nprint('said')\n"
+    work += "with progress.progress(3, 'asking') as bar:\n    bar.update()\n    bar.update()"
+    runner.run(write(tmp_path / "n.ipynb", work), "smoke")
+    running, first, second, done = capsys.readouterr().err.splitlines()
+    assert (running, done.split(" in ")[0]) == ("n: running (smoke)", "n: done")
+    assert first.startswith("asking: 1/3 [00:00<") and second.startswith("asking: 2/3 [00:00<")
+
+
 def test_many_notebooks_are_run_to_the_end_and_failures_are_told_together(tmp_path, runs, capsys):
     bad = write(tmp_path / "bad.ipynb", "raise ValueError('no\\nreason')")
     good = write(tmp_path / "good.ipynb")
