@@ -211,8 +211,8 @@ def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
         seeds = points.seeds_reaching_it.min()
         earlier = ", of an earlier recipe" if points.superseded.any() else ""
         sentences.append(
-            f"At {n_facts:,} facts it takes {weights:,.0f} parameters in weights and {tool:,.0f} with a tool "
-            f"(means over {seeds} seed{'s' if seeds > 1 else ''} or more{earlier}): {weights / tool:.1f} times as many."
+            f"At {n_facts:,} facts our models need {weights:,.0f} parameters in weights and {tool:,.0f} with a tool "
+            f"(means over {seeds} seed{'s' if seeds > 1 else ''} or more{earlier}), a factor of {weights / tool:.1f}."
         )
         if n_facts in theirs.dropna().index:
             factor = theirs["in-weight"][n_facts] / theirs["in-tool"][n_facts]

@@ -71,10 +71,10 @@ def computed(text: str) -> str:
 
 def _main_figure() -> str:
     told = (
-        "*Parameters of the smallest model that recalls 95% of the facts. Lines: published, mean and standard "
-        "deviation over those of 10 seeds that reach 95%. Points: ours, one a seed; pale and hollow ones are of an "
-        "earlier recipe. Thin lines: what one more fact takes, with 95% intervals. Dashed: Section 4's lower bound in "
-        "weights. Dash-dotted: a transformer whose weights are set by hand."
+        "*Parameters of the smallest model that recalls 95% of the facts. Lines: published means and standard "
+        "deviations, over the seeds (of 10) that reach 95%. Points: ours, one a seed; pale and hollow ones are of an "
+        "earlier recipe. Thin lines: fits to our points, with slopes and 95% intervals in the legend. Dashed: "
+        "Section 4's lower bound in weights. Dash-dotted: a transformer whose weights are set by hand."
     )
     return textwrap.fill(" ".join([told, *bounds_in_words(PROFILE)]) + "*", 118, break_on_hyphens=False)
 
