@@ -262,25 +262,21 @@ def sweep(
     if source in ("06", "07_2"):
         if jobs not in (None, 1):
             raise InputError(f"section {source} does one run at a time: leave --jobs out")
+    else:
+        options["jobs"] = jobs
+    if source in OWN:
         report = import_module(OWN[source]).sweep(profile, dry_run=dry_run, **options)
     else:
         from lib.experiments import sweep as sweeps
         from lib.experiments.plan import searches
         from lib.facts.people import ATTRIBUTES
 
-        if source == "07_1":
-            from lib.experiments import edits
-
-            if not dry_run:
-                edits.run(profile, jobs, **options)
-            report = sweeps.sweep(source, profile, dry_run=True, plan=edits.missing(profile), device=device)
-        else:
-            plan = searches(source, profile)
-            if facts:
-                plan = [each for each in plan if len(ATTRIBUTES) * each.base.facts.n_people in facts]
-                if not plan:
-                    raise InputError(f"no {profile} run of {source} has {' or '.join(map(str, facts))} facts")
-            report = sweeps.sweep(source, profile, jobs=jobs, dry_run=dry_run, plan=plan, **options)
+        plan = searches(source, profile)
+        if facts:
+            plan = [each for each in plan if len(ATTRIBUTES) * each.base.facts.n_people in facts]
+            if not plan:
+                raise InputError(f"no {profile} run of {source} has {' or '.join(map(str, facts))} facts")
+        report = sweeps.sweep(source, profile, dry_run=dry_run, plan=plan, **options)
     console.print(str(report))
     if publish and not dry_run:
         table = _table(source)

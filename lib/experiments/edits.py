@@ -23,11 +23,11 @@ from lib.dialogs.templates import Role, Turn, answer, in_weight_dialog, question
 from lib.dialogs.tokens import TokenizedDialogs, encode_prompt, tokenize, tokenize_people
 from lib.evaluation.memory import measure_belief, measure_memory
 from lib.evaluation.recall import Fact, measure_recall
+from lib.experiments import sweep as sweeps
 from lib.experiments.plan import searches
 from lib.experiments.publishing import Table
 from lib.experiments.rows import read_row, sweep_dir
 from lib.experiments.search import Search
-from lib.experiments.sweep import sweep
 from lib.experiments.tables import rows_of_profile
 from lib.facts.database import change_fact, temporary_database
 from lib.facts.people import People
@@ -272,29 +272,31 @@ def plan(profile: str) -> list[Search]:
     return searches(SECTION, profile) if profile != "quick" else []
 
 
-def missing(profile: str) -> list[Search]:
-    """Return the searches of a profile whose models have no rows yet."""
-    done = set(rows(profile).run_id)
-    return [search for search in plan(profile) if not done >= {*search.run_ids}]
-
-
-def run(profile: str, jobs: int | None = None, **options) -> pd.DataFrame:
-    """Train the models that have no rows yet, `jobs` at a time, measure each, and return `rows`.
+def sweep(profile: str, *, dry_run: bool = False, **options) -> sweeps.Report:
+    """Train the models that have no rows yet and measure each; the report counts those that have been measured.
 
     The quick profile trains none: it takes the committed checkpoints. options: as `lib.experiments.sweep.sweep` takes
     them.
     """
-    home, todo, done = sweep_dir(SECTION, profile), missing(profile), {*rows(profile).run_id}
-    report = sweep(SECTION, profile, plan=todo, jobs=jobs, **options)
+    home, planned, before = sweep_dir(SECTION, profile), plan(profile), {*rows(profile).run_id}
+    todo = [search for search in planned if not before >= {*search.run_ids}]
+    report = sweeps.sweep(SECTION, profile, plan=todo, dry_run=dry_run, **options)
+    report.done_before, report.done_now = len(planned) - len(todo), 0
     folders = {run_id: home / run_id for search in todo for run_id in search.run_ids}
     if profile == "quick":
         folders = {name: paths.CHECKPOINTS / name for name in ("in-weight", "in-tool")}
-    for name, folder in folders.items():
+    for name, folder in ({} if dry_run else folders).items():
         # A run has no row if it failed, or the time was up.
-        if (folder / ROW).exists() and read_row(folder / ROW)["run_id"] not in done:
+        if (folder / ROW).exists() and read_row(folder / ROW)["run_id"] not in before:
             (home / name).mkdir(parents=True, exist_ok=True)
             write_json(home / name / ROWS, measure(folder, profile))
-    report.check()
+            report.done_now += 1
+    return report
+
+
+def run(profile: str, jobs: int | None = None) -> pd.DataFrame:
+    """Do all of a profile, `jobs` trainings at a time, and return `rows`. Raises `WorkError` if a training failed."""
+    sweep(profile, jobs=jobs).check()
     return rows(profile)
 
 

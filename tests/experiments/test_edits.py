@@ -127,8 +127,9 @@ def test_damaged_rows_are_measured_again(stored, monkeypatch):
 
     monkeypatch.setattr(edits, "measure", measure)
     stored("[{]")
-    for _ in range(2):
-        assert len(edits.run("quick")) == 2
+    for done in (2, 0):
+        assert edits.sweep("quick", dry_run=True).done_now == 0 and edits.sweep("quick").done_now == done
+        assert len(edits.rows("quick")) == 2
     assert measured == ["in-weight", "in-tool"]
 
 
