@@ -39,8 +39,9 @@ bench: $(VENV)/extras.stamp ## measure speed against Hugging Face (7 minutes; le
 MINUTES ?= 14
 ON_GPU ?= --device cuda --jobs 8
 gpu: ## the headline's largest missing runs on a GPU that is free for MINUTES (14), eight at a time; the same command resumes
-	@nvidia-cuda-mps-control -d 2>/dev/null || echo "NVIDIA's MPS did not start: unless it runs already, processes take turns"
-	@end=$$(($$(date +%s) + 60 * ($(MINUTES) - 1))); \
+	@if nvidia-cuda-mps-control -d 2>/dev/null; then trap 'echo quit | nvidia-cuda-mps-control' EXIT; \
+	else echo "NVIDIA's MPS did not start: unless it runs already, processes take turns"; fi; \
+	end=$$(($$(date +%s) + 60 * ($(MINUTES) - 1))); \
 	hours() { awk "BEGIN {left = $$end - $$(date +%s); print (left > 0 ? left : 0) / 3600}"; }; \
 	$(RUN) -m lib sweep 05_2 --profile laptop --facts 8192 --facts 32768 $(ON_GPU) --max-hours $$(hours); first=$$?; \
 	$(RUN) -m lib sweep 05_1 --profile laptop --facts 16384 --facts 8192 $(ON_GPU) --max-hours $$(hours) && exit $$first
