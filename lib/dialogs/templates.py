@@ -104,7 +104,7 @@ def dialogs(people: People, mode: Mode) -> Iterator[Dialog]:
     An unknown mode is an `InputError`.
     """
     if mode == "biography":
-        for name, *values in zip(people.names, *people.columns.values(), strict=True):
+        for name, *values in people.rows():
             yield biography(name, dict(zip(people.attributes, values, strict=True)))
     elif mode in _RENDER:
         for fact in people.facts():

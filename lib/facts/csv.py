@@ -34,7 +34,7 @@ def read_people_csv(path: str | Path) -> People:
     _check_header(path, header)
     for number, row in enumerate(rows, start=1):
         if len(row) != len(header) or "" in row:
-            raise InputError(f"{path}, person {number}: every one of {', '.join(header)} takes one non-empty cell")
+            raise InputError(f"{path}, person {number}: each of {', '.join(header)} needs one non-empty cell")
         if FORBIDDEN.search(" ".join(row)):
             cell = next(filter(FORBIDDEN.search, row))
             raise InputError(f"{path}, person {number}: {cell!r} holds a line break, a control character or ```")
@@ -53,7 +53,7 @@ def write_people_csv(people: People, path: str | Path) -> None:
     with replacing(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("name", *people.attributes))
-        writer.writerows(zip(people.names, *people.columns.values(), strict=True))
+        writer.writerows(people.rows())
 
 
 def _read(path: str | Path) -> list[list[str]]:

@@ -20,7 +20,7 @@ _READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE}
 _BLOCKED = (
     " (another program may be writing to it, or its folder refuses locks and new files: copy it to a local folder)"
 )
-#: Finds a column that is computed when it is read: nothing interrupts its functions, so their texts must be short.
+#: Finds a generated column: nothing interrupts its functions, so texts must be short.
 _COMPUTED = "SELECT 1 FROM sqlite_master m, pragma_table_xinfo(m.name) WHERE sql NOT LIKE 'CREATE V%' AND hidden = 2"
 #: Hints that SQLite's messages lack, by error code.
 _HINTS = {
@@ -40,7 +40,7 @@ def write_database(people: People, path: str | Path) -> None:
     After an error the file is as it was.
     """
     with refusing("write", path), replacing(Path(path), "the database ") as temporary:
-        rows = sorted(_rows(people), key=itemgetter(0))  # sorted by key, the B-tree is filled from left to right
+        rows = sorted(people.rows(), key=itemgetter(0))  # sorted by key, the B-tree is filled from left to right
         _fill(temporary, people.attributes, rows, " TEXT NOT NULL", "INSERT")
 
 
@@ -112,7 +112,7 @@ def add_people(people: People, path: str | Path) -> None:
     with _changes(path) as connection:
         if {*people.attributes} != {*(known := attribute_columns(connection))}:
             raise InputError(f"cannot change the database {path}: people with {', '.join(known)} are expected")
-        connection.executemany(f"INSERT OR REPLACE INTO people ({columns}) VALUES ({values})", _rows(people))
+        connection.executemany(f"INSERT OR REPLACE INTO people ({columns}) VALUES ({values})", people.rows())
 
 
 def change_fact(path: str | Path, name: str, attribute: str, value: str) -> str:
@@ -161,7 +161,7 @@ def refusing(deed: str, path: str | Path) -> Iterator[None]:
     """Turn errors of SQLite or the system into an `InputError`, a full disk into a `WorkError`; both name `path`."""
     try:
         yield
-    except (OSError, sqlite3.Error, UnicodeError) as error:  # UnicodeError: half a character, stored or read
+    except (OSError, sqlite3.Error, UnicodeError) as error:  # UnicodeError: a lone surrogate, stored or read
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         kind = WorkError if code == sqlite3.SQLITE_FULL else InputError
         raise kind(f"cannot {deed} the database {path}: {error}{_HINTS.get(code, '')}") from None
@@ -176,10 +176,6 @@ def _fill(path: Path, attributes: Sequence[str], rows: Iterable[Sequence], kind:
         connection.executemany(f"{insert} INTO people VALUES (?{', ?' * len(attributes)})", rows)
 
 
-def _rows(people: People) -> Iterator[tuple[str, ...]]:
-    return zip(people.names, *people.columns.values(), strict=True)
-
-
 def _change(connection: sqlite3.Connection, name: str, attribute: str, value: str) -> str:
     known = attribute_columns(connection)
     if attribute not in known:
@@ -187,7 +183,7 @@ def _change(connection: sqlite3.Connection, name: str, attribute: str, value: st
     name, column = spelling(connection, name), quoted(attribute)
     row = connection.execute(f"SELECT people.{column} FROM people WHERE people.name = ?", (name,)).fetchone()
     if row is None:
-        raise InputError(f"nobody is called {name!r} in the database: change somebody who is there")
+        raise InputError(f"nobody is called {name!r} in the database: give a name that is there")
     connection.execute(f"UPDATE people SET {column} = ? WHERE people.name = ?", (value, name))
     return str(row[0])
 

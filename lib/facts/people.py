@@ -65,7 +65,7 @@ class Law(NamedTuple):
 #: Our law: all names, full lists.
 OURS = Law()
 #: The law of the files released with Section 5.3: at alpha = 1 two values of each attribute remain, birth dates aside.
-#: The 128 x 64 names are its 8,192 people. The names of its 1,000 people are not released; we assume the same lists.
+#: Its 8,192 people have these 128 x 64 names. Those of its 1,000 people are not released; we assume the same lists.
 RELEASED = Law(n_first_names=128, n_families=64, value_lists="cut")
 #: The laws that tables and figures know by name.
 LAWS = {"ours": OURS, "released": RELEASED}
@@ -135,9 +135,13 @@ class People:
     def value(self, i: int, attribute: str) -> str:
         return self.columns[attribute][i]
 
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """Yield (name, *values), person by person."""
+        return zip(self.names, *self.columns.values(), strict=True)
+
     def facts(self) -> Iterator[tuple[str, str, str]]:
         """Yield (name, attribute, value), person by person."""
-        for name, *values in zip(self.names, *self.columns.values(), strict=True):
+        for name, *values in self.rows():
             for attribute, value in zip(self.columns, values, strict=True):
                 yield name, attribute, value
 

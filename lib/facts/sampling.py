@@ -52,7 +52,7 @@ def name_codes(start: int, n: int, seed: int, law: Law) -> tuple[np.ndarray, np.
     n_pairs = n_firsts * n_lasts
     if start < 0 or start + n > n_pairs * len(MIDDLES):
         raise InputError(
-            f"people {start} to {start + n} do not exist: there are {n_pairs * len(MIDDLES)} distinct names, from 0 on"
+            f"no people {start} to {start + n}: there are {n_pairs * len(MIDDLES)} distinct names, numbered from 0"
         )
     order = np.argsort(_uniform(0, n_pairs, seed, _ORDER, 0, 0), kind="stable")
     if start + n > n_pairs:
