@@ -25,7 +25,7 @@ def chains(people: People, hops: int) -> Iterator[list[Fact]]:
     rows = {name: i for i, name in enumerate(people.names)}
     bosses = people.columns.get(LINK, [])
     if hops > 1 and not (bosses and rows.keys() >= {*bosses}):
-        raise InputError(f"a question of {hops} hops needs a {LINK} of everybody who is among these people")
+        raise InputError(f"for a question of {hops} hops, the {LINK} of everybody must be among these people")
     for name in people.names:
         links = []
         for _ in range(hops - 1):

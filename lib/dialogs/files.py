@@ -1,7 +1,7 @@
 """Dialogs from files larger than memory: tokenized once into flat files, memory-mapped, read during a step.
 
-A file of dialogs has one dialog a line, `[[role, text], ...]` as JSON, and blank lines. Its tokens are in a folder that
-is named after the file's content, so a changed file is tokenized anew, and a copied or moved one is not.
+A file of dialogs has one dialog a line, as JSON `[[role, text], ...]`; blank lines do not count. Its tokens are in a
+folder that is named after the file's content, so a changed file is tokenized anew, and a copied or moved one is not.
 """
 
 import hashlib
@@ -37,10 +37,10 @@ _ACCEPTED = (
 
 
 def tokenize_file(path: str | Path, tokenizer: Tokenizer) -> Path:
-    """Return the folder with the tokens of a file of dialogs, for `open_dialogs`; make it unless it exists.
+    """Return the folder with the tokens of a file of dialogs, for `open_dialogs`; write it if it is new.
 
-    This takes some megabytes of memory, and the longest line. The folder is whole or absent; a second process waits for
-    the first. A file that cannot be read, a line that is no dialog, and a file without lines are an `InputError`.
+    Memory holds some megabytes and the longest line. The folder is complete or absent; a second process waits for the
+    first. Raises `InputError` for a file that cannot be read, a line that is no dialog, and a file without dialogs.
     """
     try:
         if not os.path.isfile(path):  # a pipe could not be read twice
@@ -75,7 +75,7 @@ def _write_tokens(file: BinaryIO, path: str | Path, tokenizer: Tokenizer, folder
     n_lines, n_dialogs, n_tokens = 0, 0, 0
     folder.mkdir()
     file.seek(0)
-    if file.read(3) != b"\xef\xbb\xbf":  # an editor's mark of UTF-8
+    if file.read(3) != b"\xef\xbb\xbf":  # UTF-8's byte order mark
         file.seek(0)
     with ExitStack() as stack:
         files: dict[str, BinaryIO] = {}
@@ -129,7 +129,7 @@ def open_dialogs(folder: Path) -> TokenizedDialogs:
         if {*map(len, of_tokens)} != {int(data.offsets[-1])} or {*map(len, of_dialogs)} != {len(data)}:
             raise ValueError
     except (OSError, TypeError, ValueError):
-        raise InputError(f"the tokens in {folder} are damaged: delete the folder, they are made again") from None
+        raise InputError(f"the tokens in {folder} are damaged: delete the folder, then they are made again") from None
     return data
 
 
@@ -138,7 +138,7 @@ def _map(file: Path) -> torch.Tensor:
     with file.open("rb") as opened:
         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     if file.stem in ("values", "mask") and hasattr(mapped, "madvise"):
-        mapped.madvise(mmap.MADV_RANDOM)  # or each row would bring its neighbourhood, 13 times what a step needs
+        mapped.madvise(mmap.MADV_RANDOM)  # reading ahead would fetch 13 times what a step needs
     with catch_warnings():
         filterwarnings("ignore", "The given buffer is not writable")
         return torch.frombuffer(mapped, dtype=getattr(torch, file.suffix.removeprefix(".")))
@@ -146,7 +146,7 @@ def _map(file: Path) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ConcatDialogs:
-    """Several datasets, one after the other, as `join` makes them, but not copied: each stays on the host."""
+    """Several datasets, one after the other, like the result of `join` without the copy: each stays on the host."""
 
     parts: Sequence[TokenizedDialogs]
     device: torch.device | str = "cpu"  # of batches

@@ -20,7 +20,7 @@ from lib.paths import read_bytes
 class Tokenizer(Protocol):
     """The interface of a tokenizer: text to ids and back, and one id for each role and the end."""
 
-    name: str  # tells its tokens from those of any other
+    name: str  # unique to its vocabulary
     vocab_size: int
     role_ids: dict[Role, int]
     end: int
@@ -98,7 +98,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         raise InputError(f"{path} is not a tokenizer that can be used ({error}): {_ACCEPTED}") from None
     back = tokenizer.decode(tokenizer.encode(_PROBE))
     if back != _PROBE:
-        raise InputError(f"{path} does not give a text back, {_PROBE!r} becomes {back!r}: give one of bytes, as BPE is")
+        raise InputError(f"{path} does not give a text back, {_PROBE!r} becomes {back!r}: give a byte-level one (BPE)")
     return tokenizer
 
 
@@ -124,13 +124,13 @@ def _read_ranks(content: bytes) -> tuple[int, Callable, Callable]:
 
 
 def _read_hugging_face(content: bytes) -> tuple[int, Callable, Callable]:
-    """Read a tokenizer.json, without truncation, padding and random tokens."""
+    """Read a tokenizer.json, without truncation, padding and BPE dropout."""
     tokenizers = _library("tokenizers")
     try:
         description = json.loads(content) | {"truncation": None, "padding": None}
         description["model"] |= {"dropout": None} if "dropout" in description["model"] else {}
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
-    except Exception as error:  # the library raises nothing more special
+    except Exception as error:  # the library raises plain `Exception`
         raise ValueError(error) from None
     tokenizer.encode_special_tokens = True  # as if they were any text
     return (
@@ -144,4 +144,4 @@ def _library(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError:
-        raise InputError(f"this tokenizer takes the package {name}: pip install -e '.[scale]'") from None
+        raise InputError(f"this tokenizer needs the package {name}: pip install -e '.[scale]'") from None

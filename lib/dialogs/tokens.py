@@ -24,9 +24,9 @@ def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
 def encode_dialog(dialog: Dialog, tokenizer: Tokenizer, repeats: bool = True) -> tuple[list[int], list[bool]]:
     """Return the tokens of a dialog and, for each, whether the model is trained to produce it.
 
-    A turn begins with its role token; the dialog ends with `tokenizer.end`. Trained are the assistant's tokens and
-    the token that follows its turn: the hand-over to the database, or the end. Without `repeats` a turn's first
-    repetition of what the database said just before is not trained.
+    A turn begins with its role token; the dialog ends with `tokenizer.end`. The assistant's tokens are trained, and
+    the token that follows its turn: the hand-over to the database, or the end. Without `repeats`, the place where a
+    turn first repeats the database's answer is not trained.
     """
     tokens, trained = [], []
     follows_assistant, result = False, []
@@ -72,8 +72,8 @@ class TokenizedDialogs:
         """Return tokens (B, S) int64 and mask (B, S) of the dialogs `rows` (B,), padded on the right to the longest.
 
         Padding is what follows in the dataset; any token would do, for causal attention hides it and the mask is False.
-        To find the longest, the host waits for an accelerator. `length`, if given, is taken for S instead. It must be
-        at least the longest, which is not checked: longer dialogs would be cut.
+        To find the longest, the host waits for an accelerator; `length`, if given, is S instead. It must be at least
+        the longest, which is not checked: longer dialogs would be cut.
         """
         rows = send(rows, self.values.device)
         starts, ends = self.offsets[rows], self.offsets[rows + 1]
@@ -98,7 +98,7 @@ def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 
 def join(parts: Sequence[TokenizedDialogs]) -> TokenizedDialogs:
-    """Return all dialogs of several datasets, one after the other: the sources of `Batches`."""
+    """Return several datasets, the sources of `Batches`, as one."""
     if len(parts) == 1:
         return parts[0]
     starts = accumulate((len(part.values) for part in parts), initial=0)
@@ -129,11 +129,11 @@ def tokenize(items: Iterable[Dialog], tokenizer: Tokenizer, repeats: bool = True
     if not values:
         raise InputError("there is no dialog to tokenize: give at least one person with one attribute")
     if min(first) < 0:
-        raise InputError("a dialog has nothing to train on: every dialog takes a turn of the assistant")
+        raise InputError("a dialog has nothing to train on: every dialog needs a turn of the assistant")
     counts = (torch.frombuffer(numbers, dtype=torch.int64) for numbers in (offsets, n_trained, first))
     return TokenizedDialogs(torch.frombuffer(values, dtype=dtype), torch.frombuffer(mask, dtype=torch.bool), *counts)
 
 
 def tokenize_people(people: People, mode: Mode, tokenizer: Tokenizer, repeats: bool = True) -> TokenizedDialogs:
-    """Return the tokens of the `dialogs` of people. Nobody, or an unknown mode, is an `InputError`."""
+    """Return the tokens of the `dialogs` of people. No people, or an unknown mode, is an `InputError`."""
     return tokenize(dialogs(people, mode), tokenizer, repeats)

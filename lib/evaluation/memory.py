@@ -60,7 +60,7 @@ def _asked(name: str, attribute: str, result: str | None) -> Dialog:
 
 
 def measure_belief(model, facts: Sequence[Fact], results: Sequence[str], tokenizer: Tokenizer) -> dict[str, float]:
-    """Return what an in-tool model answers after the right requests for `facts`, to which the database says `results`.
+    """Return how an in-tool model answers when the database responds with `results` to right requests for `facts`.
 
     `follows` is the share of answers that state the result, `remembers` of those that state the fact's own value.
     """

@@ -52,7 +52,7 @@ def test_chains_that_lead_nowhere_are_refused():
         list(chains(PEOPLE, 0))
     for people in (sample_people(3), PEOPLE[:2]):
         with pytest.raises(
-            InputError, match="^a question of 2 hops needs a boss of everybody who is among these people$"
+            InputError, match="^for a question of 2 hops, the boss of everybody must be among these people$"
         ):
             list(chains(people, 2))
     assert len(list(chains(PEOPLE[:2], 1))) == 2

@@ -270,7 +270,7 @@ def test_what_is_no_tokenizer_is_one_sentence(name, tmp_path):
 @pytest.mark.parametrize(("kind", "package"), [("tiktoken", "tiktoken"), ("huggingface", "tokenizers")])
 def test_a_library_that_is_not_installed_is_one_sentence(specs, kind, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=rf"takes the package {package}: pip install -e '\.\[scale\]'"):
+    with pytest.raises(InputError, match=rf"needs the package {package}: pip install -e '\.\[scale\]'"):
         load_tokenizer(specs[kind])
     assert load_tokenizer("bytes").encode("a") == [97]
 
@@ -382,7 +382,7 @@ def test_bpe_reaches_the_runs_of_a_section(specs, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("profile", ["laptop", "paper"])
 def test_profiles_that_publish_are_of_bytes(specs, profile):
-    with pytest.raises(InputError, match=f"profile {profile}, which publishes: its runs read bytes"):
+    with pytest.raises(InputError, match=f"the profile {profile} publishes, so its runs take only 'bytes'"):
         searches("05_1", profile, specs["tiktoken"])
     assert searches("05_1", profile, "bytes") == searches("05_1", profile)
 
