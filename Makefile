@@ -1,4 +1,4 @@
-# `make paper` and `make test` from a fresh clone. What they install goes into .venv, what they make into runs/.
+# `make paper` and `make test` from a fresh clone. Packages go into .venv, results into runs/.
 
 SHELL := bash
 VENV ?= .venv
@@ -19,7 +19,7 @@ paper: $(VENV)/core.stamp ## run all notebooks in the quick profile, draw the fi
 refresh: $(VENV)/scale.stamp ## compute README's numbers, figures and notebooks' outputs from paper_data (no training)
 	@$(RUN) -m lib refresh
 
-scale: $(VENV)/scale.stamp ## the same for Section 6 and TriviaQA: fetch a chat model and fine-tune it
+scale: $(VENV)/scale.stamp ## like paper, for Section 6 and TriviaQA: fetch a chat model and fine-tune it
 	@$(RUN) -m lib fetch
 	@$(RUN) -m lib scale
 
@@ -35,7 +35,7 @@ fuzz: $(VENV)/extras.stamp ## give damaged input to everything that reads files,
 bench: $(VENV)/extras.stamp ## measure speed against Hugging Face (7 minutes; leave the machine alone meanwhile)
 	@$(RUN) -m lib notebooks A2
 
-# Installs nothing, for such machines often cannot: RUN=python takes the environment at hand. ITL_RUNS says where rows go.
+# Installs nothing: GPU machines are often offline. RUN=python uses the current environment; ITL_RUNS says where rows go.
 MINUTES ?= 14
 ON_GPU ?= --device cuda --jobs 8
 gpu: ## the headline's largest missing runs on a GPU that is free for MINUTES (14), eight at a time; the same command resumes
@@ -56,8 +56,8 @@ clean: ## delete .venv and the caches; what was measured (runs/) stays
 	rm -rf $(VENV) *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find lib tests -name __pycache__ -prune -exec rm -rf {} +
 
-# $(call install,what,arguments): pip is quiet, so a dot every few seconds shows that it is alive. Compiling is left to
-# the first import, which takes a minute less on two cores and has to be allowed to keep its bytecode.
+# $(call install,what,arguments): pip is quiet, so a dot every few seconds shows that it is alive. Modules are
+# compiled at their first import instead: a minute less on two cores, if Python may write its bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 define install
 @echo "Installing $(1) into $(VENV)"

@@ -29,10 +29,10 @@ class WorkError(RuntimeError):
 
 
 class DamagedFile(WorkError):
-    """A file that a run wrote was damaged since: by a power cut, a full disk, an editor."""
+    """A file that a run wrote has been damaged: by a power cut, a full disk, an editor."""
 
     def __init__(self, path: Path, reason: str):
-        super().__init__(f"{path} is damaged ({reason}): delete it and start again what wrote it")
+        super().__init__(f"{path} is damaged ({reason}): delete it and repeat the command that wrote it")
 
 
 def to_json(content: Any, **options: Any) -> str:
@@ -65,7 +65,7 @@ class Config(BaseModel):
         if (
             isinstance(value, int)
             and abs(value) >= 2**63
-            or isinstance(value, str | dict)  # in keys, pydantic would write half a character as another one
+            or isinstance(value, str | dict)  # in keys, pydantic would replace a lone surrogate
             and b"\0" in "".join(map(str, value)).encode(errors="strict" if isinstance(value, dict) else "ignore")
         ):
             raise ValueError("integers below 2^63, and text without NUL, are accepted")

@@ -60,7 +60,7 @@ class ModelConfig(Config):
         return 2 * self.vocab_size * d + self.n_layers * block + d
 
     def forward_flops(self, seq_len: int, n_logits: int | None = None) -> int:
-        """Return operations of a forward pass over `seq_len` tokens with logits at `n_logits`: 2 per multiply-add."""
+        """Return a forward pass's FLOPs (2 a multiply-add) over `seq_len` tokens, `n_logits` of which have logits."""
         d, kv = self.d_model, self.kv_heads * self.head_dim
         matrices = self.n_layers * (2 * d * d + 2 * d * kv + 12 * d * d) * seq_len
         attention = self.n_layers * d * seq_len * (seq_len + 1)  # scores and values over the causal triangle
@@ -238,11 +238,11 @@ class Observers(Config):
 
     tensorboard: bool = Field(False, description="also log for TensorBoard, into tensorboard/")
     wandb: str | None = Field(None, min_length=1, description="also log to this project of Weights & Biases")
-    profile_steps: int = Field(0, ge=0, description="profile so many steps near the start, into profile/")
+    profile_steps: int = Field(0, ge=0, description="profile this many steps near the start, into profile/")
     probe_every: int | None = Field(
-        None, ge=1, description="moments of activations and gradients every so many steps, into probes.jsonl"
+        None, ge=1, description="moments of activations and gradients at this interval of steps, into probes.jsonl"
     )
 
 
-#: Nothing else logs.
+#: No extra logging.
 UNOBSERVED = Observers()

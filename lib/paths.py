@@ -30,7 +30,7 @@ PUBLISHING = ("laptop", "paper")
 
 #: What a run's folder holds.
 CLAIM, DATABASE, ROW, MODEL = "config.json", "people.sqlite", "row.json", "model"
-ROWS = "rows.json"  # of a fine-tuning: a row a checkpoint
+ROWS = "rows.json"  # of a fine-tuning: one row per checkpoint
 #: A run's copies of the files that its configuration names; the originals may change or go.
 PEOPLE, TOKENIZER = "people.csv", "tokenizer"  # plus the suffix of its format
 #: Maximum bytes that are held in memory; a run's own files take far less.
@@ -42,7 +42,7 @@ LARGEST_TEXT = 1 << 20
 def check_checkout() -> None:
     """Raise `InputError` where `lib` was installed alone, from a wheel say."""
     if not (NOTEBOOKS.is_dir() and PAPER_DATA.is_dir()):
-        raise InputError("it takes a checkout: git clone https://github.com/in-tool-learning/in-tool-learning")
+        raise InputError("this needs a checkout: git clone https://github.com/in-tool-learning/in-tool-learning")
 
 
 def runs() -> Path:
@@ -85,7 +85,7 @@ def check_distinct(**files: str | Path | None) -> None:
 
 @contextmanager
 def writing(path: Path, kind: str = "") -> Iterator[None]:
-    """Turn an error of the system into a `WorkError` that names what was to be written: a full disk's does not."""
+    """Turn an `OSError` into a `WorkError` that names the file, which the error of a full disk does not."""
     try:
         yield
     except OSError as error:
@@ -116,7 +116,7 @@ def only_process(lock: str | Path, timeout: float = -1) -> Iterator[None]:
         held = FileLock(lock).acquire(timeout)
     except Timeout:
         raise
-    except OSError as error:  # as some network file systems
+    except OSError as error:  # some network file systems have no locks
         raise WorkError(f"cannot lock {lock} ({error.strerror}): use a disk with locks (--out, ITL_RUNS)") from error
     with held:
         yield
@@ -135,7 +135,7 @@ def write_json(path: Path, content: dict | list) -> None:
 
 
 def read_bytes(path: str | Path, largest: int = LARGEST_JSON) -> bytes:
-    """Return what a file, or a pipe of the shell, holds. Raises `OSError`; `ValueError` for all else and too much."""
+    """Return the bytes of a file or a shell's pipe. Raises `OSError`, or `ValueError` if it is no file or too large."""
     # Devices have no end, and pipes may have no writer; those of the shell, `<(...)`, have one.
     if os.path.exists(path) and not (os.path.isfile(path) or str(path).startswith(("/dev/fd/", "/dev/stdin"))):
         raise ValueError("it is no file")
@@ -146,7 +146,7 @@ def read_bytes(path: str | Path, largest: int = LARGEST_JSON) -> bytes:
 
 
 def read_json(path: Path, kind: type = dict, fields: Iterable[str] = ()) -> Any:
-    """Return the content of a JSON file that a run wrote: an object with `fields` or, by `kind`, a list of such.
+    """Return the content of a JSON file that a run wrote: an object with `fields` or, if `kind` is list, such objects.
 
     Raises `DamagedFile` for anything else, `OSError` if there is no file or it may not be read.
     """

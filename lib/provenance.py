@@ -11,7 +11,7 @@ from lib import paths
 if TYPE_CHECKING:
     import torch
 
-#: In the root of a copy of the code: the commit it was copied from.
+#: File in the root of a copy of the code that names the copied commit.
 COMMIT = "COMMIT"
 
 

@@ -155,7 +155,7 @@ for command in {commands}:
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "", done.stderr
     told = done.stderr.splitlines()
-    assert len(told) == len(commands) and all("takes a checkout: git clone https://" in line for line in told), told
+    assert len(told) == len(commands) and all("needs a checkout: git clone https://" in line for line in told), told
     assert not list(tmp_path.iterdir())
 
 
