@@ -19,9 +19,9 @@ from lib.dialogs.tokenizers import Tokenizer
 from lib.dialogs.tokens import encode_prompt
 from lib.progress import progress
 
-#: Drop finished rows once at most this share of a batch is unfinished: copying the KV cache takes as long as a step.
+#: Drop finished rows when at most this share of a batch is unfinished: copying the KV cache takes as long as a step.
 KEPT_SHARE = 0.75
-#: Maximum tokens of a question in a chat: attention to a prompt takes memory in the square of its length.
+#: Maximum tokens of a question in a chat: the memory of attention is quadratic in the length.
 LONGEST_QUESTION = 8192
 
 
@@ -126,8 +126,8 @@ def generate(
     model: a `Transformer`, or anything with its `new_cache`, `decode` and `device`. prompts: token ids that end with
     the assistant's role token (see `encode_prompt`). A row ends with the end token, after `max_new_tokens` (forced ones
     included; one limit for all prompts or one for each), or where it hands over to a role that nobody plays (the
-    database without a `tool`, the user). `batch_size` holds for rows that grow to less than twice the length of the
-    shortest; longer rows get smaller batches, or a few long ones would set the memory of all.
+    database without a `tool`, the user). `batch_size` is for rows that grow to less than twice the length of the
+    shortest; longer rows come in smaller batches, so that a few long ones do not multiply the memory.
 
     `temperature` 0 is greedy, otherwise `generator` draws the samples; a negative one is an `InputError`. `known` holds
     the tokens that each generation is known to begin with, the tool's answers included, so the model need not
@@ -160,10 +160,10 @@ def chat(
     """Answer one question, yielding (speaker, next piece of text). A change of the speaker begins a new turn.
 
     Pieces are whole characters, and the pieces of a turn add up to its text. Options are those of `generate`.
-    Raises `InputError` for a question that is too long or holds half a character.
+    Raises `InputError` for a question that is too long or holds a lone surrogate.
     """
     if any("\ud800" <= character <= "\udfff" for character in question):
-        raise InputError("the question holds half a character, which no tokenizer knows: leave it out")
+        raise InputError("the question holds a lone surrogate (half a character): leave it out")
     prompt = encode_prompt([Turn(Role.USER, question)], tokenizer)
     if len(prompt) > LONGEST_QUESTION:
         raise InputError(f"the question has {len(prompt):,} tokens: at most {LONGEST_QUESTION:,} are accepted")

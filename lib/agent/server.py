@@ -1,4 +1,4 @@
-"""A server that offers people to assistants, over the Model Context Protocol (MCP; extra `serve`)."""
+"""A server that lets assistants look people up, over the Model Context Protocol (MCP; extra `serve`)."""
 
 import asyncio
 import os
@@ -17,7 +17,7 @@ LONGEST_NAME = 1_000
 
 
 class Find:
-    """The tool `find`: its arguments as a JSON schema, how a call is read, and what answers it."""
+    """The tool `find`: its JSON schema, how a call is read, and the sentences that report errors."""
 
     name, description = "find", "Look up one attribute of a person, by full name."
 
@@ -36,7 +36,7 @@ class Find:
         }
 
     def query_of_call(self, call: dict[str, Any]) -> dict[str, str] | None:
-        """Return `attribute` and `name` that a call, its name and arguments, asks for; None for a malformed one."""
+        """Return the arguments `attribute` and `name` of a call, {"name", "arguments"}; None if it is malformed."""
         match call:
             case {"name": self.name, "arguments": {"attribute": str(attribute), "name": str(name)}}:
                 return {"attribute": attribute, "name": name} if len(name) <= LONGEST_NAME else None
@@ -53,7 +53,7 @@ def people_server(path: str | Path):
         from mcp import types
         from mcp.server import Server
     except ImportError:
-        raise InputError("serving people takes the package mcp: pip install -e '.[serve]'") from None
+        raise InputError("serving people needs the package mcp: pip install -e '.[serve]'") from None
     with SqlTool(path) as opened:
         find = Find(opened.attributes)
     tool = types.Tool(name=find.name, description=find.description, input_schema=find.schema)
@@ -61,7 +61,7 @@ def people_server(path: str | Path):
     def answer(query: dict[str, str]) -> Response:
         with SqlTool(path) as sql:
             outcome, text = sql.find(**query)
-            return Response(outcome, Find(sql.attributes).sentences.get(outcome, text))  # the file may be another now
+            return Response(outcome, Find(sql.attributes).sentences.get(outcome, text))  # the file may be a new one
 
     async def call(_, params: types.CallToolRequestParams) -> types.CallToolResult:
         outcome, text = Outcome.MALFORMED, find.sentences[Outcome.MALFORMED]
@@ -84,7 +84,7 @@ async def stdio(server) -> None:
     from mcp.server.stdio import stdio_server
 
     if not (sys.stdin and sys.stdout):
-        raise InputError("there is no standard input or output: an MCP client opens both, --http takes neither")
+        raise InputError("there is no standard input or output: an MCP client opens both, --http needs neither")
     try:
         async with stdio_server() as streams:
             await server.run(*streams, server.create_initialization_options())

@@ -76,7 +76,7 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("ITL_DEBUG") or not (isinstance(error, FORESEEABLE) or UNWRITTEN.search(str(error))):
             raise
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, InputError):  # all find bad input; one reports
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, InputError):  # of bad input, only rank 0 reports
             _say(_sentence(error) + _elsewhere(error))
         code = getattr(error, "exit_code", 1)
     finally:
@@ -98,7 +98,7 @@ def _sentence(error: Exception) -> str:
         return error.format_message()
     if isinstance(error, OSError) and error.strerror:
         about = f" with {error.filename}" if error.filename else ""
-        return f"the system refuses to go on{about}: {error.strerror}"
+        return f"the operating system reports an error{about}: {error.strerror}"
     if isinstance(error, MemoryError):
         return "out of memory: give a smaller model or batch"
     if isinstance(error, sqlite3.Error):
@@ -111,7 +111,7 @@ def _elsewhere(error: Exception) -> str:
     refused = error if isinstance(error, OSError) else error.__context__
     made = str(paths.runs()), str(paths.ROOT / "figures")
     if getattr(refused, "errno", None) in (EACCES, EPERM, EROFS) and str(refused.filename).startswith(made):
-        return "; ITL_RUNS names another folder for what is made, ITL_FIGURES one for figures"
+        return "; set ITL_RUNS to another folder for results, ITL_FIGURES to one for figures"
     return ""
 
 
@@ -182,7 +182,7 @@ def recall(folder: RunFolder, database: Database = None, device: Device = "auto"
 
     with open_conversation(folder, database, device) as talk:
         if talk.tool is not None:
-            SqlTool(talk.database, talk.people.attributes).close()  # `InputError` if it lacks one
+            SqlTool(talk.database, talk.people.attributes).close()  # `InputError` if it lacks an attribute
         facts = list(talk.people.facts())
         measured = measure_recall(talk.model, facts, talk.tokenizer, talk.tool, description="asking")
         queries = "" if talk.tool is None else f", {talk.tool.n_queries:,} queries to {talk.database}"
@@ -197,7 +197,7 @@ def evaluate(
     watch: Annotated[bool, typer.Option(help="wait for further checkpoints until the run is finished")] = False,
     device: Device = "auto",
 ) -> None:
-    """Measure the recall of every checkpoint of a run once, also beside the process that trains it."""
+    """Measure the recall of every checkpoint of a run once, also while another process trains it."""
     from lib.training.watch import evaluate_checkpoints
 
     for line in evaluate_checkpoints(folder, device, watch):
@@ -243,9 +243,9 @@ def sweep(
     source: Source,
     profile: ProfileOption = "quick",
     jobs: Annotated[int | None, typer.Option(help="runs at a time (default: one a core, or one a GPU)")] = None,
-    dry_run: Annotated[bool, typer.Option(help="only say what is ahead")] = False,
-    facts: Annotated[list[int] | None, typer.Option(help="only so many facts; may be repeated (Section 5)")] = None,
-    max_hours: Annotated[float, typer.Option(min=0, help="stop then; the same command resumes")] = float("inf"),
+    dry_run: Annotated[bool, typer.Option(help="only list what is left to run")] = False,
+    facts: Annotated[list[int] | None, typer.Option(help="only runs with N facts; may be repeated (Section 5)")] = None,
+    max_hours: Annotated[float, typer.Option(min=0, help="time limit; the same command resumes")] = float("inf"),
     device: Device = "auto",
     publish: Annotated[bool, typer.Option(help="merge finished rows into paper_data (laptop and paper)")] = False,
 ) -> None:
@@ -332,7 +332,7 @@ def compare(
     tables.check_threshold(threshold)
     points = published.write(section)
     if not len(points):
-        console.print("no point of ours has a published one beside it yet")
+        console.print("no result of ours has a published counterpart yet")
         return
     if "recall_threshold" in points:
         points = points[points.recall_threshold == threshold].drop(columns="recall_threshold")
@@ -379,7 +379,7 @@ def paper(profile: ProfileOption = "quick") -> None:
 
 @app.command()
 def scale(profile: ProfileOption = "quick") -> None:
-    """Do as `paper` for the notebooks of Section 6 and of TriviaQA, which fine-tune chat models (extra `scale`)."""
+    """Do as `paper` does, for the notebooks of Section 6 and TriviaQA, which fine-tune chat models (extra `scale`)."""
     _run_all("scale", profile)
 
 

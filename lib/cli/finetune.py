@@ -99,13 +99,13 @@ def trivia(
         str, typer.Option(help="trivia (shipped), hub (TriviaQA), or a file of its records as JSON lines")
     ] = "trivia",
     split: Annotated[Literal["train", "validation"] | None, typer.Option(help="(default: all)")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, max=10**9, help="ask only the first so many")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, max=10**9, help="ask only the first N questions")] = None,
     api_key: ApiKey = "none",
     out: Annotated[
         Path | None, typer.Option(help="JSON lines, one a question (default: runs/trivia/records.jsonl)")
     ] = None,
 ) -> None:
-    """Ask a chat model behind a server questions of general knowledge, without a tool and with one to look them up.
+    """Ask a chat model behind a server general-knowledge questions, without a tool and with one that looks up answers.
 
     To serve a model of your own: pip install "transformers[serving]", then transformers serve FOLDER.
     The same command resumes: a question with an answer in --out is not asked again.
@@ -156,7 +156,7 @@ def ask(
     endpoints = [EndpointConfig(protocol=name, api_key=api_key, **endpoint) for name in protocol or ["tools"]]
     out = out or paths.runs() / "ask" / "records.jsonl"
     paths.check_distinct(people=people, out=out)
-    with as_database(people) as path, EditableTool(path) as copy, SqlTool(copy.path) as tool:  # others may write
+    with as_database(people) as path, EditableTool(path) as copy, SqlTool(copy.path) as tool:  # locks only the copy
         asked = sample_questions(tool, questions, seed, phrasing or PHRASINGS)
         records = [record for each in endpoints for record in asyncio.run(ask_people(asked, each, tool, out))]
     table = recall_by_phrasing(records)

@@ -171,7 +171,7 @@ HOW: Group = (
 #: The resources of a Slurm job.
 RESOURCES: Group = Resources.parse, options_of(Resources)
 
-Out = Annotated[Path | None, typer.Option(help="folder of the run (default: a folder of its id in runs)")]
+Out = Annotated[Path | None, typer.Option(help="folder of the run (default: runs/train/ID or runs/finetune/ID)")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...", callback=check_device)]
 Section = Annotated[str, typer.Argument(help="section of the paper, as 05_1")]
 Source = Annotated[str, typer.Argument(help="section of the paper, as 05_1, or a YAML file with a plan of your own")]

@@ -1,4 +1,4 @@
-"""The command of `itl` that serves people to assistants (extra `serve`)."""
+"""`itl serve`: lets assistants look people up (extra `serve`)."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ def serve(
     http: Annotated[bool, typer.Option("--http", help="HTTP on this machine alone (default: stdin, stdout)")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="of --http; 0 is any free one")] = 8000,
 ) -> None:
-    """Offer people to assistants as a tool, over the Model Context Protocol (MCP; extra `serve`)."""
+    """Let assistants look people up, over the Model Context Protocol (MCP; extra `serve`)."""
     from lib.agent import server
     from lib.facts.database import as_database
 

@@ -48,7 +48,7 @@ def submit_sweep(
     resources,
     profile: ProfileOption = "quick",
     jobs: Annotated[int, typer.Option(min=1, help="jobs at a time")] = 16,
-    hours: Annotated[float, typer.Option(min=0, help="pack searches into one job up to so many hours")] = 1.0,
+    hours: Annotated[float, typer.Option(min=0, help="pack searches into jobs of up to this many hours")] = 1.0,
     device: Device = "auto",
     dry_run: Script = False,
 ) -> None:
@@ -87,7 +87,7 @@ def _submit(work, resources, dry_run: bool, parallel: int = 1) -> None:
     submissions.submit(submission, work.files)
     first, last, name = submission.jobs[0], submission.jobs[len(work.tasks) - 1], submission.name
     jobs = f"job {first}" if first == last else f"jobs {first} to {last}, {parallel} at a time"
-    console.print(f"submitted {name}: {jobs}; itl status {quote(name)} says how it stands")
+    console.print(f"submitted {name}: {jobs}; itl status {quote(name)} shows its progress")
 
 
 Submitted = Annotated[str, typer.Argument(help="name of a submission, as itl status lists them")]

@@ -13,8 +13,8 @@ from lib.training.saved import Conversation
 HELP = """\
 /who                            people to ask about
 /who NAME                       what the database says about somebody
-/set NAME | ATTRIBUTE | VALUE   change that, in a copy of the database that lasts as long as this conversation
-/help                           this
+/set NAME | ATTRIBUTE | VALUE   change a fact, in a copy of the database that lasts as long as this conversation
+/help                           this list
 an empty line                   ends the conversation"""
 
 #: A backtick opens the request that ends an assistant's turn: all text from there on is the request.
@@ -22,10 +22,9 @@ REPLY, REQUEST, DATABASE, NOTE = "green", "bold yellow", "magenta", "dim"
 
 
 def answer(console: Console, talks: Sequence[Conversation], text: str, **options) -> None:
-    """Put a question to each model and print the answers as they come, turn by turn; `options` of
-    `lib.agent.generation.chat`.
+    """Put a question to each model and print the answers as they come, turn by turn.
 
-    With several models, each is named by its mode.
+    With several models, each is named by its mode. options: as `lib.agent.generation.chat` takes them.
     """
     for talk in talks:
         if len(talks) > 1:
@@ -70,7 +69,7 @@ def converse(console: Console, talks: Sequence[Conversation], read: Callable[[],
 
 
 def _obey(line: str, tools: Sequence[EditableTool], names: Sequence[str]) -> Iterable[str]:
-    """Run a command and return its message."""
+    """Run a command and return the lines to print."""
     command, _, rest = line.partition(" ")
     name, parts = rest.strip(), rest.split("|")
     if command == "/help" and not name:

@@ -527,7 +527,7 @@ def test_a_file_that_cannot_be_written_is_named_in_one_sentence_with_exit_code_1
     monkeypatch.setenv("ITL_RUNS", str(here / "file"))
     answer = itl("figures", "parameter_bounds", "--profile", "quick")
     assert (answer.code, answer.out) == (1, "")
-    assert answer.err == f"itl: the system refuses to go on with {here}/file/quick/figures: Not a directory\n"
+    assert answer.err == f"itl: the operating system reports an error with {here}/file/quick/figures: Not a directory\n"
 
 
 @pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="only Linux has a folder in which not even root writes")
@@ -536,7 +536,7 @@ def test_where_results_cannot_be_written_the_sentence_says_what_moves_them(itl, 
     monkeypatch.setenv("ITL_RUNS", "/sys/kernel/itl")
     answer = itl(*command)
     assert answer.code in (1, 2) and answer.err.count("\n") == 1 and "/sys/kernel/itl" in answer.err
-    assert answer.err.endswith("; ITL_RUNS names another folder for what is made, ITL_FIGURES one for figures\n")
+    assert answer.err.endswith("; set ITL_RUNS to another folder for results, ITL_FIGURES to one for figures\n")
     answer = itl("data", "--people", "2", "--out", "/sys/kernel/x.sqlite")  # whose place was given
     assert answer.code in (1, 2) and "ITL_RUNS" not in answer.err
 
@@ -565,7 +565,8 @@ def _run(*arguments: str, **options) -> subprocess.CompletedProcess:
 def test_a_full_standard_output_is_one_sentence_and_exit_code_1(here):
     with open("/dev/full", "w") as full:
         done = _run("data", "--people", "2", "--out", "x.sqlite", stdout=full, stderr=subprocess.PIPE)
-    assert (done.returncode, done.stderr) == (1, "itl: the system refuses to go on: No space left on device\n")
+    assert done.returncode == 1
+    assert done.stderr == "itl: the operating system reports an error: No space left on device\n"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell of Unix closes the streams")
@@ -767,7 +768,7 @@ def test_a_sweep_that_could_not_be_published_does_not_start(here, itl, monkeypat
     monkeypatch.setattr("lib.experiments.sweep.sweep", None)
     monkeypatch.setattr("lib.experiments.publishing.commit", lambda: "a" * 40 + "-dirty")
     answer = itl("sweep", "05_1", "--profile", "laptop", "--publish")
-    _assert_one_sentence(answer, ("not as in a commit", "only rows that can be traced"))
+    _assert_one_sentence(answer, ("is not committed", "can be traced"))
 
 
 def test_notebooks_are_run_with_the_parameters_that_were_typed(itl, monkeypatch):
