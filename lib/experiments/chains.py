@@ -1,4 +1,4 @@
-"""Chains of calls (our Section 7.2): models trained on one and two hops, asked these and more.
+"""Chains of calls (our Section 7.2): models trained on questions of one and two hops, asked up to three.
 
 The folder of a run, runs/<profile>/07_2/<run_id>, holds the people and the dialogs of two hops that it is trained on,
 the training run itself in `run/`, and in the end its row.
@@ -36,7 +36,7 @@ ASKED = (1, 2, 3)
 _PEOPLE, _DIALOGS = "people.csv", "dialogs_2.jsonl"
 
 
-#: The sizes of a profile. asked: how many trained people to ask about, and how many unseen ones.
+#: The sizes of a profile. asked: how many trained people to ask about, and as many unseen ones.
 Setting = namedtuple("Setting", "n_people d_model steps recipe n_seeds asked")
 SETTINGS = {
     "smoke": Setting(4, 8, 5, "copying", 1, 2),
@@ -77,8 +77,8 @@ def run_chains(config: RunConfig, folder: Path, asked: int, **options) -> None:
     """Do or resume one run of `configurations`; write its row: that of `lib.training.run` with recall by hops.
 
     trained_HOPS is the recall of questions about the first `asked` people of training, unseen_HOPS about as many people
-    whose first and last names the model never saw; bosses are of the same group. Every look-up must have been made.
-    options: as `lib.training.run.run` takes them.
+    whose first and last names the model never saw; bosses are of the same group. An answer counts only if every look-up
+    was made. options: as `lib.training.run.run` takes them.
     """
     from lib.training.run import run
     from lib.training.saved import load_model, run_tokenizer
@@ -110,18 +110,18 @@ def _folder(config: RunConfig, profile: str) -> Path:
 
 
 def rows(profile: str) -> pd.DataFrame:
-    """Return a row a finished run: those in paper_data, and those of today's plan still in runs."""
+    """Return one row per finished run: those in paper_data, and those of today's plan still in runs."""
     runs = {config.run_id: _folder(config, profile) / paths.ROWS for config in configurations(profile)}
     return rows_of_profile(TABLE, profile, runs.values(), runs)
 
 
 def table_of_rows() -> Table:
-    """Return the table in paper_data of these rows."""
+    """Return the table of `rows` in paper_data."""
     return Table(TABLE, ("profile", "n_facts", "seed", "run_id"), rows)
 
 
 def recall_by_hops(model, facts: FactsConfig, people: People, tokenizer: Tokenizer, asked: int) -> dict[str, float]:
-    """Return the recall of trained and unseen people by hops, asked with all of them in one database (`run_chains`)."""
+    """Return recall by group and hops, as `run_chains` describes it; trained and unseen people share one database."""
     sampled = facts.model_copy(update={"csv": None})
     groups = {"trained": people, "unseen": with_bosses(unseen_people(sampled, max(2, asked))["new_both"], facts.seed)}
     n, pairs = asked * len(ATTRIBUTES), product(groups.items(), ASKED)

@@ -42,16 +42,16 @@ from lib.training.saved import Conversation, open_conversation
 SECTION, TABLE = "07_1", paths.PAPER_DATA / "edits.csv"
 
 
-#: Of each profile: facts to change (about as many as the last are deleted), and the most questions behind a share,
-#: people whom a hybrid model knows by heart, and steps of training on an edit.
+#: By profile: numbers of facts to change (about as many as the last are deleted), then the maximum numbers of questions
+#: for a share, of people whom a hybrid model knows by heart, and of training steps of an edit.
 SIZES = {
     "smoke": ((1, 3), 4, 1, 10),
     "quick": ((1, 10, 100), 32, 8, 300),
     "laptop": ((1, 10, 100, 500), 500, 32, 1_000),
 }
-#: Edits train at this share of a run's peak learning rates: more breaks other facts, less is slow (LOG.md).
+#: Edits train at this share of a run's peak learning rates: more would break other facts, less is slow (LOG.md).
 RATE = 0.1
-#: What a contested database answers, by kind: of the true value and another one.
+#: What a contested database answers, by kind: templates of the true value and another one.
 CONTESTED = {
     "the fact": "{value}",
     "another value": "{other}",
@@ -106,9 +106,9 @@ class Setting:
         return {name: measure_recall(model, facts, self.tokenizer, tool).overall for name, facts in asked.items()}
 
     def trained(self, methods: Sequence[str], facts: Sequence[Fact], others: Sequence[Fact], recall: float, **options):
-        """Train the model until it recalls this share of facts: on these alone, then among the `others`.
+        """Train two copies of the model until each recalls this share of `facts`: on these alone, or with `others`.
 
-        Yields the trained model, and a row: which of the two `methods` that is, what it took, and what it gave.
+        Yields each copy, and a row with its name from `methods`, its cost and its recall.
         """
         tokens, kept = (tokenize([in_weight_dialog(*fact) for fact in f], self.tokenizer) for f in (facts, others))
 
@@ -187,7 +187,7 @@ def contest(base: Setting) -> Iterator[dict[str, Any]]:
     """Let the database answer right requests with something other than the fact.
 
     who: whom the questions are about, trained or unseen people. A "hybrid" model was trained further to answer
-    questions about some people without the tool: it is asked about these, whom it knows by heart, and all others.
+    questions about some people without the tool (by heart): it is asked about these, and about all others.
     """
     n_heart = min(base.n_heart, len(base.people) // 2)
     heart, others = base.people[:n_heart], base.people[n_heart:]
@@ -215,8 +215,8 @@ def contest(base: Setting) -> Iterator[dict[str, Any]]:
 def forgive(base: Setting) -> Iterator[dict[str, Any]]:
     """Ask about trained and unseen people with a `ForgivingTool`, which accepts names with some wrong letters.
 
-    recall: share of questions with the right answer, after a result that was right. wrong: share of questions with
-    another answer, although the last request found somebody.
+    recall: share of questions where both the tool's result and the answer were right. wrong: share of all other
+    questions where the last request found somebody.
     """
     unseen = unseen_people(base.config.facts, base.n_asked)
     with temporary_database(reduce(add, unseen.values(), base.people)) as path, SqlTool(path) as tool:
@@ -312,7 +312,7 @@ def rows(profile: str) -> pd.DataFrame:
 
 
 def table_of_rows() -> Table:
-    """Return the table in paper_data of these rows."""
+    """Return the table of `rows` in paper_data."""
     return Table(
         TABLE, ("profile", "mode", "n_facts", "seed", "experiment", "method", "n_edited", "who", "asked"), rows
     )

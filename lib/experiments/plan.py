@@ -37,7 +37,7 @@ def searches(source: str, profile: str, tokenizer: str = "bytes") -> list[Search
     if of_profiles and profile not in grids:
         known = ", ".join(f"{name} ({', '.join(_read(PLANS / f'{name}.yaml'))})" for name in _names())
         raise InputError(
-            f"there is no experiment {source} in the profile {profile}: there are {known}, and files of yours"
+            f"there is no experiment {source} in the profile {profile}: there are {known}, and your own .yaml files"
         )
     grids = grids[profile] if of_profiles else grids
     try:
@@ -48,7 +48,7 @@ def searches(source: str, profile: str, tokenizer: str = "bytes") -> list[Search
     if tokenizer == "bytes":
         return plan
     if profile in PUBLISHING:
-        raise InputError(f"tokenizer = {tokenizer!r} in the profile {profile}, which publishes: its runs read bytes")
+        raise InputError(f"tokenizer = {tokenizer!r}: the profile {profile} publishes, so its runs take only 'bytes'")
     fields = {"tokenizer": tokenizer, "model.vocab_size": load_tokenizer(tokenizer).vocab_size}
     return [dataclasses.replace(search, base=override(search.base, fields)) for search in plan]
 
@@ -58,7 +58,7 @@ def is_file(source: str) -> bool:
     return source.endswith((".yaml", ".yml"))
 
 
-#: The paper's largest plan has 300.
+#: Maximum searches of a plan; the paper's largest has 300.
 MOST_SEARCHES = 10_000
 
 
@@ -81,7 +81,7 @@ class Grid(Config):
     threshold: float | None = Field(0.95, gt=0, le=1)
     #: The size to begin with; None is the smallest.
     start: int | None = None
-    #: How many sizes right below the one found must have failed.
+    #: How many sizes directly below the found one must fail.
     neighbours: int = Field(2, ge=0)
     #: Steps that grow with the facts: passes over them, and at least `min_steps`.
     passes: int | None = Field(None, ge=1)
@@ -92,7 +92,7 @@ class Grid(Config):
     @model_validator(mode="after")
     def _start_is_a_size(self) -> Self:
         if self.sizes != sorted(set(self.sizes)):
-            raise ValueError(f"sizes = {self.sizes} do not ascend")
+            raise ValueError(f"sizes = {self.sizes}: give them in ascending order")
         if self.start not in (None, *self.sizes):
             raise ValueError(f"start = {self.start} is none of the sizes {self.sizes}")
         return self
@@ -133,7 +133,7 @@ class Grid(Config):
 def points_of(axis: dict[str, list[Any]]) -> list[dict[str, Any]]:
     """Return the values of an axis, one mapping of fields for each point."""
     if len({len(values) for values in axis.values()}) != 1:
-        raise InputError(f"axes: {', '.join(axis)} share an axis, so their lists take equally many values")
+        raise InputError(f"axes: {', '.join(axis)} share an axis, so their lists must be equally long")
     return [dict(zip(axis, values, strict=True)) for values in zip(*axis.values(), strict=True)]
 
 
@@ -168,7 +168,7 @@ _Loader.add_implicit_resolver(
 def _read(path: Path) -> Any:
     try:
         return yaml.load(read_bytes(path, LARGEST_TEXT), _Loader)
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: endless numbers
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: too many digits
         raise InputError(f"cannot read the plan {path}, a file of YAML: {error}") from None
 
 

@@ -9,7 +9,7 @@ from lib.base import InputError
 from lib.experiments import summaries, tables
 from lib.experiments.rows import TABLES, table_path
 
-#: What a published point of a section is about.
+#: Columns that identify a published point of a section.
 _POINTS = {
     "05_1": ["mode", "n_facts", "recall_threshold"],
     "05_2": ["mode", "n_facts", "n_params"],
@@ -29,20 +29,19 @@ def published_by_paper(name: str) -> pd.DataFrame:
 def published_correlated() -> pd.DataFrame:
     """Return the paper's points of Section 5.3, with the columns alpha, law and entropy_bits of their databases.
 
-    Their 4,000 facts are taken to be of people with the names of the 32,768 (see `lib.facts.people.RELEASED`).
+    The names behind its 4,000 facts are assumed to be those behind its 32,768 (`lib.facts.people.RELEASED`).
     """
     table = published_by_paper("compressibility").rename(columns={"correlation_alpha": "alpha"}).assign(law="released")
     return table.assign(entropy_bits=summaries.entropy_bits(table))
 
 
 def compare(section: str, profile: str) -> pd.DataFrame:
-    """Return ours, the published figure and their ratio (ours / published), where both have a point.
+    """Return our value, the published one and their ratio (ours / published) for each point that both have.
 
-    In Sections 5.1 and 5.3 the figure is the parameters of the smallest model that reaches a recall threshold, ours the
-    mean over the `seeds_reaching_it`; in 5.2 it is the recall of people with new first and known last
-    names, like the released ones. A row per point: what it is about, how our database was drawn, whether our
-    runs are of an earlier recipe, ours, ours_std, seeds_reaching_it, seeds, published, ratio. A section without
-    published points is an `InputError`.
+    In Sections 5.1 and 5.3 the value is the parameters of the smallest model that reaches a recall threshold (ours: the
+    mean over the `seeds_reaching_it`); in 5.2 it is the recall of people with new first and known last
+    names, like the released ones. A row per point: the columns that identify it, law and superseded (of our runs),
+    ours, ours_std, seeds_reaching_it, seeds, published, ratio. A section without published points is an `InputError`.
     """
     if section not in _POINTS:
         raise InputError(f"nothing is published to compare section {section} with: there are {', '.join(_POINTS)}")

@@ -23,7 +23,7 @@ def check_publishes(profile: str) -> None:
 def check_traceable() -> None:
     """Raise `InputError` if rows made now could not be published: no commit holds the code."""
     if not _is_clean(commit()):
-        raise InputError(f"lib in {paths.ROOT} is not as in a commit: only rows that can be traced are published")
+        raise InputError(f"lib in {paths.ROOT} is not committed: commit it, so that its rows can be traced")
 
 
 def _is_clean(commit: str) -> bool:

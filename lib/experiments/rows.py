@@ -31,7 +31,7 @@ def table_path(section: str) -> Path:
     """Return where a section's rows are committed: paper_data/<table>.csv. Other experiments are an `InputError`."""
     if section not in TABLES:
         raise InputError(
-            f"there is no table for section {section}: there are {', '.join(TABLES)}, other rows stay in runs"
+            f"there is no table for section {section}: there are {', '.join(TABLES)}; other rows stay in runs"
         )
     return paths.PAPER_DATA / f"{TABLES[section]}.csv"
 

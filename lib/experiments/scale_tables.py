@@ -1,9 +1,8 @@
 """Section 6 as tidy tables: fine-tuned chat models, ours beside the published, over seeds. Needs no model libraries.
 
-Rows are one per evaluated checkpoint: run_id, profile, base, task ("facts", "hybrid" or "trivia"), mode, adaptation
-("full" or "lora"), n_facts, seed, batch_size, lr, step, final (is it the run's last?), capability_task; recall,
-capability, capability_base, tv and kl, each with its _stderr; and of ours capability_change, from the base's, item by
-item.
+A row is an evaluated checkpoint: run_id, profile, base, task ("facts", "hybrid" or "trivia"), mode, adaptation
+("full" or "lora"), n_facts, seed, batch_size, lr, step, final (whether it is the run's last), capability_task; recall,
+capability, capability_base, tv and kl, each with its _stderr; in ours also capability_change (from the base, by item).
 """
 
 from ast import literal_eval
@@ -17,9 +16,9 @@ from lib.base import InputError
 from lib.experiments.published import published_by_paper
 from lib.experiments.tables import read_table
 
-#: What a run's last checkpoint tells. capability_relative: in percent of the base model's.
+#: Measurements of a run's last checkpoint. capability_relative: in percent of the base model's.
 METRICS = ["recall", "capability", "capability_change", "capability_relative", "tv", "kl", "steps", "steps_to_recall"]
-#: What a point of a figure is about. source: "published", or the profile of our runs; model: as a legend names it.
+#: Columns that identify a point of a figure. source: "published", or the profile of our runs; model: a legend entry.
 POINT = ["source", "model", "base", "adaptation", "mode", "n_facts", "capability_task"]
 #: How the runs of a point were trained.
 RECIPE = ["batch_size", "lr"]
@@ -51,14 +50,9 @@ def table_path() -> Path:
     return paths.PAPER_DATA / "scale.csv"
 
 
-def stored_rows() -> pd.DataFrame:
-    """Return our rows in paper_data, of all profiles; empty before anything was published."""
-    return read_table(table_path())
-
-
 def committed_rows() -> pd.DataFrame:
-    """Return `stored_rows`; of runs that differ only in an earlier recipe, the latest."""
-    rows = stored_rows()
+    """Return our rows in paper_data, of all profiles; of runs that repeat a setting and seed, the latest."""
+    rows = read_table(table_path())
     if not len(rows):
         return rows
     run = ["profile", "base", "task", "mode", "adaptation", "n_facts", "seed", *RECIPE]
@@ -73,7 +67,7 @@ def rate(lr: float) -> str:
 
 
 def batches(rows: pd.DataFrame) -> str:
-    """Return a sentence on the batches of runs: the commonest size, then each other one and which runs had it."""
+    """Return a sentence on batch sizes: the most common one, then each other size and its runs."""
     runs = rows.drop_duplicates("run_id")
     common = int(runs.batch_size.mode()[0])
     others = [
@@ -92,11 +86,11 @@ def batches(rows: pd.DataFrame) -> str:
 def comparable(rows: pd.DataFrame | None = None, with_published: bool = True) -> pd.DataFrame:
     """Return our runs at their last checkpoints and the paper's, over seeds: a row per `POINT`, smaller models first.
 
-    rows: ours, as above, possibly none; missing columns are NaN. Each of `METRICS` is the mean over the `_seeds` (of
-    `seeds`) that measured it, with `_std` and `_stderr`: the larger of std / sqrt(seeds) and the measurement's own
-    error, which more seeds on the same questions do not reduce. `seeds_reaching_it` were averaged
-    in `steps_to_recall`. Runs of different `RECIPE` are different rows; where those of a mode have several rates, their
-    model's name says which. Two runs of one point, recipe and seed are an `InputError`.
+    rows: ours, in the columns above, possibly none; missing columns are NaN. Each of `METRICS` is the mean over
+    the seeds that measured it, `_seeds` of the `seeds`. `_std` is their standard deviation, `_stderr` the larger of
+    std / sqrt(seeds) and the measurement's own error, which more seeds on the same questions do not reduce.
+    `seeds_reaching_it` were averaged in `steps_to_recall`. Runs of different `RECIPE` are different rows; if a mode has
+    several rates, the model's name gives the rate. Two runs of one point, recipe and seed are an `InputError`.
     """
     tables = [each for each in (rows, published_rows() if with_published else None) if each is not None and len(each)]
     runs = pd.concat([_last_checkpoints(each) for each in tables]) if tables else pd.DataFrame()
@@ -129,9 +123,9 @@ def _last_checkpoints(rows: pd.DataFrame) -> pd.DataFrame:
 def relative(rows: pd.DataFrame) -> pd.DataFrame:
     """Return capability in percent of capability_base, and its standard error, for every row.
 
-    The error of the ratio a / b is, to first order, sqrt(da^2 + (a / b)^2 db^2) / b as if a and b were measured
-    independently. They answer the same questions, so it is rather too large. The published error is this one, too.
-    Where both were compared item by item (capability_change_stderr), as ours are, it is that of the change.
+    The error of the ratio a / b is, to first order, sqrt(da^2 + (a / b)^2 db^2) / b if a and b are measured
+    independently. Here both answer the same questions, so it is rather too large. The published errors are computed
+    alike. Our rows compare item by item: their error is that of the change (capability_change_stderr).
     """
     ratio = rows.capability / rows.capability_base
     error = np.hypot(rows.capability_stderr, ratio * rows.capability_base_stderr) / rows.capability_base
@@ -166,14 +160,14 @@ def _over_seeds(runs: pd.DataFrame, point: list[str], metrics: list[str]) -> pd.
     statistics = {"": measured.mean(), "_seeds": measured.count(), "_std": std, "_stderr": error}
     columns = [table.add_suffix(suffix) for suffix, table in statistics.items()]
     table = pd.concat([groups.size().rename("seeds"), *columns], axis=1).reset_index()
-    return table if len(table) else table.astype(object)  # empty columns of text would be numbers
+    return table if len(table) else table.astype(object)  # else empty text columns become numbers
 
 
 # ---- In tool beside in weights
 
 
 def pairs(table: pd.DataFrame, equal_facts: bool = True) -> pd.DataFrame:
-    """Return runs in tool beside those in weights of the same model: a row a pair, at equal n_facts or any.
+    """Return pairs of runs of one model, in tool and in weights: one row each, at equal n_facts if `equal_facts`.
 
     table: as `comparable` gives it. Columns of both end in _tool and _weight. same_recipe: whether learning rate and
     batch are equal. capability_saved: how much more of its capability a model keeps in tool, in percent of the base
@@ -205,7 +199,7 @@ def at_equal_steps(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _in_tool_and_in_weight(table: pd.DataFrame, same: list[str]) -> pd.DataFrame:
-    modes = table["mode"].str.removesuffix("-text")  # calls or words, as the model's template has it
+    modes = table["mode"].str.removesuffix("-text")  # calls or text, depending on the chat template
     tool, weight = (table[modes == mode].drop(columns="mode") for mode in ("in-tool", "in-weight"))
     found = tool.merge(weight, on=same, suffixes=("_tool", "_weight"))
     return found.assign(
@@ -219,8 +213,8 @@ def _in_tool_and_in_weight(table: pd.DataFrame, same: list[str]) -> pd.DataFrame
 def steps_table(table: pd.DataFrame) -> str:
     """Return steps to recall for LaTeX (booktabs): a row per model, a column per mode and number of facts.
 
-    table: as `comparable` gives it. Several seeds: mean ± standard deviation, and how many of them where some did not
-    reach the recall. A dash: none did; an empty cell: not run.
+    table: as `comparable` gives it. Several seeds: mean ± standard deviation, and how many reached the recall if
+    some did not. A dash: none did; an empty cell: not run.
     """
     shown = ["steps_to_recall", "steps_to_recall_std", "seeds_reaching_it", "seeds"]
     cells = table.assign(
@@ -248,9 +242,9 @@ ASKED = ["call_share", "accuracy", "accuracy_of_calls"]
 def hybrid(rows: pd.DataFrame) -> pd.DataFrame:
     """Return how often hybrids call the tool and are right, over seeds: a row per frequency in training.
 
-    rows: as above, possibly none; the last checkpoints of hybrids count, whose `by_frequency` (a list, or its text in a
-    file) holds, for each frequency, `n` questions and the shares `ASKED`. All of one setting, or an `InputError`. The
-    columns are as in `comparable`; a share's own error is that of n questions, or as many as were looked up.
+    rows: as for `comparable`, of one setting, else an `InputError`. Only last checkpoints of hybrids are used: for each
+    frequency, their `by_frequency` (a list, or its text in a file) holds the number of questions `n` and the shares
+    `ASKED`. Columns are as in `comparable`; a share's own error is that of n questions, or of those looked up.
     """
     last = rows[rows.final & rows.task.eq("hybrid")] if len(rows) else rows
     table = [
@@ -271,10 +265,10 @@ def of_facts(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def panels(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return our checkpoints on facts, possibly none, their bases named as panels of `lib.figures.scale.against_steps`.
+    """Return our checkpoints on facts; `base` names their panel in `lib.figures.scale.against_steps`.
 
-    A panel is a model in a profile; runs in weights at the rate of those in tool have their own, ", equal rates". Runs
-    in tool are in every panel of their model. Adapters and hybrids are left out.
+    A panel is a model in a profile; in-weight runs at the rate of in-tool runs have their own, ", equal rates".
+    In-tool runs are in every panel of their model. Adapters and hybrids are left out.
     """
     if not len(rows):
         return published_rows().iloc[:0]

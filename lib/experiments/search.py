@@ -18,7 +18,7 @@ class Search:
     threshold: float | None = 0.95  # None: run every size (a full grid)
     start: int = 0  # index of the size to begin with
     sizes: tuple[int, ...] = SIZES  # ascending values of d_model
-    neighbours: int = 2  # so many sizes right below the one found must have failed
+    neighbours: int = 2  # how many sizes directly below the found one must fail
 
     def config(self, size: int) -> RunConfig:
         """Return the run at one size."""

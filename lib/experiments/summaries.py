@@ -54,9 +54,9 @@ def generalization_rows(profile: str) -> pd.DataFrame:
     return sizes_shown(rows[rows.every_seed.fillna(False).astype(bool)])
 
 
-def bounds(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
+def bounds(profile: str) -> pd.DataFrame:
     """Return `minimal_parameters` of Section 5.1 in a profile, as `shown`."""
-    return _shown(minimal_parameters(bounds_rows(profile, tokenizer)))
+    return _shown(minimal_parameters(bounds_rows(profile)))
 
 
 def compressibility_bounds(profile: str) -> pd.DataFrame:
@@ -125,7 +125,7 @@ _STATISTICS = {
 def biographies_bounds(profile: str, threshold: float = 0.95) -> pd.DataFrame:
     """Return the parameters needed without and with biographies in the training text, and their ratio.
 
-    A row per number of facts where both are known: needed_without and needed_with are means over those `seeds`. Each
+    A row per number of facts: needed_without and needed_with are means over the `seeds` where both are known. Each
     seed has a database and weights of its own, so what other seeds need says nothing about biographies.
     """
     with_them = minimal_parameters_of_seeds(read_rows("05_1_biographies", profile), threshold)
@@ -142,10 +142,9 @@ def biographies_bounds(profile: str, threshold: float = 0.95) -> pd.DataFrame:
 def capacity(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the bits that each in-weight model among finished runs stores at least (Section 4's bound is about them).
 
-    Columns: what tells the runs apart; entropy_bits, the joint entropy of the database given the names; stored_bits, by
-    how much the model shortens a code of the answers for somebody who knows the lists of values, summed over the
-    attributes where it does; and stored_bits_per_parameter. A lower bound: a model may know facts
-    that it cannot spell yet.
+    Columns: what tells the runs apart; entropy_bits, the joint entropy of the database given the names; stored_bits,
+    which the model saves when the answers are coded given the lists of values, summed over the attributes where it
+    saves any; and stored_bits_per_parameter. A lower bound: a model may know facts that it cannot spell yet.
     """
     columns = ["profile", "optimizer", "n_facts", "alpha", "seed", "d_model", "n_params", "steps", "stopped", "recall"]
     columns += ["dialogs_seen", *COMPUTED]
@@ -179,10 +178,10 @@ def _entropy_per_person(rows: pd.DataFrame) -> pd.DataFrame:
 def fit_line(points: pd.DataFrame, of: str = "min_params_mean") -> dict[str, float]:
     """Fit parameters needed as a line in the facts: slope (parameters a fact), its 95% interval, intercept, n_points.
 
-    points: n_facts and the column `of`; those without a value are left out. The interval is the bootstrap's, over
-    points: for means it says how much the slope depends on the numbers of facts tried, for `min_params` also on
-    the seeds. It is too narrow where points are few (of three seeds at two numbers of facts it covers the truth five
-    times in six), has no width where all are equal, and is not given for fewer than five (NaN).
+    points: n_facts and the column `of`; those without a value are left out. The interval is a bootstrap over
+    points: for means it reflects the numbers of facts tried, for `min_params` also the seeds. With few points it is
+    too narrow (with three seeds at two numbers of facts it covers the truth five times in six), with equal points it
+    has no width, and with fewer than five it is NaN.
     """
     points = points.dropna(subset=of)
     x, y = points.n_facts.to_numpy(float), points[of].to_numpy(float)
@@ -205,9 +204,9 @@ FIT_FROM = {"in-weight": 256, "in-tool": 4096}
 
 
 def fit_of_mode(seeds: pd.DataFrame, mode: str) -> dict:
-    """Return `fit_line` over `FIT_FROM` facts and more, a point a seed, and `facts`, the first and the last number.
+    """Return `fit_line` over `FIT_FROM` facts and more, one point per seed, and `facts`, the first and the last number.
 
-    seeds: of one threshold, with min_params. Recipes are not mixed: that of more points counts.
+    seeds: of one threshold, with min_params. Current and earlier recipes are not mixed: those of more points count.
     """
     points = described(seeds)
     points = points[points["mode"].eq(mode) & points.n_facts.ge(FIT_FROM[mode])].dropna(subset="min_params")
@@ -231,14 +230,14 @@ def unseen_shares(rows: pd.DataFrame) -> pd.DataFrame:
 _OF_RUN = ["mode", "n_facts", "n_params", "d_model", "seed", *COMPUTED]
 
 
-def seeds_that_generalize(shares: pd.DataFrame, threshold: float = 0.95) -> pd.DataFrame:
+def seeds_that_generalize(shares: pd.DataFrame) -> pd.DataFrame:
     """Return how many seeds recall unseen people of every kind: share, low, high and seeds, a row per size and n_facts.
 
-    shares: as `unseen_shares` gives them. A seed counts if its recall reaches the threshold on each kind.
+    shares: as `unseen_shares` gives them. A seed counts if its recall reaches 95% on each kind.
     """
     by = [name for name in (*_OF_RUN, "own") if name in shares and name != "seed"]
     unseen = shares[(shares.measure == "recall") & (shares.kind != "trained")]
-    found = unseen.groupby([*by, "seed"]).share.min().ge(threshold).groupby(by).agg(["sum", "size"]).reset_index()
+    found = unseen.groupby([*by, "seed"]).share.min().ge(0.95).groupby(by).agg(["sum", "size"]).reset_index()
     low, high = interval_of_share(found["sum"], found["size"])
     return found[by].assign(share=found["sum"] / found["size"], low=low, high=high, seeds=found["size"])
 

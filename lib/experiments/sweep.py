@@ -111,9 +111,9 @@ def hours_ahead(section: str, profile: str, plan: Sequence[Search]) -> list[floa
 
 
 def assign_devices(device: str, jobs: int | None, n_gpus: int, n_cores: int) -> list[str]:
-    """Return the device of each of `jobs` processes; several GPUs take turns if none was chosen.
+    """Return the device of each of `jobs` processes, all GPUs in turn unless `device` names one.
 
-    n_gpus: 0 where `device` is none. Without `jobs`, one process a GPU or core.
+    n_gpus: 0 if `device` is not a GPU. Without `jobs`, one process a GPU or core.
     """
     if not n_gpus:
         return [device] * (jobs or n_cores)
@@ -201,7 +201,7 @@ def _execute(
 
 
 def _how_far(config: RunConfig, directory: Path) -> str:
-    """Return which run goes and how many steps it has done, as it logged last."""
+    """Return a run's title and the steps that it has done, by its log."""
     steps = []
     with suppress(OSError):  # it has logged nothing yet
         steps = re.findall(r'"step": (\d+)', (directory / "metrics.jsonl").read_text("utf-8", "replace"))
@@ -212,12 +212,12 @@ def _how_far(config: RunConfig, directory: Path) -> str:
 def _in_a_process(config: RunConfig, directory: Path, device: str, stdin: IO[bytes]) -> str | None:
     """Do a run in a process of its own, whose death harms no other; return what ended it unfinished, in one line."""
     path = [str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # PYTHONSAFEPATH: no lib of the current folder. One thread: small models gain little from a second, and wait for it
-    # where cores are busy.
+    # PYTHONSAFEPATH: ignore a lib in the current folder. One thread: small models gain little from a second, and wait
+    # for it where cores are busy.
     environment = {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     environment = os.environ | environment | {"ITL_PROGRESS": "off"}
     command = [sys.executable, "-m", "lib.experiments.worker", config.canonical_json(), str(directory), device]
-    with tempfile.TemporaryFile() as said:  # no pipe: what a killed run leaves behind would keep it open
+    with tempfile.TemporaryFile() as said:  # no pipe: child processes of a killed run would keep it open
         code = subprocess.run(command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=said, env=environment).returncode
         said.seek(0)
         lines = [line.strip() for line in said.read().decode(errors="replace").split("\n") if line.strip()]
@@ -227,7 +227,7 @@ def _in_a_process(config: RunConfig, directory: Path, device: str, stdin: IO[byt
 
 
 def _expected(search: Search, recalls: dict[str, float]) -> list[RunConfig]:
-    """Return the runs that a search still takes, as many and as large as it is likely to turn out."""
+    """Return the runs that a search probably still takes: its next one, as often as runs are expected."""
     pending = search.pending(recalls)
     if search.threshold is None or not pending:
         return pending
@@ -236,12 +236,12 @@ def _expected(search: Search, recalls: dict[str, float]) -> list[RunConfig]:
 
 
 def _hours(configs: Iterable[RunConfig], speed: float) -> float:
-    """Return the hours that runs take one process of so many floating-point operations a second."""
+    """Return the hours that runs take one process at a `speed` in FLOP/s."""
     return sum(config.flops() for config in configs) / speed / 3600
 
 
 def _speed(rows: Iterable[dict], device: str) -> float:
-    """Return the floating-point operations a second of the rows that such a device (cpu, cuda) made, or a guess."""
+    """Return the FLOP/s of the rows that a kind of device (cpu, cuda) made, or a guess."""
     flops = seconds = 0.0
     for row in rows:
         if row.get("device", "").startswith(device):

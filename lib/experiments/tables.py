@@ -17,7 +17,7 @@ from lib.paths import read_json, whole
 
 #: Profiles that only tables have: no plan asks for their rows (paper_data/README.md).
 TABLE_ONLY = ("near-paper",)
-#: The recalls that the paper counts as knowing.
+#: The paper's recall thresholds.
 THRESHOLDS = (0.5, 0.9, 0.95, 0.99)
 #: Columns that a plan decides and a table keeps for runs that no plan asks for any more.
 _MARKS = {"next_smaller": "Int64", "every_seed": "boolean"}
@@ -27,13 +27,13 @@ _DTYPES = dict.fromkeys(("run_id", "people_digest", "commit", "python", "torch")
 COMPUTED = ["superseded", "law", "recipe"]
 #: A table before anything was published.
 NO_ROWS = pd.DataFrame(columns=["profile", "run_id"])
-#: What a point of a figure is about; results of different recipes are never averaged.
+#: Columns that identify a point of a figure; results of different recipes are never averaged.
 POINT = ["mode", "n_facts", "alpha", "law"]
 GROUP = [*POINT, "recipe", "superseded"]
 
 
 def check_threshold(threshold: float) -> None:
-    """Raise `InputError` for a recall that the paper does not count as knowing."""
+    """Raise `InputError` unless `threshold` is one of `THRESHOLDS`."""
     if threshold not in THRESHOLDS:
         known = ", ".join(map(str, THRESHOLDS))
         raise InputError(f"threshold = {threshold}: the published thresholds are {known}")
@@ -58,10 +58,9 @@ def stacked(*tables: pd.DataFrame) -> pd.DataFrame:
 def rows_of_profile(
     path: Path, profile: str, found: Iterable[Path], planned: Collection[str], fields: Sequence[str] = ("run_id",)
 ) -> pd.DataFrame:
-    """Return a profile's rows in a table, and those of other runs that finished runs have in files `found`.
+    """Return a profile's rows in the table at `path`, and from the files `found` those of runs that it lacks.
 
-    Missing files are left out, and files whose rows lack one of `fields`. Adds superseded: whether the run is not
-    `planned`.
+    Skips missing files, and files whose rows lack one of `fields`. Adds superseded: whether the run is not `planned`.
     """
     files = whole(filter(Path.exists, found), lambda file: read_json(file, list, fields))
     rows = _with_fresh(read_table(path), profile, [row for _, rows in files for row in rows])
@@ -120,9 +119,9 @@ def described(rows: pd.DataFrame) -> pd.DataFrame:
     """Add what tells rows of one point apart, read off their `config`: `law` and `recipe`; `superseded` if missing.
 
     law: how the database was drawn, a name of `lib.facts.people.LAWS` (or the fields of another law).
-    recipe: the optimizer, the training, and the model without its width. Not the number of steps, which grows with the
-    facts, but how often each question is asked: runs of 12,000 and 24,000 steps on one database are of two recipes;
-    runs with and without biographies that ask equally often of one.
+    recipe: the optimizer, the training, and the model without its width. Not the steps, which grow with the facts,
+    but the passes over the questions: 12,000 and 24,000 steps on one database are two recipes; equally many passes
+    with and without biographies are one.
     """
     configs = [json.loads(c) if isinstance(c, str) else {} for c in rows.get("config", [None] * len(rows))]
     sizes = rows.reindex(columns=["steps_budget", "batch_size", "n_facts"]).itertuples(index=False)
@@ -156,7 +155,7 @@ def _recipe(config: dict, steps: float, batch_size: float, n_facts: float) -> st
 def shown(table: pd.DataFrame, value: str, on: Sequence[str] = POINT) -> pd.DataFrame:
     """Return what figures show of a table: one recipe for each point `on`.
 
-    That of today's plan if it has a `value`, else of the latest superseded one (`finished_at`) that has.
+    It is the recipe of today's plan if that has a `value`, else the latest superseded one (`finished_at`) with a value.
     """
     table = described(table)
     order = table.assign(unknown=table[value].isna(), latest=table.get("finished_at", ""))

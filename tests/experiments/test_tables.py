@@ -328,7 +328,7 @@ def test_code_that_no_commit_holds_makes_no_rows_to_publish(monkeypatch):
     publishing.check_traceable()
     for commit in (f"{CLEAN}-dirty", "unknown"):
         monkeypatch.setattr(publishing, "commit", lambda commit=commit: commit)
-        with pytest.raises(InputError, match="only rows that can be traced are published"):
+        with pytest.raises(InputError, match="is not committed: commit it"):
             publishing.check_traceable()
 
 

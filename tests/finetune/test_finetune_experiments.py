@@ -9,6 +9,7 @@ import torch
 from lib import paths
 from lib.base import InputError, WorkError
 from lib.experiments import scale_tables
+from lib.experiments.tables import read_table
 from lib.finetune import experiments
 from lib.finetune.bases import learning_rate
 from lib.paths import PROFILES, ROWS
@@ -56,7 +57,7 @@ def test_what_is_published_is_counted_once_and_stays_when_the_plan_goes(data, mo
     _finish(second)
     monkeypatch.setattr(experiments, "plan", lambda _: [second])
     assert experiments.table_of_rows().add("laptop") == 2
-    assert set(scale_tables.stored_rows().run_id) == {first.run_id, second.run_id}
+    assert set(read_table(scale_tables.table_path()).run_id) == {first.run_id, second.run_id}
     assert experiments.missing("laptop") == []
     rows = experiments.rows("laptop")
     assert set(rows[rows.superseded].run_id) == {first.run_id}
@@ -77,7 +78,7 @@ def test_an_earlier_recipe_is_shown_where_todays_plan_has_no_run_of_the_point(da
         earlier = rows[rows.profile == "laptop, earlier recipe"]
         assert set(earlier.run_id) == {shown.run_id, other.run_id} - {config.run_id for config in plan}
     gone = experiments.table_of_rows().drop(run_ids=[other.run_id])
-    assert len(gone) == 2 and set(scale_tables.stored_rows().run_id) == {first.run_id, changed.run_id}
+    assert len(gone) == 2 and set(read_table(scale_tables.table_path()).run_id) == {first.run_id, changed.run_id}
 
 
 def test_a_sweep_runs_what_is_missing_and_tells_what_failed(data, monkeypatch):
