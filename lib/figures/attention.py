@@ -14,7 +14,7 @@ from lib.model.transformer import Transformer
 def attention_maps(model: Transformer, fact: Fact, heads: dict[str, tuple[int, int]]) -> Figure:
     """Draw what heads attend to in a fact's in-tool dialog: a panel for each of `heads`, title -> (block, head).
 
-    A row is a position, from top to bottom, a column a position that it sees; more attention is darker, from 0 to 1.
+    Rows are positions, from top to bottom, columns the positions they see; more attention is darker, from 0 to 1.
     Ticks say where the parts of the dialog begin.
     """
     weights = _weights(model, fact)
@@ -31,7 +31,7 @@ def attention_maps(model: Transformer, fact: Fact, heads: dict[str, tuple[int, i
 def copying_maps(heads: dict[str, tuple[Transformer, int, int]], fact: Fact) -> Figure:
     """Draw how the name gets into the request: a panel for each of `heads`, title -> (model, block, head).
 
-    A row is the letter that is to be said next, a column a letter of the question; more attention is darker.
+    Rows are the letters to be said next, columns the letters of the question; more attention is darker.
     """
     places = {span.part: span for span in spans(fact)}
     said, source = places["name asked"], places["name"]
@@ -62,11 +62,10 @@ def _map(axes: Axes, title: str, head: tuple[int, int], weights: np.ndarray, tic
 def copying_by_letter(tables: dict[str, pd.DataFrame]) -> Figure:
     """Draw how a name is copied, letter by letter: attention on the letter that is next, and whether it is said.
 
-    tables: by their label, rows of `attention_maps.copying` of one copy and one head; letters that stand in few of the
-    names are left out.
+    tables: label -> rows of `attention_maps.copying` for one copy and one head. Letters of few names are left out.
     """
     letters = pd.concat(tables, names=["label"]).groupby(["label", "word", "letter"])[["mass", "right"]]
-    means = letters.mean()[letters.size() > 5].unstack("label").dropna()  # of letters that all have
+    means = letters.mean()[letters.size() > 5].unstack("label").dropna()  # of letters that all tables have
     ticks = [f"{letter + 1}" if letter else f"1\nname {word + 1}" for word, letter in means.index]
     with panels((9.6, 3), 1, 2, sharey=True) as (figure, (mass, right)):
         for axes, column in ((mass, "mass"), (right, "right")):

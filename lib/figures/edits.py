@@ -25,7 +25,7 @@ DELETED = {
     "gradient ascent among the others": "gradient ascent,\nthe others repeated",
     "delete from the database": "deleted",
 }
-#: Whom contested answers are about, with a title each, and what the database says, in the order of drawing.
+#: Whom contested answers are about, with their titles; then what the database says. Both in the order of drawing.
 WHO = {
     "trained": "trained people",
     "unseen": "unseen people",
@@ -38,8 +38,8 @@ RESULTS = ["the fact", "another value", "an unknown word", "two values", "nothin
 def edits(rows: pd.DataFrame) -> Figure:
     """Draw what changing facts takes and breaks, and what is still known of deleted ones.
 
-    rows: as `lib.experiments.edits.rows` gives them, of one number of facts a mode: means over seeds with bars from the
-    smallest to the largest.
+    rows: as `lib.experiments.edits.rows` gives them, one number of facts per mode. Drawn are means over seeds,
+    with bars from the smallest to the largest.
     """
     with panels((12.4, 3.4), 1, 4, width_ratios=(1, 1, 1, 1.2)) as (figure, (cost, harm, success, memory)):
         changed = rows[rows.experiment == "change"]
@@ -102,7 +102,7 @@ def contested(rows: pd.DataFrame) -> Figure:
 
 
 def forgiving(rows: pd.DataFrame) -> Figure:
-    """Draw recall and wrong answers against how many letters of a name the tool forgives, a panel a kind of person."""
+    """Draw recall and wrong answers against the letters that the tool forgives, one panel per kind of person."""
     rows = rows[rows.experiment == "forgive"]
     rows = rows.assign(letters=rows.method.str.extract(r"(\d)", expand=False).astype(float))
     counts = sorted(rows.n_facts.unique())

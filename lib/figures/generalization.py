@@ -34,9 +34,9 @@ KINDS = {
 def generalization(shares: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """Draw recall of unseen people against the number of training facts, a panel per kind of name (Section 5.2).
 
-    shares: as `summaries.unseen_shares` gives them; a point a seed, those of one number of facts side by side. The last
-    panel has the share of seeds that `summaries.seeds_that_generalize`, with 95% intervals. published: the paper's
-    points, grey, in the panel of people of `PUBLISHED_KIND`. Dotted: the recall of the best constant answers.
+    shares: as `summaries.unseen_shares` gives them; one point per seed, side by side. The last panel has the
+    share of seeds that `summaries.seeds_that_generalize`, with 95% intervals. published: the paper's points, grey, in
+    the panel of people of `PUBLISHED_KIND`. Dotted: the recall of the best constant answers.
     """
     kinds = list(KINDS)[1:]
     guess = best_constant_guess(unseen_people(FactsConfig(n_people=1), 1000)[PUBLISHED_KIND])
@@ -91,8 +91,8 @@ TOOL_CALLS_D_MODEL = 24
 def tool_calls(shares: pd.DataFrame, d_model: int = TOOL_CALLS_D_MODEL) -> Figure:
     """Draw what the first requests of in-tool models of one size are like, against the number of training facts.
 
-    shares: as `summaries.unseen_shares` gives them, those of the quick profile of any size; mean over seeds with bars
-    from the smallest to the largest.
+    shares: as `summaries.unseen_shares` gives them; rows of the quick profile may have any size. Drawn are means over
+    seeds, with bars from the smallest to the largest.
     """
     shares = shares[(shares["mode"] == "in-tool") & of_size(shares, d_model)]
     with panels((9.6, 3.1), 1, len(KINDS), sharey=True, sharex=True) as (figure, row):

@@ -25,15 +25,15 @@ from lib.figures.style import (
 )
 from lib.model.bounds import BY_HAND_PARAMETERS, MEASURED_BITS, bits_at_recall, parameters_needed
 
-#: The bits a parameter of the main figure's bound: what models of any size were measured to hold at most.
+#: The main figure's bound: a key of `MEASURED_BITS`, the bits per parameter that models were measured to hold.
 BOUND = "Allen-Zhu & Li 2024"
 
 
 def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: float = 0.95) -> Figure:
     """Draw parameters needed for a recall `threshold` against the number of facts (Section 5.1, main figure).
 
-    seeds: as `summaries.bounds_by_seed` gives them, a point each, side by side. published: as
-    `summaries.minimal_parameters`, lines with a band of one standard deviation. Thin lines are the fits of
+    seeds: as `summaries.bounds_by_seed` gives them, one point each, side by side. published: like
+    `summaries.minimal_parameters`, drawn as lines with a band of one standard deviation. Thin lines are the fits of
     `summaries.fit_of_mode`, with their 95% intervals in the legend. Section 4 gives the lower bound, for models that
     hold 2 bits a parameter, and the construction that recalls any number of facts with a tool.
     """
@@ -78,7 +78,7 @@ def lower_bound(points: pd.DataFrame, published: pd.DataFrame, threshold: float 
     """Draw parameters of the smallest in-weight models against what they have to know, and Section 4's bounds.
 
     Tables as `summaries.minimal_parameters` gives them. The lines are P = bits / b for the b bits that a parameter was
-    measured to hold at most: models below one would hold more. Another line is the construction with a tool.
+    measured to hold at most: models below a line would hold more. Another line is the construction with a tool.
     """
     style, label = STYLES["in-weight"], "smallest in-weight models"
     bits_per_fact = bits_at_recall(threshold) / len(VALUES)
@@ -105,7 +105,7 @@ def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame) -> Fi
     """Draw recall at the end of training against model size, a line per number of facts (Section 5.1).
 
     rows: of finished runs. A point is the mean over the seeds that ran this size, with bars from the smallest to the
-    largest: not all seeds, where a search chose sizes. published: the paper's in-weight curves, drawn behind.
+    largest. Where a search chose sizes, not all seeds ran each. published: the paper's in-weight curves, drawn behind.
     """
     counts = sorted(set(rows.get("n_facts", ())))
     colors = dict(zip(counts, shades(len(counts)), strict=True))
@@ -178,7 +178,7 @@ def bits_stored(held: pd.DataFrame) -> Figure:
 def patience(held: pd.DataFrame) -> Figure:
     """Draw recall, and the bits that a parameter stores, against passes over the facts (ours, of Section 5.1).
 
-    held: as `summaries.capacity` gives it; a line a size, with bars from the smallest to the largest seed.
+    held: as `summaries.capacity` gives it; one line per size, with bars from the smallest to the largest seed.
     """
     held = held.assign(passes=held.dialogs_seen / held.n_facts, bits=held.stored_bits / held.n_params)
     shown = {"recall": "recall at the end of training", "bits": "bits stored a parameter"}

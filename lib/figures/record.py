@@ -20,12 +20,12 @@ class Record(NamedTuple):
     """All about one figure. A new one is a function in a file of its section, and an entry of `FIGURES`."""
 
     shows: str  # the first sentence of its caption
-    draw: Callable[..., Figure]  # of `points`, of `published` if there are any, and of its options
+    draw: Callable[..., Figure]  # takes `points`, `published` if there are any, and options
     rows: Callable[..., pd.DataFrame]  # of a profile: the finished runs behind it
     points: Callable[..., pd.DataFrame]  # of a profile: the table that is drawn
     published: Callable[[], pd.DataFrame] | None = None  # the paper's points
     about_published: str = ""  # over which seeds, and when, the paper's points were measured
-    options: tuple[str, ...] = ()  # of threshold, d_model; tokenizer says whose own rows to add
+    options: tuple[str, ...] = ()  # among threshold, d_model, tokenizer (of the own rows)
     mode: str | None = None  # if only runs of one mode are drawn
     has_own: bool = True  # whether a profile that does not publish (quick) adds its own rows
 

@@ -1,7 +1,7 @@
 """Figures of Section 6: what fine-tuned chat models forget, and when hybrids use the tool.
 
 They are drawn from the tables of `lib.experiments.scale_tables`: checkpoints (`published_rows`) or last checkpoints
-(`comparable`). Color, line and filling show the mode, the marker the model or, in curves, the number of facts.
+(`comparable`). Color, line and filling show the mode; markers show the model or, in curves, the number of facts.
 Published models lie behind, smaller ones lighter; ours have black edges, those of the quick profile are hollow. Bars
 are standard errors, often smaller than the marker. A point without a value is left out.
 """
@@ -38,7 +38,7 @@ _TESTS = {"hellaswag": "HellaSwag accuracy", "trivia": "accuracy in our trivia"}
 
 
 def against_steps(rows: pd.DataFrame, metric: str) -> Figure:
-    """Draw a metric of `_LABELS` against the steps of fine-tuning, a panel a model, a line a run (Section 6).
+    """Draw a metric of `_LABELS` against the steps of fine-tuning, one panel per model, one line per run (Section 6).
 
     rows: of checkpoints, `capability_relative` (see `scale_tables.relative`) included if drawn. Both axes are shared.
     Distances are on a logarithmic axis, and so are steps, so the base model (step 0, distance 0) is left out.
@@ -189,7 +189,7 @@ def trivia(table: pd.DataFrame, model: str) -> Figure:
     return figure
 
 
-#: How questions can be answered, and its color.
+#: Ways to answer questions, and their colors.
 WAYS = {
     "closed-book": "#999999",
     "in-weight": MODES["in-weight"]["color"],
@@ -214,7 +214,7 @@ _PADDED = {"figure.constrained_layout.w_pad": 0.1}
 
 
 def _beside_legend(width: float, table: pd.DataFrame, n_columns: int = 1):
-    """Return `panels` so many inches wide, and high enough for the legend of a table."""
+    """Return `panels`, `width` inches wide and high enough for the legend of a table."""
     lines = table["mode"].nunique() + table.model.nunique() + len(table.groupby(["model", "mode"]))
     return panels((width, max(3.4, 0.13 * lines)), 1, n_columns, _PADDED, sharex=True)
 

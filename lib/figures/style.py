@@ -1,4 +1,4 @@
-"""The look that all figures share, what is drawn alike in several, alternative text, and writing to files."""
+"""What all figures share: style, helpers for drawing, alternative text, and saving."""
 
 import sys
 from collections.abc import Iterator

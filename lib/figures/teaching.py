@@ -80,7 +80,7 @@ _SPECIAL_TOKENS = {256: "U", 257: "A", 258: "D", 259: "E", ord("\n"): "\u21b5"}
 
 
 def trained_characters(tokens: Sequence[int], trained: Sequence[bool]) -> Figure:
-    """Draw a dialog of bytes, a character a place, special tokens as U, A, D and E; trained tokens are colored.
+    """Draw a dialog of bytes, one character per cell, special tokens as U, A, D and E; trained tokens are colored.
 
     tokens, trained: as `lib.dialogs.tokens.encode_dialog` gives them for the byte tokenizer; of ASCII text.
     """

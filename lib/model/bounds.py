@@ -32,8 +32,8 @@ def database_bits(n_names: int, n_values: Sequence[int]) -> float:
 def people_bits(n_people: int, alpha: float = 0.0, seed: int = 0) -> float:
     """Return the entropy in bits of the database of `sample_people(n_people, seed, alpha)`, given the names.
 
-    At alpha = 0 it is `database_bits`. Otherwise the databases are not equally likely, and the bound is one for
-    recalling a random one.
+    At alpha = 0 it is `database_bits`. Otherwise the databases are not equally likely, and the bound is for
+    recalling a random one of them.
     """
     return n_people * entropy_bits_per_person(n_people, seed, alpha)
 

@@ -4,12 +4,12 @@ Two more blocks find out how many hops a question has. The numbers of blocks and
 on the facts:
 
 1. *Count* positions, and the assistant's turns so far.
-2. *Read* the attribute. Turns are found as before, except the last request and its answer.
+2. *Read* the attribute. Turns are found as in `Circuit`, except the last request and its answer.
 3. *Match.* Each position compares the last letters with "the boss of ", in two steps: heads of the second block look a
    few letters back, heads of this one at what they found further back.
 4. *Plan.* Attention to the last match in the question gives the letters between "Where was " and the name. With the
    turns so far they tell what is due: a request for the boss, the request for the attribute, or the answer.
-5. *Copy* as before. Each request copies what was said last: the name in the question, or what the database answered.
+5. *Copy* as in `Circuit`. Each request copies what was said last: the name in the question, or the database's answer.
 
 Names must not contain "the boss of".
 """
@@ -97,10 +97,10 @@ class ChainCircuit(Circuit):
         ):
             units.append(_Unit(_STEEP * (one - seen), of_question / _STEEP, axis))
             units.append(_Unit(_STEEP * seen, of_database / _STEEP, axis))
-        # The last request's name. In its answer the attribute is what was asked for.
+        # The name in the last request. When the answer is due, that request asked for `attribute`.
         named = previous + one + self._by_attribute(lambda each: len(each.call))
         named = named, database - named - self._by_attribute(lambda each: len(each.close))
-        # How many links are still to be asked for: -1 in the answer. Where one is due, the attribute is not.
+        # How many links are still to be requested (-1 in the answer). While one is due, the attribute is not.
         due, link = skipped / len(PHRASE) + one - self.axes["turns"], self.axes["link"]
         self._if_positive(due, one, link)
         self._if_positive(-due, one, self.axes["done"])
@@ -108,7 +108,7 @@ class ChainCircuit(Circuit):
             self._if_positive(due, axis, -axis)
         self.axes["attribute"] = np.vstack([attribute, link])
         call, close = (text.encode() for text in tool_call("\0", LINK).split("\0"))
-        self.phrases.append(Phrases(b"", b"", call, close, b"", b"", b""))  # nobody asks about a link, or tells it
+        self.phrases.append(Phrases(b"", b"", call, close, b"", b"", b""))  # no question or answer is about a link
         self._speak(last, said_last, named, said_last, self.axes["done"])
 
     def _if_positive(self, number: np.ndarray, form: np.ndarray, to: np.ndarray) -> None:

@@ -66,7 +66,7 @@ def phrases(attribute: str) -> Phrases:
     """Cut the templates of one attribute. A template that holds name or value more than once is an `InputError`."""
     texts = question("\0", attribute), tool_call("\0", attribute), answer("\0", attribute, "\1")
     if [re.sub("[^\0\1]", "", text) for text in texts] != ["\0", "\0", "\0\1"]:
-        raise InputError(f"the templates of {attribute!r} must hold the name once, and the answer then the value")
+        raise InputError(f"the templates of {attribute!r} must hold the name once, the answer then the value once")
     return Phrases(*(part.encode() for text in texts for part in re.split("[\0\1]", text)))
 
 
@@ -122,7 +122,7 @@ class Circuit:
     #: Axes of the stream of one number each.
     scalars = ("one", "anchor", "position", "square", "first", "last", "database", "seen", "hand_over")
     n_blocks = 3
-    #: Axes that the second block does not know yet, or only behind its attention.
+    #: Axes that the second block's feed-forward cannot read yet.
     late = ("attribute",)
 
     def __init__(self, attributes: Sequence[str] = ATTRIBUTES):
@@ -239,7 +239,7 @@ class Circuit:
         heads.append(_Head("database token", [_FAR * one], [is_database], [position, is_database], to))
 
     def _copy(self) -> None:
-        """Build the third block, and the text that both say."""
+        """Build the third block, and the text that the second and third say."""
         first, last, database, seen = (self.axes[name] for name in ("first", "last", "database", "seen"))
         starts = self._by_attribute(lambda each: len(each.before) + 2)
         name = starts, first - starts - self._by_attribute(lambda each: len(each.after))

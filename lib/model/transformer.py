@@ -197,7 +197,7 @@ class Transformer(nn.Module):
         """Return cos and sin (n_positions or more, D) for `rotate`, from a table that grows by doubling."""
         table = self._rotary_table
         if table is None or len(table[0]) < n_positions or (table[0].dtype, table[0].device) != (dtype, self.device):
-            with torch.inference_mode(False):  # an evaluation may come first, and training must be able to use it
+            with torch.inference_mode(False):  # training cannot use a table made in inference mode
                 angles = rotary_angles(self.config, max(256, 2 ** (n_positions - 1).bit_length()), self.device)
                 cos, sin = angles.cos(), angles.sin()
                 table = tuple(

@@ -26,7 +26,7 @@ def build(out: Path | None = None, profile: str | None = None) -> Path:
         raise InputError(f"{out} holds something else than a book: name a folder that is not there yet")
     for package in ("sphinx", "myst_nb", "furo", "latex2mathml"):
         if not find_spec(package):
-            raise InputError(f"the book takes the package {package}: pip install -e '.[book]'")
+            raise InputError(f"the book needs the package {package}: pip install -e '.[book]'")
     from sphinx.application import Sphinx
     from sphinx.util.docutils import docutils_namespace
 

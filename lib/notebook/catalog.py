@@ -119,7 +119,7 @@ def checked(path: Path, profile: str, values: Mapping[str, Any] | None) -> dict[
 
 
 def _validated(path: Path, name: str, value: Any, *readers: Callable) -> Any:
-    """Return what the first of `readers` that accepts a value for the parameter's type gives, or raise InputError."""
+    """Return a value as the first of `readers` that accepts it for this parameter reads it, or raise InputError."""
     known = parameters(path)
     if name not in known:
         listed = ", ".join(f"{key}: {_type_name(kind)}" for key, kind in known.items())
@@ -135,10 +135,10 @@ def _type_name(kind: Any) -> str:
 
 
 def read(path: Path) -> NotebookNode:
-    """Return a notebook; InputError if the file is none."""
+    """Return a notebook; InputError if the file is not one."""
     try:
         notebook = nbformat.reads(paths.read_bytes(path, 64 << 20).decode(), as_version=4)
-        nbformat.validate(notebook)  # which `reads` only logs
+        nbformat.validate(notebook)  # `reads` only logs what is invalid
         TypeAdapter(list[str]).validate_python(produces(notebook))
         return notebook
     except Exception as error:
@@ -146,7 +146,7 @@ def read(path: Path) -> NotebookNode:
 
 
 def metadata(notebook: NotebookNode) -> dict[str, Any]:
-    """Return what a notebook's metadata say to this project."""
+    """Return this project's part of a notebook's metadata."""
     found = notebook.metadata.get("itl")
     return found if isinstance(found, dict) else {}
 

@@ -1,4 +1,4 @@
-"""Two models side by side in a notebook: asked the same, one of them with a database that can be changed in between."""
+"""Two models side by side in a notebook: they answer the same questions, and the database of one can be changed."""
 
 from asyncio import get_running_loop
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
-"""Compute again all that follows from paper_data: `itl refresh`, which every publishing ends with. Nothing is trained.
+"""Recompute all that follows from paper_data, without training: `itl refresh`. Publishing ends with it.
 
-That is paper_data/compared, the numbers in README.md, figures/, and the notebooks that draw from tables. Those are
-executed in place with `recompute=False` in the profile laptop, whose rows the tables hold.
+That is paper_data/compared, the numbers in README.md, figures/, and the notebooks that draw from tables. The notebooks
+are executed in place with `recompute=False` and the profile laptop, whose rows the tables hold.
 """
 
 import re
@@ -80,7 +80,7 @@ def _main_figure() -> str:
 
 
 def _rows() -> str:
-    """Return the state of the tables: rows, seeds and facts of each section and profile (takes the extra `scale`)."""
+    """Return the state of the tables: rows, seeds and facts of each section and profile (needs the extra `scale`)."""
     from lib.experiments import chains, edits
     from lib.finetune import experiments
 

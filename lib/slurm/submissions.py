@@ -1,4 +1,4 @@
-"""Submissions to Slurm: their record, the code that their jobs run, how their tasks stand, and what is missing.
+"""Submissions to Slurm: their record, the code that their jobs run, and the status of their tasks.
 
 A submission is a folder in runs/submissions: `submission.json` (its tasks as plain data, and the job of each), `code/`
 and `inputs/` (copies, so that later edits do not change queued jobs), `logs/`, and `outcomes/` with a JSON file for
@@ -157,13 +157,13 @@ def submit(planned: Submission, files: Mapping[str, Path]) -> None:
         planned.write()  # a job reads it, and may start at once
         planned.submit(range(len(planned.tasks)))
     except BaseException:
-        if not planned.jobs:  # else the jobs need their code, whatever happened after them
+        if not planned.jobs:  # else jobs were submitted, which need their code
             shutil.rmtree(planned.folder)
         raise
 
 
 def snapshot(folder: Path) -> None:
-    """Copy the code as it is now, and write the commit that it is of beside it."""
+    """Copy the code as it is now, with a file that names its commit."""
     from lib.provenance import COMMIT, commit
 
     ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", ".*.tmp")
@@ -174,24 +174,24 @@ def snapshot(folder: Path) -> None:
     (folder / COMMIT).write_text(f"{now}\n", encoding="utf-8")
 
 
-# How they stand -------------------------------------------------------------------------------------------------------
+# Status ---------------------------------------------------------------------------------------------------------------
 
 STATES = ("queued", "running", "done", "failed", "missing")
 
 
 class Standing(NamedTuple):
-    """How one task stands."""
+    """The status of one task."""
 
     position: int
     task: Task
     job: str | None
-    state: str  # one of STATES; failed: with an error; missing: its job is gone without one, cancelled or killed
+    state: str  # one of STATES; missing: its job is gone without an outcome, cancelled or killed
     reason: str  # why it waits, the error, or what is known of the job's end
     last_line: str  # of the log
 
 
 def status(submission: Submission, queue: dict[str, tuple[str, str]]) -> list[Standing]:
-    """Return how each task of a submission stands; `queue` from `job.queue`."""
+    """Return the status of each task of a submission; queue: from `job.queue`."""
     standings = []
     for position, task in enumerate(submission.tasks):
         job_id = submission.jobs.get(position)

@@ -23,7 +23,7 @@ class Resources(Config):
 
     partition: str | None = None
     time: str = Field("2:00:00", description="minutes, or D-HH:MM:SS; a job that needs more is requeued and goes on")
-    nodes: int = Field(1, ge=1, description="of a training")
+    nodes: int = Field(1, ge=1, description="for one training")
     gpus: int = Field(0, ge=0, description="of each node")
     cpus: int | None = Field(None, ge=1, description="of each process")
     mem: str | None = Field(None, description="of each node, as 16G")
@@ -87,7 +87,7 @@ def sweep(source: str, profile: str, hours: float, device: str) -> Work:
 
     plan = _parts(source, profile)
     costs = {i: cost for i, cost in enumerate(hours_ahead(source, profile, plan)) if cost}
-    if len(costs) > MAX_TASKS:  # two neighbours exceed the hours together, or they would be one task
+    if len(costs) > MAX_TASKS:  # two neighbouring tasks exceed the hours, else they would be one
         hours = max(hours, 2 * sum(costs.values()) / (MAX_TASKS - 1))
     tasks = []
     for group in pack(costs, hours):
