@@ -15,7 +15,7 @@ from lib.dialogs.tokens import tokenize_people
 from lib.facts.sampling import sample_people
 from lib.model.transformer import Transformer
 from lib.training.distributed import ALONE, Ranks, connect, full_tensor
-from lib.training.monitor import read_metrics
+from lib.training.monitor import read_record
 from lib.training.trainer import Trainer
 
 STEPS, HALF = 50, 25
@@ -59,7 +59,8 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 def record(directory: Path) -> list[dict]:
     """The metrics of a run but for how fast it was."""
     rates = ("tokens_per_second", "tflops", "mfu")
-    return [{name: line[name] for name in line if name not in rates} for line in read_metrics(directory)]
+    lines = read_record(directory / "metrics.jsonl")
+    return [{name: line[name] for name in line if name not in rates} for line in lines]
 
 
 def launch(n: int, work: Callable, *arguments) -> None:

@@ -75,7 +75,7 @@ def _commit(temporary: Path, folder: Path, state: str) -> None:
 
 
 def load(folder: Path, expect: Callable | None = None, ranks: Ranks = ALONE) -> tuple[dict[str, torch.Tensor], dict]:
-    """Return a checkpoint's expected tensors and its state, after a `check`; a DTensor reads this rank's shard."""
+    """Return a checkpoint's expected tensors and its state, if it passes `check`; of a DTensor, this rank's shard."""
     state, expected, reader = check(folder, expect)
     tensors = {name: torch.empty_like(x, device="cpu" if x.is_meta else x.device) for name, x in expected.items()}
     try:
@@ -183,7 +183,7 @@ def finish(saving: Future) -> None:
         if not isinstance(cause, OSError):
             raise cause from error
         raise WorkError(
-            f"a checkpoint could not be written ({cause}): see to it, the same command goes on from the one before"
+            f"a checkpoint could not be written ({cause}): fix that, then the same command goes on from the one before"
         ) from error
 
 

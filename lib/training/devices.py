@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from lib.base import InputError
@@ -43,7 +44,7 @@ def peak_flops(device: "torch.device", dtype: str) -> float | None:
 
 
 def memory(device: "torch.device", root: Path = Path("/")) -> float:
-    """Return a device's bytes of memory, or those that this process may use, by Linux's files in `root`; else inf."""
+    """Return a GPU's bytes of memory, or those this process may use by its control group below `root`; else inf."""
     import torch
 
     if device.type == "cuda":
@@ -73,7 +74,7 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _limits(root: Path, controller: str, *choices: list[str]) -> Iterator[list[float]]:
-    """Yield the numbers in the files of this process's control group and its ancestors, by version 2 or 1 of them."""
+    """Yield the numbers in the files of this process's control group (version 1 or 2) and its ancestors."""
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, group = line.split(":", 2)
@@ -88,7 +89,7 @@ def _limits(root: Path, controller: str, *choices: list[str]) -> Iterator[list[f
                         yield [float(word) for word in " ".join(texts).split()]
 
 
-def fastest_threads(step: Callable[[], object], most: int, rounds: int = 5) -> int:
+def fastest_threads(step: Callable[[], object], most: int) -> int:
     """Return how many threads, of 1, 2, 4, ... up to `most`, make `step` fast, from a few steps of each in turn.
 
     Medians are compared, and more threads must save a tenth of the time: beside a busy process each thread that
@@ -96,7 +97,7 @@ def fastest_threads(step: Callable[[], object], most: int, rounds: int = 5) -> i
     """
     choices = [n for n in (2**i for i in range(most.bit_length())) if n <= most]
     seconds: dict[int, list[float]] = {n: [] for n in choices}
-    for turn in range(rounds + 1):
+    for turn in range(6):
         for n in choices:
             with using_threads(n):
                 started = time.perf_counter()
@@ -105,7 +106,7 @@ def fastest_threads(step: Callable[[], object], most: int, rounds: int = 5) -> i
                     seconds[n].append(time.perf_counter() - started)
     best = choices[0]
     for n in choices[1:]:
-        if WORTH_A_CORE * sorted(seconds[n])[rounds // 2] < sorted(seconds[best])[rounds // 2]:
+        if WORTH_A_CORE * median(seconds[n]) < median(seconds[best]):
             best = n
     return best
 

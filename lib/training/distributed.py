@@ -77,7 +77,7 @@ class Ranks:
         return DistributedDataParallel(model, process_group=self.mesh["data"].get_group())
 
     def full_model(self, model: Transformer) -> Transformer:
-        """Return the model with full weights in this process, itself if it has them. Every rank must call this."""
+        """Return the model with full weights in this process, `model` if it has them. Every rank must call this."""
         parameters = dict(model.named_parameters())
         if not any(map(_is_divided, parameters.values())):
             return model
@@ -159,7 +159,7 @@ def connect(device: torch.device, config: ModelConfig, sharded: bool = False, te
     if size == 1:
         yield ALONE
         return
-    # Two all-reduces for a tensor on a 2D mesh, and views returned by an FSDP2 block: harmless here.
+    # Harmless here: warnings of two all-reduces for a tensor on a 2D mesh, and of views returned by an FSDP2 block.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module returned a view")
     if device.type == "cuda":

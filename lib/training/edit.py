@@ -41,8 +41,8 @@ def edit(
 ) -> Edited:
     """Train a copy of a model on some dialogs until `is_done`, asked every `look_every` steps, or for `max_steps`.
 
-    forget: increase the loss of these dialogs instead (gradient ascent). keep: dialogs that every step also trains on,
-    as many, so that the model does not forget them. optim: its learning rates are constant.
+    forget: increase the loss of these dialogs instead (gradient ascent). keep: dialogs that the model must not forget:
+    every step trains on as many of them. optim: its learning rates are kept constant.
     """
     model = copy.deepcopy(model).train()
     optimizers = build_optimizers(model, optim)

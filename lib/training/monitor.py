@@ -52,7 +52,7 @@ class Record:
         return self
 
     def __exit__(self, *_):
-        with suppress(OSError):  # that a line did not fit was said
+        with suppress(OSError):  # `write` has reported that the disk is full
             self.file.close()
 
 
@@ -184,11 +184,6 @@ def read_record(path: Path) -> list[dict]:
     return lines
 
 
-def read_metrics(directory: Path) -> list[dict]:
-    """Return the metrics that a `Monitor` wrote to `directory`, oldest first."""
-    return read_record(directory / "metrics.jsonl")
-
-
 def _summary_writer() -> type:
     """Return TensorBoard's writer; an `InputError` if it is not installed."""
     try:
@@ -208,7 +203,7 @@ def _wandb() -> Iterator[ModuleType]:
     try:
         yield wandb
     except wandb.Error as error:
-        raise InputError(f"Weights & Biases: {str(error).rstrip('.')} (WANDB_MODE=offline takes no account)") from None
+        raise InputError(f"Weights & Biases: {str(error).rstrip('.')} (WANDB_MODE=offline needs no account)") from None
 
 
 def _wandb_run(project: str, directory: Path):
@@ -225,6 +220,6 @@ def _wandb_run(project: str, directory: Path):
             id=name.read_text(encoding="utf-8"),
             resume="allow",
             dir=directory,
-            reinit="create_new",  # beside those of other runs of this process
+            reinit="create_new",  # other runs of this process stay open
             settings=wandb.Settings(console="off"),  # a progress bar is no metric
         )

@@ -13,10 +13,10 @@ MOMENTS = ("mean", "std", "skew", "kurtosis")
 
 @contextmanager
 def probe(model: nn.Module) -> Iterator[list[dict]]:
-    """Within, record the outputs of all submodules, and the loss's gradient with respect to them; yield their moments.
+    """Record all submodules' outputs in the context, and the loss's gradients with respect to them; yield moments.
 
-    The list is filled at the end with {"tensor": name of the submodule, "of": "output" or "gradient", and `MOMENTS`},
-    None where a moment is not defined, of constant tensors. Moments are over all elements, padding included, and all
+    The list is filled at the end with {"tensor": name of the submodule, "of": "output" or "gradient", and `MOMENTS`};
+    moments that constant tensors do not have are None. Moments are over all elements, padding included, and all
     passes together: micro-batches give what the whole batch gives. Only passes that record gradients count. The
     model has to be called as it is: not compiled, not wrapped.
     """

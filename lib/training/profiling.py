@@ -19,8 +19,8 @@ WAIT, WARM_UP = 3, 2
 def profiled(folder: Path, n_steps: int) -> Iterator[Callable[[], None]]:
     """Record `n_steps` training steps after `WAIT + WARM_UP` others; yield a function to call after each step.
 
-    Writes trace.json, which Perfetto and chrome://tracing show, and summary.txt: the operators that take most time
-    themselves, with the memory that they allocate.
+    Writes trace.json, which Perfetto and chrome://tracing show, and summary.txt: the operators with most time of
+    their own, and the memory that they allocate.
     """
     on_gpu = torch.cuda.is_available()
 
@@ -42,7 +42,7 @@ def profiled(folder: Path, n_steps: int) -> Iterator[Callable[[], None]]:
         on_trace_ready=write,
         record_shapes=True,
         profile_memory=True,
-        acc_events=True,  # one cycle, so nothing accumulates; without it there is a warning about the others
+        acc_events=True,  # there is one cycle: nothing accumulates, but torch would warn
     ) as profiler:
         yield profiler.step
     if profiler.step_num <= WAIT + WARM_UP:

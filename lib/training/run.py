@@ -64,8 +64,8 @@ def run(
     the paths in the configuration. threads: of the CPU; None keeps those that the run began with, and a new run
     that may use several measures how many are fastest.
 
-    Raises `InputError` if the directory belongs to another configuration, people, tokens or files; then nothing was
-    trained; and `WorkError`, `Preempted` among them, if training could not go on: the same call continues it.
+    Raises `InputError`, before any training, if the directory belongs to another configuration, people, tokens or
+    files; and `WorkError` (`Preempted` is one) if training could not go on: the same call continues it.
     """
     device, directory = local_device(resolve_device(device)), Path(directory)
     check_observers(observers)
@@ -134,11 +134,11 @@ def no_room_told() -> Iterator[None]:
     except RuntimeError as error:
         if not any(words in str(error) for words in ("out of memory", "allocate memory")):
             raise
-        raise WorkError("out of memory: give a smaller model or batch, or this command where there is more") from error
+        raise WorkError("out of memory: give a smaller model or batch, or use a machine with more") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise WorkError(f"there is no room left ({error}): make some, the same command goes on from there") from error
+        raise WorkError(f"the disk is full ({error}): free some space, then the same command goes on") from error
 
 
 def read_inputs(config: RunConfig) -> tuple[People, Tokenizer]:
@@ -190,9 +190,9 @@ def _check_memory(config: RunConfig, people: People, tokenizer: Tokenizer, devic
 
 
 def _choose_threads(directory: Path, device: torch.device, trial: Callable[[], Trainer]) -> int:
-    """Return a run's number of threads: as it began with, else as the environment sets it.
+    """Return a run's number of threads: what it began with, else what the environment sets.
 
-    If that sets none, a new run on a CPU measures the fastest number, in a few steps of `trial`.
+    If neither gives one, a new run on a CPU measures the fastest number, in a few steps of `trial`.
     """
     given = torch.get_num_threads()
     if (directory / CLAIM).exists():

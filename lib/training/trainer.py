@@ -87,7 +87,7 @@ class Trainer:
         if smallest < n_parts * ranks.data_size:
             each = f" on {ranks.data_size} processes" if ranks.data_size > 1 else ""
             raise InputError(
-                f"training.grad_accumulation = {n_parts}{each}, but there are batches of {smallest} dialogs only"
+                f"training.grad_accumulation = {n_parts}{each} is too large for batches of {smallest} dialogs"
             )
         self.check_directory: Callable[[], None] = lambda: None  # called before anything is written there
         self.counters = {"step": 0, "dialogs_seen": 0, "seconds": 0.0, "reached": 0, "hopeless": False}
@@ -306,7 +306,7 @@ class Trainer:
             slots: dict[int, dict[str, torch.Tensor]] = {}
             for name, tensor in below(f"optim.{i}.", tensors).items():
                 parameter, slot = name.split(".")
-                slots.setdefault(int(parameter), {})[slot] = tensor.clone()  # not the file, which retention deletes
+                slots.setdefault(int(parameter), {})[slot] = tensor.clone()  # a copy: retention deletes the file
             groups = optimizer.state_dict()["param_groups"]  # set by configuration and schedule
             optimizer.load_state_dict({"state": slots, "param_groups": groups})
         self.losses = list(tensors["losses"].to(self.model.device) / self.ranks.data_size)

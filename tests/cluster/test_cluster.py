@@ -19,7 +19,7 @@ from lib.paths import ROOT
 from lib.slurm import job, submissions
 from lib.slurm.tasks import Resources
 from lib.training.checkpoint import TENSORS, latest
-from lib.training.monitor import read_metrics
+from lib.training.monitor import read_record
 
 STEPS, CHECKPOINT_EVERY = 500, 20
 RUN = ["--people", 2, "--d-model", 4, "--set", f"training.steps={STEPS}"]
@@ -184,7 +184,7 @@ def test_a_training_on_two_nodes_has_the_losses_of_one_process_and_survives_a_pr
     checkout.itl("train", *arguments, "--out", one)
     assert wait_until_over(name) == ["done"]
     assert restarts(name) == 1
-    losses = [[line["loss"] for line in read_metrics(folder)] for folder in (two, one)]
+    losses = [[line["loss"] for line in read_record(folder / "metrics.jsonl")] for folder in (two, one)]
     assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert latest(two / "checkpoints") is None and path.read_text().count("a step") == 100
 

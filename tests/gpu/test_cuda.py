@@ -14,7 +14,7 @@ from lib.facts.sampling import load_people
 from lib.model.transformer import Transformer
 from lib.paths import DATABASE
 from lib.training.cuda_graph import WARM_UP, CudaGraph
-from lib.training.monitor import read_metrics
+from lib.training.monitor import read_record
 from lib.training.run import run
 from lib.training.saved import load_model
 from lib.training.trainer import Trainer
@@ -123,4 +123,4 @@ def test_a_sweep_shares_the_gpu_among_processes(tmp_path, monkeypatch):
 def test_metrics_give_the_share_of_a_known_peak(tmp_path):
     trainer = make_trainer({"training": {"dtype": "bfloat16"}}, tmp_path, True, "cuda")
     trainer.train()
-    assert 0 < read_metrics(tmp_path)[-1]["mfu"] < 1
+    assert 0 < read_record(tmp_path / "metrics.jsonl")[-1]["mfu"] < 1

@@ -23,7 +23,7 @@ from lib.config import UNOBSERVED, Observers
 from lib.paths import ROOT
 from lib.progress import _Lines, progress
 from lib.training import monitor
-from lib.training.monitor import Monitor, Throughput, check_observers, read_metrics
+from lib.training.monitor import Monitor, Throughput, check_observers, read_record
 from lib.training.profiling import WAIT, WARM_UP, profiled
 
 
@@ -130,7 +130,7 @@ def test_progress_can_be_asked_for_and_switched_off(monkeypatch, asked, descript
 def test_metrics_are_lines_of_json_that_can_be_read_while_they_are_written(tmp_path):
     with Monitor(tmp_path / "new", total=3) as record:
         record.log(1, loss=0.1 + 0.2)
-        assert read_metrics(tmp_path / "new") == [{"step": 1, "loss": 0.1 + 0.2}]
+        assert read_record(tmp_path / "new" / "metrics.jsonl") == [{"step": 1, "loss": 0.1 + 0.2}]
         record.log(2, loss=0.25, recall=1.0)
     lines = (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
@@ -145,10 +145,11 @@ def test_a_resumed_record_drops_what_came_after_the_checkpoint_and_a_half_writte
             record.log(step, loss=float(step))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
-    assert [line["step"] for line in read_metrics(tmp_path)] == [2, 4, 4, 6]
+    assert [line["step"] for line in read_record(tmp_path / "metrics.jsonl")] == [2, 4, 4, 6]
     with Monitor(tmp_path, total=9, step=4) as record:
         record.log(6, loss=0.5)
-    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(2, 2.0), (4, 4.0), (4, 4.0), (6, 0.5)]
+    lines = read_record(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["loss"]) for line in lines] == [(2, 2.0), (4, 4.0), (4, 4.0), (6, 0.5)]
 
 
 def test_a_line_that_does_not_fit_on_the_disk_names_the_file_and_those_before_stay(tmp_path):
@@ -168,7 +169,7 @@ def test_a_last_line_that_lacks_only_its_end_is_kept_and_ended(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}')
     with Monitor(tmp_path, total=9, step=2) as record:
         record.log(4, loss=2.0)
-    assert [line["step"] for line in read_metrics(tmp_path)] == [2, 4]
+    assert [line["step"] for line in read_record(tmp_path / "metrics.jsonl")] == [2, 4]
 
 
 def test_the_bar_shows_steps_and_the_last_metrics(tmp_path, monkeypatch):
@@ -275,7 +276,7 @@ def test_weights_and_biases_gets_the_same_metrics_offline_and_without_an_account
     lines = _history(tmp_path / "run", 2)
     found = [{k: v for k, v in line.items() if k in ("_step", "loss", "recall")} for line in lines]
     assert found == [{"_step": 1, "loss": 0.1 + 0.2}, {"_step": 2, "loss": 0.75, "recall": 1.0}]
-    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 2]
+    assert [line["step"] for line in read_record(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 2]
 
 
 def test_an_interrupted_run_goes_on_as_the_same_run_of_weights_and_biases(tmp_path, offline):

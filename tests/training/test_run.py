@@ -28,7 +28,7 @@ from lib.paths import write_json
 from lib.provenance import _git, commit
 from lib.training import checkpoint
 from lib.training.devices import resolve_device
-from lib.training.monitor import Record, read_metrics
+from lib.training.monitor import Record, read_record
 from lib.training.optim import Muon
 from lib.training.run import run
 from lib.training.saved import load_model, save_model
@@ -62,7 +62,7 @@ def test_a_run_leaves_its_configuration_people_metrics_model_and_row(finished):
     assert names == {"config.json", "people.sqlite", "metrics.jsonl", "model", "row.json"}
     assert json.loads((directory / "row.json").read_text()) == row
     assert RunConfig.parse(json.loads((directory / "config.json").read_text())["config"]) == config
-    assert [line["step"] for line in read_metrics(directory)] == [12]
+    assert [line["step"] for line in read_record(directory / "metrics.jsonl")] == [12]
 
 
 def test_nothing_of_a_run_is_a_pickle(finished):
@@ -82,7 +82,7 @@ def test_the_row_says_what_was_run_and_measured(finished):
     assert row["n_params"] == sum(parameter.numel() for parameter in model.parameters())
     assert (row["steps"], row["steps_budget"], row["stopped"], row["dialogs_seen"]) == (12, 12, "budget", 12 * 16)
     assert row["people_digest"] == people.digest()
-    assert row["loss"] == read_metrics(directory)[-1]["loss"]
+    assert row["loss"] == read_record(directory / "metrics.jsonl")[-1]["loss"]
     assert (row["torch"], row["commit"]) == (torch.__version__, commit())
     by_attribute = [row[f"recall_{attribute}"] for attribute in people.attributes]
     assert row["recall"] == pytest.approx(sum(by_attribute) / 4)
@@ -245,14 +245,14 @@ def test_what_is_refused_late_claims_no_folder(tmp_path):
     (tmp_path / "there").mkdir()
     too_many = {"training__grad_accumulation": 100}
     for directory in (tmp_path / "new" / "run", tmp_path / "there"):
-        _refused(_config(**too_many), directory, "batches of 16 dialogs only")
+        _refused(_config(**too_many), directory, "batches of 16 dialogs")
         assert run(_config(training__steps=1), directory)["steps"] == 1
-    _refused(_config(**too_many), tmp_path / "run", "batches of 16 dialogs only")
+    _refused(_config(**too_many), tmp_path / "run", "batches of 16 dialogs")
     assert not (tmp_path / "run").exists()
 
 
 LATE = {
-    "more parts of a batch than dialogs": ({"training.grad_accumulation": 17}, {}, "batches of 16 dialogs only"),
+    "more parts of a batch than dialogs": ({"training.grad_accumulation": 17}, {}, "batches of 16 dialogs"),
     "tensor ranks that are not there": ({}, {"tensor": 2}, "tensor = 2 does not divide"),
     "a device that is not there": ({}, {"device": "cuda:99"}, "no device"),
     "a file of dialogs that is not there": ({"training.files": {"none.jsonl": 0.5}}, {}, "no such file"),
@@ -622,7 +622,7 @@ def test_a_second_process_waits_for_the_first_and_finds_its_row(tmp_path):
     assert [process.exitcode for process in processes] == [0, 0]
     rows = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
     assert rows[0] == rows[1]  # to the second in which they were finished: one run
-    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [50, 60]
+    assert [line["step"] for line in read_record(tmp_path / "run" / "metrics.jsonl")] == [50, 60]
 
 
 # ---- Threads

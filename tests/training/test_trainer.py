@@ -26,7 +26,7 @@ from lib.dialogs.tokens import TokenizedDialogs, encode_dialog, tokenize
 from lib.facts.sampling import sample_people
 from lib.model.transformer import Transformer
 from lib.training import checkpoint
-from lib.training.monitor import read_metrics
+from lib.training.monitor import read_record
 from lib.training.trainer import LOG_EVERY, Trainer
 
 PEOPLE = sample_people(8)
@@ -111,14 +111,14 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole(data, tmp_path, loss, 
 
 
 def test_a_batch_has_no_more_parts_than_dialogs(data, tmp_path):
-    with pytest.raises(InputError, match="grad_accumulation = 100, but there are batches of 10 dialogs only"):
+    with pytest.raises(InputError, match="grad_accumulation = 100 is too large for batches of 10 dialogs"):
         _trainer(data, _config(grad_accumulation=100), tmp_path)
 
 
 def test_uneven_batches_are_cut_into_as_many_parts(tmp_path):
     """20 dialogs in batches of at most 7 are two of 7 and one of 6, in four parts. More parts are refused."""
     data = tokenize(dialogs(sample_people(5), "in-weight"), ByteTokenizer())
-    with pytest.raises(InputError, match="grad_accumulation = 7, but there are batches of 6"):
+    with pytest.raises(InputError, match="grad_accumulation = 7 is too large for batches of 6"):
         _trainer(data, _config(batch_size=7, grad_accumulation=7), tmp_path)
     losses = []
     for parts in (1, 4):
@@ -178,7 +178,7 @@ def test_bfloat16_trains_float32_weights_and_stays_near_float32(data, tmp_path):
 
 def test_training_lowers_the_loss_and_reports_what_it_did(data, tmp_path):
     outcome = _trainer(data, _config(steps=120, batch_size=32), tmp_path).train()
-    metrics = read_metrics(tmp_path)
+    metrics = read_record(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [50, 100, 120]
     assert metrics[-1]["loss"] == outcome.loss < 0.7 * metrics[0]["loss"]
     assert (outcome.steps, outcome.dialogs_seen, outcome.stopped) == (120, 120 * 32, "budget")
@@ -189,7 +189,7 @@ def test_every_loss_in_the_metrics_stands_beside_the_throughput_of_training_alon
     config = _config(steps=60, batch_size=32, evaluation={"every": 1, "stop_at_recall": None})
     trainer = _trainer(data, config, tmp_path, lambda _: time.sleep(0.05) or 0.0)
     ending = trainer.train()
-    lines = [line for line in read_metrics(tmp_path) if "loss" in line]
+    lines = [line for line in read_record(tmp_path / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in lines] == [50, 60] and all("mfu" not in line for line in lines)
     tokens = sum(int(trainer.n_trained[trainer.batches[step]].sum()) for step in range(50))
     assert tokens / lines[0]["tokens_per_second"] < ending.seconds - 60 * 0.05
@@ -224,7 +224,7 @@ def test_training_that_diverges_ends_with_the_step_and_keeps_good_checkpoints(da
     assert f"the loss of step {bad} is not finite" in str(caught.value) and "\n" not in str(caught.value)
     assert caught.value.exit_code == 1 and trainer.counters["step"] == max(every, 10)
     assert [folder.name for folder in checkpoint.steps(tmp_path / "b" / "checkpoints")] == [f.name for f in good]
-    assert [line["step"] for line in read_metrics(tmp_path / "b")] == []
+    assert [line["step"] for line in read_record(tmp_path / "b" / "metrics.jsonl")] == []
 
 
 def test_weights_that_are_not_finite_are_no_checkpoint(data, tmp_path):
@@ -271,7 +271,7 @@ def test_training_ends_after_two_good_evaluations_in_a_row(data, tmp_path):
     config = _config(steps=40, evaluation={"every": 2, "stop_at_recall": 0.9})
     outcome = _trainer(data, config, tmp_path, _replay([0.0, 0.9, 0.89, 1.0, 0.9])).train()
     assert (outcome.steps, outcome.stopped) == (10, "recall")
-    recalls = [(line["step"], line["recall"]) for line in read_metrics(tmp_path) if "recall" in line]
+    recalls = [(line["step"], line["recall"]) for line in read_record(tmp_path / "metrics.jsonl") if "recall" in line]
     assert recalls == [(2, 0.0), (4, 0.9), (6, 0.89), (8, 1.0), (10, 0.9)]
 
 
@@ -520,7 +520,7 @@ def test_a_process_killed_at_random_moments_ends_with_the_same_weights_and_recor
     assert _identical(whole, killed), f"killed after the checkpoints of steps {moments}"
     record = [ranks.record(tmp_path / part) for part in ("whole", "killed")]
     assert record[0] == record[1], f"killed after the checkpoints of steps {moments}"
-    losses = [line["step"] for line in read_metrics(tmp_path / "killed") if "loss" in line]
+    losses = [line["step"] for line in read_record(tmp_path / "killed" / "metrics.jsonl") if "loss" in line]
     assert losses == sorted(set(losses)) and losses[-1] == 200
 
 
