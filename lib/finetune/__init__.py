@@ -7,4 +7,4 @@ from lib.base import InputError
 
 for _package in ("accelerate", "datasets", "lm_eval", "peft", "transformers", "trl"):
     if find_spec(_package) is None:
-        raise InputError(f"fine-tuning takes the package {_package}: pip install -e '.[scale]'")
+        raise InputError(f"fine-tuning needs the package {_package}: pip install -e '.[scale]'")

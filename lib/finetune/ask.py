@@ -1,4 +1,4 @@
-"""Recall of a chat model behind a server that may look people up, in the paper's words and in ten paraphrases.
+"""Recall of people whom a chat model behind a server may look up, in the paper's words and in ten paraphrases.
 
 Protocol "tools" offers the function `find` of `lib.agent.server`, "text" the paper's request, "closed-book" no tool.
 """
@@ -38,7 +38,7 @@ class Verdict(StrEnum):
     NO_CALL = "no call"
     WRONG_ATTRIBUTE = "wrong attribute"  # the name may be wrong, too
     WRONG_NAME = "wrong name"
-    MALFORMED = "malformed call"  # of another function, with other arguments, or in the answer, unseen by the server
+    MALFORMED = "malformed call"  # another function, other arguments, or a call in the text of the answer
     IGNORED = "answer ignored"  # the fact was found, but the model's answer, if any, is another
     WRONG = "wrong answer"  # closed-book
     SERVER_ERROR = "server error"
@@ -113,7 +113,7 @@ class PeopleTask(Find):
     def grade(self, record: dict, asked: PersonQuestion) -> dict:
         """Return whether a record is `correct`, its `outcome`, a `Verdict`, and what was asked.
 
-        Right is an answer that `contains` the value, if with a tool a query for this attribute and name found it.
+        An answer is right if it `contains` the value and, with a tool, a query for this attribute and name found it.
         """
         outcome = _verdict(record, asked)
         return {"correct": outcome == Verdict.RIGHT, "outcome": outcome.value, **asked._asdict()}
@@ -161,7 +161,7 @@ def recall_by_phrasing(records: Sequence[dict]) -> pd.DataFrame:
     Recall is over `n_questions`, those without a server error; `low` and `high` are Wilson's 95% interval.
     """
     by = ["protocol", "phrasing"]
-    table = pd.DataFrame(records, columns=[*by, "outcome"])  # an answer may be no text that pandas takes
+    table = pd.DataFrame(records, columns=[*by, "outcome"])  # pandas does not accept every answer
     table = table.groupby([*by, "outcome"], sort=False).size().unstack(fill_value=0)
     table = table.reindex(columns=list(map(str, Verdict)), fill_value=0)
     n = table.drop(columns=Verdict.SERVER_ERROR).sum(axis=1)

@@ -10,7 +10,7 @@ class Base:
     hub: str
     in_weight: float = 5e-5
     in_tool: float = 5e-5
-    #: The published model that these rates are from, this one or one of its size; None if none is published.
+    #: The published model with these rates: this one, or one of its size. None: there is none.
     rates_of: str | None = None
 
 
@@ -50,4 +50,4 @@ def learning_rate(base: str, mode: str, adapters: bool = False) -> float:
 def rate_source(base: str) -> str:
     """Return the source of `learning_rate`'s rates in a few words."""
     known = BASES.get(base, Base(base))
-    return f"published for {known.rates_of}" if known.rates_of else "nobody published one for this model"
+    return f"published for {known.rates_of}" if known.rates_of else "no published rate"

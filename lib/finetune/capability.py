@@ -21,7 +21,7 @@ from lib.finetune.triviaqa import SHIPPED, load_questions
 from lib.paths import read_bytes, write_json
 from lib.progress import progress
 
-#: Names a file with HellaSwag's validation set, a JSON object a line as the hub has it; else the hub is asked.
+#: Environment variable with the path of HellaSwag's validation set, JSON lines like the hub's. Unset: the hub.
 HELLASWAG = "ITL_HELLASWAG"
 
 
@@ -71,7 +71,7 @@ def measure_capability(
 
 
 def capability_source(test: str) -> str:
-    """Return the source of a test's items: "hub", or a digest of their file, the repository's for trivia."""
+    """Return the source of a test's items: "hub", or a digest of their file (trivia: the shipped one)."""
     file = SHIPPED if test == "trivia" else os.environ.get(HELLASWAG)
     if file is None:
         return "hub"

@@ -67,9 +67,9 @@ class FinetuneConfig(Identified):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         if self.batch_size % self.grad_accumulation:
-            raise ValueError(f"grad_accumulation = {self.grad_accumulation} does not divide the {self.batch_size}")
+            raise ValueError(f"grad_accumulation = {self.grad_accumulation} must divide batch_size {self.batch_size}")
         if self.task == "hybrid" and self.mode == "in-weight":
-            raise ValueError("task = hybrid takes mode = in-tool or in-tool-text: what is rare is looked up")
+            raise ValueError("task = hybrid needs mode = in-tool or in-tool-text: rare facts are looked up")
         return self
 
     @property
@@ -80,9 +80,9 @@ class FinetuneConfig(Identified):
         return f"{self.base}, {what}{adapters}, {self.n_facts:,} facts, rate {rate(self.lr)}, seed {self.seed}"
 
     def total_steps(self, n_conversations: int) -> int:
-        """Return the steps of the schedule for so many conversations."""
+        """Return the steps of the schedule for `n_conversations`."""
         return self.steps or max(60, math.ceil(100 * n_conversations / self.batch_size))
 
     def interval(self, n_conversations: int) -> int:
-        """Return the steps between two checkpoints for so many conversations."""
+        """Return the steps between two checkpoints for `n_conversations`."""
         return self.checkpoint_every or max(1, self.total_steps(n_conversations) // 10)

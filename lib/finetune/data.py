@@ -20,9 +20,8 @@ from lib.dialogs.templates import answer, question, tool_call
 from lib.facts.people import ATTRIBUTES, People
 from lib.facts.sampling import sample_people
 from lib.finetune.config import ChatMode
+from lib.training.loss import IGNORED
 
-#: The label of a token that is not trained, which `torch.nn.functional.cross_entropy` ignores.
-IGNORED = -100
 #: The id of a call, which its result refers to. Some templates insist on nine letters and digits.
 CALL_ID = "find00000"
 
@@ -36,7 +35,7 @@ def people_of(n_facts: int, seed: int = 0) -> People:
 
 
 def chats(people: People, mode: ChatMode) -> Iterator[dict]:
-    """Yield a row a fact, person by person: `messages` and, in-tool, `tools`."""
+    """Yield one row per fact, person by person: `messages` and, in-tool, `tools`."""
     find = Find(people.attributes)
     for name, attribute, value in people.facts():
         chat, turns = opening(question(name, attribute), mode, find.declaration), []
@@ -84,8 +83,8 @@ def call_and_result(function: dict, result: str) -> list[dict]:
 def tokenize_chats(chats: Iterable[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """Return conversations as `input_ids` and `labels`, a row each, in their order.
 
-    tokenizer: with a chat template. Trained are the assistant's words and the special token that ends its turn, as it
-    would be generated; other labels are `IGNORED`. No row is truncated or skipped: one of more than `max_length`
+    tokenizer: with a chat template. The assistant's words and the special token that ends its turn are trained, as
+    they would be generated; other labels are `IGNORED`. No row is truncated or skipped: one of more than `max_length`
     tokens is an `InputError`, and so is a template that cannot write a message, leaves out part of it, writes it
     differently once others follow, or never ends a turn.
     """
@@ -97,8 +96,8 @@ def tokenize_chats(chats: Iterable[dict], tokenizer: PreTrainedTokenizerBase, ma
             raise InputError(f"conversation {number} does not fit the tokenizer's chat template: {error}") from None
         if len(tokens) > max_length:
             raise InputError(
-                f"conversation {number} has {len(tokens)} tokens, more than max_length = {max_length}: give at least "
-                "as many, for nothing is cut"
+                f"conversation {number} has {len(tokens)} tokens, more than max_length = {max_length}: raise it, "
+                "for nothing is cut"
             )
         rows.append({"input_ids": tokens, "labels": labels})
     return Dataset.from_list(rows)
@@ -129,7 +128,7 @@ def _encode_chat(
             turn = render(i + 1, tokenize=True)
             if tokens[: len(turn)] != turn or turn[: len(start)] != start:
                 raise ValueError(
-                    f"it writes message {i + 1} in another way than it is generated; take one made for training"
+                    f"it writes message {i + 1} in another way than it is generated; use a template made for training"
                 )
             ends = [place for place in range(len(start), len(turn)) if turn[place] in special]
             if not ends:

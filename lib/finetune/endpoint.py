@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -59,15 +58,10 @@ class EndpointConfig(Config):
             raise ValueError("it takes the address of a server, as http://localhost:8000/v1")
         return url
 
-    @cached_property
-    def digest(self) -> str:
-        """`digest_of` general knowledge."""
-        return self.digest_of(triviaqa)
-
     def digest_of(self, task: Any) -> str:
         """Return 8 hexadecimal digits of all that an answer depends on, except the question and the tool's result.
 
-        Where the model is a folder, its files are read once.
+        Reads all files of a model that is a folder.
         """
         how = self.model_dump_json(include={"model", "protocol", "system", "max_tokens", "max_turns"})
         told = json.dumps(task.opening("", PROTOCOLS[self.protocol]))
@@ -95,8 +89,8 @@ async def ask_all(
     `read_query`, `look_up_turns` and `grade` and by `NO_RESULT`, as `lib.finetune.triviaqa` does. Its questions have a
     `text`, its queries are JSON. look_up: answers a query, as a `Store` does. out: a file of JSON lines to which each
     record is added as it comes. Questions with an error-free record of the same `asked` are skipped, unless a query of
-    theirs would now find something else; old answers are graded against today's `questions`. Raises `InputError` if it
-    is no file of records. description: of the progress shown, if any.
+    theirs would now find something else; old answers are graded against today's `questions`. Raises `InputError` if
+    `out` is no file of records. description: of the progress shown, if any.
     """
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     out, asked = paths.check_output(Path(out), "records to "), endpoint.digest_of(task)
@@ -106,7 +100,7 @@ async def ask_all(
     is_here = urlsplit(endpoint.base_url).hostname in ("localhost", "127.0.0.1", "::1")  # reached without a proxy
     try:
         http = DefaultAsyncHttpxClient(trust_env=not is_here, event_hooks={"response": [_bound]})
-    except Exception as error:  # each cause has a kind of its own
+    except Exception as error:  # each cause raises another type
         raise InputError(f"the environment names a proxy that cannot be used: {error}") from None
     limits = {"timeout": endpoint.timeout, "max_retries": endpoint.retries}
     client = AsyncOpenAI(http_client=http, base_url=endpoint.base_url, api_key=endpoint.api_key, **limits)
@@ -145,7 +139,7 @@ def _finished(out: Path, asked: str, key: dict[str, Any], look_up: Callable[[Any
         }
         if cut:
             os.truncate(out, len(whole + newline))
-    except InputError:  # of the table
+    except InputError:  # the table cannot be read
         raise
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise InputError(f"{out} holds other lines than records of questions: name a new file") from None
@@ -162,7 +156,7 @@ async def _ask(
     messages = request["messages"]
     if endpoint.system and endpoint.protocol != "text":
         messages.insert(0, {"role": "system", "content": endpoint.system})
-    # However slowly an answer drips in: all turns and tries up to their timeout, and a minute between two tries.
+    # Ends a slow stream, too: all turns and retries at their full timeout, and a minute between two tries.
     longest = endpoint.max_turns * (endpoint.timeout + endpoint.retries * (endpoint.timeout + 60))
     try:
         async with asyncio.timeout(longest):
@@ -187,13 +181,13 @@ async def _ask(
                     messages += _calls_and_results(message, queries, results)
                 else:  # drop what the model wrote after its request, perhaps an invented result
                     messages += task.look_up_turns(queries[0], results[0], "in-tool-text")
-    except InputError:  # of the table
+    except InputError:  # the table cannot be read
         raise
     except TimeoutError:
         record["error"] = f"TimeoutError: no answer within {longest:g} seconds"
     except Exception as error:  # whatever the server says, only this question fails
         body = getattr(error, "body", None)
-        said = "" if isinstance(body, dict) and "message" in body else body or error.__cause__ or ""  # told already
+        said = "" if isinstance(body, dict) and "message" in body else body or error.__cause__ or ""  # as in the error
         record["error"] = " ".join(f"{type(error).__name__}: {error} {said}".split())[:300]
     return record
 

@@ -81,7 +81,7 @@ def sweep(profile: str, *, dry_run: bool = False, max_hours: float = math.inf, d
 
 
 def rows(profile: str) -> pd.DataFrame:
-    """Return a row a checkpoint of finished runs: all in paper_data, and those of today's plan still in runs.
+    """Return one row per checkpoint of finished runs: all in paper_data, and those of today's plan still in runs.
 
     Two columns are added and never stored: superseded, whether today's plan does not ask for the run, and recipe.
     """
@@ -109,5 +109,5 @@ def shown_rows(profile: str) -> pd.DataFrame:
 
 
 def table_of_rows() -> Table:
-    """Return the table in paper_data of these rows."""
+    """Return the table of `rows` in paper_data."""
     return Table(table_path(), ("profile", "base", "task", "mode", "n_facts", "seed", "step", "run_id"), rows)

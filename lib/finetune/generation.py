@@ -1,4 +1,4 @@
-"""Greedy answers of Hugging Face chat models, many at a time, and the dialog with a tool between two of them."""
+"""Greedy answers of Hugging Face chat models, in batches, and tool calls between two answers."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.agent.server import Find
@@ -15,7 +16,7 @@ from lib.dialogs.request import parse_request
 from lib.finetune.data import ChatMode, call_and_result, opening, text_and_result
 from lib.progress import progress
 
-#: Prompts in a batch, or fewer where memory runs out, which on a CPU kills the process without an error.
+#: Prompts in a batch; fewer where memory runs out, except on a CPU, where that kills the process without an error.
 BATCH = {"cpu": 64, "cuda": 512}
 
 
@@ -54,8 +55,8 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Return the greedy continuation of each prompt, up to and with the token that ends it, in the order of prompts.
 
-    Batches hold prompts of about one length, the longest first, so that what fits these fits all; they shrink where
-    memory runs out. Answers do not depend on that, except when logits tie within rounding. Of the model's generation
+    Batches hold prompts of similar length, the longest first, so that a size that fits them fits all. Batches shrink
+    if memory runs out. Answers do not depend on that, except when logits tie within rounding. Of the model's generation
     settings only the end tokens count: a repetition penalty, say, would not be greedy.
     """
     ends = _ends(model, tokenizer)
@@ -96,9 +97,9 @@ def _plain_generation(model: PreTrainedModel):
 def _generate(
     model: PreTrainedModel, prompts: list[list[int]], ends: list[int], max_new_tokens: int
 ) -> list[list[int]]:
-    width = max(map(len, prompts))
-    tokens = torch.tensor([[ends[0]] * (width - len(prompt)) + prompt for prompt in prompts])  # (B, S), left padding
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    tokens = pad_sequence(rows, batch_first=True, padding_value=ends[0], padding_side="left")  # (B, S)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
     made = model.generate(
         tokens.to(model.device),
         attention_mask=mask.to(model.device),
@@ -106,7 +107,7 @@ def _generate(
         eos_token_id=ends,
         pad_token_id=ends[0],
     )
-    answers = made[:, width:].tolist()
+    answers = made[:, tokens.shape[1] :].tolist()
     stops = [next((i for i, token in enumerate(row, start=1) if token in ends), None) for row in answers]
     return [row[:stop] for row, stop in zip(answers, stops, strict=True)]
 
@@ -160,9 +161,9 @@ def look_up_and_reply(
 ) -> list[tuple[Any, str]]:
     """Return what was looked up for each conversation, None if nothing was, and what the model said last.
 
-    openings: per conversation the `messages` and, where functions are offered, the same `tools`. look_up(i, said):
-    from what the model said in conversation i, what is found and the turns until the model speaks again (none: it does
-    not); None if it asked for nothing.
+    openings: per conversation the `messages` and, where functions are offered, the same `tools`. look_up(i, said)
+    returns, for what the model said in conversation i, the result and the turns to add before it speaks again (none: it
+    does not); None if it asked for nothing.
     """
     tools = openings[0].get("tools") if openings else None
     first = reply_all(model, tokenizer, [each["messages"] for each in openings], tools, **options)
@@ -179,7 +180,7 @@ def read_call(said: str) -> dict | None:
     """
     decoder = json.JSONDecoder()
     for start in (i for i, character in enumerate(said) if character == "{"):
-        with suppress(ValueError, RecursionError):  # invalid or unfinished JSON, or half a character
+        with suppress(ValueError, RecursionError):  # invalid or unfinished JSON, or a lone surrogate
             match decoder.raw_decode(said, start)[0]:
                 case {"name": str(name), "arguments": dict(arguments)} | {
                     "name": str(name),

@@ -76,7 +76,7 @@ def _advice(source: str, error: Exception) -> str:
         return "it comes with code of its own, which is never run: take one that transformers knows"
     if "couldn't connect" in said:  # also where a folder's adapter names a base
         offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
-        cause = "HF_HUB_OFFLINE forbids to fetch it" if offline else "the hub cannot be reached"
+        cause = "HF_HUB_OFFLINE forbids fetching it" if offline else "the hub cannot be reached"
         return f"there is no such folder, it was never fetched (itl fetch), and {cause}"
     if os.path.isdir(source):
         return f"it takes a folder that save_pretrained wrote ({said.splitlines()[0]})"
@@ -90,7 +90,7 @@ _MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.jinja
 def fingerprint(source: str | Path) -> str:
     """Return what identifies a model: a digest of the files in its folder, or its name on the hub."""
     folder = Path(source)
-    if not os.path.isdir(folder):  # raises for no name, however long
+    if not os.path.isdir(folder):  # unlike `Path.is_dir`, accepts long names
         return str(source)
     found = {path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
     files = sorted(path for path in found if not path.name.startswith("."))  # macOS puts hidden files beside them

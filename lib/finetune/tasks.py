@@ -6,9 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from pathlib import Path
 from random import Random
-from tempfile import TemporaryDirectory
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,7 +14,7 @@ from lib.agent.server import Find
 from lib.agent.tools import SqlTool
 from lib.dialogs.templates import question
 from lib.evaluation.recall import Fact
-from lib.facts.database import write_database
+from lib.facts.database import temporary_database
 from lib.facts.people import FactsConfig, People
 from lib.facts.sampling import unseen_people
 from lib.finetune.config import ChatMode, FinetuneConfig
@@ -33,7 +31,6 @@ from lib.finetune.triviaqa import (
     read_query,
     trivia_chats,
 )
-from lib.paths import DATABASE
 
 
 @dataclass(frozen=True)
@@ -57,10 +54,8 @@ def make_task(config: FinetuneConfig) -> Iterator[Task]:
     # Equally many of each kind: names that are new in part, in full, or as a pair.
     kinds = unseen_people(FactsConfig(n_people=len(people), seed=config.seed), config.unseen_people)
     unseen = reduce(add, (group[i :: len(kinds)] for i, group in enumerate(kinds.values())))
-    with TemporaryDirectory() as folder:
-        write_database(people + unseen, Path(folder) / DATABASE)
-        with SqlTool(Path(folder) / DATABASE) as tool:
-            yield (_hybrid if config.task == "hybrid" else _facts)(config, people, unseen, tool)
+    with temporary_database(people + unseen) as path, SqlTool(path) as tool:
+        yield (_hybrid if config.task == "hybrid" else _facts)(config, people, unseen, tool)
 
 
 def _sample(people: People, config: FinetuneConfig) -> list[Fact]:
@@ -77,10 +72,10 @@ def measure_recall(
     tool: SqlTool | None = None,
     **options,
 ) -> list[tuple[bool, bool]]:
-    """Return of each fact, (name, attribute, value), whether a chat model looked it up, and whether it recalls it.
+    """Return for each fact, (name, attribute, value), whether a chat model looked it up, and whether it recalls it.
 
-    It is asked greedily, and recalls a fact if its last reply `says` the value. (Small models of Section 5 must say the
-    whole sentence; chat models may word it freely.) After a query of `tool` the reply counts only if the query
+    Decoding is greedy. The model recalls a fact if its last reply `says` the value. (Small models of Section 5 must say
+    the whole sentence; chat models may word it freely.) After a query of `tool` the reply counts only if the query
     really found the value. options: those of `generate_tokens`.
     """
     questions, values = [question(name, attribute) for name, attribute, _ in facts], [value for *_, value in facts]
@@ -121,14 +116,14 @@ def _facts(config: FinetuneConfig, people: People, unseen: People, tool: SqlTool
     return Task(list(chats(people, config.mode)), _measuring(right, *asked))
 
 
-#: Hybrid: how often a fact is in the training data, person by person in turn.
+#: Hybrid: how often a fact is in the training data; people get these frequencies in turn.
 FREQUENCIES = (1, 2, 4, 8, 16, 32, 64)
 #: Facts at least this frequent are answered from memory in the data; rarer ones are looked up.
 KNOWN_FROM = 8
 
 
 def _hybrid(config: FinetuneConfig, people: People, unseen: People, tool: SqlTool) -> Task:
-    """Return conversations of both kinds; all offer the tool or none, so no question says whether it is needed."""
+    """Return the task of both kinds. Either all conversations offer the tool or none: no question gives it away."""
     groups = {f: people[i :: len(FREQUENCIES)] for i, f in enumerate(FREQUENCIES)}
     offer = {"tools": [Find(people.attributes).declaration]} if config.mode == "in-tool" else {}
     conversations = [
@@ -166,7 +161,7 @@ def _hybrid(config: FinetuneConfig, people: People, unseen: People, tool: SqlToo
 
 
 def _trivia(config: FinetuneConfig) -> Task:
-    """Return questions of general knowledge; in tool a table has the answers, to the held-out questions as well."""
+    """Return the task of general knowledge: in tool, a table answers the trained and the held-out questions."""
     trained = load_questions(config.source, "train", config.n_facts)
     held_out = load_questions(config.source, "validation", config.questions)
     store = Store([*trained, *held_out])

@@ -1,7 +1,7 @@
 """`finetune(config, directory) -> rows`: fine-tune a chat model and evaluate every checkpoint on the way (Section 6).
 
 Checkpoints are evaluated as saved. A run's folder holds `config.json`, `checkpoints/` (deleted at the end, except for
-others' files), `evaluations/` (a row a checkpoint), and once the run is finished `model/` and `rows.json`.
+others' files), `evaluations/` (one row per checkpoint), and once the run is finished `model/` and `rows.json`.
 A finished run is never repeated; a killed one resumes from its last whole checkpoint, with the same outcome.
 """
 
@@ -88,7 +88,7 @@ def finetune(
 def _claim(config: FinetuneConfig) -> dict:
     """Return all that identifies a run: its configuration, its base and its questions."""
     claim = {"config": config.model_dump(mode="json"), "base": fingerprint(base_source(config.base))}
-    if config.task == "trivia" and config.source != "hub":  # whose questions do not change
+    if config.task == "trivia" and config.source != "hub":  # the hub's questions do not change
         questions = json.dumps(load_questions(config.source))
         claim["questions"] = hashlib.sha256(questions.encode()).hexdigest()[:16]
     return claim
@@ -132,10 +132,10 @@ class _Run(TrainerCallback):
         if self.processes.is_main_process:
             write_json(self.directory / CLAIM, claim)
             for step, path in _by_step(self.evaluations, "*.json").items():
-                if step > training["step"]:  # its checkpoint is gone: it will be made again
+                if step > training["step"]:  # its checkpoint is gone and will be made again
                     path.unlink()
             self.evaluate(None, _BEGUN)
-            self.evaluate(newest, training)  # it was interrupted before that, perhaps
+            self.evaluate(newest, training)  # the run may have ended before this
         self.processes.wait_for_everyone()
         if not self.stopped():
             self._trainer().train(resume_from_checkpoint=str(newest) if newest else None)
@@ -160,7 +160,7 @@ class _Run(TrainerCallback):
         return "steps" if step >= self.total else None
 
     def evaluate(self, checkpoint: Path | None, training: dict) -> None:
-        """Write the row of a checkpoint, None for the base, unless it has one or serves only to resume.
+        """Write the row of a checkpoint (None: the base), unless it has one or serves only to resume.
 
         training: its step, and how training went until then.
         """
@@ -251,7 +251,7 @@ class _Run(TrainerCallback):
         self.bar.close()
 
     def _finish(self) -> None:
-        """Keep the last model and write the rows, each with what they have in common; delete the checkpoints."""
+        """Keep the last model, write the rows with the columns of the run, and delete the checkpoints."""
         rows, config = self.rows(), self.config
         last = self.checkpoints / f"checkpoint-{rows[-1]['step']}"
         shutil.rmtree(self.directory / MODEL, ignore_errors=True)
@@ -300,9 +300,9 @@ def _by_step(folder: Path, pattern: str) -> dict[int, Path]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, dict]:
-    """Return the checkpoint with the most steps that is whole, and its step and how training went until then.
+    """Return the latest checkpoint that is whole, or None, and its step and how training went until then.
 
-    Later ones are damaged: it says so and deletes them. If none is whole, the first is None.
+    Later ones are damaged: this reports and deletes them.
     """
     for path in reversed(_by_step(folder, "checkpoint-*").values()):
         try:

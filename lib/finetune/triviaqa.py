@@ -47,12 +47,12 @@ def normalize(text: str) -> str:
 
 
 def compared(text: str) -> str:
-    """Return `text` normalized or, if that leaves nothing, as of "A", in lower case."""
+    """Return `text` normalized or, if that leaves nothing (of "A", say), in lower case."""
     return normalize(text) or text.strip().lower()
 
 
 def exact_match(reply: str, question: Question) -> bool:
-    """Return whether a reply is one of the answers that count, as `compared`, with no other text; none is empty."""
+    """Return whether a reply is one of the answers that count, as `compared`, and nothing else; an empty one is not."""
     return compared(reply) != "" and compared(reply) in map(compared, question.aliases)
 
 
@@ -73,7 +73,7 @@ def load_questions(
     the documents; or a file of JSON lines, each a record as TriviaQA has them, of which only the fields in `Question`
     are read. Every fifth question of a file is for validation.
 
-    Raises `InputError` if the hub cannot give it, or the file cannot be read or holds a line that is no question.
+    Raises `InputError` if the hub lacks TriviaQA, or the file cannot be read or holds a line that is no question.
     """
     if source == "hub":
         records = enumerate(_hub(split), start=1)
@@ -165,7 +165,7 @@ def opening(question: str, mode: ChatMode) -> dict:
 
 
 def trivia_chats(questions: Iterable[Question], mode: ChatMode) -> Iterator[dict]:
-    """Yield a row a question, as `lib.finetune.data.chats` does for facts: from `opening` to the answer."""
+    """Yield one row per question, as `lib.finetune.data.chats` does for facts: from `opening` to the answer."""
     for text, answer, _ in questions:
         yield data.answered(opening(text, mode), look_up_turns(text, answer, mode), answer)
 

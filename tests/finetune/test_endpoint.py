@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from lib.base import InputError, WorkError
 from lib.cli import app
+from lib.finetune import triviaqa
 from lib.finetune.endpoint import EndpointConfig, accuracy, ask_all
 from lib.finetune.triviaqa import NO_RESULT, SEARCH, SYSTEM_PROMPT, Store, load_questions
 
@@ -316,7 +317,7 @@ def test_what_was_answered_before_counts_by_the_key_of_today(server, tmp_path):
 def test_records_are_told_apart_by_all_that_an_answer_may_depend_on(monkeypatch):
     def digest(**settings) -> str:
         as_ever = {"base_url": "http://h:1/a/v1", "model": "m", "protocol": "text"}
-        return EndpointConfig(**{**as_ever, **settings}).digest
+        return EndpointConfig(**{**as_ever, **settings}).digest_of(triviaqa)
 
     before = digest()
     assert before == digest(base_url="http://h:2/a/v1/", api_key="k", timeout=1, concurrency=1)

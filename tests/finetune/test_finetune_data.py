@@ -241,7 +241,7 @@ def test_a_template_of_two_roles_takes_the_textual_request():
 @pytest.mark.parametrize("package", ["datasets", "transformers"])
 def test_a_library_that_is_not_installed_is_one_sentence(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=rf"takes the package {package}: pip install -e '\.\[scale\]'"):
+    with pytest.raises(InputError, match=rf"needs the package {package}: pip install -e '\.\[scale\]'"):
         importlib.reload(lib.finetune)
 
 

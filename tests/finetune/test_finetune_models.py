@@ -115,7 +115,7 @@ def test_what_is_no_model_is_one_sentence(folder, tmp_path, monkeypatch):
     for source, advice in {
         tmp_path / "nowhere": "there is no such folder, nor such a name on the hub",
         "no such name": "there is no such folder, nor such a name on the hub",
-        "nobody/nothing": "there is no such folder, it was never fetched .*, and HF_HUB_OFFLINE forbids to fetch it",
+        "nobody/nothing": "there is no such folder, it was never fetched .*, and HF_HUB_OFFLINE forbids fetching it",
         tmp_path / "empty": r"it takes a folder that save_pretrained wrote \(.+\)",
     }.items():
         with pytest.raises(InputError, match=f"^cannot load a model from {source}: {advice}"):
