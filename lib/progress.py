@@ -58,7 +58,7 @@ def _in_kernel() -> bool:
 
 
 def is_watched() -> bool:
-    """Return whether somebody may use widgets: in a Jupyter kernel, but no batch run of a notebook."""
+    """Return whether somebody may use widgets: in a Jupyter kernel, except in a batch run of a notebook."""
     return _in_kernel() and not os.environ.get("ITL_PROGRESS")
 
 

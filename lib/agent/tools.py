@@ -55,7 +55,7 @@ def _error(outcome: Outcome) -> Response:
 
 
 class Tool(Protocol):
-    """Answers an assistant's whole turn, prose and fenced request; it raises for no turn."""
+    """Answers an assistant's whole turn, prose and fenced request. No turn makes it raise."""
 
     def __call__(self, turn: str) -> Response: ...
 
@@ -85,7 +85,7 @@ class SqlTool(PeopleTool, Closing):
     The model's words never become SQL: the name is bound as a parameter, and the attribute picks one of the queries
     prepared here, one for each column besides `name`. `n_queries` counts the queries that really ran.
 
-    Raises `InputError` if the database is missing, locked or no database, or lacks the table, the names or one of the
+    Raises `InputError` if the file is missing, locked or not a database, or lacks the table, the names or one of the
     `attributes`; calls raise it too if the database can no longer be read.
     """
 
@@ -113,7 +113,7 @@ class SqlTool(PeopleTool, Closing):
         self.n_queries += 1
         try:
             (value,) = self.connection.execute(query, (name,)).fetchone() or (None,)
-        except (UnicodeEncodeError, sqlite3.DataError):  # half a surrogate pair, or endless: nobody's name
+        except (UnicodeEncodeError, sqlite3.DataError):  # a lone surrogate, or too long: no name in the table
             value = None
         except (sqlite3.Error, UnicodeError) as error:
             if database.interrupted(error):
@@ -130,7 +130,7 @@ class SqlTool(PeopleTool, Closing):
 class ForgivingTool(PeopleTool):
     """A `SqlTool` that, where nobody has the name asked for, answers for the nearest name (Section 7, our own).
 
-    edits: the most letters to insert, delete or replace; two names equally near are no match, as before. It takes the
+    edits: the most letters to insert, delete or replace; of two names equally near, neither is a match. It needs the
     package rapidfuzz, which the extra [serve] installs.
     """
 
@@ -139,7 +139,7 @@ class ForgivingTool(PeopleTool):
             from rapidfuzz import process  # only here: it is no part of the core
             from rapidfuzz.distance import Levenshtein
         except ImportError:
-            raise InputError("forgiving letters takes the package rapidfuzz: pip install -e '.[serve]'") from None
+            raise InputError("forgiving letters needs the package rapidfuzz: pip install -e '.[serve]'") from None
         with refusing("read people from", tool.path):
             names = tool.connection.execute("SELECT people.name FROM people")
             names = [name for (name,) in names if isinstance(name, str)]
@@ -186,7 +186,7 @@ class EditableTool(PeopleTool, Closing):
         return database.change_fact(self.path, name, attribute, value)
 
     def facts(self, name: str) -> dict[str, str]:
-        """Return what the copy says about a person, by attribute; nothing about an unknown one."""
+        """Return what the copy says about a person, by attribute; no facts about a person that it lacks."""
         with SqlTool(self.path, time_budget=database.WHOLE_TABLE) as tool, refusing("read people from", self.path):
             name = database.spelling(tool.connection, name)
             answers = {attribute: tool.find(attribute, name) for attribute in self.attributes}

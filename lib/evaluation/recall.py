@@ -72,8 +72,8 @@ def measure_recall(
 ) -> Recall:
     """Ask a model about `facts`, greedily; if there is a `tool`, one of `lib.agent.tools.TOOLS`, it must be used.
 
-    In place of a fact may stand a sequence of them, a question of several hops (`lib.dialogs.chains`): each must be
-    looked up. Without a tool, such a question is an `InputError`.
+    A sequence of facts in place of one is a question of several hops (`lib.dialogs.chains`): each must be looked up.
+    Without a tool, such a question is an `InputError`.
 
     A dialog is cut off, and counts as wrong, at `DETOUR` tokens more than its expected dialog has, question
     included: the limit depends on that question alone.
@@ -84,7 +84,7 @@ def measure_recall(
     """
     chains = [[fact] if isinstance(fact[0], str) else fact for fact in facts]
     if tool is None and any(len(chain) > 1 for chain in chains):
-        raise InputError("a question of more than one hop takes a tool")
+        raise InputError("a question of more than one hop needs a tool")
     dialogs = [in_weight_dialog(*chain[0]) if tool is None else tool.dialog(chain) for chain in chains]
     prompts = [encode_prompt(dialog[:1], tokenizer) for dialog in dialogs]
     data = tokenize(dialogs, tokenizer)
@@ -146,7 +146,7 @@ def _verify(model, data: TokenizedDialogs, description: str | None) -> tuple[np.
     """Find where the model leaves each of D dialogs, by one teacher-forced pass.
 
     Returns (D,) how many tokens of the dialog greedy decoding surely reproduces, or the tool provides; and (D,) whether
-    the next token is surely another than the dialog's.
+    the next token surely differs from the dialog's.
     """
     lengths = data.lengths().to(model.device)
     agreed, refuted = lengths.clone(), torch.zeros_like(lengths, dtype=torch.bool)

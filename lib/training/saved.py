@@ -66,7 +66,7 @@ def check_claim(
     read: Callable[[Path], Any] = read_claim,
     others: str = "people or dialogs or another tokenizer",
 ) -> None:
-    """Raise `InputError` unless `directory` is that run's, or empty except for hidden files.
+    """Raise `InputError` unless `directory` has this claim, or is empty except for hidden files.
 
     read: gives the claim in a folder. others: what a claim names besides the configuration.
     """
@@ -81,7 +81,7 @@ def check_claim(
 
 @contextmanager
 def locked(directory: Path, claim: Claim) -> Iterator[None]:
-    """Make a run's folder and lock it; other processes wait. Unless it is claimed within, it is removed again.
+    """Make a run's folder and lock it; other processes wait. It is removed at the end unless the context claims it.
 
     Raises `InputError` if it cannot be made, or as `check_claim` does.
     """
@@ -106,7 +106,7 @@ def locked(directory: Path, claim: Claim) -> Iterator[None]:
 
 
 def located(config: RunConfig, inputs: Mapping[str, str]) -> RunConfig:
-    """Return `config` with the current paths of people and tokenizer; `inputs` maps its paths to them."""
+    """Return `config` with the current paths of people and tokenizer; `inputs` maps the configured paths to these."""
     facts = config.facts.model_copy(update={"csv": inputs.get(config.facts.csv, config.facts.csv)})
     return config.model_copy(update={"facts": facts, "tokenizer": inputs.get(config.tokenizer, config.tokenizer)})
 
@@ -151,7 +151,7 @@ def read_people(folder: Path, config: RunConfig) -> People:
         return people
     raise InputError(
         f"the run in {folder} was trained on other people than {config.facts.csv or 'this version of the code'} gives "
-        "now: restore that"
+        "now: restore them"
     )
 
 
@@ -255,8 +255,8 @@ def open_conversation(
 ) -> Iterator[Conversation]:
     """Load a run's model; an in-tool model asks `database`, by default the one in the run's folder.
 
-    With `editable` it asks a copy of that, and its tool is an `EditableTool`. Raises `InputError` if the checkpoint or
-    the database is missing or damaged, or an in-weight model is given one.
+    With `editable` it asks a copy of this database, and its tool is an `EditableTool`. Raises `InputError` if the
+    checkpoint or the database is missing or damaged, or if an in-weight model gets a database.
     """
     folder = Path(folder)
     model, config = load_model(folder, device)

@@ -25,7 +25,7 @@ POLL_INTERVAL = 1.0
 def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = False) -> Iterator[dict]:
     """Measure every whole checkpoint of a run, and the model of a finished one, over all facts; none of them twice.
 
-    Yields {"step", "recall", "recall_ATTRIBUTE" for each, "nll_bits"}, which a row has too, and appends it to
+    Yields {"step", "recall", "recall_ATTRIBUTE" for each, "nll_bits"}, as in a row, and appends it to
     evaluations.jsonl in the run's folder. With `watch` it continues until the run has its row. Checkpoints that are
     incomplete or damaged are skipped, and so are those that retention deletes before they are read. Raises
     `InputError` if the folder holds no run, or as `read_people` does.
@@ -49,7 +49,7 @@ def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = Fa
 
 
 def _not_yet(directory: Path, config: RunConfig, measured: Collection[int]) -> Iterator[tuple[int, Transformer]]:
-    """Yield the models of a run, and their steps, that are not measured yet."""
+    """Yield step and model of each checkpoint of a run that is not measured yet."""
     weights = {f"model.{name}": weight for name, weight in without_weights(config.model).state_dict().items()}
     for folder in checkpoint.steps(directory / "checkpoints"):
         step = checkpoint.step_of(folder)

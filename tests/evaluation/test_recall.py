@@ -171,7 +171,7 @@ def test_every_hop_of_a_chain_must_have_been_a_query(tmp_path, method, said, cou
 
 
 def test_a_chain_takes_a_tool():
-    with pytest.raises(InputError, match="^a question of more than one hop takes a tool$"):
+    with pytest.raises(InputError, match="^a question of more than one hop needs a tool$"):
         measure_recall(says({}), [CHAIN], TOKENIZER, None)
 
 
