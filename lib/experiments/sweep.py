@@ -59,7 +59,7 @@ class Report:
         ahead = f"about {self.runs_ahead:,} runs{hours} ahead, beginning with"
         lines = [done + ahead, *(f"  {config.title}" for config in self.missing[:LISTED])]
         if more := self.missing[LISTED:]:
-            lines.append(f"  and {len(more):,} more")
+            lines.append(f"  and {len(more):,} more that can start now")
         return "\n".join(lines + [f"failed: {run_id}: {reason}" for run_id, reason in self.failed.items()])
 
 

@@ -32,5 +32,5 @@ def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: fl
         draw_bits_lines(by_entropy, ends, "#BBBBBB", xytext=(3, 0), ha="left", va="center")
         by_entropy.xaxis.set_major_formatter("{x:,.0f}")
         log_ticks(by_entropy.xaxis, pd.Series([low, high]))
-        by_alpha.legend()
+        by_alpha.legend(handlelength=3.5)
     return figure

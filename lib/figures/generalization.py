@@ -39,7 +39,7 @@ def generalization(shares: pd.DataFrame, published: pd.DataFrame) -> Figure:
     the panel of people of `PUBLISHED_KIND`. Dotted: the recall of the best constant answers.
     """
     kinds = list(KINDS)[1:]
-    guess = best_constant_guess(unseen_people(FactsConfig(n_people=1), 1000)[PUBLISHED_KIND])
+    guess = best_constant_guess(unseen_people(FactsConfig(), 1000)[PUBLISHED_KIND])
     with panels((11, 3.1), 1, len(kinds) + 1, sharey=True, sharex=True) as (figure, row):
         for axes, kind in zip(row, kinds, strict=False):
             if kind == PUBLISHED_KIND:
