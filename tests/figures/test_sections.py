@@ -235,6 +235,16 @@ def test_recall_is_drawn_against_parameters_as_measured():
             np.testing.assert_allclose(points, [[2_612, 0.3], [6_248, 0.65], [10_908, 1.0]])
 
 
+def test_a_number_of_facts_has_the_look_of_todays_recipe_in_the_legend_if_it_has_rows():
+    rows = pd.DataFrame(_rows())
+    both = pd.concat([rows.assign(superseded=False), rows.assign(superseded=True)])
+    earlier = rows[rows.n_facts == 32].assign(superseded=True)
+    for table, alphas in ((both, {"32": 1, "128": 1}), (earlier, {"32": style.EARLIER["alpha"]})):
+        legend = parameter_bounds.recall_against_parameters(table, PUBLISHED_RECALL).axes[1].get_legend()
+        shown = dict(zip((text.get_text() for text in legend.get_texts()), legend.legend_handles, strict=True))
+        assert {name: handle.get_alpha() for name, handle in shown.items()} == alphas
+
+
 def test_the_published_recall_curves_lie_behind_the_in_weight_panel():
     left, right = record.draw("recall_vs_parameters").axes
     assert len(right.lines) == 0
