@@ -44,7 +44,7 @@ class Find:
 
 
 def people_server(path: str | Path):
-    """Return an MCP server with one tool, `find`: it answers as `SqlTool.find` does, or with an error of one sentence.
+    """Return an MCP server with one tool, `find`: it answers as `SqlTool.find_spelled` does, or with an error of one sentence.
 
     Each call opens the database anew, in a thread: calls do not wait for one another, and others can write meanwhile.
     Raises `InputError` for a database that `SqlTool` refuses, and without the package mcp.
@@ -60,7 +60,7 @@ def people_server(path: str | Path):
 
     def answer(query: dict[str, str]) -> Response:
         with SqlTool(path) as sql:
-            outcome, text = sql.find(**query)
+            outcome, text = sql.find_spelled(**query)
             return Response(outcome, Find(sql.attributes).sentences.get(outcome, text))  # the file may be a new one
 
     async def call(_, params: types.CallToolRequestParams) -> types.CallToolResult:

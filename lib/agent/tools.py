@@ -16,7 +16,7 @@ from lib.dialogs.chains import chain_dialog
 from lib.dialogs.request import fenced_line, parse_request
 from lib.facts import database
 from lib.facts.database import connect_read_only, quoted, refusing
-from lib.facts.people import People
+from lib.facts.people import People, comparable
 from lib.paths import DATABASE
 
 
@@ -122,6 +122,11 @@ class SqlTool(PeopleTool, Closing):
                 raise
         # NULL and BLOB cells have no text.
         return _error(Outcome.NO_MATCH) if isinstance(value, bytes | None) else Response(Outcome.ANSWER, str(value))
+
+    def find_spelled(self, attribute: str, name: str) -> Response:
+        """Do as `find`; where it finds nobody, try the `comparable` form of the name, for people and assistants."""
+        response = self.find(attribute, name)
+        return response if response.outcome is not Outcome.NO_MATCH else self.find(attribute, comparable(name))
 
     def close(self) -> None:
         self.connection.close()

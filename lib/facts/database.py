@@ -54,9 +54,15 @@ def temporary_database(people: People) -> Iterator[Path]:
 
 @contextmanager
 def as_database(file: Path) -> Iterator[Path]:
-    """Yield the path of a database: the file itself or, for a CSV file (.csv), a temporary one of its people."""
-    is_csv = file.suffix.lower() == ".csv"
-    with temporary_database(read_people_csv(file)) if is_csv else nullcontext(file) as path:
+    """Yield the path of a database: the file itself or, for a CSV file (.csv), a temporary one of its people.
+
+    Of a CSV file it has the `comparable` form of each name, so that all spellings of it are found.
+    """
+    context = nullcontext(file)
+    if file.suffix.lower() == ".csv":
+        people = read_people_csv(file)
+        context = temporary_database(People([*map(comparable, people.names)], people.columns))
+    with context as path:
         yield path
 
 

@@ -107,7 +107,7 @@ class PeopleTask(Find):
         return text_and_result(tool_call(**query), result)
 
     def look_up(self, query: dict) -> str:
-        outcome, text = self.tool.find(**query)
+        outcome, text = self.tool.find_spelled(**query)
         return self.sentences.get(outcome, text)
 
     def grade(self, record: dict, asked: PersonQuestion) -> dict:

@@ -177,11 +177,14 @@ def save_model(model: Transformer, folder: Path, config: RunConfig, tokenizer: s
 def load_model(folder: Path, device: str = "auto") -> tuple[Transformer, RunConfig]:
     """Return the model of a run's folder, or of a folder that `save_model` wrote, ready to be asked.
 
-    Raises `InputError` if the weights are missing or damaged, or the tokenizer is not the one they were trained with.
+    Raises `InputError` if the run is not finished, the weights are missing or damaged, or the tokenizer is not the one
+    they were trained with.
     """
     home = folder = Path(folder)
     if (folder / MODEL).is_dir():
         folder = folder / MODEL
+    elif (folder / CLAIM).exists():
+        raise InputError(f"the run in {folder} is not finished: the command that began it goes on with it")
     device = resolve_device(device)
     tensors, state = checkpoint.load(
         folder, lambda state, _: without_weights(RunConfig.parse(state.get("config")).model).state_dict()

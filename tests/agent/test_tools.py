@@ -24,7 +24,7 @@ from lib.agent.tools import (
 from lib.base import InputError
 from lib.dialogs.request import format_request, parse_request
 from lib.facts import database as database_module
-from lib.facts.database import add_people, change_fact, write_database
+from lib.facts.database import add_people, as_database, change_fact, write_database
 from lib.facts.people import VALUES, People
 from lib.facts.sampling import sample_people
 
@@ -137,6 +137,25 @@ def test_a_foreign_database_may_have_odd_columns_and_empty_cells(tmp_path):
         assert tool.attributes == ("id", 'a"b', "age")
         assert [ask(tool, 'a"b', "Ann").text, ask(tool, "age", "Bo").text] == ["x", "30"]
         assert ask(tool, "age", "Ann").outcome is Outcome.NO_MATCH
+
+
+@pytest.mark.parametrize("asked", ["Ren\u00e9 Lee", "Rene\u0301 Lee", "Ren\u00e9  Lee", " Ren\u00e9\u00a0Lee "])
+@pytest.mark.parametrize("written", ["Ren\u00e9 Lee", "Rene\u0301 Lee", "Ren\u00e9\u00a0Lee"])
+def test_people_of_a_csv_file_are_found_however_their_name_is_spelled(tmp_path, written, asked):
+    (tmp_path / "people.csv").write_text(f"name,city\n{written},Rome\nRene Lee,Oslo\n", encoding="utf-8")
+    with as_database(tmp_path / "people.csv") as path, SqlTool(path) as tool:
+        assert tool.find_spelled("city", asked) == (Outcome.ANSWER, "Rome")
+        assert tool.find_spelled("city", "Rene Lee") == (Outcome.ANSWER, "Oslo")
+
+
+def test_a_name_as_it_is_written_comes_before_another_spelling(tmp_path):
+    write_database(People(["Ann  Lee", "Ann Lee"], {"city": ["Rome", "Oslo"]}), tmp_path / "people.sqlite")
+    with SqlTool(tmp_path / "people.sqlite") as tool:
+        assert [tool.find_spelled("city", name).text for name in ("Ann  Lee", "Ann Lee", "Ann   Lee")] == [
+            "Rome",
+            "Oslo",
+            "Oslo",
+        ]
 
 
 def test_find_takes_what_a_line_of_the_request_language_cannot_hold(tmp_path):

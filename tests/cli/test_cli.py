@@ -242,7 +242,9 @@ BAD = {
     ),
     # Checkpoints
     "a run that is missing": Bad("recall nothing", ("there is no checkpoint at nothing",)),
-    "a run that is not finished": Bad("chat run Hello?", ("run is incomplete",), _file("run/config.json", "{}")),
+    "a run that is not finished": Bad(
+        "chat run Hello?", ("run is not finished", "goes on"), _file("run/config.json", "{}")
+    ),
     "a truncated checkpoint": Bad(
         "recall in-weight",
         ("damaged", checkpoint.TENSORS, "has changed"),

@@ -24,7 +24,7 @@ from lib.dialogs.tokens import tokenize_people
 from lib.evaluation.recall import measure_recall
 from lib.facts.sampling import load_people
 from lib.model.transformer import Transformer
-from lib.paths import write_json
+from lib.paths import CLAIM, write_json
 from lib.provenance import _git, commit
 from lib.training import checkpoint
 from lib.training.devices import resolve_device
@@ -491,6 +491,9 @@ def test_a_run_that_is_not_finished_has_no_model_yet(tmp_path):
         load_model(tmp_path / "nothing")
     (tmp_path / "run").mkdir()
     with pytest.raises(InputError, match="is incomplete"):
+        load_model(tmp_path / "run")
+    (tmp_path / "run" / CLAIM).write_text("{}")
+    with pytest.raises(InputError, match="is not finished: the command that began it goes on"):
         load_model(tmp_path / "run")
 
 
