@@ -44,7 +44,7 @@ class Find:
 
 
 def people_server(path: str | Path):
-    """Return an MCP server with one tool, `find`: it answers as `SqlTool.find_spelled` does, or with an error of one sentence.
+    """Return an MCP server with one tool, `find`: `SqlTool.find_spelled`, with errors of one sentence.
 
     Each call opens the database anew, in a thread: calls do not wait for one another, and others can write meanwhile.
     Raises `InputError` for a database that `SqlTool` refuses, and without the package mcp.
