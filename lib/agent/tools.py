@@ -124,7 +124,10 @@ class SqlTool(PeopleTool, Closing):
         return _error(Outcome.NO_MATCH) if isinstance(value, bytes | None) else Response(Outcome.ANSWER, str(value))
 
     def find_spelled(self, attribute: str, name: str) -> Response:
-        """Do as `find`; where it finds nobody, try the `comparable` form of the name, for people and assistants."""
+        """Do as `find`; where it finds nobody, try the `comparable` form of the name, for people and assistants.
+
+        One more query, where `lib.facts.database.spelling` would read all names.
+        """
         response = self.find(attribute, name)
         return response if response.outcome is not Outcome.NO_MATCH else self.find(attribute, comparable(name))
 
@@ -161,7 +164,7 @@ class ForgivingTool(PeopleTool):
         return self.tool.find(request.attribute, near[0][0])
 
 
-class EditableTool(PeopleTool, Closing):
+class EditableTool(Closing):
     """A tool on a copy of a database's people that may be changed; the database itself is only read.
 
     kind: what answers in its place, one of `TOOLS`. `close`, or else the end of the process, deletes the copy.

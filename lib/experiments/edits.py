@@ -282,10 +282,12 @@ def sweep(profile: str, *, dry_run: bool = False, **options) -> sweeps.Report:
     todo = [search for search in planned if not before >= {*search.run_ids}]
     report = sweeps.sweep(SECTION, profile, plan=todo, dry_run=dry_run, **options)
     report.done_before, report.done_now = len(planned) - len(todo), 0
+    if dry_run:
+        return report
     folders = {run_id: home / run_id for search in todo for run_id in search.run_ids}
     if profile == "quick":
         folders = {name: paths.CHECKPOINTS / name for name in ("in-weight", "in-tool")}
-    for name, folder in ({} if dry_run else folders).items():
+    for name, folder in folders.items():
         # A run has no row if it failed, or the time was up.
         if (folder / ROW).exists() and read_row(folder / ROW)["run_id"] not in before:
             (home / name).mkdir(parents=True, exist_ok=True)

@@ -124,9 +124,9 @@ def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame) -> Fi
                 nothing_yet(axes, mode)
             handles, labels = axes.get_legend_handles_labels()
             if handles:
-                pairs = sorted(zip(labels, handles, strict=True), key=lambda pair: "earlier" not in pair[0])
-                drawn = {label.removesuffix(", earlier recipe"): handle for label, handle in pairs}  # today's wins
-                entries = {name: drawn[name] for name in (label.removesuffix(", earlier recipe") for label in labels)}
+                entries = {}
+                for label, handle in zip(labels, handles, strict=True):  # of one number of facts, today's comes first
+                    entries.setdefault(label.removesuffix(", earlier recipe"), handle)
                 axes.legend(entries.values(), entries, title="facts\n(pale: earlier recipe)", **BESIDE)
         row[0].set_ylabel("recall at the end of training")
     return figure

@@ -97,7 +97,7 @@ def fastest_threads(step: Callable[[], object], most: int) -> int:
     """
     choices = [n for n in (2**i for i in range(most.bit_length())) if n <= most]
     seconds: dict[int, list[float]] = {n: [] for n in choices}
-    for turn in range(6):
+    for turn in range(1 + 5):
         for n in choices:
             with using_threads(n):
                 started = time.perf_counter()
