@@ -59,6 +59,9 @@ def _map(axes: Axes, title: str, head: tuple[int, int], weights: np.ndarray, tic
     axes.set_yticks(list(ticks), ticks.values())
 
 
+_COLORS = ("#009E73", "#0072B2", "#56B4E9", "#999999", "#CC79A7")  # Okabe and Ito, in tool as in other figures
+
+
 def copying_by_letter(tables: dict[str, pd.DataFrame]) -> Figure:
     """Draw how a name is copied, letter by letter: attention on the letter that is next, and whether it is said.
 
@@ -69,8 +72,8 @@ def copying_by_letter(tables: dict[str, pd.DataFrame]) -> Figure:
     ticks = [f"{letter + 1}" if letter else f"1\nname {word + 1}" for word, letter in means.index]
     with panels((9.6, 3), 1, 2, sharey=True) as (figure, (mass, right)):
         for axes, column in ((mass, "mass"), (right, "right")):
-            for label, marker in zip(tables, "sov^D", strict=False):
-                axes.plot(range(len(means)), means[column, label], marker=marker, label=label)
+            for label, marker, color in zip(tables, "DsovP", _COLORS, strict=False):
+                axes.plot(range(len(means)), means[column, label], marker=marker, color=color, label=label)
             axes.set(ylim=(-0.05, 1.05), xlabel="letter of the name")
             axes.set_xticks(range(len(means)), ticks)
         mass.set_ylabel("attention on the next letter")

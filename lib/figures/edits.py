@@ -102,19 +102,18 @@ def contested(rows: pd.DataFrame) -> Figure:
 
 
 def forgiving(rows: pd.DataFrame) -> Figure:
-    """Draw recall and wrong answers against the letters that the tool forgives, one panel per kind of person."""
+    """Draw recall and wrong answers against the letters that the tool forgives: a panel per kind, a line per seed."""
     rows = rows[rows.experiment == "forgive"]
     rows = rows.assign(letters=rows.method.str.extract(r"(\d)", expand=False).astype(float))
     counts = sorted(rows.n_facts.unique())
     with panels((9.6, 2.9), 1, len(UNSEEN), sharey=True) as (figure, row):
         for axes, kind in zip(row, UNSEEN, strict=True):
             for n_facts, color in zip(counts, shades(len(counts)), strict=True):
-                points = rows[(rows.who == kind) & (rows.n_facts == n_facts)]
                 about = f"answers,\n{n_facts:,} training facts"
-                draw_means(axes, points, "letters", f"right {about}", of="recall", color=color, marker="o")
-                points = points.assign(letters=points.letters + 0.12)  # or the bars overlap
-                look = {"color": color, "marker": "x", "linestyle": ":"}
-                draw_means(axes, points, "letters", f"wrong {about}", of="wrong", **look)
+                for _, points in rows[(rows.who == kind) & (rows.n_facts == n_facts)].groupby("seed"):
+                    look = {"color": color, "markersize": 4}
+                    axes.plot(points.letters, points.recall, "o-", label=f"right {about}", **look)
+                    axes.plot(points.letters, points.wrong, "x:", label=f"wrong {about}", **look)
             axes.set(title=KINDS[kind], xlabel="letters forgiven", ylim=(-0.04, 1.06), xticks=range(4))
         row[0].set_ylabel("share of questions")
         shared_legend(figure, row, loc="outside right center")

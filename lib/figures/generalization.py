@@ -12,7 +12,6 @@ from lib.facts.people import FactsConfig, best_constant_guess
 from lib.facts.sampling import unseen_people
 from lib.figures.style import (
     STYLES,
-    draw_means,
     nothing_yet,
     panels,
     published_label,
@@ -80,9 +79,9 @@ def _published_recall(axes, published: pd.DataFrame) -> None:
 
 #: What is right about requests, as a legend says it.
 MEASURES = {
-    "well_formed": ("well-formed", {"color": "#000000", "marker": "^", "linestyle": ":"}),
-    "right_attribute": ("right attribute", {"color": "#009E73", "marker": "D", "linestyle": "--"}),
-    "right_name": ("name copied rightly", {"color": "#0072B2", "marker": "s", "linestyle": "-"}),
+    "well_formed": ("well-formed", {"color": "#000000", "marker": "^"}),
+    "right_attribute": ("right attribute", {"color": "#009E73", "marker": "D"}),
+    "right_name": ("name copied rightly", {"color": "#0072B2", "marker": "s"}),
 }
 #: The size whose requests are drawn unless another is asked for: every seed has it at every number of facts.
 TOOL_CALLS_D_MODEL = 24
@@ -91,15 +90,16 @@ TOOL_CALLS_D_MODEL = 24
 def tool_calls(shares: pd.DataFrame, d_model: int = TOOL_CALLS_D_MODEL) -> Figure:
     """Draw what the first requests of in-tool models of one size are like, against the number of training facts.
 
-    shares: as `summaries.unseen_shares` gives them; rows of the quick profile may have any size. Drawn are means over
-    seeds, with bars from the smallest to the largest.
+    shares: as `summaries.unseen_shares` gives them; rows of the quick profile may have any size. One point per seed,
+    side by side.
     """
     shares = shares[(shares["mode"] == "in-tool") & of_size(shares, d_model)]
     with panels((9.6, 3.1), 1, len(KINDS), sharey=True, sharex=True) as (figure, row):
         for axes, (kind, title) in zip(row, KINDS.items(), strict=True):
             for measure, (label, style) in MEASURES.items():
                 chosen = shares[(shares.kind == kind) & (shares.measure == measure)]
-                draw_means(axes, chosen, "n_facts", label, of="share", **style)
+                for points, name, look in told_apart(chosen, label, style):
+                    axes.plot(side_by_side(points), points.share, label=name, linestyle="none", **look)
             axes.set(xlabel="training facts", ylim=(-0.04, 1.06))
             axes.set_title(title, fontsize=8)
             axes.set_xscale("log", base=2)

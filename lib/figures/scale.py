@@ -216,7 +216,7 @@ _PADDED = {"figure.constrained_layout.w_pad": 0.1}
 def _beside_legend(width: float, table: pd.DataFrame, n_columns: int = 1):
     """Return `panels`, `width` inches wide and high enough for the legend of a table."""
     lines = table["mode"].nunique() + table.model.nunique() + len(table.groupby(["model", "mode"]))
-    return panels((width, max(3.4, 0.13 * lines)), 1, n_columns, _PADDED, sharex=True)
+    return panels((width, max(3.4, 0.14 * lines)), 1, n_columns, _PADDED, sharex=True)
 
 
 def _looks(table: pd.DataFrame) -> dict[tuple[str, str | None], dict]:
@@ -261,4 +261,4 @@ def _legend(figure: Figure, table: pd.DataFrame) -> None:
     for model, points in table.groupby("model", sort=False):
         label = "\n".join([model, *(f"  {_runs(of_mode)}" for _, of_mode in _by_mode(points))])
         handles.append(Line2D([], [], label=label, **looks[model, None]))
-    figure.legend(handles=handles, fontsize=6.5, handlelength=3, labelspacing=0.4, loc="outside right center")
+    figure.legend(handles=handles, handlelength=3, labelspacing=0.4, loc="outside right center")

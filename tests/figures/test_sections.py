@@ -357,8 +357,11 @@ def test_the_largest_models_are_drawn_strongest_the_only_ones_among_them():
 
 def test_requests_are_drawn_for_models_of_one_size():
     panels = dict(zip(generalization.KINDS, generalization.tool_calls(_shares(), d_model=36).axes, strict=True))
-    np.testing.assert_allclose(_lines(panels["trained"])["name copied rightly"], [[256, 0.9], [4096, 0.9]])
-    np.testing.assert_allclose(_lines(panels["new_both"])["name copied rightly"], [[256, 0], [4096, 0]])
+    beside = 2**0.2  # two seeds, 0.4 octaves apart
+    places = [256 / beside, 4096 / beside, 256 * beside, 4096 * beside]
+    for kind, shares in (("trained", [0.8, 0.8, 1, 1]), ("new_both", [0, 0, 0, 0])):
+        drawn = _lines(panels[kind])["name copied rightly"]
+        np.testing.assert_allclose(drawn, np.column_stack([places, shares]))
     assert not _lines(generalization.tool_calls(_shares(), d_model=56).axes[0])
     own = generalization.tool_calls(_with_own(_shares(), _shares()), d_model=56).axes[0]
     assert set(_lines(own)) == {"name copied rightly (quick)"}
