@@ -32,7 +32,7 @@ test-all: $(VENV)/extras.stamp ## run the slow tests too: notebooks, browser, Sl
 fuzz: $(VENV)/extras.stamp ## give damaged input to everything that reads files, replies and requests (an hour)
 	@$(RUN) -m lib test tests/test_doors.py --hypothesis-profile fuzz --timeout 7200
 
-bench: $(VENV)/extras.stamp ## measure speed against Hugging Face (7 minutes; leave the machine alone meanwhile)
+bench: $(VENV)/extras.stamp ## measure speed against Hugging Face (10 minutes; leave the machine alone meanwhile)
 	@$(RUN) -m lib notebooks A2
 
 # Installs nothing: GPU machines are often offline. RUN=python uses the current environment; ITL_RUNS says where rows go.
