@@ -91,7 +91,7 @@ FIGURES = {
         has_own=False,
     ),
     "generalization": Record(
-        shows="Recall of people nobody was trained on",
+        shows="Recall of unseen people",
         draw=generalization.generalization,
         rows=summaries.generalization_rows,
         points=_unseen,
@@ -99,7 +99,7 @@ FIGURES = {
         about_published=_ONE_SEED,
     ),
     "tool_calls": Record(
-        shows="First requests about people, trained on or not",
+        shows="First requests of in-tool models, about trained and unseen people",
         draw=generalization.tool_calls,
         rows=summaries.generalization_rows,
         points=_unseen,
