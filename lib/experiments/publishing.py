@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
 
 from lib import paths
 from lib.base import InputError
-from lib.experiments.rows import table_path
+from lib.experiments.rows import OWN, table_path
 from lib.experiments.tables import COMPUTED, TABLE_ONLY, read_rows, read_table, stacked
 from lib.provenance import commit
 
@@ -100,6 +101,9 @@ class Table:
 
 
 def table_of(section: str) -> Table:
-    """Return the table of a section of Section 5."""
+    """Return the table of a section. Raises `InputError` for one without a table, and outside a checkout."""
+    paths.check_checkout()
+    if section in OWN:
+        return import_module(OWN[section]).table_of_rows()
     order = ("profile", "mode", "n_facts", "alpha", "seed", "d_model", "run_id")
     return Table(table_path(section), order, partial(read_rows, section))

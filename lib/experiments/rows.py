@@ -20,6 +20,8 @@ TABLES = {
     "05_2": "generalization",
     "05_3": "compressibility",
 }
+#: Sections with a module of their own, which has their table.
+OWN = {"06": "lib.finetune.experiments", "07_1": "lib.experiments.edits", "07_2": "lib.experiments.chains"}
 
 
 def sweep_dir(section: str, profile: str) -> Path:

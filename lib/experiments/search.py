@@ -58,7 +58,3 @@ class Search:
             return (low + high) // 2
         below = range(low - 1, max(high - self.neighbours, 0) - 1, -1)
         return next((i for i in below if i not in reached), None)
-
-    def expected_runs(self) -> int:
-        """Return about how many runs the search takes from its start."""
-        return len(self.sizes) if self.threshold is None else min(2 + self.neighbours, len(self.sizes))

@@ -232,7 +232,7 @@ def _expected(search: Search, recalls: dict[str, float]) -> list[RunConfig]:
     if search.threshold is None or not pending:
         return pending
     done = sum(run_id in recalls for run_id in search.run_ids)
-    return pending * max(1, search.expected_runs() - done)
+    return pending * max(1, min(2 + search.neighbours, len(search.sizes)) - done)
 
 
 def _hours(configs: Iterable[RunConfig], speed: float) -> float:

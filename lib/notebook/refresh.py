@@ -12,6 +12,8 @@ from functools import partial
 from lib import paths
 from lib.base import WorkError
 from lib.experiments import published, tables
+from lib.experiments.publishing import table_of
+from lib.experiments.rows import OWN, TABLES
 from lib.figures import record, style
 from lib.figures.parameter_bounds import bounds_in_words
 from lib.notebook import catalog, runner
@@ -81,20 +83,14 @@ def _main_figure() -> str:
 
 def _rows() -> str:
     """Return the state of the tables: rows, seeds and facts of each section and profile (needs the extra `scale`)."""
-    from lib.experiments import chains, edits
-    from lib.finetune import experiments
-
     lines = [
         "| section | profile | rows | not in today's plan | seeds | facts |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    read = {section: partial(tables.read_rows, section) for section in tables.TABLES}
-    known = {section: tables.committed_rows(section) for section in tables.TABLES}
-    for own in (experiments, edits, chains):
-        read[own.SECTION], known[own.SECTION] = own.rows, tables.read_table(own.table_of_rows().path)
-    for section, committed in known.items():
-        for profile in committed.profile.unique() if len(committed) else ():
-            rows = read[section](profile)
+    for section in (*TABLES, *OWN):
+        table = table_of(section)
+        for profile in tables.read_table(table.path).profile.unique():
+            rows = table.read(profile)
             facts = " to ".join(f"{n:,}" for n in dict.fromkeys([rows.n_facts.min(), rows.n_facts.max()]))
             counts = f"{len(rows):,} | {rows.superseded.sum():,} | {rows.seed.nunique()}"
             lines.append(f"| {section} | {profile} | {counts} | {facts} |")
