@@ -117,7 +117,6 @@ def generate(
     known: Sequence[Sequence[int]] | None = None,
     max_new_tokens: int | Sequence[int] = 256,
     temperature: float = 0.0,
-    generator: torch.Generator | None = None,
     batch_size: int = 256,
     description: str | None = None,
 ) -> list[Generation]:
@@ -129,7 +128,7 @@ def generate(
     database without a `tool`, the user). `batch_size` is for rows that grow to less than twice the length of the
     shortest; longer rows come in smaller batches, so that a few long ones do not multiply the memory.
 
-    `temperature` 0 is greedy, otherwise `generator` draws the samples; a negative one is an `InputError`. `known` holds
+    `temperature` 0 is greedy, otherwise torch's generator draws; a negative one is an `InputError`. `known` holds
     the tokens that each generation is known to begin with, the tool's answers included, so the model need not
     produce them again. The tool is still called; after an answer that differs, the rest of `known` is ignored.
     Shows progress under `description` if one is given.
@@ -141,7 +140,7 @@ def generate(
     open_rows = [row for row in rows if not row.done]
     with progress(len(open_rows), description) as bar:
         for batch in _batches(open_rows, batch_size):
-            for _ in _decode(model, batch, temperature, generator):
+            for _ in _decode(model, batch, temperature):
                 pass
             bar.update(len(batch))
     return [row.generation for row in rows]
@@ -155,7 +154,6 @@ def chat(
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
-    generator: torch.Generator | None = None,
 ) -> Iterator[tuple[Role, str]]:
     """Answer one question, yielding (speaker, next piece of text). A change of the speaker begins a new turn.
 
@@ -169,7 +167,7 @@ def chat(
         raise InputError(f"the question has {len(prompt):,} tokens: at most {LONGEST_QUESTION:,} are accepted")
     row = _Row(prompt, tokenizer, tool, max_new_tokens)
     turn, told = 0, 0  # the current turn, and how many of its characters were yielded
-    for _ in _decode(model, [row] * (not row.done), temperature, generator):
+    for _ in _decode(model, [row] * (not row.done), temperature):
         turns = row.generation.turns(tokenizer)
         for i, (role, text) in enumerate(turns[turn:], turn):
             is_last = i == len(turns) - 1
@@ -194,7 +192,7 @@ def _batches(rows: list[_Row], batch_size: int) -> Iterator[list[_Row]]:
         yield from (similar[start : start + size] for start in range(0, len(similar), size))
 
 
-def _decode(model, rows: list[_Row], temperature: float, generator: torch.Generator | None) -> Iterator[None]:
+def _decode(model, rows: list[_Row], temperature: float) -> Iterator[None]:
     """Decode unfinished rows to their ends; yield after every step."""
     if not temperature >= 0:
         raise InputError(f"temperature is {temperature}: give 0 (greedy) or more")
@@ -205,7 +203,7 @@ def _decode(model, rows: list[_Row], temperature: float, generator: torch.Genera
     tokens = torch.nn.utils.rnn.pad_sequence(fed, batch_first=True).to(model.device)
     cache = model.new_cache(len(rows), tokens.shape[1] + max(row.longest - len(row) for row in rows))
     while True:
-        chosen = _choose(model.decode(tokens, cache, lengths), temperature, generator).tolist()
+        chosen = _choose(model.decode(tokens, cache, lengths), temperature).tolist()
         lengths = None
         for row, token in zip(rows, chosen, strict=True):
             if not row.done:
@@ -220,11 +218,10 @@ def _decode(model, rows: list[_Row], temperature: float, generator: torch.Genera
         tokens = torch.tensor([row.generation.tokens[-1:] for row in rows], device=model.device)
 
 
-def _choose(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.Tensor:
+def _choose(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Choose the next token (B,) of each row from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1)
     # Subtract the largest logit, in float64, so that no temperature is too low.
     relative = (logits - logits.amax(-1, keepdim=True)).double()
-    probabilities = (relative / temperature).softmax(-1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+    return torch.multinomial((relative / temperature).softmax(-1), 1).squeeze(-1)

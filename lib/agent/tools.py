@@ -2,14 +2,14 @@
 
 import re
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from datetime import datetime
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from lib.base import InputError
 from lib.dialogs.chains import chain_dialog
@@ -54,10 +54,8 @@ def _error(outcome: Outcome) -> Response:
     return Response(outcome, ERROR_TEXTS[outcome])
 
 
-class Tool(Protocol):
-    """Answers an assistant's whole turn, prose and fenced request. No turn makes it raise."""
-
-    def __call__(self, turn: str) -> Response: ...
+#: Answers an assistant's whole turn, prose and fenced request. No turn makes it raise.
+Tool = Callable[[str], Response]
 
 
 class PeopleTool:
@@ -69,17 +67,7 @@ class PeopleTool:
     parse = staticmethod(parse_request)
 
 
-class Closing(AbstractContextManager):
-    """Something that a `with` block closes at its end."""
-
-    def close(self) -> None:
-        raise NotImplementedError
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-
-class SqlTool(PeopleTool, Closing):
+class SqlTool(PeopleTool, AbstractContextManager):
     """Answers `FIND <attribute> FOR <name>` from the table `people` of a SQLite database, which it only reads.
 
     The model's words never become SQL: the name is bound as a parameter, and the attribute picks one of the queries
@@ -131,7 +119,7 @@ class SqlTool(PeopleTool, Closing):
         response = self.find(attribute, name)
         return response if response.outcome is not Outcome.NO_MATCH else self.find(attribute, comparable(name))
 
-    def close(self) -> None:
+    def __exit__(self, *_) -> None:
         self.connection.close()
 
 
@@ -164,10 +152,10 @@ class ForgivingTool(PeopleTool):
         return self.tool.find(request.attribute, near[0][0])
 
 
-class EditableTool(Closing):
+class EditableTool(AbstractContextManager):
     """A tool on a copy of a database's people that may be changed; the database itself is only read.
 
-    kind: what answers in its place, one of `TOOLS`. `close`, or else the end of the process, deletes the copy.
+    kind: what answers in its place, one of `TOOLS`. The end of the `with` block, or of the process, deletes the copy.
     Raises `InputError` for a database that `SqlTool` refuses or that cannot be copied.
     """
 
@@ -176,7 +164,7 @@ class EditableTool(Closing):
         with SqlTool(path) as tool, ExitStack() as stack, refusing("copy", path):
             self.attributes = tool.attributes
             self._folder = TemporaryDirectory(prefix="itl-")
-            stack.callback(self.close)
+            stack.callback(self._folder.cleanup)
             self.path = Path(self._folder.name) / DATABASE
             database.copy_people(tool.connection, tool.attributes, self.path)
             stack.pop_all()
@@ -200,7 +188,7 @@ class EditableTool(Closing):
             answers = {attribute: tool.find(attribute, name) for attribute in self.attributes}
         return {attribute: answer.text for attribute, answer in answers.items() if answer.ok}
 
-    def close(self) -> None:
+    def __exit__(self, *_) -> None:
         self._folder.cleanup()
 
 

@@ -18,25 +18,11 @@ from rich.text import Text
 
 from lib import paths
 from lib.base import InputError, WorkError, printable, to_json
-from lib.cli import finetune, slurm
-from lib.cli.options import (
-    FACTS,
-    HOW,
-    OBSERVERS,
-    RUN,
-    Device,
-    Out,
-    Parameters,
-    Profile,
-    ProfileOption,
-    Section,
-    Source,
-    console,
-    run_folder,
-    takes,
-)
+from lib.cli import finetune, options, slurm
+from lib.cli.options import Device, Profile, ProfileOption, Section, console, takes
 from lib.cli.serve import serve
 from lib.dialogs.templates import QuestionMode
+from lib.experiments.rows import OWN
 
 app = typer.Typer(
     help="In-tool and in-weight learning: train, ask, sweep, draw.",
@@ -48,8 +34,6 @@ app = typer.Typer(
 
 #: Commands that resume where they were interrupted.
 RESUMED = ("train", "finetune", "evaluate", "sweep", "trivia", "ask", "notebooks", "paper", "scale")
-#: Sections with a module of their own, which has their table.
-OWN = {"06": "lib.finetune.experiments", "07_1": "lib.experiments.edits", "07_2": "lib.experiments.chains"}
 #: Maximum characters of a message, which may quote a file or a server.
 LONGEST = 1_500
 #: Errors that a user, a file, a disk or a server can cause.
@@ -124,7 +108,7 @@ def _say(sentence: str) -> None:
 
 
 @app.command()
-@takes(facts=FACTS)
+@takes(facts=options.FACTS)
 def data(
     facts,
     out: Annotated[Path, typer.Option(help="SQLite file to write")],
@@ -149,8 +133,8 @@ def data(
 
 
 @app.command()
-@takes(config=RUN, observers=OBSERVERS, how=HOW)
-def train(config, observers, how, out: Out = None) -> None:
+@takes(config=options.RUN, observers=options.OBSERVERS, how=options.HOW)
+def train(config, observers, how, out: options.Out = None) -> None:
     """Train one model and measure its recall. The same command resumes an interrupted run.
 
     Started by torchrun, several processes train it together, each on its part of every batch.
@@ -159,7 +143,7 @@ def train(config, observers, how, out: Out = None) -> None:
     from lib.training.run import run
 
     console.quiet = not is_first()
-    directory, model = run_folder(config, out), config.model
+    directory, model = options.run_folder(config, out), config.model
     console.print(f"run {config.run_id}: {config.mode}, d_model {model.d_model}, {model.n_params:,} parameters")
     row = run(config, directory, description="training" if is_first() else None, observers=observers, **how)
     console.print(
@@ -182,7 +166,8 @@ def recall(folder: RunFolder, database: Database = None, device: Device = "auto"
 
     with open_conversation(folder, database, device) as talk:
         if talk.tool is not None:
-            SqlTool(talk.database, talk.people.attributes).close()  # `InputError` if it lacks an attribute
+            with SqlTool(talk.database, talk.people.attributes):  # `InputError` if it lacks an attribute
+                pass
         facts = list(talk.people.facts())
         measured = measure_recall(talk.model, facts, talk.tokenizer, talk.tool, description="asking")
         queries = "" if talk.tool is None else f", {talk.tool.n_queries:,} queries to {talk.database}"
@@ -240,7 +225,7 @@ def _read_line() -> str:
 
 @app.command()
 def sweep(
-    source: Source,
+    source: options.Source,
     profile: ProfileOption = "quick",
     jobs: Annotated[int | None, typer.Option(help="runs at a time (default: one a core, or one a GPU)")] = None,
     dry_run: Annotated[bool, typer.Option(help="only list what is left to run")] = False,
@@ -253,19 +238,19 @@ def sweep(
     if publish:
         from lib.experiments import publishing  # imports pandas, which nothing else here needs
 
-        _table(source)  # an experiment without a table is an `InputError`
+        publishing.table_of(source)  # an experiment without a table is an `InputError`
         publishing.check_publishes(profile)
         publishing.check_traceable()
-    options = {"max_hours": max_hours, "device": device}
+    how = {"max_hours": max_hours, "device": device}
     if facts and source in OWN:
         raise InputError(f"--facts is for Section 5 and grids of your own, not for section {source}: leave it out")
     if source in ("06", "07_2"):
         if jobs not in (None, 1):
             raise InputError(f"section {source} does one run at a time: leave --jobs out")
     else:
-        options["jobs"] = jobs
+        how["jobs"] = jobs
     if source in OWN:
-        report = import_module(OWN[source]).sweep(profile, dry_run=dry_run, **options)
+        report = import_module(OWN[source]).sweep(profile, dry_run=dry_run, **how)
     else:
         from lib.experiments import sweep as sweeps
         from lib.experiments.plan import searches
@@ -276,24 +261,14 @@ def sweep(
             plan = [each for each in plan if len(ATTRIBUTES) * each.base.facts.n_people in facts]
             if not plan:
                 raise InputError(f"no {profile} run of {source} has {' or '.join(map(str, facts))} facts")
-        report = sweeps.sweep(source, profile, dry_run=dry_run, plan=plan, **options)
+        report = sweeps.sweep(source, profile, dry_run=dry_run, plan=plan, **how)
     console.print(str(report))
     if publish and not dry_run:
-        table = _table(source)
+        table = publishing.table_of(source)
         console.print(f"{table.add(profile)} new rows in {table.path}")
         refresh()
     if report.failed:
         raise SystemExit(1)
-
-
-def _table(section: str):
-    """Return the table of a section's rows in paper_data: a `lib.experiments.publishing.Table`."""
-    paths.check_checkout()
-    if section in OWN:
-        return import_module(OWN[section]).table_of_rows()
-    from lib.experiments.publishing import table_of
-
-    return table_of(section)
 
 
 @app.command()
@@ -305,7 +280,9 @@ def drop(
     dry_run: Annotated[bool, typer.Option(help="only list them")] = False,
 ) -> None:
     """Drop rows from a table of paper_data; no other command does. Give at least one option that selects them."""
-    table = _table(section)
+    from lib.experiments.publishing import table_of
+
+    table = table_of(section)
     rows = table.drop(profile, run_id or [], superseded, dry_run)
     about = ["profile", "run_id", "mode", "n_facts", "seed", "superseded"]
     console.print(rows[about].drop_duplicates().to_string(index=False))
@@ -359,7 +336,7 @@ def figures(
 def notebooks(
     names: Annotated[list[str] | None, typer.Argument(help="which, as 05_1 (default: all)")] = None,
     profile: ProfileOption = "quick",
-    parameter: Parameters = None,
+    parameter: options.Parameters = None,
     in_place: Annotated[bool, typer.Option(help="also write the outputs into the notebook itself")] = False,
     reuse: Annotated[bool, typer.Option(help="skip what is up to date")] = False,
 ) -> None:

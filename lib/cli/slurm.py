@@ -6,21 +6,9 @@ from typing import Annotated
 import typer
 
 from lib.base import InputError
+from lib.cli import options
 from lib.cli.finetune import FINETUNE
-from lib.cli.options import (
-    HOW,
-    OBSERVERS,
-    RESOURCES,
-    RUN,
-    Device,
-    Out,
-    Parameters,
-    ProfileOption,
-    Source,
-    console,
-    run_folder,
-    takes,
-)
+from lib.cli.options import RESOURCES, Device, Out, ProfileOption, console, run_folder, takes
 from lib.slurm import tasks
 
 submit = typer.Typer(help="Train, sweep or run a notebook on Slurm.", no_args_is_help=True)
@@ -28,7 +16,7 @@ Script = Annotated[bool, typer.Option("--dry-run", help="only print the script t
 
 
 @submit.command("train")
-@takes(config=RUN, observers=OBSERVERS, how=HOW, resources=RESOURCES)
+@takes(config=options.RUN, observers=options.OBSERVERS, how=options.HOW, resources=RESOURCES)
 def submit_train(config, observers, how, resources, out: Out = None, dry_run: Script = False) -> None:
     """Train one model, with one process a GPU (without GPUs, one a node). It resumes after a time limit."""
     _submit(tasks.train(config, run_folder(config, out), observers, how), resources, dry_run)
@@ -44,7 +32,7 @@ def submit_finetune(config, resources, out: Out = None, device: Device = "auto",
 @submit.command("sweep")
 @takes(resources=RESOURCES)
 def submit_sweep(
-    source: Source,
+    source: options.Source,
     resources,
     profile: ProfileOption = "quick",
     jobs: Annotated[int, typer.Option(min=1, help="jobs at a time")] = 16,
@@ -68,7 +56,7 @@ def submit_notebook(
     name: Annotated[str, typer.Argument(help="which, as 05_1")],
     resources,
     profile: ProfileOption = "quick",
-    parameter: Parameters = None,
+    parameter: options.Parameters = None,
     dry_run: Script = False,
 ) -> None:
     """Run a notebook and render it to HTML."""

@@ -95,10 +95,10 @@ def submit(executor: submitit.SlurmExecutor, function: Callable, *arguments: Seq
 
     Raises `InputError` if Slurm refuses.
     """
-    functions = [function] * len(arguments[0])
     try:
         with redirect_stderr(io.StringIO()):  # submitit prints what it also raises
-            return [job.job_id for job in executor.map_array(Job(), functions, *arguments)]
+            jobs = executor.map_array(Job(), [function] * len(arguments[0]), *arguments)
+        return [job.job_id for job in jobs]
     except (FailedJobError, FailedSubmissionError) as error:
         raise InputError(f"Slurm refused the job: {str(error).strip().splitlines()[-1]}") from None
 

@@ -62,8 +62,7 @@ def train(config: RunConfig, directory: Path, observers: Observers, how: dict[st
         files[config.tokenizer] = tokenizer_file(config.tokenizer)
     folder = str(directory.resolve())
     arguments = {"config": _fields(config), "directory": folder, "observers": _fields(observers)}
-    task = Task(title=folder, arguments=arguments | how)
-    return Work(f"train-{config.run_id}", "train", [task], files)
+    return Work(f"train-{config.run_id}", "train", [Task(title=folder, arguments=arguments | how)], files)
 
 
 def finetune(config, directory: Path, device: str) -> Work:
@@ -161,10 +160,10 @@ def do(kind: str, copies: Mapping[str, str], arguments: dict[str, Any]) -> None:
             from lib.experiments.sweep import sweep
 
             source = copies.get(arguments["source"], arguments["source"])
-            plan = _parts(source, arguments["profile"])
-            plan = [plan[i] for i in arguments["positions"]]
-            device = arguments["device"]
-            sweep(source, arguments["profile"], device=device, plan=plan, in_process=True).check()
+            profile, device = arguments["profile"], arguments["device"]
+            parts = _parts(source, profile)
+            plan = [parts[i] for i in arguments["positions"]]
+            sweep(source, profile, device=device, plan=plan, in_process=True).check()
         case "notebook":
             from lib.notebook import runner
 

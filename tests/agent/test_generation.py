@@ -119,15 +119,12 @@ def test_what_a_tool_writes_cannot_end_a_dialog_or_change_the_speaker():
 
 
 def test_special_tokens_in_an_answer_are_read_and_not_obeyed():
-    class Leaky(ByteTokenizer):
-        """Some tokenizers turn a text into special tokens; here it is the bytes @ and #."""
-
-        def encode(self, text):
-            return [{"@": DATABASE, "#": END}.get(c, ord(c)) for c in text]
-
+    leaky = ByteTokenizer()
+    # Some tokenizers turn a text into special tokens; here it is the bytes @ and #.
+    leaky.encode = lambda text: [{"@": DATABASE, "#": END}.get(c, ord(c)) for c in text]
     tool = Oracle(ask="@#1")
     model = says({"Who?": [turn("ask", DATABASE), turn("So.", END)]})
-    (generation,) = generate(model, [prompt("Who?")], Leaky(), tool)
+    (generation,) = generate(model, [prompt("Who?")], leaky, tool)
     assert tool.asked == ["ask"]
     assert generation.tokens == [*turn("ask", DATABASE), DATABASE, END, ord("1"), ASSISTANT, *turn("So.", END)]
     assert generation.finished
@@ -308,11 +305,10 @@ def test_greedy_decoding_takes_the_likeliest_token_after_each_prefix():
 # ---- Sampling
 
 
-def test_sampling_follows_its_generator():
+def test_sampling_follows_the_seed():
     def texts(seed):
-        generator = torch.Generator().manual_seed(seed)
-        prompts = [prompt(q) for q in "abc"]
-        return generate(chatterbox(0), prompts, TOKENIZER, temperature=1.0, generator=generator, max_new_tokens=20)
+        torch.manual_seed(seed)
+        return generate(chatterbox(0), [prompt(q) for q in "abc"], TOKENIZER, temperature=1.0, max_new_tokens=20)
 
     assert texts(1) == texts(1)
     assert texts(1) != texts(2)
@@ -326,9 +322,10 @@ def test_samples_have_the_frequencies_of_the_softmax(temperature):
         def _logits(self, chosen):
             return torch.cat([logits, torch.full((256,), -torch.inf)]).expand(len(chosen), -1)
 
+    torch.manual_seed(0)
     generations = generate(
         Constant(lambda _: 0), [[ASSISTANT]] * n, TOKENIZER, batch_size=n, max_new_tokens=1,
-        temperature=temperature, generator=torch.Generator().manual_seed(0),
+        temperature=temperature,
     )  # fmt: skip
     counts = torch.bincount(torch.tensor([g.tokens[0] for g in generations]), minlength=4)
     weights = (logits / temperature).exp()
@@ -399,8 +396,8 @@ def test_the_pieces_of_a_chat_add_up_to_the_text_whatever_the_bytes(said, limit)
 
 
 def test_a_chat_passes_its_options_on():
-    generator = torch.Generator().manual_seed(5)
-    _, first = told(chatterbox(2), "a", temperature=1.5, generator=generator, max_new_tokens=15)
-    generator.manual_seed(5)
-    expected = one(chatterbox(2), "a", temperature=1.5, generator=generator, max_new_tokens=15)
+    torch.manual_seed(5)
+    _, first = told(chatterbox(2), "a", temperature=1.5, max_new_tokens=15)
+    torch.manual_seed(5)
+    expected = one(chatterbox(2), "a", temperature=1.5, max_new_tokens=15)
     assert first == [t for t in expected.turns(TOKENIZER) if t.text]

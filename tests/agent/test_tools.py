@@ -113,7 +113,8 @@ def test_no_error_text_can_be_a_value():
 
 
 def test_a_database_without_an_attribute_that_is_needed_is_refused(database):
-    SqlTool(database, ["occupation", "birth_date"]).close()
+    with SqlTool(database, ["occupation", "birth_date"]):
+        pass
     for unknown in ["height", "name"]:
         with pytest.raises(InputError, match=f"unknown attribute '{unknown}'.*birth_date, birth_place"):
             SqlTool(database, ["occupation", unknown])
@@ -234,7 +235,8 @@ def test_a_locked_database_is_one_sentence(database):
     with pytest.raises(InputError, match=f"{database}: database is locked .another program may be writing"):
         SqlTool(database, time_budget=0.1)
     writer.close()
-    SqlTool(database).close()
+    with SqlTool(database):
+        pass
 
 
 def test_a_database_damaged_later_is_an_error_and_no_answer(tmp_path):
@@ -344,8 +346,8 @@ def test_the_database_stands_still_while_it_is_read(database):
     thread.join()
     assert others == [PEOPLE.value(0, "occupation")]
     write_database(PEOPLE[:1], database)
-    assert ask(tool, "occupation", PEOPLE.names[1]).text == PEOPLE.value(1, "occupation")
-    tool.close()
+    with tool:
+        assert ask(tool, "occupation", PEOPLE.names[1]).text == PEOPLE.value(1, "occupation")
 
 
 def ask_once(database):
