@@ -169,10 +169,10 @@ class RunConfig(Identified):
 
     @model_validator(mode="after")
     def _tokens_fit(self) -> Self:
-        if self.tokenizer == "bytes" and self.model.vocab_size < ByteTokenizer.vocab_size:
+        if self.tokenizer == "bytes" and self.model.vocab_size < ByteTokenizer().vocab_size:
             raise ValueError(
                 f"model.vocab_size = {self.model.vocab_size} is too small for bytes and special tokens: "
-                f"give at least {ByteTokenizer.vocab_size}"
+                f"give at least {ByteTokenizer().vocab_size}"
             )
         return self
 

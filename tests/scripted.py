@@ -49,7 +49,7 @@ class Scripted:
         return self._logits([self.script(tokens[b, : first + t + 1].tolist()) for b, t in select.nonzero().tolist()])
 
     def _logits(self, chosen: list[int]) -> torch.Tensor:
-        logits = torch.zeros(len(chosen), ByteTokenizer.vocab_size)
+        logits = torch.zeros(len(chosen), ByteTokenizer().vocab_size)
         logits[range(len(chosen)), chosen] = 10.0
         return logits
 
@@ -75,4 +75,4 @@ def says(replies: dict[str, list[list[int]]]) -> Scripted:
 
 def prompt(question: str) -> list[int]:
     """The tokens of a question, up to where the assistant is to speak."""
-    return [ByteTokenizer.role_ids[Role.USER], *question.encode(), ByteTokenizer.role_ids[Role.ASSISTANT]]
+    return [ByteTokenizer().role_ids[Role.USER], *question.encode(), ByteTokenizer().role_ids[Role.ASSISTANT]]

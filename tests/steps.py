@@ -6,8 +6,9 @@ import torch
 
 from lib.config import RunConfig
 from lib.dialogs.batches import Source
+from lib.dialogs.templates import dialogs
 from lib.dialogs.tokenizers import ByteTokenizer
-from lib.dialogs.tokens import join, tokenize_people
+from lib.dialogs.tokens import tokenize
 from lib.facts.sampling import load_people
 from lib.model.transformer import Transformer
 from lib.training.trainer import Trainer
@@ -27,9 +28,11 @@ def make_trainer(variant: dict, folder: Path, cuda_graph: bool, device: str = "c
     training = {"steps": STEPS, "batch_size": 12, **variant.get("training", {})}
     config = RunConfig.parse({"facts": {"n_people": 13}, **variant, "model": {"d_model": 8}, "training": training})
     people = load_people(config.facts)
-    texts = [config.mode, "biography"] if config.training.biographies else [config.mode]
-    parts = [tokenize_people(people, text, ByteTokenizer()) for text in texts]
+    texts = [list(dialogs(people, config.mode))]
+    if config.training.biographies:
+        texts.append(list(dialogs(people, "biography")))
     shares = [config.training.questions, config.training.biographies]
-    sources = [Source(len(part), share) for part, share in zip(parts, shares, strict=False)]
+    sources = [Source(len(part), share) for part, share in zip(texts, shares, strict=False)]
+    data = tokenize(sum(texts, []), ByteTokenizer())
     model = Transformer(config.model, torch.Generator().manual_seed(config.seed)).double().to(device)
-    return Trainer(model, join(parts), config, folder, evaluate, sources=sources, cuda_graph=cuda_graph)
+    return Trainer(model, data, config, folder, evaluate, sources=sources, cuda_graph=cuda_graph)

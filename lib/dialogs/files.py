@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from copy import copy
 from itertools import accumulate, pairwise, starmap
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -144,29 +144,20 @@ def _map(file: Path) -> torch.Tensor:
         return torch.frombuffer(mapped, dtype=getattr(torch, file.suffix.removeprefix(".")))
 
 
-@dataclass(frozen=True)
 class ConcatDialogs:
-    """Several datasets, one after the other, like the result of `join` without the copy: each stays on the host."""
+    """Several datasets, one after the other, without a copy: each stays on the host, and batches go to `device`."""
 
-    parts: Sequence[TokenizedDialogs]
-    device: torch.device | str = "cpu"  # of batches
+    def __init__(self, parts: Sequence[TokenizedDialogs]):
+        self.parts, self.device = parts, "cpu"
+        #: How many tokens of each dialog are trained, and the place of the first of these: (D,).
+        self.n_trained, self.first = (torch.cat([getattr(p, name) for p in parts]) for name in ("n_trained", "first"))
 
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return len(self.first)
 
     def lengths(self) -> torch.Tensor:
         """Return how many tokens each dialog has: (D,)."""
         return torch.cat([part.lengths() for part in self.parts])
-
-    @property
-    def n_trained(self) -> torch.Tensor:
-        """How many tokens of each dialog are trained: (D,)."""
-        return torch.cat([part.n_trained for part in self.parts])
-
-    @property
-    def first(self) -> torch.Tensor:
-        """The place of each dialog's first trained token: (D,)."""
-        return torch.cat([part.first for part in self.parts])
 
     def batch(self, rows: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return tokens (B, S) int64 and mask (B, S) of the dialogs `rows` (B,) on the host, see `TokenizedDialogs`."""
@@ -181,7 +172,9 @@ class ConcatDialogs:
 
     def to(self, device: torch.device | str) -> "ConcatDialogs":
         """Return the same dialogs, whose batches go to `device`."""
-        return ConcatDialogs(self.parts, device)
+        moved = copy(self)
+        moved.device = device
+        return moved
 
 
 class ReadAhead:
@@ -198,7 +191,6 @@ class ReadAhead:
 
     def __call__(self, step: int) -> Any:
         """Return `make(step)`."""
-        made = self._ahead.pop(step, None) or self._thread.submit(self._make, step)
-        result = made.result()
+        result = (self._ahead.pop(step, None) or self._thread.submit(self._make, step)).result()
         self._ahead = {step + 1: self._thread.submit(self._make, step + 1)}
         return result

@@ -10,55 +10,17 @@ from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
 
 from lib.base import InputError
 from lib.dialogs.templates import Role
 from lib.paths import read_bytes
 
 
-class Tokenizer(Protocol):
-    """The interface of a tokenizer: text to ids and back, and one id for each role and the end."""
+class Tokenizer:
+    """A vocabulary of `n_text` tokens, and the special ones: user, assistant, database, end.
 
-    name: str  # unique to its vocabulary
-    vocab_size: int
-    role_ids: dict[Role, int]
-    end: int
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Iterable[int]) -> str: ...
-
-
-class ByteTokenizer:
-    """UTF-8 bytes and four special tokens: 256 user, 257 assistant, 258 database, 259 end of dialog."""
-
-    name = "bytes"
-    vocab_size = 260
-    role_ids = {Role.USER: 256, Role.ASSISTANT: 257, Role.DATABASE: 258}
-    end = 259
-
-    def encode(self, text: str) -> list[int]:
-        """Return the bytes of `text`."""
-        return list(text.encode())
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of byte ids; a special token is a ValueError, invalid UTF-8 becomes U+FFFD."""
-        return bytes(ids).decode(errors="replace")
-
-
-#: The pre-tokenizer of GPT-4 and Llama 3, run before tiktoken merges bytes: a file of ranks does not name one.
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_ACCEPTED = 'give "bytes", a file of BPE ranks (*.tiktoken), or a tokenizer.json or the folder that holds one'
-#: Blanks, marks, letters and a request. A tokenizer that changes case, trims or drops something fails it.
-_PROBE = " Zoë  O'Neil,\t李 😀 <|end|>\n```sql\nFIND birth_place FOR Zoë O'Neil\n```"
-
-
-class SubwordTokenizer:
-    """A vocabulary of `n_text` tokens, and the special ones: user, assistant, database, end."""
+    name: unique to the vocabulary. encode and decode turn text into ids below `n_text` and back.
+    """
 
     def __init__(self, name: str, n_text: int, encode: Callable[[str], list[int]], decode: Callable[[list[int]], str]):
         self.name, self.n_text, self.encode, self._decode = name, n_text, encode, decode
@@ -72,6 +34,23 @@ class SubwordTokenizer:
         if not all(0 <= token < self.n_text for token in ids):
             raise ValueError(f"special tokens have no text: ids of text are below {self.n_text}")
         return self._decode(ids)
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes and four special tokens: 256 user, 257 assistant, 258 database, 259 end of dialog."""
+
+    def __init__(self):
+        super().__init__("bytes", 256, lambda text: [*text.encode()], lambda ids: bytes(ids).decode(errors="replace"))
+
+
+#: The pre-tokenizer of GPT-4 and Llama 3, run before tiktoken merges bytes: a file of ranks does not name one.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_ACCEPTED = 'give "bytes", a file of BPE ranks (*.tiktoken), or a tokenizer.json or the folder that holds one'
+#: Blanks, marks, letters and a request. A tokenizer that changes case, trims or drops something fails it.
+_PROBE = " Zoë  O'Neil,\t李 😀 <|end|>\n```sql\nFIND birth_place FOR Zoë O'Neil\n```"
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -91,7 +70,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     kind, load = kinds[path.suffix]
     try:
         content = read_bytes(path)
-        tokenizer = SubwordTokenizer(f"{kind}-{hashlib.sha256(content).hexdigest()[:16]}", *load(content))
+        tokenizer = Tokenizer(f"{kind}-{hashlib.sha256(content).hexdigest()[:16]}", *load(content))
     except InputError:
         raise
     except (OSError, ValueError) as error:

@@ -3,7 +3,6 @@
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
@@ -95,18 +94,6 @@ def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
-
-
-def join(parts: Sequence[TokenizedDialogs]) -> TokenizedDialogs:
-    """Return several datasets, the sources of `Batches`, as one."""
-    if len(parts) == 1:
-        return parts[0]
-    starts = accumulate((len(part.values) for part in parts), initial=0)
-    ends = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
-    values, mask, n_trained, first = (
-        torch.cat([getattr(part, name) for part in parts]) for name in ("values", "mask", "n_trained", "first")
-    )
-    return TokenizedDialogs(values, mask, torch.cat([parts[0].offsets[:1], *ends]), n_trained, first)
 
 
 def tokenize(items: Iterable[Dialog], tokenizer: Tokenizer, repeats: bool = True) -> TokenizedDialogs:

@@ -1,11 +1,10 @@
 """Recall of people that a model was not trained on (Section 5.2)."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import reduce
 from operator import add
 
-from lib.agent.tools import TOOLS, open_tool
+from lib.agent.tools import open_tool
 from lib.config import RunConfig
 from lib.dialogs.tokenizers import Tokenizer
 from lib.evaluation.recall import Fact, Recall, measure_recall
@@ -23,11 +22,8 @@ def measure_generalization(model, config: RunConfig, tokenizer: Tokenizer) -> di
     n = config.evaluation.unseen_people
     trained, unseen = load_people(config.facts), unseen_people(config.facts, n)
     columns = {}
-    with ExitStack() as stack:
-        tool = None
-        if config.mode in TOOLS:
-            everybody = reduce(add, unseen.values(), trained)
-            tool = stack.enter_context(open_tool(config.mode, stack.enter_context(temporary_database(everybody))))
+    everybody = reduce(add, unseen.values(), trained)
+    with temporary_database(everybody) as path, open_tool(config.mode, path) as tool:
         for kind, people in {"trained": trained[:n], **unseen}.items():
             if not people.names:  # one person alone gives no new pair of names
                 continue

@@ -6,7 +6,7 @@ import numpy as np
 
 from lib.agent.generation import generate
 from lib.agent.tools import ERROR_TEXTS, Outcome
-from lib.dialogs.templates import Dialog, Role, Turn, answer, question, tool_call
+from lib.dialogs.templates import answer, in_tool_dialog, in_weight_dialog
 from lib.dialogs.tokenizers import Tokenizer
 from lib.dialogs.tokens import encode_prompt, tokenize
 from lib.evaluation.recall import Fact, bits_of_dialogs
@@ -22,7 +22,6 @@ def measure_memory(
     tokenizer: Tokenizer,
     *,
     after_error: bool = False,
-    seed: int = 0,
 ) -> dict[str, float]:
     """Return how well a model knows facts when it must answer without its tool.
 
@@ -32,12 +31,16 @@ def measure_memory(
     Returns `memory`, the share of facts whose true answer is the most probable, and `guess`, the `memory` of a model
     that knows nothing.
     """
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(0)
     dialogs, sizes = [], []
     for name, attribute, value in facts:
         others = sorted({*values[attribute]} - {value})
         others = draw.permutation(others)[: MOST_CANDIDATES - 1].tolist()
-        dialogs += [_told(name, attribute, candidate, after_error) for candidate in (value, *others)]
+        told = [in_weight_dialog(name, attribute, candidate) for candidate in (value, *others)]
+        if after_error:
+            *asked, _ = in_tool_dialog(name, attribute, ERROR_TEXTS[Outcome.NO_MATCH])
+            told = [[*asked, answered] for _, answered in told]
+        dialogs += told
         sizes.append(1 + len(others))
     bits = np.split(bits_of_dialogs(model, tokenize(dialogs, tokenizer)), np.cumsum(sizes)[:-1])
     return {
@@ -46,32 +49,17 @@ def measure_memory(
     }
 
 
-def _told(name: str, attribute: str, value: str, after_error: bool) -> Dialog:
-    ending = Turn(Role.ASSISTANT, answer(name, attribute, value))
-    return [*_asked(name, attribute, ERROR_TEXTS[Outcome.NO_MATCH] if after_error else None), ending]
-
-
-def _asked(name: str, attribute: str, result: str | None) -> Dialog:
-    """Return the question and, if there is a result, the request that the database answers with it."""
-    asked = [Turn(Role.USER, question(name, attribute))]
-    if result is None:
-        return asked
-    return [*asked, Turn(Role.ASSISTANT, tool_call(name, attribute)), Turn(Role.DATABASE, result)]
-
-
 def measure_belief(model, facts: Sequence[Fact], results: Sequence[str], tokenizer: Tokenizer) -> dict[str, float]:
     """Return how an in-tool model answers when the database responds with `results` to right requests for `facts`.
 
     `follows` is the share of answers that state the result, `remembers` of those that state the fact's own value.
     """
-    prompts = [encode_prompt(_asked(*fact[:2], result), tokenizer) for fact, result in zip(facts, results, strict=True)]
+    dialogs = [in_tool_dialog(*fact[:2], result) for fact, result in zip(facts, results, strict=True)]
+    prompts = [encode_prompt(dialog[:-1], tokenizer) for dialog in dialogs]
     longest = [64 + 2 * len(tokenizer.encode(answer(*fact) + text)) for fact, text in zip(facts, results, strict=True)]
     turns = [generation.turns(tokenizer) for generation in generate(model, prompts, tokenizer, max_new_tokens=longest)]
     said = [turn[0].text if turn else "" for turn in turns]
-    pairs = list(zip(said, facts, results, strict=True))
     return {
-        "follows": float(
-            np.mean([text == answer(name, attribute, result) for text, (name, attribute, _), result in pairs])
-        ),
-        "remembers": float(np.mean([text == answer(*fact) for text, fact, _ in pairs])),
+        "follows": float(np.mean([text == dialog[-1].text for text, dialog in zip(said, dialogs, strict=True)])),
+        "remembers": float(np.mean([text == answer(*fact) for text, fact in zip(said, facts, strict=True)])),
     }

@@ -45,7 +45,7 @@ _FAR_SQUARED = 2.0**18
 #: Loudness of name, value and text. When one of them is due, only softer ones speak at the same time.
 _NAME, _VALUE, _TEXT = 1.0, 2.0, 4.0
 
-_SPECIAL = ByteTokenizer.role_ids
+_SPECIAL, _END = ByteTokenizer().role_ids, ByteTokenizer().end
 #: A part of a turn: the forms that are the position of its first token, and its number of tokens.
 _Span = tuple[np.ndarray, np.ndarray]
 
@@ -166,8 +166,13 @@ class Circuit:
         head_dim, root = self.config.head_dim, self.config.d_model**0.5
         for parameter in model.parameters():
             parameter.zero_()
-        _put(model.embedding.weight, range(model.config.vocab_size), self._embeddings())
-        _put(model.output.weight, range(model.config.vocab_size), self._readings())
+        # Embeddings have the length _NORM, except for the end, which nothing reads; a logit compares signs of bytes.
+        bits, roles = _signs(range(256)), np.sqrt(8) * self.axes["role"]
+        embeddings = self.axes["one"] + np.concatenate([bits @ self.axes["byte"], roles, 0 * roles[:1]])
+        silent, hand_over = np.zeros((2, len(self.axes["one"]))), 8 * self.axes["hand_over"]
+        readings = 8 * np.concatenate([bits @ self.axes["said"], silent, [hand_over, -hand_over]])
+        _put(model.embedding.weight, range(model.config.vocab_size), embeddings)
+        _put(model.output.weight, range(model.config.vocab_size), readings)
         for block, (heads, units) in zip(model.blocks, self.blocks, strict=True):
             block.attention_norm.weight.fill_(_ANCHOR / root)
             block.ffn_norm.weight.fill_(_ANCHOR / root)
@@ -186,16 +191,6 @@ class Circuit:
         model.blocks[0].attention_norm.weight.fill_((_NORM**2 / self.config.d_model + self.config.norm_eps) ** 0.5)
         model.blocks[0].ffn_norm.weight.fill_(_COUNT / root)
         return model
-
-    def _embeddings(self) -> np.ndarray:
-        """Return the embeddings (260, width), of length `_NORM` except for the end, which nothing reads."""
-        roles = np.sqrt(8) * self.axes["role"]
-        return self.axes["one"] + np.concatenate([_signs(range(256)) @ self.axes["byte"], roles, 0 * roles[:1]])
-
-    def _readings(self) -> np.ndarray:
-        """Return the output matrix (260, width): a logit compares with the signs of its byte."""
-        silent, hand_over = np.zeros((2, len(self.axes["one"]))), 8 * self.axes["hand_over"]
-        return 8 * np.concatenate([_signs(range(256)) @ self.axes["said"], silent, [hand_over, -hand_over]])
 
     def _is(self, role: Role) -> np.ndarray:
         """Return the form that is 1 at the tokens of a role, else 0."""
@@ -274,7 +269,7 @@ class Circuit:
         self._say(name_asked - name_length, closes, answering)
         self._say(sentence, [each.opening for each in self.phrases], one - answering)
         self._say(name_told - named_length, [each.middle for each in self.phrases], one - answering)
-        self._say(end, [[*each.end, ByteTokenizer.end] for each in self.phrases], one - answering)
+        self._say(end, [[*each.end, _END] for each in self.phrases], one - answering)
 
     def _value_pointer(self, value: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return where to copy token `index` of the value from, and a bonus of keys (see `_pointer`).

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -23,8 +24,9 @@ from lib.base import InputError, WorkError
 from lib.config import UNOBSERVED, Observers, RunConfig
 from lib.dialogs.batches import Source
 from lib.dialogs.files import ConcatDialogs, open_dialogs, tokenize_file
+from lib.dialogs.templates import dialogs
 from lib.dialogs.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
-from lib.dialogs.tokens import TokenizedDialogs, join, tokenize_people
+from lib.dialogs.tokens import TokenizedDialogs, tokenize, tokenize_people
 from lib.evaluation.generalization import measure_generalization
 from lib.evaluation.recall import bits_of_dialogs, measure_recall
 from lib.facts.csv import write_people_csv
@@ -87,8 +89,7 @@ def run(
             # Prepare: nothing is written, and bad input is refused before the folder is claimed.
             _check_memory(config, people, tokenizer, device, ranks)
             questions = tokenize_people(people, config.mode, tokenizer)
-            trained = questions if config.training.repeats else tokenize_people(people, config.mode, tokenizer, False)
-            data, sources = _dataset(config, people, tokenizer, trained, files)
+            data, sources = _dataset(config, people, tokenizer, questions, files)
             model = Transformer(config.model, torch.Generator().manual_seed(config.seed)).to(device)
             threads = threads or _choose_threads(
                 directory, device, lambda: Trainer(copy.deepcopy(model), data, config, directory, sources=sources)
@@ -105,7 +106,7 @@ def run(
 
             ranks.first_does(lambda: _claim(directory, replace(claim, threads=threads), config_here, people))
             trainer.check_directory = lambda: claim.check_stays(directory)
-            tool = stack.enter_context(open_tool(config.mode, directory / DATABASE)) if ranks.is_first else None
+            tool = stack.enter_context(open_tool(config.mode, directory / DATABASE)) if ranks.rank == 0 else None
             facts = list(people.facts())
             some = facts[: config.evaluation.questions]
             trainer.evaluate = lambda model: measure_recall(model, some, tokenizer, tool).overall
@@ -161,15 +162,17 @@ def _dataset(
 ) -> tuple[TokenizedDialogs | ConcatDialogs, list[Source]]:
     """Return all dialogs that are trained on: questions about the people, their biographies, and those of files."""
     training = config.training
-    parts, shares = [questions], [training.questions]
+    texts, sources = dialogs(people, config.mode), [Source(people.n_facts, training.questions)]
     if training.biographies:
-        parts.append(tokenize_people(people, "biography", tokenizer))
-        shares.append(training.biographies)
+        texts = chain(texts, dialogs(people, "biography"))
+        sources.append(Source(len(people), training.biographies))
+    if training.biographies or not training.repeats:
+        questions = tokenize(texts, tokenizer, training.repeats)
+    parts = [questions]
     for path, folder in files.items():
         parts.append(open_dialogs(folder))
-        shares.append(training.files[path])
-    sources = [Source(len(part), share) for part, share in zip(parts, shares, strict=True)]
-    return ConcatDialogs(parts) if files else join(parts), sources
+        sources.append(Source(len(parts[-1]), training.files[path]))
+    return ConcatDialogs(parts) if files else questions, sources
 
 
 def _check_memory(config: RunConfig, people: People, tokenizer: Tokenizer, device: torch.device, ranks: Ranks) -> None:

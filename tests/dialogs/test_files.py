@@ -29,7 +29,7 @@ from lib.dialogs.batches import Source
 from lib.dialogs.files import ConcatDialogs, ReadAhead, open_dialogs, tokenize_file
 from lib.dialogs.templates import Role, Turn, dialogs
 from lib.dialogs.tokenizers import ByteTokenizer
-from lib.dialogs.tokens import TokenizedDialogs, join, tokenize, tokenize_people
+from lib.dialogs.tokens import TokenizedDialogs, tokenize, tokenize_people
 from lib.facts.sampling import sample_people
 from lib.model.transformer import Transformer
 from lib.training.distributed import ALONE, Ranks
@@ -43,7 +43,7 @@ class OtherTokenizer:
     """Larger ids by the general path."""
 
     name, vocab_size, end = "other", 100_260, 100_259
-    role_ids = {role: token + 100_000 for role, token in ByteTokenizer.role_ids.items()}
+    role_ids = {role: token + 100_000 for role, token in TOKENIZER.role_ids.items()}
 
     def encode(self, text: str) -> list[int]:
         return [token + 100_000 for token in text.encode()]
@@ -374,7 +374,7 @@ def parts(tmp_path) -> list[TokenizedDialogs]:
 
 
 def test_datasets_that_stay_where_they_are_give_what_joined_ones_do(parts):
-    apart, joined = ConcatDialogs(parts), join(parts)
+    apart, joined = ConcatDialogs(parts), _joined()
     assert len(apart) == len(joined) == 120
     assert torch.equal(apart.lengths(), joined.lengths())
     assert torch.equal(apart.n_trained, joined.n_trained) and torch.equal(apart.first, joined.first)
@@ -457,13 +457,18 @@ def _config(**training) -> RunConfig:
     })  # fmt: skip
 
 
+def _joined() -> TokenizedDialogs:
+    """The same dialogs as `parts`, in memory."""
+    people = sample_people(30)
+    return tokenize([*dialogs(people[:10], "in-weight"), *dialogs(people[10:], "in-tool")], TOKENIZER)
+
+
 def _trainer(parts, directory: Path, ranks: Ranks = ALONE, joined: bool = False, init: int = 0) -> Trainer:
     config = _config()
     sources = [Source(len(part), weight) for part, weight in zip(parts, (0.5, 0.3, 0.2), strict=True)]
     model = Transformer(config.model, torch.Generator().manual_seed(init))
-    return Trainer(
-        model, join(parts) if joined else ConcatDialogs(parts), config, directory, None, False, sources, ranks
-    )
+    data = _joined() if joined else ConcatDialogs(parts)
+    return Trainer(model, data, config, directory, None, False, sources, ranks)
 
 
 def _weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -599,8 +604,8 @@ def test_a_run_takes_of_each_file_the_share_that_was_asked_for(files, tmp_path, 
     # Questions 16, biographies of the four people, then the files in the order of their names.
     assert [int(part.sum()) for part in np.split(counts, [16, 20, 60])] == [16, 4, 4, 8]
     data = made[0].data
-    assert [len(part) for part in data.parts] == [16, 4, 40, 40]
-    _assert_same(data.parts[2], tokenize(_read(files[0]), TOKENIZER))
+    assert [len(part) for part in data.parts] == [16 + 4, 40, 40]
+    _assert_same(data.parts[1], tokenize(_read(files[0]), TOKENIZER))
     assert row["steps"] == 6 and row["n_questions"] == 16
 
 

@@ -14,7 +14,7 @@ from lib.dialogs.templates import (
     dialogs,
 )
 from lib.dialogs.tokenizers import ByteTokenizer
-from lib.dialogs.tokens import TokenizedDialogs, encode_dialog, encode_prompt, join, tokenize, tokenize_people
+from lib.dialogs.tokens import TokenizedDialogs, encode_dialog, encode_prompt, tokenize, tokenize_people
 from lib.facts.people import People
 from lib.facts.sampling import sample_people
 
@@ -203,13 +203,3 @@ def test_a_batch_of_given_length_is_made_without_looking_at_the_data():
     assert [tensor.shape for tensor in data.batch(rows, length=14)] == [(2, 14), (2, 14)]
     with pytest.raises(RuntimeError, match="meta"):  # which has no values
         data.batch(rows)
-
-
-def test_datasets_are_joined_one_after_the_other():
-    people = sample_people(5)
-    parts = [tokenize_people(people, mode, TOKENIZER) for mode in ("in-weight", "biography")]
-    whole = join(parts)
-    expected = [dialog for part in parts for dialog in map(part.__getitem__, range(len(part)))]
-    assert len(whole) == len(expected) == 25
-    for i, (values, mask) in enumerate(expected):
-        assert torch.equal(whole[i][0], values) and torch.equal(whole[i][1], mask)

@@ -337,7 +337,7 @@ def test_a_run_is_refused_where_it_cannot_fit_and_never_where_it_does(tmp_path, 
 
 def test_people_whose_tokens_do_not_fit_are_refused_before_there_are_any(tmp_path, monkeypatch):
     _machine_of(monkeypatch, 10e6)
-    monkeypatch.setattr("lib.training.run.join", None)  # of what was tokenized
+    monkeypatch.setattr("lib.training.run._dataset", None)  # of all people
     _refused(_config("in-tool", facts__n_people=10_000), tmp_path / "run", "40,000 facts, .* takes at least 0.0 GB")
 
 
