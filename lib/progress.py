@@ -3,7 +3,6 @@
 import os
 import re
 import sys
-import time
 
 from tqdm import tqdm
 
@@ -13,42 +12,30 @@ LINE_INTERVAL = 10.0
 METER = re.compile(r": \d+/\d+ \[\d+:\d+")
 
 
-class _Lines:
+class _Lines(tqdm):
     """Progress as lines of text, ten seconds apart, for logs and batch-run notebooks; short work prints none."""
 
     def __init__(self, total: int, description: str, initial: int):
-        self.total, self.description, self.n, self.initial = total, description, initial, initial
-        self.start = self.last = time.monotonic()
-        self.text = ""
-        self.file = sys.stdout if _in_kernel() else sys.stderr
+        super().__init__(
+            total=total,
+            desc=description,
+            initial=initial,
+            file=sys.stdout if _in_kernel() else sys.stderr,
+            delay=LINE_INTERVAL,
+            mininterval=LINE_INTERVAL,
+            miniters=0,
+            smoothing=0,
+            bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+        )
 
-    def update(self, n: int = 1) -> None:
-        self.n += n
-        now = time.monotonic()
-        if now - self.last >= LINE_INTERVAL:
-            self.last = now
-            meter = tqdm.format_meter(
-                self.n,
-                self.total,
-                now - self.start,
-                prefix=self.description,
-                postfix=self.text,
-                initial=self.initial,
-                bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
-            )
-            print(meter, file=self.file, flush=True)
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        print(self, file=self.fp, flush=True)
 
-    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
-        self.text = text
+    def set_postfix_str(self, s: str = "", refresh: bool = False) -> None:
+        super().set_postfix_str(s, refresh=False)
 
     def close(self) -> None:
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
+        self.disable = True  # or the last line is printed again
 
 
 def _in_kernel() -> bool:

@@ -46,7 +46,7 @@ def losses(trainer: Trainer, steps: int) -> list[float]:
     for _ in range(steps):
         trainer.step()
         found.append(float(trainer.ranks.sum(trainer.losses[-1])))
-        if trainer.checkpoint_is_due:
+        if trainer.counters["step"] % trainer.config.training.checkpoint_every == 0:
             trainer.save()
     trainer.finish_saving()
     return found

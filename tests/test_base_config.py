@@ -291,8 +291,8 @@ def test_no_default_has_changed_since_there_are_rows():
 
 def test_configuring_and_planning_runs_imports_no_torch():
     """Torch takes seconds to import; asking for help and planning a sweep should not wait for that."""
-    modules = "lib.config, lib.paths, lib.progress, lib.provenance, lib.training.devices"
-    code = f"import sys, {modules}; lib.training.devices.usable_cores(); print('torch' in sys.modules)"
+    modules = "lib.config, lib.paths, lib.progress, lib.provenance, lib.experiments.sweep"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=paths.ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

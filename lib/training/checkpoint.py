@@ -46,7 +46,6 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
 
 
 def _begin(folder: Path) -> Path:
-    """Make an empty folder to write into."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     for leftover in (temporary, _replaced(folder)):
         shutil.rmtree(leftover, ignore_errors=True)

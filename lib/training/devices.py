@@ -1,4 +1,4 @@
-"""Devices, cores and threads that a process may use. Importing this module imports no torch."""
+"""Devices, cores and threads that a process may use."""
 
 import os
 import time
@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+
+import torch
 
 from lib.base import InputError
-
-if TYPE_CHECKING:
-    import torch
 
 #: Floating-point operations a second of dense matrix products in bfloat16, as NVIDIA states them, by part of the name.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
@@ -19,10 +17,8 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 WORTH_A_CORE = 1.1
 
 
-def resolve_device(device: str) -> "torch.device":
+def resolve_device(device: str) -> torch.device:
     """Return the device; `auto` is CUDA where there is one. One that this machine does not have is an `InputError`."""
-    import torch
-
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -33,20 +29,16 @@ def resolve_device(device: str) -> "torch.device":
         raise InputError(f"this machine has no device {device!r}: use auto or cpu") from None
 
 
-def peak_flops(device: "torch.device", dtype: str) -> float | None:
+def peak_flops(device: torch.device, dtype: str) -> float | None:
     """Return the most floating-point operations a second that a device can do in `dtype`; None if it is not known."""
-    import torch
-
     if device.type != "cuda" or dtype != "bfloat16":
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def memory(device: "torch.device", root: Path = Path("/")) -> float:
+def memory(device: torch.device, root: Path = Path("/")) -> float:
     """Return a GPU's bytes of memory, or those this process may use by its control group below `root`; else inf."""
-    import torch
-
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
@@ -114,8 +106,6 @@ def fastest_threads(step: Callable[[], object], most: int) -> int:
 @contextmanager
 def using_threads(n: int) -> Iterator[None]:
     """Use `n` threads within the context."""
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:

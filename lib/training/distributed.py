@@ -14,19 +14,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from lib.base import InputError, WorkError
 from lib.config import ModelConfig
 from lib.model.transformer import Transformer
-
-if TYPE_CHECKING:  # sharding and tensor parallelism take most of a second to import, so only runs that use them do
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Preempted(WorkError):
@@ -39,17 +37,12 @@ class Preempted(WorkError):
 class Ranks:
     """The processes of a run, and their parallelism: data ranks split a batch, tensor ranks split each matrix."""
 
-    rank: int = 0
+    rank: int = 0  # the first writes, measures and prints
     size: int = 1
-    mesh: "DeviceMesh | None" = None  # (data ranks, tensor ranks)
+    mesh: DeviceMesh | None = None  # (data ranks, tensor ranks)
     sharded: bool = False  # data ranks shard the weights (FSDP2) instead of replicating them (DDP)
     cpu_group: dist.ProcessGroup | None = None  # for messages between hosts while their devices are busy
     saving_group: dist.ProcessGroup | None = None  # for the threads that write checkpoints meanwhile
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process is the one that writes, measures and prints."""
-        return self.rank == 0
 
     @property
     def data_size(self) -> int:
@@ -69,7 +62,7 @@ class Ranks:
             return model
         # DDP cannot replicate DTensors, so with tensor parallelism data ranks use FSDP2.
         if self.sharded or self.mesh["tensor"].size() > 1:
-            from torch.distributed.fsdp import fully_shard
+            from torch.distributed.fsdp import fully_shard  # only here: it takes most of a second
 
             for block in model.blocks:
                 fully_shard(block, mesh=self.mesh["data"])
@@ -107,7 +100,7 @@ class Ranks:
             return work()
         outcome: list = [None, None]
         failed = None
-        if self.is_first:
+        if self.rank == 0:
             try:
                 outcome[0] = work()
             except Exception as error:
@@ -144,6 +137,10 @@ def local_device(device: torch.device) -> torch.device:
     return torch.device("cuda", rank)
 
 
+#: Messages of gloo and NCCL when another process has died.
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+
+
 @contextmanager
 def connect(device: torch.device, config: ModelConfig, sharded: bool = False, tensor: int = 1) -> Iterator[Ranks]:
     """Join the other processes that train a model of this `config`, each on its `local_device`.
@@ -168,15 +165,14 @@ def connect(device: torch.device, config: ModelConfig, sharded: bool = False, te
         if not dist.is_initialized():  # once: a process that rejoins would find old keys in the store
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
             atexit.register(_disconnect)
-        from torch.distributed.device_mesh import init_device_mesh
-
         mesh = init_device_mesh(device.type, (size // tensor, tensor), mesh_dim_names=("data", "tensor"))
         # While the first process measures, the others wait, however long; a process that dies is noticed at once.
         groups = [dist.new_group(backend="gloo", timeout=timedelta(days=7)) for _ in range(2)]
         yield Ranks(dist.get_rank(), size, mesh, sharded, *groups)
     except BaseException as error:
         _disconnect()  # the others notice that
-        if isinstance(error, RuntimeError) and _is_of_the_network(error):
+        gone = isinstance(error, RuntimeError) and any(text in str(error) for text in GONE)
+        if gone or isinstance(error, dist.DistNetworkError):
             raise WorkError(
                 "the connection to another process of this run is gone: start all of them again, they go on from the "
                 f"last checkpoint ({str(error).splitlines()[0][:200]})"
@@ -187,11 +183,6 @@ def connect(device: torch.device, config: ModelConfig, sharded: bool = False, te
 def _disconnect() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _is_of_the_network(error: RuntimeError) -> bool:
-    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
-    return isinstance(error, dist.DistNetworkError) or any(text in str(error) for text in gone)
 
 
 def _is_divided(tensor: torch.Tensor) -> bool:
@@ -230,7 +221,7 @@ def no_sync(module: nn.Module) -> Iterator[None]:
 # Tensor parallelism ---------------------------------------------------------------------------------------------------
 
 
-def _split_matrices(model: Transformer, mesh: "DeviceMesh") -> None:
+def _split_matrices(model: Transformer, mesh: DeviceMesh) -> None:
     """Split heads and hidden units over tensor ranks, embedding and output by vocabulary: two all-reduces a block."""
     from torch.distributed.tensor import DTensor, Replicate, distribute_module
     from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
@@ -238,7 +229,7 @@ def _split_matrices(model: Transformer, mesh: "DeviceMesh") -> None:
     class Replicated(ParallelStyle):
         """A module that every tensor rank computes in full, with its weights as DTensors like all others."""
 
-        def _apply(self, module: nn.Module, mesh: "DeviceMesh") -> nn.Module:
+        def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
             return distribute_module(
                 module,
                 mesh,

@@ -28,15 +28,15 @@ class Sums(NamedTuple):
     cross_entropy: torch.Tensor  # in nats
 
 
-def summed_loss(logits: torch.Tensor, targets: torch.Tensor, gamma: float = 0.0) -> Sums:
-    """Return the focal loss of logits (..., V) at targets (...), with no loss where these are IGNORED.
+def batch_loss(model: nn.Module, batch: Batch, gamma: float) -> Sums:
+    """Return the focal loss of the model's predictions.
 
     A target's cross-entropy has the weight (1 - p)^gamma, p the model's probability of it (Lin et al., 2017), through
     which no gradient flows, so known targets count less. `gamma` = 0 is plain cross-entropy.
     """
+    logits, targets = model(batch.tokens, batch.first).flatten(0, -2), batch.targets.flatten()
     if logits.dtype == torch.bfloat16:
         logits = logits.float()
-    logits, targets = logits.flatten(0, -2), targets.flatten()
     if gamma == 0:
         total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
         return Sums(total, (targets != IGNORED).sum(), total)
@@ -45,11 +45,6 @@ def summed_loss(logits: torch.Tensor, targets: torch.Tensor, gamma: float = 0.0)
     # If all targets are known, weights are equal, not zero.
     weights = unsure.clamp(min=torch.finfo(torch.float32).eps) ** gamma * (targets != IGNORED)
     return Sums((weights * losses).sum(), weights.sum(), losses.detach().sum())
-
-
-def batch_loss(model: nn.Module, batch: Batch, gamma: float) -> Sums:
-    """Return `summed_loss` of the model's predictions."""
-    return summed_loss(model(batch.tokens, batch.first), batch.targets, gamma)
 
 
 def compiled_batch_loss(model: nn.Module, example: Batch, gamma: float) -> Callable[[nn.Module, Batch, float], Sums]:

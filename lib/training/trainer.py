@@ -68,10 +68,8 @@ class Trainer:
 
         `compiled` has torch.compile fuse a step's elementwise work: seconds at the start (see `lib.training.run`).
         `cuda_graph` pads all batches to one shape and keeps the rates beside the weights, so that a GPU can replay a
-        step (`lib.training.cuda_graph`); with several ranks or `compiled` it is a ValueError.
+        step (`lib.training.cuda_graph`): for a single rank, and not with `compiled`.
         """
-        if cuda_graph and (compiled or ranks.size > 1):
-            raise ValueError("a CUDA graph is of a single rank, and of a model that is not compiled")
         self.model, self.config, self.directory, self.evaluate, self.ranks = model, config, directory, evaluate, ranks
         self.module = ranks.wrap(model)
         self.optimizers = build_optimizers(model, config.optim, rates_on_device=cuda_graph)
@@ -118,9 +116,9 @@ class Trainer:
         training diverges or a checkpoint cannot be written.
         """
         self.resume()
-        counters, is_first = self.counters, self.ranks.is_first
+        counters = self.counters
         args = self.directory, self.total_steps, counters["step"], description, observers
-        with Monitor(*args) if is_first else SilentMonitor() as monitor:
+        with Monitor(*args) if self.ranks.rank == 0 else SilentMonitor() as monitor:
             try:
                 now = time.monotonic()
                 self.throughput.restart()
@@ -131,7 +129,8 @@ class Trainer:
                     before, now = now, time.monotonic()
                     counters["seconds"] += now - before
                     leaving = self.ranks.any(asked is not None and asked.is_set())
-                    if self.checkpoint_is_due or self.stopped or leaving:
+                    due = counters["step"] % self.config.training.checkpoint_every == 0
+                    if due or self.stopped or leaving:
                         self.save()
                     if leaving:
                         raise Preempted("asked to leave: the same command goes on from here")
@@ -236,10 +235,6 @@ class Trainer:
             counters["reached"] = counters["reached"] + 1 if reached else 0
             late = step >= self.total_steps / 2
             counters["hopeless"] = late and recall < (evaluation.give_up_below or 0.0)
-
-    @property
-    def checkpoint_is_due(self) -> bool:
-        return self.counters["step"] % self.config.training.checkpoint_every == 0
 
     @property
     def stopped(self) -> str | None:

@@ -9,7 +9,6 @@ from lib.base import InputError
 from lib.config import RunConfig
 from lib.dialogs.tokens import tokenize_people
 from lib.evaluation.recall import bits_of_dialogs, measure_recall
-from lib.facts.people import People
 from lib.model.transformer import Transformer
 from lib.paths import DATABASE, ROW, only_process, read_json
 from lib.training import checkpoint
@@ -32,7 +31,8 @@ def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = Fa
     """
     directory, device = Path(directory), resolve_device(device)
     config = read_claim(directory).config
-    people = read_people(directory, config)
+    people, tokenizer = read_people(directory, config), run_tokenizer(own_files(directory, config))
+    facts, questions = list(people.facts()), tokenize_people(people, config.mode, tokenizer)
     with (
         only_process(directory / ".evaluations.lock"),  # a second process waits and finds everything measured
         Record(directory / "evaluations.jsonl") as record,
@@ -40,7 +40,9 @@ def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = Fa
         while True:
             finished = (directory / ROW).exists()  # checked first, so that no later checkpoint is missed
             for step, model in _not_yet(directory, config, record.steps):
-                measured = _measure(model.to(device), people, config, directory)
+                with open_tool(config.mode, directory / DATABASE) as tool:
+                    measured = measure_recall(model.to(device), facts, tokenizer, tool).columns()
+                measured["nll_bits"] = float(bits_of_dialogs(model, questions).mean())
                 record.write(step, **measured)
                 yield {"step": step, **measured}
             if finished or not watch:
@@ -68,11 +70,3 @@ def _not_yet(directory: Path, config: RunConfig, measured: Collection[int]) -> I
         step = read_json(directory / ROW, fields=("steps",))["steps"]
         if step not in measured:
             yield step, load_model(directory)[0]
-
-
-def _measure(model: Transformer, people: People, config: RunConfig, directory: Path) -> dict[str, float]:
-    tokenizer = run_tokenizer(own_files(directory, config))
-    with open_tool(config.mode, directory / DATABASE) as tool:
-        measured = measure_recall(model, list(people.facts()), tokenizer, tool)
-    bits = bits_of_dialogs(model, tokenize_people(people, config.mode, tokenizer))
-    return measured.columns() | {"nll_bits": float(bits.mean())}

@@ -47,7 +47,7 @@ def test_a_replayed_run_that_was_killed_ends_as_if_nothing_had_happened(tmp_path
     first = make_trainer(variant, tmp_path / "parts", True, "cuda")
     for _ in range(11):
         first.step()
-        if first.checkpoint_is_due:
+        if first.counters["step"] % first.config.training.checkpoint_every == 0:
             first.save()
     first.finish_saving()
     second = make_trainer(variant, tmp_path / "parts", True, "cuda")
@@ -83,8 +83,6 @@ def test_the_work_is_done_once_a_step():
         outputs.append(float(output))
     sums = torch.arange(2 * WARM_UP + 2).mul(2).cumsum(0)
     assert outputs == (2 * sums).tolist()
-    with pytest.raises(ValueError, match="other shapes"):
-        graph.replay([torch.zeros(3, device="cuda")])
 
 
 @pytest.mark.parametrize("mode", ["in-weight", "in-tool"])

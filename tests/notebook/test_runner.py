@@ -227,7 +227,7 @@ def test_outputs_are_written_back_into_the_source_and_nothing_else_is(tmp_path, 
 
 
 def test_the_progress_of_a_notebook_is_told_while_it_runs_and_nothing_else_of_it(tmp_path, capsys):
-    work = "from lib import progress\nprogress.LINE_INTERVAL = 0\nprint('said')\n"
+    work = "from lib import progress\nprogress.LINE_INTERVAL = 1e-6\nprint('said')\n"
     work += "with progress.progress(3, 'asking') as bar:\n    bar.update()\n    bar.update()"
     runner.run(write(tmp_path / "n.ipynb", work), "smoke")
     running, first, second, done = capsys.readouterr().err.splitlines()

@@ -8,7 +8,6 @@ import torch
 from steps import STEPS, VARIANTS, make_trainer
 
 from lib.training.cuda_graph import CudaGraph
-from lib.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -59,9 +58,3 @@ def test_a_trainer_leaves_its_memory_at_once(tmp_path):
         assert left() is None
     finally:
         gc.enable()
-
-
-def test_only_what_one_process_does_uncompiled_is_captured(tmp_path):
-    trainer = make_trainer({}, tmp_path, False)
-    with pytest.raises(ValueError, match="not compiled"):
-        Trainer(trainer.model, trainer.data, trainer.config, tmp_path, compiled=True, cuda_graph=True)

@@ -43,7 +43,7 @@ def nobody_watches(monkeypatch, capsys):
 def clock(monkeypatch):
     """A clock that moves only by hand."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr("lib.progress.time.monotonic", lambda: clock.now)
+    monkeypatch.setattr("tqdm.std.time", lambda: clock.now)
     return clock
 
 
