@@ -52,21 +52,16 @@ def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: fl
                 x = np.geomspace(*fit["facts"], 50)
                 name = f"{mode}: {fit['slope']:.2g} ({fit['low']:.2g} to {fit['high']:.2g}) parameters a fact"
                 axes.plot(x, fit["intercept"] + fit["slope"] * x, color=style["color"], linewidth=0.8, label=name)
-        _bound_and_construction(axes, threshold)
+        axes.set_ylim(bottom=0.8 * axes.dataLim.y0)  # the bound goes further down
+        facts, per_parameter = axes.dataLim.intervalx, MEASURED_BITS[BOUND]
+        bound = [parameters_needed(n * bits_at_recall(threshold) / len(VALUES), per_parameter) for n in facts]
+        label = f"least in weights: {per_parameter:g} bits a parameter"
+        axes.plot(facts, bound, color="#555555", linestyle="--", label=label)
+        _by_hand_line(axes)
         axes.set(yscale="log", xlabel="facts", ylabel=f"parameters needed for {threshold:.0%} recall")
         axes.set_xscale("log", base=2)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     return figure
-
-
-def _bound_and_construction(axes, threshold: float) -> None:
-    """Draw Section 4's construction, and its lower bound as far down as the figure goes."""
-    axes.set_ylim(bottom=0.8 * axes.dataLim.y0)
-    facts, per_parameter = axes.dataLim.intervalx, MEASURED_BITS[BOUND]
-    bound = [parameters_needed(n * bits_at_recall(threshold) / len(VALUES), per_parameter) for n in facts]
-    label = f"least in weights: {per_parameter:g} bits a parameter"
-    axes.plot(facts, bound, color="#555555", linestyle="--", label=label)
-    _by_hand_line(axes)
 
 
 def _by_hand_line(axes) -> None:

@@ -1,7 +1,5 @@
 """Widgets of the notebooks, and the picture that stands in for them where no kernel runs."""
 
-import base64
-import io
 from collections.abc import Callable
 from functools import partial
 from html import escape
@@ -9,6 +7,7 @@ from typing import Any
 
 import ipywidgets
 import numpy as np
+from IPython.core.pylabtools import print_figure
 from IPython.display import display
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -61,9 +60,7 @@ def explore(draw: Callable[..., Figure], **controls: ipywidgets.Widget) -> None:
 
 def image(figure: Figure) -> str:
     """Return a figure as HTML with its alternative text."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    source = base64.b64encode(file.getvalue()).decode()
+    source = print_figure(figure, bbox_inches=None, base64=True)
     return f'<img alt="{escape(alt_text(figure))}" src="data:image/png;base64,{source}" style="max-width: 100%">'
 
 
