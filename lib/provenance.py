@@ -4,19 +4,15 @@ import platform
 import subprocess
 from datetime import UTC, datetime
 from functools import cache
-from typing import TYPE_CHECKING
 
 from lib import paths
-
-if TYPE_CHECKING:
-    import torch
 
 #: File in the root of a copy of the code that names the copied commit.
 COMMIT = "COMMIT"
 
 
-def provenance(device: "torch.device") -> dict:
-    """Return the columns of a row that say where its numbers come from."""
+def provenance(device) -> dict:
+    """Return the columns of a row that say where its numbers come from; device: the torch.device that made them."""
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

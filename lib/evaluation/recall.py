@@ -6,9 +6,8 @@ counts only if a query that really ran against the database retrieved the value.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +35,7 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 BATCH_ROWS = {"cpu": 256, "cuda": 2048}
 
 
-@dataclass(frozen=True)
-class Recall:
+class Recall(NamedTuple):
     """The verdict on every question, in the order asked."""
 
     correct: np.ndarray  # (Q,) bool

@@ -1,10 +1,10 @@
 """Rows enter and leave the tables of paper_data: publishing only adds, and only `Table.drop` takes out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -31,8 +31,7 @@ def _is_clean(commit: str) -> bool:
     return commit != "unknown" and not commit.endswith("-dirty")
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table of paper_data with one or more rows a run."""
 
     path: Path

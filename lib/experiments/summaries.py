@@ -6,20 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from lib.experiments import tables
 from lib.experiments.search import SIZES, Search
-from lib.experiments.tables import (
-    COMPUTED,
-    GROUP,
-    POINT,
-    THRESHOLDS,
-    described,
-    law_named,
-    read_rows,
-    searches_of,
-    shown,
-    sizes_shown,
-    stacked,
-)
+from lib.experiments.tables import COMPUTED, GROUP, POINT, THRESHOLDS, described, read_rows, searches_of
 from lib.facts.entropy import entropy_bits_by_attribute
 from lib.facts.people import ATTRIBUTES
 
@@ -45,13 +34,13 @@ def bounds_rows(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
         found_here = pd.MultiIndex.from_frame(others[POINT]).isin(pd.MultiIndex.from_frame(found))
         earlier = others.superseded & (others["mode"] == "in-tool") & ~is_grid.astype(bool) & ~found_here
         others = others[earlier | others.run_id.isin(planned)]
-    return stacked(own, others)
+    return tables.stacked(own, others)
 
 
 def generalization_rows(profile: str) -> pd.DataFrame:
     """Return the finished runs of Section 5.2 at the sizes that every seed runs (`Search.certain`), as `shown`."""
     rows = read_rows("05_2", profile)
-    return sizes_shown(rows[rows.every_seed.fillna(False).astype(bool)])
+    return tables.sizes_shown(rows[rows.every_seed.fillna(False).astype(bool)])
 
 
 def bounds(profile: str) -> pd.DataFrame:
@@ -66,17 +55,17 @@ def compressibility_bounds(profile: str) -> pd.DataFrame:
 
 
 def _shown(table: pd.DataFrame) -> pd.DataFrame:
-    return shown(table, "min_params_mean", [*POINT, "recall_threshold"])
+    return tables.shown(table, "min_params_mean", [*POINT, "recall_threshold"])
 
 
 def bounds_by_seed(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
     """Return `minimal_parameters_of_seeds` of what `bounds` shows, at each recall_threshold."""
     rows = bounds_rows(profile, tokenizer)
-    tables = [
+    seeds = [
         minimal_parameters_of_seeds(behind(rows, threshold), threshold).assign(recall_threshold=threshold)
         for threshold in THRESHOLDS
     ]
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(seeds, ignore_index=True)
 
 
 def behind(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
@@ -97,8 +86,8 @@ def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHO
     """
     if not len(rows):
         return pd.DataFrame(columns=[*GROUP, "recall_threshold", *_STATISTICS, "finished_at"])
-    tables = [minimal_parameters_of_seeds(rows, each).assign(recall_threshold=each) for each in thresholds]
-    points = pd.concat(tables).groupby([*GROUP, "recall_threshold"])
+    seeds = [minimal_parameters_of_seeds(rows, each).assign(recall_threshold=each) for each in thresholds]
+    points = pd.concat(seeds).groupby([*GROUP, "recall_threshold"])
     return points.min_params.agg(**_STATISTICS).assign(finished_at=points.finished_at.max()).reset_index()
 
 
@@ -135,7 +124,7 @@ def biographies_bounds(profile: str, threshold: float = 0.95) -> pd.DataFrame:
     both["superseded"] = both.superseded_without.astype(bool) | both.superseded_with.astype(bool)
     needed = {f"needed_{which}": (f"min_params_{which}", "mean") for which in ("without", "with")}
     table = both.groupby(GROUP).agg(**needed, seeds=("seed", "size"), finished_at=("finished_at_with", "max"))
-    table = shown(table.reset_index(), "needed_with")[["n_facts", "superseded", *needed, "seeds"]]
+    table = tables.shown(table.reset_index(), "needed_with")[["n_facts", "superseded", *needed, "seeds"]]
     return table.assign(ratio=table.needed_with / table.needed_without)
 
 
@@ -169,7 +158,7 @@ def _entropy_per_person(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the bits per person of each attribute, for the database (n_facts, alpha, law, seed or 0) of each row."""
     seeds = rows.get("seed", pd.Series(0, rows.index))
     bits = [
-        entropy_bits_by_attribute(int(n_facts) // len(ATTRIBUTES), int(seed), alpha, law_named(law))
+        entropy_bits_by_attribute(int(n_facts) // len(ATTRIBUTES), int(seed), alpha, tables.law_named(law))
         for n_facts, seed, alpha, law in zip(rows.n_facts, seeds, rows.alpha, rows.law, strict=True)
     ]
     return pd.DataFrame(bits, rows.index, columns=ATTRIBUTES, dtype=float)

@@ -4,7 +4,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from math import inf
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +29,7 @@ def check_observers(observers: Observers) -> None:
             wandb.login()
 
 
-class Record:
+class Record(AbstractContextManager):
     """Lines of JSON about steps, as {"step": 50, "loss": 2.5}: readable while they are written, and after a kill."""
 
     def __init__(self, path: Path, last: float = inf):
@@ -48,15 +48,12 @@ class Record:
             self.file.flush()
         self.steps.add(step)
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
         with suppress(OSError):  # `write` has reported that the disk is full
             self.file.close()
 
 
-class Monitor:
+class Monitor(AbstractContextManager):
     """Writes `metrics.jsonl` in `directory` always, shows progress in steps, and does what `observers` ask for.
 
     A resumed run continues the record at `step`: lines that a killed run wrote after its last checkpoint are dropped.
@@ -115,18 +112,12 @@ class Monitor:
         self.bar.update(1)
         self._end_step()
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *error):
         return self._stack.__exit__(*error)
 
 
-class SilentMonitor(nullcontext):
+class SilentMonitor(AbstractContextManager):
     """Replaces `Monitor` in all ranks but the first, which logs for all."""
-
-    def __enter__(self):
-        return self
 
     def log(self, step: int, **metrics: float) -> None: ...
 
@@ -134,6 +125,8 @@ class SilentMonitor(nullcontext):
         return nullcontext()
 
     def advance(self) -> None: ...
+
+    def __exit__(self, *_) -> None: ...
 
 
 class Throughput:

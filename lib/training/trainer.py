@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -29,8 +29,7 @@ from lib.training.optim import Muon, build_optimizers, clip_gradients, schedule_
 LOG_EVERY = 50
 
 
-@dataclass(frozen=True)
-class Ending:
+class Ending(NamedTuple):
     """How training ended."""
 
     steps: int
@@ -74,8 +73,7 @@ class Trainer:
         self.module = ranks.wrap(model)
         self.optimizers = build_optimizers(model, config.optim, rates_on_device=cuda_graph)
         self.data = data.to(model.device)
-        self.lengths, self.first_trained = data.lengths().cpu(), data.first
-        self.n_trained = data.n_trained
+        self.lengths = data.lengths().cpu()
         training = config.training
         self.batches = Batches(self.lengths, training.batch_size, config.seed, sources, training.length_pool)
         # Prefetching pays only for dialogs on disk.
@@ -199,7 +197,7 @@ class Trainer:
         # Strided: rows are sorted by length, and no rank should get all the long ones.
         share = slice(self.ranks.data_rank, None, self.ranks.data_size)
         parts = rows.tensor_split(self.config.training.grad_accumulation)
-        return [self._part(part[share]) for part in parts], int(self.n_trained[rows].sum())
+        return [self._part(part[share]) for part in parts], int(self.data.n_trained[rows].sum())
 
     def _part(self, rows: torch.Tensor) -> Batch:
         n_rows, length, first = self._shape or (len(rows), *self._span(rows))
@@ -214,7 +212,7 @@ class Trainer:
 
     def _span(self, rows: torch.Tensor) -> tuple[int, int]:
         """Return the length of the longest of these dialogs, and the position before the first trained one."""
-        return int(self.lengths[rows].max()), int(self.first_trained[rows].min()) - 1
+        return int(self.lengths[rows].max()), int(self.data.first[rows].min()) - 1
 
     # Metrics and the end ----------------------------------------------------------------------------------------------
 

@@ -552,7 +552,7 @@ def test_two_ranks_read_disjoint_rows_that_are_the_batch_before_and_after_a_resu
             for rank in ranks:
                 rank.counters["step"] = step
                 shares.append({number[dialog] for dialog in _dialogs_of(rank)})
-                assert rank.next_batch()[1] == int(alone.n_trained[alone.batches[step]].sum())
+                assert rank.next_batch()[1] == int(alone.data.n_trained[alone.batches[step]].sum())
             batch = alone.batches[step].tolist()
             assert shares[0].isdisjoint(shares[1]) and shares[0] | shares[1] == set(batch)
             assert abs(len(shares[0]) - len(shares[1])) <= 2  # one for each of two parts of a batch

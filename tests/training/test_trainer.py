@@ -191,7 +191,7 @@ def test_every_loss_in_the_metrics_stands_beside_the_throughput_of_training_alon
     ending = trainer.train()
     lines = [line for line in read_record(tmp_path / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in lines] == [50, 60] and all("mfu" not in line for line in lines)
-    tokens = sum(int(trainer.n_trained[trainer.batches[step]].sum()) for step in range(50))
+    tokens = sum(int(trainer.data.n_trained[trainer.batches[step]].sum()) for step in range(50))
     assert tokens / lines[0]["tokens_per_second"] < ending.seconds - 60 * 0.05
     flops = 3 * 50 * 32 * config.model.forward_flops(66, tokens / 50 / 32)
     assert lines[0]["tflops"] / lines[0]["tokens_per_second"] == pytest.approx(flops / tokens / 1e12, rel=0.2)
