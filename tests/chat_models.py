@@ -5,6 +5,7 @@ from functools import cache
 from types import SimpleNamespace
 
 import torch
+from torch.nn.functional import one_hot
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -92,21 +93,45 @@ def learn(conversations: Iterable[dict], read_by: PreTrainedTokenizerFast, steps
     return model.eval()
 
 
+class _Rows:
+    """Stands in for a cache of keys and values: what each row has read, and what it will say."""
+
+    def __init__(self, n: int):
+        self.read, self.replies = [[] for _ in range(n)], None
+
+    def batch_repeat_interleave(self, n: int) -> None:
+        self.read = [list(tokens) for tokens in self.read for _ in range(n)]
+
+    def batch_select_indices(self, kept: torch.Tensor) -> None:
+        self.read, self.replies = [self.read[i] for i in kept], [self.replies[i] for i in kept]
+
+
 class ScriptedModel:
     """Stands in for a Hugging Face model: `reply` maps the text of a prompt to what is said; notes the batch sizes."""
 
     device = torch.device("cpu")
 
     def __init__(self, reply: Callable[[str], str]):
-        self.reply, self.batches = reply, []
+        self.reply, self.batches, self.config = reply, [], LlamaConfig()
         self.generation_config = SimpleNamespace(eos_token_id=None)
 
-    def generate(self, tokens, attention_mask, max_new_tokens, **_):
-        self.batches.append(len(tokens))
-        said = []
-        for row, mask in zip(tokens, attention_mask.bool(), strict=True):
-            answer = tokenizer().encode(self.reply(tokenizer().decode(row[mask])) + "<|end|>")[:max_new_tokens]
-            said.append(answer)
-        width = max(map(len, said))
-        end = tokenizer().eos_token_id
-        return torch.cat([tokens, torch.tensor([answer + [end] * (width - len(answer)) for answer in said])], dim=1)
+    def __call__(self, input_ids, attention_mask=None, past_key_values=None, logits_to_keep=1, **_):
+        """Read what prompts begin with (no mask), then the rest of them with drafts, then a token at a time."""
+        cache, start = past_key_values or _Rows(len(input_ids)), input_ids.shape[1] - logits_to_keep + 1
+        if attention_mask is None:
+            cache.read = input_ids.tolist()
+            return SimpleNamespace(past_key_values=cache)
+        places = attention_mask.sum(1, keepdim=True) - torch.tensor([[len(tokens)] for tokens in cache.read])
+        if cache.replies is None:
+            self.batches.append(len(input_ids))
+            own = attention_mask[:, -input_ids.shape[1] :].bool()[:, :start]
+            rows = zip(cache.read, input_ids[:, :start], own, strict=True)
+            cache.read = [seen + tokens[mask].tolist() for seen, tokens, mask in rows]
+            said = (self.reply(tokenizer().decode(tokens)) for tokens in cache.read)
+            cache.replies = [tokenizer().encode(f"{text}<|end|>") for text in said]
+            places = torch.arange(logits_to_keep).expand(len(input_ids), -1)
+        end = [tokenizer().eos_token_id] * logits_to_keep
+        chosen = torch.stack(
+            [torch.tensor(r + end)[p.clamp(max=len(r))] for r, p in zip(cache.replies, places, strict=True)]
+        )
+        return SimpleNamespace(logits=one_hot(chosen, len(tokenizer())), past_key_values=cache)

@@ -1,18 +1,22 @@
 """Greedy answers of Hugging Face chat models, in batches, and tool calls between two answers."""
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.agent.server import Find
 from lib.agent.tools import Response, SqlTool
+from lib.dialogs.chains import Fact
 from lib.dialogs.request import parse_request
+from lib.dialogs.templates import answer, tool_call
 from lib.finetune.data import ChatMode, call_and_result, opening, text_and_result
 from lib.progress import progress
 
@@ -25,13 +29,16 @@ def reply_all(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Sequence[dict]],
     tools: list[dict] | None = None,
+    drafts: Sequence[str] = (),
     **options,
 ) -> list[str]:
     """Return what the assistant says next in each conversation, greedily, without special tokens.
 
-    See `generate_tokens` for the options, and for what can go wrong.
+    See `generate_tokens` for drafts and options, and for what can go wrong.
     """
-    answers = generate_tokens(model, tokenizer, encode_prompts(tokenizer, conversations, tools), **options)
+    prompts = encode_prompts(tokenizer, conversations, tools)
+    guesses = drafts and tokenizer(list(drafts), add_special_tokens=False)["input_ids"]
+    answers = generate_tokens(model, tokenizer, prompts, drafts=guesses, **options)
     # Exactly as written: some tokenizers would clean up blanks.
     cleaned = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     return [tokenizer.decode(answer, **cleaned) for answer in answers]
@@ -51,22 +58,26 @@ def generate_tokens(
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int,
+    drafts: Sequence[list[int]] = (),
     description: str | None = None,
 ) -> list[list[int]]:
     """Return the greedy continuation of each prompt, up to and with the token that ends it, in the order of prompts.
 
-    Batches hold prompts of similar length, the longest first, so that a size that fits them fits all. Batches shrink
-    if memory runs out. Answers do not depend on that, except when logits tie within rounding. Of the model's generation
-    settings only the end tokens count: a repetition penalty, say, would not be greedy.
+    drafts: guesses, without the token that ends them. As far as a guess is right, it is checked in one pass and not
+    decoded. Batches hold prompts of similar length, the longest first, so that a size that fits them fits all. Batches
+    shrink if memory runs out. Answers depend on none of this, except when logits tie within rounding. Of the model's
+    generation settings only the end tokens count: a repetition penalty, say, would not be greedy.
     """
+    drafts = drafts or [[]] * len(prompts)
     ends = _ends(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     answers: dict[int, list[int]] = {}
     size = BATCH.get(model.device.type, 64)
-    with progress(len(prompts), description) as bar, _plain_generation(model):
+    with progress(len(prompts), description) as bar:
         while batch := order[len(answers) : len(answers) + size]:
             try:
-                made = _generate(model, [prompts[i] for i in batch], ends, max_new_tokens)
+                asked, guessed = [prompts[i] for i in batch], [drafts[i] for i in batch]
+                made = _generate(model, asked, guessed, ends, max_new_tokens)
                 answers.update(zip(batch, made, strict=True))
                 bar.update(len(batch))
                 continue
@@ -84,32 +95,54 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[in
     return sorted({tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None})
 
 
-@contextmanager
-def _plain_generation(model: PreTrainedModel):
-    """Set the model's generation settings aside: `generate` takes its defaults from them."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
+@torch.inference_mode()
 def _generate(
-    model: PreTrainedModel, prompts: list[list[int]], ends: list[int], max_new_tokens: int
+    model: PreTrainedModel, prompts: list[list[int]], drafts: list[list[int]], ends: list[int], max_new_tokens: int
 ) -> list[list[int]]:
-    rows = [torch.tensor(prompt) for prompt in prompts]
-    tokens = pad_sequence(rows, batch_first=True, padding_value=ends[0], padding_side="left")  # (B, S)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-    made = model.generate(
-        tokens.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=ends[0],
-    )
-    answers = made[:, tokens.shape[1] :].tolist()
-    stops = [next((i for i, token in enumerate(row, start=1) if token in ends), None) for row in answers]
-    return [row[:stop] for row, stop in zip(answers, stops, strict=True)]
+    """Decode a batch. What prompts begin with in common is read once; a row that has ended leaves the batch."""
+
+    def padded(rows: list[list[int]], side: str) -> torch.Tensor:
+        tensors = [torch.tensor(row, dtype=torch.long, device=model.device) for row in rows]
+        return pad_sequence(tensors, batch_first=True, padding_value=-1, padding_side=side)
+
+    def read(tokens: torch.Tensor, n: int) -> torch.Tensor:
+        """Return what the model says after each of the last n tokens: (B, n)."""
+        nonlocal cache
+        places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        options = {"attention_mask": mask, "position_ids": places, "past_key_values": cache}
+        made = model(input_ids=tokens, **options, use_cache=True, logits_to_keep=n)
+        cache = made.past_key_values
+        return made.logits.argmax(-1)
+
+    shared, cache = 0, None
+    if any(DynamicCache(config=model.config).is_sliding):  # its window would count what is masked below
+        drafts = [[] for _ in prompts]
+    else:
+        columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda column: len({*column}) == 1, columns))
+    if shared:
+        prefix = torch.tensor([prompts[0][:shared]], device=model.device)
+        cache = model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(prompts))
+    draft = padded([tokens[: max_new_tokens - 1] for tokens in drafts], "right")  # (B, D)
+    tokens = torch.cat([padded([prompt[shared:] for prompt in prompts], "left"), draft], dim=1)  # (B, S)
+    mask = pad((tokens >= 0).long(), (shared, 0), value=1)
+    said = read(tokens.clamp(min=0), draft.shape[1] + 1)
+    agreed = (said[:, :-1] == draft).long().cumprod(1).sum(1, keepdim=True)  # (B, 1)
+    mask[:, shared + tokens.shape[1] - draft.shape[1] :] = torch.arange(draft.shape[1], device=model.device) < agreed
+    tokens = said.gather(1, agreed)
+    answers = rows = [tokens[:n] for tokens, (n,) in zip(drafts, agreed.tolist(), strict=True)]
+    while True:
+        for row, (token,) in zip(rows, tokens.tolist(), strict=True):
+            row.append(token)
+        unfinished = [i for i, row in enumerate(rows) if row[-1] not in ends and len(row) < max_new_tokens]
+        if not unfinished:
+            return answers
+        rows = [rows[i] for i in unfinished]
+        kept = torch.tensor(unfinished, device=model.device)
+        cache.batch_select_indices(kept)
+        mask = pad(mask[kept], (0, 1), value=1)
+        tokens = read(tokens[kept], 1)
 
 
 # ---- With a tool
@@ -122,7 +155,7 @@ def answer_with_tool(
     mode: ChatMode,
     tool: SqlTool | None,
     *,
-    values: Sequence[str] | None = None,
+    facts: Sequence[Fact] | None = None,
     **options,
 ) -> list[tuple[Response | None, str]]:
     """Ask each question, let the tool answer what the model asks of it, and let the model speak again.
@@ -130,9 +163,9 @@ def answer_with_tool(
     Returns, per question, the tool's response (None if it was not asked) and the model's last reply. In mode in-tool
     the model calls the function `find`, in in-tool-text it writes the paper's request, one call a question; in-weight
     there is no tool. The model alone decides what the tool is asked: nothing here knows the answer. A call that cannot
-    be understood gets the tool's error. values: what the tool should find; if it finds something else, the answer is
-    wrong already, and the model does not speak again. options: those of `generate_tokens`; `max_new_tokens` holds for
-    each turn.
+    be understood gets the tool's error. facts: what is asked about. If the tool finds another value, the answer is
+    wrong already, and the model does not speak again. The trained words are drafts, which change no answer. options:
+    those of `generate_tokens`; `max_new_tokens` holds for each turn.
     """
     find = Find(tool.attributes if tool else ())
 
@@ -146,10 +179,12 @@ def answer_with_tool(
             turns = text_and_result(said, response.text)
         else:
             return None
-        return response, turns if values is None or response.text == values[i] else []
+        return response, turns if facts is None or response.text == facts[i][2] else []
 
     openings = [opening(text, mode, find.declaration) for text in questions]
-    return look_up_and_reply(model, tokenizer, openings, look_up, **options)
+    last = [answer(*fact) for fact in facts or ()]
+    first = [tool_call(name, attribute) for name, attribute, _ in facts or ()] if mode == "in-tool-text" else last
+    return look_up_and_reply(model, tokenizer, openings, look_up, drafts=(first, last), **options)
 
 
 def look_up_and_reply(
@@ -157,19 +192,23 @@ def look_up_and_reply(
     tokenizer: PreTrainedTokenizerBase,
     openings: Sequence[dict],
     look_up: Callable[[int, str], tuple[Any, list[dict]] | None],
+    *,
+    drafts: tuple[Sequence[str], Sequence[str]] = ((), ()),
     **options,
 ) -> list[tuple[Any, str]]:
     """Return what was looked up for each conversation, None if nothing was, and what the model said last.
 
     openings: per conversation the `messages` and, where functions are offered, the same `tools`. look_up(i, said)
     returns, for what the model said in conversation i, the result and the turns to add before it speaks again (none: it
-    does not); None if it asked for nothing.
+    does not); None if it asked for nothing. drafts: of the first and of the last turn, as for `reply_all`.
     """
     tools = openings[0].get("tools") if openings else None
-    first = reply_all(model, tokenizer, [each["messages"] for each in openings], tools, **options)
+    first = reply_all(model, tokenizer, [each["messages"] for each in openings], tools, drafts[0], **options)
     looked_up = {i: result for i, said in enumerate(first) if (result := look_up(i, said))}
     longer = {i: [*openings[i]["messages"], *turns] for i, (_, turns) in looked_up.items() if turns}
-    replies = dict(zip(longer, reply_all(model, tokenizer, [*longer.values()], tools, **options), strict=True))
+    guesses = [drafts[1][i] for i in longer] if drafts[1] else ()
+    replies = reply_all(model, tokenizer, [*longer.values()], tools, guesses, **options)
+    replies = dict(zip(longer, replies, strict=True))
     return [(looked_up.get(i, (None,))[0], replies.get(i, said)) for i, said in enumerate(first)]
 
 

@@ -78,11 +78,11 @@ def measure_recall(
     the whole sentence; chat models may word it freely.) After a query of `tool` the reply counts only if the query
     really found the value. options: those of `generate_tokens`.
     """
-    questions, values = [question(name, attribute) for name, attribute, _ in facts], [value for *_, value in facts]
-    answers = answer_with_tool(model, tokenizer, questions, mode, tool, values=values, **options)
+    questions = [question(name, attribute) for name, attribute, _ in facts]
+    answers = answer_with_tool(model, tokenizer, questions, mode, tool, facts=facts, **options)
     return [
         (response is not None, says(reply, value) and (response is None or response.text == value))
-        for (response, reply), value in zip(answers, values, strict=True)
+        for (response, reply), (*_, value) in zip(answers, facts, strict=True)
     ]
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from chat_models import ScriptedModel, random_model, teach, tokenizer
+from chat_models import FAMILIES, ScriptedModel, random_model, teach, tiny, tokenizer
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -52,6 +52,24 @@ def test_answers_are_those_of_each_prompt_alone(batch_size, monkeypatch):
     assert replies == [tokenizer().decode(said, skip_special_tokens=True) for said in expected]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shared", [0, 5, 40])
+def test_answers_are_those_of_generate(family, shared):
+    """Whatever the prompts have in common (one is the beginning of another, two are equal), and whatever is guessed."""
+    model = tiny(family, len(tokenizer()), initializer_range=0.5, tie_word_embeddings=False)
+    beginning, own = list(range(shared)), torch.arange(60).tolist()
+    prompts = [beginning + own[start : start + n] for start, n in ((1, 1), (1, 9), (3, 30), (20, 4), (20, 4), (7, 17))]
+    model.generation_config.eos_token_id = ends = list(range(0, len(tokenizer()), 6))
+    expected = [
+        model.generate(torch.tensor([each]), max_new_tokens=30, do_sample=False)[0, len(each) :].tolist()
+        for each in prompts
+    ]
+    assert len(set(map(len, expected))) > 2
+    right, wrong = [said[: -(said[-1] in ends) or None] for said in expected], [7, 8, 9]
+    for drafts in ((), right, [said[:n] + wrong for n, said in enumerate(right)], [wrong, *right[1:-1], []]):
+        assert generate_tokens(model, tokenizer(), prompts, max_new_tokens=30, drafts=drafts) == expected
+
+
 def test_batches_are_full_and_order_is_kept():
     model = ScriptedModel(lambda prompt: prompt.split("\n")[1].removesuffix("<|end|>").upper())
     texts = [chr(97 + i % 26) * (i % 7 + 1) for i in range(100)]
@@ -67,11 +85,11 @@ class _SmallMemory(ScriptedModel):
         super().__init__(lambda prompt: prompt.split("\n")[1].removesuffix("<|end|>"))
         self.room, self.error = room, error
 
-    def generate(self, tokens, **options):
-        made = super().generate(tokens, **options)
-        if len(tokens) > self.room:
+    def __call__(self, input_ids, **options):
+        read = super().__call__(input_ids, **options)
+        if len(input_ids) > self.room:
             raise self.error
-        return made
+        return read
 
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -249,7 +267,7 @@ def test_no_reply_is_asked_for_where_the_tool_says_something_else_than_is_expect
     call = _call(name="find", arguments={"attribute": attribute, "name": name})
     call = call if mode == "in-tool" else tool_call(name, attribute)
     model = ScriptedModel(lambda prompt: "The end." if prompt.count("assistant\n") > 1 else call)
-    asked, expected = ["Where?"] * 3, [value, "elsewhere", value]
-    made = answer_with_tool(model, tokenizer(), asked, mode, database, values=expected, max_new_tokens=200)
+    facts = [(name, attribute, expected) for expected in (value, "elsewhere", value)]
+    made = answer_with_tool(model, tokenizer(), ["Where?"] * 3, mode, database, facts=facts, max_new_tokens=200)
     assert [reply for _, reply in made] == ["The end.", call, "The end."] and model.batches == [3, 2]
     assert all(response == (Outcome.ANSWER, value) for response, _ in made)
