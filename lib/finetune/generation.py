@@ -12,12 +12,6 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.agent.server import Find
-from lib.agent.tools import Response, SqlTool
-from lib.dialogs.chains import Fact
-from lib.dialogs.request import parse_request
-from lib.dialogs.templates import answer, tool_call
-from lib.finetune.data import ChatMode, call_and_result, opening, text_and_result
 from lib.progress import progress
 
 #: Prompts in a batch; fewer where memory runs out, except on a CPU, where that kills the process without an error.
@@ -69,7 +63,8 @@ def generate_tokens(
     generation settings only the end tokens count: a repetition penalty, say, would not be greedy.
     """
     drafts = drafts or [[]] * len(prompts)
-    ends = _ends(model, tokenizer)
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     answers: dict[int, list[int]] = {}
     size = BATCH.get(model.device.type, 64)
@@ -89,15 +84,9 @@ def generate_tokens(
     return [answers[i] for i in range(len(prompts))]
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a turn: the tokenizer's, and those of the model's generation settings."""
-    ids = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None})
-
-
 @torch.inference_mode()
 def _generate(
-    model: PreTrainedModel, prompts: list[list[int]], drafts: list[list[int]], ends: list[int], max_new_tokens: int
+    model: PreTrainedModel, prompts: list[list[int]], drafts: list[list[int]], ends: set[int], max_new_tokens: int
 ) -> list[list[int]]:
     """Decode a batch. What prompts begin with in common is read once; a row that has ended leaves the batch."""
 
@@ -146,45 +135,6 @@ def _generate(
 
 
 # ---- With a tool
-
-
-def answer_with_tool(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[str],
-    mode: ChatMode,
-    tool: SqlTool | None,
-    *,
-    facts: Sequence[Fact] | None = None,
-    **options,
-) -> list[tuple[Response | None, str]]:
-    """Ask each question, let the tool answer what the model asks of it, and let the model speak again.
-
-    Returns, per question, the tool's response (None if it was not asked) and the model's last reply. In mode in-tool
-    the model calls the function `find`, in in-tool-text it writes the paper's request, one call a question; in-weight
-    there is no tool. The model alone decides what the tool is asked: nothing here knows the answer. A call that cannot
-    be understood gets the tool's error. facts: what is asked about. If the tool finds another value, the answer is
-    wrong already, and the model does not speak again. The trained words are drafts, which change no answer. options:
-    those of `generate_tokens`; `max_new_tokens` holds for each turn.
-    """
-    find = Find(tool.attributes if tool else ())
-
-    def look_up(i: int, said: str) -> tuple[Response, list[dict]] | None:
-        if mode == "in-tool" and (call := read_call(said)):
-            query = find.query_of_call(call)
-            response = tool.find(**query) if query else tool("")
-            turns = call_and_result(call, response.text)
-        elif mode == "in-tool-text" and parse_request(said):
-            response = tool(said)
-            turns = text_and_result(said, response.text)
-        else:
-            return None
-        return response, turns if facts is None or response.text == facts[i][2] else []
-
-    openings = [opening(text, mode, find.declaration) for text in questions]
-    last = [answer(*fact) for fact in facts or ()]
-    first = [tool_call(name, attribute) for name, attribute, _ in facts or ()] if mode == "in-tool-text" else last
-    return look_up_and_reply(model, tokenizer, openings, look_up, drafts=(first, last), **options)
 
 
 def look_up_and_reply(

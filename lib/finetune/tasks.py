@@ -12,25 +12,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.agent.server import Find
 from lib.agent.tools import SqlTool
-from lib.dialogs.templates import question
+from lib.dialogs.request import parse_request
+from lib.dialogs.templates import answer, question, tool_call
 from lib.evaluation.recall import Fact
 from lib.facts.database import temporary_database
 from lib.facts.people import FactsConfig, People
 from lib.facts.sampling import unseen_people
+from lib.finetune import triviaqa
 from lib.finetune.config import ChatMode, FinetuneConfig
-from lib.finetune.data import chats, people_of
+from lib.finetune.data import call_and_result, chats, opening, people_of, text_and_result
 from lib.finetune.evaluation import mean_columns
-from lib.finetune.generation import answer_with_tool, look_up_and_reply
-from lib.finetune.triviaqa import (
-    Question,
-    Store,
-    exact_match,
-    load_questions,
-    look_up_turns,
-    opening,
-    read_query,
-    trivia_chats,
-)
+from lib.finetune.generation import look_up_and_reply, read_call
+from lib.finetune.triviaqa import Question, Store, exact_match, load_questions, read_query
 
 
 @dataclass(frozen=True)
@@ -74,15 +67,34 @@ def measure_recall(
 ) -> list[tuple[bool, bool]]:
     """Return for each fact, (name, attribute, value), whether a chat model looked it up, and whether it recalls it.
 
-    Decoding is greedy. The model recalls a fact if its last reply `says` the value. (Small models of Section 5 must say
-    the whole sentence; chat models may word it freely.) After a query of `tool` the reply counts only if the query
-    really found the value. options: those of `generate_tokens`.
+    Decoding is greedy. In mode in-tool the model calls the function `find`, in in-tool-text it writes the paper's
+    request, one call a question; in-weight there is no tool. The model alone decides what the tool is asked: the words
+    that are trained serve only as drafts, see `generate_tokens`. The model recalls a fact if its last reply `says` the
+    value. (Small models of Section 5 must say the whole sentence; chat models may word it freely.) If it asks the tool
+    for something else, or cannot be understood, the fact is not recalled, and the model does not speak again.
+    options: those of `generate_tokens`; `max_new_tokens` holds for each turn.
     """
-    questions = [question(name, attribute) for name, attribute, _ in facts]
-    answers = answer_with_tool(model, tokenizer, questions, mode, tool, facts=facts, **options)
+    find = Find(tool.attributes if tool else ())
+
+    def look_up(i: int, said: str) -> tuple[bool, list[dict]] | None:
+        if mode == "in-tool" and (call := read_call(said)):
+            query = find.query_of_call(call)
+            result = tool.find(**query).text if query else ""
+            turns = call_and_result(call, result)
+        elif mode == "in-tool-text" and parse_request(said):
+            result = tool(said).text
+            turns = text_and_result(said, result)
+        else:
+            return None
+        return (True, turns) if result == facts[i][2] else (False, [])
+
+    openings = [opening(question(name, attribute), mode, find.declaration) for name, attribute, _ in facts]
+    last = [answer(*fact) for fact in facts]
+    first = [tool_call(name, attribute) for name, attribute, _ in facts] if mode == "in-tool-text" else last
+    answers = look_up_and_reply(model, tokenizer, openings, look_up, drafts=(first, last), **options)
     return [
-        (response is not None, says(reply, value) and (response is None or response.text == value))
-        for (response, reply), (*_, value) in zip(answers, facts, strict=True)
+        (found is not None, found is not False and says(reply, value))
+        for (found, reply), (*_, value) in zip(answers, facts, strict=True)
     ]
 
 
@@ -168,14 +180,16 @@ def _trivia(config: FinetuneConfig) -> Task:
 
     def look_up(i: int, said: str) -> tuple[str, list[dict]] | None:
         query = read_query(said, config.mode)
-        return None if query is None else (result := store(query), look_up_turns(query, result, config.mode))
+        return None if query is None else (result := store(query), triviaqa.look_up_turns(query, result, config.mode))
 
     def right(model, tokenizer, questions: list[Question], **options) -> list[bool]:
-        openings = [opening(each.text, config.mode) for each in questions]
+        openings = [triviaqa.opening(each.text, config.mode) for each in questions]
         answers = look_up_and_reply(model, tokenizer, openings, look_up, **options)
         return [
             exact_match(reply, each) and (config.mode == "in-weight" or found == each.answer)
             for (found, reply), each in zip(answers, questions, strict=True)
         ]
 
-    return Task(list(trivia_chats(trained, config.mode)), _measuring(right, trained[: config.questions], held_out))
+    return Task(
+        list(triviaqa.trivia_chats(trained, config.mode)), _measuring(right, trained[: config.questions], held_out)
+    )

@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 
 from lib.agent.server import Find
 from lib.agent.tools import Outcome, SqlTool
-from lib.dialogs.templates import answer, question, tool_call
+from lib.dialogs.templates import question, tool_call
 from lib.facts.database import write_database
 from lib.facts.sampling import sample_people
 from lib.finetune import generation
 from lib.finetune.data import chats
-from lib.finetune.generation import answer_with_tool, encode_prompts, generate_tokens, read_call, reply_all
+from lib.finetune.generation import encode_prompts, generate_tokens, read_call, reply_all
+from lib.finetune.tasks import measure_recall
 
 PEOPLE = sample_people(3)
-QUESTIONS = [question(name, attribute) for name, attribute, _ in PEOPLE.facts()]
+FACTS = list(PEOPLE.facts())
 
 
 def _asked(*texts: str) -> list[list[dict]]:
@@ -136,23 +137,20 @@ def test_what_the_model_reads_is_what_the_database_says(mode, database):
     def reply(prompt: str) -> str:
         """Asks for what is asked, then repeats the last turn, as its prompt has it."""
         seen.append(prompt)
-        *_, (role, text) = re.findall(r"<\|start\|>(\w+)\n(.*?)<\|end\|>", prompt, re.DOTALL)
-        for name, attribute, _ in PEOPLE.facts():
+        *_, (_, text) = re.findall(r"<\|start\|>(\w+)\n(.*?)<\|end\|>", prompt, re.DOTALL)
+        for name, attribute, _ in FACTS:
             if text == question(name, attribute):
                 if mode == "in-tool-text":
                     return tool_call(name, attribute)
                 return _call(name="find", arguments={"attribute": attribute, "name": name})
-        return f"{role}: {text}"
+        return text
 
-    made = answer_with_tool(ScriptedModel(reply), tokenizer(), QUESTIONS, mode, database, max_new_tokens=99)
-    speaker = "tool" if mode == "in-tool" else "user"
-    for said, (*_, value) in zip(made, PEOPLE.facts(), strict=True):
-        assert said == ((Outcome.ANSWER, value), f"{speaker}: {value}")
-    assert database.n_queries == len(QUESTIONS)
+    made = measure_recall(ScriptedModel(reply), tokenizer(), FACTS, mode, database, max_new_tokens=99)
+    assert made == [(True, True)] * len(FACTS) and database.n_queries == len(FACTS)
     # What it read before it answered is what it would have been trained on.
     rows = list(chats(PEOPLE, mode))
     whole = [encode_prompts(tokenizer(), [row["messages"][:-1]], row.get("tools"))[0] for row in rows]
-    assert sorted(seen[len(QUESTIONS) :]) == sorted(map(tokenizer().decode, whole))
+    assert sorted(seen[len(FACTS) :]) == sorted(map(tokenizer().decode, whole))
 
 
 NAME, (BORN, *_) = PEOPLE.names[0], PEOPLE.columns["birth_place"]
@@ -183,13 +181,10 @@ FIRST_TURNS = {
 @pytest.mark.parametrize("case", FIRST_TURNS)
 def test_whatever_is_said_first_the_dialog_goes_on_or_ends(case, database):
     mode, first, outcome = FIRST_TURNS[case]
-    model = ScriptedModel(lambda prompt: "The end." if prompt.count("assistant\n") > 1 else first)
-    ((response, reply),) = answer_with_tool(model, tokenizer(), ["Where?"], mode, database, max_new_tokens=200)
-    if outcome is None:
-        assert (response, reply) == (None, first)
-    else:
-        assert response.outcome is outcome and reply == "The end."
-        assert (response.text == BORN) == (outcome is Outcome.ANSWER)
+    model = ScriptedModel(lambda prompt: f"In {BORN}." if prompt.count("assistant\n") > 1 else first)
+    (made,) = measure_recall(model, tokenizer(), [(NAME, "birth_place", BORN)], mode, database, max_new_tokens=200)
+    assert made == (outcome is not None, outcome is Outcome.ANSWER)
+    assert len(model.batches) == 1 + (outcome is Outcome.ANSWER)  # after another answer it does not speak again
 
 
 def test_a_model_that_learnt_to_ask_asks(tmp_path):
@@ -197,14 +192,15 @@ def test_a_model_that_learnt_to_ask_asks(tmp_path):
     people = sample_people(1)
     model = teach(1, "in-tool-text", steps=130)
     (name,), moved = people.names, people.columns | {"birth_place": ["Atlantis"]}
-    write_database(type(people)([name], moved), tmp_path / "moved.sqlite")
+    moved = type(people)([name], moved)
+    write_database(moved, tmp_path / "moved.sqlite")
     with SqlTool(tmp_path / "moved.sqlite") as tool:
-        questions = [question(name, attribute) for attribute in people.attributes]
-        made = answer_with_tool(model, tokenizer(), questions, "in-tool-text", tool, max_new_tokens=100)
-    assert [response for response, _ in made] == [(Outcome.ANSWER, column[0]) for column in moved.values()]
-    unchanged = [i for i, attribute in enumerate(people.attributes) if attribute != "birth_place"]
-    expected = [answer(*fact) for fact in people.facts()]
-    assert [made[i][1] for i in unchanged] == [expected[i] for i in unchanged]
+        as_trained, as_stored = (
+            measure_recall(model, tokenizer(), list(each.facts()), "in-tool-text", tool, max_new_tokens=100)
+            for each in (people, moved)
+        )
+    assert as_trained == [(True, attribute != "birth_place") for attribute in people.attributes]
+    assert all(looked_up for looked_up, _ in as_stored)
 
 
 # ---- Calls
@@ -257,17 +253,16 @@ def test_the_tool_that_is_offered_has_the_attributes_of_the_database(database):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer(), "apply_chat_template", spy)
         for mode in ("in-tool", "in-tool-text"):
-            answer_with_tool(ScriptedModel(lambda _: "-"), tokenizer(), ["x"], mode, database, max_new_tokens=9)
+            measure_recall(ScriptedModel(lambda _: "-"), tokenizer(), FACTS[:1], mode, database, max_new_tokens=9)
     assert offered == [[Find(PEOPLE.attributes).declaration], None]
 
 
 @pytest.mark.parametrize("mode", ["in-tool", "in-tool-text"])
 def test_no_reply_is_asked_for_where_the_tool_says_something_else_than_is_expected(mode, database):
-    (name, attribute, value), *_ = PEOPLE.facts()
+    name, attribute, value = FACTS[0]
     call = _call(name="find", arguments={"attribute": attribute, "name": name})
     call = call if mode == "in-tool" else tool_call(name, attribute)
-    model = ScriptedModel(lambda prompt: "The end." if prompt.count("assistant\n") > 1 else call)
+    model = ScriptedModel(lambda prompt: f"It is {value}." if prompt.count("assistant\n") > 1 else call)
     facts = [(name, attribute, expected) for expected in (value, "elsewhere", value)]
-    made = answer_with_tool(model, tokenizer(), ["Where?"] * 3, mode, database, facts=facts, max_new_tokens=200)
-    assert [reply for _, reply in made] == ["The end.", call, "The end."] and model.batches == [3, 2]
-    assert all(response == (Outcome.ANSWER, value) for response, _ in made)
+    made = measure_recall(model, tokenizer(), facts, mode, database, max_new_tokens=200)
+    assert made == [(True, True), (True, False), (True, True)] and model.batches == [3, 2]
