@@ -23,8 +23,6 @@ from lib.progress import progress
 
 #: Environment variable with the path of HellaSwag's validation set, JSON lines like the hub's. Unset: the hub.
 HELLASWAG = "ITL_HELLASWAG"
-
-
 #: How many items are asked between two updates of the progress bar.
 ITEMS_AT_A_TIME = 100
 

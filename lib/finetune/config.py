@@ -12,10 +12,6 @@ from lib.finetune.bases import learning_rate
 ChatMode = Literal["in-weight", "in-tool", "in-tool-text"]
 
 
-def _rate(given: dict) -> float:
-    return learning_rate(given["base"], given["mode"], given["lora_rank"] is not None)
-
-
 class FinetuneConfig(Identified):
     """One fine-tuning: base model, task, training, and the evaluation of checkpoints (Section 6)."""
 
@@ -34,7 +30,7 @@ class FinetuneConfig(Identified):
     #: Rank of adapters (LoRA); None trains all weights.
     lora_rank: int | None = Field(None, ge=1)
     #: AdamW's learning rate; by default that of the base in this mode (`lib.finetune.bases`). It is part of a run's id.
-    lr: float = Field(gt=0, default_factory=_rate)
+    lr: float = Field(gt=0, default_factory=lambda it: learning_rate(it["base"], it["mode"], bool(it["lora_rank"])))
     #: Constant after a warm-up over this share of the steps, or falling to zero.
     schedule: Literal["constant_with_warmup", "cosine"] = "constant_with_warmup"
     warmup: float = Field(0.05, ge=0, lt=1)

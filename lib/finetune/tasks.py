@@ -89,9 +89,10 @@ def measure_recall(
         return (True, turns) if result == facts[i][2] else (False, [])
 
     openings = [opening(question(name, attribute), mode, find.declaration) for name, attribute, _ in facts]
-    last = [answer(*fact) for fact in facts]
-    first = [tool_call(name, attribute) for name, attribute, _ in facts] if mode == "in-tool-text" else last
-    answers = look_up_and_reply(model, tokenizer, openings, look_up, drafts=(first, last), **options)
+    # In-weight, decoding short answers takes no longer than checking drafts of them.
+    requests = [tool_call(name, attribute) for name, attribute, _ in facts] if mode == "in-tool-text" else ()
+    drafts = requests, [answer(*fact) for fact in facts]
+    answers = look_up_and_reply(model, tokenizer, openings, look_up, drafts=drafts, **options)
     return [
         (found is not None, found is not False and says(reply, value))
         for (found, reply), (*_, value) in zip(answers, facts, strict=True)

@@ -68,7 +68,6 @@ def finetune(
     """
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device = {device!r}: fine-tuning takes auto, cpu or cuda (CUDA_VISIBLE_DEVICES says which)")
-    directory = Path(directory)
     # While the first process evaluates the others wait, however long that takes.
     processes = PartialState(cpu=resolve_device(device).type == "cpu", timeout=timedelta(days=7))
     with asked_to_leave() as asked, ExitStack() as stack, no_room_told():

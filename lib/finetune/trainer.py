@@ -26,13 +26,11 @@ class ChatTrainer(SFTTrainer):
         if shared and len(tokens) > 1:
             cache = model(input_ids=tokens[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
         if cache is None:  # nothing is shared, or activation checkpointing has turned the cache off
-            shared, options = 0, {}
+            shared = 0
         else:
             cache.batch_repeat_interleave(len(tokens))
-            options = {"past_key_values": cache}
-        logits = model(
-            input_ids=tokens[:, shared:], attention_mask=mask, logits_to_keep=places - shared, **options
-        ).logits  # (B, P, V)
+        options = {"attention_mask": mask, "logits_to_keep": places - shared, "past_key_values": cache}
+        logits = model(input_ids=tokens[:, shared:], **options).logits  # (B, P, V)
         targets = labels[:, places + 1].flatten()
         loss = cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
         # Gradients are averaged over processes, so each loss is multiplied by their number.
