@@ -1,6 +1,5 @@
 """Greedy answers of Hugging Face chat models, in batches, and tool calls between two answers."""
 
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,6 +11,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from lib.finetune.models import read_shared
 from lib.progress import progress
 
 #: Prompts in a batch; fewer where memory runs out, except on a CPU, where that kills the process without an error.
@@ -107,12 +107,7 @@ def _generate(
     if any(DynamicCache(config=model.config).is_sliding):  # its window would count what is masked below
         drafts = [[] for _ in prompts]
     else:
-        columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
-        shared = sum(1 for _ in itertools.takewhile(lambda column: len({*column}) == 1, columns))
-    if shared:
-        prefix = torch.tensor([prompts[0][:shared]], device=model.device)
-        cache = model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
-        cache.batch_repeat_interleave(len(prompts))
+        shared, cache = read_shared(model, padded(prompts, "right"), min(map(len, prompts)) - 1)
     draft = padded([tokens[: max_new_tokens - 1] for tokens in drafts], "right")  # (B, D)
     tokens = torch.cat([padded([prompt[shared:] for prompt in prompts], "left"), draft], dim=1)  # (B, S)
     mask = pad((tokens >= 0).long(), (shared, 0), value=1)
@@ -142,23 +137,20 @@ def look_up_and_reply(
     tokenizer: PreTrainedTokenizerBase,
     openings: Sequence[dict],
     look_up: Callable[[int, str], tuple[Any, list[dict]] | None],
-    *,
-    drafts: tuple[Sequence[str], Sequence[str]] = ((), ()),
+    drafts: Sequence[str] = (),
     **options,
 ) -> list[tuple[Any, str]]:
     """Return what was looked up for each conversation, None if nothing was, and what the model said last.
 
     openings: per conversation the `messages` and, where functions are offered, the same `tools`. look_up(i, said)
     returns, for what the model said in conversation i, the result and the turns to add before it speaks again (none: it
-    does not); None if it asked for nothing. drafts: of the first and of the last turn, as for `reply_all`.
+    does not); None if it asked for nothing. drafts: of the first turn, see `reply_all`.
     """
     tools = openings[0].get("tools") if openings else None
-    first = reply_all(model, tokenizer, [each["messages"] for each in openings], tools, drafts[0], **options)
+    first = reply_all(model, tokenizer, [each["messages"] for each in openings], tools, drafts, **options)
     looked_up = {i: result for i, said in enumerate(first) if (result := look_up(i, said))}
     longer = {i: [*openings[i]["messages"], *turns] for i, (_, turns) in looked_up.items() if turns}
-    guesses = [drafts[1][i] for i in longer] if drafts[1] else ()
-    replies = reply_all(model, tokenizer, [*longer.values()], tools, guesses, **options)
-    replies = dict(zip(longer, replies, strict=True))
+    replies = dict(zip(longer, reply_all(model, tokenizer, [*longer.values()], tools, **options), strict=True))
     return [(looked_up.get(i, (None,))[0], replies.get(i, said)) for i, said in enumerate(first)]
 
 

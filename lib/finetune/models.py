@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lib.base import DamagedFile, InputError
@@ -46,6 +46,20 @@ def load_model(
 def load_tokenizer(source: str | Path, **options) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model, from its folder or by its name on the hub. Raises `InputError` without one."""
     return _load(AutoTokenizer, "tokenizer", source, **options)
+
+
+def read_shared(model: PreTrainedModel, tokens: torch.Tensor, most: int) -> tuple[int, Cache | None]:
+    """Read once what all rows of tokens (B, S) begin with, up to `most` tokens; return how many, and the rows' cache.
+
+    The cache is None if nothing is shared, or if activation checkpointing has turned caches off.
+    """
+    shared, cache = int((tokens == tokens[:1]).all(0).long().cumprod(0).sum().clamp(max=most)), None
+    if shared and len(tokens) > 1:
+        cache = model(input_ids=tokens[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
+    if cache is None:
+        return 0, None
+    cache.batch_repeat_interleave(len(tokens))
+    return shared, cache
 
 
 def no_bars_in_logs() -> AbstractContextManager:

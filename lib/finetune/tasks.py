@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib.agent.server import Find
 from lib.agent.tools import SqlTool
 from lib.dialogs.request import parse_request
-from lib.dialogs.templates import answer, question, tool_call
+from lib.dialogs.templates import question, tool_call
 from lib.evaluation.recall import Fact
 from lib.facts.database import temporary_database
 from lib.facts.people import FactsConfig, People
@@ -68,7 +68,7 @@ def measure_recall(
     """Return for each fact, (name, attribute, value), whether a chat model looked it up, and whether it recalls it.
 
     Decoding is greedy. In mode in-tool the model calls the function `find`, in in-tool-text it writes the paper's
-    request, one call a question; in-weight there is no tool. The model alone decides what the tool is asked: the words
+    request, one call a question; in-weight there is no tool. The model alone decides what the tool is asked: requests
     that are trained serve only as drafts, see `generate_tokens`. The model recalls a fact if its last reply `says` the
     value. (Small models of Section 5 must say the whole sentence; chat models may word it freely.) If it asks the tool
     for something else, or cannot be understood, the fact is not recalled, and the model does not speak again.
@@ -89,9 +89,8 @@ def measure_recall(
         return (True, turns) if result == facts[i][2] else (False, [])
 
     openings = [opening(question(name, attribute), mode, find.declaration) for name, attribute, _ in facts]
-    # In-weight, decoding short answers takes no longer than checking drafts of them.
-    requests = [tool_call(name, attribute) for name, attribute, _ in facts] if mode == "in-tool-text" else ()
-    drafts = requests, [answer(*fact) for fact in facts]
+    # Only of requests, which are long: decoding a short answer takes no longer than checking a draft of it.
+    drafts = [tool_call(name, attribute) for name, attribute, _ in facts] if mode == "in-tool-text" else ()
     answers = look_up_and_reply(model, tokenizer, openings, look_up, drafts=drafts, **options)
     return [
         (found is not None, found is not False and says(reply, value))

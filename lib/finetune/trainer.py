@@ -8,6 +8,7 @@ from torch.utils.data import Sampler
 from trl import SFTTrainer
 
 from lib.finetune.data import IGNORED
+from lib.finetune.models import read_shared
 
 
 class ChatTrainer(SFTTrainer):
@@ -21,14 +22,7 @@ class ChatTrainer(SFTTrainer):
         tokens, labels, mask = (inputs[name] for name in ("input_ids", "labels", "attention_mask"))  # (B, S)
         trained = labels[:, 1:] != IGNORED
         places = trained.any(0).nonzero().squeeze(-1)  # (P,): in some row, the next token is trained
-        shared = int((tokens == tokens[:1]).all(0).long().cumprod(0).sum().clamp(max=int(places[0])))
-        cache = None
-        if shared and len(tokens) > 1:
-            cache = model(input_ids=tokens[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
-        if cache is None:  # nothing is shared, or activation checkpointing has turned the cache off
-            shared = 0
-        else:
-            cache.batch_repeat_interleave(len(tokens))
+        shared, cache = read_shared(model, tokens, int(places[0]))
         options = {"attention_mask": mask, "logits_to_keep": places - shared, "past_key_values": cache}
         logits = model(input_ids=tokens[:, shared:], **options).logits  # (B, P, V)
         targets = labels[:, places + 1].flatten()
