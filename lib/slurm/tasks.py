@@ -1,6 +1,5 @@
 """What a job gets and what it does, as plain data: made by a command, and done later by the submission's code."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -111,9 +110,9 @@ def _parts(source: str, profile: str) -> list:
 
 def pack(hours: Mapping[int, float], limit: float) -> list[list[int]]:
     """Return the keys in groups, in their order: the hours of a group add up to at most `limit`, or it has one key."""
-    groups, filled = [], math.inf
+    groups, filled = [], 0.0
     for key, cost in hours.items():
-        if filled + cost > limit:
+        if not groups or filled + cost > limit:
             groups.append([])
             filled = 0.0
         groups[-1].append(key)

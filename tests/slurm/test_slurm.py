@@ -4,6 +4,7 @@ Where commands of Slurm are needed, scripts of the same names answer what a real
 """
 
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -57,7 +58,7 @@ def _command(folder: Path, name: str, answer: str, code: int = 0, error: str = "
 # ---- Searches as tasks
 
 
-@given(st.lists(st.floats(1e-6, 100), max_size=30), st.floats(0, 50))
+@given(st.lists(st.floats(1e-6, 100), max_size=30), st.floats(0, 50) | st.just(math.inf))
 def test_searches_are_packed_in_their_order_as_long_as_they_fit(hours, limit):
     groups = tasks.pack(dict(enumerate(hours)), limit)
     assert [position for group in groups for position in group] == list(range(len(hours)))
@@ -192,6 +193,23 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(runs, commands, itl, a
     code, printed, said = itl(*arguments.split())
     assert (code, printed, len(said.splitlines())) == (2, "", 1) and sentence in said
     assert not runs.exists()
+
+
+@pytest.mark.parametrize("place", ["plan", "option", "runs", "folder"])
+def test_no_name_adds_a_line_to_the_script_of_a_job(runs, commands, itl, tmp_path, monkeypatch, place):
+    """Quotes do not help: bash takes the line after a comment for a command, and sbatch one more #SBATCH."""
+    bad = tmp_path / "a\ntouch pwned;#"
+    bad.mkdir()
+    plan = (bad if place == "folder" else tmp_path) / ("b\ntouch pwned;#.yaml" if place == "plan" else "b.yaml")
+    plan.write_text("base: {training: {steps: 4}}\nsizes: [8]\n")
+    monkeypatch.chdir(plan.parent)
+    if place == "runs":
+        monkeypatch.setenv("ITL_RUNS", str(bad / "runs"))
+    options = ["--account", "me\n#SBATCH --uid=0"] if place == "option" else []
+    for dry in (["--dry-run"], []):
+        code, printed, said = itl("submit", "sweep", plan.name, *options, *dry)
+        assert (code, printed, len(said.splitlines())) == (2, "", 1) and "a line break in a name or an option" in said
+    assert not (commands / "sbatch.calls").exists() and not any(tmp_path.rglob("submissions/*"))
 
 
 def test_a_job_trains_on_what_was_submitted_wherever_it_starts(runs, commands, itl, tmp_path, monkeypatch):
