@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from reprlib import repr as brief  # inputs may be long, or deeply nested
 from typing import Any, Self
@@ -41,6 +43,18 @@ def to_json(content: Any, **options: Any) -> str:
         return json.dumps(content, allow_nan=False, **options)
     except ValueError:
         raise WorkError(f"a number is not finite, so nothing is written: {str(content)[:200]}") from None
+
+
+def check_unique(keys: Iterable[str]) -> None:
+    """Raise `InputError` if one of the keys that a file gives values to is there twice: a value would be lost."""
+    if twice := [key for key, count in Counter(keys).items() if count > 1]:
+        raise InputError(f"{twice[0]!r} is there twice: each key takes one value")
+
+
+def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object of unique keys, as the `object_pairs_hook` of `json.loads`."""
+    check_unique(key for key, _ in pairs)
+    return dict(pairs)
 
 
 def printable(text: str) -> str:

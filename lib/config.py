@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lib.base import Config, Identified, InputError
+from lib.base import Config, Identified, InputError, unique_fields
 from lib.dialogs.templates import QuestionMode
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.facts.people import ATTRIBUTES, MAX_PEOPLE, RELEASED, FactsConfig
@@ -213,7 +213,7 @@ class RunConfig(Identified):
 def read_config(path: Path) -> RunConfig:
     """Return the configuration in a JSON file; an `InputError` names the file."""
     try:
-        values = json.loads(read_bytes(path, LARGEST_TEXT))
+        values = json.loads(read_bytes(path, LARGEST_TEXT), object_pairs_hook=unique_fields)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read the configuration {path}, a file of JSON: {error}") from None
     return RunConfig.parse(values)

@@ -230,6 +230,8 @@ def test_read_config_reads_what_canonical_json_wrote(tmp_path):
         (b"\xff\xfe", ["cannot read the configuration", "a file of JSON"]),
         (b"[]", ["object with fields"]),
         (b'{"seeds": 1}', ["unknown configuration key 'seeds'"]),
+        (b'{"seed": 1, "seed": 2}', ["cannot read the configuration", "'seed' is there twice"]),
+        (b'{"model": {"d_model": 8, "d_model": 16}}', ["'d_model' is there twice"]),
     ],
 )
 def test_read_config_says_what_is_wrong_with_a_file(tmp_path, content, words):

@@ -6,14 +6,14 @@ The paper's grids are in `plans`, a file for each section; a user's grid is any 
 import dataclasses
 import math
 import re
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
 from pydantic import Field, model_validator
 
-from lib.base import Config, InputError
+from lib.base import Config, InputError, check_unique
 from lib.config import EvaluationConfig, ModelConfig, OptimConfig, RunConfig, TrainingConfig, override
 from lib.dialogs.tokenizers import load_tokenizer
 from lib.experiments.search import SIZES, Search
@@ -45,6 +45,8 @@ def searches(source: str, profile: str, tokenizer: str = "bytes") -> list[Search
         plan = [search for grid in grids for search in grid.searches()]
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    if not plan:
+        raise InputError(f"{path} asks for no run: give a grid, and each of its axes a value")
     if tokenizer == "bytes":
         return plan
     if profile in PUBLISHING:
@@ -55,7 +57,7 @@ def searches(source: str, profile: str, tokenizer: str = "bytes") -> list[Search
 
 def is_file(source: str) -> bool:
     """Return whether `source` is the path of a user's file, not the name of one of the paper's plans."""
-    return source.endswith((".yaml", ".yml"))
+    return re.search(r"[^./]\.ya?ml$", source) is not None  # without a name, its runs would leave `runs`
 
 
 #: Maximum searches of a plan; the paper's largest has 300.
@@ -99,6 +101,7 @@ class Grid(Config):
 
     def searches(self) -> list[Search]:
         """Return the search of each combination, the last axis varying fastest. Raises `InputError`."""
+        check_unique(["axes", *chain.from_iterable(self.axes)])
         points = [*map(points_of, self.axes)]
         if (n_searches := math.prod(map(len, points))) > MOST_SEARCHES:
             raise InputError(f"axes make {n_searches:,} searches: a plan takes at most {MOST_SEARCHES:,}")
@@ -157,7 +160,12 @@ def _fields(name: str, value: Any) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as it is in JSON."""
+    """YAML in which 1e-3 is a number, as it is in JSON, and a key given twice is an error."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        check_unique(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        return node
 
 
 _Loader.add_implicit_resolver(

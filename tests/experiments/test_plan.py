@@ -282,10 +282,13 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path):
         ({"start": 5}, "start = 5 is none of the sizes"),
         ({"sizes": [4, 6]}, "model.d_model = 6 does not split into n_heads = 2 heads"),
         ({"threshold": 2}, "grid.threshold: input should be less than or equal to 1, got 2"),
+        ({"axes": [{"seed": [0]}, {"seed": [1]}]}, "'seed' is there twice: each key takes one value"),
+        ({"axes": [{"axes": [[{"seed": [0]}]]}]}, "'axes' is there twice: each key takes one value"),
+        ({"axes": [{"seed": []}]}, "asks for no run: give a grid, and each of its axes a value"),
     ],
 )
 def test_a_mistake_in_a_grid_is_one_sentence_that_names_the_file(tmp_path, change, sentence):
-    with pytest.raises(InputError, match=f"mine.yaml: .*{re.escape(sentence)}"):
+    with pytest.raises(InputError, match=f"mine.yaml:? .*{re.escape(sentence)}"):
         _plan(tmp_path, {**GRID, **change})
 
 
@@ -296,6 +299,26 @@ def test_a_file_that_is_missing_or_no_yaml_is_one_sentence(tmp_path):
         _plan(tmp_path, "sizes: [4")
     with pytest.raises(InputError, match="mine.yaml: grid takes an object with fields, got 'sizes'"):
         _plan(tmp_path, "sizes")
+
+
+@pytest.mark.parametrize("text", ["sizes: [4]\nsizes: [8]", "base: {training: {steps: 1, steps: 2}}"])
+def test_a_key_that_is_there_twice_is_one_sentence(tmp_path, text):
+    with pytest.raises(InputError, match="cannot read the plan .*mine.yaml.* is there twice"):
+        _plan(tmp_path, text)
+
+
+def test_merged_keys_may_be_given_again(tmp_path):
+    text = (
+        "axes: [{base: [{training: &some {steps: 1, batch_size: 3}}, {training: {<<: *some, steps: 2}}]}]\nsizes: [4]"
+    )
+    _, search = _plan(tmp_path, text)
+    assert (search.base.training.steps, search.base.training.batch_size) == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["...yaml", "..yml", ".yaml", "folder/...yaml"])
+def test_a_file_without_a_name_is_no_experiment_for_its_runs_would_leave_their_folder(name):
+    with pytest.raises(InputError, match="there is no experiment"):
+        searches(name, "quick")
 
 
 def test_depth_and_heads_varies_shape_alone_at_1024_facts():
