@@ -119,19 +119,27 @@ ALONE = Ranks()
 
 def world_size() -> int:
     """Return how many processes torchrun or Slurm started for this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return max(1, _number("WORLD_SIZE", 1))
 
 
 def is_first() -> bool:
     """Return whether this process is alone, or the first of those that were started with it."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return _number("RANK", 0) == 0
+
+
+def _number(name: str, default: int) -> int:
+    """Return a number that torchrun or Slurm set in the environment; anything else is an `InputError`."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise InputError(f"{name} = {text!r} in the environment is no number: unset it, torchrun and Slurm set it")
+    return int(text)
 
 
 def local_device(device: torch.device) -> torch.device:
     """Return this process's own GPU if there are several processes; an `InputError` if there are too few GPUs."""
     if world_size() == 1 or device.type != "cuda":
         return device
-    rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    rank, count = _number("LOCAL_RANK", 0), torch.cuda.device_count()
     if rank >= count:
         raise InputError(f"process {rank} of this machine has no GPU, there are {count}: start one process a GPU")
     return torch.device("cuda", rank)
@@ -156,6 +164,8 @@ def connect(device: torch.device, config: ModelConfig, sharded: bool = False, te
     if size == 1:
         yield ALONE
         return
+    if not dist.is_initialized() and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
+        raise InputError(f"WORLD_SIZE = {size} in the environment, which names no other process: unset it")
     # Harmless here: warnings of two all-reduces for a tensor on a 2D mesh, and of views returned by an FSDP2 block.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module returned a view")

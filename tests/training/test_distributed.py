@@ -21,7 +21,7 @@ from lib.config import ModelConfig
 from lib.model.llama import to_llama
 from lib.model.transformer import Transformer
 from lib.training import checkpoint
-from lib.training.distributed import asked_to_leave, connect
+from lib.training.distributed import asked_to_leave, connect, is_first
 
 LAYOUTS = [*ranks.LAYOUTS, "replicated or sharded x tensor"]
 
@@ -117,6 +117,30 @@ def test_what_cannot_be_divided_is_one_sentence(monkeypatch, size, tensor, messa
     monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(InputError, match=message), connect(torch.device("cpu"), ModelConfig(), tensor=tensor):
         pass
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two' in the environment is no number"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE = '-1' in the environment is no number"),
+        ({"RANK": "x"}, "RANK = 'x' in the environment is no number"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE = 2 in the environment, which names no other process"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "which names no other process"),
+    ],
+)
+def test_variables_of_processes_that_nobody_started_are_one_sentence(monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message), connect(torch.device("cpu"), ModelConfig()):
+        is_first()
+
+
+def test_empty_variables_are_those_of_a_process_alone(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+    with connect(torch.device("cpu"), ModelConfig()) as alone:
+        assert alone.size == 1 and is_first()
 
 
 @pytest.mark.slow
