@@ -140,7 +140,8 @@ def change_facts(paths: Iterable[str | Path], name: str, attribute: str, value: 
 
 def attribute_columns(connection: sqlite3.Connection) -> list[str]:
     """Return the columns of the table `people` besides `name`; raises sqlite3.Error if either is missing."""
-    columns = connection.execute("SELECT people.name, * FROM people LIMIT 0").description
+    connection.execute("SELECT people.name FROM people LIMIT 0")
+    columns = connection.execute("SELECT * FROM people LIMIT 0").description
     return [column for column, *_ in columns if column.lower() != "name"]
 
 
@@ -169,8 +170,10 @@ def refusing(deed: str, path: str | Path) -> Iterator[None]:
         yield
     except (OSError, sqlite3.Error, UnicodeError) as error:  # UnicodeError: a lone surrogate, stored or read
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        kind = WorkError if code == sqlite3.SQLITE_FULL else InputError
-        raise kind(f"cannot {deed} the database {path}: {error}{_HINTS.get(code, '')}") from None
+        hint = _HINTS.get(code, "")
+        if code == sqlite3.SQLITE_FULL or (deed == "write" and hint == _BLOCKED):  # a new file is in nobody's use
+            raise WorkError(f"cannot {deed} the database {path}: {error}") from None
+        raise InputError(f"cannot {deed} the database {path}: {error}{hint}") from None
 
 
 def _fill(path: Path, attributes: Sequence[str], rows: Iterable[Sequence], kind: str, insert: str) -> None:
