@@ -19,7 +19,7 @@ from rich.text import Text
 from lib import paths
 from lib.base import InputError, WorkError, printable, to_json
 from lib.cli import finetune, options, slurm
-from lib.cli.options import Device, Profile, ProfileOption, Section, console, takes
+from lib.cli.options import ENDS, Device, Profile, ProfileOption, Section, console, takes
 from lib.cli.serve import serve
 from lib.dialogs.templates import QuestionMode
 from lib.experiments.rows import OWN
@@ -38,8 +38,8 @@ RESUMED = ("train", "finetune", "evaluate", "sweep", "trivia", "ask", "notebooks
 LONGEST = 1_500
 #: Errors that a user, a file, a disk or a server can cause.
 FORESEEABLE = (InputError, WorkError, OSError, MemoryError, sqlite3.Error, UnicodeError, typer.TyperException)
-#: Messages of safetensors and torch, in errors of other types, when a write fails.
-UNWRITTEN = re.compile(r"\(os error \d+\)|PytorchStreamWriter|inline_container")
+#: Messages of libraries, in errors of other types, when memory is short (group 1) or a write fails.
+LIBRARIES = re.compile(r"(failed to map segment|allocate memory)|\(os error \d+\)|PytorchStreamWriter|inline_container")
 
 
 def main() -> None:
@@ -50,21 +50,25 @@ def main() -> None:
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)  # not every terminal can show every character
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing temporary stays
+    # So that nothing temporary stays.
+    before = {each: signal.signal(each, lambda number, _: sys.exit(128 + number)) for each in ENDS}
     try:
         code = app(standalone_mode=False)
         if sys.stdout:
             sys.stdout.flush()  # here, a full disk can still be reported
     except BrokenPipeError:  # the reader of the output has exited
         code = 1
+    except KeyboardInterrupt:  # before or after typer's own handler
+        code = 130
     except Exception as error:
-        if os.environ.get("ITL_DEBUG") or not (isinstance(error, FORESEEABLE) or UNWRITTEN.search(str(error))):
+        if os.environ.get("ITL_DEBUG") or not (isinstance(error, FORESEEABLE) or LIBRARIES.search(str(error))):
             raise
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, InputError):  # of bad input, only rank 0 reports
             _say(_sentence(error) + _elsewhere(error))
         code = getattr(error, "exit_code", 1)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     if code == 130:  # typer's code for Ctrl-C
         resumed = len(sys.argv) > 1 and sys.argv[1] in RESUMED
         _say("interrupted: the same command goes on from what was saved" if resumed else "interrupted")
@@ -83,7 +87,7 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         about = f" with {error.filename}" if error.filename else ""
         return f"the operating system reports an error{about}: {error.strerror}"
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or not isinstance(error, FORESEEABLE) and LIBRARIES.search(str(error))[1]:
         return "out of memory: give a smaller model or batch"
     if isinstance(error, sqlite3.Error):
         return f"the database cannot be used: {error}"

@@ -4,6 +4,7 @@ import functools
 import inspect
 import json
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -132,6 +133,9 @@ def _run_config(given: dict[str, Any]) -> RunConfig:
     return override(read_config(start) if start else RunConfig(), assigned(given))
 
 
+_named = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+#: Signals that end a command. Windows has no SIGHUP, the end of a terminal, and nohup ignores it.
+ENDS = [each for each in _named if each and signal.getsignal(each) != signal.SIG_IGN]
 SET = Option(list[str], "any other field, as training.steps=500; may be repeated")
 #: The configuration of a run.
 RUN: Group = (

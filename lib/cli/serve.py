@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from lib.cli.options import Terminal
+from lib.cli.options import ENDS, Terminal
 
 
 def serve(
@@ -28,7 +28,7 @@ def serve(
             stack.close()
             os._exit(0)  # a thread is blocked on stdin, and Python would wait for it
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *ENDS):
             stack.callback(signal.signal, number, signal.signal(number, leave))
         offered = server.people_server(stack.enter_context(as_database(file)))
         if http:

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from lib import paths
 from lib.base import InputError
 from lib.cli import app
+from lib.cli.options import ENDS
 from lib.facts.sampling import sample_people
 from lib.notebook.runner import NotebookError
 from lib.training import checkpoint
@@ -516,6 +517,14 @@ def test_an_interrupted_command_that_cannot_go_on_promises_nothing(here, itl, mo
     assert (answer.code, answer.err) == (130, "itl: interrupted\n")
 
 
+def test_an_interruption_before_the_command_begins_is_one_sentence(itl, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "app", interrupt)
+    assert itl("data", "--out", "x.sqlite") == (130, "", "itl: interrupted\n")
+
+
 def test_work_that_failed_is_one_sentence_and_exit_code_1(itl, monkeypatch):
     def fail(*_, **__):
         raise NotebookError("00_quickstart failed in cell [3]\nof many")
@@ -554,6 +563,16 @@ def test_what_libraries_say_of_a_full_disk_is_one_sentence_and_exit_code_1(here,
     answer = itl("train", *TINY)
     assert answer.code == 1 and answer.err.startswith("itl: a file could not be written, is the disk full? ")
     assert answer.err.count("\n") == 1
+
+
+def test_a_library_that_finds_no_memory_is_one_sentence_and_exit_code_1(here, itl, monkeypatch):
+    def load(*_, **__):
+        raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
+
+    monkeypatch.setattr("lib.training.run.run", load)
+    assert itl("train", *TINY)[::2] == (1, "itl: out of memory: give a smaller model or batch\n")
+    answer = itl("recall", "failed to map segment")
+    assert answer.code == 2 and "there is no checkpoint at failed to map segment" in answer.err
 
 
 def _run(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -836,6 +855,7 @@ def test_help_lists_the_commands_and_nothing_at_all_shows_it(itl):
     assert bare.code == 2 and "Usage" in bare.out + bare.err and "itl: \n" not in bare.err
 
 
+@pytest.mark.parametrize("number", ENDS)
 @pytest.mark.parametrize(
     "command, place",
     [
@@ -843,20 +863,20 @@ def test_help_lists_the_commands_and_nothing_at_all_shows_it(itl):
         ('train --csv people.csv --set training.files={"people.csv":0.5} --out run', "hashlib.file_digest"),
     ],
 )
-def test_sigterm_ends_a_command_at_once_and_nothing_temporary_stays(command, place, tmp_path, monkeypatch):
+def test_a_signal_ends_a_command_at_once_and_nothing_temporary_stays(command, place, number, tmp_path, monkeypatch):
     def before(*_) -> None:
         raise AssertionError("the command did not care for the signal")
 
     (tmp_path / "people.csv").write_text("name,city\nAda,Lyon\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(place, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(place, lambda *_: os.kill(os.getpid(), number))
     monkeypatch.setattr("sys.argv", ["itl", *command.split()])
-    handler = signal.signal(signal.SIGTERM, before)
+    handler = signal.signal(number, before)
     try:
-        with pytest.raises(SystemExit, match="143"):
+        with pytest.raises(SystemExit, match=str(128 + number)):
             app.main()
-        assert signal.getsignal(signal.SIGTERM) is before
+        assert signal.getsignal(number) is before
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        signal.signal(number, handler)
     assert [path.name for path in tmp_path.iterdir()] == ["people.csv"]
