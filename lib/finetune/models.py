@@ -8,7 +8,6 @@ from io import StringIO
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -72,7 +71,9 @@ def _load(kind: type, what: str, source: str | Path, **options):
         with no_bars_in_logs():
             # Otherwise transformers would ask at the terminal whether to run code from the folder.
             return kind.from_pretrained(str(source), trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what transformers raises for malformed content is not documented
         missing, onto = str(source), ""
         with suppress(OSError, DamagedFile, KeyError):  # adapters (LoRA), which are loaded onto a base
             base = str(read_json(Path(source) / "adapter_config.json")["base_model_name_or_path"])
@@ -93,7 +94,7 @@ def _advice(source: str, error: Exception) -> str:
         cause = "HF_HUB_OFFLINE forbids fetching it" if offline else "the hub cannot be reached"
         return f"there is no such folder, it was never fetched (itl fetch), and {cause}"
     if os.path.isdir(source):
-        return f"it takes a folder that save_pretrained wrote ({said.splitlines()[0]})"
+        return f"it takes a folder that save_pretrained wrote ({(said.splitlines() or ['no reason given'])[0]})"
     return "there is no such folder, nor such a name on the hub (owner/name)"
 
 

@@ -138,6 +138,40 @@ def test_a_damaged_folder_is_one_sentence_and_no_random_weights(folder, tmp_path
         load_model(folder, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", {"num_attention_heads": 0}),
+        ("config.json", {"hidden_size": "64"}),
+        ("config.json", {"model_type": ["llama"]}),
+        ("config.json", {"id2label": []}),
+        ("config.json", []),
+        ("tokenizer_config.json", {"eos_token": 5}),
+        ("tokenizer_config.json", {"added_tokens_decoder": None}),
+        ("tokenizer_config.json", None),
+        ("tokenizer.json", {"model": {}}),
+        ("tokenizer.json", {"added_tokens": None}),
+        ("tokenizer.json", 1),
+    ],
+)
+def test_files_of_another_form_are_one_sentence(folder, name, change):
+    """transformers raises errors of a dozen types, plain `Exception` among them."""
+    content = json.loads((folder / name).read_text()) | change if isinstance(change, dict) else change
+    (folder / name).write_text(json.dumps(content))
+    load = load_model if name == "config.json" else load_tokenizer
+    with pytest.raises(InputError, match=r"takes a folder that save_pretrained wrote \(.*\)$"):
+        load(folder)
+
+
+def test_memory_that_runs_out_is_no_damage_of_a_folder(folder, monkeypatch):
+    def load(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load)
+    with pytest.raises(MemoryError):
+        load_tokenizer(folder)
+
+
 class _Gated(BaseHTTPRequestHandler):
     """A hub on which every model is gated."""
 
