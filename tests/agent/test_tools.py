@@ -410,7 +410,10 @@ def test_whatever_byte_of_a_database_is_damaged_the_outcome_is_typed(tmp_path, t
 @pytest.mark.parametrize(
     "sql",
     [
-        [f"CREATE TABLE people (name, {', '.join(f'a{i}' for i in range(1999))})"],
+        [
+            f"CREATE TABLE people (name, pet, {', '.join(f'a{i}' for i in range(1998))})",
+            "INSERT INTO people (name, pet) VALUES ('Ann', 'cat')",
+        ],
         ["CREATE TABLE people (Name TEXT, pet TEXT)", "INSERT INTO people VALUES ('Ann', 'cat')"],
         [
             "CREATE TABLE people (name TEXT, pet TEXT AS (name || 's pet'), x TEXT AS (pet || '!') STORED)",
