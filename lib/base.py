@@ -52,7 +52,7 @@ def check_unique(keys: Iterable[str]) -> None:
 
 
 def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object of unique keys, as the `object_pairs_hook` of `json.loads`."""
+    """Return a JSON object of unique keys, for the `object_pairs_hook` of Python's JSON reader."""
     check_unique(key for key, _ in pairs)
     return dict(pairs)
 

@@ -202,7 +202,6 @@ def test_one_function_writes_the_files_of_lib():
         "finetune/endpoint.py",  # adds lines to a file that `check_output` has seen
         "training/monitor.py",  # adds lines to a file that it has just written so
         "notebook/runner.py",  # in a temporary folder
-        "notebook/widgets.py",  # in memory
         "experiments/sweep.py",  # a pipe, to be closed
     }
 

@@ -190,14 +190,11 @@ def test_with_biographies_everything_is_as_without_and_questions_are_asked_as_of
         assert training.steps * training.questions == pytest.approx(plain.base.training.steps, abs=1)
 
 
-def test_laptop_steps_grow_with_the_facts_an_in_weight_model_has_to_learn():
-    steps = {
-        4 * s.base.facts.n_people: s.base.training.steps
-        for s in searches("05_1", "laptop")
-        if s.base.mode == "in-weight"
-    }
-    assert [steps[n] for n in sorted(steps)] == sorted(steps.values())
-    assert steps[4096] >= 4 * steps[1024]
+def test_laptop_passes_over_the_facts_are_the_same_for_any_number_of_them():
+    for search in searches("05_1", "laptop"):
+        n_facts, training = 4 * search.base.facts.n_people, search.base.training
+        if n_facts >= 1024:  # fewer have the least number of steps
+            assert training.steps * training.batch_size == 300 * n_facts
 
 
 def test_smaller_profiles_are_smaller():
@@ -277,7 +274,7 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path):
         ({"axes": [{"n_facts": [8, 16], "seed": [0]}]}, "n_facts, seed share an axis, so their lists must"),
         ({"axes": [{"n_facts": [6]}]}, "n_facts = 6: each person has 4 facts, give a multiple of that"),
         ({"base": {"law": "mine"}}, "law = 'mine': it is one of ours, released"),
-        ({"recipe": "slow"}, "there is no recipe 'slow': there are focal-32, fast, copying, paper"),
+        ({"recipe": "slow"}, "there is no recipe 'slow': there are focal-32, focal-wide, fast, copying, paper"),
         ({"sizes": [8, 4]}, "in ascending order"),
         ({"start": 5}, "start = 5 is none of the sizes"),
         ({"sizes": [4, 6]}, "model.d_model = 6 does not split into n_heads = 2 heads"),
