@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Return the greedy continuation of each prompt, up to and with the token that ends it, in the order of prompts.
 
-    drafts: guesses, without the token that ends them. As far as a guess is right, it is checked in one pass and not
+    drafts: guesses, read up to a token that ends them. As far as a guess is right, it is checked in one pass and not
     decoded. Batches hold prompts of similar length, the longest first, so that a size that fits them fits all. Batches
     shrink if memory runs out. Answers depend on none of this, except when logits tie within rounding. Of the model's
     generation settings only the end tokens count: a repetition penalty, say, would not be greedy.
@@ -108,7 +109,8 @@ def _generate(
         drafts = [[] for _ in prompts]
     else:
         shared, cache = read_shared(model, padded(prompts, "right"), min(map(len, prompts)) - 1)
-    draft = padded([tokens[: max_new_tokens - 1] for tokens in drafts], "right")  # (B, D)
+    drafts = [[*takewhile(lambda token: token not in ends, tokens)][: max_new_tokens - 1] for tokens in drafts]
+    draft = padded(drafts, "right")  # (B, D)
     tokens = torch.cat([padded([prompt[shared:] for prompt in prompts], "left"), draft], dim=1)  # (B, S)
     mask = pad((tokens >= 0).long(), (shared, 0), value=1)
     said = read(tokens.clamp(min=0), draft.shape[1] + 1)
@@ -122,11 +124,12 @@ def _generate(
         unfinished = [i for i, row in enumerate(rows) if row[-1] not in ends and len(row) < max_new_tokens]
         if not unfinished:
             return answers
-        rows = [rows[i] for i in unfinished]
-        kept = torch.tensor(unfinished, device=model.device)
-        cache.batch_select_indices(kept)
-        mask = pad(mask[kept], (0, 1), value=1)
-        tokens = read(tokens[kept], 1)
+        if len(unfinished) < len(rows):  # selecting copies the whole cache
+            rows, kept = [rows[i] for i in unfinished], torch.tensor(unfinished, device=model.device)
+            cache.batch_select_indices(kept)
+            mask, tokens = mask[kept], tokens[kept]
+        mask = pad(mask, (0, 1), value=1)
+        tokens = read(tokens, 1)
 
 
 # ---- With a tool

@@ -79,7 +79,7 @@ def measure_recall(
     def look_up(i: int, said: str) -> tuple[bool, list[dict]] | None:
         if mode == "in-tool" and (call := read_call(said)):
             query = find.query_of_call(call)
-            result = tool.find(**query).text if query else ""
+            result = tool.find(**query).text if query else None
             turns = call_and_result(call, result)
         elif mode == "in-tool-text" and parse_request(said):
             result = tool(said).text

@@ -67,8 +67,11 @@ def test_answers_are_those_of_generate(family, shared):
     ]
     assert len(set(map(len, expected))) > 2
     right, wrong = [said[: -(said[-1] in ends) or None] for said in expected], [7, 8, 9]
-    for drafts in ((), right, [said[:n] + wrong for n, said in enumerate(right)], [wrong, *right[1:-1], []]):
-        assert generate_tokens(model, tokenizer(), prompts, max_new_tokens=30, drafts=drafts) == expected
+    partly, too_long = [said[:n] + wrong for n, said in enumerate(right)], [said + wrong for said in expected]
+    for drafts in ((), right, partly, too_long, [wrong, *right[1:-1], []]):
+        for n in (1, 30):
+            made = generate_tokens(model, tokenizer(), prompts, max_new_tokens=n, drafts=drafts)
+            assert made == [said[:n] for said in expected]
 
 
 def test_batches_are_full_and_order_is_kept():
