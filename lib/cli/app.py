@@ -63,7 +63,8 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("ITL_DEBUG") or not (isinstance(error, FORESEEABLE) or LIBRARIES.search(str(error))):
             raise
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, InputError):  # of bad input, only rank 0 reports
+        later_rank = re.fullmatch("0*[1-9][0-9]*", os.environ.get("RANK", ""))
+        if not later_rank or not isinstance(error, InputError):  # of bad input, only rank 0 reports
             _say(_sentence(error) + _elsewhere(error))
         code = getattr(error, "exit_code", 1)
     finally:

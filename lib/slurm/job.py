@@ -66,7 +66,7 @@ def executor(
     """Return an executor whose jobs log into `folder`: `processes` on each node, `parallel` jobs at a time."""
     cpus = "${SLURM_CPUS_PER_TASK:-1}"  # srun does not take it from sbatch
     variables = [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
-    if any("\n" in str(text) for text in (folder, Path.cwd(), name, environment, *resources.model_dump().values())):
+    if any("\n" in str(text) for text in (folder, Path.cwd(), name, *resources.model_dump().values())):
         raise InputError("a line break in a name or an option would end a line of the job's script: leave it out")
     made = submitit.SlurmExecutor(folder, max_num_timeout=MAX_TIMEOUTS)
     made.update_parameters(

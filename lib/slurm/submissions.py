@@ -97,7 +97,7 @@ def perform(name: str, position: int) -> None:
         with suppress(FileExistsError), outcome.open("x", encoding="utf-8") as file:
             file.write(told)  # of several processes, the first to fail says why
         raise
-    if os.environ.get("RANK", "0") == "0":
+    if (os.environ.get("RANK") or "0") == "0":
         paths.write_json(outcome, {"error": None})
 
 

@@ -525,6 +525,20 @@ def test_an_interruption_before_the_command_begins_is_one_sentence(itl, monkeypa
     assert itl("data", "--out", "x.sqlite") == (130, "", "itl: interrupted\n")
 
 
+@pytest.mark.parametrize(
+    ("rank", "told"), [("0", "has no run"), ("", "has no run"), ("x", "RANK = 'x' in the environment"), ("1", "")]
+)
+def test_bad_input_is_reported_by_every_process_but_later_ranks(here, itl, monkeypatch, rank, told):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("lib.training.run.run", lambda *_, **__: _raise(InputError("this has no run")))
+    answer = itl("train", *TINY)
+    assert answer.code == 2 and told in answer.err and bool(answer.err) == bool(told)
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
 def test_work_that_failed_is_one_sentence_and_exit_code_1(itl, monkeypatch):
     def fail(*_, **__):
         raise NotebookError("00_quickstart failed in cell [3]\nof many")
