@@ -38,7 +38,7 @@ from lib.finetune.triviaqa import load_questions
 from lib.finetune.weights import base_source, origin
 from lib.paths import CLAIM, MODEL, ROWS, only_process, read_json, write_json
 from lib.progress import progress
-from lib.provenance import provenance
+from lib.provenance import commit, provenance
 from lib.training.devices import resolve_device
 from lib.training.distributed import Preempted, asked_to_leave
 from lib.training.run import no_room_told
@@ -68,6 +68,7 @@ def finetune(
     """
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device = {device!r}: fine-tuning takes auto, cpu or cuda (CUDA_VISIBLE_DEVICES says which)")
+    commit()  # records the imported code, whatever is committed while the run trains
     # While the first process evaluates the others wait, however long that takes.
     processes = PartialState(cpu=resolve_device(device).type == "cpu", timeout=timedelta(days=7))
     with asked_to_leave() as asked, ExitStack() as stack, no_room_told():
