@@ -93,8 +93,11 @@ def _advice(source: str, error: Exception) -> str:
         offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
         cause = "HF_HUB_OFFLINE forbids fetching it" if offline else "the hub cannot be reached"
         return f"there is no such folder, it was never fetched (itl fetch), and {cause}"
+    reason = (said.strip().splitlines() or ["no reason given"])[0]
+    if isinstance(error, ImportError):
+        return f"it needs a package that is not installed ({reason})"
     if os.path.isdir(source):
-        return f"it takes a folder that save_pretrained wrote ({(said.splitlines() or ['no reason given'])[0]})"
+        return f"it takes a folder that save_pretrained wrote ({reason})"
     return "there is no such folder, nor such a name on the hub (owner/name)"
 
 

@@ -163,6 +163,16 @@ def test_files_of_another_form_are_one_sentence(folder, name, change):
         load(folder)
 
 
+@pytest.mark.parametrize("source", ["owner/name", "."])
+def test_a_package_that_a_model_needs_is_named(source, monkeypatch):
+    def load(*_, **__):
+        raise ImportError("\nThe model needs bitsandbytes.\nRun pip install")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load)
+    with pytest.raises(InputError, match=r"a package that is not installed \(The model needs bitsandbytes.\)$"):
+        load_tokenizer(source)
+
+
 def test_memory_that_runs_out_is_no_damage_of_a_folder(folder, monkeypatch):
     def load(*_, **__):
         raise MemoryError
