@@ -28,8 +28,8 @@ def load_model(
 
     source: a folder that `save_pretrained` wrote, or a model's name on the hub. A folder with adapters only (LoRA) is
     loaded onto the base that it names. dtype: "auto" is the one that the weights were saved in. options: further ones
-    of `from_pretrained`. Raises `InputError` if there is no such model, or if weights are missing: transformers alone
-    would draw them at random.
+    of `from_pretrained`. Raises `InputError` if there is no such model, if it has recurrent layers (Mamba, say), or if
+    weights are missing: transformers alone would draw them at random.
     """
     device = resolve_device(device)
     # On a CPU, conversations are too short for fused attention, whose backward pass takes twice the time there.
@@ -39,6 +39,8 @@ def load_model(
         raise InputError(
             f"cannot load a model from {source}: it lacks the weights {missing[0]} and {len(missing) - 1} more"
         )
+    if model._is_stateful:  # recurrent layers: their state cannot be cut back to what prompts share
+        raise InputError(f"cannot use the model in {source}: it has recurrent layers, take one of attention alone")
     return model.to(device).eval()
 
 

@@ -126,6 +126,15 @@ def test_what_is_no_model_is_one_sentence(folder, tmp_path, monkeypatch):
         load_model(folder, "cuda:99")
 
 
+def test_a_model_of_recurrent_layers_is_refused(tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="it has recurrent layers"):
+        load_model(tmp_path, "cpu")
+
+
 def test_a_damaged_folder_is_one_sentence_and_no_random_weights(folder, tmp_path):
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:1000])
