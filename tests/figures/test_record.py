@@ -51,7 +51,8 @@ def test_a_caption_is_of_the_committed_rows():
     text = record.caption("bits_stored", "quick")
     counts = re.findall(r"\(laptop(?:, earlier recipe)?\): ([\d,]+) runs?", text)
     assert sum(int(count.replace(",", "")) for count in counts) == len(shown)
-    assert all(row["commit"][:7] in text and row["finished_at"][:10] in text for row in shown)
+    assert all(row["commit"][:7] in text for row in shown)
+    assert all(end(row["finished_at"][:10] for row in shown) in text for end in (min, max))
 
 
 @pytest.mark.parametrize(
