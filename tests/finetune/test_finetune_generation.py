@@ -204,6 +204,8 @@ def test_a_model_that_learnt_to_ask_asks(tmp_path):
         )
     assert as_trained == [(True, attribute != "birth_place") for attribute in people.attributes]
     assert all(looked_up for looked_up, _ in as_stored)
+    unchanged = [i for i, attribute in enumerate(people.attributes) if attribute != "birth_place"]
+    assert all(as_stored[i][1] for i in unchanged)
 
 
 # ---- Calls
