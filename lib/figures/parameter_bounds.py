@@ -206,7 +206,8 @@ def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     for n_facts, (weights, tool) in both.tail(1).iterrows():
         points = found.loc[n_facts]
         seeds = points.seeds_reaching_it.min()
-        earlier = ", of an earlier recipe" if points.superseded.any() else ""
+        modes = " and ".join(points.index[points.superseded])
+        earlier = f"; {modes} of an earlier recipe" if modes else ""
         sentences.append(
             f"At {n_facts:,} facts our models need {weights:,.0f} parameters in weights and {tool:,.0f} with a tool "
             f"(means over {seeds} seed{'s' if seeds > 1 else ''} or more{earlier}), a factor of {weights / tool:.1f}."
