@@ -18,7 +18,7 @@ def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: fl
         published = published[published.recall_threshold == threshold]
         for (_, theirs), line in zip(published.groupby("n_facts"), cycle(("-", "--")), strict=False):
             style = {"color": "#888888", "linestyle": line, "marker": "."}
-            label = published_label(theirs.n_facts, law="released law")
+            label = published_label(theirs.n_facts, kind="facts, released law")
             by_alpha.plot(theirs.alpha, theirs.min_params, label=label, **style)
             by_entropy.plot(theirs.entropy_bits, theirs.min_params, **style)
         for shade, (n_facts, ours) in enumerate(smallest(points, "in-weight", threshold).groupby("n_facts")):

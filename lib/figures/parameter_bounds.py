@@ -133,7 +133,7 @@ def _published_recall(axes, published: pd.DataFrame) -> None:
         middle = curve.iloc[(curve.recall - 0.6).abs().argmin()]
         spot = {"color": "#777777", "fontsize": 7, "rotation": 80, "ha": "right", "va": "center"}
         axes.annotate(f"{n_facts:,}", (middle.min_params_mean, middle.recall), **spot)
-    label = published_label(published.n_facts).replace(": ", ":\n").replace(", ", ",\n")
+    label = published_label(published.n_facts).replace(": ", ":\n").replace(" independent", "\nindependent")
     axes.plot([], [], color="#999999", linewidth=1, label=label)
 
 

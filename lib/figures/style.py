@@ -179,10 +179,10 @@ def shared_legend(figure: Figure, panels, **look) -> None:
         figure.legend(entries.values(), entries, ncols=n_columns, **look)
 
 
-def published_label(n_facts: pd.Series, about: str = "", law: str = "independent") -> str:
+def published_label(n_facts: pd.Series, about: str = "", kind: str = "independent facts") -> str:
     """Return the label of published points: how many facts, about whom, and by which law the database was drawn."""
     span = " to ".join(f"{n:,}" for n in dict.fromkeys([n_facts.min(), n_facts.max()]))
-    return ", ".join(filter(None, [about, f"published: {span} facts", law]))
+    return ", ".join(filter(None, [about, f"published: {span} {kind}"]))
 
 
 def draw_bits_lines(axes, ends: dict[int, tuple[float, float]], color: str, **place) -> None:
