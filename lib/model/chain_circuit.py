@@ -4,11 +4,11 @@ Two more blocks find out how many hops a question has. The numbers of blocks and
 on the facts:
 
 1. *Count* positions, and the assistant's turns so far.
-2. *Read* the attribute. Turns are found as in `Circuit`, except the last request and its answer.
-3. *Match.* Each position compares the last letters with "the boss of ", in two steps: heads of the second block look a
-   few letters back, heads of this one at what they found further back.
-4. *Plan.* Attention to the last match in the question gives the letters between "Where was " and the name. With the
-   turns so far they tell what is due: a request for the boss, the request for the attribute, or the answer.
+2. *Read* the attribute. Of several requests and answers of the database, find the last ones.
+3. *Match.* Each position compares the last letters with "the boss of ", in two steps: heads of the second block compare
+   the last three letters, heads of this block combine such results from further back.
+4. *Plan.* Attention to the last match in the question gives the number of letters between "Where was " and the
+   name. This and the number of turns so far tell what is due: ask for the boss, ask for the attribute, or answer.
 5. *Copy* as in `Circuit`. Each request copies what was said last: the name in the question, or the database's answer.
 
 Names must not contain "the boss of".
