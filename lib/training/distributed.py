@@ -1,7 +1,7 @@
 """Distributed training of one model: its sharding over processes, and the signals that ask them to exit.
 
-Processes are started by torchrun, or by Slurm through submitit; they find each other by environment
-variables that these set. Without them there is a single process, and everything here does nothing.
+Processes are started by torchrun, or by Slurm through submitit, which set the environment variables
+by which processes find each other. Without these there is a single process, and everything here does nothing.
 """
 
 import atexit
@@ -141,7 +141,7 @@ def local_device(device: torch.device) -> torch.device:
         return device
     rank, count = _number("LOCAL_RANK", 0), torch.cuda.device_count()
     if rank >= count:
-        raise InputError(f"process {rank} of this machine has no GPU, there are {count}: start one process a GPU")
+        raise InputError(f"process {rank} of this machine has no GPU, there are {count}: start one process per GPU")
     return torch.device("cuda", rank)
 
 
@@ -216,7 +216,7 @@ def distribute_like(example: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor
 
 @contextmanager
 def no_sync(module: nn.Module) -> Iterator[None]:
-    """Do not synchronize gradients within: for all micro-batches but the last."""
+    """Skip gradient synchronization in the context; for all micro-batches but the last."""
     if isinstance(module, DistributedDataParallel):
         with module.no_sync():
             yield

@@ -130,7 +130,7 @@ class SilentMonitor(AbstractContextManager):
 
 
 class Throughput:
-    """Trained tokens and model FLOPs a second since the last reading, counted by the host alone.
+    """Trained tokens and model FLOPs per second since the last reading, counted by the host alone.
 
     Model FLOPs are those that the dialogs need, without padding (`ModelConfig.forward_flops`, three times). Their share
     of the devices' peak, `mfu`, is given where the peak is known.

@@ -156,7 +156,7 @@ def test_a_truncated_checkpoint_is_passed_over_and_says_so(tmp_path, processes, 
     process.join()
     (file,) = checkpoint.latest(tmp_path / "run" / "checkpoints").glob("*.safetensors")
     os.truncate(file, cut if cut >= 0 else file.stat().st_size - 1)
-    with pytest.warns(UserWarning, match=f"passed over: the checkpoint {file.parent}"):
+    with pytest.warns(UserWarning, match=f"skipped: the checkpoint {file.parent}"):
         assert checkpoint.latest(tmp_path / "run" / "checkpoints") is not None
     _finish(processes, tmp_path / "run")
     _assert_same(tmp_path / "run", undisturbed)

@@ -460,9 +460,9 @@ def test_a_checkpoint_that_no_run_wrote_is_passed_over_for_the_one_before(data, 
     shutil.copytree(half_trained, tmp_path / "run")
     FORGED[kind](tmp_path / "run" / "checkpoints" / "step_00000020")
     trainer = _trainer(data, _config(optim={"name": "muon"}, steps=30), tmp_path / "run", init=1)
-    with pytest.warns(UserWarning, match="passed over: the checkpoint .*step_00000020") as caught:
+    with pytest.warns(UserWarning, match="skipped: the checkpoint .*step_00000020") as caught:
         trainer.resume()
-    told = [str(warning.message) for warning in caught if "passed over" in str(warning.message)]
+    told = [str(warning.message) for warning in caught if "skipped" in str(warning.message)]
     assert trainer.counters["step"] == 10 and len(told) == 1 and "\n" not in told[0] and len(told[0]) < 600
     state = load_file(next((half_trained / "checkpoints" / "step_00000010").glob("*.safetensors")))
     assert all(torch.equal(state[f"model.{name}"], weight) for name, weight in trainer.model.state_dict().items())
