@@ -47,7 +47,7 @@ SETTINGS = {
 
 
 def configurations(profile: str) -> list[RunConfig]:
-    """Return the runs of a profile, one a seed, trained on equal shares of dialogs of one and two hops.
+    """Return the runs of a profile, one per seed, trained on equal shares of dialogs of one and two hops.
 
     Their files are those of `write_inputs`. An unknown profile is an `InputError`.
     """
@@ -92,7 +92,7 @@ def run_chains(config: RunConfig, folder: Path, asked: int, **options) -> None:
 
 
 def sweep(profile: str, *, dry_run: bool = False, max_hours: float = math.inf, device: str = "auto") -> Report:
-    """Run all that is missing in a profile, or, `dry_run`, only report it. After `max_hours` no new run is started."""
+    """Run all that is missing in a profile; if `dry_run`, only report it. After `max_hours` no new run is started."""
     done, deadline = {*rows(profile).run_id}, time.monotonic() + 3600 * max_hours
     missing = [config for config in configurations(profile) if config.run_id not in done]
     report = Report(done_before=len(done), missing=missing)

@@ -42,8 +42,8 @@ from lib.training.saved import Conversation, open_conversation
 SECTION, TABLE = "07_1", paths.PAPER_DATA / "edits.csv"
 
 
-#: By profile: numbers of facts to change (about as many as the last are deleted), then the maximum numbers of questions
-#: for a share, of people whom a hybrid model knows by heart, and of training steps of an edit.
+#: By profile: numbers of facts to change (deleted are about as many as the last number); then the most questions per
+#: recall, the most people that a hybrid model learns by heart, and the most training steps of an edit.
 SIZES = {
     "smoke": ((1, 3), 4, 1, 10),
     "quick": ((1, 10, 100), 32, 8, 300),
@@ -106,7 +106,7 @@ class Setting:
         return {name: measure_recall(model, facts, self.tokenizer, tool).overall for name, facts in asked.items()}
 
     def trained(self, methods: Sequence[str], facts: Sequence[Fact], others: Sequence[Fact], recall: float, **options):
-        """Train two copies of the model until each recalls this share of `facts`: on these alone, or with `others`.
+        """Train two copies of the model, on `facts` alone and with `others`, until each has this `recall` of `facts`.
 
         Yields each copy, and a row with its name from `methods`, its cost and its recall.
         """
@@ -215,8 +215,8 @@ def contest(base: Setting) -> Iterator[dict[str, Any]]:
 def forgive(base: Setting) -> Iterator[dict[str, Any]]:
     """Ask about trained and unseen people with a `ForgivingTool`, which accepts names with some wrong letters.
 
-    recall: share of questions where both the tool's result and the answer were right. wrong: share of all other
-    questions where the last request found somebody.
+    recall: share of questions where both the tool's result and the answer were right. wrong: share of
+    questions where they were not, although the last request found somebody.
     """
     unseen = unseen_people(base.config.facts, base.n_asked)
     with temporary_database(reduce(add, unseen.values(), base.people)) as path, SqlTool(path) as tool:
@@ -303,7 +303,7 @@ def run(profile: str, jobs: int | None = None) -> pd.DataFrame:
 
 
 def rows(profile: str) -> pd.DataFrame:
-    """Return all rows of a profile, a row a measurement: those in paper_data, and those still in runs.
+    """Return all rows of a profile, one per measurement: those in paper_data, and those still in runs.
 
     Columns that an experiment does not measure are empty.
     """
