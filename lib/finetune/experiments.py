@@ -48,7 +48,7 @@ def missing(profile: str) -> list[FinetuneConfig]:
 
 
 def sweep(profile: str, *, dry_run: bool = False, max_hours: float = math.inf, device: str = "auto") -> Report:
-    """Run all that is missing in a profile, or, `dry_run`, only report it. After `max_hours` no new run is started.
+    """Run all that is missing in a profile; if `dry_run`, only report it. After `max_hours` no new run is started.
 
     A failure is reported; the other runs continue. Several processes may call it: each takes runs that no other has
     started.
