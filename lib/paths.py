@@ -168,4 +168,4 @@ def whole(paths: Iterable[Path], read: Callable[[Path], Any]) -> Iterator[tuple[
         try:
             yield path, read(path)
         except (DamagedFile, OSError) as error:
-            print(printable(f"passed over: {error}"), file=sys.stderr)
+            print(printable(f"skipped: {error}"), file=sys.stderr)
