@@ -35,7 +35,7 @@ def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: fl
     seeds: as `summaries.bounds_by_seed` gives them, one point each, side by side. published: like
     `summaries.minimal_parameters`, drawn as lines with a band of one standard deviation. Thin lines are the fits of
     `summaries.fit_of_mode`, with their 95% intervals in the legend. Section 4 gives the lower bound, for models that
-    hold 2 bits a parameter, and the construction that recalls any number of facts with a tool.
+    hold 2 bits per parameter, and the construction that recalls any number of facts with a tool.
     """
     with panels((6.2, 4.6)) as (figure, axes):
         for mode, style in STYLES.items():

@@ -17,7 +17,7 @@ from lib.figures import compressibility, generalization, parameter_bounds, style
 
 
 class Record(NamedTuple):
-    """All about one figure. A new one is a function in a file of its section, and an entry of `FIGURES`."""
+    """All about one figure. To add one, write a function in the file of its section and an entry of `FIGURES`."""
 
     shows: str  # the first sentence of its caption
     draw: Callable[..., Figure]  # takes `points`, `published` if there are any, and options

@@ -186,9 +186,9 @@ def published_label(n_facts: pd.Series, about: str = "", kind: str = "independen
 
 
 def draw_bits_lines(axes, ends: dict[int, tuple[float, float]], color: str, **place) -> None:
-    """Draw a line for each number of bits a parameter, from end to end of the x axis, and name it at the right end.
+    """Draw a line for each number of bits per parameter, from end to end of the x axis, and name it at the right end.
 
-    ends: bits a parameter -> y at both ends.
+    ends: bits per parameter -> y at both ends.
     """
     x = axes.get_xlim()
     note = {"color": "#555555", "fontsize": 7, "textcoords": "offset points", "annotation_clip": False}
