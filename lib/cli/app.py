@@ -50,7 +50,7 @@ def main() -> None:
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)  # not every terminal can show every character
-    # So that nothing temporary stays.
+    # Exit on signals by SystemExit, so that temporary files are deleted.
     before = {each: signal.signal(each, lambda number, _: sys.exit(128 + number)) for each in ENDS}
     try:
         code = app(standalone_mode=False)
@@ -72,7 +72,7 @@ def main() -> None:
             signal.signal(each, handler)
     if code == 130:  # typer's code for Ctrl-C
         resumed = len(sys.argv) > 1 and sys.argv[1] in RESUMED
-        _say("interrupted: the same command goes on from what was saved" if resumed else "interrupted")
+        _say("interrupted: the same command resumes from what was saved" if resumed else "interrupted")
     try:
         if sys.stdout:
             sys.stdout.flush()

@@ -244,7 +244,7 @@ BAD = {
     # Checkpoints
     "a run that is missing": Bad("recall nothing", ("there is no checkpoint at nothing",)),
     "a run that is not finished": Bad(
-        "chat run Hello?", ("run is not finished", "goes on"), _file("run/config.json", "{}")
+        "chat run Hello?", ("run is not finished", "resumes"), _file("run/config.json", "{}")
     ),
     "a truncated checkpoint": Bad(
         "recall in-weight",
@@ -505,7 +505,7 @@ def test_an_interrupted_command_says_how_to_go_on(here, itl, monkeypatch):
 
     monkeypatch.setattr("lib.training.run.run", interrupt)
     answer = itl("train", *TINY)
-    assert (answer.code, answer.err) == (130, "itl: interrupted: the same command goes on from what was saved\n")
+    assert (answer.code, answer.err) == (130, "itl: interrupted: the same command resumes from what was saved\n")
 
 
 def test_an_interrupted_command_that_cannot_go_on_promises_nothing(here, itl, monkeypatch):
