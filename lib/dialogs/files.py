@@ -149,7 +149,7 @@ class ConcatDialogs:
 
     def __init__(self, parts: Sequence[TokenizedDialogs]):
         self.parts, self.device = parts, "cpu"
-        #: How many tokens of each dialog are trained, and the place of the first of these: (D,).
+        #: Number of trained tokens of each dialog, and the position of the first one: (D,).
         self.n_trained, self.first = (torch.cat([getattr(p, name) for p in parts]) for name in ("n_trained", "first"))
 
     def __len__(self) -> int:
@@ -180,7 +180,7 @@ class ConcatDialogs:
 class ReadAhead:
     """Calls `make(step)` for the next step in a thread, while the caller works on the result for this step.
 
-    Steps may be asked for in any order; in ascending order each is ready when it is asked for. An error of `make` is
+    Steps may be asked for in any order, but only ascending ones are prefetched. An error of `make` is
     raised when its step is asked for. The thread ends with the object, or with the process.
     """
 

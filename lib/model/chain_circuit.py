@@ -118,7 +118,7 @@ class ChainCircuit(Circuit):
             self.blocks[3][1].append(_Unit(gate, sign * form / _STEEP, to))
 
     def _value_pointer(self, value: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return where to copy the value from: until it begins, the token before it, which is the database token."""
+        """Return the position to copy from: the database token's until the value begins, then the value's."""
         one, into_value = self.axes["one"], self.axes["into_value"]
         self.blocks[3][1].append(self._rectified(index + one, into_value))
         return value - one + into_value, 0 * one

@@ -77,7 +77,7 @@ class Monitor(AbstractContextManager):
             self.metrics = stack.enter_context(Record(directory / "metrics.jsonl", step))
             if observers.wandb:
                 self.wandb = stack.enter_context(_wandb_run(observers.wandb, directory))
-            if observers.probe_every:  # probes at `step` are of the next step
+            if observers.probe_every:  # a probe at `step` is made during the step after it
                 self.probes = stack.enter_context(Record(directory / "probes.jsonl", step - 1))
             self.bar = stack.enter_context(progress(total, description, initial=step))
             self._end_step = lambda: None

@@ -31,7 +31,7 @@ from lib.training.devices import resolve_device
 
 @dataclass(frozen=True)
 class Claim:
-    """What identifies a run, its files by their content; and its number of threads."""
+    """The identity of a run (configuration, and hashes of what its files hold), and its number of threads."""
 
     config: RunConfig
     people_digest: str
