@@ -69,7 +69,7 @@ class ModelConfig(Config):
 
 
 class OptimConfig(Config):
-    """How the weights are updated."""
+    """Optimizer and learning-rate schedule."""
 
     #: "muon" is Muon for the hidden matrices and AdamW for embedding, output and norms; "adamw" is AdamW for all.
     name: Literal["adamw", "muon"] = "muon"
@@ -89,7 +89,7 @@ class OptimConfig(Config):
 
 
 class TrainingConfig(Config):
-    """How long and on what batches."""
+    """Length of training, its batches and its loss."""
 
     #: The schedule's length; a run may stop earlier (see `EvaluationConfig.stop_at_recall`). None: 150 passes over the
     #: data, and at least 600 steps.
@@ -139,7 +139,7 @@ class TrainingConfig(Config):
 
 
 class EvaluationConfig(Config):
-    """How recall is measured during training, and when it is enough."""
+    """Measurement of recall during training, and early stopping."""
 
     #: Steps between two measurements; None measures at the end only.
     every: int | None = Field(100, ge=1)

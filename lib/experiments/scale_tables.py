@@ -135,7 +135,7 @@ def relative(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def steps_to_recall(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the first evaluated step at which a run's recall is `LEARNED`, whatever comes later, or NaN; by run_id.
+    """Return by run_id the first evaluated step at which recall reaches `LEARNED`; NaN if it never does.
 
     The true crossing lies between the evaluation before and this one. `_stderr` is the standard deviation of a uniform
     distribution over this interval: its length / sqrt(12).

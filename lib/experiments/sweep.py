@@ -37,7 +37,7 @@ LISTED = 5
 
 @dataclass
 class Report:
-    """What a sweep did and what it left."""
+    """The outcome of a sweep: what was done, what failed and what is missing."""
 
     done_before: int = 0  # runs that had a row already
     done_now: int = 0
@@ -154,7 +154,7 @@ def _execute(
     """Keep a run on each of `devices` until nothing can start any more, adding to `recalls` and `report.failed`."""
     idle, tries, deadline = devices[::-1], Counter(), time.monotonic() + seconds
     running: dict[Future, tuple[RunConfig, str]] = {}
-    receiver, sender = os.pipe()  # the runs' standard input: when this process ends, however it does, they leave
+    receiver, sender = os.pipe()  # the runs' standard input: when this process ends in any way, they stop
 
     def start(config: RunConfig, device: str) -> Future:
         arguments = config, directory / config.run_id, device
@@ -168,7 +168,7 @@ def _execute(
         open(receiver, "rb") as stdin,
         ThreadPoolExecutor(len(devices)) as pool,
         progress(len(plan), f"{directory.parent.name} {directory.name}") as bar,
-        open(sender, "wb"),  # closed before the pool waits: runs that are left then stop, with a checkpoint
+        open(sender, "wb"),  # closed before the pool waits, so that remaining runs save a checkpoint and stop
     ):
         while True:
             known = report.failed.keys() | {config.run_id for config, _ in running.values()}
@@ -227,7 +227,7 @@ def _in_a_process(config: RunConfig, directory: Path, device: str, stdin: IO[byt
 
 
 def _expected(search: Search, recalls: dict[str, float]) -> list[RunConfig]:
-    """Return the runs that a search probably still takes: its next one, as often as runs are expected."""
+    """Return about as many runs as a search still takes, each the same as its next one."""
     pending = search.pending(recalls)
     if search.threshold is None or not pending:
         return pending

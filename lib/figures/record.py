@@ -25,7 +25,7 @@ class Record(NamedTuple):
     points: Callable[..., pd.DataFrame]  # of a profile: the table that is drawn
     published: Callable[[], pd.DataFrame] | None = None  # the paper's points
     about_published: str = ""  # over which seeds, and when, the paper's points were measured
-    options: tuple[str, ...] = ()  # among threshold, d_model, tokenizer (of the own rows)
+    options: tuple[str, ...] = ()  # among threshold, d_model, tokenizer (for own rows)
     mode: str | None = None  # if only runs of one mode are drawn
     has_own: bool = True  # whether a profile that does not publish (quick) adds its own rows
 

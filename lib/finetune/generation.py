@@ -105,7 +105,7 @@ def _generate(
         return made.logits.argmax(-1)
 
     shared, cache = 0, None
-    if any(DynamicCache(config=model.config).is_sliding):  # its window would count what is masked below
+    if any(DynamicCache(config=model.config).is_sliding):  # its window would count masked padding
         drafts = [[] for _ in prompts]
     else:
         shared, cache = read_shared(model, padded(prompts, "right"), min(map(len, prompts)) - 1)

@@ -135,7 +135,7 @@ class _Run(TrainerCallback):
                 if step > training["step"]:  # its checkpoint is gone and will be made again
                     path.unlink()
             self.evaluate(None, _BEGUN)
-            self.evaluate(newest, training)  # the run may have ended before this
+            self.evaluate(newest, training)  # a killed run may not have evaluated it
         self.processes.wait_for_everyone()
         if not self.stopped():
             self._trainer().train(resume_from_checkpoint=str(newest) if newest else None)
