@@ -113,7 +113,7 @@ class _Run(TrainerCallback):
         if rest:
             raise InputError(
                 f"batch_size = {config.batch_size} cannot be divided among {processes.num_processes} processes "
-                f"in grad_accumulation = {config.grad_accumulation} parts: give a multiple of both"
+                f"in grad_accumulation = {config.grad_accumulation} parts: give a multiple of their product"
             )
         self.device = processes.device
         self.dtype = best_dtype(self.device) if config.dtype == "auto" else getattr(torch, config.dtype)
