@@ -14,12 +14,10 @@ import numpy as np
 import pandas as pd
 
 from lib import paths
-from lib.agent.tools import SqlTool
 from lib.base import to_json
 from lib.config import RunConfig
 from lib.dialogs.chains import chain_dialog, chains
 from lib.dialogs.tokenizers import Tokenizer
-from lib.evaluation.recall import measure_recall
 from lib.experiments.plan import Grid
 from lib.experiments.publishing import Table
 from lib.experiments.sweep import Report
@@ -122,6 +120,9 @@ def table_of_rows() -> Table:
 
 def recall_by_hops(model, facts: FactsConfig, people: People, tokenizer: Tokenizer, asked: int) -> dict[str, float]:
     """Return recall by group and hops, as `run_chains` describes it; trained and unseen people share one database."""
+    from lib.agent.tools import SqlTool
+    from lib.evaluation.recall import measure_recall
+
     sampled = facts.model_copy(update={"csv": None})
     groups = {"trained": people, "unseen": with_bosses(unseen_people(sampled, max(2, asked))["new_both"], facts.seed)}
     n, pairs = asked * len(ATTRIBUTES), product(groups.items(), ASKED)
