@@ -199,3 +199,8 @@ def provenance(rows: pd.DataFrame) -> str:
 def say(sentence: str) -> None:
     """Show a sentence, Markdown with computed numbers in it, as prose in a notebook."""
     display(Markdown(sentence))
+
+
+def spread(values: pd.Series) -> str:
+    """Return the mean of values and, in brackets, their range: "0.25 (0.21 to 0.28)"."""
+    return f"{values.mean():.2f} ({values.min():.2f} to {values.max():.2f})"
