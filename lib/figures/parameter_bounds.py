@@ -195,7 +195,7 @@ def patience(held: pd.DataFrame) -> Figure:
 
 def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     """Return sentences about our points of `parameter_bounds`: the last number of facts that both modes have, by what
-    factor they differ there, and where a mode's points end."""
+    factor they differ there, where a mode's points end, and which learning rates they have."""
     profile = tables.publishing_profile(profile)
     table = summaries.bounds(profile).query("recall_threshold == @threshold")
     found = table.dropna(subset="min_params_mean").set_index(["n_facts", "mode"])
@@ -222,4 +222,10 @@ def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
         if not (runs.recall >= threshold).any():  # else some size is enough, but no smaller one was tried
             known = f"no smallest {mode} model is known yet (largest tried: {runs.n_params.max():,} parameters)."
             sentences.append(f"At {n_facts:,} facts {known}")
+    weights = rows[(rows["mode"] == "in-weight") & ~rows.superseded]
+    rates = weights.groupby("lr").n_facts.agg(["min", "max"]).sort_values("min")
+    if len(rates) > 1:
+        spans = " and ".join(f"{rate:g} for {low:,} to {high:,} facts" for rate, low, high in rates.itertuples())
+        why = "more facts need a lower one, or updates overwrite a fact before it comes again"
+        sentences.append(f"Learning rates in weights: {spans}; {why} (LOG.md).")
     return sentences
