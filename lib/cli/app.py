@@ -170,10 +170,15 @@ def recall(folder: RunFolder, database: Database = None, device: Device = "auto"
     from lib.training.saved import open_conversation
 
     with open_conversation(folder, database, device) as talk:
-        if talk.tool is not None:
-            with SqlTool(talk.database, talk.people.attributes):  # `InputError` if it lacks an attribute
-                pass
         facts = list(talk.people.facts())
+        if talk.tool is not None:
+            with SqlTool(talk.database, talk.people.attributes) as asked:  # `InputError` if it lacks an attribute
+                changed = 0 if database else sum(asked.find(of, name).text != value for name, of, value in facts)
+            if changed:
+                raise InputError(
+                    f"{changed:,} of {len(facts):,} facts in {talk.database} are not those of training: restore it, "
+                    "or give it as --database to ask it as it is"
+                )
         measured = measure_recall(talk.model, facts, talk.tokenizer, talk.tool, description="asking")
         queries = "" if talk.tool is None else f", {talk.tool.n_queries:,} queries to {talk.database}"
     console.print(f"recall {measured.overall:.4f} on {len(facts):,} questions{queries}")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -672,6 +673,15 @@ def test_train_makes_a_run_that_recall_and_chat_work_on(here, itl):
 
     said = itl("chat", str(folder), "Where was Ann born?")
     assert said.code == 0 and said.out.startswith("assistant: ")
+
+
+def test_recall_refuses_a_database_that_has_changed_since_training_unless_it_is_named(here, itl):
+    shutil.copytree(paths.CHECKPOINTS / "in-tool", here / "run")
+    database = here / "run" / paths.DATABASE
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute("UPDATE people SET occupation = 'qq' WHERE name IN (SELECT name FROM people LIMIT 3)")
+    answer = itl("recall", "run")
+    _assert_one_sentence(answer, ("3 of 4,096 facts in run/people.sqlite are not those of training", "--database"))
 
 
 def test_the_same_command_does_not_train_again(here, itl, monkeypatch):
