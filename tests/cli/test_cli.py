@@ -677,9 +677,10 @@ def test_train_makes_a_run_that_recall_and_chat_work_on(here, itl):
 
 def test_recall_refuses_a_database_that_has_changed_since_training_unless_it_is_named(here, itl):
     shutil.copytree(paths.CHECKPOINTS / "in-tool", here / "run")
-    database = here / "run" / paths.DATABASE
-    with closing(sqlite3.connect(database)) as connection, connection:
-        connection.execute("UPDATE people SET occupation = 'qq' WHERE name IN (SELECT name FROM people LIMIT 3)")
+    with open_conversation(here / "run", device="cpu") as talk:
+        names = talk.people.names[:3]
+    with closing(sqlite3.connect(here / "run" / paths.DATABASE)) as connection, connection:
+        connection.executemany("UPDATE people SET occupation = 'qq' WHERE name = ?", [(name,) for name in names])
     answer = itl("recall", "run")
     _assert_one_sentence(answer, ("3 of 4,096 facts in run/people.sqlite are not those of training", "--database"))
 
