@@ -14,22 +14,17 @@ class Base:
     rates_of: str | None = None
 
 
-def _smollm(size: str, in_weight: float, in_tool: float, generation: str = "") -> Base:
-    hub = f"HuggingFaceTB/SmolLM{generation}-{size}-Instruct"
-    return Base(hub, in_weight, in_tool, rates_of=f"SmolLM-{size}")
-
-
 BASES = {
     # The paper's six models, with its rates; its batch of 128 and its schedule are `FinetuneConfig`'s defaults.
-    "SmolLM-135M": _smollm("135M", 1e-3, 1e-4),
-    "SmolLM-360M": _smollm("360M", 1e-3, 1e-4),
-    "SmolLM-1.7B": _smollm("1.7B", 3e-4, 5e-5),
+    "SmolLM-135M": Base("HuggingFaceTB/SmolLM-135M-Instruct", 1e-3, 1e-4, "SmolLM-135M"),
+    "SmolLM-360M": Base("HuggingFaceTB/SmolLM-360M-Instruct", 1e-3, 1e-4, "SmolLM-360M"),
+    "SmolLM-1.7B": Base("HuggingFaceTB/SmolLM-1.7B-Instruct", 3e-4, 5e-5, "SmolLM-1.7B"),
     "Llama-3.2-1B": Base("meta-llama/Llama-3.2-1B-Instruct", 5e-5, 5e-5, "Llama-3.2-1B"),
     "Llama-3.2-3B": Base("meta-llama/Llama-3.2-3B-Instruct", 4e-5, 4e-5, "Llama-3.2-3B"),
     "Llama-3.1-8B": Base("meta-llama/Llama-3.1-8B-Instruct", 2e-5, 2e-5, "Llama-3.1-8B"),
-    "SmolLM2-135M": _smollm("135M", 1e-3, 1e-4, "2"),
-    "SmolLM2-360M": _smollm("360M", 1e-3, 1e-4, "2"),
-    "SmolLM2-1.7B": _smollm("1.7B", 3e-4, 5e-5, "2"),
+    "SmolLM2-135M": Base("HuggingFaceTB/SmolLM2-135M-Instruct", 1e-3, 1e-4, "SmolLM-135M"),
+    "SmolLM2-360M": Base("HuggingFaceTB/SmolLM2-360M-Instruct", 1e-3, 1e-4, "SmolLM-360M"),
+    "SmolLM2-1.7B": Base("HuggingFaceTB/SmolLM2-1.7B-Instruct", 3e-4, 5e-5, "SmolLM-1.7B"),
     "SmolLM3-3B": Base("HuggingFaceTB/SmolLM3-3B"),
     "Qwen3-0.6B": Base("Qwen/Qwen3-0.6B"),
     "Gemma-3-270M": Base("google/gemma-3-270m-it"),

@@ -3,6 +3,8 @@
 import hashlib
 import logging
 import os
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -16,9 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib.base import InputError
 from lib.finetune.data import as_user
-from lib.finetune.models import no_bars_in_logs
 from lib.finetune.triviaqa import SHIPPED, load_questions
-from lib.paths import read_bytes, write_json
+from lib.paths import write_json
 from lib.progress import progress
 
 #: Environment variable with the path of HellaSwag's validation set, JSON lines like the hub's. Unset: the hub.
@@ -42,46 +43,37 @@ def measure_capability(
     length). It seeds torch's, NumPy's and Python's global random states, as lm-eval does. Raises `InputError` if the
     items cannot be loaded.
     """
-    name = task if isinstance(task, str) else task["task"]
+    name, rows = task if isinstance(task, str) else task["task"], []
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about what is intended
-    rows = []
     with TemporaryDirectory() as folder:
         manager = TaskManager(include_path=str(_tasks_folder(folder)), include_defaults=False)
         try:
-            with no_bars_in_logs():
-                n_there = len(manager.load([task])["tasks"][name].eval_docs)
+            loaded = manager.load([task])["tasks"][name]
+            items = range(len(loaded.eval_docs))[:n_items]
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"cannot load the items of {name} ({str(error).splitlines()[0]}): HellaSwag comes from the hub "
                 f"(asked once) or from a file that {HELLASWAG} names"
             ) from None
-        items = range(min(n_items or n_there, n_there))
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)
-        with progress(len(items), description) as bar:
-            for start in items[::ITEMS_AT_A_TIME]:
-                chunk = list(items[start : start + ITEMS_AT_A_TIME])
-                options = {"samples": {name: chunk}, "bootstrap_iters": 0}
-                with no_bars_in_logs():
-                    measured = lm_eval.simple_evaluate(harness, tasks=[task], task_manager=manager, **options)
-                rows += sorted(measured["samples"][name], key=lambda row: row["doc_id"])
-                bar.update(len(chunk))
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)
+    options = {"tasks": [loaded], "task_manager": manager, "bootstrap_iters": 0}
+    with progress(len(items), description) as bar, redirect_stderr(StringIO()):  # lm-eval has a bar of its own
+        for start in items[::ITEMS_AT_A_TIME]:
+            chunk = list(items[start : start + ITEMS_AT_A_TIME])
+            rows += lm_eval.simple_evaluate(harness, samples={name: chunk}, **options)["samples"][name]
+            bar.update(len(chunk))
     return {metric: [float(row[metric]) for row in rows] for metric in ("acc", "acc_norm")}
 
 
 def capability_source(test: str) -> str:
     """Return the source of a test's items: "hub", or a digest of their file (trivia: the shipped one)."""
     file = SHIPPED if test == "trivia" else os.environ.get(HELLASWAG)
-    if file is None:
-        return "hub"
-    try:
-        return f"file {hashlib.sha256(read_bytes(file)).hexdigest()[:8]}"
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {file}, which {HELLASWAG} names: {error}") from None
+    return f"file {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8]}" if file else "hub"
 
 
 def hellaswag_is_at_hand() -> bool:
     """Return whether HellaSwag is in a file that `HELLASWAG` names, or on a hub that answers."""
-    if HELLASWAG in os.environ:
+    if os.environ.get(HELLASWAG):
         return True
     try:
         HfApi().dataset_info("Rowan/hellaswag", timeout=5)
@@ -100,9 +92,9 @@ def choose_test(capability: str) -> str | None:
 def _tasks_folder(folder: str) -> Path:
     """Return where lm-eval finds HellaSwag and nothing else: listing all its tasks takes seconds. `folder` is empty."""
     own = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"
-    if HELLASWAG not in os.environ:
+    if not (file := os.environ.get(HELLASWAG)):
         return own
-    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": os.environ[HELLASWAG]}}}
+    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": file}}}
     task = {"task": "hellaswag", "include": str(own / "hellaswag.yaml"), "training_split": None, **source}
     write_json(Path(folder) / "hellaswag.yaml", task)  # JSON is YAML
     return Path(folder)

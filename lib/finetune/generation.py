@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import should_reduce_batch_size
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,16 +27,12 @@ def reply_all(
     drafts: Sequence[str] = (),
     **options,
 ) -> list[str]:
-    """Return what the assistant says next in each conversation, greedily, without special tokens.
-
-    See `generate_tokens` for drafts and options, and for what can go wrong.
-    """
+    """Return what the assistant says next in each conversation, without special tokens; see `generate_tokens`."""
     prompts = encode_prompts(tokenizer, conversations, tools)
     guesses = drafts and tokenizer(list(drafts), add_special_tokens=False)["input_ids"]
     answers = generate_tokens(model, tokenizer, prompts, drafts=guesses, **options)
     # Exactly as written: some tokenizers would clean up blanks.
-    cleaned = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    return [tokenizer.decode(answer, **cleaned) for answer in answers]
+    return tokenizer.batch_decode(answers, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def encode_prompts(
@@ -71,17 +67,14 @@ def generate_tokens(
     size = BATCH.get(model.device.type, 64)
     with progress(len(prompts), description) as bar:
         while batch := order[len(answers) : len(answers) + size]:
+            asked, guessed = ([rows[i] for i in batch] for rows in (prompts, drafts))
             try:
-                asked, guessed = [prompts[i] for i in batch], [drafts[i] for i in batch]
-                made = _generate(model, asked, guessed, ends, max_new_tokens)
-                answers.update(zip(batch, made, strict=True))
+                answers.update(zip(batch, _generate(model, asked, guessed, ends, max_new_tokens), strict=True))
                 bar.update(len(batch))
-                continue
             except RuntimeError as error:
                 if len(batch) == 1 or not should_reduce_batch_size(error):
                     raise
-            clear_device_cache(garbage_collection=True)  # now the error's traceback no longer holds the memory
-            size = len(batch) // 2
+                size = len(batch) // 2
     return [answers[i] for i in range(len(prompts))]
 
 

@@ -2,21 +2,19 @@
 
 import hashlib
 import os
-import sys
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr, suppress
-from io import StringIO
 from pathlib import Path
 
+import datasets
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from lib.base import DamagedFile, InputError
-from lib.paths import read_json
+from lib.base import InputError
 from lib.training.devices import resolve_device
 
 # Runs show their own progress; TRANSFORMERS_VERBOSITY brings the library's warnings back.
 logging.disable_progress_bar()
+datasets.disable_progress_bars()
 if "TRANSFORMERS_VERBOSITY" not in os.environ:
     logging.set_verbosity_error()
 
@@ -63,44 +61,17 @@ def read_shared(model: PreTrainedModel, tokens: torch.Tensor, most: int) -> tupl
     return shared, cache
 
 
-def no_bars_in_logs() -> AbstractContextManager:
-    """Silence stderr unless it is a terminal: libraries draw progress bars on it."""
-    return nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())
-
-
 def _load(kind: type, what: str, source: str | Path, **options):
     try:
-        with no_bars_in_logs():
-            # Otherwise transformers would ask at the terminal whether to run code from the folder.
-            return kind.from_pretrained(str(source), trust_remote_code=False, **options)
-    except MemoryError:
-        raise
+        # By default, transformers would ask at the terminal whether to run code from the folder.
+        return kind.from_pretrained(str(source), trust_remote_code=False, **options)
     except Exception as error:  # what transformers raises for malformed content is not documented
-        missing, onto = str(source), ""
-        with suppress(OSError, DamagedFile, KeyError):  # adapters (LoRA), which are loaded onto a base
-            base = str(read_json(Path(source) / "adapter_config.json")["base_model_name_or_path"])
-            if base in str(error) or "couldn't connect" in str(error):
-                missing, onto = base, f" onto {base}"
-        raise InputError(f"cannot load a {what} from {source}{onto}: {_advice(missing, error)}") from None
-
-
-def _advice(source: str, error: Exception) -> str:
-    """Return what to do about an error of `from_pretrained`, whose own message seldom says it."""
-    said = str(error)
-    if "gated repo" in said:
-        return "it is gated, so ask for access on its page on the hub and log in (hf auth login)"
-    if "trust_remote_code" in said:
-        return "it comes with code of its own, which is never run: take one that transformers knows"
-    if "couldn't connect" in said:  # also where a folder's adapter names a base
-        offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
-        cause = "HF_HUB_OFFLINE forbids fetching it" if offline else "the hub cannot be reached"
-        return f"there is no such folder, it was never fetched (itl fetch), and {cause}"
-    reason = (said.strip().splitlines() or ["no reason given"])[0]
-    if isinstance(error, ImportError):
-        return f"it needs a package that is not installed ({reason})"
-    if os.path.isdir(source):
-        return f"it takes a folder that save_pretrained wrote ({reason})"
-    return "there is no such folder, nor such a name on the hub (owner/name)"
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"cannot load a {what} from {source} ({said}): it takes a folder that save_pretrained wrote, or a name on "
+            "the hub that is in reach or fetched (itl fetch), open to you (hf auth login), and of a kind that "
+            "transformers knows, for code that comes with a model is never run"
+        ) from None
 
 
 #: The files that determine a model's replies.

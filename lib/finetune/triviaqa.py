@@ -8,10 +8,13 @@ look up, a model calls the function `search`; as text, for models without calls,
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from string import punctuation
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
+
+from datasets import load_dataset
 
 from lib.base import InputError
 from lib.finetune import data
@@ -70,26 +73,22 @@ def load_questions(
     """Return the first `limit` questions of a split, or of all.
 
     source: "trivia", the questions that come with this repository; "hub", TriviaQA from the Hugging Face hub, without
-    the documents; or a file of JSON lines, each a record as TriviaQA has them, of which only the fields in `Question`
-    are read. Every fifth question of a file is for validation.
-
+    the documents; or a file of JSON lines, each a record as TriviaQA has them, of which every fifth is for validation.
     Raises `InputError` if the hub lacks TriviaQA, or the file cannot be read or holds a line that is no question.
     """
     if source == "hub":
         records = enumerate(_hub(split), start=1)
     else:
         source = SHIPPED if source == "trivia" else Path(source)
-        of_split = {None: range(_EVERY), "train": range(_EVERY - 1), "validation": range(_EVERY - 1, _EVERY)}[split]
-        records = ((line, record) for i, (line, record) in enumerate(_lines(source)) if i % _EVERY in of_split)
-    questions = [_question(record, source, line) for line, record in islice(records, limit)]
+        of_split = {None: range(_EVERY), "train": range(_EVERY - 1), "validation": [_EVERY - 1]}[split]
+        records = (line for i, line in enumerate(_lines(source)) if i % _EVERY in of_split)
+    questions = [_question(record, f"{source}, line {number}") for number, record in islice(records, limit)]
     if not questions:
         raise InputError(f"{source} holds no question{' for ' + split if split else ''}: {_ACCEPTED}")
     return questions
 
 
 def _hub(split: Split | None) -> Iterable[dict]:
-    from datasets import load_dataset
-
     try:
         return load_dataset("mandarjoshi/trivia_qa", "rc.nocontext", split=split or "+".join(get_args(Split)))
     except (OSError, ValueError, RuntimeError) as error:
@@ -98,27 +97,24 @@ def _hub(split: Split | None) -> Iterable[dict]:
         ) from None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield number and content of each line that is not blank."""
+def _lines(path: Path) -> list[tuple[int, bytes]]:
+    """Return number and content of each line that is not blank."""
     try:
-        content = read_bytes(path)
+        lines = read_bytes(path).splitlines()
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the questions {path}: {error}") from None
-    for number, line in enumerate(content.splitlines(), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line.decode())
-            except (ValueError, RecursionError):  # `UnicodeError` among them
-                raise InputError(f"{path}, line {number}: not JSON: {_ACCEPTED}") from None
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
-def _question(record: Any, source: str | Path, line: int) -> Question:
-    match record:
-        case {"question": str(text), "answer": {"value": str(value), "aliases": [*aliases]}} if (
-            text.strip() and value.strip() and all(isinstance(alias, str) for alias in aliases)
-        ):
-            return Question(text.strip(), value.strip(), tuple(dict.fromkeys([value.strip(), *aliases])))
-    raise InputError(f"{source}, line {line}: no question with an answer: {_ACCEPTED}")
+def _question(record: dict | bytes, place: str) -> Question:
+    """Return the question in a record, or in a line that holds one as JSON."""
+    with suppress(ValueError, RecursionError):  # no JSON, or no UTF-8
+        match json.loads(record) if isinstance(record, bytes) else record:
+            case {"question": str(text), "answer": {"value": str(value), "aliases": [*aliases]}} if (
+                text.strip() and value.strip() and all(isinstance(alias, str) for alias in aliases)
+            ):
+                return Question(text.strip(), value.strip(), tuple(dict.fromkeys([value.strip(), *aliases])))
+    raise InputError(f"{place}: no question with an answer: {_ACCEPTED}")
 
 
 # ---- Where answers are looked up
@@ -128,9 +124,7 @@ class Store:
     """A table of questions, normalized, and their answers. If a question occurs twice, the first counts."""
 
     def __init__(self, questions: Iterable[Question]):
-        self.answers: dict[str, str] = {}
-        for question in questions:
-            self.answers.setdefault(normalize(question.text), question.answer)
+        self.answers = {normalize(text): answer for text, answer, _ in reversed([*questions])}
 
     def __call__(self, question: str) -> str:
         """Return the answer, or `NO_RESULT` for a question that the table does not have."""

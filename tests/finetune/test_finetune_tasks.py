@@ -220,5 +220,5 @@ def test_the_base_is_asked_anew_where_the_items_are_others(made, monkeypatch, tm
         assert columns["capability_source"] == f"file {sha256(text.encode()).hexdigest()[:8]}"
     assert made.count("the base's capability") == 2
     monkeypatch.setenv("ITL_HELLASWAG", str(tmp_path / "nothing"))
-    with pytest.raises(InputError, match="cannot read .*nothing, which ITL_HELLASWAG names"):
+    with pytest.raises(FileNotFoundError, match="nothing"):
         evaluating(made)(random_model(1), "hellaswag", at_end)
