@@ -53,11 +53,12 @@ ApiKey = Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="of the serve
 def bases() -> None:
     """List the named base models and the learning rates that they are fine-tuned with (extra `scale`)."""
     from lib.experiments.scale_tables import rate
-    from lib.finetune.bases import BASES, rate_source
+    from lib.finetune.bases import BASES
 
     for name, base in BASES.items():
         if base.hub:
-            rates = f"in weights {rate(base.in_weight)}, in tool {rate(base.in_tool)} ({rate_source(name)})"
+            source = f"published for {base.rates_of}" if base.rates_of else "no published rate"
+            rates = f"in weights {rate(base.in_weight)}, in tool {rate(base.in_tool)} ({source})"
             console.print(f"{name:<14}{base.hub:<40}{rates}")
 
 

@@ -1,5 +1,4 @@
-"""Section 6: pretrained chat models, fine-tuned on facts (extra `[scale]`). Bases, configurations and plans are light:
-they import neither torch nor transformers."""
+"""Section 6: pretrained chat models, fine-tuned on facts (extra `[scale]`)."""
 
 from importlib.util import find_spec
 

@@ -1,7 +1,4 @@
-"""Recall of people whom a chat model behind a server may look up, in the paper's words and in ten paraphrases.
-
-Protocol "tools" offers the function `find` of `lib.agent.server`, "text" the paper's request, "closed-book" no tool.
-"""
+"""Recall of people whom a chat model behind a server may look up, in the paper's words and in ten paraphrases."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -19,7 +16,7 @@ from lib.dialogs.request import format_request, parse_request
 from lib.dialogs.templates import GENERIC, TEMPLATES, fill, tool_call
 from lib.experiments.summaries import interval_of_share
 from lib.facts import database
-from lib.finetune.data import ChatMode, opening, text_and_result
+from lib.finetune.data import ChatMode, look_up_turns, opening
 from lib.finetune.endpoint import EndpointConfig, ask_all
 from lib.finetune.generation import read_call
 from lib.finetune.triviaqa import compared
@@ -104,26 +101,20 @@ class PeopleTask(Find):
         return request and request._asdict()
 
     def look_up_turns(self, query: dict, result: str, _) -> list[dict]:
-        return text_and_result(tool_call(**query), result)
+        return look_up_turns("in-tool-text", None, tool_call(**query), result)
 
     def look_up(self, query: dict) -> str:
         outcome, text = self.tool.find_spelled(**query)
         return self.sentences.get(outcome, text)
 
     def grade(self, record: dict, asked: PersonQuestion) -> dict:
-        """Return whether a record is `correct`, its `outcome`, a `Verdict`, and what was asked.
-
-        An answer is right if it `contains` the value and, with a tool, a query for this attribute and name found it.
-        """
+        """Return whether a record is `correct`, its `outcome`, a `Verdict`, and what was asked."""
         outcome = _verdict(record, asked)
         return {"correct": outcome == Verdict.RIGHT, "outcome": outcome.value, **asked._asdict()}
 
 
 async def ask_people(questions: Sequence[PersonQuestion], endpoint: EndpointConfig, tool: SqlTool, out: Path) -> list:
-    """Return the records of `ask_all`, with what `PeopleTask.grade` adds.
-
-    Raises `WorkError` if the first question, which is asked alone, fails: most often all others would, too.
-    """
+    """Return the records of `ask_all`. Raises `WorkError` if the first question fails: most often all others would."""
     people = PeopleTask(tool)
     (first,) = await ask_all(questions[:1], endpoint, people.look_up, out, task=people)
     if first["error"] is not None:
@@ -132,14 +123,12 @@ async def ask_people(questions: Sequence[PersonQuestion], endpoint: EndpointConf
 
 
 def contains(answer: str, value: str) -> bool:
-    """Return whether a value's words occur in an answer, next to each other, both `compared` as in TriviaQA.
-
-    So 1/1/1950 is not in 11/1/1950, and other spellings of a date do not count.
-    """
+    """Return whether a value's words occur in an answer, next to each other, both `compared` as in TriviaQA."""
     return f" {compared(value)} " in f" {compared(answer)} "
 
 
 def _verdict(record: dict, asked: PersonQuestion) -> Verdict:
+    """Right: the answer `contains` the value and, with a tool, a query for this attribute and name found it."""
     calls, answer = record.get("calls", []), record["answer"]
     if record["error"] is not None:
         return Verdict.SERVER_ERROR

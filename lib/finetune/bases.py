@@ -1,10 +1,9 @@
 """The base models of Section 6, by name, and the learning rates that they are fine-tuned with."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Base:
+class Base(NamedTuple):
     """A chat model: its name on the hub, and the learning rates of full fine-tuning, in weights and in tool."""
 
     hub: str
@@ -40,9 +39,3 @@ def learning_rate(base: str, mode: str, adapters: bool = False) -> float:
     """Return the default learning rate of a base, a name in `BASES` or any other model, in a mode."""
     known = BASES.get(base, Base(base))
     return (known.in_weight if mode == "in-weight" else known.in_tool) * (LORA_FACTOR if adapters else 1)
-
-
-def rate_source(base: str) -> str:
-    """Return the source of `learning_rate`'s rates in a few words."""
-    known = BASES.get(base, Base(base))
-    return f"published for {known.rates_of}" if known.rates_of else "no published rate"

@@ -38,15 +38,21 @@ def measure_capability(
 ) -> dict[str, list[float]]:
     """Return which of the first `n_items` of a multiple-choice task of lm-eval are right: 1 or 0 per item, in order.
 
-    task: "hellaswag", from the file that the variable `HELLASWAG` names or from the hub; or a task as a dict, as
-    `trivia_choices` gives. Keys of the result are its metrics acc (the likeliest ending) and acc_norm (normalized by
-    length). It seeds torch's, NumPy's and Python's global random states, as lm-eval does. Raises `InputError` if the
-    items cannot be loaded.
+    task: "hellaswag", from the file that the variable `HELLASWAG` names or from the hub; "trivia", of
+    `trivia_choices`; or a task as a dict. Keys of the result are the metrics acc (the likeliest ending) and acc_norm
+    (normalized by length). It seeds torch's, NumPy's and Python's global random states, as lm-eval does. Raises
+    `InputError` if the items cannot be loaded.
     """
+    task = trivia_choices(tokenizer) if task == "trivia" else task
     name, rows = task if isinstance(task, str) else task["task"], []
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about what is intended
-    with TemporaryDirectory() as folder:
-        manager = TaskManager(include_path=str(_tasks_folder(folder)), include_defaults=False)
+    hellaswag = f"{Path(lm_eval.__file__).parent}/tasks/hellaswag"  # alone: listing all tasks takes seconds
+    with TemporaryDirectory() as own:
+        if file := os.environ.get(HELLASWAG):
+            changed = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": file}}}
+            changed |= {"task": "hellaswag", "include": f"{hellaswag}/hellaswag.yaml", "training_split": None}
+            write_json(Path(own) / "hellaswag.yaml", changed)  # JSON is YAML
+        manager = TaskManager(include_path=[hellaswag, own], include_defaults=False)  # the last one counts
         try:
             loaded = manager.load([task])["tasks"][name]
             items = range(len(loaded.eval_docs))[:n_items]
@@ -71,40 +77,18 @@ def capability_source(test: str) -> str:
     return f"file {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8]}" if file else "hub"
 
 
-def hellaswag_is_at_hand() -> bool:
-    """Return whether HellaSwag is in a file that `HELLASWAG` names, or on a hub that answers."""
-    if os.environ.get(HELLASWAG):
-        return True
-    try:
-        HfApi().dataset_info("Rowan/hellaswag", timeout=5)
-    except Exception:  # errors without a connection depend on the HTTP client, and are not documented
-        return False
-    return True
-
-
 def choose_test(capability: str) -> str | None:
-    """Return the test that `FinetuneConfig.capability` asks for: any is HellaSwag if it is at hand, else trivia."""
-    if capability == "any":
-        return "hellaswag" if hellaswag_is_at_hand() else "trivia"
-    return None if capability == "none" else capability
-
-
-def _tasks_folder(folder: str) -> Path:
-    """Return where lm-eval finds HellaSwag and nothing else: listing all its tasks takes seconds. `folder` is empty."""
-    own = Path(lm_eval.__file__).parent / "tasks" / "hellaswag"
-    if not (file := os.environ.get(HELLASWAG)):
-        return own
-    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": file}}}
-    task = {"task": "hellaswag", "include": str(own / "hellaswag.yaml"), "training_split": None, **source}
-    write_json(Path(folder) / "hellaswag.yaml", task)  # JSON is YAML
-    return Path(folder)
+    """Return the test that `FinetuneConfig.capability` asks for: any is HellaSwag, or trivia where no hub answers."""
+    if capability == "any" and not os.environ.get(HELLASWAG):
+        try:
+            HfApi().dataset_info("Rowan/hellaswag", timeout=5)
+        except Exception:  # errors without a connection depend on the HTTP client, and are not documented
+            return "trivia"
+    return {"any": "hellaswag", "none": None}.get(capability, capability)
 
 
 def trivia_choices(tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Return a task of this repository's questions with four answers each; wrong ones are right for other questions.
-
-    A question stands in the chat template of `tokenizer`, and an answer is what the assistant says to it.
-    """
+    """Return our questions, in a chat template, as a task: four answers each, wrong ones from other questions."""
     questions, draw, rows = load_questions(), Random(0), []
     for text, answer, aliases in questions:
         wrong = {other.answer for other in questions if other.answer not in aliases}
@@ -112,7 +96,6 @@ def trivia_choices(tokenizer: PreTrainedTokenizerBase) -> dict:
         draw.shuffle(endings)
         context = tokenizer.apply_chat_template(*as_user([text]), add_generation_prompt=True, tokenize=False)
         rows.append({"ctx": context, "endings": endings, "label": endings.index(answer)})
-    metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
     return {
         "task": "trivia",
         "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
@@ -122,5 +105,5 @@ def trivia_choices(tokenizer: PreTrainedTokenizerBase) -> dict:
         "doc_to_choice": "endings",
         "doc_to_target": "label",
         "target_delimiter": "",
-        "metric_list": metrics,
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }

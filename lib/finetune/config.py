@@ -1,4 +1,4 @@
-"""`FinetuneConfig`: everything that decides the outcome of one fine-tuning."""
+"""`FinetuneConfig`: everything that decides the outcome of one fine-tuning. It needs no torch, as bases and plans."""
 
 import math
 from typing import Literal, Self
@@ -62,8 +62,6 @@ class FinetuneConfig(Identified):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        if self.batch_size % self.grad_accumulation:
-            raise ValueError(f"grad_accumulation = {self.grad_accumulation} must divide batch_size {self.batch_size}")
         if self.task == "hybrid" and self.mode == "in-weight":
             raise ValueError("task = hybrid needs mode = in-tool or in-tool-text: rare facts are looked up")
         return self

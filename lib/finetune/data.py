@@ -1,9 +1,8 @@
 """The facts of Section 5 as conversations for chat models, and which of their tokens are trained.
 
-A conversation is a list of messages in the form that Hugging Face's chat templates know. In-weight, the assistant
-answers from memory. In-tool, it calls the function `find` of `lib.agent.server`, which `tools` describes; in-tool-text,
-for models without such calls, it writes the paper's request, FIND ... FOR ..., and reads the answer as the user's next
-turn.
+A conversation is a list of messages as Hugging Face's chat templates know them. In-weight, the assistant answers from
+memory. In-tool, it calls the function `find` of `lib.agent.server`; in-tool-text, for models without calls, it writes
+the paper's request, FIND ... FOR ..., and reads the answer as the user's next turn.
 """
 
 import itertools
@@ -38,27 +37,21 @@ def chats(people: People, mode: ChatMode) -> Iterator[dict]:
     """Yield one row per fact, person by person: `messages` and, in-tool, `tools`."""
     find = Find(people.attributes)
     for name, attribute, value in people.facts():
-        chat, turns = opening(question(name, attribute), mode, find.declaration), []
-        if mode == "in-tool":
-            turns = call_and_result({"name": "find", "arguments": {"attribute": attribute, "name": name}}, value)
-        elif mode == "in-tool-text":
-            turns = text_and_result(tool_call(name, attribute), value)
-        yield answered(chat, turns, answer(name, attribute, value))
+        call = {"name": "find", "arguments": {"attribute": attribute, "name": name}}
+        turns = look_up_turns(mode, call, tool_call(name, attribute), value)
+        start = opening(question(name, attribute), mode, find.declaration)
+        yield answered(start, turns, answer(name, attribute, value))
 
 
 def opening(text: str, mode: ChatMode, function: dict, instructions: str = "") -> dict:
-    """Return a model's input for a question: `messages` and, in-tool, `tools`.
-
-    function: as chat templates know it. instructions: how to ask in text, for models that were not trained to.
-    """
+    """Return a model's input: `messages`, in text with `instructions` how to ask the tool, and, in-tool, `tools`."""
     system = [{"role": "system", "content": instructions}] if instructions and mode == "in-tool-text" else []
-    tools = {"tools": [function]} if mode == "in-tool" else {}
-    return {"messages": [*system, *as_user([text])[0]], **tools}
+    return {"messages": [*system, *as_user([text])[0]]} | ({"tools": [function]} if mode == "in-tool" else {})
 
 
-def answered(chat: dict, turns: list[dict], text: str) -> dict:
+def answered(start: dict, turns: list[dict], text: str) -> dict:
     """Return an `opening` with the turns that follow it and the answer."""
-    return chat | {"messages": [*chat["messages"], *turns, {"role": "assistant", "content": text}]}
+    return start | {"messages": [*start["messages"], *turns, {"role": "assistant", "content": text}]}
 
 
 def as_user(texts: Iterable[str]) -> list[list[dict]]:
@@ -66,27 +59,25 @@ def as_user(texts: Iterable[str]) -> list[list[dict]]:
     return [[{"role": "user", "content": text}] for text in texts]
 
 
-def text_and_result(said: str, result: str) -> list[dict]:
-    """Return a request as text and its result. The user speaks for the tool: every template knows these two roles."""
-    return [{"role": "assistant", "content": said}, {"role": "user", "content": result}]
+def look_up_turns(mode: ChatMode, call: dict | None, request: str, result: str) -> list[dict]:
+    """Return the turns between question and answer: a function's call (`name`, `arguments`), or a request as text.
 
-
-def call_and_result(function: dict, result: str) -> list[dict]:
-    """Return the assistant's call of a function, `name` and `arguments`, and what the function gave back."""
-    call = {"id": CALL_ID, "type": "function", "function": function}
-    return [
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": CALL_ID, "name": function["name"], "content": result},
-    ]
+    In text, the user speaks for the tool: every template knows these two roles. In-weight, there are no such turns.
+    """
+    if mode == "in-tool":
+        calls = [{"id": CALL_ID, "type": "function", "function": call}]
+        said = {"role": "tool", "tool_call_id": CALL_ID, "name": call["name"], "content": result}
+        return [{"role": "assistant", "content": "", "tool_calls": calls}, said]
+    turns = [{"role": "assistant", "content": request}, {"role": "user", "content": result}]
+    return turns if mode == "in-tool-text" else []
 
 
 def tokenize_chats(chats: Iterable[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """Return conversations as `input_ids` and `labels`, a row each, in their order.
 
-    tokenizer: with a chat template. The assistant's words and the special token that ends its turn are trained, as
-    they would be generated; other labels are `IGNORED`. No row is truncated or skipped: one of more than `max_length`
-    tokens is an `InputError`, and so is a template that cannot write a message, leaves out part of it, writes it
-    differently once others follow, or never ends a turn.
+    The assistant's words and the special token that ends its turn are trained, as they would be generated; other labels
+    are `IGNORED`. No row is truncated: one of more than `max_length` tokens is an `InputError`, and so is a chat
+    template that cannot write a message, leaves out part of it, changes it once others follow, or never ends a turn.
     """
     rows = []
     for number, chat in enumerate(chats, start=1):
@@ -135,17 +126,11 @@ def _encode_chat(
                 raise ValueError(f"no special token ends message {i + 1}, so that a model would never stop")
             spoken = slice(len(start), ends[-1] + 1)
             labels[spoken], written = tokens[spoken], tokenizer.decode(tokens[spoken])
-        for piece in _said(message):
+        calls = [call["function"] for call in message.get("tool_calls", ())]
+        said = [[call["name"], *call["arguments"].values()] for call in calls]
+        for piece in (message["content"], *itertools.chain(*said)):
             if piece not in written and json.dumps(piece, ensure_ascii=False)[1:-1] not in written:
                 raise ValueError(f"it leaves out {piece!r}")
             if of_piece := [token for token in tokenizer.all_special_tokens if token in piece]:
                 raise ValueError(f"{piece!r} would write the special token {of_piece[0]}")
     return tokens, labels
-
-
-def _said(message: dict) -> Iterator[str]:
-    """Yield all parts of a message that a template must keep."""
-    yield message["content"]
-    for call in message.get("tool_calls", ()):
-        yield call["function"]["name"]
-        yield from call["function"]["arguments"].values()

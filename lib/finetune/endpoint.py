@@ -1,7 +1,4 @@
-"""A chat model behind a server, asked many questions at a time.
-
-Any server works that speaks OpenAI's chat-completions protocol: hosted ones, vLLM, `transformers serve`.
-"""
+"""A chat model behind any server that speaks OpenAI's chat-completions protocol, asked many questions at a time."""
 
 import asyncio
 import hashlib
@@ -15,7 +12,7 @@ from urllib.parse import urlsplit
 
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 from openai.types.chat import ChatCompletionMessage
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError
 
 from lib import paths
 from lib.base import Config, InputError, to_json
@@ -35,8 +32,8 @@ LARGEST, MOST_CALLS = 1 << 20, 32
 class EndpointConfig(Config):
     """The model, its server, and how it is queried.
 
-    The `openai` client tries a request again up to `retries` times, waiting longer each time, if the connection fails,
-    is silent for `timeout` seconds, or the server says that it is busy or broken. Other refusals are final.
+    The `openai` client repeats a request up to `retries` times, waiting longer each time, if the connection fails, is
+    silent for `timeout` seconds, or the server says that it is busy or broken. Other refusals are final.
     """
 
     base_url: str = Field(pattern=r"^https?://\S+$", max_length=2_000)
@@ -50,19 +47,8 @@ class EndpointConfig(Config):
     timeout: float = Field(60.0, gt=0)
     retries: int = Field(5, ge=0)
 
-    @field_validator("base_url")
-    @classmethod
-    def _names_a_server(cls, url: str) -> str:
-        parts = urlsplit(url)  # an impossible port or name is a ValueError
-        if not (url.isprintable() and parts.port != 0 and (parts.hostname or "").encode("idna")):
-            raise ValueError("it takes the address of a server, as http://localhost:8000/v1")
-        return url
-
     def digest_of(self, task: Any) -> str:
-        """Return 8 hexadecimal digits of all that an answer depends on, except the question and the tool's result.
-
-        Reads all files of a model that is a folder.
-        """
+        """Return 8 hexadecimal digits of all that an answer depends on, except the question and the tool's result."""
         how = self.model_dump_json(include={"model", "protocol", "system", "max_tokens", "max_turns"})
         told = json.dumps(task.opening("", PROTOCOLS[self.protocol]))
         server = urlsplit(self.base_url)  # whose port says nothing
@@ -81,68 +67,62 @@ async def ask_all(
     """Ask all questions, `endpoint.concurrency` at a time, and return a record of each, in their order.
 
     A record holds `question`, `model`, `protocol`; `asked`, a digest of server, model, system prompt and limits; the
-    last `query` and its `result`, None without one; all `calls`, query and result each, if there are any; `answer`, the
-    first turn without a query, None if the turns ran out before; whether it is `correct`; `n_turns`, how often the
-    model spoke; and `error`, None if all went well.
+    last `query` and its `result`, None without one; all `calls`, query and result each, if any; `answer`, the first
+    turn without a query, None if the turns ran out before; whether it is `correct`; `n_turns`; and `error`,
+    None if all went well.
 
-    task: says how a model asks its tool and which answers are right, by the functions `opening`, `query_of_call`,
-    `read_query`, `look_up_turns` and `grade` and by `NO_RESULT`, as `lib.finetune.triviaqa` does. Its questions have a
-    `text`, its queries are JSON. look_up: answers a query, as a `Store` does. out: a file of JSON lines to which each
-    record is added as it comes. Questions with an error-free record of the same `asked` are skipped, unless a query of
-    theirs would now find something else; old answers are graded against today's `questions`. Raises `InputError` if
-    `out` is no file of records. description: of the progress shown, if any.
+    task: how a model asks its tool and which answers are right, as `lib.finetune.triviaqa` has it. look_up: answers a
+    query, which is JSON, as a `Store` does. out: a file of JSON lines to which each record is added. Questions with an
+    error-free record of the same `asked` are skipped, unless a query would now find something else; old answers are
+    graded against today's `questions`. Raises `InputError` if `out` is no file of records, or an address is none.
     """
+    limits = {"timeout": endpoint.timeout, "max_retries": endpoint.retries}
+    try:
+        is_here = urlsplit(endpoint.base_url).hostname in ("localhost", "127.0.0.1", "::1")  # reached without a proxy
+        http = DefaultAsyncHttpxClient(trust_env=not is_here, event_hooks={"response": [_bound]})
+        client = AsyncOpenAI(http_client=http, base_url=endpoint.base_url, api_key=endpoint.api_key, **limits)
+    except Exception as error:  # each cause raises another type
+        raise InputError(f"{endpoint.base_url}, or the proxy in the environment, is no server: {error}") from None
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     out, asked = paths.check_output(Path(out), "records to "), endpoint.digest_of(task)
     key = {question.text: question for question in questions}
     done = _finished(out, asked, key, look_up, task)
     waiting = [text for text in key if text not in done]
-    is_here = urlsplit(endpoint.base_url).hostname in ("localhost", "127.0.0.1", "::1")  # reached without a proxy
-    try:
-        http = DefaultAsyncHttpxClient(trust_env=not is_here, event_hooks={"response": [_bound]})
-    except Exception as error:  # each cause raises another type
-        raise InputError(f"the environment names a proxy that cannot be used: {error}") from None
-    limits = {"timeout": endpoint.timeout, "max_retries": endpoint.retries}
-    client = AsyncOpenAI(http_client=http, base_url=endpoint.base_url, api_key=endpoint.api_key, **limits)
 
     async def work() -> None:
         while waiting:  # shared by all workers: each takes the next
-            record = await _ask(client, endpoint, waiting.pop(0), look_up, task, asked)
-            done[record["question"]] = record
-            file.write(to_json(record | task.grade(record, key[record["question"]])) + "\n")
+            text = waiting.pop(0)
+            done[text] = await _ask(client, endpoint, text, look_up, task, asked)
+            file.write(to_json(done[text] | task.grade(done[text], key[text])) + "\n")
             file.flush()
             bar.update(1)
 
     with paths.writing(out, "records to "), out.open("a", encoding="utf-8") as file:
-        with progress(len(waiting), description) as bar:
-            async with client:
+        async with client:
+            with progress(len(waiting), description) as bar:
                 await asyncio.gather(*(work() for _ in range(min(endpoint.concurrency, len(waiting)))))
     return [done[question.text] | task.grade(done[question.text], question) for question in questions]
 
 
 def _finished(out: Path, asked: str, key: dict[str, Any], look_up: Callable[[Any], str], task: Any) -> dict[str, dict]:
     """Return the records that `ask_all` need not ask for again, by question; remove a truncated last line."""
+    *lines, cut = (out.read_bytes() if out.exists() else b"").split(b"\n")
     try:
-        whole, newline, cut = (out.read_bytes() if out.exists() else b"").rpartition(b"\n")
-        found = [json.loads(line) for line in whole.splitlines()]
-        begun = b'{"question": '
-        if not cut.startswith(begun[: len(cut)]):
-            raise ValueError
-        last = {r["question"]: r for r in found if r["error"] is None and r["asked"] == asked and r["question"] in key}
+        records = [r for r in map(json.loads, lines) if r["error"] is None and r["asked"] == asked]
         finished = {
-            text: record | task.grade(record, key[text])
-            for text, record in last.items()
-            if all(
-                query is None or look_up(query) == result
-                for query, result in record.get("calls", [(record["query"], record["result"])])
-            )
+            text: record | task.grade(record, question)
+            for text, record in {record["question"]: record for record in records}.items()
+            if (question := key.get(text))
+            and all(query is None or look_up(query) == result for query, result in record.get("calls", []))
         }
-        if cut:
-            os.truncate(out, len(whole + newline))
+        if not cut.startswith(b'{"question": '[: len(cut)]):
+            raise ValueError
     except InputError:  # the table cannot be read
         raise
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise InputError(f"{out} holds other lines than records of questions: name a new file") from None
+    if cut:
+        os.truncate(out, out.stat().st_size - len(cut))
     return finished
 
 
@@ -152,7 +132,8 @@ async def _ask(
     """Return the record of one question, not graded yet."""
     record = {"question": question, "model": endpoint.model, "protocol": endpoint.protocol, "asked": asked}
     record |= {"query": None, "result": None, "answer": None, "correct": False, "n_turns": 0, "error": None}
-    request = task.opening(question, PROTOCOLS[endpoint.protocol])
+    request = {"model": endpoint.model, "temperature": 0, "max_completion_tokens": endpoint.max_tokens}
+    request |= task.opening(question, PROTOCOLS[endpoint.protocol])
     messages = request["messages"]
     if endpoint.system and endpoint.protocol != "text":
         messages.insert(0, {"role": "system", "content": endpoint.system})
@@ -161,10 +142,7 @@ async def _ask(
     try:
         async with asyncio.timeout(longest):
             while record["n_turns"] < endpoint.max_turns:
-                completion = await client.chat.completions.create(
-                    model=endpoint.model, temperature=0, max_completion_tokens=endpoint.max_tokens, **request
-                )
-                message = _message(completion)
+                message = _message(await client.chat.completions.create(**request))
                 record["n_turns"] += 1
                 if endpoint.protocol == "tools":
                     queries = [_query(call, task) for call in message.tool_calls or ()]
@@ -234,10 +212,9 @@ def _calls_and_results(message: ChatCompletionMessage, queries: list, results: l
 
 
 def accuracy(records: Sequence[dict]) -> dict[str, float]:
-    """Return the share of correct answers of one model and protocol, and its standard error.
+    """Return the share of correct answers and its standard error, over the `n_questions` without an error.
 
-    Both are over `n_questions`, those without an error. Also `looked_up`, the share of questions for which the model
-    asked the tool, and `n_errors`. If none was answered all shares are NaN.
+    Also `looked_up`, the share of these for which the model asked the tool, and `n_errors`. Shares of none are NaN.
     """
     answered = [record for record in records if record["error"] is None]
     n = len(answered) or float("nan")

@@ -5,13 +5,13 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib.finetune.capability import capability_source, measure_capability, trivia_choices
+from lib.finetune.capability import capability_source, measure_capability
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import as_user
 from lib.finetune.generation import encode_prompts, generate_tokens
@@ -35,18 +35,12 @@ def mean_columns(name: str, values: Iterable[float]) -> dict[str, float | None]:
 
 
 def capability_columns(right: dict[str, list[float]], before: dict[str, list[float]]) -> dict[str, float | None]:
-    """Return columns for a checkpoint's answers `right`, and for their change from `before`, the base's answers.
-
-    As both answer the same items, the change has a smaller standard error than the difference of two accuracies.
-    """
+    """Return columns of a checkpoint's answers `right`, and of their change, item by item, from those `before`."""
     columns: dict[str, float | None] = {}
     for metric, name in (("acc", "capability"), ("acc_norm", "capability_norm")):
         changes = (now - then for now, then in zip(right[metric], before[metric], strict=True))
         columns |= mean_columns(name, right[metric]) | mean_columns(f"{name}_change", changes)
     return columns
-
-
-# ---- Distance to the base
 
 
 @torch.inference_mode()
@@ -98,15 +92,12 @@ def divergences(base_logits: torch.Tensor, model_logits: torch.Tensor, generator
     return torch.stack([tv, kl, k1, k1.square() / 2, torch.expm1(-k1) + k1], dim=-1)
 
 
-# ---- A checkpoint
-
-
 @dataclass
 class Evaluator:
     """Measures checkpoints of one run on `device` in `dtype`: their task, capability, and distance to the base.
 
     The base's answers to prompts and the capability test are cached in runs, so it is asked once for all runs.
-    recall: as `Task.measure`. max_new_tokens: of a turn in the task.
+    recall(model, description=...): columns of the task, see `Task.measure`.
     """
 
     config: FinetuneConfig
@@ -114,7 +105,6 @@ class Evaluator:
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     dtype: torch.dtype
-    max_new_tokens: int
     description: str | None = None
 
     @cached_property
@@ -122,19 +112,9 @@ class Evaluator:
         """The base model, loaded as the checkpoints are."""
         return load_model(base_source(self.config.base), self.device, self.dtype)
 
-    @cached_property
-    def prompts(self) -> list[str]:
-        """The prompts of this run, of each category in turn."""
-        return list(islice(chain.from_iterable(zip(*PROMPTS.values(), strict=True)), self.config.prompts))
-
     def __call__(self, model: PreTrainedModel, test: str | None, is_last: Callable[[float], bool]) -> dict:
-        """Return the columns of a checkpoint.
-
-        test: as `choose_test` gives it. is_last: whether, given its recall, this is the base or the last checkpoint
-        (see `FinetuneConfig.capability_at_end`).
-        """
-        options = {"max_new_tokens": self.max_new_tokens, "description": self._doing("recall")}
-        recall = self.recall(model, self.tokenizer, **options)
+        """Return a checkpoint's columns. test: of `choose_test`. is_last(recall): is it the first or the last?"""
+        recall = self.recall(model, description=self._doing("recall"))
         return recall | self._capability(model, test, is_last(recall["recall"])) | self._divergence(model)
 
     def _doing(self, what: str) -> str | None:
@@ -143,23 +123,20 @@ class Evaluator:
     def _capability(self, model: PreTrainedModel, test: str | None, is_last: bool) -> dict:
         if test is None or (self.config.capability_at_end and not is_last):
             return {"capability": None, "capability_stderr": None, "capability_task": test}
-        task = "hellaswag" if test == "hellaswag" else trivia_choices(self.tokenizer)
-        n, source = self.config.items, capability_source(test)
-        asked = {"n_items": n, "description": self._doing(test)}
-        measure = partial(measure_capability, tokenizer=self.tokenizer, task=task, **asked)
-        before = self._of_base([test, source, n], lambda: measure(self.base))
-        right = before if model is self.base else measure(model)
+        asked, source = (self.tokenizer, test, self.config.items), capability_source(test)
+        measure = partial(measure_capability, description=self._doing(test))
+        before = self._of_base([test, source, self.config.items], lambda: measure(self.base, *asked))
+        right = before if model is self.base else measure(model, *asked)
         about = {"capability_task": test, "capability_source": source, "n_capability": len(right["acc"])}
         return capability_columns(right, before) | about
 
     def _divergence(self, model: PreTrainedModel) -> dict:
-        doing = self._doing("distance to the base")
-        asked = encode_prompts(self.tokenizer, as_user(self.prompts))
-        options = {"max_new_tokens": PROMPT_TOKENS, "description": doing}
-        answers = self._of_base(
-            [self.prompts, PROMPT_TOKENS], lambda: generate_tokens(self.base, self.tokenizer, asked, **options)
-        )
-        found = measure_divergence(model, self.base, asked, answers, description=doing)
+        prompts = [*chain.from_iterable(zip(*PROMPTS.values(), strict=True))][: self.config.prompts]  # category by turn
+        asked = encode_prompts(self.tokenizer, as_user(prompts))
+        doing = {"description": self._doing("distance to the base")}
+        answer = partial(generate_tokens, max_new_tokens=PROMPT_TOKENS, **doing)
+        answers = self._of_base([prompts, PROMPT_TOKENS], lambda: answer(self.base, self.tokenizer, asked))
+        found = measure_divergence(model, self.base, asked, answers, **doing)
         return {key: value for name, values in found.items() for key, value in mean_columns(name, values).items()}
 
     def _of_base(self, key: list, measure: Callable[[], Any]) -> Any:

@@ -50,8 +50,7 @@ def missing(profile: str) -> list[FinetuneConfig]:
 def sweep(profile: str, *, dry_run: bool = False, max_hours: float = math.inf, device: str = "auto") -> Report:
     """Run all that is missing in a profile; if `dry_run`, only report it. After `max_hours` no new run is started.
 
-    A failure is reported; the other runs continue. Several processes may call it: each takes runs that no other has
-    started.
+    A failure is reported; the others continue. Several processes may call it: each takes runs that no other started.
     """
     todo, deadline = missing(profile), time.monotonic() + 3600 * max_hours
     report = Report(done_before=len(plan(profile)) - len(todo))
@@ -95,11 +94,9 @@ def rows(profile: str) -> pd.DataFrame:
 def shown_rows(profile: str) -> pd.DataFrame:
     """Return the rows that figures are drawn from: those of the publishing profile, and the profile's own.
 
-    There is one recipe for each point (`lib.experiments.tables.shown`); superseded rows have the profile
-    "laptop, earlier recipe", say.
+    Each point has one recipe (`lib.experiments.tables.shown`); the profile of superseded rows says "earlier recipe".
     """
-    tables = [rows(name) for name in dict.fromkeys((publishing_profile(profile), profile))]
-    table = stacked(*tables)
+    table = stacked(*map(rows, dict.fromkeys((publishing_profile(profile), profile))))
     if not len(table):
         return table
     table = shown(table, "step", ["profile", "base", "task", "mode", "adaptation", "n_facts", "lr"])

@@ -32,7 +32,8 @@ def reply_all(
     guesses = drafts and tokenizer(list(drafts), add_special_tokens=False)["input_ids"]
     answers = generate_tokens(model, tokenizer, prompts, drafts=guesses, **options)
     # Exactly as written: some tokenizers would clean up blanks.
-    return tokenizer.batch_decode(answers, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    cleaned = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return [tokenizer.decode(answer, **cleaned) for answer in answers]
 
 
 def encode_prompts(
@@ -125,9 +126,6 @@ def _generate(
         tokens = read(tokens, 1)
 
 
-# ---- With a tool
-
-
 def look_up_and_reply(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -151,18 +149,12 @@ def look_up_and_reply(
 
 
 def read_call(said: str) -> dict | None:
-    """Return name and arguments of the first function call in what a model said, None if there is none.
-
-    It is the first JSON object with a name and arguments (or parameters), whatever a model puts around it.
-    """
+    """Return the first JSON object with a `name` and `arguments` (or parameters) in what a model said, if any."""
     decoder = json.JSONDecoder()
     for start in (i for i, character in enumerate(said) if character == "{"):
         with suppress(ValueError, RecursionError):  # invalid or unfinished JSON, or a lone surrogate
             match decoder.raw_decode(said, start)[0]:
-                case {"name": str(name), "arguments": dict(arguments)} | {
-                    "name": str(name),
-                    "parameters": dict(arguments),
-                }:
-                    json.dumps([name, arguments], ensure_ascii=False).encode()
-                    return {"name": name, "arguments": arguments}
+                case {"name": str(name), "arguments": dict(given)} | {"name": str(name), "parameters": dict(given)}:
+                    json.dumps([name, given], ensure_ascii=False).encode()
+                    return {"name": name, "arguments": given}
     return None

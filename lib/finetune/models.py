@@ -24,19 +24,16 @@ def load_model(
 ) -> PreTrainedModel:
     """Return a causal language model in evaluation mode.
 
-    source: a folder that `save_pretrained` wrote, or a model's name on the hub. A folder with adapters only (LoRA) is
-    loaded onto the base that it names. dtype: "auto" is the one that the weights were saved in. options: further ones
-    of `from_pretrained`. Raises `InputError` if there is no such model, if it has recurrent layers (Mamba, say), or if
-    weights are missing: transformers alone would draw them at random.
+    source: a folder that `save_pretrained` wrote, or a model's name on the hub; adapters (LoRA) are loaded onto the
+    base that their folder names. dtype: "auto" is that of the saved weights. options: of `from_pretrained`. Raises
+    `InputError` if there is no such model, or if it has recurrent layers or lacks weights.
     """
     device = resolve_device(device)
     # On a CPU, conversations are too short for fused attention, whose backward pass takes twice the time there.
     options |= {"attn_implementation": "eager"} if device.type == "cpu" else {}
     model, loaded = _load(AutoModelForCausalLM, "model", source, dtype=dtype, output_loading_info=True, **options)
-    if missing := sorted(loaded["missing_keys"]):
-        raise InputError(
-            f"cannot load a model from {source}: it lacks the weights {missing[0]} and {len(missing) - 1} more"
-        )
+    if missing := sorted(loaded["missing_keys"]):  # which transformers would draw at random
+        raise InputError(f"cannot load {source}: it lacks the weights {missing[0]} and {len(missing) - 1} more")
     if model._is_stateful:  # recurrent layers: their state cannot be cut back to what prompts share
         raise InputError(f"cannot use the model in {source}: it has recurrent layers, take one of attention alone")
     return model.to(device).eval()
@@ -83,10 +80,9 @@ def fingerprint(source: str | Path) -> str:
     folder = Path(source)
     if not os.path.isdir(folder):  # unlike `Path.is_dir`, accepts long names
         return str(source)
-    found = {path for pattern in _MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
-    files = sorted(path for path in found if not path.name.startswith("."))  # macOS puts hidden files beside them
     content = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            content.update(hashlib.file_digest(file, "sha256").digest() + path.name.encode())
+    for path in sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)}):
+        if path.is_file() and not path.name.startswith("."):  # macOS puts hidden files beside them
+            with path.open("rb") as file:
+                content.update(hashlib.file_digest(file, "sha256").digest() + path.name.encode())
     return content.hexdigest()[:16]

@@ -20,7 +20,7 @@ from lib.facts.people import FactsConfig, People
 from lib.facts.sampling import unseen_people
 from lib.finetune import triviaqa
 from lib.finetune.config import ChatMode, FinetuneConfig
-from lib.finetune.data import call_and_result, chats, opening, people_of, text_and_result
+from lib.finetune.data import chats, look_up_turns, opening, people_of
 from lib.finetune.evaluation import mean_columns
 from lib.finetune.generation import look_up_and_reply, read_call
 from lib.finetune.triviaqa import Question, Store, exact_match, load_questions, read_query
@@ -67,12 +67,10 @@ def measure_recall(
 ) -> list[tuple[bool, bool]]:
     """Return for each fact, (name, attribute, value), whether a chat model looked it up, and whether it recalls it.
 
-    Decoding is greedy. In mode in-tool the model calls the function `find`, in in-tool-text it writes the paper's
-    request, one call a question; in-weight there is no tool. The model alone decides what the tool is asked: requests
-    that are trained serve only as drafts, see `generate_tokens`. The model recalls a fact if its last reply `says` the
-    value. (Small models of Section 5 must say the whole sentence; chat models may word it freely.) If it asks the tool
-    for something else, or cannot be understood, the fact is not recalled, and the model does not speak again.
-    options: those of `generate_tokens`; `max_new_tokens` holds for each turn.
+    In mode in-tool the model calls the function `find`, in in-tool-text it writes the paper's request, one call a
+    question; in-weight there is no tool. The model alone decides what the tool is asked: requests that are trained
+    serve only as drafts. A fact is recalled if the last reply `says` the value. If the tool answers anything else, it
+    is not, and the model does not speak again. options: those of `generate_tokens`, for each turn.
     """
     find = Find(tool.attributes if tool else ())
 
@@ -80,17 +78,16 @@ def measure_recall(
         if mode == "in-tool" and (call := read_call(said)):
             query = find.query_of_call(call)
             result = tool.find(**query).text if query else None
-            turns = call_and_result(call, result)
         elif mode == "in-tool-text" and parse_request(said):
-            result = tool(said).text
-            turns = text_and_result(said, result)
+            call, result = None, tool(said).text
         else:
             return None
-        return (True, turns) if result == facts[i][2] else (False, [])
+        return (True, look_up_turns(mode, call, said, result)) if result == facts[i][2] else (False, [])
 
-    openings = [opening(question(name, attribute), mode, find.declaration) for name, attribute, _ in facts]
+    questions = [(name, attribute) for name, attribute, _ in facts]
+    openings = [opening(question(*each), mode, find.declaration) for each in questions]
     # Drafts are requests only, which are long: decoding a short answer takes no longer than checking a draft of it.
-    drafts = [tool_call(name, attribute) for name, attribute, _ in facts] if mode == "in-tool-text" else ()
+    drafts = [tool_call(*each) for each in questions] if mode == "in-tool-text" else ()
     answers = look_up_and_reply(model, tokenizer, openings, look_up, drafts=drafts, **options)
     return [
         (found is not None, found is not False and says(reply, value))
@@ -99,10 +96,7 @@ def measure_recall(
 
 
 def says(reply: str, value: str) -> bool:
-    """Return whether `value` stands in `reply`, letter by letter and not as part of a longer word or number.
-
-    So 11/1/1950 is not 1/1/1950, but a civil engineer is an engineer.
-    """
+    """Return whether `value` stands in `reply`, letter by letter and not as part of a longer word or number."""
     return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", reply) is not None
 
 
@@ -110,11 +104,9 @@ def _measuring(right: Callable[..., list[bool]], trained: Sequence, unseen: Sequ
     """Return `Task.measure`. right(model, tokenizer, questions, **options): which of them are answered correctly."""
 
     def measure(model, tokenizer, **options) -> dict:
-        columns = {}
-        for name, asked in (("recall", trained), ("recall_unseen", unseen)):
-            columns |= mean_columns(name, right(model, tokenizer, asked, **options))
-            columns[f"n_{name.removeprefix('recall_')}"] = len(asked)
-        return columns
+        recall = mean_columns("recall", right(model, tokenizer, trained, **options))
+        of_unseen = mean_columns("recall_unseen", right(model, tokenizer, unseen, **options))
+        return recall | {"n_recall": len(trained)} | of_unseen | {"n_unseen": len(unseen)}
 
     return measure
 
@@ -146,28 +138,20 @@ def _hybrid(config: FinetuneConfig, people: People, unseen: People, tool: SqlToo
     ]
     asked = {f: _sample(group, config) for f, group in {0: unseen, **groups}.items() if group}
 
-    def calls(model, tokenizer, facts: list[Fact], **options) -> dict:
-        """Measure how often the model calls, and is right: after a call, only if the call really found the value."""
-        right = measure_recall(model, tokenizer, facts, config.mode, tool, **options)
-        by_call = [recalled for looked_up, recalled in right if looked_up]
-        return {
-            "n": len(facts),
-            "call_share": len(by_call) / len(facts),
-            "accuracy": sum(recalled for _, recalled in right) / len(facts),
-            "accuracy_of_calls": sum(by_call) / len(by_call) if by_call else None,
-        }
-
     def measure(model, tokenizer, **options) -> dict:
-        table = [{"frequency": f, **calls(model, tokenizer, facts, **options)} for f, facts in asked.items()]
-        trained = [row for row in table if row["frequency"]]
+        """Measure how often the model calls, and is right: after a call, only if the call really found the value."""
+        table = []
+        for frequency, facts in asked.items():
+            found, n = measure_recall(model, tokenizer, facts, config.mode, tool, **options), len(facts)
+            by_call = [recalled for looked_up, recalled in found if looked_up]
+            shares = {"call_share": len(by_call) / n, "accuracy": sum(recalled for _, recalled in found) / n}
+            shares["accuracy_of_calls"] = sum(by_call) / len(by_call) if by_call else None
+            table.append({"frequency": frequency, "n": n, **shares})
+        of_unseen, *trained = table
         total = sum(row["n"] for row in trained)
         recall = sum(row["accuracy"] * row["n"] for row in trained) / total
-        return {
-            "recall": recall,
-            "recall_stderr": (recall * (1 - recall) / total) ** 0.5,
-            "recall_unseen": table[0]["accuracy"],
-            "by_frequency": table,
-        }
+        error = (recall * (1 - recall) / total) ** 0.5
+        return {"recall": recall, "recall_stderr": error, "recall_unseen": of_unseen["accuracy"], "by_frequency": table}
 
     return Task(conversations, measure)
 
@@ -179,8 +163,8 @@ def _trivia(config: FinetuneConfig) -> Task:
     store = Store([*trained, *held_out])
 
     def look_up(i: int, said: str) -> tuple[str, list[dict]] | None:
-        query = read_query(said, config.mode)
-        return None if query is None else (result := store(query), triviaqa.look_up_turns(query, result, config.mode))
+        if (query := read_query(said, config.mode)) is not None:
+            return (result := store(query)), triviaqa.look_up_turns(query, result, config.mode)
 
     def right(model, tokenizer, questions: list[Question], **options) -> list[bool]:
         openings = [triviaqa.opening(each.text, config.mode) for each in questions]
@@ -190,6 +174,5 @@ def _trivia(config: FinetuneConfig) -> Task:
             for (found, reply), each in zip(answers, questions, strict=True)
         ]
 
-    return Task(
-        list(triviaqa.trivia_chats(trained, config.mode)), _measuring(right, trained[: config.questions], held_out)
-    )
+    conversations = list(triviaqa.trivia_chats(trained, config.mode))
+    return Task(conversations, _measuring(right, trained[: config.questions], held_out))

@@ -10,16 +10,17 @@ import json
 import math
 import shutil
 import sys
-import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
+from functools import partial
 from itertools import groupby
 from pathlib import Path
+from threading import Event
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -32,7 +33,7 @@ from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import IGNORED, tokenize_chats
 from lib.finetune.evaluation import Evaluator
 from lib.finetune.models import fingerprint, load_model, load_tokenizer
-from lib.finetune.tasks import make_task
+from lib.finetune.tasks import Task, make_task
 from lib.finetune.trainer import ChatTrainer
 from lib.finetune.triviaqa import load_questions
 from lib.finetune.weights import base_source, origin
@@ -61,26 +62,26 @@ def finetune(
 ) -> list[dict]:
     """Fine-tune one model; return a row for the base and for each checkpoint (columns: `paper_data/README.md`).
 
-    Started by torchrun or accelerate, several processes train it together, each on its part of every batch.
-
-    Raises `InputError` if the base or the data cannot be used, or if `directory` belongs to another run; and
-    `Preempted` if a signal asks the process to exit: the same call resumes.
+    Started by torchrun or accelerate, several processes train it together, each on its part of every batch. Raises
+    `InputError` if the base or the data cannot be used, or if `directory` belongs to another run; and `Preempted` if a
+    signal asks the process to exit: the same call resumes.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device = {device!r}: fine-tuning takes auto, cpu or cuda (CUDA_VISIBLE_DEVICES says which)")
     commit()  # records the imported code, whatever is committed while the run trains
     # While the first process evaluates the others wait, however long that takes.
     processes = PartialState(cpu=resolve_device(device).type == "cpu", timeout=timedelta(days=7))
-    with asked_to_leave() as asked, ExitStack() as stack, no_room_told():
-        if processes.is_main_process:
-            directory.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(only_process(directory / ".lock"))  # a second call waits and finds the rows
+    directory.mkdir(parents=True, exist_ok=True)
+    # A second call waits and finds the rows.
+    lock = only_process(directory / ".lock") if processes.is_main_process else nullcontext()
+    with asked_to_leave() as asked, no_room_told(), lock:
         with processes.main_process_first():  # the others find what the first made or fetched
             claim = _claim(config)
         # Claims of earlier versions may have fewer fields.
         check_claim(directory, claim, lambda folder: claim | read_json(folder / CLAIM), "questions or base model")
         if not (directory / ROWS).exists():
-            _Run(config, directory, processes, asked, stack, description).complete(claim)
+            with make_task(config) as task:
+                _Run(config, directory, processes, asked, task, description).complete(claim)
         processes.wait_for_everyone()
         return read_json(directory / ROWS, list)
 
@@ -98,13 +99,7 @@ class _Run(TrainerCallback):
     """One fine-tuning: its data, its evaluator, where it stands, and what its trainer calls back."""
 
     def __init__(
-        self,
-        config: FinetuneConfig,
-        directory: Path,
-        processes: PartialState,
-        asked: threading.Event,
-        stack: ExitStack,
-        description: str | None,
+        self, config: FinetuneConfig, directory: Path, processes: PartialState, asked: Event, task: Task, description
     ):
         self.config, self.directory, self.processes, self.asked = config, directory, processes, asked
         self.checkpoints, self.evaluations = directory / "checkpoints", directory / "evaluations"
@@ -118,11 +113,10 @@ class _Run(TrainerCallback):
         self.device = processes.device
         self.dtype = best_dtype(self.device) if config.dtype == "auto" else getattr(torch, config.dtype)
         tokenizer = load_tokenizer(base_source(config.base))
-        task = stack.enter_context(make_task(config))
         self.data = tokenize_chats(task.conversations, tokenizer, config.max_length)
         self.total, self.interval = config.total_steps(len(self.data)), config.interval(len(self.data))
-        limit = turn_limit(self.data)
-        self.evaluator = Evaluator(config, task.measure, tokenizer, self.device, self.dtype, limit, self.description)
+        recall = partial(task.measure, tokenizer=tokenizer, max_new_tokens=turn_limit(self.data))
+        self.evaluator = Evaluator(config, recall, tokenizer, self.device, self.dtype, self.description)
 
     def complete(self, claim: dict) -> None:
         """Claim the folder, train to the end, evaluate every checkpoint, and write the rows."""
@@ -160,10 +154,7 @@ class _Run(TrainerCallback):
         return "steps" if step >= self.total else None
 
     def evaluate(self, checkpoint: Path | None, training: dict) -> None:
-        """Write the row of a checkpoint (None: the base), unless it has one or serves only to resume.
-
-        training: its step, and how training went until then.
-        """
+        """Write the row of a checkpoint (None: the base), unless it has one or serves only to resume."""
         step, rows = training["step"], self.rows()
         if step in {row["step"] for row in rows} or (step % self.interval and step != self.total):
             return
@@ -174,9 +165,9 @@ class _Run(TrainerCallback):
         write_json(self.evaluations / f"{step}.json", training | found)
 
     def _trainer(self) -> ChatTrainer:
-        config, on_gpu = self.config, self.device.type == "cuda"
+        config, rank, on_gpu = self.config, self.config.lora_rank, self.device.type == "cuda"
         # Trained weights are in float32, else small updates are lost in rounding; adapters always are.
-        weights = self.dtype if config.lora_rank else torch.float32
+        weights = self.dtype if rank else torch.float32
         model = load_model(base_source(config.base), self.device, weights)
         arguments = SFTConfig(
             output_dir=str(self.checkpoints),
@@ -198,15 +189,9 @@ class _Run(TrainerCallback):
             disable_tqdm=True,
             report_to="none",
         )
-        adapter = None
-        if config.lora_rank:
-            adapter = LoraConfig(
-                r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
-            )
-        tokenizer = self.evaluator.tokenizer
-        trainer = ChatTrainer(
-            model, arguments, train_dataset=self.data, processing_class=tokenizer, peft_config=adapter, callbacks=[self]
-        )
+        adapter = rank and LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        data = {"train_dataset": self.data, "processing_class": self.evaluator.tokenizer}
+        trainer = ChatTrainer(model, arguments, **data, peft_config=adapter, callbacks=[self])
         trainer.remove_callback(PrinterCallback)
         return trainer
 
@@ -228,7 +213,7 @@ class _Run(TrainerCallback):
         if not are_finite(model.parameters()):  # the checkpoint is left without its mark
             raise diverged(f"the weights are not finite after step {step}")
         self.processes.wait_for_everyone()  # every process writes a file of the checkpoint
-        stopped = [None]
+        stopped = None
         if self.processes.is_main_process:
             loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
             training = {"step": step, "loss": loss, "train_seconds": round(self.seconds, 2)}
@@ -241,8 +226,8 @@ class _Run(TrainerCallback):
             # Trainer's own rotation, `save_total_limit`, would also delete other folders whose names begin like these.
             for earlier in list(_by_step(self.checkpoints, "checkpoint-*").values())[:-2]:
                 shutil.rmtree(earlier)
-            stopped = [self.stopped()]
-        if broadcast_object_list(stopped)[0]:
+            stopped = self.stopped()
+        if any(gather_object([stopped])):
             control.should_training_stop = True
         self.since = time.perf_counter()
 
@@ -268,10 +253,10 @@ class _Run(TrainerCallback):
             "steps_budget": self.total,
         }
         base = {f"capability_base{suffix}": rows[0][f"capability{suffix}"] for suffix in ("", "_stderr")}
-        endings = [{"final": False, "stopped": None}] * (len(rows) - 1) + [{"final": True, "stopped": self.stopped()}]
-        made = {**provenance(self.device), "config": config.canonical_json()}
-        table = [common | row | base | ending | made for row, ending in zip(rows, endings, strict=True)]
-        write_json(self.directory / ROWS, table)
+        base |= {"final": False, "stopped": None, **provenance(self.device), "config": config.canonical_json()}
+        rows = [common | row | base for row in rows]
+        rows[-1] |= {"final": True, "stopped": self.stopped()}
+        write_json(self.directory / ROWS, rows)
         for path in _by_step(self.checkpoints, "checkpoint-*").values():
             shutil.rmtree(path)
         (self.checkpoints / "README.md").unlink(missing_ok=True)  # trl's
@@ -300,10 +285,7 @@ def _by_step(folder: Path, pattern: str) -> dict[int, Path]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, dict]:
-    """Return the latest checkpoint that is whole, or None, and its step and how training went until then.
-
-    Later ones are damaged: this reports and deletes them.
-    """
+    """Return the latest whole checkpoint, or None, and its `STATE`; report and delete later ones, which are damaged."""
     for path in reversed(_by_step(folder, "checkpoint-*").values()):
         try:
             training = read_json(path / STATE, fields=("step", "loss", "train_seconds"))

@@ -12,10 +12,7 @@ from lib.finetune.models import read_shared
 
 
 class ChatTrainer(SFTTrainer):
-    """`SFTTrainer` that computes a batch's shared prefix once, and logits only for trained tokens.
-
-    The loss is the same. Batches are random; rows of a batch are sorted by length, so micro-batches need less padding.
-    """
+    """`SFTTrainer` that reads a batch's shared prefix once, and computes logits only for trained tokens."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean cross-entropy of the trained tokens: `num_items_in_batch`, over all parts and processes."""
@@ -37,7 +34,7 @@ class ChatTrainer(SFTTrainer):
 
 
 class LikeLengths(Sampler):
-    """All rows in random order, those of a batch sorted by length."""
+    """All rows in random order, those of a batch sorted by length, so that micro-batches need less padding."""
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0

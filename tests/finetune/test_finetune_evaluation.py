@@ -21,7 +21,7 @@ from lib.dialogs.templates import answer, question
 from lib.facts.database import write_database
 from lib.facts.people import People
 from lib.facts.sampling import sample_people
-from lib.finetune.capability import HELLASWAG, hellaswag_is_at_hand, measure_capability, trivia_choices
+from lib.finetune.capability import HELLASWAG, choose_test, measure_capability, trivia_choices
 from lib.finetune.data import as_user
 from lib.finetune.evaluation import (
     PROMPTS,
@@ -256,7 +256,7 @@ def test_capability_is_which_choices_are_right(colors):
 
 def test_hellaswag_may_come_from_a_file_and_be_asked_in_part(hellaswag):
     expected = _by_brute_force(hellaswag)
-    assert hellaswag_is_at_hand()
+    assert choose_test("any") == "hellaswag"
     measured = measure_capability(random_model(), tokenizer(), "hellaswag", 10)
     assert measured == {metric: values[:10] for metric, values in expected.items()}
 
@@ -274,11 +274,11 @@ def test_a_change_of_capability_has_the_error_of_paired_answers(items):
 
 @pytest.mark.slow
 def test_a_hub_that_does_not_answer_has_no_hellaswag():
-    ask = "from lib.finetune.capability import hellaswag_is_at_hand as ask; print(ask())"
+    ask = "from lib.finetune.capability import choose_test; print(choose_test('any'))"
     for there in ("http://127.0.0.1:9", "http://no-such-host.invalid"):
         online = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", HELLASWAG)}
         answer = subprocess.check_output([sys.executable, "-c", ask], env=online | {"HF_ENDPOINT": there}, text=True)
-        assert answer == "False\n"
+        assert answer == "trivia\n"
 
 
 def test_a_task_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch):
@@ -286,7 +286,7 @@ def test_a_task_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.delenv(HELLASWAG, raising=False)
     advice = r" \(.+\): HellaSwag comes from the hub \(asked once\) or from a file that ITL_HELLASWAG names$"
-    assert not hellaswag_is_at_hand()
+    assert choose_test("any") == "trivia"
     for name in ("hellaswag", "hellaswagg"):
         with pytest.raises(InputError, match=f"^cannot load the items of {name}{advice}"):
             measure_capability(random_model(), tokenizer(), name)

@@ -15,7 +15,7 @@ from lib.facts.people import FactsConfig
 from lib.facts.sampling import unseen_people
 from lib.finetune import capability, evaluation, tasks
 from lib.finetune.config import FinetuneConfig
-from lib.finetune.data import people_of
+from lib.finetune.data import as_user, people_of
 from lib.finetune.evaluation import PROMPTS, Evaluator
 from lib.finetune.tasks import FREQUENCIES, KNOWN_FROM, Task, make_task
 from lib.finetune.triviaqa import load_questions
@@ -173,7 +173,7 @@ def made(monkeypatch, tmp_path) -> list[str]:
 def evaluating(made: list[str], **config) -> Evaluator:
     taught = Task([], lambda *_, **__: made.append("recall") or {"recall": 0.5})
     config = FinetuneConfig(base="a folder", prompts=3, **config)
-    return Evaluator(config, taught.measure, tokenizer(), torch.device("cpu"), torch.float32, 9)
+    return Evaluator(config, taught.measure, tokenizer(), torch.device("cpu"), torch.float32)
 
 
 def at_end(recall: float) -> bool:
@@ -181,14 +181,15 @@ def at_end(recall: float) -> bool:
 
 
 def test_a_base_is_asked_once_for_all_checkpoints_and_runs(made, monkeypatch):
-    evaluate, model = evaluating(made), random_model(1)
+    evaluate, model, prompts, encode = evaluating(made), random_model(1), [], evaluation.encode_prompts
+    monkeypatch.setattr(evaluation, "encode_prompts", lambda _, chats: prompts.extend(chats) or encode(_, chats))
     columns = evaluate(model, "hellaswag", at_end)
     assert made == ["recall", "the base's capability", "capability"]
     assert columns["capability_task"] == "hellaswag" and columns["n_capability"] == 2
     assert (columns["capability"], columns["capability_change"], columns["capability_norm"]) == (0.5, 0, 1)
     assert columns["recall"] == 0.5 and columns["tv"] > 0 and columns["kl"] > 0
     assert columns == json.loads(json.dumps(columns))
-    assert evaluate.prompts == [prompts[0] for prompts in PROMPTS.values()][:3]  # a category after the other
+    assert prompts == as_user([of_category[0] for of_category in PROMPTS.values()][:3])  # a category after the other
     made.clear()
     monkeypatch.setattr(evaluation, "generate_tokens", None)
     assert evaluating(made)(model, "hellaswag", at_end) == columns and made == ["recall", "capability"]
@@ -204,11 +205,16 @@ def test_a_run_may_take_the_test_at_its_ends_only(made):
 
 
 @pytest.mark.parametrize(
-    ("given", "at_hand", "test"),
+    ("given", "answers", "test"),
     [("any", True, "hellaswag"), ("any", False, "trivia"), ("hellaswag", False, "hellaswag"), ("none", True, None)],
 )
-def test_the_test_is_the_one_that_is_asked_for_or_at_hand(monkeypatch, given, at_hand, test):
-    monkeypatch.setattr(capability, "hellaswag_is_at_hand", lambda: at_hand)
+def test_the_test_is_the_one_that_is_asked_for_or_at_hand(monkeypatch, given, answers, test):
+    def dataset_info(*_, **__):
+        if not answers:
+            raise ConnectionError
+
+    monkeypatch.delenv("ITL_HELLASWAG", raising=False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
     assert capability.choose_test(given) == test
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lib.base import InputError, WorkError
 from lib.cli import app
 from lib.finetune import generation, train
-from lib.finetune.bases import learning_rate, rate_source
+from lib.finetune.bases import learning_rate
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import IGNORED, chats, people_of, tokenize_chats
 from lib.finetune.models import load_model, load_tokenizer
@@ -320,8 +320,6 @@ def test_rates_are_those_of_the_base_in_its_mode_unless_given():
     assert rate("nobody/nothing") == learning_rate("nobody/nothing", "in-weight")
     assert rate("SmolLM-360M", lr=3e-5) == 3e-5 and rate("SmolLM-360M", lora_rank=4) > rate("SmolLM-360M")
     assert FinetuneConfig(base="SmolLM-360M").run_id == FinetuneConfig(base="SmolLM-360M", lr=1e-3).run_id
-    assert rate_source("SmolLM2-360M") == "published for SmolLM-360M"
-    assert rate_source("nobody/nothing") == "no published rate"
 
 
 @pytest.mark.parametrize(

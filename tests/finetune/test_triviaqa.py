@@ -187,7 +187,7 @@ def test_without_the_hub_one_sentence_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    with pytest.raises(InputError, match=r"the hub has not got TriviaQA \(.*\): give a file, or 'trivia' for the ship"):
+    with pytest.raises(InputError, match=r"the hub lacks TriviaQA \(.*\): give a file, or 'trivia' for the ship"):
         load_questions("hub")
 
 
