@@ -118,17 +118,15 @@ def _encode_chat(
             start = render(i, tokenize=True, add_generation_prompt=True)
             turn = render(i + 1, tokenize=True)
             if tokens[: len(turn)] != turn or turn[: len(start)] != start:
-                raise ValueError(
-                    f"it renders message {i + 1} differently in training and generation; use one made for training"
-                )
+                raise ValueError(f"it renders message {i + 1} differently in training and generation: take another")
             ends = [place for place in range(len(start), len(turn)) if turn[place] in special]
             if not ends:
                 raise ValueError(f"no special token ends message {i + 1}, so that a model would never stop")
             spoken = slice(len(start), ends[-1] + 1)
             labels[spoken], written = tokens[spoken], tokenizer.decode(tokens[spoken])
-        calls = [call["function"] for call in message.get("tool_calls", ())]
-        said = [[call["name"], *call["arguments"].values()] for call in calls]
-        for piece in (message["content"], *itertools.chain(*said)):
+        functions = [call["function"] for call in message.get("tool_calls", ())]
+        called = (part for each in functions for part in (each["name"], *each["arguments"].values()))
+        for piece in (message["content"], *called):
             if piece not in written and json.dumps(piece, ensure_ascii=False)[1:-1] not in written:
                 raise ValueError(f"it leaves out {piece!r}")
             if of_piece := [token for token in tokenizer.all_special_tokens if token in piece]:

@@ -68,8 +68,7 @@ async def ask_all(
 
     A record holds `question`, `model`, `protocol`; `asked`, a digest of server, model, system prompt and limits; the
     last `query` and its `result`, None without one; all `calls`, query and result each, if any; `answer`, the first
-    turn without a query, None if the turns ran out before; whether it is `correct`; `n_turns`; and `error`,
-    None if all went well.
+    turn without a query, None if the turns ran out before; whether it is `correct`; `n_turns`; and `error`, or None.
 
     task: how a model asks its tool and which answers are right, as `lib.finetune.triviaqa` has it. look_up: answers a
     query, which is JSON, as a `Store` does. out: a file of JSON lines to which each record is added. Questions with an

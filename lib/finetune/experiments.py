@@ -83,11 +83,9 @@ def rows(profile: str) -> pd.DataFrame:
 
     Two columns are added and never stored: superseded, whether today's plan does not ask for the run, and recipe.
     """
-    configs = plan(profile)
-    files = [folder(config, profile) / ROWS for config in configs]
-    planned = {config.run_id for config in configs}
-    table = rows_of_profile(table_path(), profile, files, planned, ("run_id", "config"))
-    recipes = [json.loads(config) | {"seed": None} for config in table.get("config", ["{}"] * len(table))]
+    runs = {config.run_id: folder(config, profile) / ROWS for config in plan(profile)}
+    table = rows_of_profile(table_path(), profile, runs.values(), runs, ("run_id", "config"))
+    recipes = [json.loads(config) | {"seed": None} for config in table.get("config", [])]
     return table.assign(recipe=[json.dumps(recipe, sort_keys=True) for recipe in recipes])
 
 

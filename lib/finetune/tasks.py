@@ -3,10 +3,10 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from random import Random
+from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,8 +26,7 @@ from lib.finetune.generation import look_up_and_reply, read_call
 from lib.finetune.triviaqa import Question, Store, exact_match, load_questions, read_query
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """Conversations to train on, and the columns that say how much of them a model recalls, `recall` among them.
 
     measure(model, tokenizer, **options): options are `max_new_tokens` and `description` of `generate_tokens`.

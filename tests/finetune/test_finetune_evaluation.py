@@ -21,6 +21,7 @@ from lib.dialogs.templates import answer, question
 from lib.facts.database import write_database
 from lib.facts.people import People
 from lib.facts.sampling import sample_people
+from lib.finetune import capability
 from lib.finetune.capability import HELLASWAG, choose_test, measure_capability, trivia_choices
 from lib.finetune.data import as_user
 from lib.finetune.evaluation import (
@@ -254,7 +255,8 @@ def test_capability_is_which_choices_are_right(colors):
     assert measure_capability(random_model(), tokenizer(), colors) == expected
 
 
-def test_hellaswag_may_come_from_a_file_and_be_asked_in_part(hellaswag):
+def test_hellaswag_may_come_from_a_file_and_be_asked_in_part(hellaswag, monkeypatch):
+    monkeypatch.setattr(capability, "ITEMS_AT_A_TIME", 4)
     expected = _by_brute_force(hellaswag)
     assert choose_test("any") == "hellaswag"
     measured = measure_capability(random_model(), tokenizer(), "hellaswag", 10)

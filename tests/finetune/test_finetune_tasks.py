@@ -191,7 +191,7 @@ def test_a_base_is_asked_once_for_all_checkpoints_and_runs(made, monkeypatch):
     assert columns == json.loads(json.dumps(columns))
     assert prompts == as_user([of_category[0] for of_category in PROMPTS.values()][:3])  # a category after the other
     made.clear()
-    monkeypatch.setattr(evaluation, "generate_tokens", None)
+    monkeypatch.setattr(evaluation, "generate_tokens", lambda *_, **__: pytest.fail("the base is asked again"))
     assert evaluating(made)(model, "hellaswag", at_end) == columns and made == ["recall", "capability"]
 
 
