@@ -11,7 +11,7 @@ from types import ModuleType
 
 from torch import nn
 
-from lib.base import InputError, to_json
+from lib.base import InputError, optional, to_json
 from lib.config import UNOBSERVED, Observers
 from lib.paths import check_output, replacing, writing
 from lib.progress import progress
@@ -179,20 +179,14 @@ def read_record(path: Path) -> list[dict]:
 
 def _summary_writer() -> type:
     """Return TensorBoard's writer; an `InputError` if it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("TensorBoard was asked for but is not installed: pip install -e '.[monitor]'") from None
-    return SummaryWriter
+    lack = "TensorBoard was asked for but is not installed"
+    return optional("torch.utils.tensorboard", "monitor", lack).SummaryWriter
 
 
 @contextmanager
 def _wandb() -> Iterator[ModuleType]:
     """Yield the package of Weights & Biases; an `InputError` if it is not installed, or refuses."""
-    try:
-        import wandb
-    except ImportError:
-        raise InputError("Weights & Biases was asked for but is not installed: pip install -e '.[monitor]'") from None
+    wandb = optional("wandb", "monitor", "Weights & Biases was asked for but is not installed")
     try:
         yield wandb
     except wandb.Error as error:
