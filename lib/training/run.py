@@ -88,8 +88,7 @@ def run(
         if not ranks.first_does(lambda: stack.enter_context(lock) or (directory / ROW).exists()):
             # Prepare: nothing is written, and bad input is refused before the folder is claimed.
             _check_memory(config, people, tokenizer, device, ranks)
-            questions = tokenize_people(people, config.mode, tokenizer)
-            data, sources = _dataset(config, people, tokenizer, questions, files)
+            data, sources = _dataset(config, people, tokenizer, files)
             model = Transformer(config.model, torch.Generator().manual_seed(config.seed)).to(device)
             threads = threads or _choose_threads(
                 directory, device, lambda: Trainer(copy.deepcopy(model), data, config, directory, sources=sources)
@@ -115,7 +114,7 @@ def run(
             model = ranks.full_model(trainer.model)
 
             def measure() -> None:
-                row = _row(model, config, people, tokenizer, tool, questions, ending, trainer.total_steps)
+                row = _row(model, config, people, tokenizer, tool, ending, trainer.total_steps)
                 trainer.check_directory()
                 save_model(model, directory / MODEL, config, tokenizer.name)
                 write_json(directory / ROW, row)
@@ -158,7 +157,7 @@ def read_inputs(config: RunConfig) -> tuple[People, Tokenizer]:
 
 
 def _dataset(
-    config: RunConfig, people: People, tokenizer: Tokenizer, questions: TokenizedDialogs, files: Mapping[str, Path]
+    config: RunConfig, people: People, tokenizer: Tokenizer, files: Mapping[str, Path]
 ) -> tuple[TokenizedDialogs | ConcatDialogs, list[Source]]:
     """Return all dialogs that are trained on: questions about the people, their biographies, and those of files."""
     training = config.training
@@ -166,13 +165,11 @@ def _dataset(
     if training.biographies:
         texts = chain(texts, dialogs(people, "biography"))
         sources.append(Source(len(people), training.biographies))
-    if training.biographies or not training.repeats:
-        questions = tokenize(texts, tokenizer, training.repeats)
-    parts = [questions]
+    parts = [tokenize(texts, tokenizer, training.repeats)]
     for path, folder in files.items():
         parts.append(open_dialogs(folder))
         sources.append(Source(len(parts[-1]), training.files[path]))
-    return ConcatDialogs(parts) if files else questions, sources
+    return ConcatDialogs(parts) if files else parts[0], sources
 
 
 def _check_memory(config: RunConfig, people: People, tokenizer: Tokenizer, device: torch.device, ranks: Ranks) -> None:
@@ -242,13 +239,12 @@ def _row(
     people: People,
     tokenizer: Tokenizer,
     tool: Tool | None,
-    questions: TokenizedDialogs,
     ending: Ending,
     steps_budget: int,
 ) -> dict:
     """Measure the model; return what tables and figures group by, and what they show."""
-    facts = list(people.facts())
-    measured, bits = measure_recall(model, facts, tokenizer, tool), bits_of_dialogs(model, questions)
+    measured = measure_recall(model, list(people.facts()), tokenizer, tool)
+    bits = bits_of_dialogs(model, measured.dialogs)
     return {
         "run_id": config.run_id,
         "mode": config.mode,
@@ -270,7 +266,7 @@ def _row(
         "nll_bits": float(bits.mean()),
         **{f"nll_bits_{a}": float(bits[measured.attributes == a].mean()) for a in people.attributes},
         **measured.columns(),
-        "n_questions": len(facts),
+        "n_questions": people.n_facts,
         **(measure_generalization(model, config, tokenizer) if config.evaluation.unseen_people else {}),
         "train_seconds": round(ending.seconds, 2),
         "people_digest": people.digest(),
