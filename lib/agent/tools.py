@@ -119,12 +119,8 @@ class SqlTool(PeopleTool, AbstractContextManager):
         response = self.find(attribute, name)
         return response if response.outcome is not Outcome.NO_MATCH else self.find(attribute, comparable(name))
 
-    def close(self) -> None:
-        """Close the database, as the end of a `with` block does."""
-        self.connection.close()
-
     def __exit__(self, *_) -> None:
-        self.close()
+        self.connection.close()
 
 
 class ForgivingTool(PeopleTool):

@@ -242,9 +242,6 @@ def _ask(base: Setting, facts: Sequence[Fact], tool: Tool) -> list[tuple[str, st
     return found
 
 
-#: What a row says about the model and the experiment; what was measured follows.
-COLUMNS = ["profile", "run_id", "mode", "n_facts", "seed", "d_model", "n_params", "repeats", "experiment", "method"]
-COLUMNS += ["n_edited", "asked", "who", "finished_at", "commit"]
 #: The experiments of each mode: in-weight models have no tool that could contest a fact or forgive a letter.
 EXPERIMENTS = {"in-weight": (change, delete), "in-tool": (change, delete, contest, forgive)}
 
@@ -309,7 +306,6 @@ def rows(profile: str) -> pd.DataFrame:
     """
     planned = {run_id for search in plan(profile) for run_id in search.run_ids}
     table = rows_of_profile(TABLE, profile, sorted(sweep_dir(SECTION, profile).glob(f"*/{ROWS}")), planned)
-    table = table if len(table) else pd.DataFrame(columns=[*COLUMNS, "superseded"])
     return table.assign(superseded=table.superseded & (profile != "quick"))
 
 

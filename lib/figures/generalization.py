@@ -10,15 +10,7 @@ from lib.experiments import summaries
 from lib.experiments.published import PUBLISHED_KIND
 from lib.facts.people import FactsConfig, best_constant_guess
 from lib.facts.sampling import unseen_people
-from lib.figures.style import (
-    STYLES,
-    nothing_yet,
-    panels,
-    published_label,
-    shared_legend,
-    side_by_side,
-    told_apart,
-)
+from lib.figures.style import STYLES, nothing_yet, panels, published_label, shared_legend, side_by_side, told_apart
 
 #: What is new in the names of unseen people, as a legend says it.
 KINDS = {

@@ -56,11 +56,7 @@ BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
 
 @contextmanager
 def panels(
-    size: tuple[float, float] = (5.2, 3.6),
-    n_rows: int = 1,
-    n_columns: int = 1,
-    rc: dict | None = None,
-    **options,
+    size: tuple[float, float] = (5.2, 3.6), n_rows: int = 1, n_columns: int = 1, rc: dict | None = None, **options
 ) -> Iterator[tuple[Figure, plt.Axes]]:
     """Yield a figure of `size` inches and its axes, as `plt.subplots` does, in this style with `rc` on top."""
     with matplotlib.rc_context({**RC, "figure.figsize": size, **(rc or {})}):

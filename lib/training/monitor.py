@@ -13,7 +13,7 @@ from torch import nn
 
 from lib.base import InputError, optional, to_json
 from lib.config import UNOBSERVED, Observers
-from lib.paths import check_output, replacing, writing
+from lib.paths import replacing, writing
 from lib.progress import progress
 from lib.training.probes import probe
 from lib.training.profiling import profiled
@@ -35,9 +35,8 @@ class Record(AbstractContextManager):
     def __init__(self, path: Path, last: float = inf):
         """Continue the file, but drop a half-written line and those of steps after `last`."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        check_output(path)  # reading a pipe would never end
-        kept = [line for line in read_record(path) if line["step"] <= last] if path.exists() else []
-        with replacing(path) as temporary:
+        with replacing(path) as temporary:  # refuses a pipe, of which reading would never end
+            kept = [line for line in read_record(path) if line["step"] <= last] if path.exists() else []
             temporary.write_text("".join(f"{to_json(line)}\n" for line in kept), encoding="utf-8")
         self.steps = {line["step"] for line in kept}
         self.file = path.open("a", encoding="utf-8")

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from lib import paths
 from lib.agent.tools import Tool, open_tool
 from lib.base import InputError, WorkError
 from lib.config import UNOBSERVED, Observers, RunConfig
@@ -34,7 +33,7 @@ from lib.facts.database import write_database
 from lib.facts.people import People
 from lib.facts.sampling import load_people
 from lib.model.transformer import Transformer
-from lib.paths import CLAIM, DATABASE, MODEL, ROW, read_json, write_json
+from lib.paths import CLAIM, DATABASE, MODEL, ROW, read_json, replacing, write_json
 from lib.provenance import commit, provenance
 from lib.training import checkpoint
 from lib.training.devices import fastest_threads, memory, resolve_device, usable_cores, using_threads
@@ -225,7 +224,7 @@ def _claim(directory: Path, claim: Claim, config_here: RunConfig, people: People
             write_people_csv(people, copied)
         if (copied := own.get(claim.config.tokenizer)) in new:
             source = tokenizer_file(config_here.tokenizer)
-            with paths.replacing(copied) as temporary:
+            with replacing(copied) as temporary:
                 shutil.copyfile(source, temporary)
             if load_tokenizer(str(copied)).name != claim.tokenizer:
                 raise InputError(f"{source} has changed while it was read: give a file that is finished")

@@ -103,10 +103,7 @@ class Trainer:
     # Training ---------------------------------------------------------------------------------------------------------
 
     def train(
-        self,
-        description: str | None = None,
-        observers: Observers = UNOBSERVED,
-        asked: threading.Event | None = None,
+        self, description: str | None = None, observers: Observers = UNOBSERVED, asked: threading.Event | None = None
     ) -> Ending:
         """Train from the latest checkpoint in `directory`, or from the start, to the end.
 
