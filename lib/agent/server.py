@@ -49,7 +49,7 @@ def people_server(path: str | Path):
     Each call opens the database anew, in a thread: calls do not wait for one another, and others can write meanwhile.
     Raises `InputError` for a database that `SqlTool` refuses, and without the package mcp.
     """
-    types = optional("mcp.types", "serve", "serving people needs the package mcp")
+    types = optional("mcp", "serve", "serving people needs the package mcp").types
     from mcp.server import Server
 
     with SqlTool(path) as opened:

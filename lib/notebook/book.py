@@ -3,11 +3,12 @@
 import io
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lib import paths
-from lib.base import InputError, WorkError, optional
+from lib.base import InputError, WorkError
 
 
 def build(out: Path | None = None, profile: str | None = None) -> Path:
@@ -24,7 +25,8 @@ def build(out: Path | None = None, profile: str | None = None) -> Path:
     if out.exists() and not (out / "searchindex.js").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} holds something else than a book: name a folder that is not there yet")
     for package in ("sphinx", "myst_nb", "furo", "latex2mathml"):
-        optional(package, "book", f"the book needs the package {package}")
+        if not find_spec(package):
+            raise InputError(f"the book needs the package {package}: pip install -e '.[book]'")
     from sphinx.application import Sphinx
     from sphinx.util.docutils import docutils_namespace
 
