@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
@@ -30,25 +29,8 @@ HOLLOW = {"markerfacecolor": "white", "markersize": 7, "zorder": 4}
 #: Points of runs that today's plan no longer asks for.
 EARLIER = {"markerfacecolor": "white", "alpha": 0.55}
 
-RC = {
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 110,
-    "font.size": 9,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "errorbar.capsize": 2,
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.6,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "legend.title_fontsize": 7,
-    "lines.markersize": 5,
-    "pdf.fonttype": 42,  # text stays text
-    "savefig.dpi": 200,
-}
-
+#: matplotlib's settings.
+SHEET = Path(__file__).with_name("paper.mplstyle")
 
 #: Where a legend stands beside its panel.
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
@@ -59,7 +41,7 @@ def panels(
     size: tuple[float, float] = (5.2, 3.6), n_rows: int = 1, n_columns: int = 1, rc: dict | None = None, **options
 ) -> Iterator[tuple[Figure, plt.Axes]]:
     """Yield a figure of `size` inches and its axes, as `plt.subplots` does, in this style with `rc` on top."""
-    with matplotlib.rc_context({**RC, "figure.figsize": size, **(rc or {})}):
+    with plt.style.context([SHEET, {"figure.figsize": size, **(rc or {})}]):
         yield plt.subplots(n_rows, n_columns, **options)
 
 
@@ -104,7 +86,7 @@ def save_in(figure: Figure, name: str, folder: Path) -> list[Path]:
     for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
         path = folder / f"{name}.{kind}"
         # Resolution and fonts are looked up when a figure is written, so the context is needed again.
-        with paths.replacing(path) as temporary, matplotlib.rc_context(RC):
+        with paths.replacing(path) as temporary, plt.style.context(SHEET):
             figure.savefig(drawn := BytesIO(), format=kind, metadata=metadata)
             temporary.write_bytes(drawn.getvalue())  # on a full disk, `savefig` hides why it failed
         written.append(path)
