@@ -65,10 +65,9 @@ def alt_text(figure: Figure) -> str:
 
 def _describe_in_notebooks() -> None:
     """Make IPython store the alternative text of every figure that it displays, as metadata of the picture."""
-    if ipython := sys.modules.get("IPython"):
-        if shell := ipython.get_ipython():
-            describe = lambda figure, **_: ({}, {"image/png": {"alt": alt_text(figure)}})  # noqa: E731
-            shell.display_formatter.mimebundle_formatter.for_type(Figure, describe)
+    if (ipython := sys.modules.get("IPython")) and (shell := ipython.get_ipython()):
+        describe = lambda figure, **_: ({}, {"image/png": {"alt": alt_text(figure)}})  # noqa: E731
+        shell.display_formatter.mimebundle_formatter.for_type(Figure, describe)
 
 
 _describe_in_notebooks()

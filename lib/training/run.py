@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -93,20 +93,19 @@ def run(
                 directory, device, lambda: Trainer(copy.deepcopy(model), data, config, directory, sources=sources)
             )
             stack.enter_context(using_threads(threads))
+            plain = ranks.size == 1 and not observers.probe_every  # a compiled or replayed step would call no hooks
             if compiled is None:
-                may_compile = ranks.size == 1 and not observers.probe_every  # hooks would be compiled away
-                compiled = may_compile and _pays_to_compile(config, device)
+                compiled = plain and _pays_to_compile(config, device)
             if compiled:
                 torch.compiler.reset()  # earlier runs' shapes count against the recompile limit
             # Texts of files can be of any length, and a CUDA graph takes all batches as long as the longest.
-            replayed = device.type == "cuda" and ranks.size == 1 and not (compiled or observers.probe_every or files)
+            replayed = plain and device.type == "cuda" and not (compiled or files)
             trainer = Trainer(model, data, config, directory, None, compiled, sources, ranks, replayed)
 
             ranks.first_does(lambda: _claim(directory, replace(claim, threads=threads), config_here, people))
             trainer.check_directory = lambda: claim.check_stays(directory)
             tool = stack.enter_context(open_tool(config.mode, directory / DATABASE)) if ranks.rank == 0 else None
-            facts = list(people.facts())
-            some = facts[: config.evaluation.questions]
+            some = list(islice(people.facts(), config.evaluation.questions))
             trainer.evaluate = lambda model: measure_recall(model, some, tokenizer, tool).overall
             ending = trainer.train(description, observers, asked)
 
