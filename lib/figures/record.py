@@ -13,7 +13,7 @@ from lib import paths
 from lib.base import InputError
 from lib.experiments import summaries, tables
 from lib.experiments.published import published_by_paper, published_correlated
-from lib.figures import compressibility, generalization, parameter_bounds, style
+from lib.figures import generalization, parameter_bounds, style
 
 
 class Record(NamedTuple):
@@ -108,7 +108,7 @@ FIGURES = {
     ),
     "compressibility": Record(
         shows=_SMALLEST,
-        draw=compressibility.compressibility,
+        draw=parameter_bounds.compressibility,
         rows=partial(tables.read_rows, "05_3"),
         points=summaries.compressibility_bounds,
         published=published_correlated,
