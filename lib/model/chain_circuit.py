@@ -78,7 +78,7 @@ class ChainCircuit(Circuit):
             pointer = self._pointer(position - i * _SIDE * one)
             heads.append(_Head(f"{i * _SIDE} letters back", *pointer, [form], [self.axes.matches]))
         wrong = 4 * len(PHRASE) * one - (self.axes.matches + found[0]) / 2  # bits
-        behind = position + one - self._by_attribute(lambda each: len(each.before) + 2)
+        behind = position + one - self._length("before", 2)
         units.append(_Unit(one - wrong - self.axes.turns, behind, self.axes.skip))
 
     def _copy(self) -> None:
@@ -88,16 +88,16 @@ class ChainCircuit(Circuit):
         axes, one, last, database = self.axes, self.axes.one, self.axes.last, self.axes.database
         heads.append(_Head("last match", [_SHARP * one], [axes.skip], [axes.skip], [axes.skipped]))
         # What was said last, which is copied next: the name in the question, or the database's answer.
-        starts = axes.skipped + self._by_attribute(lambda each: len(each.before) + 2)
-        length = last - starts - self._by_attribute(lambda each: len(each.after))
+        starts = axes.skipped + self._length("before", 2)
+        length = last - starts - self._length("after")
         for axis, of_question, of_database in (
             (axes.start, starts, database + one),
             (axes.length, length, last - database - one),
         ):
             units += [_Unit(one - axes.seen, of_question, axis), _Unit(axes.seen, of_database, axis)]
         # The name in the last request. When the answer is due, that request asked for `attribute`.
-        named = axes.previous + one + self._by_attribute(lambda each: len(each.call))
-        named = named, database - named - self._by_attribute(lambda each: len(each.close))
+        named = axes.previous + one + self._length("call")
+        named = named, database - named - self._length("close")
         # How many links are still to be requested (-1 in the answer). While one is due, the attribute is not.
         due = axes.skipped / len(PHRASE) + one - axes.turns
         self._if_positive(due, one, axes.link)

@@ -239,8 +239,8 @@ class Circuit:
 
     def _copy(self) -> None:
         """Build the third block, and the text that the second and third say."""
-        axes, starts = self.axes, self._by_attribute(lambda each: len(each.before) + 2)
-        name = starts, axes.first - starts - self._by_attribute(lambda each: len(each.after))
+        axes, starts = self.axes, self._length("before", 2)
+        name = starts, axes.first - starts - self._length("after")
         value = axes.database + axes.one, axes.last - axes.database - axes.one
         self._speak(axes.first, name, name, value, axes.seen)
 
@@ -254,9 +254,9 @@ class Circuit:
         one, position, last = self.axes.one, self.axes.position, self.axes.last
         # The index of the next token within each part, from 0.
         request, sentence = position - asked, position - last
-        name_asked = request - self._by_attribute(lambda each: len(each.call))
-        name_told = sentence - self._by_attribute(lambda each: len(each.opening))
-        value_told = name_told - named_length - self._by_attribute(lambda each: len(each.middle))
+        name_asked = request - self._length("call")
+        name_told = sentence - self._length("opening")
+        value_told = name_told - named_length - self._length("middle")
         end = value_told - value_length
         to_value, least = self._value_pointer(value, value_told)
         # A closed pointer goes to the first token, which has no byte.
@@ -282,9 +282,9 @@ class Circuit:
         """
         return value + index, _FAR_SQUARED * self.axes.seen
 
-    def _by_attribute(self, number) -> np.ndarray:
-        """Return the form that is number(phrases) of the attribute in question."""
-        return np.array([number(each) for each in self.phrases]) @ self.axes.attribute
+    def _length(self, part: str, more: int = 0) -> np.ndarray:
+        """Return the form that is the length of a part of the `Phrases` about the attribute in question, and `more`."""
+        return np.array([len(getattr(each, part)) + more for each in self.phrases]) @ self.axes.attribute
 
     def _pointer(self, to: np.ndarray, bonus: np.ndarray | float = 0.0) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Return query and key of a head that attends to position `to`, or to the nearest key with the bonus."""
