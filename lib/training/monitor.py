@@ -53,10 +53,7 @@ class Record(AbstractContextManager):
 
 
 class Monitor(AbstractContextManager):
-    """Writes `metrics.jsonl` in `directory` always, shows progress in steps, and does what `observers` ask for.
-
-    A resumed run continues the record at `step`: lines that a killed run wrote after its last checkpoint are dropped.
-    """
+    """Writes `metrics.jsonl` in `directory` always (from `step` on), shows progress, and does what `observers` ask."""
 
     def __init__(
         self,
