@@ -62,8 +62,7 @@ def committed_rows() -> pd.DataFrame:
 
 def rate(lr: float) -> str:
     """Return a learning rate as it is written in a recipe: 1e-3, 2.5e-3."""
-    mantissa, exponent = f"{lr:e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
+    return np.format_float_scientific(lr, trim="-", exp_digits=1)
 
 
 def batches(rows: pd.DataFrame) -> str:
