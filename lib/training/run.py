@@ -50,7 +50,6 @@ def run(
     device: str = "auto",
     description: str | None = None,
     observers: Observers = UNOBSERVED,
-    compiled: bool | None = None,
     sharded: bool = False,
     tensor: int = 1,
     inputs: Mapping[str, str] = {},
@@ -58,19 +57,18 @@ def run(
 ) -> dict:
     """Train and measure one model; return its row (see `paper_data/README.md` for the columns).
 
-    compiled: whether to use torch.compile; None: only for long, unprobed runs of one process on a CPU. On a GPU, steps
-    are replayed from a CUDA graph instead. observers: extra logging. It does not change training, except that probes
-    turn off CUDA graphs, which changes rounding. Several processes may train one run; all of them call this, and
-    sharded and tensor set their parallelism (`lib.training.distributed.connect`). inputs: current paths of files, by
-    the paths in the configuration. threads: of the CPU; None keeps those that the run began with, and a new run
-    that may use several measures how many are fastest.
+    One process compiles the steps of a long run on a CPU (torch.compile), and on a GPU replays them from a CUDA graph.
+    observers: extra logging. It does not change training, except that probes turn off both, which changes rounding.
+    Several processes may train one run; all of them call this, and sharded and tensor set their parallelism
+    (`lib.training.distributed.connect`). inputs: current paths of files, by the paths in the configuration. threads: of
+    the CPU; None: see `_choose_threads`.
 
     Raises `InputError`, before any training, if the directory belongs to another configuration, people, tokens or
     files; and `WorkError` (`Preempted` is one) if training could not go on: the same call continues it.
     """
     device, directory = local_device(resolve_device(device)), Path(directory)
     check_observers(observers)
-    if observers.probe_every and (compiled or world_size() > 1):
+    if observers.probe_every and world_size() > 1:
         raise InputError("probes watch a model that is not compiled, in a single process")
     if threads is not None and not 1 <= threads <= 1024:
         raise InputError(f"threads = {threads}: a run takes at least one, and at most 1,024")
@@ -94,8 +92,7 @@ def run(
             )
             stack.enter_context(using_threads(threads))
             plain = ranks.size == 1 and not observers.probe_every  # a compiled or replayed step would call no hooks
-            if compiled is None:
-                compiled = plain and _pays_to_compile(config, device)
+            compiled = plain and _pays_to_compile(config, device)
             if compiled:
                 torch.compiler.reset()  # earlier runs' shapes count against the recompile limit
             # Texts of files can be of any length, and a CUDA graph takes all batches as long as the longest.
@@ -204,8 +201,7 @@ def _choose_threads(directory: Path, device: torch.device, trial: Callable[[], T
 def _pays_to_compile(config: RunConfig, device: torch.device) -> bool:
     """Return whether a run is long enough for torch.compile to save the 10 to 25 seconds that it takes.
 
-    Eager, a core does some 3e10 floating-point operations a second, so the limit is about two minutes. On a GPU steps
-    are replayed instead (`lib.training.cuda_graph`).
+    Eager, a core does some 3e10 floating-point operations a second, so the limit is about two minutes.
     """
     return device.type == "cpu" and config.flops() > 4e12 and shutil.which("g++") is not None
 
