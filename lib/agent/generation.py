@@ -89,10 +89,7 @@ class _Row:
             self.done = True
 
     def replay(self, known: Sequence[int]) -> None:
-        """Append the model's known tokens, then the forced ones, without running the model.
-
-        The tool is called again. If its answer differs from that in `known`, the rest of `known` is ignored.
-        """
+        """Append the tokens that `generate` knows, then the forced ones, without running the model."""
         for token in known:
             if self.done or self.take(token) != token:
                 break

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
-from matplotlib.artist import Artist
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -147,7 +146,7 @@ def smallest(table: pd.DataFrame, mode: str, threshold: float) -> pd.DataFrame:
 
 def shared_legend(figure: Figure, panels, **look) -> None:
     """Draw one legend of all that panels have labels for, each label once; none if there is nothing."""
-    entries: dict[str, Artist] = {}
+    entries = {}
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         entries |= zip(labels, handles, strict=True)

@@ -183,10 +183,7 @@ class _ProgressLines:
 
 
 def _this_interpreter(figures: Path) -> type[AsyncKernelManager]:
-    """Return a kernel manager that starts the interpreter running this, with this `lib`.
-
-    Jupyter by itself takes the first kernelspec `python3` on its search path, and that may name another Python.
-    """
+    """Return a kernel manager that starts the interpreter running this, with this `lib`."""
     environment = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(paths.ROOT), os.environ.get("PYTHONPATH")])),
         "ITL_RUNS": str(paths.runs().resolve()),

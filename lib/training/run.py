@@ -214,7 +214,7 @@ def _claim(directory: Path, claim: Claim, config_here: RunConfig, people: People
         for path in new:
             undo.callback(path.unlink, missing_ok=True)
         if directory / CLAIM in new:
-            claim.write(directory)
+            write_json(directory / CLAIM, {**vars(claim), "config": claim.config.model_dump(mode="json")})
         if (copied := own.get(claim.config.facts.csv)) in new:
             write_people_csv(people, copied)
         if (copied := own.get(claim.config.tokenizer)) in new:

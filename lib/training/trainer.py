@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -293,10 +294,10 @@ class Trainer:
         tensors, state = checkpoint.load(folder, self._expect, self.ranks)
         self.model.load_state_dict(below("model.", tensors))
         for i, optimizer in enumerate(self.optimizers):
-            slots: dict[int, dict[str, torch.Tensor]] = {}
+            slots = defaultdict(dict)
             for name, tensor in below(f"optim.{i}.", tensors).items():
                 parameter, slot = name.split(".")
-                slots.setdefault(int(parameter), {})[slot] = tensor.clone()  # a copy: retention deletes the file
+                slots[int(parameter)][slot] = tensor.clone()  # a copy: retention deletes the file
             groups = optimizer.state_dict()["param_groups"]  # set by configuration and schedule
             optimizer.load_state_dict({"state": slots, "param_groups": groups})
         self.losses = list(tensors["losses"].to(self.model.device) / self.ranks.data_size)
