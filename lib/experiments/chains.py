@@ -34,7 +34,6 @@ SECTION, TABLE = "07_2", paths.PAPER_DATA / "chains.csv"
 ASKED = (1, 2, 3)
 _PEOPLE, _DIALOGS = "people.csv", "dialogs_2.jsonl"
 
-
 #: The sizes of a profile. asked: how many trained people to ask about, and as many unseen ones.
 Setting = namedtuple("Setting", "n_people d_model steps recipe n_seeds asked")
 SETTINGS = {

@@ -41,7 +41,6 @@ from lib.training.saved import Conversation, open_conversation
 
 SECTION, TABLE = "07_1", paths.PAPER_DATA / "edits.csv"
 
-
 #: By profile: numbers of facts to change (about as many as the last are deleted), then the maximum numbers of questions
 #: for a share, of people whom a hybrid model knows by heart, and of training steps of an edit.
 SIZES = {

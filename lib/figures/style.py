@@ -21,16 +21,12 @@ STYLES = {
     "in-weight": {"color": "#D55E00", "marker": "o"},
     "in-tool": {"color": "#0072B2", "marker": "s"},
 }
-
 #: Points of a profile that does not publish (quick), drawn over the published ones.
 HOLLOW = {"markerfacecolor": "white", "markersize": 7, "zorder": 4}
-
 #: Points of runs that today's plan no longer asks for.
 EARLIER = {"markerfacecolor": "white", "alpha": 0.55}
-
 #: matplotlib's settings.
 SHEET = Path(__file__).with_name("paper.mplstyle")
-
 #: Where a legend stands beside its panel.
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
 
