@@ -271,8 +271,8 @@ def panels(rows: pd.DataFrame) -> pd.DataFrame:
     """
     if not len(rows):
         return published_rows().iloc[:0]
-    rows, model = rows[rows.task.eq("facts") & rows.adaptation.eq("full")], ["profile", "base"]
-    tool, weight = (rows[rows["mode"].eq("in-weight") == is_weight] for is_weight in (False, True))
+    rows, model = rows.query("task == 'facts' and adaptation == 'full'"), ["profile", "base"]
+    tool, weight = (rows.query(f"mode {sign} 'in-weight'") for sign in ("!=", "=="))
     rates = tool[[*model, "lr"]].drop_duplicates().assign(name=", equal rates")
     weight = weight.merge(rates, on=[*model, "lr"], how="left").fillna({"name": ""})
     tool = tool.merge(weight[[*model, "name"]].drop_duplicates(), on=model, how="left").fillna({"name": ""})

@@ -45,7 +45,7 @@ def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: fl
             label = published_label(theirs.n_facts, mode)
             axes.plot(theirs.n_facts, mean, color=style["color"], alpha=0.45, linewidth=1.4, label=label)
             axes.fill_between(theirs.n_facts, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
-            ours = seeds[seeds["mode"].eq(mode) & seeds.recall_threshold.eq(threshold)].dropna(subset="min_params")
+            ours = seeds.query("mode == @mode and recall_threshold == @threshold").dropna(subset="min_params")
             for points, name, look in told_apart(ours, f"{mode}, this repository", style):
                 axes.plot(side_by_side(points), points.min_params, label=name, linestyle="none", **look)
             fit = summaries.fit_of_mode(ours, mode)
@@ -137,7 +137,7 @@ def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame) -> Fi
         for axes, mode in zip(row, STYLES, strict=True):
             if counts:
                 # A run that was given up has no recall at the end of training.
-                ended = rows[(rows["mode"] == mode) & (rows.stopped != "hopeless")]
+                ended = rows.query("mode == @mode and stopped != 'hopeless'")
                 for n_facts, runs in ended.groupby("n_facts"):
                     look = {"color": colors[n_facts], "marker": "o", "markersize": 3.5}
                     draw_means(axes, runs, "n_params", f"{n_facts:,}", of="recall", **look)
@@ -172,7 +172,7 @@ def bits_stored(held: pd.DataFrame) -> Figure:
     held: as `summaries.capacity` gives it; runs that were given up are left out. Filled points are overloaded models,
     of recall below 95%.
     """
-    held = tables.described(held[(held.stopped != "hopeless") & held.stored_bits.gt(0)])
+    held = tables.described(held.query("stopped != 'hopeless' and stored_bits > 0"))
     with panels((5.6, 3.8)) as (figure, axes):
         groups = list(held.groupby("n_facts"))
         for color, (n_facts, runs) in zip(shades(len(groups)), groups, strict=True):
@@ -247,7 +247,7 @@ def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     rows = summaries.behind(summaries.bounds_rows(profile), threshold)
     for mode, unknown in table[table.min_params_mean.isna()].groupby("mode"):
         n_facts = unknown.n_facts.min()
-        runs = rows[(rows["mode"] == mode) & (rows.n_facts == n_facts)]
+        runs = rows.query("mode == @mode and n_facts == @n_facts")
         if not (runs.recall >= threshold).any():  # else some size is enough, but no smaller one was tried
             known = f"no smallest {mode} model is known yet (largest tried: {runs.n_params.max():,} parameters)."
             sentences.append(f"At {n_facts:,} facts {known}")

@@ -170,7 +170,7 @@ def caption(name: str, profile: str, **options) -> str:
     if len(rows) and "d_model" in record.options:
         rows = rows[generalization.of_size(rows, **options)]
     if len(rows) and record.mode:
-        rows = rows[rows["mode"] == record.mode]
+        rows = rows.query("mode == @record.mode")
     theirs = f"Published: Houliston et al. (2025), {record.about_published}. " if record.published else ""
     return f"{record.shows}. {theirs}{provenance(rows)}"
 

@@ -136,7 +136,7 @@ def side_by_side(points: pd.DataFrame) -> pd.Series:
 def smallest(table: pd.DataFrame, mode: str, threshold: float) -> pd.DataFrame:
     """Return the points of `summaries.minimal_parameters` that are known for a mode and threshold, as `draw_means`
     takes them."""
-    known = table[table["mode"].eq(mode) & table.recall_threshold.eq(threshold) & table.min_params_mean.notna()]
+    known = table.query("mode == @mode and recall_threshold == @threshold").dropna(subset="min_params_mean")
     return known.sort_values("n_facts", kind="stable").rename(columns=lambda name: name.removeprefix("min_params_"))
 
 
