@@ -7,7 +7,6 @@ repeated; a killed one resumes.
 """
 
 import copy
-import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -123,17 +122,13 @@ def run(
 
 @contextmanager
 def no_room_told() -> Iterator[None]:
-    """Turn a full disk, or memory, into a `WorkError`: it is not a bug."""
+    """Turn a full memory, of which libraries tell in words alone, into a `WorkError`: it is not a bug."""
     try:
         yield
     except RuntimeError as error:
         if not any(words in str(error) for words in ("out of memory", "allocate memory")):
             raise
         raise WorkError("out of memory: give a smaller model or batch, or use a machine with more") from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise WorkError(f"the disk is full ({error}): free some space, then the same command goes on") from error
 
 
 def read_inputs(config: RunConfig) -> tuple[People, Tokenizer]:
