@@ -21,10 +21,14 @@ class Tokenizer:
     """
 
     def __init__(self, name: str, n_text: int, encode: Callable[[str], list[int]], decode: Callable[[list[int]], str]):
-        self.name, self.n_text, self.encode, self._decode = name, n_text, encode, decode
+        self.name, self.n_text, self._encode, self._decode = name, n_text, encode, decode
         self.role_ids = {role: n_text + i for i, role in enumerate(Role)}
         self.end = n_text + len(Role)
         self.vocab_size = self.end + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`."""
+        return self._encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; a special token is a ValueError, invalid UTF-8 becomes U+FFFD."""

@@ -94,10 +94,9 @@ def comparable(rows: pd.DataFrame | None = None, with_published: bool = True) ->
     tables = [each for each in (rows, published_rows() if with_published else None) if each is not None and len(each)]
     runs = pd.concat([_last_checkpoints(each) for each in tables]) if tables else pd.DataFrame()
     table = _over_seeds(runs, [*POINT, *RECIPE], METRICS)
-    order = table.assign(ours=table.source != "published", size=_n_params(table.base))
-    order = order.sort_values(["ours", "size", "model", "mode", "n_facts"], na_position="first")
-    table = table.loc[order.index].reset_index(drop=True)
-    return table.rename(columns={"steps_to_recall_seeds": "seeds_reaching_it"})
+    table = table.assign(ours=table.source != "published", size=_n_params(table.base))
+    table = table.sort_values(["ours", "size", "model", "mode", "n_facts"], na_position="first", ignore_index=True)
+    return table.drop(columns=["ours", "size"]).rename(columns={"steps_to_recall_seeds": "seeds_reaching_it"})
 
 
 def _last_checkpoints(rows: pd.DataFrame) -> pd.DataFrame:
