@@ -112,7 +112,7 @@ class Config(BaseModel):
     @classmethod
     def _sentence(cls, error: ValidationError) -> str:
         """Return the first problem of a pydantic error as one sentence that names the field and what it takes."""
-        problem = error.errors(include_url=False)[0]
+        problem = error.errors()[0]
         message = problem["msg"].removeprefix("Value error, ")
         if not problem["loc"]:
             return message

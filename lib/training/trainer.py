@@ -164,7 +164,7 @@ class Trainer:
                     clip_gradients(self.model.parameters(), clip_norm)
                 for optimizer in self.optimizers:
                     optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                    optimizer.zero_grad()
                 self._loss = mean.cross_entropy
                 # Keep the table that a replay reads: an evaluation may rebuild the model's.
                 self._rotary = self.model.rotary(1, self.model.embedding.weight.dtype)
