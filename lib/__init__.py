@@ -2,8 +2,8 @@
 
 import os
 
-# Before torch is imported: a thread that has nothing to do spins for a tenth of a millisecond, then sleeps. Sleeping at
-# once makes two threads slower than one, for work comes in small pieces. Spinning for milliseconds, the default, makes
-# a step take seven times as long if another process wants the core; our setting, four times (measured: LOG.md).
+# Before torch is imported, let an idle thread spin for a tenth of a millisecond, then sleep. If it slept at once, two
+# threads would be slower than one, for work comes in small pieces. By default it spins for milliseconds; if another
+# process wants the core, a step then takes seven times as long, and four times with our setting (measured: LOG.md).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

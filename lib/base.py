@@ -56,7 +56,7 @@ def to_json(content: Any, **options: Any) -> str:
 
 
 def check_unique(keys: Iterable[str]) -> None:
-    """Raise `InputError` if one of the keys that a file gives values to is there twice: a value would be lost."""
+    """Raise `InputError` for a key that a file sets twice: one of its values would be lost."""
     if twice := [key for key, count in Counter(keys).items() if count > 1]:
         raise InputError(f"{twice[0]!r} is there twice: each key takes one value")
 

@@ -60,7 +60,7 @@ class ModelConfig(Config):
         return 2 * self.vocab_size * d + self.n_layers * block + d
 
     def forward_flops(self, seq_len: int, n_logits: int | None = None) -> int:
-        """Return a forward pass's FLOPs (2 a multiply-add) over `seq_len` tokens, `n_logits` of which have logits."""
+        """Return a forward pass's FLOPs (2 per multiply-add) over `seq_len` tokens, `n_logits` of which have logits."""
         d, kv = self.d_model, self.kv_heads * self.head_dim
         matrices = self.n_layers * (2 * d * d + 2 * d * kv + 12 * d * d) * seq_len
         attention = self.n_layers * d * seq_len * (seq_len + 1)  # scores and values over the causal triangle
@@ -69,7 +69,7 @@ class ModelConfig(Config):
 
 
 class OptimConfig(Config):
-    """How the weights are updated."""
+    """Optimizer and learning-rate schedule."""
 
     #: "muon" is Muon for the hidden matrices and AdamW for embedding, output and norms; "adamw" is AdamW for all.
     name: Literal["adamw", "muon"] = "muon"
@@ -89,12 +89,12 @@ class OptimConfig(Config):
 
 
 class TrainingConfig(Config):
-    """How long and on what batches."""
+    """Length of training, its batches and its loss."""
 
     #: The schedule's length; a run may stop earlier (see `EvaluationConfig.stop_at_recall`). None: 150 passes over the
     #: data, and at least 600 steps.
     steps: int | None = Field(None, ge=1)
-    #: Dialogs a step, never more than the dataset holds.
+    #: Dialogs per step, never more than the dataset holds.
     batch_size: int = Field(64, ge=1)
     #: How many batches are sorted by length together, for less padding; 1: batches are random.
     length_pool: int = Field(8, ge=1)
@@ -139,7 +139,7 @@ class TrainingConfig(Config):
 
 
 class EvaluationConfig(Config):
-    """How recall is measured during training, and when it is enough."""
+    """Measurement of recall during training, and early stopping."""
 
     #: Steps between two measurements; None measures at the end only.
     every: int | None = Field(100, ge=1)
@@ -201,10 +201,10 @@ class RunConfig(Identified):
         return f"{self.mode}, {facts}, d = {self.model.d_model}{layers}, seed {self.seed}"
 
     def flops(self) -> float:
-        """Return about how many floating-point operations the whole training takes: three forward passes a step."""
+        """Return about how many floating-point operations the whole training takes: three forward passes per step."""
         n_dialogs = len(ATTRIBUTES) * self.facts.n_people
         share = self.training.biographies
-        # Mean tokens a dialog, if they are bytes; dialogs of files count as questions.
+        # Mean tokens per dialog, if they are bytes; dialogs of files count as questions.
         length = round((1 - share) * (66 if self.mode == "in-weight" else 184) + share * 140)
         batch = min(self.training.batch_size, n_dialogs)
         return 3.0 * self.training.total_steps(n_dialogs) * batch * self.model.forward_flops(length, length // 2)
@@ -234,7 +234,7 @@ def override(config: RunConfig, assignments: dict[str, object]) -> RunConfig:
 
 
 class Observers(Config):
-    """What else a run logs: no part of its `RunConfig`, for it changes nothing that is learned."""
+    """Extra logging of a run. It is no part of `RunConfig` because it does not change what is learned."""
 
     tensorboard: bool = Field(False, description="also log for TensorBoard, into tensorboard/")
     wandb: str | None = Field(None, min_length=1, description="also log to this project of Weights & Biases")

@@ -70,7 +70,7 @@ def figures(profile: str) -> Path:
 def check_output(path: Path, kind: str = "") -> Path:
     """Return `path` with links resolved. Raises `InputError` unless it is a file, or new in an existing folder."""
     target = Path(os.path.realpath(path))
-    # A device would be replaced; a cycle of links does not resolve.
+    # Refuse a device, which would be replaced, and a cycle of links, which does not resolve.
     if (os.path.lexists(target) and not target.is_file()) or not target.parent.is_dir():
         raise InputError(f"cannot write {kind}{path}: a file name in an existing folder is expected")
     return target
@@ -168,4 +168,4 @@ def whole(paths: Iterable[Path], read: Callable[[Path], Any]) -> Iterator[tuple[
         try:
             yield path, read(path)
         except (InputError, DamagedFile, OSError) as error:
-            print(printable(f"passed over: {error}"), file=sys.stderr)
+            print(printable(f"skipped: {error}"), file=sys.stderr)

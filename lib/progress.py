@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 #: Seconds between two lines of progress in logs.
 LINE_INTERVAL = 10.0
-#: What lines of progress hold, and other lines hardly ever.
+#: Matches lines of progress, and hardly any other line.
 METER = re.compile(r": \d+/\d+ \[\d+:\d+")
 
 

@@ -59,11 +59,11 @@ Tool = Callable[[str], Response]
 
 
 class PeopleTool:
-    """How tools that look up people are asked, as `lib.evaluation.recall` reads it; another tool brings its own."""
+    """The dialogs and requests of tools that look up people, as `lib.evaluation.recall` reads them."""
 
-    #: Facts to the dialog that looks them up, one after the other.
+    #: Maps facts to the dialog that looks them up, one after the other.
     dialog = staticmethod(chain_dialog)
-    #: A turn to the request that it ends in, None if there is none: equal for turns that ask the same.
+    #: Maps a turn to the request at its end, or None. Turns that ask for the same thing give equal requests.
     parse = staticmethod(parse_request)
 
 
@@ -112,9 +112,9 @@ class SqlTool(PeopleTool, AbstractContextManager):
         return _error(Outcome.NO_MATCH) if isinstance(value, bytes | None) else Response(Outcome.ANSWER, str(value))
 
     def find_spelled(self, attribute: str, name: str) -> Response:
-        """Do as `find`; where it finds nobody, try the `comparable` form of the name, for people and assistants.
+        """Answer as `find` does. If it finds nobody, try the `comparable` form of the name.
 
-        One more query, where `lib.facts.database.spelling` would read all names.
+        For names that users type. It takes one more query; `lib.facts.database.spelling` would read all names.
         """
         response = self.find(attribute, name)
         return response if response.outcome is not Outcome.NO_MATCH else self.find(attribute, comparable(name))
@@ -151,7 +151,7 @@ class ForgivingTool(PeopleTool):
 class EditableTool(AbstractContextManager):
     """A tool on a copy of a database's people that may be changed; the database itself is only read.
 
-    kind: what answers in its place, one of `TOOLS`. The end of the `with` block, or of the process, deletes the copy.
+    kind: the class that answers, one of `TOOLS`. The end of the `with` block, or of the process, deletes the copy.
     Raises `InputError` for a database that `SqlTool` refuses or that cannot be copied.
     """
 
@@ -178,7 +178,7 @@ class EditableTool(AbstractContextManager):
         return database.change_fact(self.path, name, attribute, value)
 
     def facts(self, name: str) -> dict[str, str]:
-        """Return what the copy says about a person, by attribute; no facts about a person that it lacks."""
+        """Return a person's facts in the copy, by attribute; none for an unknown person."""
         with SqlTool(self.path, time_budget=database.WHOLE_TABLE) as tool, refusing("read people from", self.path):
             name = database.spelling(tool.connection, name)
             answers = {attribute: tool.find(attribute, name) for attribute in self.attributes}

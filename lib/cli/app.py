@@ -49,7 +49,7 @@ def main() -> None:
     for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)  # not every terminal can show every character
-    # So that nothing temporary stays.
+    # Exit on signals by SystemExit, so that temporary files are deleted.
     before = {each: signal.signal(each, lambda number, _: sys.exit(128 + number)) for each in ENDS}
     try:
         code = app(standalone_mode=False)
@@ -71,7 +71,7 @@ def main() -> None:
             signal.signal(each, handler)
     if code == 130:  # typer's code for Ctrl-C
         resumed = len(sys.argv) > 1 and sys.argv[1] in RESUMED
-        _say("interrupted: the same command goes on from what was saved" if resumed else "interrupted")
+        _say("interrupted: the same command resumes from what was saved" if resumed else "interrupted")
     try:
         if sys.stdout:
             sys.stdout.flush()
@@ -169,10 +169,15 @@ def recall(folder: RunFolder, database: Database = None, device: Device = "auto"
     from lib.training.saved import open_conversation
 
     with open_conversation(folder, database, device) as talk:
-        if talk.tool is not None:
-            with SqlTool(talk.database, talk.people.attributes):  # `InputError` if it lacks an attribute
-                pass
         facts = list(talk.people.facts())
+        if talk.tool is not None:
+            with SqlTool(talk.database, talk.people.attributes) as asked:  # `InputError` if it lacks an attribute
+                changed = 0 if database else sum(asked.find(of, name).text != value for name, of, value in facts)
+            if changed:
+                raise InputError(
+                    f"{changed:,} of {len(facts):,} facts in {talk.database} are not those of training: restore it, "
+                    "or give it as --database to ask it as it is"
+                )
         measured = measure_recall(talk.model, facts, talk.tokenizer, talk.tool, description="asking")
         queries = "" if talk.tool is None else f", {talk.tool.n_queries:,} queries to {talk.database}"
     console.print(f"recall {measured.overall:.4f} on {len(facts):,} questions{queries}")

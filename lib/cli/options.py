@@ -134,7 +134,7 @@ def _run_config(given: dict[str, Any]) -> RunConfig:
 
 
 _named = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
-#: Signals that end a command. Windows has no SIGHUP, the end of a terminal, and nohup ignores it.
+#: Signals that end a command. Windows has no SIGHUP (a closed terminal), and nohup ignores it.
 ENDS = [each for each in _named if each and signal.getsignal(each) != signal.SIG_IGN]
 SET = Option(list[str], "any other field, as training.steps=500; may be repeated")
 #: The configuration of a run.

@@ -18,14 +18,14 @@ Script = Annotated[bool, typer.Option("--dry-run", help="only print the script t
 @submit.command("train")
 @takes(config=options.RUN, observers=options.OBSERVERS, how=options.HOW, resources=RESOURCES)
 def submit_train(config, observers, how, resources, out: Out = None, dry_run: Script = False) -> None:
-    """Train one model, with one process a GPU (without GPUs, one a node). It resumes after a time limit."""
+    """Train one model, with one process per GPU (without GPUs, one per node). It resumes after a time limit."""
     _submit(tasks.train(config, run_folder(config, out), observers, how), resources, dry_run)
 
 
 @submit.command("finetune")
 @takes(config=FINETUNE, resources=RESOURCES)
 def submit_finetune(config, resources, out: Out = None, device: Device = "auto", dry_run: Script = False) -> None:
-    """Fine-tune one model, with one process a GPU (without GPUs, one a node). It resumes after a time limit."""
+    """Fine-tune one model, with one process per GPU (without GPUs, one per node). It resumes after a time limit."""
     _submit(tasks.finetune(config, run_folder(config, out, "finetune"), device), resources, dry_run)
 
 

@@ -39,7 +39,7 @@ class Batches:
             (start, n, round(sources[0].n_dialogs * weight / sources[0].weight))
             for start, (n, weight) in zip(starts, sources, strict=False)
         ]
-        #: Dialogs an epoch.
+        #: Number of dialogs per epoch.
         self.n_dialogs = sum(count for *_, count in self._parts)
         self.per_epoch = -(-self.n_dialogs // batch_size)
         # Two epochs are kept: reading ahead may have begun the next one.

@@ -42,9 +42,9 @@ def chain_question(chain: Sequence[Fact]) -> str:
 
 
 def chain_dialog(chain: Sequence[Fact]) -> Dialog:
-    """Return the question, a request and the database's answer for each hop, and the answer, about the last person.
+    """Return the question, then for each hop a request and the database's answer, then the final answer.
 
-    For one hop this is `in_tool_dialog`.
+    The final answer is about the last person. For one hop this is `in_tool_dialog`.
     """
     turns = [Turn(Role.USER, chain_question(chain))]
     for name, attribute, value in chain:

@@ -1,7 +1,7 @@
 """Dialogs from files larger than memory: tokenized once into flat files, memory-mapped, read during a step.
 
-A file of dialogs has one dialog a line, as JSON `[[role, text], ...]`; blank lines do not count. Its tokens are in a
-folder that is named after the file's content, so a changed file is tokenized anew, and a copied or moved one is not.
+A file of dialogs has one dialog per line, as JSON `[[role, text], ...]`; blank lines do not count. The name of the
+folder of its tokens is a hash of its content: a changed file is tokenized again, a copied or moved one is not.
 """
 
 import hashlib
@@ -39,8 +39,8 @@ _ACCEPTED = (
 def tokenize_file(path: str | Path, tokenizer: Tokenizer) -> Path:
     """Return the folder with the tokens of a file of dialogs, for `open_dialogs`; write it if it is new.
 
-    Memory holds some megabytes and the longest line. The folder is complete or absent; a second process waits for the
-    first. Raises `InputError` for a file that cannot be read, a line that is no dialog, and a file without dialogs.
+    Memory: some megabytes and the longest line. The folder is complete or absent; a second process waits for the first.
+    Raises `InputError` for a file that cannot be read, a line that is no dialog, and a file without dialogs.
     """
     try:
         if not os.path.isfile(path):  # a pipe could not be read twice
@@ -71,7 +71,7 @@ def _digest(file: BinaryIO) -> str:
 
 
 def _write_tokens(file: BinaryIO, path: str | Path, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write one flat file for each field of `TokenizedDialogs`, its type in its name."""
+    """Write one flat file for each field of `TokenizedDialogs`; the suffix is the dtype."""
     n_lines, n_dialogs, n_tokens = 0, 0, 0
     folder.mkdir()
     file.seek(0)
@@ -119,7 +119,7 @@ def _parse(line: bytes, path: str | Path, number: int) -> Dialog:
 
 
 def open_dialogs(folder: Path) -> TokenizedDialogs:
-    """Map the dialogs that `tokenize_file` wrote: a page is read where it is touched, and memory holds no copy.
+    """Memory-map the dialogs that `tokenize_file` wrote: a page is read when it is first used, and nothing is copied.
 
     A file that is missing or cut short is an `InputError`.
     """
@@ -149,7 +149,7 @@ class ConcatDialogs:
 
     def __init__(self, parts: Sequence[TokenizedDialogs]):
         self.parts, self.device = parts, "cpu"
-        #: How many tokens of each dialog are trained, and the place of the first of these: (D,).
+        #: Number of trained tokens of each dialog, and the position of the first one: (D,).
         self.n_trained, self.first = (torch.cat([getattr(p, name) for p in parts]) for name in ("n_trained", "first"))
 
     def __len__(self) -> int:
@@ -180,7 +180,7 @@ class ConcatDialogs:
 class ReadAhead:
     """Calls `make(step)` for the next step in a thread, while the caller works on the result for this step.
 
-    Steps may be asked for in any order; in ascending order each is ready when it is asked for. An error of `make` is
+    Steps may be asked for in any order, but only ascending ones are prefetched. An error of `make` is
     raised when its step is asked for. The thread ends with the object, or with the process.
     """
 

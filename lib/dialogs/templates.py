@@ -99,7 +99,7 @@ _RENDER = {"in-weight": in_weight_dialog, "in-tool": in_tool_dialog}
 
 
 def dialogs(people: People, mode: Mode) -> Iterator[Dialog]:
-    """Yield the dialogs of `people`: one a fact, person by person, or one a person if `mode` is "biography".
+    """Yield the dialogs of `people`: one per fact, person by person, or one per person if `mode` is "biography".
 
     An unknown mode is an `InputError`.
     """

@@ -1,6 +1,6 @@
 """Tokenizers: bytes, and vocabularies from files, for tiktoken and for Hugging Face's tokenizers.
 
-After the tokens of text come four special ones, roles and end: no text encodes to them.
+Ids of text come first. Four special ids follow, three roles and the end of a dialog: no text encodes to them.
 """
 
 import base64
@@ -51,17 +51,17 @@ PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _ACCEPTED = 'give "bytes", a file of BPE ranks (*.tiktoken), or a tokenizer.json or the folder that holds one'
-#: Blanks, marks, letters and a request. A tokenizer that changes case, trims or drops something fails it.
+#: A text that every tokenizer must give back. One that changes case, trims or drops something does not.
 _PROBE = " Zoë  O'Neil,\t李 😀 <|end|>\n```sql\nFIND birth_place FOR Zoë O'Neil\n```"
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """Return the tokenizer that `RunConfig.tokenizer` names; its own name identifies the content of its file.
+    """Return the tokenizer that `RunConfig.tokenizer` names; its `name` holds a hash of its file.
 
     spec: "bytes", a `.tiktoken` file of BPE ranks, a `tokenizer.json`, or the folder that holds one. Special tokens of
-    the file are plain text here. A file that is none of these, that cannot be read or whose tokens do not decode to
-    the text is an `InputError`, and so is a library that is not installed. (Some Hugging Face tokenizers
-    normalize Unicode: they return the normalized text.)
+    the file are plain text here. Raises `InputError` if the file is none of these, cannot be read or does not decode to
+    the text that it encoded, or if a library is missing. (Some Hugging Face tokenizers normalize Unicode: they return
+    the normalized text.)
     """
     if spec == "bytes":
         return ByteTokenizer()
@@ -79,7 +79,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         raise InputError(f"{path} is not a tokenizer that can be used ({error}): {_ACCEPTED}") from None
     back = tokenizer.decode(tokenizer.encode(_PROBE))
     if back != _PROBE:
-        raise InputError(f"{path} does not give a text back, {_PROBE!r} becomes {back!r}: give a byte-level one (BPE)")
+        raise InputError(f"{path} changes a text, {_PROBE!r} becomes {back!r}: give a byte-level tokenizer")
     return tokenizer
 
 
@@ -89,7 +89,7 @@ def tokenizer_file(spec: str) -> Path:
 
 
 def _read_ranks(content: bytes) -> tuple[int, Callable, Callable]:
-    """Read lines of `base64 rank`. tiktoken's own reader would return from its cache what the file held before."""
+    """Read lines of `base64 rank`. tiktoken's own reader caches by path, so it would miss a changed file."""
     tiktoken = optional("tiktoken", "scale", "this tokenizer needs the package tiktoken")
     try:
         pairs = [line.split() for line in content.splitlines() if line]
@@ -113,7 +113,7 @@ def _read_hugging_face(content: bytes) -> tuple[int, Callable, Callable]:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
     except Exception as error:  # the library raises plain `Exception`
         raise ValueError(error) from None
-    tokenizer.encode_special_tokens = True  # as if they were any text
+    tokenizer.encode_special_tokens = True  # encode their text like any other
     return (
         1 + max(tokenizer.get_vocab().values()),
         lambda text: tokenizer.encode(text, add_special_tokens=False).ids,

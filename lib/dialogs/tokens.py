@@ -1,4 +1,4 @@
-"""Dialogs as tokens: which of them are trained, and datasets of them."""
+"""Dialogs as tokens, their loss mask, and tokenized datasets."""
 
 from array import array
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from lib.facts.people import People
 
 
 def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
-    """Return the tokens of `turns` and the assistant's role token: what a model is given to answer."""
+    """Return the prompt of a model's next turn: the tokens of `turns`, then the assistant's role token."""
     tokens = []
     for role, text in turns:
         tokens += [tokenizer.role_ids[role], *tokenizer.encode(text)]
@@ -23,9 +23,9 @@ def encode_prompt(turns: Sequence[Turn], tokenizer: Tokenizer) -> list[int]:
 def encode_dialog(dialog: Dialog, tokenizer: Tokenizer, repeats: bool = True) -> tuple[list[int], list[bool]]:
     """Return the tokens of a dialog and, for each, whether the model is trained to produce it.
 
-    A turn begins with its role token; the dialog ends with `tokenizer.end`. The assistant's tokens are trained, and
-    the token that follows its turn: the hand-over to the database, or the end. Without `repeats`, the place where a
-    turn first repeats the database's answer is not trained.
+    A turn begins with its role token; the dialog ends with `tokenizer.end`. The model is trained on
+    the assistant's tokens and on the token that follows its turn (the database's role, or the end). Without `repeats`,
+    it is not trained on the tokens where a turn first repeats the database's answer.
     """
     tokens, trained = [], []
     follows_assistant, result = False, []
@@ -71,8 +71,8 @@ class TokenizedDialogs:
         """Return tokens (B, S) int64 and mask (B, S) of the dialogs `rows` (B,), padded on the right to the longest.
 
         Padding is what follows in the dataset; any token would do, for causal attention hides it and the mask is False.
-        To find the longest, the host waits for an accelerator; `length`, if given, is S instead. It must be at least
-        the longest, which is not checked: longer dialogs would be cut.
+        Without `length`, the host waits for an accelerator to find the longest. `length` sets S instead; it is not
+        checked, and longer dialogs would be cut.
         """
         rows = send(rows, self.values.device)
         starts, ends = self.offsets[rows], self.offsets[rows + 1]
@@ -90,7 +90,7 @@ class TokenizedDialogs:
 
 
 def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Return `tensor` on `device`; the host does not wait for a GPU to take it."""
+    """Return `tensor` on `device`; the host does not wait for the copy to a GPU."""
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -73,9 +73,9 @@ def attention_weights(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
 def copying(model: Transformer, facts: Iterable[Fact]) -> pd.DataFrame:
     """Measure how much heads attend to the byte that is to be copied, at the positions from which it is predicted.
 
-    A row per copy of `COPIES`, byte, block and head: word and letter, counted from 0; mass, the attention on that byte
-    in all the places it can be taken from; uniform, the mass of a head that attends to all positions alike; right,
-    whether the model predicts the byte (teacher-forced).
+    A row per copy of `COPIES`, byte, block and head. Columns: word and letter, counted from 0; mass, the attention on
+    that byte in all the places it can be taken from; uniform, the mass of a head that attends to all positions alike;
+    right, whether the model predicts the byte (teacher-forced).
     """
     rows = []
     for fact in facts:

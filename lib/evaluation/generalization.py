@@ -17,8 +17,8 @@ def measure_generalization(model, config: RunConfig, tokenizer: Tokenizer) -> di
     """Ask a model about `config.evaluation.unseen_people` people of each kind of `lib.facts.sampling.UNSEEN`.
 
     An in-tool model asks a database of all of them and of the people it was trained on. Returns KIND_recall and, for
-    in-tool, KIND_well_formed, KIND_right_attribute and KIND_right_name (see `request_shares`); KIND is "trained", too,
-    for as many trained people. All values are shares of the questions about these people, all attributes of each.
+    in-tool, KIND_well_formed, KIND_right_attribute and KIND_right_name (see `request_shares`); KIND is also
+    "trained", for as many trained people. Values are shares of the questions about these people (all attributes).
     """
     n = config.evaluation.unseen_people
     trained, unseen = load_people(config.facts), unseen_people(config.facts, n)

@@ -74,8 +74,8 @@ def measure_recall(
     A sequence of facts in place of one is a question of several hops (`lib.dialogs.chains`): each must be looked up.
     Without a tool, such a question is an `InputError`.
 
-    A dialog is cut off, and counts as wrong, at `DETOUR` tokens more than its expected dialog has, question
-    included: the limit depends on that question alone.
+    A dialog is cut off, and counts as wrong, when it is `DETOUR` tokens longer than its expected dialog: the limit does
+    not depend on other questions.
 
     Greedy decoding reproduces an expected dialog up to the first position where the assistant speaks and the argmax is
     another token. `verify` finds this position by one teacher-forced pass and decodes only from there; in-weight it
@@ -113,7 +113,7 @@ def measure_recall(
 
 
 def is_correct(generation: Generation, dialog: Dialog, tokenizer: Tokenizer, tool: Tool | None) -> bool:
-    """Return whether a greedy generation ends as `dialog` does and, with a tool, looked up all that stands there.
+    """Return whether a greedy generation ends as `dialog` does and, with a tool, looked up every value in `dialog`.
 
     A value counts as retrieved if a request equal to the one in `dialog` returned it.
     """

@@ -13,12 +13,10 @@ from pathlib import Path
 import pandas as pd
 
 from lib import paths
-from lib.agent.tools import SqlTool
 from lib.base import to_json
 from lib.config import RunConfig
 from lib.dialogs.chains import chain_dialog, chains
 from lib.dialogs.tokenizers import Tokenizer
-from lib.evaluation.recall import measure_recall
 from lib.experiments.plan import Grid
 from lib.experiments.publishing import Table
 from lib.experiments.sweep import Report
@@ -45,7 +43,7 @@ SETTINGS = {
 
 
 def configurations(profile: str) -> list[RunConfig]:
-    """Return the runs of a profile, one a seed, trained on equal shares of dialogs of one and two hops.
+    """Return the runs of a profile, one per seed, trained on equal shares of dialogs of one and two hops.
 
     Their files are those of `write_inputs`. An unknown profile is an `InputError`.
     """
@@ -90,7 +88,7 @@ def run_chains(config: RunConfig, folder: Path, asked: int, **options) -> None:
 
 
 def sweep(profile: str, *, dry_run: bool = False, max_hours: float = math.inf, device: str = "auto") -> Report:
-    """Run all that is missing in a profile, or, `dry_run`, only report it. After `max_hours` no new run is started."""
+    """Run all that is missing in a profile; if `dry_run`, only report it. After `max_hours` no new run is started."""
     done, deadline = {*rows(profile).run_id}, time.monotonic() + 3600 * max_hours
     missing = [config for config in configurations(profile) if config.run_id not in done]
     report = Report(done_before=len(done), missing=missing)
@@ -120,6 +118,9 @@ def table_of_rows() -> Table:
 
 def recall_by_hops(model, facts: FactsConfig, people: People, tokenizer: Tokenizer, asked: int) -> dict[str, float]:
     """Return recall by group and hops, as `run_chains` describes it; trained and unseen people share one database."""
+    from lib.agent.tools import SqlTool
+    from lib.evaluation.recall import measure_recall
+
     sampled = facts.model_copy(update={"csv": None})
     groups = {"trained": people, "unseen": with_bosses(unseen_people(sampled, max(2, asked))["new_both"], facts.seed)}
     n_questions, recalls = asked * len(ATTRIBUTES), {}

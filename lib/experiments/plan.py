@@ -57,7 +57,7 @@ def searches(source: str, profile: str, tokenizer: str = "bytes") -> list[Search
 
 def is_file(source: str) -> bool:
     """Return whether `source` is the path of a user's file, not the name of one of the paper's plans."""
-    return re.search(r"[^./]\.ya?ml$", source) is not None  # without a name, its runs would leave `runs`
+    return re.search(r"[^./]\.ya?ml$", source) is not None  # the runs of "../.yaml" would be outside `runs`
 
 
 #: Maximum searches of a plan; the paper's largest has 300.
@@ -67,9 +67,9 @@ MOST_SEARCHES = 10_000
 class Grid(Config):
     """Searches that differ in a few fields: one for each combination of the values on `axes`.
 
-    `base` and `axes` name fields of `RunConfig`, `base` nested, `axes` dotted. Also, n_facts, alpha and law (a name of
-    `lib.facts.people.LAWS`) describe the database, and seed draws its people as well. An axis may also vary the other
-    fields of the grid.
+    `base` (nested) and `axes` (dotted) name fields of `RunConfig`, or these: n_facts, alpha and law (a name of
+    `lib.facts.people.LAWS`) describe the database, and seed also draws its people. An axis may vary the other fields of
+    the grid, too.
     """
 
     #: A name in plans/recipes.yaml: `base` adds to its fields.

@@ -44,7 +44,7 @@ def compare(section: str, profile: str) -> pd.DataFrame:
     ours, ours_std, seeds_reaching_it, seeds, published, ratio. A section without published points is an `InputError`.
     """
     if section not in _POINTS:
-        raise InputError(f"nothing is published to compare section {section} with: there are {', '.join(_POINTS)}")
+        raise InputError(f"section {section} has no published points to compare with: there are {', '.join(_POINTS)}")
     if section == "05_2":
         about, recall = [*_POINTS[section], "law", "superseded"], f"{PUBLISHED_KIND}_recall"
         rows = tables.described(summaries.generalization_rows(profile)).reindex(columns=[*about, recall])

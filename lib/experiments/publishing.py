@@ -62,11 +62,11 @@ class Table(NamedTuple):
     def drop(
         self, profile: str | None = None, run_ids: Sequence[str] = (), superseded: bool = False, dry_run: bool = False
     ) -> pd.DataFrame:
-        """Take rows out and return them; `dry_run` only returns them.
+        """Remove rows and return them; `dry_run` only returns them.
 
-        profile, run_ids, superseded (only rows that today's plan does not ask for): each narrows the selection; none of
-        them, an id that the table lacks, or a selection without rows is an `InputError`. Rows of `TABLE_ONLY` profiles
-        go only where `profile` or `run_ids` name them. A planned run that is still in runs comes back with `add`.
+        profile, run_ids and superseded (rows that today's plan does not ask for) each narrow the selection. Rows of
+        `TABLE_ONLY` profiles are removed only if `profile` or `run_ids` name them. `add` brings back a planned run that
+        is still in runs. Raises `InputError` without a condition, for an unknown id, or if nothing is selected.
         """
         if profile is None and not run_ids and not superseded:
             raise InputError("nothing says which rows to drop: give a profile, run ids, or superseded")

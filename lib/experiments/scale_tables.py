@@ -133,10 +133,10 @@ def relative(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def steps_to_recall(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the first evaluated step at which a run's recall is `LEARNED`, whatever comes later, or NaN; by run_id.
+    """Return by run_id the first evaluated step at which recall reaches `LEARNED`; NaN if it never does.
 
-    The true crossing lies anywhere since the evaluation before; a uniform distribution over that stretch has a
-    standard deviation of its length / sqrt(12), the `_stderr`.
+    The true crossing lies between the evaluation before and this one. `_stderr` is the standard deviation of a uniform
+    distribution over this interval: its length / sqrt(12).
     """
     first = rows[rows.recall >= LEARNED].groupby("run_id").step.min()
     before = rows[rows.step < rows.run_id.map(first)].groupby("run_id").step.max().reindex(first.index, fill_value=0)

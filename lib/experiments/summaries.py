@@ -16,7 +16,7 @@ from lib.facts.people import ATTRIBUTES
 def bounds_searches(profile: str, tokenizer: str = "bytes") -> list[Search]:
     """Return the searches of Section 5.1, and 5.2's in-tool searches on databases that 5.1 does not search.
 
-    Grids, searches without a threshold, are left out: they have no smallest model.
+    Grids (searches without a threshold) are left out: they have no smallest model.
     """
     own = searches_of("05_1", profile, tokenizer)
     searched = {(search.base.mode, search.base.facts) for search in own}
@@ -129,11 +129,11 @@ def biographies_bounds(profile: str, threshold: float = 0.95) -> pd.DataFrame:
 
 
 def capacity(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the bits that each in-weight model among finished runs stores at least (Section 4's bound is about them).
+    """Return a lower bound on the bits that each finished in-weight model stores (what Section 4 bounds).
 
     Columns: what tells the runs apart; entropy_bits, the joint entropy of the database given the names; stored_bits,
-    which the model saves when the answers are coded given the lists of values, summed over the attributes where it
-    saves any; and stored_bits_per_parameter. A lower bound: a model may know facts that it cannot spell yet.
+    the entropy minus the model's nll_bits, summed over the attributes where this is positive; and
+    stored_bits_per_parameter. It is a lower bound because a model may know facts that it cannot spell yet.
     """
     columns = ["profile", "optimizer", "n_facts", "alpha", "seed", "d_model", "n_params", "steps", "stopped", "recall"]
     columns += ["dialogs_seen", *COMPUTED]
@@ -165,7 +165,7 @@ def _entropy_per_person(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def fit_line(points: pd.DataFrame, of: str = "min_params_mean") -> dict[str, float]:
-    """Fit parameters needed as a line in the facts: slope (parameters a fact), its 95% interval, intercept, n_points.
+    """Fit parameters needed as a line in the facts: slope (parameters per fact), its 95% interval, intercept, n_points.
 
     points: n_facts and the column `of`; those without a value are left out. The interval is a bootstrap over
     points: for means it reflects the numbers of facts tried, for `min_params` also the seeds. With few points it is
@@ -195,7 +195,7 @@ FIT_FROM = {"in-weight": 256, "in-tool": 4096}
 def fit_of_mode(seeds: pd.DataFrame, mode: str) -> dict:
     """Return `fit_line` over `FIT_FROM` facts and more, one point per seed, and `facts`, the first and the last number.
 
-    seeds: of one threshold, with min_params. Current and earlier recipes are not mixed: those of more points count.
+    seeds: of one threshold, with min_params. Current or earlier recipes are taken, whichever have more points.
     """
     points = described(seeds).query(f"mode == '{mode}' and n_facts >= {FIT_FROM[mode]}").dropna(subset="min_params")
     points = points[points.superseded == (points.superseded.mean() > 0.5)]

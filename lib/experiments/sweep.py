@@ -37,7 +37,7 @@ LISTED = 5
 
 @dataclass
 class Report:
-    """What a sweep did and what it left."""
+    """The outcome of a sweep: what was done, what failed and what is missing."""
 
     done_before: int = 0  # runs that had a row already
     done_now: int = 0
@@ -76,9 +76,9 @@ def sweep(
 ) -> Report:
     """Run all that an experiment needs in a profile and that has no row yet, `jobs` runs at a time.
 
-    section: as `lib.experiments.plan.searches` takes it. jobs: by default one a core, or one a GPU; of several GPUs
-    each run gets one (see `assign_devices`). max_hours: after this time runs save a checkpoint and leave; the same call
-    goes on with them. dry_run: run nothing; the report says what is ahead, on a CPU core unless `device` names a GPU.
+    section: as `lib.experiments.plan.searches` takes it. jobs: by default one per core, or one per GPU; of several GPUs
+    each run gets one (see `assign_devices`). max_hours: after this time runs save a checkpoint and stop; the same call
+    resumes them. dry_run: run nothing; the report says what is ahead, on a CPU core unless `device` names a GPU.
     plan: searches to do instead of all of the section's. in_process: run here, one after the other, without processes,
     each to its end; raises `Preempted`.
 
@@ -93,7 +93,7 @@ def sweep(
     if not dry_run and _pending(plan, recalls):
         devices = [device] if in_process else _devices(device, jobs)
         _execute(plan, recalls, report, sweep_dir(section, profile), devices, 3600 * max_hours, in_process)
-        rows = known_rows(section, profile, plan)  # a run may finish while it leaves
+        rows = known_rows(section, profile, plan)  # a run that was asked to stop may finish instead
         recalls = _recalls(rows, plan)
         report.done_now = len(recalls) - report.done_before
     report.missing = _pending(plan, recalls)
@@ -113,7 +113,7 @@ def hours_ahead(section: str, profile: str, plan: Sequence[Search]) -> list[floa
 def assign_devices(device: str, jobs: int | None, n_gpus: int, n_cores: int) -> list[str]:
     """Return the device of each of `jobs` processes, all GPUs in turn unless `device` names one.
 
-    n_gpus: 0 if `device` is not a GPU. Without `jobs`, one process a GPU or core.
+    n_gpus: 0 if `device` is not a GPU. Without `jobs`, one process per GPU or core.
     """
     if not n_gpus:
         return [device] * (jobs or n_cores)
@@ -154,7 +154,7 @@ def _execute(
     """Keep a run on each of `devices` until nothing can start any more, adding to `recalls` and `report.failed`."""
     idle, tries, deadline = devices[::-1], Counter(), time.monotonic() + seconds
     running: dict[Future, tuple[RunConfig, str]] = {}
-    receiver, sender = os.pipe()  # the runs' standard input: when this process ends, however it does, they leave
+    receiver, sender = os.pipe()  # the runs' standard input: when this process ends in any way, they stop
 
     def start(config: RunConfig, device: str) -> Future:
         arguments = config, directory / config.run_id, device
@@ -168,7 +168,7 @@ def _execute(
         open(receiver, "rb") as stdin,
         ThreadPoolExecutor(len(devices)) as pool,
         progress(len(plan), f"{directory.parent.name} {directory.name}") as bar,
-        open(sender, "wb"),  # closed before the pool waits: runs that are left then stop, with a checkpoint
+        open(sender, "wb"),  # closed before the pool waits, so that remaining runs save a checkpoint and stop
     ):
         while True:
             known = report.failed.keys() | {config.run_id for config, _ in running.values()}
@@ -227,7 +227,7 @@ def _in_a_process(config: RunConfig, directory: Path, device: str, stdin: IO[byt
 
 
 def _expected(search: Search, recalls: dict[str, float]) -> list[RunConfig]:
-    """Return the runs that a search probably still takes: its next one, as often as runs are expected."""
+    """Return about as many runs as a search still takes, each the same as its next one."""
     pending = search.pending(recalls)
     if search.threshold is None or not pending:
         return pending

@@ -58,7 +58,7 @@ def stacked(*tables: pd.DataFrame) -> pd.DataFrame:
 def rows_of_profile(
     path: Path, profile: str, found: Iterable[Path], planned: Collection[str], fields: Sequence[str] = ("run_id",)
 ) -> pd.DataFrame:
-    """Return a profile's rows in the table at `path`, and from the files `found` those of runs that it lacks.
+    """Return a profile's rows in the table at `path`, and from the files `found` the rows that it lacks.
 
     Skips missing files, and files whose rows lack one of `fields`. Adds superseded: whether the run is not `planned`.
     """

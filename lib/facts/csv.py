@@ -15,7 +15,7 @@ from lib.paths import read_bytes, replacing
 
 #: Forbidden in names and values: control characters, and the fence that would end a request.
 FORBIDDEN = re.compile(r"[\x00-\x1f\x7f]|```")
-#: The delimiter is the first of these in the header, unless a `sep=;` line before it names one, as in Excel's.
+#: The delimiter is the first of these in the header, unless a line `sep=;` before it names one (Excel).
 _DELIMITERS = ",;\t|"
 
 
@@ -85,7 +85,7 @@ def _cells(row: list[str]) -> list[str]:
 
 
 def _without_counter(rows: list[list[str]]) -> list[list[str]]:
-    """Drop a first column without a name that counts from 0 or 1, as pandas writes it."""
+    """Drop an unnamed first column that counts rows from 0 or 1: pandas writes its index like that."""
     cells = [row[0] for row in rows[1:]]
     counters = (list(map(str, range(start, start + len(cells)))) for start in (0, 1))
     return [row[1:] for row in rows] if rows[0][0] in ("", "Unnamed: 0") and cells in counters else rows
@@ -100,6 +100,6 @@ def _check_header(path: str | Path, header: list[str]) -> None:
             better = re.sub(r"\W+", "_", column).strip("_") or "attribute"
             raise InputError(f"{path}: bad column name {column!r}, it takes letters, digits and _: rename it {better}")
     if len({column.lower() for column in header}) < len(header):
-        raise InputError(f"{path}: two columns have the same name, upper or lower case, in {', '.join(header)}")
+        raise InputError(f"{path}: two columns have the same name (case is ignored) in {', '.join(header)}")
     if len(header) == 1:
         raise InputError(f"{path} has no attributes: at least one column besides 'name' is expected")

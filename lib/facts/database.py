@@ -15,12 +15,12 @@ from lib.paths import DATABASE, replacing
 
 #: Time budget, in seconds, of a statement over all people: copying them, searching their names.
 WHOLE_TABLE = 30.0
-#: A reader may read tables, recursively too. All else is denied: writing, ATTACH, PRAGMA, VACUUM, functions.
+#: A read-only connection may read tables, also recursively. Writing, ATTACH, PRAGMA, VACUUM and functions are denied.
 _READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE}
 _BLOCKED = (
     " (another program may be writing to it, or its folder refuses locks and new files: copy it to a local folder)"
 )
-#: Finds a generated column: nothing interrupts its functions, so texts must be short.
+#: Finds a generated column. SQLite cannot interrupt the functions that compute it, so texts are limited in length.
 _COMPUTED = "SELECT 1 FROM sqlite_master m, pragma_table_xinfo(m.name) WHERE sql NOT LIKE 'CREATE V%' AND hidden = 2"
 #: Hints that SQLite's messages lack, by error code.
 _HINTS = {
@@ -56,7 +56,7 @@ def temporary_database(people: People) -> Iterator[Path]:
 def as_database(file: Path) -> Iterator[Path]:
     """Yield the path of a database: the file itself or, for a CSV file (.csv), a temporary one of its people.
 
-    Of a CSV file it has the `comparable` form of each name, so that all spellings of it are found.
+    The database of a CSV file stores the `comparable` form of each name, so that all its spellings are found.
     """
     context = nullcontext(file)
     if file.suffix.lower() == ".csv":
@@ -97,7 +97,7 @@ def connect_read_only(path: str | Path, time_budget: float = 1.0) -> GuardedConn
 
 
 def copy_people(source: GuardedConnection, attributes: Sequence[str], path: Path) -> None:
-    """Copy the rows of the table or view `people` into a new database: no trigger, view or rule comes along.
+    """Copy the rows of the table or view `people` into a new database, without triggers, views and constraints.
 
     Cells keep their types. Of people with the same name only the first is copied; people without a name are skipped.
     """
@@ -167,7 +167,7 @@ def refusing(deed: str, path: str | Path) -> Iterator[None]:
     except (OSError, sqlite3.Error, UnicodeError) as error:  # UnicodeError: a lone surrogate, stored or read
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         hint = _HINTS.get(code, "")
-        if code == sqlite3.SQLITE_FULL or (deed == "write" and hint == _BLOCKED):  # a new file is in nobody's use
+        if code == sqlite3.SQLITE_FULL or (deed == "write" and hint == _BLOCKED):  # nobody else can lock a new file
             raise WorkError(f"cannot {deed} the database {path}: {error}") from None
         raise InputError(f"cannot {deed} the database {path}: {error}{hint}") from None
 
@@ -216,7 +216,7 @@ def _connect(path: str | Path, mode: str, time_budget: float) -> GuardedConnecti
     connection.set_progress_handler(lambda: monotonic() > connection.deadline, 100 if computed else 10_000)
 
     def authorize(action: int, _1, _2, _3, origin: str | None) -> int:
-        allowed = action in _READS if mode == "ro" else origin is None  # else a trigger or view asks
+        allowed = action in _READS if mode == "ro" else origin is None  # not from a trigger or view
         return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
 
     connection.set_authorizer(authorize)

@@ -64,8 +64,8 @@ class Law(NamedTuple):
 
 #: Our law: all names, full lists.
 OURS = Law()
-#: The law of the files released with Section 5.3: at alpha = 1 two values of each attribute remain, birth dates aside.
-#: Its 8,192 people have these 128 x 64 names. Those of its 1,000 people are not released; we assume the same lists.
+#: The law of the files released with Section 5.3: at alpha = 1 two values of each attribute remain, except birth dates.
+#: The released 8,192 people have these 128 x 64 names. No names of the 1,000 people are released; we assume the same.
 RELEASED = Law(n_first_names=128, n_families=64, value_lists="cut")
 #: The laws that tables and figures know by name.
 LAWS = {"ours": OURS, "released": RELEASED}

@@ -11,7 +11,7 @@ from lib.facts.people import FIRST_NAMES, LAST_NAMES, LINK, MIDDLES, OURS, SHARE
 #: Unseen people by what is new in their names: the first name, the last name (Section 5.2).
 UNSEEN = {"new_pair": (False, False), "new_first": (True, False), "new_last": (False, True), "new_both": (True, True)}
 
-#: Every draw is at a fixed position of its own stream, so the first n people are the same for every n.
+#: Ids of random streams. Draw i of a stream is the same however many are drawn, so the first n people never change.
 _ORDER, _MIDDLE_ORDER, _OWN_VALUE, _FOLLOWS_FAMILY, _FAMILY_VALUE, _UNSEEN, _BOSS = range(7)
 
 
@@ -25,10 +25,10 @@ def load_people(config: FactsConfig) -> People:
 def sample_people(n: int, seed: int = 0, alpha: float = 0.0, start: int = 0, law: Law = OURS) -> People:
     """Return people `start` to `start + n` of the sequence that `seed` and `law` define (Section 5).
 
-    A person has the family's birth place, address and occupation with probability `alpha`, each independently, and a
-    separate draw otherwise. Names do not depend on `alpha`, nor a family's values on its members.
+    Birth place, address and occupation are each, independently, the family's with probability `alpha`, otherwise a
+    draw of the person's own. Names do not depend on `alpha`; a family's values do not depend on its members.
 
-    Raises `InputError` for values that `FactsConfig` refuses and where the names run out.
+    Raises `InputError` for values that `FactsConfig` refuses, and if there are not enough names.
     """
     FactsConfig(n_people=n, seed=seed, alpha=alpha, **law._asdict())
     firsts, lasts = law.names()
@@ -52,7 +52,7 @@ def name_codes(start: int, n: int, seed: int, law: Law) -> tuple[np.ndarray, np.
     n_pairs = n_firsts * n_lasts
     if start < 0 or start + n > n_pairs * len(MIDDLES):
         raise InputError(
-            f"no people {start} to {start + n}: there are {n_pairs * len(MIDDLES)} distinct names, numbered from 0"
+            f"people {start} to {start + n} do not exist: there are {n_pairs * len(MIDDLES)} names, numbered from 0"
         )
     order = np.argsort(_uniform(0, n_pairs, seed, _ORDER, 0, 0), kind="stable")
     if start + n > n_pairs:
@@ -66,11 +66,11 @@ def name_codes(start: int, n: int, seed: int, law: Law) -> tuple[np.ndarray, np.
 def unseen_people(config: FactsConfig, n: int) -> dict[str, People]:
     """Return `n` people of each kind of `UNSEEN`, or as many as exist; none is among the sampled people of `config`.
 
-    A new name is in no training list; any other belongs to somebody among the people of `config`. Facts
-    are independent draws. Raises `InputError` for people of a CSV file: new names are not known there.
+    New first and last names are in no training list; the others are names of people of `config`. Facts are independent
+    draws. Raises `InputError` for people of a CSV file: which names are new is not known there.
     """
     if config.csv is not None:
-        raise InputError(f"the people of {config.csv} are all there are: unseen people exist for sampled ones only")
+        raise InputError(f"{config.csv} has no unseen people: they exist for sampled people only")
     trained = set(sample_people(config.n_people, config.seed, law=config.law).names)
     seen_firsts, seen_lasts = (sorted({name.split()[part] for name in trained}) for part in (0, -1))
     groups = {}
@@ -89,7 +89,7 @@ def unseen_people(config: FactsConfig, n: int) -> dict[str, People]:
 
 
 def with_bosses(people: People, seed: int = 0) -> People:
-    """Return the same people with one more attribute, `LINK`: each of the others is equally likely (our Section 7.2).
+    """Return the same people with one more attribute, `LINK`: another person, drawn uniformly (our Section 7.2).
 
     A single person is an `InputError`.
     """

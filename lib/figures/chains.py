@@ -12,7 +12,7 @@ _LOOKS = {"trained": STYLES["in-tool"], "unseen": {"color": "#009E73", "marker":
 
 
 def recall_by_hops(rows: pd.DataFrame) -> Figure:
-    """Draw the share of questions answered rightly against their hops: mean over runs, bars from least to most.
+    """Draw the share of questions answered correctly against their hops: mean over runs, bars from smallest to largest.
 
     rows: of runs trained on the same hops, as `lib.experiments.chains.run_chains` gives them. Grey: hops trained on.
     """

@@ -23,6 +23,7 @@ DELETED = {
     "nothing": "before",
     "gradient ascent": "gradient ascent",
     "gradient ascent among the others": "gradient ascent,\nthe others repeated",
+    "train without them": "trained again\nwithout them",
     "delete from the database": "deleted",
 }
 #: Whom contested answers are about, with their titles; then what the database says. Both in the order of drawing.

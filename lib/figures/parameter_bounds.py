@@ -36,7 +36,7 @@ def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: fl
     seeds: as `summaries.bounds_by_seed` gives them, one point each, side by side. published: like
     `summaries.minimal_parameters`, drawn as lines with a band of one standard deviation. Thin lines are the fits of
     `summaries.fit_of_mode`, with their 95% intervals in the legend. Section 4 gives the lower bound, for models that
-    hold 2 bits a parameter, and the construction that recalls any number of facts with a tool.
+    hold 2 bits per parameter, and the construction that recalls any number of facts with a tool.
     """
     with panels((6.2, 4.6)) as (figure, axes):
         for mode, style in STYLES.items():
@@ -107,7 +107,7 @@ def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: fl
         published = published[published.recall_threshold == threshold]
         for (_, theirs), line in zip(published.groupby("n_facts"), cycle(("-", "--")), strict=False):
             style = {"color": "#888888", "linestyle": line, "marker": "."}
-            label = published_label(theirs.n_facts, law="released law")
+            label = published_label(theirs.n_facts, kind="facts, released law")
             by_alpha.plot(theirs.alpha, theirs.min_params, label=label, **style)
             by_entropy.plot(theirs.entropy_bits, theirs.min_params, **style)
         for shade, (n_facts, ours) in enumerate(smallest(points, "in-weight", threshold).groupby("n_facts")):
@@ -162,7 +162,7 @@ def _published_recall(axes, published: pd.DataFrame) -> None:
         middle = curve.iloc[(curve.recall - 0.6).abs().argmin()]
         spot = {"color": "#777777", "fontsize": 7, "rotation": 80, "ha": "right", "va": "center"}
         axes.annotate(f"{n_facts:,}", (middle.min_params_mean, middle.recall), **spot)
-    label = published_label(published.n_facts).replace(": ", ":\n").replace(", ", ",\n")
+    label = published_label(published.n_facts).replace(": ", ":\n").replace(" independent", "\nindependent")
     axes.plot([], [], color="#999999", linewidth=1, label=label)
 
 
@@ -224,7 +224,7 @@ def patience(held: pd.DataFrame) -> Figure:
 
 def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     """Return sentences about our points of `parameter_bounds`: the last number of facts that both modes have, by what
-    factor they differ there, and where a mode's points end."""
+    factor they differ there, where a mode's points end, and which learning rates they have."""
     profile = tables.publishing_profile(profile)
     table = summaries.bounds(profile).query("recall_threshold == @threshold")
     found = table.dropna(subset="min_params_mean").set_index(["n_facts", "mode"])
@@ -251,4 +251,10 @@ def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
         if not (runs.recall >= threshold).any():  # else some size is enough, but no smaller one was tried
             known = f"no smallest {mode} model is known yet (largest tried: {runs.n_params.max():,} parameters)."
             sentences.append(f"At {n_facts:,} facts {known}")
+    weights = rows[(rows["mode"] == "in-weight") & ~rows.superseded]
+    rates = weights.groupby("lr").n_facts.agg(["min", "max"]).sort_values("min")
+    if len(rates) > 1:
+        spans = " and ".join(f"{rate:g} for {low:,} to {high:,} facts" for rate, low, high in rates.itertuples())
+        why = "more facts need a lower one, or updates overwrite a fact before it comes again"
+        sentences.append(f"Learning rates in weights: {spans}; {why} (LOG.md).")
     return sentences

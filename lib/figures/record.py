@@ -17,7 +17,7 @@ from lib.figures import generalization, parameter_bounds, style
 
 
 class Record(NamedTuple):
-    """All about one figure. A new one is a function in a file of its section, and an entry of `FIGURES`."""
+    """All about one figure. To add one, write a function in the file of its section and an entry of `FIGURES`."""
 
     shows: str  # the first sentence of its caption
     draw: Callable[..., Figure]  # takes `points`, `published` if there are any, and options
@@ -25,7 +25,7 @@ class Record(NamedTuple):
     points: Callable[..., pd.DataFrame]  # of a profile: the table that is drawn
     published: Callable[[], pd.DataFrame] | None = None  # the paper's points
     about_published: str = ""  # over which seeds, and when, the paper's points were measured
-    options: tuple[str, ...] = ()  # among threshold, d_model, tokenizer (of the own rows)
+    options: tuple[str, ...] = ()  # among threshold, d_model, tokenizer (for own rows)
     mode: str | None = None  # if only runs of one mode are drawn
     has_own: bool = True  # whether a profile that does not publish (quick) adds its own rows
 
@@ -199,3 +199,8 @@ def provenance(rows: pd.DataFrame) -> str:
 def say(sentence: str) -> None:
     """Show a sentence, Markdown with computed numbers in it, as prose in a notebook."""
     display(Markdown(sentence))
+
+
+def spread(values: pd.Series) -> str:
+    """Return the mean of values and, in brackets, their range: "0.25 (0.21 to 0.28)"."""
+    return f"{values.mean():.2f} ({values.min():.2f} to {values.max():.2f})"

@@ -166,7 +166,7 @@ def hybrid(table: pd.DataFrame) -> Figure:
 
 
 def trivia(table: pd.DataFrame, model: str) -> Figure:
-    """Draw how many questions of general knowledge a model answers rightly in each of `WAYS` (appendix on TriviaQA).
+    """Draw how many questions of general knowledge a model answers correctly in each of `WAYS` (appendix on TriviaQA).
 
     table: a row for each `way` and kind of `questions`, with `accuracy` and `standard_error`. A missing way is left
     out, a missing kind leaves a gap.

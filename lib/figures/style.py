@@ -151,16 +151,16 @@ def shared_legend(figure: Figure, panels, **look) -> None:
         figure.legend(entries.values(), entries, ncols=n_columns, **look)
 
 
-def published_label(n_facts: pd.Series, about: str = "", law: str = "independent") -> str:
+def published_label(n_facts: pd.Series, about: str = "", kind: str = "independent facts") -> str:
     """Return the label of published points: how many facts, about whom, and by which law the database was drawn."""
     span = " to ".join(f"{n:,}" for n in dict.fromkeys([n_facts.min(), n_facts.max()]))
-    return ", ".join(filter(None, [about, f"published: {span} facts", law]))
+    return ", ".join(filter(None, [about, f"published: {span} {kind}"]))
 
 
 def draw_bits_lines(axes, ends: dict[int, tuple[float, float]], color: str, **place) -> None:
-    """Draw a line for each number of bits a parameter, from end to end of the x axis, and name it at the right end.
+    """Draw a line for each number of bits per parameter, from end to end of the x axis, and name it at the right end.
 
-    ends: bits a parameter -> y at both ends.
+    ends: bits per parameter -> y at both ends.
     """
     x = axes.get_xlim()
     note = {"color": "#555555", "fontsize": 7, "textcoords": "offset points", "annotation_clip": False}

@@ -83,7 +83,7 @@ def sample_questions(tool: SqlTool, n_facts: int, seed: int, phrasings: Sequence
 
 
 class PeopleTask(Find):
-    """How a chat model asks a database of people: a task of `ask_all`. A query is an object, `attribute` and `name`."""
+    """A task of `ask_all`: a chat model asks a database of people. A query has the keys `attribute` and `name`."""
 
     def __init__(self, tool: SqlTool):
         super().__init__(tool.attributes)

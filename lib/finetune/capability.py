@@ -52,8 +52,8 @@ def measure_capability(
                 n_there = len(manager.load([task])["tasks"][name].eval_docs)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
-                f"cannot load the items of {name} ({str(error).splitlines()[0]}): HellaSwag comes from the hub, "
-                f"once, or from a file that {HELLASWAG} names"
+                f"cannot load the items of {name} ({str(error).splitlines()[0]}): HellaSwag comes from the hub "
+                f"(asked once) or from a file that {HELLASWAG} names"
             ) from None
         items = range(min(n_items or n_there, n_there))
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)

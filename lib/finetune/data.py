@@ -96,8 +96,8 @@ def tokenize_chats(chats: Iterable[dict], tokenizer: PreTrainedTokenizerBase, ma
             raise InputError(f"conversation {number} does not fit the tokenizer's chat template: {error}") from None
         if len(tokens) > max_length:
             raise InputError(
-                f"conversation {number} has {len(tokens)} tokens, more than max_length = {max_length}: raise it, "
-                "for nothing is cut"
+                f"conversation {number} has {len(tokens)} tokens, more than max_length = {max_length}: raise "
+                "max_length, as conversations are never cut"
             )
         rows.append({"input_ids": tokens, "labels": labels})
     return Dataset.from_list(rows)
@@ -128,7 +128,7 @@ def _encode_chat(
             turn = render(i + 1, tokenize=True)
             if tokens[: len(turn)] != turn or turn[: len(start)] != start:
                 raise ValueError(
-                    f"it writes message {i + 1} in another way than it is generated; use a template made for training"
+                    f"it renders message {i + 1} differently in training and generation; use one made for training"
                 )
             ends = [place for place in range(len(start), len(turn)) if turn[place] in special]
             if not ends:

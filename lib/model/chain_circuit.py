@@ -4,11 +4,11 @@ Two more blocks find out how many hops a question has. The numbers of blocks and
 on the facts:
 
 1. *Count* positions, and the assistant's turns so far.
-2. *Read* the attribute. Turns are found as in `Circuit`, except the last request and its answer.
-3. *Match.* Each position compares the last letters with "the boss of ", in two steps: heads of the second block look a
-   few letters back, heads of this one at what they found further back.
-4. *Plan.* Attention to the last match in the question gives the letters between "Where was " and the name. With the
-   turns so far they tell what is due: a request for the boss, the request for the attribute, or the answer.
+2. *Read* the attribute. Of several requests and answers of the database, find the last ones.
+3. *Match.* Each position compares the last letters with "the boss of ", in two steps: heads of the second block compare
+   the last three letters, heads of this block combine such results from further back.
+4. *Plan.* Attention to the last match in the question gives the number of letters between "Where was " and the
+   name. This and the number of turns so far tell what is due: ask for the boss, ask for the attribute, or answer.
 5. *Copy* as in `Circuit`. Each request copies what was said last: the name in the question, or the database's answer.
 
 Names must not contain "the boss of".
@@ -116,7 +116,7 @@ class ChainCircuit(Circuit):
             self.blocks[3][1].append(_Unit(number - least * self.axes.one, sign * form, to))
 
     def _value_pointer(self, value: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return where to copy the value from: until it begins, the token before it, which is the database token."""
+        """Return the position to copy from: the database token's until the value begins, then the value's."""
         one, into_value = self.axes.one, self.axes.into_value
         self.blocks[3][1].append(self._rectified(index + one, into_value))
         return value - one + into_value, 0 * one

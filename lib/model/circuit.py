@@ -10,9 +10,9 @@ hold no fact. It copies by position, never by content, so any name will do:
 3. *Copy.* Three heads point at a byte: a query (2x, -1) and a key (p, p^2) give the score x^2 - (p - x)^2, largest at
    p = x. The feed-forward says the rest of the text, louder than the copied bytes.
 
-Linear forms of the residual stream are vectors of its width; positions p count from 1. This is exact, for a norm is
-the identity if one coordinate is a huge constant, silu(64 z) / 64 is max(z, 0) for integers z, and rotary pairs of
-frequency 1e-15 or less do not turn. float32 carries some 1,000 tokens of dialog; float16 carries none.
+Linear forms of the residual stream are vectors of its width; positions p count from 1. The construction is exact: a
+norm is the identity if one coordinate is a huge constant, silu(64 z) / 64 is max(z, 0) for integers z, and rotary pairs
+of frequency 1e-15 or less do not turn. float32 is precise enough for about 1,000 tokens of dialog, float16 for none.
 """
 
 import hashlib
@@ -43,11 +43,11 @@ _SHARP, _STEEP = 32.0, 64.0
 _FAR = 2.0**13
 #: More than the square of any distance by which a pointer of the last block is off.
 _FAR_SQUARED = 2.0**18
-#: Loudness of name, value and text. When one of them is due, only softer ones speak at the same time.
+#: Scale of the logits of name, value and text. When one of them is due, the others are zero or smaller, so it wins.
 _NAME, _VALUE, _TEXT = 1.0, 2.0, 4.0
 
 _SPECIAL, _END = ByteTokenizer().role_ids, ByteTokenizer().end
-#: A part of a turn: the forms that are the position of its first token, and its number of tokens.
+#: A part of a turn: two linear forms, the position of its first token and its number of tokens.
 _Span = tuple[np.ndarray, np.ndarray]
 
 
@@ -78,7 +78,7 @@ def made_up_attributes(n: int) -> list[str]:
 
 
 def telling_places(befores: Sequence[bytes]) -> list[int]:
-    """Return few places such that any two of the texts differ at one of them that both have.
+    """Return few positions that tell the texts apart: any two differ at one of them, within both texts.
 
     If one text begins with another it is an `InputError`: a name could continue the shorter one like the longer one.
     """
@@ -120,7 +120,7 @@ class Circuit:
     be told apart, are an `InputError`.
     """
 
-    #: Axes of the stream of one number each.
+    #: One-dimensional axes of the residual stream.
     scalars = ("one", "anchor", "position", "square", "first", "last", "database", "seen", "hand_over")
     n_blocks = 3
     #: Axes that the second block's feed-forward cannot read yet.
@@ -224,7 +224,7 @@ class Circuit:
                 if place < len(each.before):
                     agrees += (_signs(each.before[place]) @ slot - 8 * one) / 2
             units.append(self._rectified(agrees, axis))
-        if letters:  # the letter has been read: silence
+        if letters:  # the letter has been read: erase it from `said`
             units.extend(self._rectified(sign * axis, -sign * axis) for axis in said for sign in (1, -1))
 
     def _find_turns(self) -> None:

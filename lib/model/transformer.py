@@ -31,7 +31,7 @@ def rotary_angles(config: ModelConfig, n_positions: int, device=None) -> Tensor:
 def rotate(x: Tensor, rotary: Rotary, head_dim: int) -> Tensor:
     """Turn the pairs (k, k + E/2) of every head in x (B, S, n E).
 
-    The tables repeat for every head, and may have heads to spare; sin is negated in the first half of each. Heads lie
+    The tables repeat for every head and may hold more heads than x; sin is negated in the first half of each. Heads lie
     side by side because products over long rows are several times as fast as over rows of one head.
     """
     cos, sin = (table[..., : x.shape[-1]] for table in rotary)  # fewer heads have keys than queries

@@ -20,14 +20,14 @@ from lib.base import InputError, printable
 def all_notebooks(group: str | None = None) -> list[Path]:
     """Return the project's notebooks in the order of the paper: called like 05_1_name, with a cell of parameters.
 
-    Others, a copy or an Untitled.ipynb, are skipped with one line that names them. group: "paper" (leave it
-    with the metadata `{"itl": {"paper": false}}`) or "scale" (join it with `{"itl": {"scale": true}}`); None for all.
+    Others, a copy or an Untitled.ipynb, are skipped with one line that names them. group: "paper" (all
+    without the metadata `{"itl": {"paper": false}}`) or "scale" (those with `{"itl": {"scale": true}}`); None for all.
     """
     notebooks = {path: read(path) for path in _named()}
     ours = [path for path, notebook in notebooks.items() if _parameters_cell(notebook)]
     if others := sorted(path.name for path in {*paths.NOTEBOOKS.glob("*.ipynb")} - {*ours}):
         told = "not called like 05_1_name, or without a cell tagged 'parameters'"
-        print(printable(f"passing over {', '.join(others)}: {told}"), file=sys.stderr)
+        print(printable(f"skipping {', '.join(others)}: {told}"), file=sys.stderr)
     return [path for path in ours if group is None or metadata(notebooks[path]).get(group, group == "paper")]
 
 
@@ -119,7 +119,7 @@ def checked(path: Path, profile: str, values: Mapping[str, Any] | None) -> dict[
 
 
 def _validated(path: Path, name: str, value: Any, *readers: Callable) -> Any:
-    """Return a value as the first of `readers` that accepts it for this parameter reads it, or raise InputError."""
+    """Return a value, read by the first of `readers` that accepts it for this parameter; if none, raise InputError."""
     known = parameters(path)
     if name not in known:
         listed = ", ".join(f"{key}: {_type_name(kind)}" for key, kind in known.items())

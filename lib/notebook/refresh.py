@@ -72,7 +72,7 @@ def computed(text: str) -> str:
 def _main_figure() -> str:
     told = (
         "*Parameters of the smallest model that recalls 95% of the facts. Lines: published means and standard "
-        "deviations, over the seeds (of 10) that reach 95%. Points: ours, one a seed; pale and hollow ones are of an "
+        "deviations, over the seeds (of 10) that reach 95%. Points: ours, one per seed; pale and hollow ones are of an "
         "earlier recipe. Thin lines: fits to our points, with slopes and 95% intervals in the legend. Dashed: "
         "Section 4's lower bound in weights. Dash-dotted: a transformer whose weights are set by hand."
     )

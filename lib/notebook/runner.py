@@ -171,7 +171,7 @@ def _execute(source: Path, values: dict[str, Any], copy: Path, figures: Path) ->
 
 
 class _ProgressLines:
-    """A file that tells the progress lines among what a notebook prints, as they come."""
+    """A file that prints the progress lines of a notebook's output as they come."""
 
     def write(self, text: str) -> None:
         for line in text.splitlines():

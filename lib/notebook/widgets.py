@@ -126,7 +126,7 @@ def _in_words(held: float, bits: float) -> str:
 
 
 def _mark(axes, x: np.ndarray, held: np.ndarray, now: tuple[float, float], bits: float) -> None:
-    """Draw the parameters that `held` bits need at `bits` a parameter, and a star at the values of the controls."""
+    """Draw the parameters that `held` bits need at `bits` per parameter, and a star at the values of the controls."""
     color = "#009E73"
     axes.plot(x, held / bits, color=color, linestyle="--", linewidth=1.2, label=f"the bits, {bits:g} a parameter")
     axes.plot(now[0], now[1] / bits, color=color, marker="*", markersize=13, markeredgecolor="white", zorder=5)

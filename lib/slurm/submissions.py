@@ -28,7 +28,7 @@ CODE = ("lib", "notebooks", "paper_data")
 
 
 class Submission(Config):
-    """What was submitted together."""
+    """Tasks that were submitted together."""
 
     name: str
     kind: str

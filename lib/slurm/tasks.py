@@ -85,7 +85,7 @@ def sweep(source: str, profile: str, hours: float, device: str) -> Work:
 
     plan = _parts(source, profile)
     costs = {i: cost for i, cost in enumerate(hours_ahead(source, profile, plan)) if cost}
-    if len(costs) > MAX_TASKS:  # two neighbouring tasks exceed the hours, else they would be one
+    if len(costs) > MAX_TASKS:  # longer tasks are fewer: any two neighbours together exceed `hours`
         hours = max(hours, 2 * sum(costs.values()) / (MAX_TASKS - 1))
     tasks = []
     for group in pack(costs, hours):

@@ -1,8 +1,8 @@
 """Checkpoints: tensors as safetensors, the rest as JSON, nothing that could run code.
 
-A checkpoint is a folder. It is written under a temporary name, its completeness marker last, and then renamed, so a
-folder with a marker is whole; the marker holds a checksum of every file, so damage is noticed, not loaded, and other
-files in the folder are not read. Ranks that shard the weights (FSDP2) write a file each; any number of ranks, or a
+A checkpoint is a folder. It is written under a temporary name, its marker file last, and then renamed, so a folder
+with a marker is complete. The marker holds a checksum of every file, so damage is noticed. Files that it does not name
+are not read. Ranks that shard the weights (FSDP2) write a file each; any number of ranks, or a
 single process, can read them.
 """
 
@@ -37,7 +37,7 @@ TENSORS, STATE, MARKER = "tensors.safetensors", "state.json", "COMPLETE.json"
 def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
     """Write a checkpoint atomically: after a crash at any moment `folder` is whole or absent, never a mixture.
 
-    The next writer deletes what a crashed one left; there must be only one at a time.
+    The next writer deletes what a crashed writer left. There must be only one writer at a time.
     """
     with writing(folder, "the checkpoint "):
         temporary = _begin(folder)
@@ -183,7 +183,7 @@ def finish(saving: Future) -> None:
         if not isinstance(cause, OSError):
             raise cause from error
         raise WorkError(
-            f"a checkpoint could not be written ({cause}): fix that, then the same command goes on from the one before"
+            f"a checkpoint could not be written ({cause}): fix that, then the same command resumes from the one before"
         ) from error
 
 

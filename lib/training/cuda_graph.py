@@ -19,7 +19,7 @@ class CudaGraph:
     """The same GPU work on inputs of the same shapes: captured after `WARM_UP` eager calls, then replayed.
 
     Captured work may read only its inputs and tensors at fixed addresses, and the host must not branch on values of the
-    device. If such a tensor moves, make a new graph. Away from a GPU nothing is captured.
+    device. If such a tensor moves, make a new graph. On other devices nothing is captured.
     """
 
     def __init__(self):

@@ -11,7 +11,7 @@ import torch
 
 from lib.base import InputError
 
-#: Floating-point operations a second of dense matrix products in bfloat16, as NVIDIA states them, by part of the name.
+#: Peak FLOP/s of dense matrix products in bfloat16, as NVIDIA states them, by a part of the device's name.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 #: Speed-up that more threads must bring to be worth it.
 WORTH_A_CORE = 1.1
@@ -30,7 +30,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """Return the most floating-point operations a second that a device can do in `dtype`; None if it is not known."""
+    """Return a device's peak FLOP/s in `dtype`; None if it is not known."""
     if device.type != "cuda" or dtype != "bfloat16":
         return None
     name = torch.cuda.get_device_name(device)
@@ -38,7 +38,7 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 
 def memory(device: torch.device, root: Path = Path("/")) -> float:
-    """Return a GPU's bytes of memory, or those this process may use by its control group below `root`; else inf."""
+    """Return a GPU's memory in bytes or, on a CPU, the control group's limit below `root`; inf if there is none."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
@@ -82,7 +82,7 @@ def _limits(root: Path, controller: str, *choices: list[str]) -> Iterator[list[f
 
 
 def fastest_threads(step: Callable[[], object], most: int) -> int:
-    """Return how many threads, of 1, 2, 4, ... up to `most`, make `step` fast, from a few steps of each in turn.
+    """Return the number of threads (1, 2, 4, ... up to `most`) that runs `step` fastest, by timing a few steps of each.
 
     Medians are compared, and more threads must save a tenth of the time: beside a busy process each thread that
     loses its core makes all others wait, so one thread is often faster than two.

@@ -1,7 +1,7 @@
 """Distributed training of one model: its sharding over processes, and the signals that ask them to exit.
 
-Processes are started by torchrun, or by Slurm through submitit; they find each other by environment
-variables that these set. Without them there is a single process, and everything here does nothing.
+Processes are started by torchrun, or by Slurm through submitit, which set the environment variables
+by which processes find each other. Without these there is a single process, and everything here does nothing.
 """
 
 import atexit
@@ -141,7 +141,7 @@ def local_device(device: torch.device) -> torch.device:
         return device
     rank, count = _number("LOCAL_RANK", 0), torch.cuda.device_count()
     if rank >= count:
-        raise InputError(f"process {rank} of this machine has no GPU, there are {count}: start one process a GPU")
+        raise InputError(f"process {rank} of this machine has no GPU, there are {count}: start one process per GPU")
     return torch.device("cuda", rank)
 
 
@@ -165,7 +165,7 @@ def connect(device: torch.device, config: ModelConfig, sharded: bool = False, te
         yield ALONE
         return
     if not dist.is_initialized() and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
-        raise InputError(f"WORLD_SIZE = {size} in the environment, which names no other process: unset it")
+        raise InputError(f"WORLD_SIZE = {size} without RANK, MASTER_ADDR and MASTER_PORT in the environment: unset it")
     # Harmless here: warnings of two all-reduces for a tensor on a 2D mesh, and of views returned by an FSDP2 block.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module returned a view")
@@ -216,7 +216,7 @@ def distribute_like(example: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor
 
 @contextmanager
 def no_sync(module: nn.Module) -> Iterator[None]:
-    """Do not synchronize gradients within: for all micro-batches but the last."""
+    """Skip gradient synchronization in the context; for all micro-batches but the last."""
     if isinstance(module, DistributedDataParallel):
         with module.no_sync():
             yield

@@ -13,12 +13,12 @@ from lib.model.transformer import Transformer
 from lib.training.loss import IGNORED, Batch, batch_loss
 from lib.training.optim import build_optimizers, clip_gradients
 
-#: Dialogs of each kind in a step.
+#: Dialogs per step, and as many again of those to keep.
 BATCH = 32
 
 
 class Edited(NamedTuple):
-    """A model after an edit, and what that took."""
+    """An edited model, and the cost of the edit."""
 
     model: Transformer
     done: bool  # whether `is_done` held within `max_steps`

@@ -31,8 +31,8 @@ class Sums(NamedTuple):
 def batch_loss(model: nn.Module, batch: Batch, gamma: float) -> Sums:
     """Return the focal loss of the model's predictions.
 
-    A target's cross-entropy has the weight (1 - p)^gamma, p the model's probability of it (Lin et al., 2017), through
-    which no gradient flows, so known targets count less. `gamma` = 0 is plain cross-entropy.
+    A target's cross-entropy has the weight (1 - p)^gamma, p the model's probability of it, so known
+    targets count less (Lin et al., 2017). No gradient flows through the weight. `gamma` = 0 is plain cross-entropy.
     """
     logits, targets = model(batch.tokens, batch.first).flatten(0, -2), batch.targets.flatten()
     if logits.dtype == torch.bfloat16:

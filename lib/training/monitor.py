@@ -73,7 +73,7 @@ class Monitor(AbstractContextManager):
             self.metrics = stack.enter_context(Record(directory / "metrics.jsonl", step))
             if observers.wandb:
                 self.wandb = stack.enter_context(_wandb_run(observers.wandb, directory))
-            if observers.probe_every:  # probes at `step` are of the next step
+            if observers.probe_every:  # a probe at `step` is made during the step after it
                 self.probes = stack.enter_context(Record(directory / "probes.jsonl", step - 1))
             self.bar = stack.enter_context(progress(total, description, initial=step))
             self._end_step = lambda: None
@@ -126,7 +126,7 @@ class SilentMonitor(AbstractContextManager):
 
 
 class Throughput:
-    """Trained tokens and model FLOPs a second since the last reading, counted by the host alone.
+    """Trained tokens and model FLOPs per second since the last reading, counted by the host alone.
 
     Model FLOPs are those that the dialogs need, without padding (`ModelConfig.forward_flops`, three times). Their share
     of the devices' peak, `mfu`, is given where the peak is known.

@@ -91,7 +91,7 @@ def build_optimizers(
 def schedule_factor(config: OptimConfig, step: int, total_steps: int) -> float:
     """Return the factor in (0, 1] of the peak rate in `step` (from 0) of `total_steps`.
 
-    Linear warm-up, then constant, or down half a cosine or a line that would reach zero one step after the last.
+    Linear warm-up, then constant, or a decay (cosine or linear) that would reach zero one step after the last.
     """
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
@@ -113,7 +113,7 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) ->
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
-    """Scale all gradients down to at most `max_norm`, the norm of all of them together, over all ranks."""
+    """Scale all gradients down so that their joint norm, over all ranks, is at most `max_norm`."""
     parameters = list(parameters)
     norm = full_tensor(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

@@ -19,8 +19,8 @@ WAIT, WARM_UP = 3, 2
 def profiled(folder: Path, n_steps: int) -> Iterator[Callable[[], None]]:
     """Record `n_steps` training steps after `WAIT + WARM_UP` others; yield a function to call after each step.
 
-    Writes trace.json, which Perfetto and chrome://tracing show, and summary.txt: the operators with most time of
-    their own, and the memory that they allocate.
+    Writes trace.json, which Perfetto and chrome://tracing show, and summary.txt: the operators with the most
+    self time, and the memory that they allocate.
     """
 
     def write(profiler: profile) -> None:

@@ -68,7 +68,7 @@ def run(
     device, directory = local_device(resolve_device(device)), Path(directory)
     check_observers(observers)
     if observers.probe_every and world_size() > 1:
-        raise InputError("probes watch a model that is not compiled, in a single process")
+        raise InputError("probes need a model that is not compiled, in a single process")
     if threads is not None and not 1 <= threads <= 1024:
         raise InputError(f"threads = {threads}: a run takes at least one, and at most 1,024")
     commit()  # records the imported code, whatever is committed while the run trains
@@ -78,7 +78,7 @@ def run(
         files = {path: tokenize_file(inputs.get(path, path), tokenizer) for path in sorted(config.training.files)}
         claim = Claim(config, people.digest(), {path: folder.name for path, folder in files.items()}, tokenizer.name)
         check_claim(directory, claim)
-        asked = stack.enter_context(asked_to_leave())  # not before: it may take long to read the files
+        asked = stack.enter_context(asked_to_leave())  # only now, so that a signal can end the reading above
         ranks = stack.enter_context(connect(device, config.model, sharded, tensor))
         lock = locked(directory, claim)
         if not ranks.first_does(lambda: stack.enter_context(lock) or (directory / ROW).exists()):
@@ -94,7 +94,7 @@ def run(
             compiled = plain and _pays_to_compile(config, device)
             if compiled:
                 torch.compiler.reset()  # earlier runs' shapes count against the recompile limit
-            # Texts of files can be of any length, and a CUDA graph takes all batches as long as the longest.
+            # Dialogs of files may be very long, and a CUDA graph pads all batches to the longest.
             replayed = plain and device.type == "cuda" and not (compiled or files)
             trainer = Trainer(model, data, config, directory, None, compiled, sources, ranks, replayed)
 
@@ -116,7 +116,7 @@ def run(
 
             ranks.first_does(measure)
         if ranks.any(asked.is_set()):  # during the final measurement
-            raise Preempted("asked to leave: this run is finished, the same command goes on after it")
+            raise Preempted("stopped by a signal: this run is finished, the same command goes on after it")
         return ranks.first_does(lambda: read_json(directory / ROW, fields=("recall",)))
 
 
@@ -134,7 +134,7 @@ def no_room_told() -> Iterator[None]:
 def read_inputs(config: RunConfig) -> tuple[People, Tokenizer]:
     """Return the people and the tokenizer of a run, from the files that it names as they are now.
 
-    Raises `InputError` if they cannot be read, or a file of dialogs gives less than one dialog a pass.
+    Raises `InputError` if they cannot be read, or a file of dialogs gives less than one dialog per pass.
     """
     people = load_people(config.facts)
     for path, share in config.training.files.items():
@@ -196,7 +196,7 @@ def _choose_threads(directory: Path, device: torch.device, trial: Callable[[], T
 def _pays_to_compile(config: RunConfig, device: torch.device) -> bool:
     """Return whether a run is long enough for torch.compile to save the 10 to 25 seconds that it takes.
 
-    Eager, a core does some 3e10 floating-point operations a second, so the limit is about two minutes.
+    Without it a core does some 3e10 FLOP/s, so the limit is about two minutes.
     """
     return device.type == "cpu" and config.flops() > 4e12 and shutil.which("g++") is not None
 

@@ -31,7 +31,7 @@ from lib.training.devices import resolve_device
 
 @dataclass(frozen=True)
 class Claim:
-    """What identifies a run, its files by their content; and its number of threads."""
+    """The identity of a run (configuration, and hashes of what its files hold), and its number of threads."""
 
     config: RunConfig
     people_digest: str
@@ -44,7 +44,7 @@ class Claim:
         with suppress(InputError):
             if read_claim(directory) == self and (directory / DATABASE).exists():
                 return
-        raise WorkError(f"{directory} was moved or deleted: put it back, and the same command goes on from there")
+        raise WorkError(f"{directory} was moved or deleted: put it back, and the same command resumes")
 
 
 def read_claim(directory: Path) -> Claim:
@@ -180,7 +180,7 @@ def load_model(folder: Path, device: str = "auto") -> tuple[Transformer, RunConf
     if (folder / MODEL).is_dir():
         folder = folder / MODEL
     elif (folder / CLAIM).exists():
-        raise InputError(f"the run in {folder} is not finished: the command that began it goes on with it")
+        raise InputError(f"the run in {folder} is not finished: the command that began it resumes it")
     device = resolve_device(device)
     tensors, state = checkpoint.load(
         folder, lambda state, _: without_weights(RunConfig.parse(state.get("config")).model).state_dict()

@@ -36,7 +36,7 @@ class Ending(NamedTuple):
     steps: int
     loss: float  # cross-entropy, nats per trained token, mean over the last steps (at most LOG_EVERY)
     dialogs_seen: int
-    seconds: float  # summed over a run's interruptions
+    seconds: float  # of all parts of an interrupted run
     stopped: str  # "recall": target reached; "hopeless": given up; "budget": last step reached
 
 
@@ -129,7 +129,7 @@ class Trainer:
                     if due or self.stopped or leaving:
                         self.save()
                     if leaving:
-                        raise Preempted("asked to leave: the same command goes on from here")
+                        raise Preempted("stopped by a signal: the same command resumes from here")
             finally:
                 self.finish_saving()
         return Ending(counters["step"], self.loss(), counters["dialogs_seen"], counters["seconds"], self.stopped)
@@ -234,7 +234,7 @@ class Trainer:
 
     @property
     def stopped(self) -> str | None:
-        """Why training is over (see `Ending`), None while it is not."""
+        """Return why training is over (see `Ending`); None while it is not."""
         if self.counters["reached"] >= 2:
             return "recall"
         if self.counters["step"] >= self.total_steps:

@@ -1,4 +1,4 @@
-"""Recall during training, measured beside it from the checkpoints that it writes."""
+"""Recall during training, measured by another process from the checkpoints of the run."""
 
 import time
 from collections.abc import Collection, Iterator

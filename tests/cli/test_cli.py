@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -244,7 +245,7 @@ BAD = {
     # Checkpoints
     "a run that is missing": Bad("recall nothing", ("there is no checkpoint at nothing",)),
     "a run that is not finished": Bad(
-        "chat run Hello?", ("run is not finished", "goes on"), _file("run/config.json", "{}")
+        "chat run Hello?", ("run is not finished", "resumes"), _file("run/config.json", "{}")
     ),
     "a truncated checkpoint": Bad(
         "recall in-weight",
@@ -505,7 +506,7 @@ def test_an_interrupted_command_says_how_to_go_on(here, itl, monkeypatch):
 
     monkeypatch.setattr("lib.training.run.run", interrupt)
     answer = itl("train", *TINY)
-    assert (answer.code, answer.err) == (130, "itl: interrupted: the same command goes on from what was saved\n")
+    assert (answer.code, answer.err) == (130, "itl: interrupted: the same command resumes from what was saved\n")
 
 
 def test_an_interrupted_command_that_cannot_go_on_promises_nothing(here, itl, monkeypatch):
@@ -672,6 +673,16 @@ def test_train_makes_a_run_that_recall_and_chat_work_on(here, itl):
 
     said = itl("chat", str(folder), "Where was Ann born?")
     assert said.code == 0 and said.out.startswith("assistant: ")
+
+
+def test_recall_refuses_a_database_that_has_changed_since_training_unless_it_is_named(here, itl):
+    shutil.copytree(paths.CHECKPOINTS / "in-tool", here / "run")
+    with open_conversation(here / "run", device="cpu") as talk:
+        names = talk.people.names[:3]
+    with closing(sqlite3.connect(here / "run" / paths.DATABASE)) as connection, connection:
+        connection.executemany("UPDATE people SET occupation = 'qq' WHERE name = ?", [(name,) for name in names])
+    answer = itl("recall", "run")
+    _assert_one_sentence(answer, ("3 of 4,096 facts in run/people.sqlite are not those of training", "--database"))
 
 
 def test_the_same_command_does_not_train_again(here, itl, monkeypatch):

@@ -1,36 +1,39 @@
 """Section 7.1 on a model that cannot know a fact, the circuit of Section 4, and through a whole smoke run."""
 
 import pytest
+import torch
 
 from lib.base import InputError
 from lib.cli import app
 from lib.config import RunConfig
 from lib.dialogs.tokenizers import ByteTokenizer
-from lib.experiments import edits
+from lib.experiments import edited_models, edits
 from lib.experiments.plan import searches
 from lib.experiments.rows import sweep_dir
+from lib.facts.sampling import sample_people
 from lib.figures import edits as figures
 from lib.model.circuit import Circuit
 from lib.paths import ROWS, read_json, write_json
-from lib.training.saved import Conversation
+from lib.training.run import run
+from lib.training.saved import Conversation, open_conversation
 
 
 @pytest.fixture(scope="module")
-def circuit(tmp_path_factory) -> edits.Setting:
+def circuit(tmp_path_factory) -> edited_models.Setting:
     config = RunConfig.parse({"mode": "in-tool", "facts": {"n_people": 12}})
     talk = Conversation(tmp_path_factory.mktemp("circuit"), Circuit().model(), config, ByteTokenizer(), None, None)
-    return edits.Setting(talk, "smoke")
+    return edited_models.Setting(talk, "smoke")
 
 
 def test_what_is_written_to_the_database_is_answered_and_nothing_else_changes(circuit):
-    rows = list(edits.change(circuit))
+    rows = list(edited_models.change(circuit))
     assert [row["n_edited"] for row in rows] == [1, 3]
     for row in rows:
         assert (row["recall_edited"], row["recall_others"], row["dialogs"]) == (1, 1, 0)
 
 
 def test_nobody_answers_for_the_deleted_and_a_circuit_knows_nothing_by_heart(circuit):
-    at_once, after_error = edits.delete(circuit)
+    at_once, after_error = edited_models.delete(circuit)
     for row in (at_once, after_error):
         assert (row["recall_edited"], row["recall_others"]) == (0, 1)
         assert row["says_the_value"] == row["says_a_value"] == 0
@@ -39,13 +42,13 @@ def test_nobody_answers_for_the_deleted_and_a_circuit_knows_nothing_by_heart(cir
 
 @pytest.mark.slow
 def test_a_forgiving_tool_changes_nothing_for_who_copies_rightly(circuit):
-    rows = list(edits.forgive(circuit))
-    assert len(rows) == 5 * len(edits.LETTERS)
+    rows = list(edited_models.forgive(circuit))
+    assert len(rows) == 5 * len(edited_models.LETTERS)
     assert all((row["recall"], row["wrong"]) == (1, 0) for row in rows)
 
 
 def test_the_figure_knows_every_kind_of_result():
-    assert sorted(figures.RESULTS) == sorted(edits.CONTESTED)
+    assert sorted(figures.RESULTS) == sorted(edited_models.CONTESTED)
 
 
 def test_other_values_are_other_and_of_the_same_attribute(circuit):
@@ -60,6 +63,21 @@ def test_a_split_takes_every_fact_once(circuit):
         assert not ({*some} & {*others})
     deleted, left = circuit.split_people(2)
     assert len({name for name, *_ in deleted}) == 2 and not ({n for n, *_ in deleted} & {n for n, *_ in left})
+
+
+def test_a_model_trained_without_the_deleted_is_the_model_of_a_file_that_lacks_them(tmp_path):
+    fields = {"facts": {"n_people": 4}, "model": {"d_model": 8}, "training": {"steps": 2}}
+    fields["evaluation"] = {"every": None}
+    config, people = RunConfig.parse(fields), sample_people(4)
+    base = edited_models.Setting(Conversation(tmp_path, None, config, ByteTokenizer(), people, None), "smoke")
+    with base.retrained({people.names[1]}) as (model, cost):
+        pass
+    lines = [",".join(("name", *people.attributes)), *(",".join(row) for row in people.rows())]
+    (tmp_path / "left.csv").write_text("\n".join(lines[:2] + lines[3:]), encoding="utf-8")
+    run(RunConfig.parse(fields | {"facts": {"csv": str(tmp_path / "left.csv")}}), tmp_path / "run", device="cpu")
+    with open_conversation(tmp_path / "run", device="cpu") as talk:
+        torch.testing.assert_close(model.state_dict(), talk.model.state_dict(), rtol=0, atol=0)
+    assert cost["steps"] == 2 and cost["dialogs"] == 2 * 3 * len(people.attributes)
 
 
 @pytest.mark.slow
@@ -125,7 +143,7 @@ def test_damaged_rows_are_measured_again(stored, monkeypatch):
         measured.append(folder.name)
         return [{"run_id": read_json(folder / "row.json")["run_id"]}]
 
-    monkeypatch.setattr(edits, "measure", measure)
+    monkeypatch.setattr(edited_models, "measure", measure)
     stored("[{]")
     for done in (2, 0):
         assert edits.sweep("quick", dry_run=True).done_now == 0 and edits.sweep("quick").done_now == done
@@ -135,7 +153,7 @@ def test_damaged_rows_are_measured_again(stored, monkeypatch):
 
 @pytest.mark.parametrize("jobs", ["0", "-1"])
 def test_a_sweep_without_processes_is_refused_before_it_measures(jobs, stored, monkeypatch, capsys):
-    monkeypatch.setattr(edits, "measure", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr(edited_models, "measure", lambda *_: pytest.fail("it measures"))
     monkeypatch.setattr("sys.argv", ["itl", "sweep", "07_1", f"--jobs={jobs}"])
     with pytest.raises(SystemExit, match="2"):
         app.main()

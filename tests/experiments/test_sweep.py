@@ -146,7 +146,7 @@ def test_runs_do_not_outlive_a_sweep_that_is_killed_or_interrupted(runs, how):
     if how == signal.SIGINT:
         assert process.returncode == 130
         assert [line for line in err.splitlines() if "05_1: " not in line] == [
-            "itl: interrupted: the same command goes on from what was saved"
+            "itl: interrupted: the same command resumes from what was saved"
         ]
     deadline = time.monotonic() + 60
     while any(map(_is_running, children)) and time.monotonic() < deadline:

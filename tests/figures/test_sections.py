@@ -402,11 +402,11 @@ def test_an_unknown_figure_is_one_sentence_that_lists_those_there_are():
 
 #: What the label of published points says in each figure that has them: facts, of whom, by which law.
 PUBLISHED_LABELS = {
-    "parameter_bounds": {"in-weight, published: 8 to 65,536 facts, independent",
-                         "in-tool, published: 8 to 131,072 facts, independent"},
-    "lower_bound": {"smallest in-weight models, published: 8 to 65,536 facts, independent"},
-    "recall_vs_parameters": {"published: 4,096 to 32,768 facts, independent"},
-    "generalization": {"new first name, published: 256 to 131,072 facts, independent"},
+    "parameter_bounds": {"in-weight, published: 8 to 65,536 independent facts",
+                         "in-tool, published: 8 to 131,072 independent facts"},
+    "lower_bound": {"smallest in-weight models, published: 8 to 65,536 independent facts"},
+    "recall_vs_parameters": {"published: 4,096 to 32,768 independent facts"},
+    "generalization": {"new first name, published: 256 to 131,072 independent facts"},
     "compressibility": {"published: 4,000 facts, released law", "published: 32,768 facts, released law"},
 }  # fmt: skip
 

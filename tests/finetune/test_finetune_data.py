@@ -213,7 +213,7 @@ UNFIT = {
     ),
     "a template that writes earlier turns in another way": (
         CHATML.replace("{{ message.content }}", "{{ ('' if loop.last else 'so: ') + message.content }}"),
-        "in-tool-text", "message 2 in another way",
+        "in-tool-text", "message 2 differently",
     ),
 }  # fmt: skip
 

@@ -285,7 +285,7 @@ def test_a_task_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.delenv(HELLASWAG, raising=False)
-    advice = r" \(.+\): HellaSwag comes from the hub, once, or from a file that ITL_HELLASWAG names$"
+    advice = r" \(.+\): HellaSwag comes from the hub \(asked once\) or from a file that ITL_HELLASWAG names$"
     assert not hellaswag_is_at_hand()
     for name in ("hellaswag", "hellaswagg"):
         with pytest.raises(InputError, match=f"^cannot load the items of {name}{advice}"):

@@ -179,7 +179,7 @@ def test_who_is_asked_to_leave_writes_a_checkpoint_and_comes_back(undisturbed, t
             run.asked.set()
         on_step_end(run, args, state, control, **options)
 
-    with monkeypatch.context() as patch, pytest.raises(Preempted, match="goes on from"):
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="resumes from"):
         patch.setattr(train._Run, "on_step_end", asked)
         finetune(config, tmp_path, description=None)
     newest, _ = newest_checkpoint(tmp_path / "checkpoints")

@@ -70,7 +70,7 @@ def test_what_a_person_leaves_around_is_passed_over_and_named_in_one_line(tmp_pa
         assert catalog.all_notebooks(group) == [ours]
         (line,) = capsys.readouterr().err.splitlines()
         names = "05_1_bounds (1).ipynb, 05_1_bounds-Copy1.ipynb, 07_notes.ipynb, Untitled.ipynb, empty.ipynb"
-        assert line.startswith(f"passing over {names}: ")
+        assert line.startswith(f"skipping {names}: ")
     assert catalog.all_notebooks("scale") == []
     assert catalog.find("05_1") == ours
 
@@ -90,7 +90,7 @@ def test_what_is_no_file_of_a_notebook_is_passed_over_too(tmp_path, monkeypatch,
             write(tmp_path / "07_x\x1b[31m.ipynb")
     assert catalog.all_notebooks() == [catalog.find("05_1")] == [ours]
     said = capsys.readouterr().err
-    assert said.startswith("passing over 07_x") and said.count("\n") == 1 and "\x1b" not in said
+    assert said.startswith("skipping 07_x") and said.count("\n") == 1 and "\x1b" not in said
 
 
 CELL = {"cell_type": "code", "id": "a", "execution_count": None, "outputs": [], "metadata": {}, "source": ""}

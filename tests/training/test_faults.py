@@ -157,6 +157,6 @@ def test_a_truncated_checkpoint_is_passed_over_and_says_so(tmp_path, processes, 
     (file,) = checkpoint.latest(tmp_path / "run" / "checkpoints").glob("*.safetensors")
     os.truncate(file, cut if cut >= 0 else file.stat().st_size - 1)
     assert checkpoint.latest(tmp_path / "run" / "checkpoints") is not None
-    assert f"passed over: the checkpoint {file.parent}" in capsys.readouterr().err
+    assert f"skipped: the checkpoint {file.parent}" in capsys.readouterr().err
     _finish(processes, tmp_path / "run")
     _assert_same(tmp_path / "run", undisturbed)

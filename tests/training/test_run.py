@@ -493,7 +493,7 @@ def test_a_run_that_is_not_finished_has_no_model_yet(tmp_path):
     with pytest.raises(InputError, match="is incomplete"):
         load_model(tmp_path / "run")
     (tmp_path / "run" / CLAIM).write_text("{}")
-    with pytest.raises(InputError, match="is not finished: the command that began it goes on"):
+    with pytest.raises(InputError, match="is not finished: the command that began it resumes it"):
         load_model(tmp_path / "run")
 
 
