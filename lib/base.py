@@ -4,8 +4,10 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from reprlib import repr as brief  # inputs may be long, or deeply nested
+from types import ModuleType
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -35,6 +37,14 @@ class DamagedFile(WorkError):
 
     def __init__(self, path: Path, reason: str):
         super().__init__(f"{path} is damaged ({reason}): delete it and repeat the command that wrote it")
+
+
+def optional(module: str, extra: str, lack: str) -> ModuleType:
+    """Import a module of an optional package. Where it is missing, an `InputError` says `lack` and names the extra."""
+    try:
+        return import_module(module)
+    except ImportError:
+        raise InputError(f"{lack}: pip install -e '.[{extra}]'") from None
 
 
 def to_json(content: Any, **options: Any) -> str:
@@ -102,7 +112,7 @@ class Config(BaseModel):
     @classmethod
     def _sentence(cls, error: ValidationError) -> str:
         """Return the first problem of a pydantic error as one sentence that names the field and what it takes."""
-        problem = error.errors(include_url=False)[0]
+        problem = error.errors()[0]
         message = problem["msg"].removeprefix("Value error, ")
         if not problem["loc"]:
             return message

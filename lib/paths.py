@@ -167,5 +167,5 @@ def whole(paths: Iterable[Path], read: Callable[[Path], Any]) -> Iterator[tuple[
     for path in paths:
         try:
             yield path, read(path)
-        except (DamagedFile, OSError) as error:
+        except (InputError, DamagedFile, OSError) as error:
             print(printable(f"skipped: {error}"), file=sys.stderr)

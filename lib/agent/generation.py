@@ -38,7 +38,6 @@ class Generation:
 
     tokens: list[int] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
-    finished: bool = False  # ended with the end-of-dialog token, not by the length limit or a failed hand-over
 
     def turns(self, tokenizer: Tokenizer) -> list[Turn]:
         """Return the turns after the prompt, the assistant's first."""
@@ -85,14 +84,10 @@ class _Row:
             generation.calls.append(Call(turn, response))
             self.forced.extend([*tokenizer.encode(response.text), tokenizer.role_ids[Role.ASSISTANT]])
         elif is_sampled:
-            generation.finished = token == tokenizer.end
             self.done = True
 
     def replay(self, known: Sequence[int]) -> None:
-        """Append the model's known tokens, then the forced ones, without running the model.
-
-        The tool is called again. If its answer differs from that in `known`, the rest of `known` is ignored.
-        """
+        """Append the tokens that `generate` knows, then the forced ones, without running the model."""
         for token in known:
             if self.done or self.take(token) != token:
                 break

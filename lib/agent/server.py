@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.agent.tools import Outcome, Response, SqlTool
-from lib.base import InputError
+from lib.base import InputError, optional
 
 HOST = "127.0.0.1"
 #: Maximum length of a name, in characters.
@@ -49,11 +49,9 @@ def people_server(path: str | Path):
     Each call opens the database anew, in a thread: calls do not wait for one another, and others can write meanwhile.
     Raises `InputError` for a database that `SqlTool` refuses, and without the package mcp.
     """
-    try:
-        from mcp import types
-        from mcp.server import Server
-    except ImportError:
-        raise InputError("serving people needs the package mcp: pip install -e '.[serve]'") from None
+    types = optional("mcp", "serve", "serving people needs the package mcp").types
+    from mcp.server import Server
+
     with SqlTool(path) as opened:
         find = Find(opened.attributes)
     tool = types.Tool(name=find.name, description=find.description, input_schema=find.schema)

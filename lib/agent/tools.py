@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from lib.base import InputError
+from lib.base import InputError, optional
 from lib.dialogs.chains import chain_dialog
 from lib.dialogs.request import fenced_line, parse_request
 from lib.facts import database
@@ -119,12 +119,8 @@ class SqlTool(PeopleTool, AbstractContextManager):
         response = self.find(attribute, name)
         return response if response.outcome is not Outcome.NO_MATCH else self.find(attribute, comparable(name))
 
-    def close(self) -> None:
-        """Close the database, as the end of a `with` block does."""
-        self.connection.close()
-
     def __exit__(self, *_) -> None:
-        self.close()
+        self.connection.close()
 
 
 class ForgivingTool(PeopleTool):
@@ -135,16 +131,12 @@ class ForgivingTool(PeopleTool):
     """
 
     def __init__(self, tool: SqlTool, edits: int):
-        try:
-            from rapidfuzz import process  # only here: it is no part of the core
-            from rapidfuzz.distance import Levenshtein
-        except ImportError:
-            raise InputError("forgiving letters needs the package rapidfuzz: pip install -e '.[serve]'") from None
+        rapidfuzz = optional("rapidfuzz", "serve", "forgiving letters needs the package rapidfuzz")
         with refusing("read people from", tool.path):
             names = tool.connection.execute("SELECT people.name FROM people")
             names = [name for (name,) in names if isinstance(name, str)]
-        self.tool, options = tool, {"scorer": Levenshtein.distance, "score_cutoff": edits, "limit": 2}
-        self._nearest = partial(process.extract, choices=names, **options)
+        options = {"scorer": rapidfuzz.distance.Levenshtein.distance, "score_cutoff": edits, "limit": 2}
+        self.tool, self._nearest = tool, partial(rapidfuzz.process.extract, choices=names, **options)
 
     def __call__(self, turn: str) -> Response:
         response, request = self.tool(turn), parse_request(turn)

@@ -31,7 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-
 #: Commands that resume where they were interrupted.
 RESUMED = ("train", "finetune", "evaluate", "sweep", "trivia", "ask", "notebooks", "paper", "scale")
 #: Maximum characters of a message, which may quote a file or a server.

@@ -7,7 +7,7 @@ from rich.console import Console
 from lib.agent.tools import EditableTool
 from lib.base import InputError
 from lib.dialogs.templates import Role, question
-from lib.facts.database import change_facts
+from lib.facts.database import change_fact
 from lib.training.saved import Conversation
 
 HELP = """\
@@ -84,7 +84,8 @@ def _obey(line: str, tools: Sequence[EditableTool], names: Sequence[str]) -> Ite
         # Names and values may hold bars: split at the first attribute that exists between bars.
         i = next((i for i, part in enumerate(parts[1:-1], 1) if part.strip() in tools[0].attributes), 1)
         name, attribute, value = ("|".join(some).strip() for some in (parts[:i], parts[i : i + 1], parts[i + 1 :]))
-        old, *_ = change_facts([tool.path for tool in tools], name, attribute, value)
+        database, *others = (tool.path for tool in tools)
+        old = change_fact(database, name, attribute, value, *others)
         return [f"{attribute} of {name}: {old} -> {value}"]
     facts = tools[0].facts(name)
     return [f"{attribute}: {value}" for attribute, value in facts.items()] or ["nobody of that name"]

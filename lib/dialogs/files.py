@@ -110,7 +110,7 @@ def _parse(line: bytes, path: str | Path, number: int) -> Dialog:
         dialog = list(starmap(Turn, _LINE.validate_json(line)))
         problem = "there is nothing to train on"
     except ValidationError as error:
-        dialog, (first, *_) = [], error.errors(include_url=False)
+        dialog, (first, *_) = [], error.errors()
         place = "".join(f"[{index}]" for index in first["loc"])
         problem = f"{place} {first['msg'][:1].lower()}{first['msg'][1:]}".strip()
     if all(role != Role.ASSISTANT for role, _ in dialog):

@@ -7,11 +7,9 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
-from lib.base import InputError
+from lib.base import InputError, optional
 from lib.dialogs.templates import Role
 from lib.paths import read_bytes
 
@@ -92,7 +90,7 @@ def tokenizer_file(spec: str) -> Path:
 
 def _read_ranks(content: bytes) -> tuple[int, Callable, Callable]:
     """Read lines of `base64 rank`. tiktoken's own reader caches by path, so it would miss a changed file."""
-    tiktoken = _library("tiktoken")
+    tiktoken = optional("tiktoken", "scale", "this tokenizer needs the package tiktoken")
     try:
         pairs = [line.split() for line in content.splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
@@ -108,7 +106,7 @@ def _read_ranks(content: bytes) -> tuple[int, Callable, Callable]:
 
 def _read_hugging_face(content: bytes) -> tuple[int, Callable, Callable]:
     """Read a tokenizer.json, without truncation, padding and BPE dropout."""
-    tokenizers = _library("tokenizers")
+    tokenizers = optional("tokenizers", "scale", "this tokenizer needs the package tokenizers")
     try:
         description = json.loads(content) | {"truncation": None, "padding": None}
         description["model"] |= {"dropout": None} if "dropout" in description["model"] else {}
@@ -121,10 +119,3 @@ def _read_hugging_face(content: bytes) -> tuple[int, Callable, Callable]:
         lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
         lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
     )
-
-
-def _library(name: str) -> ModuleType:
-    try:
-        return import_module(name)
-    except ImportError:
-        raise InputError(f"this tokenizer needs the package {name}: pip install -e '.[scale]'") from None

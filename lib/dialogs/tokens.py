@@ -121,6 +121,6 @@ def tokenize(items: Iterable[Dialog], tokenizer: Tokenizer, repeats: bool = True
     return TokenizedDialogs(torch.frombuffer(values, dtype=dtype), torch.frombuffer(mask, dtype=torch.bool), *counts)
 
 
-def tokenize_people(people: People, mode: Mode, tokenizer: Tokenizer, repeats: bool = True) -> TokenizedDialogs:
+def tokenize_people(people: People, mode: Mode, tokenizer: Tokenizer) -> TokenizedDialogs:
     """Return the tokens of the `dialogs` of people. No people, or an unknown mode, is an `InputError`."""
-    return tokenize(dialogs(people, mode), tokenizer, repeats)
+    return tokenize(dialogs(people, mode), tokenizer)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import pandas as pd
@@ -41,11 +42,8 @@ def spans(fact: Fact) -> list[Span]:
         ("words", len(p.opening)), ("name told", n), ("words", len(p.middle)), ("value told", v),
         ("words", len(p.end) + 1),
     ]  # fmt: skip
-    found, start = [], 0
-    for part, length in lengths:
-        found.append(Span(part, start, start + length))
-        start += length
-    return found
+    bounds = pairwise(accumulate((length for _, length in lengths), initial=0))
+    return [Span(part, *bound) for (part, _), bound in zip(lengths, bounds, strict=True)]
 
 
 def dialog_tokens(fact: Fact) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """Recall of people that a model was not trained on (Section 5.2)."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import reduce
 from operator import add
 
-from lib.agent.tools import open_tool
+from lib.agent.tools import TOOLS, open_tool
 from lib.config import RunConfig
 from lib.dialogs.tokenizers import Tokenizer
 from lib.evaluation.recall import Fact, Recall, measure_recall
@@ -23,7 +24,8 @@ def measure_generalization(model, config: RunConfig, tokenizer: Tokenizer) -> di
     trained, unseen = load_people(config.facts), unseen_people(config.facts, n)
     columns = {}
     everybody = reduce(add, unseen.values(), trained)
-    with temporary_database(everybody) as path, open_tool(config.mode, path) as tool:
+    database = temporary_database(everybody) if config.mode in TOOLS else nullcontext()
+    with database as path, open_tool(config.mode, path) as tool:
         for kind, people in {"trained": trained[:n], **unseen}.items():
             if not people.names:  # one person alone gives no new pair of names
                 continue

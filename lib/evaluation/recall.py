@@ -43,6 +43,7 @@ class Recall(NamedTuple):
     decoded: int  # how many questions had to be decoded token by token
     #: In-tool: the first request of each question, None if it is malformed or missing.
     requests: Sequence[Request | None]
+    dialogs: TokenizedDialogs | None = None  # the expected ones
 
     @property
     def overall(self) -> float:
@@ -108,7 +109,7 @@ def measure_recall(
         correct[i] = is_correct(generation, dialogs[i], tokenizer, tool)
     decoded = sum(g.tokens != tokens for g, tokens in zip(generations, known, strict=True))
     requests = [tool.parse(g.calls[0].turn) if g.calls else None for g in generations] if tool is not None else []
-    return Recall(correct, np.array([attribute for *_, (_, attribute, _) in chains]), decoded, requests)
+    return Recall(correct, np.array([attribute for *_, (_, attribute, _) in chains]), decoded, requests, data)
 
 
 def is_correct(generation: Generation, dialog: Dialog, tokenizer: Tokenizer, tool: Tool | None) -> bool:

@@ -7,10 +7,9 @@ the training run itself in `run/`, and in the end its row.
 import math
 import time
 from collections import namedtuple
-from itertools import accumulate, chain, islice, product
+from itertools import islice, product
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from lib import paths
@@ -32,7 +31,6 @@ SECTION, TABLE = "07_2", paths.PAPER_DATA / "chains.csv"
 #: The hops that every model is asked about.
 ASKED = (1, 2, 3)
 _PEOPLE, _DIALOGS = "people.csv", "dialogs_2.jsonl"
-
 
 #: The sizes of a profile. asked: how many trained people to ask about, and as many unseen ones.
 Setting = namedtuple("Setting", "n_people d_model steps recipe n_seeds asked")
@@ -125,9 +123,9 @@ def recall_by_hops(model, facts: FactsConfig, people: People, tokenizer: Tokeniz
 
     sampled = facts.model_copy(update={"csv": None})
     groups = {"trained": people, "unseen": with_bosses(unseen_people(sampled, max(2, asked))["new_both"], facts.seed)}
-    n, pairs = asked * len(ATTRIBUTES), product(groups.items(), ASKED)
-    questions = {f"{group}_{hops}": list(islice(chains(members, hops), n)) for (group, members), hops in pairs}
+    n_questions, recalls = asked * len(ATTRIBUTES), {}
     with temporary_database(groups["trained"] + groups["unseen"]) as path, SqlTool(path) as tool:
-        correct = measure_recall(model, [*chain.from_iterable(questions.values())], tokenizer, tool).correct
-    ends = list(accumulate(map(len, questions.values())))
-    return {name: float(part.mean()) for name, part in zip(questions, np.split(correct, ends[:-1]), strict=True)}
+        for (group, members), hops in product(groups.items(), ASKED):
+            questions = list(islice(chains(members, hops), n_questions))
+            recalls[f"{group}_{hops}"] = measure_recall(model, questions, tokenizer, tool).overall
+    return recalls

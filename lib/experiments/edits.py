@@ -13,10 +13,6 @@ from lib.paths import ROW, ROWS, write_json
 
 SECTION, TABLE = "07_1", paths.PAPER_DATA / "edits.csv"
 
-#: What a row says about the model and the experiment; what was measured follows.
-COLUMNS = ["profile", "run_id", "mode", "n_facts", "seed", "d_model", "n_params", "repeats", "experiment", "method"]
-COLUMNS += ["n_edited", "asked", "who", "finished_at", "commit"]
-
 
 def plan(profile: str) -> list[Search]:
     """Return the searches of a profile's models; none for quick, which trains no model."""
@@ -62,7 +58,6 @@ def rows(profile: str) -> pd.DataFrame:
     """
     planned = {run_id for search in plan(profile) for run_id in search.run_ids}
     table = rows_of_profile(TABLE, profile, sorted(sweep_dir(SECTION, profile).glob(f"*/{ROWS}")), planned)
-    table = table if len(table) else pd.DataFrame(columns=[*COLUMNS, "superseded"])
     return table.assign(superseded=table.superseded & (profile != "quick"))
 
 

@@ -117,7 +117,7 @@ class Grid(Config):
         grid = Grid(**self.model_dump() | of_grid)
         if grid.recipe not in (None, *RECIPES):
             raise InputError(f"there is no recipe {grid.recipe!r}: there are {', '.join(RECIPES)}")
-        fields: dict[str, Any] = {}
+        fields = {}
         for group in (RECIPES.get(grid.recipe, {}), grid.base, varied):
             for name, value in group.items():
                 fields |= _fields(name, value)

@@ -62,8 +62,7 @@ def committed_rows() -> pd.DataFrame:
 
 def rate(lr: float) -> str:
     """Return a learning rate as it is written in a recipe: 1e-3, 2.5e-3."""
-    mantissa, exponent = f"{lr:e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
+    return np.format_float_scientific(lr, trim="-", exp_digits=1)
 
 
 def batches(rows: pd.DataFrame) -> str:
@@ -95,10 +94,9 @@ def comparable(rows: pd.DataFrame | None = None, with_published: bool = True) ->
     tables = [each for each in (rows, published_rows() if with_published else None) if each is not None and len(each)]
     runs = pd.concat([_last_checkpoints(each) for each in tables]) if tables else pd.DataFrame()
     table = _over_seeds(runs, [*POINT, *RECIPE], METRICS)
-    order = table.assign(ours=table.source != "published", size=_n_params(table.base))
-    order = order.sort_values(["ours", "size", "model", "mode", "n_facts"], na_position="first")
-    table = table.loc[order.index].reset_index(drop=True)
-    return table.rename(columns={"steps_to_recall_seeds": "seeds_reaching_it"})
+    table = table.assign(ours=table.source != "published", size=_n_params(table.base))
+    table = table.sort_values(["ours", "size", "model", "mode", "n_facts"], na_position="first", ignore_index=True)
+    return table.drop(columns=["ours", "size"]).rename(columns={"steps_to_recall_seeds": "seeds_reaching_it"})
 
 
 def _last_checkpoints(rows: pd.DataFrame) -> pd.DataFrame:
@@ -272,8 +270,8 @@ def panels(rows: pd.DataFrame) -> pd.DataFrame:
     """
     if not len(rows):
         return published_rows().iloc[:0]
-    rows, model = rows[rows.task.eq("facts") & rows.adaptation.eq("full")], ["profile", "base"]
-    tool, weight = (rows[rows["mode"].eq("in-weight") == is_weight] for is_weight in (False, True))
+    rows, model = rows.query("task == 'facts' and adaptation == 'full'"), ["profile", "base"]
+    tool, weight = (rows.query(f"mode {sign} 'in-weight'") for sign in ("!=", "=="))
     rates = tool[[*model, "lr"]].drop_duplicates().assign(name=", equal rates")
     weight = weight.merge(rates, on=[*model, "lr"], how="left").fillna({"name": ""})
     tool = tool.merge(weight[[*model, "name"]].drop_duplicates(), on=model, how="left").fillna({"name": ""})

@@ -139,7 +139,7 @@ def capacity(rows: pd.DataFrame) -> pd.DataFrame:
     columns += ["dialogs_seen", *COMPUTED]
     nll = [f"nll_bits_{attribute}" for attribute in ATTRIBUTES]
     rows = described(rows).reindex(columns=["mode", *columns, *nll])
-    rows = rows[rows["mode"] == "in-weight"].reset_index(drop=True)
+    rows = rows.query("mode == 'in-weight'").reset_index(drop=True)
     n_people, entropy = rows.n_facts // len(ATTRIBUTES), _entropy_per_person(rows)
     stored = n_people * entropy.sub(rows[nll].to_numpy(float)).clip(lower=0).sum(axis=1, skipna=False)
     return rows[columns].assign(
@@ -197,8 +197,7 @@ def fit_of_mode(seeds: pd.DataFrame, mode: str) -> dict:
 
     seeds: of one threshold, with min_params. Current or earlier recipes are taken, whichever have more points.
     """
-    points = described(seeds)
-    points = points[points["mode"].eq(mode) & points.n_facts.ge(FIT_FROM[mode])].dropna(subset="min_params")
+    points = described(seeds).query(f"mode == '{mode}' and n_facts >= {FIT_FROM[mode]}").dropna(subset="min_params")
     points = points[points.superseded == (points.superseded.mean() > 0.5)]
     return fit_line(points, of="min_params") | {"facts": (points.n_facts.min(), points.n_facts.max())}
 
@@ -225,7 +224,7 @@ def seeds_that_generalize(shares: pd.DataFrame) -> pd.DataFrame:
     shares: as `unseen_shares` gives them. A seed counts if its recall reaches 95% on each kind.
     """
     by = [name for name in (*_OF_RUN, "own") if name in shares and name != "seed"]
-    unseen = shares[(shares.measure == "recall") & (shares.kind != "trained")]
+    unseen = shares.query("measure == 'recall' and kind != 'trained'")
     found = unseen.groupby([*by, "seed"]).share.min().ge(0.95).groupby(by).agg(["sum", "size"]).reset_index()
     low, high = interval_of_share(found["sum"], found["size"])
     return found[by].assign(share=found["sum"] / found["size"], low=low, high=high, seeds=found["size"])

@@ -121,21 +121,17 @@ def add_people(people: People, path: str | Path) -> None:
         connection.executemany(f"INSERT OR REPLACE INTO people ({columns}) VALUES ({values})", people.rows())
 
 
-def change_fact(path: str | Path, name: str, attribute: str, value: str) -> str:
-    """Give one attribute of one person another value in a database; return the old value.
+def change_fact(path: str | Path, name: str, attribute: str, value: str, *others: str | Path) -> str:
+    """Give one attribute of one person another value in a database, and in all `others`; return the old value.
 
-    Name and value are bound as parameters; the attribute must be a column. Raises `InputError`, and changes nothing,
-    for an unknown person or attribute, and for a value that `read_people_csv` would refuse.
+    Name and value are bound as parameters; the attribute must be a column. Raises `InputError`, and changes none of the
+    databases, for an unknown person or attribute, and for a value that `read_people_csv` would refuse.
     """
-    return change_facts([path], name, attribute, value)[0]
-
-
-def change_facts(paths: Iterable[str | Path], name: str, attribute: str, value: str) -> list[str]:
-    """Apply `change_fact` to each of several databases: to all of them or, with an `InputError`, to none."""
     if not value.strip() or FORBIDDEN.search(value):
         raise InputError(f"{value!r} cannot be a value: one line of text without ``` is expected")
     with ExitStack() as stack:
-        return [_change(stack.enter_context(_changes(path)), name, attribute, value) for path in paths]
+        connections = [stack.enter_context(_changes(each)) for each in (path, *others)]
+        return [_change(connection, name, attribute, value) for connection in connections][0]
 
 
 def attribute_columns(connection: sqlite3.Connection) -> list[str]:

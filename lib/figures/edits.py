@@ -111,7 +111,7 @@ def forgiving(rows: pd.DataFrame) -> Figure:
         for axes, kind in zip(row, UNSEEN, strict=True):
             for n_facts, color in zip(counts, shades(len(counts)), strict=True):
                 about = f"answers,\n{n_facts:,} training facts"
-                for _, points in rows[(rows.who == kind) & (rows.n_facts == n_facts)].groupby("seed"):
+                for _, points in rows.query("who == @kind and n_facts == @n_facts").groupby("seed"):
                     look = {"color": color, "markersize": 4}
                     axes.plot(points.letters, points.recall, "o-", label=f"right {about}", **look)
                     axes.plot(points.letters, points.wrong, "x:", label=f"wrong {about}", **look)

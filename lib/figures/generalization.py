@@ -10,15 +10,7 @@ from lib.experiments import summaries
 from lib.experiments.published import PUBLISHED_KIND
 from lib.facts.people import FactsConfig, best_constant_guess
 from lib.facts.sampling import unseen_people
-from lib.figures.style import (
-    STYLES,
-    nothing_yet,
-    panels,
-    published_label,
-    shared_legend,
-    side_by_side,
-    told_apart,
-)
+from lib.figures.style import STYLES, nothing_yet, panels, published_label, shared_legend, side_by_side, told_apart
 
 #: What is new in the names of unseen people, as a legend says it.
 KINDS = {
@@ -43,11 +35,11 @@ def generalization(shares: pd.DataFrame, published: pd.DataFrame) -> Figure:
         for axes, kind in zip(row, kinds, strict=False):
             if kind == PUBLISHED_KIND:
                 _published_recall(axes, published)
-            for points, label, look in _by_size(shares[(shares.kind == kind) & (shares.measure == "recall")]):
+            for points, label, look in _by_size(shares.query("kind == @kind and measure == 'recall'")):
                 axes.plot(side_by_side(points), points.share, label=label, **look | {"linestyle": "none"})
             axes.axhline(guess, color="#555555", linewidth=0.9, linestyle=":", label="best constant guess")
             axes.set(title=KINDS[kind])
-        found = summaries.seeds_that_generalize(shares[shares["mode"] == "in-tool"])
+        found = summaries.seeds_that_generalize(shares.query("mode == 'in-tool'"))
         for points, _, look in _by_size(found):
             bars = [points.share - points.low, points.high - points.share]
             row[-1].errorbar(points.n_facts, points.share, yerr=bars, **look)
@@ -63,7 +55,7 @@ def generalization(shares: pd.DataFrame, published: pd.DataFrame) -> Figure:
 def _by_size(table: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, str, dict]]:
     """Yield the points of each size, their label and look: each mode in its color, larger models darker."""
     for mode, style in STYLES.items():
-        groups = list(table[table["mode"] == mode].groupby("n_params"))
+        groups = list(table.query("mode == @mode").groupby("n_params"))
         for strength, (n_params, rows) in zip(np.linspace(1, 0.35, len(groups))[::-1], groups, strict=True):
             look = {**style, "alpha": strength, "linestyle": "-" if mode == "in-tool" else "--"}
             yield from told_apart(rows, f"{n_params:,}, {mode}", look)

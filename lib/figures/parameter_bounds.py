@@ -1,4 +1,4 @@
-"""Figures of Section 5.1 and of Section 4's bound: parameters against facts, recall and bits."""
+"""Figures of Sections 5.1 and 5.3 and of Section 4's bound: parameters against facts, recall, correlation and bits."""
 
 from itertools import cycle
 
@@ -15,6 +15,7 @@ from lib.figures.style import (
     STYLES,
     draw_bits_lines,
     draw_means,
+    log_ticks,
     nothing_yet,
     panels,
     published_label,
@@ -44,7 +45,7 @@ def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: fl
             label = published_label(theirs.n_facts, mode)
             axes.plot(theirs.n_facts, mean, color=style["color"], alpha=0.45, linewidth=1.4, label=label)
             axes.fill_between(theirs.n_facts, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
-            ours = seeds[seeds["mode"].eq(mode) & seeds.recall_threshold.eq(threshold)].dropna(subset="min_params")
+            ours = seeds.query("mode == @mode and recall_threshold == @threshold").dropna(subset="min_params")
             for points, name, look in told_apart(ours, f"{mode}, this repository", style):
                 axes.plot(side_by_side(points), points.min_params, label=name, linestyle="none", **look)
             fit = summaries.fit_of_mode(ours, mode)
@@ -96,6 +97,34 @@ def lower_bound(points: pd.DataFrame, published: pd.DataFrame, threshold: float 
     return figure
 
 
+def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: float = 0.95) -> Figure:
+    """Draw parameters needed against the correlation of facts, and against the entropy of the database (Section 5.3).
+
+    points: as `summaries.compressibility_bounds` gives them. published: the paper's, a line per number of facts, at the
+    entropy of databases of the released law. Both have a column entropy_bits.
+    """
+    with panels((8.6, 3.4), 1, 2, sharey=True) as (figure, (by_alpha, by_entropy)):
+        published = published[published.recall_threshold == threshold]
+        for (_, theirs), line in zip(published.groupby("n_facts"), cycle(("-", "--")), strict=False):
+            style = {"color": "#888888", "linestyle": line, "marker": "."}
+            label = published_label(theirs.n_facts, kind="facts, released law")
+            by_alpha.plot(theirs.alpha, theirs.min_params, label=label, **style)
+            by_entropy.plot(theirs.entropy_bits, theirs.min_params, **style)
+        for shade, (n_facts, ours) in enumerate(smallest(points, "in-weight", threshold).groupby("n_facts")):
+            for axes, x in ((by_alpha, "alpha"), (by_entropy, "entropy_bits")):
+                look = {**STYLES["in-weight"], "alpha": max(0.4, 1 - 0.3 * shade)}
+                draw_means(axes, ours, x, f"{n_facts:,} facts, this repository", **look)
+        by_alpha.set(xlabel="correlation alpha", ylabel=f"parameters needed for {threshold:.0%} recall", yscale="log")
+        by_entropy.set(xlabel="entropy of the database, bits", xscale="log")
+        low, high = by_entropy.get_xlim()
+        ends = {bits: (low / bits, high / bits) for bits in (1, 2)}
+        draw_bits_lines(by_entropy, ends, "#BBBBBB", xytext=(3, 0), ha="left", va="center")
+        by_entropy.xaxis.set_major_formatter("{x:,.0f}")
+        log_ticks(by_entropy.xaxis, pd.Series([low, high]))
+        by_alpha.legend(handlelength=3.5)
+    return figure
+
+
 def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """Draw recall at the end of training against model size, a line per number of facts (Section 5.1).
 
@@ -108,7 +137,7 @@ def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame) -> Fi
         for axes, mode in zip(row, STYLES, strict=True):
             if counts:
                 # A run that was given up has no recall at the end of training.
-                ended = rows[(rows["mode"] == mode) & (rows.stopped != "hopeless")]
+                ended = rows.query("mode == @mode and stopped != 'hopeless'")
                 for n_facts, runs in ended.groupby("n_facts"):
                     look = {"color": colors[n_facts], "marker": "o", "markersize": 3.5}
                     draw_means(axes, runs, "n_params", f"{n_facts:,}", of="recall", **look)
@@ -143,7 +172,7 @@ def bits_stored(held: pd.DataFrame) -> Figure:
     held: as `summaries.capacity` gives it; runs that were given up are left out. Filled points are overloaded models,
     of recall below 95%.
     """
-    held = tables.described(held[(held.stopped != "hopeless") & held.stored_bits.gt(0)])
+    held = tables.described(held.query("stopped != 'hopeless' and stored_bits > 0"))
     with panels((5.6, 3.8)) as (figure, axes):
         groups = list(held.groupby("n_facts"))
         for color, (n_facts, runs) in zip(shades(len(groups)), groups, strict=True):
@@ -218,7 +247,7 @@ def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     rows = summaries.behind(summaries.bounds_rows(profile), threshold)
     for mode, unknown in table[table.min_params_mean.isna()].groupby("mode"):
         n_facts = unknown.n_facts.min()
-        runs = rows[(rows["mode"] == mode) & (rows.n_facts == n_facts)]
+        runs = rows.query("mode == @mode and n_facts == @n_facts")
         if not (runs.recall >= threshold).any():  # else some size is enough, but no smaller one was tried
             known = f"no smallest {mode} model is known yet (largest tried: {runs.n_params.max():,} parameters)."
             sentences.append(f"At {n_facts:,} facts {known}")

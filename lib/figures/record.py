@@ -13,7 +13,7 @@ from lib import paths
 from lib.base import InputError
 from lib.experiments import summaries, tables
 from lib.experiments.published import published_by_paper, published_correlated
-from lib.figures import compressibility, generalization, parameter_bounds, style
+from lib.figures import generalization, parameter_bounds, style
 
 
 class Record(NamedTuple):
@@ -108,7 +108,7 @@ FIGURES = {
     ),
     "compressibility": Record(
         shows=_SMALLEST,
-        draw=compressibility.compressibility,
+        draw=parameter_bounds.compressibility,
         rows=partial(tables.read_rows, "05_3"),
         points=summaries.compressibility_bounds,
         published=published_correlated,
@@ -170,7 +170,7 @@ def caption(name: str, profile: str, **options) -> str:
     if len(rows) and "d_model" in record.options:
         rows = rows[generalization.of_size(rows, **options)]
     if len(rows) and record.mode:
-        rows = rows[rows["mode"] == record.mode]
+        rows = rows.query("mode == @record.mode")
     theirs = f"Published: Houliston et al. (2025), {record.about_published}. " if record.published else ""
     return f"{record.shows}. {theirs}{provenance(rows)}"
 

@@ -209,7 +209,6 @@ _ASKED = {
     },
 }
 
-
 _PADDED = {"figure.constrained_layout.w_pad": 0.1}
 
 

@@ -6,11 +6,9 @@ from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
-from matplotlib.artist import Artist
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -23,47 +21,22 @@ STYLES = {
     "in-weight": {"color": "#D55E00", "marker": "o"},
     "in-tool": {"color": "#0072B2", "marker": "s"},
 }
-
 #: Points of a profile that does not publish (quick), drawn over the published ones.
 HOLLOW = {"markerfacecolor": "white", "markersize": 7, "zorder": 4}
-
 #: Points of runs that today's plan no longer asks for.
 EARLIER = {"markerfacecolor": "white", "alpha": 0.55}
-
-RC = {
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 110,
-    "font.size": 9,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "errorbar.capsize": 2,
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.6,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "legend.title_fontsize": 7,
-    "lines.markersize": 5,
-    "pdf.fonttype": 42,  # text stays text
-    "savefig.dpi": 200,
-}
-
-
+#: matplotlib's settings.
+SHEET = Path(__file__).with_name("paper.mplstyle")
 #: Where a legend stands beside its panel.
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
 
 
 @contextmanager
 def panels(
-    size: tuple[float, float] = (5.2, 3.6),
-    n_rows: int = 1,
-    n_columns: int = 1,
-    rc: dict | None = None,
-    **options,
+    size: tuple[float, float] = (5.2, 3.6), n_rows: int = 1, n_columns: int = 1, rc: dict | None = None, **options
 ) -> Iterator[tuple[Figure, plt.Axes]]:
     """Yield a figure of `size` inches and its axes, as `plt.subplots` does, in this style with `rc` on top."""
-    with matplotlib.rc_context({**RC, "figure.figsize": size, **(rc or {})}):
+    with plt.style.context([SHEET, {"figure.figsize": size, **(rc or {})}]):
         yield plt.subplots(n_rows, n_columns, **options)
 
 
@@ -87,10 +60,9 @@ def alt_text(figure: Figure) -> str:
 
 def _describe_in_notebooks() -> None:
     """Make IPython store the alternative text of every figure that it displays, as metadata of the picture."""
-    if ipython := sys.modules.get("IPython"):
-        if shell := ipython.get_ipython():
-            describe = lambda figure, **_: ({}, {"image/png": {"alt": alt_text(figure)}})  # noqa: E731
-            shell.display_formatter.mimebundle_formatter.for_type(Figure, describe)
+    if (ipython := sys.modules.get("IPython")) and (shell := ipython.get_ipython()):
+        describe = lambda figure, **_: ({}, {"image/png": {"alt": alt_text(figure)}})  # noqa: E731
+        shell.display_formatter.mimebundle_formatter.for_type(Figure, describe)
 
 
 _describe_in_notebooks()
@@ -108,7 +80,7 @@ def save_in(figure: Figure, name: str, folder: Path) -> list[Path]:
     for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
         path = folder / f"{name}.{kind}"
         # Resolution and fonts are looked up when a figure is written, so the context is needed again.
-        with paths.replacing(path) as temporary, matplotlib.rc_context(RC):
+        with paths.replacing(path) as temporary, plt.style.context(SHEET):
             figure.savefig(drawn := BytesIO(), format=kind, metadata=metadata)
             temporary.write_bytes(drawn.getvalue())  # on a full disk, `savefig` hides why it failed
         written.append(path)
@@ -164,13 +136,13 @@ def side_by_side(points: pd.DataFrame) -> pd.Series:
 def smallest(table: pd.DataFrame, mode: str, threshold: float) -> pd.DataFrame:
     """Return the points of `summaries.minimal_parameters` that are known for a mode and threshold, as `draw_means`
     takes them."""
-    known = table[table["mode"].eq(mode) & table.recall_threshold.eq(threshold) & table.min_params_mean.notna()]
+    known = table.query("mode == @mode and recall_threshold == @threshold").dropna(subset="min_params_mean")
     return known.sort_values("n_facts", kind="stable").rename(columns=lambda name: name.removeprefix("min_params_"))
 
 
 def shared_legend(figure: Figure, panels, **look) -> None:
     """Draw one legend of all that panels have labels for, each label once; none if there is nothing."""
-    entries: dict[str, Artist] = {}
+    entries = {}
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         entries |= zip(labels, handles, strict=True)

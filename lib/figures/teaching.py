@@ -66,7 +66,7 @@ def probes(rows: list[dict]) -> Figure:
         for of, line in zip(("output", "gradient"), grid, strict=True):
             for (moment, scale), axes in zip(_SCALES.items(), line, strict=True):
                 for color, marker, name in zip(shades(len(names)), cycle("osD^v"), names, strict=False):
-                    chosen = table[(table.tensor == name) & (table.of == of)]
+                    chosen = table.query("tensor == @name and of == @of")
                     axes.plot(chosen.step, chosen[moment].astype(float), color=color, marker=marker, label=name)
                 axes.set(yscale=scale)
                 axes.set_title(f"{moment} of the {of}", fontsize=9)

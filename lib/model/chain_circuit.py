@@ -22,7 +22,7 @@ from lib.base import InputError
 from lib.dialogs.chains import PHRASE
 from lib.dialogs.templates import Role, tool_call
 from lib.facts.people import ATTRIBUTES, LINK
-from lib.model.circuit import _COUNT, _FAR, _SHARP, _STEEP, Circuit, Phrases, _Head, _signs, _Unit
+from lib.model.circuit import _COUNT, _FAR, _SHARP, Circuit, Phrases, _Head, _signs, _Unit
 
 #: The letters of the phrase, the last first, in rows of equal length: a row for each head of the third block.
 _SIDE = 3
@@ -35,7 +35,7 @@ class ChainCircuit(Circuit):
     scalars = (
         *("one", "anchor", "position", "square", "last", "database", "seen", "hand_over", "share", "turns"),
         *("matches", "skip", "skipped", "previous", "link", "done", "start", "length", "into_value"),
-        *(f"row {i}" for i in range(len(_ROWS))),
+        *(f"row_{i}" for i in range(len(_ROWS))),
     )
     n_blocks = 5
     late = ("attribute", "done")
@@ -48,77 +48,75 @@ class ChainCircuit(Circuit):
     def _count(self) -> None:
         super()._count()
         heads, units = self.blocks[0]
-        heads.append(_Head("turns", [], [], [self._is(Role.ASSISTANT)], [self.axes["share"]]))
+        heads.append(_Head("turns", [], [], [self._is(Role.ASSISTANT)], [self.axes.share]))
         # Position p sees a share of turns / p, and the norm multiplies by p.
-        units.append(_Unit(_STEEP / _COUNT * self.axes["anchor"], self.axes["share"] / _STEEP, self.axes["turns"]))
+        units.append(_Unit(self.axes.anchor / _COUNT, self.axes.share, self.axes.turns))
 
     def _find_turns(self) -> None:
         """Build the heads that find the last turns of assistant and database, and the request before the latter."""
-        heads, one, position = self.blocks[1][0], self.axes["one"], self.axes["position"]
-        last, database, seen = self.axes["last"], self.axes["database"], self.axes["seen"]
+        heads, one, position = self.blocks[1][0], self.axes.one, self.axes.position
+        is_assistant, is_database = self._is(Role.ASSISTANT), self._is(Role.DATABASE)
         for name, role, value, to in (
-            ("last assistant token", Role.ASSISTANT, [position], [last]),
-            ("last database token", Role.DATABASE, [position, self._is(Role.DATABASE)], [database, seen]),
+            ("last assistant token", is_assistant, [position], [self.axes.last]),
+            ("last database token", is_database, [position, is_database], [self.axes.database, self.axes.seen]),
         ):
-            heads.append(_Head(name, [_SHARP * one], [_FAR * self._is(role) + position], value, to))
-        query, key = self._pointer(database)
-        self.blocks[2][0].append(_Head("last request", query, key, [last], [self.axes["previous"]]))
+            heads.append(_Head(name, [_SHARP * one], [_FAR * role + position], value, to))
+        pointer = self._pointer(self.axes.database)
+        self.blocks[2][0].append(_Head("last request", *pointer, [self.axes.last], [self.axes.previous]))
 
     def _match(self) -> None:
         """Build the rest of the third block: write at each match in the question how far behind `before` it ends."""
-        one, position, byte = self.axes["one"], self.axes["position"], self.axes["byte"]
-        rows = [self.axes[f"row {i}"] for i in range(len(_ROWS))]
+        one, position, byte = self.axes.one, self.axes.position, self.axes.byte
+        rows = [getattr(self.axes, f"row_{i}") for i in range(len(_ROWS))]
         for back in range(1, _SIDE):
-            query, key = self._pointer(position - back * one)
+            pointer = self._pointer(position - back * one)
             agrees = [_signs(letters[back]) @ byte for letters in _ROWS]
-            self.blocks[1][0].append(_Head(f"{back} letters back", query, key, agrees, rows))
+            self.blocks[1][0].append(_Head(f"{back} letters back", *pointer, agrees, rows))
         heads, units = self.blocks[2]
         found = [row + _signs(letters[0]) @ byte for letters, row in zip(_ROWS, rows, strict=True)]
         for i, form in enumerate(found[1:], start=1):
-            query, key = self._pointer(position - i * _SIDE * one)
-            heads.append(_Head(f"{i * _SIDE} letters back", query, key, [form], [self.axes["matches"]]))
-        wrong = 4 * len(PHRASE) * one - (self.axes["matches"] + found[0]) / 2  # bits
-        behind = position + one - self._by_attribute(lambda each: len(each.before) + 2)
-        units.append(_Unit(_STEEP * (one - wrong - self.axes["turns"]), behind / _STEEP, self.axes["skip"]))
+            pointer = self._pointer(position - i * _SIDE * one)
+            heads.append(_Head(f"{i * _SIDE} letters back", *pointer, [form], [self.axes.matches]))
+        wrong = 4 * len(PHRASE) * one - (self.axes.matches + found[0]) / 2  # bits
+        behind = position + one - self._length("before", 2)
+        units.append(_Unit(one - wrong - self.axes.turns, behind, self.axes.skip))
 
     def _copy(self) -> None:
         """Build the third block, the fourth, which plans, and the last."""
         self._match()
         heads, units = self.blocks[3]
-        one, skipped, attribute = self.axes["one"], self.axes["skipped"], self.axes["attribute"]
-        last, database, seen, previous = (self.axes[name] for name in ("last", "database", "seen", "previous"))
-        heads.append(_Head("last match", [_SHARP * one], [self.axes["skip"]], [self.axes["skip"]], [skipped]))
+        axes, one, last, database = self.axes, self.axes.one, self.axes.last, self.axes.database
+        heads.append(_Head("last match", [_SHARP * one], [axes.skip], [axes.skip], [axes.skipped]))
         # What was said last, which is copied next: the name in the question, or the database's answer.
-        starts = skipped + self._by_attribute(lambda each: len(each.before) + 2)
-        length = last - starts - self._by_attribute(lambda each: len(each.after))
-        said_last = self.axes["start"], self.axes["length"]
-        for axis, of_question, of_database in zip(
-            said_last, (starts, length), (database + one, last - database - one), strict=True
+        starts = axes.skipped + self._length("before", 2)
+        length = last - starts - self._length("after")
+        for axis, of_question, of_database in (
+            (axes.start, starts, database + one),
+            (axes.length, length, last - database - one),
         ):
-            units.append(_Unit(_STEEP * (one - seen), of_question / _STEEP, axis))
-            units.append(_Unit(_STEEP * seen, of_database / _STEEP, axis))
+            units += [_Unit(one - axes.seen, of_question, axis), _Unit(axes.seen, of_database, axis)]
         # The name in the last request. When the answer is due, that request asked for `attribute`.
-        named = previous + one + self._by_attribute(lambda each: len(each.call))
-        named = named, database - named - self._by_attribute(lambda each: len(each.close))
+        named = axes.previous + one + self._length("call")
+        named = named, database - named - self._length("close")
         # How many links are still to be requested (-1 in the answer). While one is due, the attribute is not.
-        due, link = skipped / len(PHRASE) + one - self.axes["turns"], self.axes["link"]
-        self._if_positive(due, one, link)
-        self._if_positive(-due, one, self.axes["done"])
-        for axis in attribute:
+        due = axes.skipped / len(PHRASE) + one - axes.turns
+        self._if_positive(due, one, axes.link)
+        self._if_positive(-due, one, axes.done)
+        for axis in axes.attribute:
             self._if_positive(due, axis, -axis)
-        self.axes["attribute"] = np.vstack([attribute, link])
+        axes.attribute = np.vstack([axes.attribute, axes.link])
         call, close = (text.encode() for text in tool_call("\0", LINK).split("\0"))
         self.phrases.append(Phrases(b"", b"", call, close, b"", b"", b""))  # no question or answer is about a link
-        self._speak(last, said_last, named, said_last, self.axes["done"])
+        said_last = axes.start, axes.length
+        self._speak(last, said_last, named, said_last, axes.done)
 
     def _if_positive(self, number: np.ndarray, form: np.ndarray, to: np.ndarray) -> None:
         """Add units that write `form` into `to` where an integer, known up to a rounding error of 1/4, is positive."""
         for least, sign in ((1 / 4, 2), (3 / 4, -2)):
-            gate = _STEEP * (number - least * self.axes["one"])
-            self.blocks[3][1].append(_Unit(gate, sign * form / _STEEP, to))
+            self.blocks[3][1].append(_Unit(number - least * self.axes.one, sign * form, to))
 
     def _value_pointer(self, value: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the position to copy from: the database token's until the value begins, then the value's."""
-        one, into_value = self.axes["one"], self.axes["into_value"]
+        one, into_value = self.axes.one, self.axes.into_value
         self.blocks[3][1].append(self._rectified(index + one, into_value))
         return value - one + into_value, 0 * one

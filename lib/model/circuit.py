@@ -20,6 +20,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise, zip_longest
 from os.path import commonprefix
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -105,7 +106,7 @@ class _Head(NamedTuple):
 
 
 class _Unit(NamedTuple):
-    """One hidden unit of a feed-forward: silu(gate) up goes into `to`."""
+    """One hidden unit of a feed-forward: max(gate, 0) up goes into `to`."""
 
     gate: np.ndarray
     up: np.ndarray
@@ -135,7 +136,7 @@ class Circuit:
         sizes = {"byte": 8, "role": 3, "letters": letters, "attribute": len(attributes), "said": 8}
         axes = np.eye(sum(sizes.values()) + len(self.scalars))
         *groups, scalar = np.split(axes, np.cumsum(list(sizes.values())))
-        self.axes = dict(zip([*sizes, *self.scalars], [*groups, *scalar], strict=True))
+        self.axes = SimpleNamespace(**dict(zip([*sizes, *self.scalars], [*groups, *scalar], strict=True)))
         self.blocks: list[tuple[list[_Head], list[_Unit]]] = [([], []) for _ in range(self.n_blocks)]
         self._count()
         self._read()
@@ -152,7 +153,7 @@ class Circuit:
         """The smallest model with room for stream, heads and hidden units."""
         n_heads = max(len(heads) for heads, _ in self.blocks)
         n_units = max(len(units) for _, units in self.blocks)
-        width = max(len(self.axes["one"]), 8 * n_heads, -(-n_units // 4))
+        width = max(len(self.axes.one), 8 * n_heads, -(-n_units // 4))
         width += -width % (2 * n_heads)
         return ModelConfig(d_model=width, n_layers=len(self.blocks), n_heads=n_heads, rope_theta=1e30)
 
@@ -167,10 +168,10 @@ class Circuit:
         for parameter in model.parameters():
             parameter.zero_()
         # Embeddings have the length _NORM, except for the end, which nothing reads; a logit compares signs of bytes.
-        bits, roles = _signs(range(256)), np.sqrt(8) * self.axes["role"]
-        embeddings = self.axes["one"] + np.concatenate([bits @ self.axes["byte"], roles, 0 * roles[:1]])
-        silent, hand_over = np.zeros((2, len(self.axes["one"]))), 8 * self.axes["hand_over"]
-        readings = 8 * np.concatenate([bits @ self.axes["said"], silent, [hand_over, -hand_over]])
+        bits, roles = _signs(range(256)), np.sqrt(8) * self.axes.role
+        embeddings = self.axes.one + np.concatenate([bits @ self.axes.byte, roles, 0 * roles[:1]])
+        silent, hand_over = np.zeros((2, len(self.axes.one))), 8 * self.axes.hand_over
+        readings = 8 * np.concatenate([bits @ self.axes.said, silent, [hand_over, -hand_over]])
         _put(model.embedding.weight, range(model.config.vocab_size), embeddings)
         _put(model.output.weight, range(model.config.vocab_size), readings)
         for block, (heads, units) in zip(model.blocks, self.blocks, strict=True):
@@ -184,8 +185,8 @@ class Circuit:
                 _put(block.attention.v_proj.weight, free, head.value)
                 _put(block.attention.o_proj.weight.T, free, head.to)
             gates, ups, outputs = zip(*units, strict=True)
-            _put(block.ffn.gate_proj.weight, range(len(units)), gates)
-            _put(block.ffn.up_proj.weight, range(len(units)), ups)
+            _put(block.ffn.gate_proj.weight, range(len(units)), _STEEP * np.array(gates))
+            _put(block.ffn.up_proj.weight, range(len(units)), np.array(ups) / _STEEP)
             _put(block.ffn.down_proj.weight.T, range(len(units)), outputs)
         model.norm.weight.fill_(_ANCHOR / root)
         model.blocks[0].attention_norm.weight.fill_((_NORM**2 / self.config.d_model + self.config.norm_eps) ** 0.5)
@@ -194,28 +195,30 @@ class Circuit:
 
     def _is(self, role: Role) -> np.ndarray:
         """Return the form that is 1 at the tokens of a role, else 0."""
-        return self.axes["role"][_SPECIAL[role] - 256] / np.sqrt(8)
+        return self.axes.role[_SPECIAL[role] - 256] / np.sqrt(8)
 
     def _count(self) -> None:
         """Build the first block."""
         heads, units = self.blocks[0]
-        one, anchor = self.axes["one"], self.axes["anchor"]
+        one, anchor = self.axes.one, self.axes.anchor
         heads.append(_Head("count", [], [], [_COUNT * self._is(Role.USER)], [anchor]))
         # Behind a norm that divides by _COUNT / p, `one` is p, and the anchor is _COUNT everywhere.
-        always = _STEEP / _COUNT * anchor
-        units.append(_Unit(always, one / _STEEP, self.axes["position"]))
-        units.append(_Unit(_STEEP * one, one / _STEEP, self.axes["square"]))
-        units.append(_Unit(always, _ANCHOR / _STEEP / _COUNT * anchor, anchor))
+        always = anchor / _COUNT
+        units += [
+            _Unit(always, one, self.axes.position),
+            _Unit(one, one, self.axes.square),
+            _Unit(always, _ANCHOR * always, anchor),
+        ]
 
     def _read(self) -> None:
         """Build the part of the second block that finds the attribute."""
         heads, units = self.blocks[1]
-        one, said = self.axes["one"], self.axes["said"]
-        letters = [said, *self.axes["letters"].reshape(-1, 8, len(one))][: len(self.places)]
+        one, said = self.axes.one, self.axes.said
+        letters = [said, *self.axes.letters.reshape(-1, 8, len(one))][: len(self.places)]
         for place, slot in zip(self.places, letters, strict=True):
-            query, key = self._pointer((place + 2) * one)  # the first letter of a question is at p = 2
-            heads.append(_Head(f"letter {place + 1} of the question", query, key, self.axes["byte"], slot))
-        for each, axis in zip(self.phrases, self.axes["attribute"], strict=True):
+            pointer = self._pointer((place + 2) * one)  # the first letter of a question is at p = 2
+            heads.append(_Head(f"letter {place + 1} of the question", *pointer, self.axes.byte, slot))
+        for each, axis in zip(self.phrases, self.axes.attribute, strict=True):
             agrees = one.copy()  # 1 if all letters are this attribute's, else 0 or less
             for place, slot in zip(self.places, letters, strict=True):
                 if place < len(each.before):
@@ -226,20 +229,20 @@ class Circuit:
 
     def _find_turns(self) -> None:
         """Build the heads of the second block that find the first and the last turn, and the database's."""
-        heads, one, position = self.blocks[1][0], self.axes["one"], self.axes["position"]
+        heads, one, position = self.blocks[1][0], self.axes.one, self.axes.position
         is_assistant, is_database = self._is(Role.ASSISTANT), self._is(Role.DATABASE)
-        for name, key in (("first", _FAR * is_assistant - position), ("last", _FAR * is_assistant + position)):
-            heads.append(_Head(f"{name} assistant token", [_SHARP * one], [key], [position], [self.axes[name]]))
-        to = [self.axes["database"], self.axes["seen"]]
+        for name, sign, to in (("first", -1, self.axes.first), ("last", 1, self.axes.last)):
+            key = [_FAR * is_assistant + sign * position]
+            heads.append(_Head(f"{name} assistant token", [_SHARP * one], key, [position], [to]))
+        to = [self.axes.database, self.axes.seen]
         heads.append(_Head("database token", [_FAR * one], [is_database], [position, is_database], to))
 
     def _copy(self) -> None:
         """Build the third block, and the text that the second and third say."""
-        first, last, database, seen = (self.axes[name] for name in ("first", "last", "database", "seen"))
-        starts = self._by_attribute(lambda each: len(each.before) + 2)
-        name = starts, first - starts - self._by_attribute(lambda each: len(each.after))
-        value = database + self.axes["one"], last - database - self.axes["one"]
-        self._speak(first, name, name, value, seen)
+        axes, starts = self.axes, self._length("before", 2)
+        name = starts, axes.first - starts - self._length("after")
+        value = axes.database + axes.one, axes.last - axes.database - axes.one
+        self._speak(axes.first, name, name, value, axes.seen)
 
     def _speak(self, asked: np.ndarray, name: _Span, named: _Span, value: _Span, answering: np.ndarray) -> None:
         """Build the last block, and the text: the request behind token `asked`, and the answer where `answering` is 1.
@@ -248,12 +251,12 @@ class Circuit:
         """
         (name, name_length), (named, named_length), (value, value_length) = name, named, value
         heads, _ = self.blocks[-1]
-        one, position, last = self.axes["one"], self.axes["position"], self.axes["last"]
+        one, position, last = self.axes.one, self.axes.position, self.axes.last
         # The index of the next token within each part, from 0.
         request, sentence = position - asked, position - last
-        name_asked = request - self._by_attribute(lambda each: len(each.call))
-        name_told = sentence - self._by_attribute(lambda each: len(each.opening))
-        value_told = name_told - named_length - self._by_attribute(lambda each: len(each.middle))
+        name_asked = request - self._length("call")
+        name_told = sentence - self._length("opening")
+        value_told = name_told - named_length - self._length("middle")
         end = value_told - value_length
         to_value, least = self._value_pointer(value, value_told)
         # A closed pointer goes to the first token, which has no byte.
@@ -262,8 +265,8 @@ class Circuit:
             ("name into the answer", named + name_told, _NAME, one - answering, 0 * one),
             ("value into the answer", to_value, _VALUE, one - answering, least),
         ):
-            query, key = self._pointer(pointer - _FAR * closed, bonus)
-            heads.append(_Head(head, query, key, self.axes["byte"], loud * self.axes["said"]))
+            pointer = self._pointer(pointer - _FAR * closed, bonus)
+            heads.append(_Head(head, *pointer, self.axes.byte, loud * self.axes.said))
         self._say(request, [each.call for each in self.phrases], answering)
         closes = [[*each.close, _SPECIAL[Role.DATABASE]] for each in self.phrases]
         self._say(name_asked - name_length, closes, answering)
@@ -277,51 +280,51 @@ class Circuit:
         The pointer stays at or behind the database token, where `seen` is 1: until the value begins it points at that
         token, and copies nothing.
         """
-        return value + index, _FAR_SQUARED * self.axes["seen"]
+        return value + index, _FAR_SQUARED * self.axes.seen
 
-    def _by_attribute(self, number) -> np.ndarray:
-        """Return the form that is number(phrases) of the attribute in question."""
-        return np.array([number(each) for each in self.phrases]) @ self.axes["attribute"]
+    def _length(self, part: str, more: int = 0) -> np.ndarray:
+        """Return the form that is the length of a part of the `Phrases` about the attribute in question, and `more`."""
+        return np.array([len(getattr(each, part)) + more for each in self.phrases]) @ self.axes.attribute
 
     def _pointer(self, to: np.ndarray, bonus: np.ndarray | float = 0.0) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Return query and key of a head that attends to position `to`, or to the nearest key with the bonus."""
-        return [2 * _SHARP * to, _SHARP * self.axes["one"]], [self.axes["position"], bonus - self.axes["square"]]
+        return [2 * _SHARP * to, _SHARP * self.axes.one], [self.axes.position, bonus - self.axes.square]
 
     def _rectified(self, form: np.ndarray, to: np.ndarray) -> _Unit:
         """Return the unit that adds max(form, 0) to `to`."""
-        return _Unit(_STEEP * form, self.axes["one"] / _STEEP, to)
+        return _Unit(form, self.axes.one, to)
 
     def _say(self, start: np.ndarray, texts: list[Sequence[int]], closed: np.ndarray) -> None:
         """Say token k of the attribute's text where `start` is k, unless `closed`, which is 0 or at least 1.
 
         The beginning and the end that all texts share are spelled once.
         """
-        one = self.axes["one"]
+        one = self.axes.one
         common = commonprefix(texts)
         rests = [text[len(common) :] for text in texts]
         shared = commonprefix([rest[::-1] for rest in rests])[::-1]
         owns = [rest[: len(rest) - len(shared)] for rest in rests]
         self._spell(start, common, closed)
-        for own, axis in zip(owns, self.axes["attribute"], strict=True):
+        for own, axis in zip(owns, self.axes.attribute, strict=True):
             self._spell(start - len(common) * one, own, closed + one - axis)
         lengths = np.array([len(common) + len(own) for own in owns])
-        self._spell(start - lengths @ self.axes["attribute"], shared, closed)
+        self._spell(start - lengths @ self.axes.attribute, shared, closed)
 
     def _spell(self, start: np.ndarray, text: Sequence[int], closed: np.ndarray) -> None:
         """Add hinges whose sum is token k of the text where `start` is k, and 0 before and behind it."""
-        is_late = any((self.axes[name] @ (start + closed)).any() for name in self.late)
+        is_late = any((getattr(self.axes, name) @ (start + closed)).any() for name in self.late)
         _, units = self.blocks[-1 if is_late else 1]
         sounds = np.array([self._sound(token) for token in text]).reshape(-1, len(start))
         bends = np.diff(np.pad(sounds, ((2, 2), (0, 0))), n=2, axis=0) if text else []
         for k, bend in enumerate(bends, start=-1):
             if bend.any():
-                units.append(self._rectified(start - k * self.axes["one"] - _FAR * closed, bend))
+                units.append(self._rectified(start - k * self.axes.one - _FAR * closed, bend))
 
     def _sound(self, token: int) -> np.ndarray:
         """Return what is written to the stream to say a token."""
         if token < 256:
-            return _TEXT * _signs(token) @ self.axes["said"]
-        return _TEXT * self.axes["hand_over"] * (1 if token == _SPECIAL[Role.DATABASE] else -1)
+            return _TEXT * _signs(token) @ self.axes.said
+        return _TEXT * self.axes.hand_over * (1 if token == _SPECIAL[Role.DATABASE] else -1)
 
 
 def _signs(byte: int | Sequence[int]) -> np.ndarray:

@@ -40,10 +40,8 @@ def to_llama(model: Transformer):
             num_key_value_heads=c.kv_heads,
             rms_norm_eps=c.norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-            tie_word_embeddings=False,
             bos_token_id=None,
             eos_token_id=c.vocab_size - 1,
-            pad_token_id=None,
         )
     )
     llama.load_state_dict({_llama_name(name): tensor for name, tensor in model.state_dict().items()})

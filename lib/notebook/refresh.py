@@ -24,9 +24,7 @@ PROFILE = "laptop"
 def refresh(say: Callable[[str], None] = print) -> None:
     """Run every step, even after a failure. Raises `WorkError` naming those that failed. Does not write the tables."""
     paths.check_checkout()
-    steps: dict[str, Callable[[], object]] = {
-        f"paper_data/compared, {section}": partial(published.write, section) for section in published.SECTIONS
-    }
+    steps = {f"paper_data/compared, {section}": partial(published.write, section) for section in published.SECTIONS}
     steps["the numbers of README.md"] = write_readme
     steps |= {f"figures/{name}": partial(_draw, name) for name in record.FIGURES}
     steps["the notebooks that draw from tables"] = _run_notebooks

@@ -183,10 +183,7 @@ class _ProgressLines:
 
 
 def _this_interpreter(figures: Path) -> type[AsyncKernelManager]:
-    """Return a kernel manager that starts the interpreter running this, with this `lib`.
-
-    Jupyter by itself takes the first kernelspec `python3` on its search path, and that may name another Python.
-    """
+    """Return a kernel manager that starts the interpreter running this, with this `lib`."""
     environment = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(paths.ROOT), os.environ.get("PYTHONPATH")])),
         "ITL_RUNS": str(paths.runs().resolve()),
@@ -201,24 +198,12 @@ def _this_interpreter(figures: Path) -> type[AsyncKernelManager]:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-#: Pictures get the alternative text that their metadata hold. The page needs no network: require.js and mermaid are
-#: left out, and MathJax is loaded only where there are equations.
-_TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
-{%- block data_png scoped -%}
-{%- set alt = output | get_metadata('alt', 'image/png') -%}
-{{ super() | replace('<img ', '<img alt="' ~ (alt | escape_html) ~ '" ' if alt else '<img ', 1) }}
-{%- endblock -%}
-{%- block html_head_js_requirejs -%}{%- endblock -%}
-{%- block html_head_js_mermaidjs -%}{%- endblock -%}
-{%- block html_head_js_mathjax -%}{%- if resources.equations -%}{{ super() }}{%- endif -%}{%- endblock -%}
-"""
-
-
 def render(notebook: NotebookNode, source: Path) -> str:
     """Return the executed notebook as one self-contained HTML page."""
     equations = any("$" in cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     resources = {"metadata": {"name": source.stem, "path": str(source.parent)}, "equations": equations}
-    exporter = HTMLExporter(raw_template=_TEMPLATE, embed_images=True)
+    template = Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
+    exporter = HTMLExporter(raw_template=template, embed_images=True)
     return exporter.from_notebook_node(notebook, resources)[0]
 
 

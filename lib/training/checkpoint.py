@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from safetensors.torch import save as to_bytes
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lib.base import DamagedFile, InputError, WorkError, to_json
-from lib.paths import read_json, sync, writing
+from lib.paths import read_json, sync, whole, writing
 from lib.training.distributed import ALONE, Ranks
 
 # torch warns on every save that no process group exists. That is intended here, so silence it.
@@ -187,14 +188,8 @@ def finish(saving: Future) -> None:
 
 
 def latest(root: Path, expect: Callable | None = None) -> Path | None:
-    """Return the latest checkpoint below `root` that passes a `check`; skip others with a warning."""
-    for folder in reversed(steps(root)):
-        try:
-            check(folder, expect)
-            return folder
-        except (InputError, OSError) as error:
-            warnings.warn(f"skipped: {error}", stacklevel=2)
-    return None
+    """Return the latest checkpoint below `root` that passes a `check`; others are reported and skipped."""
+    return next((folder for folder, _ in whole(reversed(steps(root)), partial(check, expect=expect))), None)
 
 
 def steps(root: Path) -> list[Path]:

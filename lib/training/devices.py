@@ -87,18 +87,17 @@ def fastest_threads(step: Callable[[], object], most: int) -> int:
     Medians are compared, and more threads must save a tenth of the time: beside a busy process each thread that
     loses its core makes all others wait, so one thread is often faster than two.
     """
-    choices = [n for n in (2**i for i in range(most.bit_length())) if n <= most]
-    seconds: dict[int, list[float]] = {n: [] for n in choices}
-    for turn in range(1 + 5):
-        for n in choices:
+    seconds: dict[int, list[float]] = {2**i: [] for i in range(most.bit_length())}
+    for _ in range(1 + 5):
+        for n, measured in seconds.items():
             with using_threads(n):
                 started = time.perf_counter()
                 step()
-                if turn:  # the first steps allocate
-                    seconds[n].append(time.perf_counter() - started)
-    best = choices[0]
-    for n in choices[1:]:
-        if WORTH_A_CORE * median(seconds[n]) < median(seconds[best]):
+                measured.append(time.perf_counter() - started)
+    medians = {n: median(measured[1:]) for n, measured in seconds.items()}  # the first steps allocate
+    best = 1
+    for n in medians:
+        if WORTH_A_CORE * medians[n] < medians[best]:
             best = n
     return best
 

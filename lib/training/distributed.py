@@ -247,17 +247,16 @@ def _split_matrices(model: Transformer, mesh: DeviceMesh) -> None:
                 output_fn=lambda _, output, mesh: output.to_local(),
             )
 
-    plan: dict[str, ParallelStyle] = {
+    plan = {
         "embedding": RowwiseParallel(input_layouts=Replicate()),
         "norm": Replicated(),
         "output": ColwiseParallel(output_layouts=Replicate()),
-        "blocks.*.attention_norm": Replicated(),
-        "blocks.*.ffn_norm": Replicated(),
+        "blocks.*.*_norm": Replicated(),
+        "blocks.*.attention.[qkv]_proj": ColwiseParallel(),
+        "blocks.*.attention.o_proj": RowwiseParallel(),
+        "blocks.*.ffn.[gu]*_proj": ColwiseParallel(),
+        "blocks.*.ffn.down_proj": RowwiseParallel(),
     }
-    for name in ("attention.q_proj", "attention.k_proj", "attention.v_proj", "ffn.gate_proj", "ffn.up_proj"):
-        plan[f"blocks.*.{name}"] = ColwiseParallel()
-    for name in ("attention.o_proj", "ffn.down_proj"):
-        plan[f"blocks.*.{name}"] = RowwiseParallel()
     parallelize_module(model, mesh, plan)
 
 

@@ -58,7 +58,7 @@ def edit(
         clip_gradients(model.parameters(), optim.clip_norm or float("inf"))
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         seconds, steps = seconds + time.monotonic() - began, steps + 1
         done = steps % look_every == 0 and is_done(model.eval())
         model.train()

@@ -61,5 +61,5 @@ def compiled_batch_loss(model: nn.Module, example: Batch, gamma: float) -> Calla
         reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
         warnings.warn(f"training goes on without torch.compile, which failed: {reason}", stacklevel=2)
         compiled = batch_loss
-    model.zero_grad(set_to_none=True)
+    model.zero_grad()
     return compiled

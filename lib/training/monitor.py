@@ -11,9 +11,9 @@ from types import ModuleType
 
 from torch import nn
 
-from lib.base import InputError, to_json
+from lib.base import InputError, optional, to_json
 from lib.config import UNOBSERVED, Observers
-from lib.paths import check_output, replacing, writing
+from lib.paths import replacing, writing
 from lib.progress import progress
 from lib.training.probes import probe
 from lib.training.profiling import profiled
@@ -35,9 +35,8 @@ class Record(AbstractContextManager):
     def __init__(self, path: Path, last: float = inf):
         """Continue the file, but drop a half-written line and those of steps after `last`."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        check_output(path)  # reading a pipe would never end
-        kept = [line for line in read_record(path) if line["step"] <= last] if path.exists() else []
-        with replacing(path) as temporary:
+        with replacing(path) as temporary:  # refuses a pipe, of which reading would never end
+            kept = [line for line in read_record(path) if line["step"] <= last] if path.exists() else []
             temporary.write_text("".join(f"{to_json(line)}\n" for line in kept), encoding="utf-8")
         self.steps = {line["step"] for line in kept}
         self.file = path.open("a", encoding="utf-8")
@@ -54,10 +53,7 @@ class Record(AbstractContextManager):
 
 
 class Monitor(AbstractContextManager):
-    """Writes `metrics.jsonl` in `directory` always, shows progress in steps, and does what `observers` ask for.
-
-    A resumed run continues the record at `step`: lines that a killed run wrote after its last checkpoint are dropped.
-    """
+    """Writes `metrics.jsonl` in `directory` always (from `step` on), shows progress, and does what `observers` ask."""
 
     def __init__(
         self,
@@ -179,20 +175,14 @@ def read_record(path: Path) -> list[dict]:
 
 def _summary_writer() -> type:
     """Return TensorBoard's writer; an `InputError` if it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("TensorBoard was asked for but is not installed: pip install -e '.[monitor]'") from None
-    return SummaryWriter
+    lack = "TensorBoard was asked for but is not installed"
+    return optional("torch.utils.tensorboard", "monitor", lack).SummaryWriter
 
 
 @contextmanager
 def _wandb() -> Iterator[ModuleType]:
     """Yield the package of Weights & Biases; an `InputError` if it is not installed, or refuses."""
-    try:
-        import wandb
-    except ImportError:
-        raise InputError("Weights & Biases was asked for but is not installed: pip install -e '.[monitor]'") from None
+    wandb = optional("wandb", "monitor", "Weights & Biases was asked for but is not installed")
     try:
         yield wandb
     except wandb.Error as error:

@@ -23,7 +23,7 @@ class Muon(torch.optim.Muon):
     def step(self) -> None:
         """Update every matrix that has a gradient."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            by_shape = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
@@ -71,7 +71,7 @@ def build_optimizers(
         else:
             matrices.append(parameter)
     decayed = tables + matrices if config.name == "adamw" else tables
-    optimizers: list[torch.optim.Optimizer] = [
+    optimizers = [
         torch.optim.AdamW(
             [{"params": decayed}, {"params": vectors, "weight_decay": config.weight_decay * config.decay_norms}],
             lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True,

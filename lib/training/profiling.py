@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import profile, schedule
 
 from lib.paths import replacing
 
@@ -22,7 +22,6 @@ def profiled(folder: Path, n_steps: int) -> Iterator[Callable[[], None]]:
     Writes trace.json, which Perfetto and chrome://tracing show, and summary.txt: the operators with the most
     self time, and the memory that they allocate.
     """
-    on_gpu = torch.cuda.is_available()
 
     def write(profiler: profile) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -31,13 +30,12 @@ def profiled(folder: Path, n_steps: int) -> Iterator[Callable[[], None]]:
             if not temporary.exists():  # torch continues, with a partial file
                 Path(f"{temporary}.tmp").unlink(missing_ok=True)
                 raise OSError("torch could not finish it, the disk may be full")
-        order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=40)
         with replacing(folder / "summary.txt") as temporary:
             temporary.write_text(f"{n_steps} steps\n{table}\n", encoding="utf-8")
 
     with profile(
-        activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu,
         schedule=schedule(wait=WAIT, warmup=WARM_UP, active=n_steps, repeat=1),
         on_trace_ready=write,
         record_shapes=True,

@@ -7,18 +7,16 @@ repeated; a killed one resumes.
 """
 
 import copy
-import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
 
-from lib import paths
 from lib.agent.tools import Tool, open_tool
 from lib.base import InputError, WorkError
 from lib.config import UNOBSERVED, Observers, RunConfig
@@ -34,7 +32,7 @@ from lib.facts.database import write_database
 from lib.facts.people import People
 from lib.facts.sampling import load_people
 from lib.model.transformer import Transformer
-from lib.paths import CLAIM, DATABASE, MODEL, ROW, read_json, write_json
+from lib.paths import CLAIM, DATABASE, MODEL, ROW, read_json, replacing, write_json
 from lib.provenance import commit, provenance
 from lib.training import checkpoint
 from lib.training.devices import fastest_threads, memory, resolve_device, usable_cores, using_threads
@@ -51,7 +49,6 @@ def run(
     device: str = "auto",
     description: str | None = None,
     observers: Observers = UNOBSERVED,
-    compiled: bool | None = None,
     sharded: bool = False,
     tensor: int = 1,
     inputs: Mapping[str, str] = {},
@@ -59,19 +56,18 @@ def run(
 ) -> dict:
     """Train and measure one model; return its row (see `paper_data/README.md` for the columns).
 
-    compiled: whether to use torch.compile; None: only for long, unprobed runs of one process on a CPU. On a GPU, steps
-    are replayed from a CUDA graph instead. observers: extra logging. It does not change training, except that probes
-    turn off CUDA graphs, which changes rounding. Several processes may train one run; all of them call this, and
-    sharded and tensor set their parallelism (`lib.training.distributed.connect`). inputs: current paths of files, by
-    the paths in the configuration. threads: of the CPU; None keeps a run's earlier number; a new run
-    that may use several threads times which number is fastest.
+    One process compiles the steps of a long run on a CPU (torch.compile), and on a GPU replays them from a CUDA graph.
+    observers: extra logging. It does not change training, except that probes turn off both, which changes rounding.
+    Several processes may train one run; all of them call this, and sharded and tensor set their parallelism
+    (`lib.training.distributed.connect`). inputs: current paths of files, by the paths in the configuration. threads: of
+    the CPU; None: see `_choose_threads`.
 
     Raises `InputError`, before any training, if the directory belongs to another configuration, people, tokens or
     files; and `WorkError` (`Preempted` is one) if training could not go on: the same call continues it.
     """
     device, directory = local_device(resolve_device(device)), Path(directory)
     check_observers(observers)
-    if observers.probe_every and (compiled or world_size() > 1):
+    if observers.probe_every and world_size() > 1:
         raise InputError("probes need a model that is not compiled, in a single process")
     if threads is not None and not 1 <= threads <= 1024:
         raise InputError(f"threads = {threads}: a run takes at least one, and at most 1,024")
@@ -88,34 +84,31 @@ def run(
         if not ranks.first_does(lambda: stack.enter_context(lock) or (directory / ROW).exists()):
             # Prepare: nothing is written, and bad input is refused before the folder is claimed.
             _check_memory(config, people, tokenizer, device, ranks)
-            questions = tokenize_people(people, config.mode, tokenizer)
-            data, sources = _dataset(config, people, tokenizer, questions, files)
+            data, sources = _dataset(config, people, tokenizer, files)
             model = Transformer(config.model, torch.Generator().manual_seed(config.seed)).to(device)
             threads = threads or _choose_threads(
                 directory, device, lambda: Trainer(copy.deepcopy(model), data, config, directory, sources=sources)
             )
             stack.enter_context(using_threads(threads))
-            if compiled is None:
-                may_compile = ranks.size == 1 and not observers.probe_every  # hooks would be compiled away
-                compiled = may_compile and _pays_to_compile(config, device)
+            plain = ranks.size == 1 and not observers.probe_every  # a compiled or replayed step would call no hooks
+            compiled = plain and _pays_to_compile(config, device)
             if compiled:
                 torch.compiler.reset()  # earlier runs' shapes count against the recompile limit
             # Dialogs of files may be very long, and a CUDA graph pads all batches to the longest.
-            replayed = device.type == "cuda" and ranks.size == 1 and not (compiled or observers.probe_every or files)
+            replayed = plain and device.type == "cuda" and not (compiled or files)
             trainer = Trainer(model, data, config, directory, None, compiled, sources, ranks, replayed)
 
             ranks.first_does(lambda: _claim(directory, replace(claim, threads=threads), config_here, people))
             trainer.check_directory = lambda: claim.check_stays(directory)
             tool = stack.enter_context(open_tool(config.mode, directory / DATABASE)) if ranks.rank == 0 else None
-            facts = list(people.facts())
-            some = facts[: config.evaluation.questions]
+            some = list(islice(people.facts(), config.evaluation.questions))
             trainer.evaluate = lambda model: measure_recall(model, some, tokenizer, tool).overall
             ending = trainer.train(description, observers, asked)
 
             model = ranks.full_model(trainer.model)
 
             def measure() -> None:
-                row = _row(model, config, people, tokenizer, tool, questions, ending, trainer.total_steps)
+                row = _row(model, config, people, tokenizer, tool, ending, trainer.total_steps)
                 trainer.check_directory()
                 save_model(model, directory / MODEL, config, tokenizer.name)
                 write_json(directory / ROW, row)
@@ -129,17 +122,13 @@ def run(
 
 @contextmanager
 def no_room_told() -> Iterator[None]:
-    """Turn a full disk, or memory, into a `WorkError`: it is not a bug."""
+    """Turn a full memory, of which libraries tell in words alone, into a `WorkError`: it is not a bug."""
     try:
         yield
     except RuntimeError as error:
         if not any(words in str(error) for words in ("out of memory", "allocate memory")):
             raise
         raise WorkError("out of memory: give a smaller model or batch, or use a machine with more") from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise WorkError(f"the disk is full ({error}): free some space, then the same command resumes") from error
 
 
 def read_inputs(config: RunConfig) -> tuple[People, Tokenizer]:
@@ -158,7 +147,7 @@ def read_inputs(config: RunConfig) -> tuple[People, Tokenizer]:
 
 
 def _dataset(
-    config: RunConfig, people: People, tokenizer: Tokenizer, questions: TokenizedDialogs, files: Mapping[str, Path]
+    config: RunConfig, people: People, tokenizer: Tokenizer, files: Mapping[str, Path]
 ) -> tuple[TokenizedDialogs | ConcatDialogs, list[Source]]:
     """Return all dialogs that are trained on: questions about the people, their biographies, and those of files."""
     training = config.training
@@ -166,13 +155,11 @@ def _dataset(
     if training.biographies:
         texts = chain(texts, dialogs(people, "biography"))
         sources.append(Source(len(people), training.biographies))
-    if training.biographies or not training.repeats:
-        questions = tokenize(texts, tokenizer, training.repeats)
-    parts = [questions]
+    parts = [tokenize(texts, tokenizer, training.repeats)]
     for path, folder in files.items():
         parts.append(open_dialogs(folder))
         sources.append(Source(len(parts[-1]), training.files[path]))
-    return ConcatDialogs(parts) if files else questions, sources
+    return ConcatDialogs(parts) if files else parts[0], sources
 
 
 def _check_memory(config: RunConfig, people: People, tokenizer: Tokenizer, device: torch.device, ranks: Ranks) -> None:
@@ -209,8 +196,7 @@ def _choose_threads(directory: Path, device: torch.device, trial: Callable[[], T
 def _pays_to_compile(config: RunConfig, device: torch.device) -> bool:
     """Return whether a run is long enough for torch.compile to save the 10 to 25 seconds that it takes.
 
-    Without it a core does some 3e10 FLOP/s, so the limit is about two minutes. On a GPU steps
-    are replayed instead (`lib.training.cuda_graph`).
+    Without it a core does some 3e10 FLOP/s, so the limit is about two minutes.
     """
     return device.type == "cpu" and config.flops() > 4e12 and shutil.which("g++") is not None
 
@@ -223,12 +209,12 @@ def _claim(directory: Path, claim: Claim, config_here: RunConfig, people: People
         for path in new:
             undo.callback(path.unlink, missing_ok=True)
         if directory / CLAIM in new:
-            claim.write(directory)
+            write_json(directory / CLAIM, {**vars(claim), "config": claim.config.model_dump(mode="json")})
         if (copied := own.get(claim.config.facts.csv)) in new:
             write_people_csv(people, copied)
         if (copied := own.get(claim.config.tokenizer)) in new:
             source = tokenizer_file(config_here.tokenizer)
-            with paths.replacing(copied) as temporary:
+            with replacing(copied) as temporary:
                 shutil.copyfile(source, temporary)
             if load_tokenizer(str(copied)).name != claim.tokenizer:
                 raise InputError(f"{source} has changed while it was read: give a file that is finished")
@@ -242,13 +228,12 @@ def _row(
     people: People,
     tokenizer: Tokenizer,
     tool: Tool | None,
-    questions: TokenizedDialogs,
     ending: Ending,
     steps_budget: int,
 ) -> dict:
     """Measure the model; return what tables and figures group by, and what they show."""
-    facts = list(people.facts())
-    measured, bits = measure_recall(model, facts, tokenizer, tool), bits_of_dialogs(model, questions)
+    measured = measure_recall(model, list(people.facts()), tokenizer, tool)
+    bits = bits_of_dialogs(model, measured.dialogs)
     return {
         "run_id": config.run_id,
         "mode": config.mode,
@@ -270,7 +255,7 @@ def _row(
         "nll_bits": float(bits.mean()),
         **{f"nll_bits_{a}": float(bits[measured.attributes == a].mean()) for a in people.attributes},
         **measured.columns(),
-        "n_questions": len(facts),
+        "n_questions": people.n_facts,
         **(measure_generalization(model, config, tokenizer) if config.evaluation.unseen_people else {}),
         "train_seconds": round(ending.seconds, 2),
         "people_digest": people.digest(),

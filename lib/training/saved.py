@@ -22,7 +22,7 @@ from lib.dialogs.tokenizers import Tokenizer, load_tokenizer
 from lib.facts.people import People
 from lib.facts.sampling import load_people, unseen_people
 from lib.model.transformer import Transformer
-from lib.paths import CLAIM, DATABASE, MODEL, PEOPLE, ROW, TOKENIZER, only_process, read_json, write_json
+from lib.paths import CLAIM, DATABASE, MODEL, PEOPLE, ROW, TOKENIZER, only_process, read_json
 from lib.training import checkpoint
 from lib.training.devices import resolve_device
 
@@ -38,10 +38,6 @@ class Claim:
     files: dict[str, str] = field(default_factory=dict)  # folders of tokenized dialog files, by the files' paths
     tokenizer: str = "bytes"
     threads: int | None = field(default=None, compare=False)  # None in claims of earlier versions
-
-    def write(self, directory: Path) -> None:
-        """Write it into the folder of the run."""
-        write_json(directory / CLAIM, {**vars(self), "config": self.config.model_dump(mode="json")})
 
     def check_stays(self, directory: Path) -> None:
         """Raise `WorkError` unless it is still in the run's folder, with the database beside it."""

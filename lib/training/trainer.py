@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -103,10 +104,7 @@ class Trainer:
     # Training ---------------------------------------------------------------------------------------------------------
 
     def train(
-        self,
-        description: str | None = None,
-        observers: Observers = UNOBSERVED,
-        asked: threading.Event | None = None,
+        self, description: str | None = None, observers: Observers = UNOBSERVED, asked: threading.Event | None = None
     ) -> Ending:
         """Train from the latest checkpoint in `directory`, or from the start, to the end.
 
@@ -166,7 +164,7 @@ class Trainer:
                     clip_gradients(self.model.parameters(), clip_norm)
                 for optimizer in self.optimizers:
                     optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                    optimizer.zero_grad()
                 self._loss = mean.cross_entropy
                 # Keep the table that a replay reads: an evaluation may rebuild the model's.
                 self._rotary = self.model.rotary(1, self.model.embedding.weight.dtype)
@@ -296,10 +294,10 @@ class Trainer:
         tensors, state = checkpoint.load(folder, self._expect, self.ranks)
         self.model.load_state_dict(below("model.", tensors))
         for i, optimizer in enumerate(self.optimizers):
-            slots: dict[int, dict[str, torch.Tensor]] = {}
+            slots = defaultdict(dict)
             for name, tensor in below(f"optim.{i}.", tensors).items():
                 parameter, slot = name.split(".")
-                slots.setdefault(int(parameter), {})[slot] = tensor.clone()  # a copy: retention deletes the file
+                slots[int(parameter)][slot] = tensor.clone()  # a copy: retention deletes the file
             groups = optimizer.state_dict()["param_groups"]  # set by configuration and schedule
             optimizer.load_state_dict({"state": slots, "param_groups": groups})
         self.losses = list(tensors["losses"].to(self.model.device) / self.ranks.data_size)

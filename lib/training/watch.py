@@ -7,7 +7,6 @@ from pathlib import Path
 from lib.agent.tools import open_tool
 from lib.base import InputError
 from lib.config import RunConfig
-from lib.dialogs.tokens import tokenize_people
 from lib.evaluation.recall import bits_of_dialogs, measure_recall
 from lib.model.transformer import Transformer
 from lib.paths import DATABASE, ROW, only_process, read_json
@@ -32,7 +31,7 @@ def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = Fa
     directory, device = Path(directory), resolve_device(device)
     config = read_claim(directory).config
     people, tokenizer = read_people(directory, config), run_tokenizer(own_files(directory, config))
-    facts, questions = list(people.facts()), tokenize_people(people, config.mode, tokenizer)
+    facts = list(people.facts())
     with (
         only_process(directory / ".evaluations.lock"),  # a second process waits and finds everything measured
         Record(directory / "evaluations.jsonl") as record,
@@ -41,10 +40,11 @@ def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = Fa
             finished = (directory / ROW).exists()  # checked first, so that no later checkpoint is missed
             for step, model in _not_yet(directory, config, record.steps):
                 with open_tool(config.mode, directory / DATABASE) as tool:
-                    measured = measure_recall(model.to(device), facts, tokenizer, tool).columns()
-                measured["nll_bits"] = float(bits_of_dialogs(model, questions).mean())
-                record.write(step, **measured)
-                yield {"step": step, **measured}
+                    measured = measure_recall(model.to(device), facts, tokenizer, tool)
+                bits = float(bits_of_dialogs(model, measured.dialogs).mean())
+                line = {"step": step, **measured.columns(), "nll_bits": bits}
+                record.write(**line)
+                yield line
             if finished or not watch:
                 return
             time.sleep(POLL_INTERVAL)

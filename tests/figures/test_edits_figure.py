@@ -4,10 +4,11 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from lib.experiments.edits import COLUMNS, LETTERS
+from lib.experiments.edits import LETTERS, TABLE
 from lib.facts.sampling import UNSEEN
 from lib.figures import edits as figures
 
+COLUMNS = pd.read_csv(TABLE, nrows=0).columns
 ABOUT = {
     "profile": "laptop",
     "run_id": "a",

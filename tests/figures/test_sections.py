@@ -22,7 +22,7 @@ from lib.experiments import publishing, summaries, tables
 from lib.experiments.published import published_by_paper
 from lib.experiments.rows import sweep_dir
 from lib.facts.people import ATTRIBUTES, FactsConfig
-from lib.figures import compressibility, generalization, parameter_bounds, record, style
+from lib.figures import generalization, parameter_bounds, record, style
 from lib.model.bounds import BY_HAND_PARAMETERS, MEASURED_BITS, bits_at_recall
 from lib.model.circuit import Circuit
 
@@ -386,7 +386,7 @@ def test_compressibility_is_drawn_against_correlation_and_against_bits():
     ours = published.rename(columns={"min_params": "min_params_mean"}).assign(
         mode="in-weight", min_params_min=published.min_params, min_params_max=published.min_params + 5000
     )
-    by_alpha, by_entropy = compressibility.compressibility(ours, published).axes
+    by_alpha, by_entropy = parameter_bounds.compressibility(ours, published).axes
     for label in ("published: 4,000 facts, released law", "4,000 facts, this repository"):
         np.testing.assert_allclose(_lines(by_alpha)[label], [[0, 50_000], [1, 20_000]])
     np.testing.assert_allclose(_lines(by_entropy)["4,000 facts, this repository"], [[31_000, 50_000], [20_000, 20_000]])

@@ -92,7 +92,7 @@ def test_it_says_what_the_tool_says_and_nothing_that_is_in_its_weights(model):
         TOKENIZER,
         lambda turn: Response(Outcome.ANSWER, f"what {parse_request(turn).name} is"),
     )
-    assert generation.finished
+    assert generation.tokens[-1] == ByteTokenizer().end
     assert generation.turns(TOKENIZER)[-1].text == "Nobody Atall works as an what Nobody Atall is."
 
 
