@@ -119,8 +119,12 @@ class SqlTool(PeopleTool, AbstractContextManager):
         response = self.find(attribute, name)
         return response if response.outcome is not Outcome.NO_MATCH else self.find(attribute, comparable(name))
 
-    def __exit__(self, *_) -> None:
+    def close(self) -> None:
+        """Close the database, as the end of a `with` block does."""
         self.connection.close()
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
 
 class ForgivingTool(PeopleTool):
