@@ -51,12 +51,12 @@ def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: fl
             fit = summaries.fit_of_mode(ours, mode)
             if np.isfinite(fit["low"]):
                 x = np.geomspace(*fit["facts"], 50)
-                name = f"{mode}: {fit['slope']:.2g} ({fit['low']:.2g} to {fit['high']:.2g}) parameters a fact"
+                name = f"{mode}: {fit['slope']:.2g} ({fit['low']:.2g} to {fit['high']:.2g}) parameters per fact"
                 axes.plot(x, fit["intercept"] + fit["slope"] * x, color=style["color"], linewidth=0.8, label=name)
         axes.set_ylim(bottom=0.8 * axes.dataLim.y0)  # the bound goes further down
         facts, per_parameter = axes.dataLim.intervalx, MEASURED_BITS[BOUND]
         bound = [parameters_needed(n * bits_at_recall(threshold) / len(VALUES), per_parameter) for n in facts]
-        label = f"least in weights: {per_parameter:g} bits a parameter"
+        label = f"least in weights: {per_parameter:g} bits per parameter"
         axes.plot(facts, bound, color="#555555", linestyle="--", label=label)
         _by_hand_line(axes)
         axes.set(yscale="log", xlabel="facts", ylabel=f"parameters needed for {threshold:.0%} recall")
@@ -88,7 +88,9 @@ def lower_bound(points: pd.DataFrame, published: pd.DataFrame, threshold: float 
         draw_means(axes, ours, "bits", f"{label}, this repository", linestyle="none", zorder=3, **style)
         for (who, per_parameter), line in zip(MEASURED_BITS.items(), cycle(("--", ":")), strict=False):
             bound = [parameters_needed(each, per_parameter) for each in ends]
-            axes.plot(ends, bound, color="#555555", linestyle=line, label=f"{per_parameter:g} bits a parameter ({who})")
+            axes.plot(
+                ends, bound, color="#555555", linestyle=line, label=f"{per_parameter:g} bits per parameter ({who})"
+            )
         _by_hand_line(axes)
         axes.set(xscale="log", yscale="log", ylabel="parameters")
         axes.set_xlabel(f"bits needed to recall {threshold:.0%} of the facts")
@@ -101,7 +103,7 @@ def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: fl
     """Draw parameters needed against the correlation of facts, and against the entropy of the database (Section 5.3).
 
     points: as `summaries.compressibility_bounds` gives them. published: the paper's, a line per number of facts, at the
-    entropy of databases of the released law. Both have a column entropy_bits.
+    entropy of databases of the released law. Both have a column entropy_bits; each law of ours has a marker.
     """
     with panels((8.6, 3.4), 1, 2, sharey=True) as (figure, (by_alpha, by_entropy)):
         published = published[published.recall_threshold == threshold]
@@ -110,10 +112,11 @@ def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: fl
             label = published_label(theirs.n_facts, kind="facts, released law")
             by_alpha.plot(theirs.alpha, theirs.min_params, label=label, **style)
             by_entropy.plot(theirs.entropy_bits, theirs.min_params, **style)
-        for shade, (n_facts, ours) in enumerate(smallest(points, "in-weight", threshold).groupby("n_facts")):
+        known = smallest(points, "in-weight", threshold)
+        for marker, ((n_facts, _), ours) in zip("oD^v", known.groupby(["n_facts", "law"]), strict=False):
+            label = f"{n_facts:,} facts, this repository"
             for axes, x in ((by_alpha, "alpha"), (by_entropy, "entropy_bits")):
-                look = {**STYLES["in-weight"], "alpha": max(0.4, 1 - 0.3 * shade)}
-                draw_means(axes, ours, x, f"{n_facts:,} facts, this repository", **look)
+                draw_means(axes, ours, x, label, **STYLES["in-weight"] | {"marker": marker})
         by_alpha.set(xlabel="correlation alpha", ylabel=f"parameters needed for {threshold:.0%} recall", yscale="log")
         by_entropy.set(xlabel="entropy of the database, bits", xscale="log")
         low, high = by_entropy.get_xlim()
@@ -207,7 +210,7 @@ def patience(held: pd.DataFrame) -> Figure:
     held: as `summaries.capacity` gives it; one line per size, with bars from the smallest to the largest seed.
     """
     held = held.assign(passes=held.dialogs_seen / held.n_facts, bits=held.stored_bits / held.n_params)
-    shown = {"recall": "recall at the end of training", "bits": "bits stored a parameter"}
+    shown = {"recall": "recall at the end of training", "bits": "bits stored per parameter"}
     with panels((8.6, 3.4), 1, 2, sharex=True) as (figure, row):
         for axes, (of, label) in zip(row, shown.items(), strict=True):
             groups = list(held.groupby(["n_facts", "n_params"]))

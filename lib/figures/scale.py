@@ -160,7 +160,7 @@ def hybrid(table: pd.DataFrame) -> Figure:
             if not len(table):
                 nothing_yet(axes, "hybrid")
         row[0].set_ylabel("share looked up")
-        row[1].set_ylabel("share answered rightly")
+        row[1].set_ylabel("share answered correctly")
         row[1].legend(**BESIDE)
     return figure
 
@@ -181,7 +181,7 @@ def trivia(table: pd.DataFrame, model: str) -> Figure:
             look = {"color": [WAYS[way] for way in ways], "hatch": hatch, "edgecolor": "white", "ecolor": "black"}
             axes.bar(places, bars.accuracy, width, yerr=bars.standard_error, **look)
         axes.set_xticks(range(len(ways)), ways)
-        axes.set(title=model, ylabel="share answered rightly", ylim=(0, 1.06))
+        axes.set(title=model, ylabel="share answered correctly", ylim=(0, 1.06))
         handles = [
             Patch(facecolor="#444444", edgecolor="white", hatch=look, label=kind) for kind, look in looks.items()
         ]

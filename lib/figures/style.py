@@ -166,7 +166,7 @@ def draw_bits_lines(axes, ends: dict[int, tuple[float, float]], color: str, **pl
     note = {"color": "#555555", "fontsize": 7, "textcoords": "offset points", "annotation_clip": False}
     for bits, y in ends.items():
         axes.plot(x, y, color=color, linewidth=0.9, zorder=1)
-        axes.annotate(f"{bits:g} bit{'s' * (bits != 1)} a parameter", (x[1], y[1]), **note, **place)
+        axes.annotate(f"{bits:g} bit{'s' * (bits != 1)} per parameter", (x[1], y[1]), **note, **place)
     axes.set_xlim(x)
 
 

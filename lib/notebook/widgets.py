@@ -128,7 +128,7 @@ def _in_words(held: float, bits: float) -> str:
 def _mark(axes, x: np.ndarray, held: np.ndarray, now: tuple[float, float], bits: float) -> None:
     """Draw the parameters that `held` bits need at `bits` per parameter, and a star at the values of the controls."""
     color = "#009E73"
-    axes.plot(x, held / bits, color=color, linestyle="--", linewidth=1.2, label=f"the bits, {bits:g} a parameter")
+    axes.plot(x, held / bits, color=color, linestyle="--", linewidth=1.2, label=f"the bits, {bits:g} per parameter")
     axes.plot(now[0], now[1] / bits, color=color, marker="*", markersize=13, markeredgecolor="white", zorder=5)
     axes.legend(fontsize=7)
 
@@ -143,4 +143,4 @@ def _choice(name: str, options: list[int], value: int) -> ipywidgets.SelectionSl
 
 
 def _bits() -> ipywidgets.FloatSlider:
-    return ipywidgets.FloatSlider(2, min=0.25, max=4, step=0.25, description="bits a parameter", **_LOOK)
+    return ipywidgets.FloatSlider(2, min=0.25, max=4, step=0.25, description="bits per parameter", **_LOOK)

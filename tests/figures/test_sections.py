@@ -184,14 +184,14 @@ def test_every_seed_is_a_point_beside_the_others_of_its_number_of_facts():
 def test_the_fitted_line_and_its_legend_are_those_of_least_squares():
     rows = [row | {"n_facts": 256 * row["n_facts"]} for row in _rows() if row["n_params"] > 6_248 or row["seed"] == 0]
     (axes,) = parameter_bounds.parameter_bounds(_by_seed(rows), PUBLISHED).axes
-    assert not any("parameters a fact" in label for label in _lines(axes))  # too few points for an interval
+    assert not any("parameters per fact" in label for label in _lines(axes))  # too few points for an interval
     points = pd.DataFrame(
         {"n_facts": [256, 512, 1024] * 3, "min_params": [5e3, 7e3, 1.2e4, 6e3, 7e3, 1.1e4] + [8e3] * 3}
     )
     points = points.assign(mode="in-weight", recall_threshold=0.95, seed=np.repeat(range(3), 3))
     (axes,) = parameter_bounds.parameter_bounds(points, PUBLISHED).axes
     slope, intercept = np.polynomial.Polynomial.fit(points.n_facts, points.min_params, 1).convert().coef[::-1]
-    (label,) = (label for label in _lines(axes) if "parameters a fact" in label)
+    (label,) = (label for label in _lines(axes) if "parameters per fact" in label)
     assert label.startswith(f"in-weight: {slope:.2g} (")
     x, y = _lines(axes)[label].T
     assert (x[0], x[-1]) == (256, 1024)
@@ -200,7 +200,7 @@ def test_the_fitted_line_and_its_legend_are_those_of_least_squares():
 
 def test_a_point_on_the_lower_bound_has_two_bits_a_parameter():
     (axes,) = record.draw("parameter_bounds", "laptop").axes
-    (line,) = (line for label, line in _lines(axes).items() if "2 bits a parameter" in label)
+    (line,) = (line for label, line in _lines(axes).items() if "2 bits per parameter" in label)
     for n_facts, parameters in line:
         assert 2 * parameters == pytest.approx(n_facts / len(ATTRIBUTES) * bits_at_recall(0.95))
 
@@ -308,7 +308,7 @@ def test_the_lower_bound_is_where_the_bits_divided_by_those_of_a_parameter_say()
     labels = axes.get_legend_handles_labels()[::-1]
     lines = dict(zip(*labels, strict=True))
     for who, per_parameter in MEASURED_BITS.items():
-        bits, parameters = lines[f"{per_parameter:g} bits a parameter ({who})"].get_data()
+        bits, parameters = lines[f"{per_parameter:g} bits per parameter ({who})"].get_data()
         assert list(parameters) == [each / per_parameter for each in bits]
     (theirs,) = (line.get_xdata() for name, line in lines.items() if "published" in name)
     assert (theirs[0], theirs[-1]) == tuple(bits)
@@ -384,12 +384,14 @@ def test_compressibility_is_drawn_against_correlation_and_against_bits():
         "entropy_bits": [31_000.0, 20_000.0],
     })  # fmt: skip
     ours = published.rename(columns={"min_params": "min_params_mean"}).assign(
-        mode="in-weight", min_params_min=published.min_params, min_params_max=published.min_params + 5000
+        mode="in-weight", law="ours", min_params_min=published.min_params, min_params_max=published.min_params + 5000
     )
     by_alpha, by_entropy = parameter_bounds.compressibility(ours, published).axes
     for label in ("published: 4,000 facts, released law", "4,000 facts, this repository"):
         np.testing.assert_allclose(_lines(by_alpha)[label], [[0, 50_000], [1, 20_000]])
-    np.testing.assert_allclose(_lines(by_entropy)["4,000 facts, this repository"], [[31_000, 50_000], [20_000, 20_000]])
+    np.testing.assert_allclose(
+        _lines(by_entropy)["4,000 facts, this repository"], [[31_000, 50_000], [20_000, 20_000]]
+    )
 
 
 # ---- What is refused
