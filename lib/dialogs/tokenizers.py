@@ -6,6 +6,7 @@ Ids of text come first. Four special ids follow, three roles and the end of a di
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return ByteTokenizer()
     path = tokenizer_file(spec)
     kinds = {".tiktoken": ("tiktoken", _read_ranks), ".json": ("huggingface", _read_hugging_face)}
-    if path.suffix not in kinds or not path.is_file():
+    if path.suffix not in kinds or not os.path.isfile(path):  # False for a name too long, too
         raise InputError(f"tokenizer = {spec!r} is no tokenizer (nothing is downloaded): {_ACCEPTED}")
     kind, load = kinds[path.suffix]
     try:
@@ -85,7 +86,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 def tokenizer_file(spec: str) -> Path:
     """Return the file that a `RunConfig.tokenizer` other than "bytes" names."""
-    return Path(spec, "tokenizer.json") if Path(spec).is_dir() else Path(spec)
+    return Path(spec, "tokenizer.json") if os.path.isdir(spec) else Path(spec)
 
 
 def _read_ranks(content: bytes) -> tuple[int, Callable, Callable]:

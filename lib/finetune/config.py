@@ -62,6 +62,8 @@ class FinetuneConfig(Identified):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
+        if self.batch_size % self.grad_accumulation:
+            raise ValueError(f"grad_accumulation = {self.grad_accumulation} must divide batch_size {self.batch_size}")
         if self.task == "hybrid" and self.mode == "in-weight":
             raise ValueError("task = hybrid needs mode = in-tool or in-tool-text: rare facts are looked up")
         return self

@@ -85,11 +85,8 @@ def tokenize_chats(chats: Iterable[dict], tokenizer: PreTrainedTokenizerBase, ma
             tokens, labels = _encode_chat(chat["messages"], chat.get("tools"), tokenizer)
         except (TemplateError, ValueError, TypeError) as error:
             raise InputError(f"conversation {number} does not fit the tokenizer's chat template: {error}") from None
-        if len(tokens) > max_length:
-            raise InputError(
-                f"conversation {number} has {len(tokens)} tokens, more than max_length = {max_length}: raise "
-                "max_length, as conversations are never cut"
-            )
+        if (n := len(tokens)) > max_length:
+            raise InputError(f"conversation {number} has {n} tokens, more than max_length = {max_length}: raise it")
         rows.append({"input_ids": tokens, "labels": labels})
     return Dataset.from_list(rows)
 

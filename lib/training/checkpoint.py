@@ -9,6 +9,7 @@ single process, can read them.
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import warnings
@@ -136,7 +137,8 @@ def damage(folder: Path) -> str | None:
     if len(sums) < 2 or not all(Path(name).name == name for name in sums):
         return f"is damaged ({MARKER} names other files than those of a checkpoint)"
     for name, checksum in sums.items():
-        if not (folder / name).is_file() or _checksum(folder / name) != checksum:  # reading a pipe would never end
+        # Reading a pipe would never end. A name may be too long for the file system: False here.
+        if not os.path.isfile(folder / name) or _checksum(folder / name) != checksum:
             return f"is damaged ({name} is missing or has changed since it was written)"
     return None
 

@@ -235,6 +235,7 @@ BAD = {
     "nothing.tiktoken": (lambda path: None, ["is no tokenizer", "nothing is downloaded", "*.tiktoken"]),
     "gpt2": (lambda path: None, ["is no tokenizer", "nothing is downloaded", "tokenizer.json"]),
     "empty": (Path.mkdir, ["is no tokenizer", "folder that holds one"]),
+    "9" * 5_000 + ".json": (lambda path: None, ["is no tokenizer"]),
     "model.bin": (lambda path: path.write_bytes(b"\x00"), ["is no tokenizer"]),
     "a folder.tiktoken": (Path.mkdir, ["is no tokenizer"]),
     "text.tiktoken": (lambda path: path.write_text("Hello, you\n"), ["base64", "rank"]),
@@ -254,7 +255,7 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", BAD, ids=lambda name: name[-20:])
 def test_what_is_no_tokenizer_is_one_sentence(name, tmp_path):
     write, words = BAD[name]
     write(tmp_path / name)
