@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from lib.experiments.edits import LETTERS, TABLE
+from lib.experiments.edited_models import LETTERS
+from lib.experiments.edits import TABLE
 from lib.facts.sampling import UNSEEN
 from lib.figures import edits as figures
 
