@@ -5,16 +5,20 @@ The same object is built by a notebook cell, the command line, a sweep and a clu
 
 import json
 import math
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from reprlib import repr as brief
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, Json, TypeAdapter, ValidationError, model_validator
 
 from lib.base import Config, Identified, InputError, unique_fields
 from lib.dialogs.templates import QuestionMode
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.facts.people import ATTRIBUTES, MAX_PEOPLE, RELEASED, FactsConfig
-from lib.paths import LARGEST_TEXT, read_bytes
+from lib.paths import LARGEST_TEXT, read_bytes, read_json
 
 
 class ModelConfig(Config):
@@ -246,3 +250,43 @@ class Observers(Config):
 
 #: No extra logging.
 UNOBSERVED = Observers()
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+#: What code reads of every finished run.
+FINISHED = "mode n_facts recall n_questions steps steps_budget train_seconds stopped finished_at device config".split()
+TEXT = """run_id profile mode optimizer dtype stopped people_digest tokenizer finished_at device python torch commit
+base task adaptation weights capability_task capability_source experiment method asked who""".split()
+_Integer = Annotated[int, Field(ge=0, lt=2**63)]
+#: Columns by pattern, what they hold, and its type; the first pattern that fits counts.
+_COLUMNS = [
+    ("|".join(TEXT), "text", TypeAdapter(str)),
+    ("n_(facts|params|questions)|batch_size|steps_budget", "above 0", TypeAdapter(Annotated[_Integer, Field(gt=0)])),
+    ("seed|steps?|next_smaller|n_recall|n_people|d_model", "a count", TypeAdapter(_Integer)),
+    ("final|repeats|every_seed", "True or False", TypeAdapter(bool)),
+    ("config", "an object as JSON", TypeAdapter(Json[dict])),
+    ("sizes", "sizes of files", TypeAdapter(dict[str, int])),
+    ("hops|by_frequency", "anything", TypeAdapter(Any)),
+    (".*recall.*", "a share of 1", TypeAdapter(Annotated[float, Field(ge=0, le=1)])),
+    ("(?s).*", "a finite number", TypeAdapter(FiniteFloat | bool)),
+]
+
+
+def check_row(row: Mapping[str, Any], fields: Iterable[str] = (), strict: bool = True) -> None:
+    """Raise `ValueError` unless a row has `fields`, and values of their types or, if not `strict`, as text."""
+    if lacking := [name for name in fields if row.get(name) is None]:
+        raise ValueError(f"it lacks {lacking[0]}")
+    for name, value in row.items():
+        kind, accepted = next(column for pattern, *column in _COLUMNS if re.fullmatch(pattern, name))
+        try:
+            value is None or accepted.validate_python(value, strict=strict)
+        except ValidationError:
+            raise ValueError(f"{name} is {brief(value)}, not {kind}") from None
+    if row.get("config") and "base" not in row:  # not a fine-tuning's
+        RunConfig.parse(json.loads(row["config"]))
+
+
+def read_row(path: Path, kind: type = dict, fields: Iterable[str] = FINISHED) -> Any:
+    """Return the row of a finished run or, if `kind` is list, its rows. Raises `DamagedFile` as `check_row` does."""
+    return read_json(path, kind, fields, partial(check_row, fields=fields))

@@ -145,18 +145,22 @@ def read_bytes(path: str | Path, largest: int = LARGEST_JSON) -> bytes:
     return content
 
 
-def read_json(path: Path, kind: type = dict, fields: Iterable[str] = ()) -> Any:
+def read_json(path: Path, kind: type = dict, fields: Iterable[str] = (), check: Callable[[Any], Any] = id) -> Any:
     """Return the content of a JSON file that a run wrote: an object with `fields` or, if `kind` is list, such objects.
 
-    Raises `DamagedFile` for anything else, `OSError` if there is no file or it may not be read.
+    Raises `DamagedFile` for anything else, an empty list, and what `check` raises a `ValueError` for; `OSError` if
+    there is no file or it may not be read.
     """
     try:
         content = json.loads(read_bytes(path).decode())
         if not isinstance(content, kind):
             raise ValueError(f"it holds no {'object' if kind is dict else 'list'}")
+        if content == []:
+            raise ValueError("it is empty")
         for each in content if fields and kind is list else [content]:
             if lacking := [field for field in fields if not isinstance(each, dict) or field not in each]:
                 raise ValueError(f"it lacks {lacking[0]}")
+            check(each)
         return content
     except (ValueError, RecursionError) as error:
         raise DamagedFile(path, str(error)) from None

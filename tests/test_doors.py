@@ -17,6 +17,7 @@ from pathlib import Path
 import forging
 import pytest
 import tokenizers
+from finished import FINISHED
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from mcp import Client
@@ -26,7 +27,7 @@ from lib.agent.server import people_server
 from lib.agent.tools import EditableTool, Outcome, SqlTool
 from lib.base import InputError, WorkError
 from lib.cli.options import assigned
-from lib.config import RunConfig, override, read_config
+from lib.config import RunConfig, override, read_config, read_row
 from lib.dialogs.files import open_dialogs, tokenize_file
 from lib.dialogs.request import format_request, parse_request
 from lib.dialogs.tokenizers import ByteTokenizer, load_tokenizer
@@ -307,7 +308,7 @@ def test_a_plan_is_searches_or_a_sentence(content, tmp_path, seconds):
 
 RECORDS = {
     "config.json": read_claim,
-    "row.json": lambda folder: paths.read_json(folder / "row.json", fields=("recall",)),
+    "row.json": lambda folder: read_row(folder / "row.json"),
 }
 
 
@@ -315,7 +316,7 @@ RECORDS = {
 def test_a_record_of_a_run_is_read_or_a_sentence(name, tmp_path, seconds):
     whole = {
         "config.json": json.dumps({"config": json.loads(CONFIG), "people_digest": "0" * 16, "threads": 1}).encode(),
-        "row.json": b'{"recall": 0.5, "steps": 20, "seed": 0}',
+        "row.json": json.dumps(FINISHED | {"seed": 0}).encode(),
     }[name]
 
     @door

@@ -3,10 +3,11 @@
 import pandas as pd
 
 from lib import paths
+from lib.config import read_row
 from lib.experiments import sweep as sweeps
 from lib.experiments.plan import searches
 from lib.experiments.publishing import Table
-from lib.experiments.rows import read_row, sweep_dir
+from lib.experiments.rows import sweep_dir
 from lib.experiments.search import Search
 from lib.experiments.tables import rows_of_profile
 from lib.paths import ROW, ROWS, write_json

@@ -49,7 +49,7 @@ class Table(NamedTuple):
         rows, known = self.read(profile), read_table(self.path)
         if not len(rows):
             return 0
-        bad = rows[~rows.commit.map(_is_clean)]
+        bad = rows[~rows.commit.fillna("unknown").map(_is_clean)]
         if len(bad):
             raise InputError(
                 f"{len(bad)} rows were not made by a clean commit (run {bad.run_id.iloc[0]}, commit "

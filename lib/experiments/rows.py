@@ -1,12 +1,13 @@
 """Where the rows of finished runs are: in paper_data, and still in runs. Needs no pandas, which is slow to import."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lib import paths
 from lib.base import InputError
+from lib.config import FINISHED, check_row, read_row
 from lib.dialogs.tokenizers import load_tokenizer
 from lib.experiments.plan import is_file
 from lib.experiments.search import Search
@@ -38,9 +39,23 @@ def table_path(section: str) -> Path:
     return paths.PAPER_DATA / f"{TABLES[section]}.csv"
 
 
-def read_row(path: Path) -> dict[str, Any]:
-    """Return the row of a finished run. Raises `DamagedFile`."""
-    return paths.read_json(path, fields=("recall",))
+def text_rows(path: Path, fields: Iterable[str] = ()) -> list[dict[str, str | None]]:
+    """Return the rows of a table of runs, none before any was published. Raises `InputError`, as `check_row` does."""
+    rows = []
+    if not path.exists():
+        return rows
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restkey="a cell too many", strict=True)
+            if not {"profile", "run_id"} <= {*(reader.fieldnames or ())}:
+                raise ValueError("it lacks the columns profile and run_id")
+            for cells in reader:
+                rows.append({name: cell or None for name, cell in cells.items()})
+                check_row(rows[-1], ("profile", "run_id", *fields), strict=False)
+    except (ValueError, csv.Error) as error:
+        where = f" in row {len(rows)}" if rows else ""
+        raise InputError(f"{path} is no table of runs ({error}{where}): restore it, `git checkout` can") from None
+    return rows
 
 
 def rows_in_runs(section: str, profile: str, plan: Sequence[Search]) -> list[dict[str, Any]]:
@@ -55,7 +70,6 @@ def rows_in_runs(section: str, profile: str, plan: Sequence[Search]) -> list[dic
 def known_rows(section: str, profile: str, plan: Sequence[Search]) -> dict[str, dict[str, Any]]:
     """Return by run id all rows of a profile: those in paper_data, as text, and those of a plan in runs."""
     rows = rows_in_runs(section, profile, plan)
-    if section in TABLES and (path := table_path(section)).exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            rows += [row for row in csv.DictReader(file) if row["profile"] == profile]
+    if section in TABLES:
+        rows += [row for row in text_rows(table_path(section), FINISHED) if row["profile"] == profile]
     return {row["run_id"]: row for row in rows}

@@ -18,9 +18,9 @@ from typing import IO
 
 from lib import paths
 from lib.base import InputError, WorkError
-from lib.config import RunConfig
+from lib.config import RunConfig, read_row
 from lib.experiments.plan import searches
-from lib.experiments.rows import known_rows, read_row, sweep_dir
+from lib.experiments.rows import known_rows, sweep_dir
 from lib.experiments.search import Search
 from lib.experiments.worker import attempt
 from lib.facts.people import ATTRIBUTES

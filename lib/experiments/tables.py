@@ -9,11 +9,12 @@ import pandas as pd
 
 from lib import paths
 from lib.base import InputError
+from lib.config import FINISHED, TEXT, read_row
 from lib.experiments.plan import searches
-from lib.experiments.rows import TABLES, rows_in_runs, table_path
+from lib.experiments.rows import TABLES, rows_in_runs, table_path, text_rows
 from lib.experiments.search import Search
 from lib.facts.people import LAWS, Law
-from lib.paths import read_json, whole
+from lib.paths import whole
 
 #: Profiles that only tables have: no plan asks for their rows (paper_data/README.md).
 TABLE_ONLY = ("near-paper",)
@@ -21,8 +22,8 @@ TABLE_ONLY = ("near-paper",)
 THRESHOLDS = (0.5, 0.9, 0.95, 0.99)
 #: Columns that a plan decides and a table keeps for runs that no plan asks for any more.
 _MARKS = {"next_smaller": "Int64", "every_seed": "boolean"}
-#: Columns whose values may look like numbers (hexadecimal digits, versions), and those that may be empty.
-_DTYPES = dict.fromkeys(("run_id", "people_digest", "commit", "python", "torch"), str) | _MARKS
+#: Text may look like numbers (hexadecimal digits, versions), and marks may be empty.
+_DTYPES = dict.fromkeys(TEXT, str) | _MARKS
 #: Columns that are computed whenever rows are read, and never stored: a stored one would go stale with the plan.
 COMPUTED = ["superseded", "law", "recipe"]
 #: A table before anything was published.
@@ -39,15 +40,9 @@ def check_threshold(threshold: float) -> None:
         raise InputError(f"threshold = {threshold}: the published thresholds are {known}")
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Return the rows of a table of runs; empty before anything was published. Another file is an `InputError`."""
-    try:
-        table = pd.read_csv(path, dtype=_DTYPES) if path.exists() else NO_ROWS.copy()
-        if not {*NO_ROWS} <= {*table}:
-            raise ValueError("it lacks the columns profile and run_id")
-    except ValueError as error:
-        raise InputError(f"{path} is no table of runs ({error}): restore it, `git checkout` can") from None
-    return table
+def read_table(path: Path, fields: Iterable[str] = ()) -> pd.DataFrame:
+    """Return the rows of a table of runs, empty before anything was published. Raises as `text_rows` does."""
+    return pd.read_csv(path, dtype=_DTYPES) if text_rows(path, fields) else NO_ROWS.copy()
 
 
 def stacked(*tables: pd.DataFrame) -> pd.DataFrame:
@@ -60,10 +55,10 @@ def rows_of_profile(
 ) -> pd.DataFrame:
     """Return a profile's rows in the table at `path`, and from the files `found` the rows that it lacks.
 
-    Skips missing files, and files whose rows lack one of `fields`. Adds superseded: whether the run is not `planned`.
+    Skips missing and damaged files: rows need all `fields`. Adds superseded: whether the run is not `planned`.
     """
-    files = whole(filter(Path.exists, found), lambda file: read_json(file, list, fields))
-    rows = _with_fresh(read_table(path), profile, [row for _, rows in files for row in rows])
+    files = whole(filter(Path.exists, found), lambda file: read_row(file, list, fields))
+    rows = _with_fresh(read_table(path, fields), profile, [row for _, rows in files for row in rows])
     return rows.assign(superseded=~rows.run_id.isin(planned))
 
 
@@ -75,7 +70,7 @@ def _with_fresh(known: pd.DataFrame, profile: str, fresh: list[dict]) -> pd.Data
 
 def committed_rows(section: str) -> pd.DataFrame:
     """Return a section's rows in paper_data, of all profiles."""
-    return read_table(table_path(section))
+    return read_table(table_path(section), FINISHED)
 
 
 def read_rows(section: str, profile: str, plan: Sequence[Search] | None = None) -> pd.DataFrame:

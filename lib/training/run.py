@@ -19,7 +19,7 @@ import torch
 
 from lib.agent.tools import Tool, open_tool
 from lib.base import InputError, WorkError
-from lib.config import UNOBSERVED, Observers, RunConfig
+from lib.config import UNOBSERVED, Observers, RunConfig, read_row
 from lib.dialogs.batches import Source
 from lib.dialogs.files import ConcatDialogs, open_dialogs, tokenize_file
 from lib.dialogs.templates import dialogs
@@ -32,7 +32,7 @@ from lib.facts.database import write_database
 from lib.facts.people import People
 from lib.facts.sampling import load_people
 from lib.model.transformer import Transformer
-from lib.paths import CLAIM, DATABASE, MODEL, ROW, read_json, replacing, write_json
+from lib.paths import CLAIM, DATABASE, MODEL, ROW, replacing, write_json
 from lib.provenance import commit, provenance
 from lib.training import checkpoint
 from lib.training.devices import fastest_threads, memory, resolve_device, usable_cores, using_threads
@@ -117,7 +117,7 @@ def run(
             ranks.first_does(measure)
         if ranks.any(asked.is_set()):  # during the final measurement
             raise Preempted("stopped by a signal: this run is finished, the same command goes on after it")
-        return ranks.first_does(lambda: read_json(directory / ROW, fields=("recall",)))
+        return ranks.first_does(lambda: read_row(directory / ROW))
 
 
 @contextmanager

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from lib.agent.tools import open_tool
 from lib.base import InputError
-from lib.config import RunConfig
+from lib.config import RunConfig, read_row
 from lib.evaluation.recall import bits_of_dialogs, measure_recall
 from lib.model.transformer import Transformer
-from lib.paths import DATABASE, ROW, only_process, read_json
+from lib.paths import DATABASE, ROW, only_process
 from lib.training import checkpoint
 from lib.training.devices import resolve_device
 from lib.training.monitor import Record
@@ -67,6 +67,6 @@ def _not_yet(directory: Path, config: RunConfig, measured: Collection[int]) -> I
         model.load_state_dict(below("model.", tensors), assign=True)
         yield step, model
     if (directory / ROW).exists():  # then there may be no checkpoints any more
-        step = read_json(directory / ROW, fields=("steps",))["steps"]
+        step = read_row(directory / ROW)["steps"]
         if step not in measured:
             yield step, load_model(directory)[0]

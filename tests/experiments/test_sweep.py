@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from finished import FINISHED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -163,7 +164,7 @@ def script(runs, tmp_path, monkeypatch):
 
     def make(body: str = "") -> Path:
         path, log = tmp_path / "python", tmp_path / "log"
-        row = 'mkdir -p "$folder" && echo \'{"recall": 0.5}\' > "$folder/row.json"'
+        row = f'mkdir -p "$folder" && echo \'{json.dumps(FINISHED)}\' > "$folder/row.json"'
         path.write_text(f'#!/bin/sh\nconfig=$3 folder=$4 device=$5 log="{log}"\n{body}\n{row}\n')
         path.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(path))
@@ -259,8 +260,8 @@ def _replace_training(patch, of) -> list[str]:
         asked.append(config.run_id)
         recall = of(config)
         directory.mkdir(parents=True)
-        row = {"run_id": config.run_id, "recall": recall, "steps": 10, "steps_budget": 10, "train_seconds": 1.0}
-        (directory / "row.json").write_text(json.dumps(row | {"device": "cpu", "config": config.canonical_json()}))
+        row = FINISHED | {"run_id": config.run_id, "recall": recall, "config": config.canonical_json()}
+        (directory / "row.json").write_text(json.dumps(row))
 
     patch.setattr("lib.training.run.run", run)
     patch.setenv("ITL_PROGRESS", "off")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from finished import FINISHED
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,6 +32,7 @@ PLANNED = ("a" * 12, "b" * 12, "c" * 12, "1" * 12, "000000000012", "12345e678901
 def _row(run_id: str = "a" * 12, **fields) -> dict:
     d_model = fields.get("d_model", 8)
     return {
+        **FINISHED,
         "run_id": run_id,
         "mode": "in-weight",
         "n_facts": 32,

@@ -6,6 +6,7 @@ import re
 
 import pandas as pd
 import pytest
+from finished import FINISHED
 from matplotlib import pyplot as plt
 
 from lib import paths
@@ -71,7 +72,7 @@ def test_what_a_profile_adds_is_told_where_it_is_drawn(name, section, counts, tm
     config = search.config(search.sizes[0])
     folder = sweep_dir(section, "quick") / config.run_id
     folder.mkdir(parents=True)
-    row = {"run_id": config.run_id, "mode": config.mode, "n_facts": 16, "alpha": 0.0, "seed": 0}
+    row = FINISHED | {"run_id": config.run_id, "mode": config.mode, "n_facts": 16, "alpha": 0.0, "seed": 0}
     row |= {"d_model": config.model.d_model, "n_params": config.model.n_params, "recall": 1.0, "trained_right_name": 1}
     row |= {"finished_at": "2026-03-04T00:00:00+00:00", "commit": "unknown"}
     (folder / "row.json").write_text(json.dumps(row))

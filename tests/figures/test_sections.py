@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from finished import FINISHED
 from full_disk import full_after
 
 from lib import paths
@@ -54,7 +55,7 @@ def _rows() -> list[dict]:
         for n_facts in (32, 128):
             for seed, enough in ((0, 8), (1, 12)):
                 for d_model in (4, 8, 12):
-                    rows.append({
+                    rows.append(FINISHED | {
                         "run_id": f"{len(rows):012d}", "mode": mode, "n_facts": n_facts, "alpha": 0.0, "seed": seed,
                         "d_model": d_model, "n_params": ModelConfig(d_model=d_model).n_params,
                         "recall": 1.0 if d_model >= enough else 0.3, "stopped": "budget", "dialogs_seen": 640,

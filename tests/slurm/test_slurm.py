@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from finished import FINISHED
 from hypothesis import given
 from hypothesis import strategies as st
 from vocabularies import train_bpe, write_ranks
@@ -124,10 +125,9 @@ def test_a_task_with_a_failed_run_fails(runs, monkeypatch):
 
 def _row(folder: Path, *configs: RunConfig) -> None:
     for config in configs:
-        row = {"run_id": config.run_id, "recall": 0.5, "steps": 20, "steps_budget": 20, "train_seconds": 1.0}
-        row["device"] = "cpu"
+        row = FINISHED | {"run_id": config.run_id, "config": config.canonical_json()}
         (folder / config.run_id).mkdir(parents=True)
-        (folder / config.run_id / "row.json").write_text(json.dumps(row | {"config": config.canonical_json()}))
+        (folder / config.run_id / "row.json").write_text(json.dumps(row))
 
 
 # ---- The command line
