@@ -8,24 +8,30 @@ from io import StringIO
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import lm_eval
 from datasets import Dataset
 from huggingface_hub import HfApi
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pydantic import TypeAdapter, ValidationError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from typing_extensions import TypedDict
 
 from lib.base import InputError
 from lib.finetune.data import as_user
 from lib.finetune.triviaqa import SHIPPED, load_questions
-from lib.paths import write_json
+from lib.paths import read_bytes, write_json
 from lib.progress import progress
 
 #: Environment variable with the path of HellaSwag's validation set, JSON lines like the hub's. Unset: the hub.
 HELLASWAG = "ITL_HELLASWAG"
 #: How many items are asked between two updates of the progress bar.
 ITEMS_AT_A_TIME = 100
+_ITEM = "a JSON object with texts activity_label, ctx_a and ctx_b, four texts as endings, and a label from 0 to 3"
+_FIELDS = dict.fromkeys(("activity_label", "ctx_a", "ctx_b"), str)
+_FIELDS |= {"endings": tuple[str, str, str, str], "label": Literal[0, 1, 2, 3, "0", "1", "2", "3"]}
 
 
 def measure_capability(
@@ -54,21 +60,38 @@ def measure_capability(
             write_json(Path(own) / "hellaswag.yaml", changed)  # JSON is YAML
         manager = TaskManager(include_path=[hellaswag, own], include_defaults=False)  # the last one counts
         try:
-            loaded = manager.load([task])["tasks"][name]
-            items = range(len(loaded.eval_docs))[:n_items]
+            loaded = manager.load([task])
+            items = range(len(loaded["tasks"][name].eval_docs))[:n_items]
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
                 f"cannot load the items of {name} ({str(error).splitlines()[0]}): HellaSwag comes from the hub "
                 f"(asked once) or from a file that {HELLASWAG} names"
             ) from None
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)
-    options = {"tasks": [loaded], "task_manager": manager, "bootstrap_iters": 0}
+    set_seed(1234)
     with progress(len(items), description) as bar, redirect_stderr(StringIO()):  # lm-eval has a bar of its own
         for start in items[::ITEMS_AT_A_TIME]:
             chunk = list(items[start : start + ITEMS_AT_A_TIME])
-            rows += lm_eval.simple_evaluate(harness, samples={name: chunk}, **options)["samples"][name]
+            measured = lm_eval.evaluate(harness, loaded, samples={name: chunk}, bootstrap_iters=0)
+            rows += sorted(measured["samples"][name], key=lambda row: row["doc_id"])
             bar.update(len(chunk))
     return {metric: [float(row[metric]) for row in rows] for metric in ("acc", "acc_norm")}
+
+
+def check_hellaswag() -> None:
+    """Raise `InputError` if the file that `HELLASWAG` names cannot be read, or one of its lines is no item."""
+    if not (file := os.environ.get(HELLASWAG)):
+        return
+    try:
+        lines = read_bytes(file).splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {file}, which {HELLASWAG} names: {error}") from None
+    item = TypeAdapter(TypedDict("Item", _FIELDS))
+    for number, line in enumerate(lines or [b""], start=1):
+        try:
+            item.validate_json(line)
+        except ValidationError:
+            raise InputError(f"{file}, line {number}: {_ITEM} is expected") from None
 
 
 def capability_source(test: str) -> str:

@@ -28,7 +28,8 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from lib.base import DamagedFile, InputError
-from lib.finetune.capability import choose_test
+from lib.config import read_row
+from lib.finetune.capability import check_hellaswag, choose_test
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import IGNORED, tokenize_chats
 from lib.finetune.evaluation import Evaluator
@@ -83,7 +84,7 @@ def finetune(
             with make_task(config) as task:
                 _Run(config, directory, processes, asked, task, description).complete(claim)
         processes.wait_for_everyone()
-        return read_json(directory / ROWS, list)
+        return read_row(directory / ROWS, list, ("step", "recall"))
 
 
 def _claim(config: FinetuneConfig) -> dict:
@@ -111,6 +112,8 @@ class _Run(TrainerCallback):
                 f"in grad_accumulation = {config.grad_accumulation} parts: give a multiple of their product"
             )
         self.device = processes.device
+        if config.capability in ("hellaswag", "any"):
+            check_hellaswag()  # before the folder is claimed
         self.dtype = best_dtype(self.device) if config.dtype == "auto" else getattr(torch, config.dtype)
         tokenizer = load_tokenizer(base_source(config.base))
         self.data = tokenize_chats(task.conversations, tokenizer, config.max_length)
@@ -141,7 +144,7 @@ class _Run(TrainerCallback):
 
     def rows(self) -> list[dict]:
         """Return the rows of all checkpoints evaluated so far, by step."""
-        return [read_json(path, fields=("step", "recall")) for path in _by_step(self.evaluations, "*.json").values()]
+        return [read_row(path, fields=("step", "recall")) for path in _by_step(self.evaluations, "*.json").values()]
 
     def stopped(self) -> str | None:
         """Return why training is over; None if it is not."""
@@ -288,7 +291,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, dict]:
     """Return the latest whole checkpoint, or None, and its `STATE`; report and delete later ones, which are damaged."""
     for path in reversed(_by_step(folder, "checkpoint-*").values()):
         try:
-            training = read_json(path / STATE, fields=("step", "loss", "train_seconds"))
+            training = read_row(path / STATE, fields=("step", "train_seconds"))
             for name, size in training.pop("sizes", {}).items():
                 if (path / name).stat().st_size != size:
                     raise OSError(f"{name} is not whole")

@@ -390,9 +390,7 @@ def test_compressibility_is_drawn_against_correlation_and_against_bits():
     by_alpha, by_entropy = parameter_bounds.compressibility(ours, published).axes
     for label in ("published: 4,000 facts, released law", "4,000 facts, this repository"):
         np.testing.assert_allclose(_lines(by_alpha)[label], [[0, 50_000], [1, 20_000]])
-    np.testing.assert_allclose(
-        _lines(by_entropy)["4,000 facts, this repository"], [[31_000, 50_000], [20_000, 20_000]]
-    )
+    np.testing.assert_allclose(_lines(by_entropy)["4,000 facts, this repository"], [[31_000, 50_000], [20_000, 20_000]])
 
 
 # ---- What is refused

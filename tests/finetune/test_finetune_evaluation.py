@@ -22,7 +22,7 @@ from lib.facts.database import write_database
 from lib.facts.people import People
 from lib.facts.sampling import sample_people
 from lib.finetune import capability
-from lib.finetune.capability import HELLASWAG, choose_test, measure_capability, trivia_choices
+from lib.finetune.capability import HELLASWAG, check_hellaswag, choose_test, measure_capability, trivia_choices
 from lib.finetune.data import as_user
 from lib.finetune.evaluation import (
     PROMPTS,
@@ -321,3 +321,20 @@ def test_there_are_a_hundred_different_prompts():
     texts = [prompt for prompts in PROMPTS.values() for prompt in prompts]
     assert len(set(texts)) == 100 and all(10 < len(text) < 200 and text == text.strip() for text in texts)
     assert len({text[:12] for text in texts}) > 70  # varied
+
+
+ITEM = {"activity_label": "Rowing", "ctx_a": "A man", "ctx_b": "he", "endings": ["a", "b", "c", "d"], "label": "2"}
+
+
+@pytest.mark.parametrize("bad", ["", "{", '{"label": 1}', {"endings": ["a"]}, {"label": 4}, {"ctx_b": None}], ids=str)
+def test_a_damaged_file_of_hellaswag_is_refused_by_its_line(bad, tmp_path, monkeypatch):
+    file = tmp_path / "items.jsonl"
+    monkeypatch.setenv(HELLASWAG, str(file))
+    file.write_text(json.dumps(ITEM) + "\n")
+    check_hellaswag()
+    file.write_text(f"{json.dumps(ITEM)}\n{json.dumps(ITEM | bad) if isinstance(bad, dict) else bad}\n")
+    with pytest.raises(InputError, match="items.jsonl, line 2: a JSON object with texts activity_label"):
+        check_hellaswag()
+    file.unlink()
+    with pytest.raises(InputError, match="^cannot read .*items.jsonl, which ITL_HELLASWAG names"):
+        check_hellaswag()
