@@ -51,6 +51,8 @@ def read_claim(directory: Path) -> Claim:
     """Return the claim in a run's folder; an `InputError` if there is none."""
     try:
         claim = read_json(directory / CLAIM)
+        if claim.get("threads") not in (None, *range(1, 1025)):
+            raise ValueError
         return Claim(**{**claim, "config": RunConfig.parse(claim["config"])})
     except (OSError, DamagedFile, ValueError, KeyError, TypeError):  # or fields of another version
         raise InputError(f"{directory} is not the folder of a run ({CLAIM} is missing or not readable)") from None
@@ -119,12 +121,11 @@ def copies(directory: Path, config: RunConfig) -> dict[str, Path]:
 
 
 def own_files(folder: Path, config: RunConfig) -> RunConfig:
-    """Return `config` with a run's own copies, if there are any, in place of the files that it names.
+    """Return `config` with a run's own copies in place of the files that it names, which are never read.
 
     folder: of the run, or of its model.
     """
-    own = copies(_run_folder(folder), config)
-    return located(config, {path: str(copy) for path, copy in own.items() if copy.exists()})
+    return located(config, {path: str(copy) for path, copy in copies(_run_folder(folder), config).items()})
 
 
 def _run_folder(folder: Path) -> Path:
@@ -133,9 +134,9 @@ def _run_folder(folder: Path) -> Path:
 
 
 def read_people(folder: Path, config: RunConfig) -> People:
-    """Return the people that the model in a run's folder was trained on, from the run's copy of their file, if any.
+    """Return the people that the model in a run's folder was trained on, from the run's copy of their file.
 
-    Raises `InputError` if the folder has no copy and the original file is missing or has changed.
+    Raises `InputError` if the copy is missing or has changed.
     """
     directory = _run_folder(Path(folder))
     people = load_people(own_files(directory, config).facts)
