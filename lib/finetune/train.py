@@ -38,13 +38,13 @@ from lib.finetune.tasks import Task, make_task
 from lib.finetune.trainer import ChatTrainer
 from lib.finetune.triviaqa import load_questions
 from lib.finetune.weights import base_source, origin
-from lib.paths import CLAIM, MODEL, ROWS, only_process, read_json, write_json
+from lib.paths import CLAIM, MODEL, ROWS, read_json, write_json
 from lib.progress import progress
 from lib.provenance import commit, provenance
 from lib.training.devices import resolve_device
 from lib.training.distributed import Preempted, asked_to_leave
 from lib.training.run import no_room_told
-from lib.training.saved import check_claim
+from lib.training.saved import check_claim, locked
 from lib.training.trainer import are_finite, diverged
 
 #: In a checkpoint, written last: its step, the training metrics so far, and the sizes of the other files.
@@ -72,9 +72,7 @@ def finetune(
     commit()  # records the imported code, whatever is committed while the run trains
     # While the first process evaluates the others wait, however long that takes.
     processes = PartialState(cpu=resolve_device(device).type == "cpu", timeout=timedelta(days=7))
-    directory.mkdir(parents=True, exist_ok=True)
-    # A second call waits and finds the rows.
-    lock = only_process(directory / ".lock") if processes.is_main_process else nullcontext()
+    lock = locked(directory) if processes.is_main_process else nullcontext()  # a second call waits and finds the rows
     with asked_to_leave() as asked, no_room_told(), lock:
         with processes.main_process_first():  # the others find what the first made or fetched
             claim = _claim(config)

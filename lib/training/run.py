@@ -80,8 +80,9 @@ def run(
         check_claim(directory, claim)
         asked = stack.enter_context(asked_to_leave())  # only now, so that a signal can end the reading above
         ranks = stack.enter_context(connect(device, config.model, sharded, tensor))
-        lock = locked(directory, claim)
-        if not ranks.first_does(lambda: stack.enter_context(lock) or (directory / ROW).exists()):
+        lock = locked(directory)
+        ranks.first_does(lambda: stack.enter_context(lock) or check_claim(directory, claim))
+        if not ranks.first_does((directory / ROW).exists):
             # Prepare: nothing is written, and bad input is refused before the folder is claimed.
             _check_memory(config, people, tokenizer, device, ranks)
             data, sources = _dataset(config, people, tokenizer, files)

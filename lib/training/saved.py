@@ -78,10 +78,10 @@ def check_claim(
 
 
 @contextmanager
-def locked(directory: Path, claim: Claim) -> Iterator[None]:
+def locked(directory: Path) -> Iterator[None]:
     """Make a run's folder and lock it; other processes wait. It is removed at the end unless the context claims it.
 
-    Raises `InputError` if it cannot be made, or as `check_claim` does.
+    Raises `InputError` if it cannot be made.
     """
     new = [folder for folder in (directory, *directory.parents) if not os.path.exists(folder)]
     try:
@@ -90,7 +90,6 @@ def locked(directory: Path, claim: Claim) -> Iterator[None]:
         raise InputError(f"cannot make the folder {directory}: {error.strerror}") from None
     with only_process(directory / ".lock"):
         try:
-            check_claim(directory, claim)
             yield
         finally:
             if not (directory / CLAIM).exists():  # the run was refused
