@@ -110,14 +110,18 @@ class _Run(TrainerCallback):
                 f"in grad_accumulation = {config.grad_accumulation} parts: give a multiple of their product"
             )
         self.device = processes.device
+        self.dtype = best_dtype(self.device) if config.dtype == "auto" else getattr(torch, config.dtype)
         if config.capability in ("hellaswag", "any"):
             check_hellaswag()  # before the folder is claimed
-        self.dtype = best_dtype(self.device) if config.dtype == "auto" else getattr(torch, config.dtype)
         tokenizer = load_tokenizer(base_source(config.base))
         self.data = tokenize_chats(task.conversations, tokenizer, config.max_length)
         self.total, self.interval = config.total_steps(len(self.data)), config.interval(len(self.data))
         recall = partial(task.measure, tokenizer=tokenizer, max_new_tokens=turn_limit(self.data))
         self.evaluator = Evaluator(config, recall, tokenizer, self.device, self.dtype, self.description)
+        if config.lora_rank and processes.is_main_process:
+            width = min(min(weight.shape) for weight in self.evaluator.base.parameters() if weight.dim() == 2)
+            if config.lora_rank > width:
+                raise InputError(f"lora_rank = {config.lora_rank}: {width} is the most that matrices of the base have")
 
     def complete(self, claim: dict) -> None:
         """Claim the folder, train to the end, evaluate every checkpoint, and write the rows."""
@@ -163,7 +167,13 @@ class _Run(TrainerCallback):
         model = load_model(checkpoint, self.device, self.dtype) if checkpoint else self.evaluator.base
         test = rows[0]["capability_task"] if rows else choose_test(self.config.capability)  # once, for the base
         found = self.evaluator(model, test, lambda recall: not step or self._stops(step, recall) is not None)
-        write_json(self.evaluations / f"{step}.json", training | found)
+        self.write(self.evaluations / f"{step}.json", training | found)
+
+    def write(self, path: Path, values: dict) -> None:
+        """Write what was measured after `values["step"]`. Raises `WorkError` if a number is not finite."""
+        if not all(math.isfinite(value) for value in values.values() if isinstance(value, float)):
+            raise diverged(f"what is measured after step {values['step']:,} is not finite")
+        write_json(path, values)
 
     def _trainer(self) -> ChatTrainer:
         config, rank, on_gpu = self.config, self.config.lora_rank, self.device.type == "cuda"
@@ -220,7 +230,7 @@ class _Run(TrainerCallback):
             training = {"step": step, "loss": loss, "train_seconds": round(self.seconds, 2)}
             checkpoint = self.checkpoints / f"checkpoint-{step}"
             sizes = {file.name: file.stat().st_size for file in checkpoint.iterdir() if file.name != STATE}
-            write_json(checkpoint / STATE, training | {"sizes": sizes})
+            self.write(checkpoint / STATE, training | {"sizes": sizes})
             if not self.asked.is_set():
                 self.evaluate(checkpoint, training)
                 self.bar.set_postfix_str(f"recall {self.rows()[-1]['recall']:.2f}", refresh=False)

@@ -1,0 +1,119 @@
+"""What a fine-tuning refuses, before its folder is claimed, and how one ends that diverges."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lib.base import DamagedFile, InputError, WorkError
+from lib.finetune import train
+from lib.finetune.capability import HELLASWAG, hellaswag_of_file
+from lib.finetune.config import FinetuneConfig
+from lib.finetune.evaluation import Evaluator
+from lib.finetune.models import load_model
+from lib.finetune.train import finetune
+from lib.finetune.weights import base_source
+
+SMALL = {"base": "random", "n_facts": 8, "steps": 2, "batch_size": 4, "questions": 4, "unseen_people": 4, "prompts": 2,
+         "capability": "none", "dtype": "float32", "max_length": 2000, "lr": 1e-2}  # fmt: skip
+ITEM = {"activity_label": "Painting", "ctx_a": "A man sits.", "ctx_b": "he", "endings": [*"abcd"], "label": "3"}
+DAMAGE = {
+    "no JSON": "{",
+    "a list": "[1]",
+    "a cut line": json.dumps(ITEM)[:-9],
+    "a label out of range": json.dumps(ITEM | {"label": "4"}),
+    "a label that is no number": json.dumps(ITEM | {"label": "x"}),
+    "no label": json.dumps({name: value for name, value in ITEM.items() if name != "label"}),
+    "three endings": json.dumps(ITEM | {"endings": [*"abc"]}),
+    "an ending that is no text": json.dumps(ITEM | {"endings": ["a", "b", "c", 4]}),
+    "a context that is null": json.dumps(ITEM | {"ctx_b": None}),
+    "no UTF-8": "\udcff",
+}
+
+
+def _refuses(config: FinetuneConfig, directory, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        finetune(config, directory, description=None)
+    assert not directory.parent.exists()
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_item_of_hellaswag_is_one_sentence_before_the_folder_is_claimed(how, tmp_path, monkeypatch):
+    file = tmp_path / "items.jsonl"
+    file.write_text(f"{json.dumps(ITEM)}\n{json.dumps(ITEM)}\n{DAMAGE[how]}\n", errors="surrogateescape")
+    monkeypatch.setenv(HELLASWAG, str(file))
+    config = FinetuneConfig(**SMALL | {"capability": "any"})
+    _refuses(config, tmp_path / "new" / "run", f"^{file}, line 3: no item of HellaSwag: .*four texts as endings")
+
+
+def test_a_file_without_items_is_refused_too_and_one_of_mixed_labels_is_read(tmp_path, monkeypatch):
+    file = tmp_path / "items.jsonl"
+    monkeypatch.setenv(HELLASWAG, str(file))
+    for content in ("", "\n \n"):
+        file.write_text(content)
+        config = FinetuneConfig(**SMALL | {"capability": "hellaswag"})
+        _refuses(config, tmp_path / "new" / "run", "line 1: no item of HellaSwag")
+    file.write_text(json.dumps(ITEM) + "\n" + json.dumps(ITEM | {"label": 0, "more": 1}))
+    rows = hellaswag_of_file()["custom_dataset"]()["test"]
+    assert [row["label"] for row in rows] == [3, 0] and rows[0]["ctx"] == "Painting: A man sits. He"
+
+
+def test_a_refused_fine_tuning_leaves_no_folder(tmp_path):
+    _refuses(FinetuneConfig(**SMALL | {"n_facts": 7}), tmp_path / "new" / "run", "n_facts|facts")
+    _refuses(FinetuneConfig(**SMALL | {"max_length": 8}), tmp_path / "new" / "run", "max_length")
+
+
+def test_a_rank_above_that_of_the_smallest_matrix_is_refused_by_arithmetic(tmp_path):
+    width = load_model(base_source("random")).config.hidden_size
+    for rank in (width + 1, 100_000):
+        match = f"^lora_rank = {rank}: {width} is the most that matrices of the base have$"
+        _refuses(FinetuneConfig(**SMALL | {"lora_rank": rank}), tmp_path / "new" / "run", match)
+
+
+@pytest.mark.parametrize("where", ["loss", "tv"])
+def test_numbers_that_are_not_finite_end_a_fine_tuning_with_its_step(where, tmp_path, monkeypatch):
+    write = train._Run.write
+    spoiled = lambda run, path, values: write(run, path, values | {where: float("nan")} if values["step"] else values)  # noqa: E731
+    monkeypatch.setattr(train._Run, "write", spoiled)
+    with pytest.raises(WorkError, match="^training diverged, what is measured after step 1 is not finite: lower"):
+        finetune(FinetuneConfig(**SMALL), tmp_path, description=None)
+
+
+def test_capability_outside_of_git_says_nothing(tmp_path):
+    items = tmp_path / "items.jsonl"
+    items.write_text(f"{json.dumps(ITEM)}\n" * 2)
+    code = (
+        "from lib.finetune.capability import measure_capability as measure\n"
+        "from lib.finetune.models import load_model, load_tokenizer\n"
+        "from lib.finetune.weights import base_source\n"
+        "source = base_source('random')\n"
+        "print(len(measure(load_model(source, 'cpu'), load_tokenizer(source), 'hellaswag')['acc']))"
+    )
+    environment = os.environ | {HELLASWAG: str(items), "GIT_DIR": str(tmp_path / "none"), "ITL_PROGRESS": "off"}
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (asked.stdout, re.findall("fatal.*|Traceback.*", asked.stderr)) == ("2\n", [])
+
+
+@pytest.mark.parametrize("content", ["{}", "5", "[]", "[5]", '[["a"]]', "[[1.5]]"])
+def test_a_damaged_cache_of_the_base_is_one_sentence(content, tmp_path, monkeypatch):
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path))
+    evaluator = Evaluator(FinetuneConfig(**SMALL), None, None, torch.device("cpu"), torch.float32, 1)
+    assert evaluator._of_base(list[list[int]], ["key"], lambda: [[1]]) == [[1]]
+    (file,) = (tmp_path / "of_base_models").iterdir()
+    file.write_text(content)
+    with pytest.raises(DamagedFile, match=f"{file} is damaged"):
+        evaluator._of_base(list[list[int]], ["key"], lambda: [[1]])
+
+
+@pytest.mark.parametrize("changed", [{"step": "x"}, {"train_seconds": None}, {"sizes": 5}, {"sizes": {"a": "b"}}])
+def test_a_checkpoint_of_other_types_is_passed_over(changed, tmp_path, capsys):
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        state = {"step": step, "loss": None, "train_seconds": 1.0, "sizes": {}} | (changed if step == 2 else {})
+        (tmp_path / f"checkpoint-{step}" / train.STATE).write_text(json.dumps(state))
+    assert train.newest_checkpoint(tmp_path)[1]["step"] == 1
+    assert "going on from the one before it" in capsys.readouterr().err
