@@ -20,13 +20,16 @@ from lib.base import InputError, printable
 def all_notebooks(group: str | None = None) -> list[Path]:
     """Return the project's notebooks in the order of the paper: called like 05_1_name, with a cell of parameters.
 
-    Others, a copy or an Untitled.ipynb, are skipped with one line that names them. group: "paper" (all
+    Others, a copy or a damaged one, are skipped with one line that names them. group: "paper" (all
     without the metadata `{"itl": {"paper": false}}`) or "scale" (those with `{"itl": {"scale": true}}`); None for all.
     """
-    notebooks = {path: read(path) for path in _named()}
+    notebooks = {}
+    for path in _named():
+        with suppress(InputError):
+            notebooks[path] = read(path)
     ours = [path for path, notebook in notebooks.items() if _parameters_cell(notebook)]
     if others := sorted(path.name for path in {*paths.NOTEBOOKS.glob("*.ipynb")} - {*ours}):
-        told = "not called like 05_1_name, or without a cell tagged 'parameters'"
+        told = "not called like 05_1_name, not readable, or without a cell tagged 'parameters'"
         print(printable(f"skipping {', '.join(others)}: {told}"), file=sys.stderr)
     return [path for path in ours if group is None or metadata(notebooks[path]).get(group, group == "paper")]
 

@@ -64,15 +64,18 @@ def test_what_a_person_leaves_around_is_passed_over_and_named_in_one_line(tmp_pa
     ours = write(tmp_path / "05_1_bounds.ipynb")
     for name in ("05_1_bounds-Copy1", "Untitled", "05_1_bounds (1)"):
         write(tmp_path / f"{name}.ipynb")
-    (tmp_path / "empty.ipynb").touch()
+    for damaged, content in {"empty": "", "05_9_x": "{", "05_8_x": '{"cells": 1}'}.items():
+        (tmp_path / f"{damaged}.ipynb").write_text(content)
     nbformat.write(nbformat.v4.new_notebook(), tmp_path / "07_notes.ipynb")
     for group in (None, "paper"):
         assert catalog.all_notebooks(group) == [ours]
         (line,) = capsys.readouterr().err.splitlines()
-        names = "05_1_bounds (1).ipynb, 05_1_bounds-Copy1.ipynb, 07_notes.ipynb, Untitled.ipynb, empty.ipynb"
-        assert line.startswith(f"skipping {names}: ")
+        names = "05_1_bounds (1).ipynb, 05_1_bounds-Copy1.ipynb, 05_8_x.ipynb, 05_9_x.ipynb, 07_notes.ipynb, "
+        assert line.startswith(f"skipping {names}Untitled.ipynb, empty.ipynb: ")
     assert catalog.all_notebooks("scale") == []
     assert catalog.find("05_1") == ours
+    with pytest.raises(InputError, match="05_9_x.ipynb is not a notebook that can be read"):
+        catalog.parameters(catalog.find("05_9"))
 
 
 @pytest.mark.parametrize("kind", ["a folder", "a pipe", "a circle of links", "a name that steers a terminal"])
@@ -119,15 +122,16 @@ CELL = {"cell_type": "code", "id": "a", "execution_count": None, "outputs": [], 
     ],
     ids=lambda content: str(content)[:60],
 )
-def test_a_broken_notebook_is_one_sentence_and_hides_no_other(tmp_path, monkeypatch, content):
+def test_a_broken_notebook_is_one_sentence_and_hides_no_other(tmp_path, monkeypatch, capsys, content):
     monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
     ours = write(tmp_path / "05_1_bounds.ipynb")
     whole = {"metadata": {}, "nbformat": 4, "nbformat_minor": 5}
     (tmp_path / "07_x.ipynb").write_text(content if isinstance(content, str) else json.dumps(whole | content))
-    for ask in (catalog.all_notebooks, lambda: catalog.parameters(catalog.find("07"))):
-        with pytest.raises(InputError, match="07_x.ipynb is not a notebook that can be read: ") as caught:
-            ask()
-        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="07_x.ipynb is not a notebook that can be read: ") as caught:
+        catalog.parameters(catalog.find("07"))
+    assert "\n" not in str(caught.value)
+    assert catalog.all_notebooks() == [ours]
+    assert capsys.readouterr().err.startswith("skipping 07_x.ipynb: ")
     assert catalog.find("05_1") == ours and catalog.parameters(ours)
 
 
@@ -136,7 +140,8 @@ def test_a_notebook_that_is_too_large_is_one_sentence(tmp_path, monkeypatch):
     with (tmp_path / "07_x.ipynb").open("wb") as large:
         large.truncate(100 << 20)
     with pytest.raises(InputError, match="07_x.ipynb is not a notebook that can be read: it is larger than 64 MB"):
-        catalog.all_notebooks()
+        catalog.parameters(catalog.find("07"))
+    assert catalog.all_notebooks() == []
 
 
 def test_metadata_of_another_kind_say_nothing(tmp_path, monkeypatch):
