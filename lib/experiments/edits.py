@@ -1,9 +1,11 @@
 """Section 7.1, our own: which trained models are edited, and the rows of `lib.experiments.edited_models`."""
 
+import json
+
 import pandas as pd
 
 from lib import paths
-from lib.config import read_row
+from lib.config import RunConfig, read_row
 from lib.experiments import sweep as sweeps
 from lib.experiments.plan import searches
 from lib.experiments.publishing import Table
@@ -27,21 +29,26 @@ def sweep(profile: str, *, dry_run: bool = False, **options) -> sweeps.Report:
     them.
     """
     home, planned, before = sweep_dir(SECTION, profile), plan(profile), {*rows(profile).run_id}
+    models = {home / config.run_id: config for search in planned for config in search.pending({})}
+    if profile == "quick":
+        rows_of = {
+            folder: read_row(folder / ROW)
+            for folder in (paths.CHECKPOINTS / "in-weight", paths.CHECKPOINTS / "in-tool")
+        }
+        models = {folder: RunConfig.parse(json.loads(row["config"])) for folder, row in rows_of.items()}
+    left = {folder: config for folder, config in models.items() if config.run_id not in before}
     todo = [search for search in planned if not before >= {*search.run_ids}]
     report = sweeps.sweep(SECTION, profile, plan=todo, dry_run=dry_run, **options)
-    report.done_before, report.done_now = len(planned) - len(todo), 0
+    report.done_before, report.done_now = len(models) - len(left), 0
     if dry_run:
+        report.missing, report.runs_ahead = [*left.values()], len(left)
         return report
     from lib.experiments.edited_models import measure  # imports torch
 
-    folders = {run_id: home / run_id for search in todo for run_id in search.run_ids}
-    if profile == "quick":
-        folders = {name: paths.CHECKPOINTS / name for name in ("in-weight", "in-tool")}
-    for name, folder in folders.items():
-        # A run has no row if it failed, or the time was up.
-        if (folder / ROW).exists() and read_row(folder / ROW)["run_id"] not in before:
-            (home / name).mkdir(parents=True, exist_ok=True)
-            write_json(home / name / ROWS, measure(folder, profile))
+    for folder in left:
+        if (folder / ROW).exists():  # it has no row if it failed, or the time was up
+            (home / folder.name).mkdir(parents=True, exist_ok=True)
+            write_json(home / folder.name / ROWS, measure(folder, profile))
             report.done_now += 1
     return report
 

@@ -23,6 +23,7 @@ from lib.experiments.plan import searches
 from lib.experiments.rows import known_rows, sweep_dir
 from lib.experiments.search import Search
 from lib.experiments.worker import attempt
+from lib.facts.csv import read_people_csv
 from lib.facts.people import ATTRIBUTES
 from lib.paths import ROW
 from lib.progress import LINE_INTERVAL, progress
@@ -97,6 +98,8 @@ def sweep(
         recalls = _recalls(rows, plan)
         report.done_now = len(recalls) - report.done_before
     report.missing = _pending(plan, recalls)
+    for config in report.missing if dry_run else ():
+        _check_files(config)
     ahead = [config for search in plan for config in _expected(search, recalls)]
     speed = _speed(rows.values(), "cuda" if device.startswith("cuda") else "cpu")
     report.runs_ahead, report.hours_ahead = len(ahead), _hours(ahead, speed)
@@ -140,6 +143,14 @@ def _recalls(rows: dict[str, dict], plan: Sequence[Search]) -> dict[str, float]:
 def _pending(plan: Sequence[Search], recalls: dict[str, float]) -> list[RunConfig]:
     """Return the runs that can start now, each once, in the order of the plan."""
     return list({config.run_id: config for search in plan for config in search.pending(recalls)}.values())
+
+
+def _check_files(config: RunConfig) -> None:
+    """Raise `InputError` if a run names people that cannot be read, or dialogs that are missing."""
+    if config.facts.csv is not None:
+        read_people_csv(config.facts.csv)
+    if missing := [path for path in config.training.files if not os.path.isfile(path)]:
+        raise InputError(f"cannot tokenize the dialogs of {missing[0]}: there is no such file")
 
 
 def _execute(

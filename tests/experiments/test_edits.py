@@ -1,5 +1,7 @@
 """Section 7.1 on a model that cannot know a fact, the circuit of Section 4, and through a whole smoke run."""
 
+import json
+
 import pytest
 import torch
 
@@ -134,6 +136,16 @@ def test_damaged_rows_are_passed_over(content, stored, capsys):
     stored('[{"run_id": "b"}]', "in-weight")
     assert [*edits.rows("quick").run_id] == ["b"]
     assert f"{ROWS} is damaged (it lacks run_id): delete it" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_which_models_are_not_measured_yet(stored):
+    """The quick profile trains none: what is ahead is to measure the committed checkpoints."""
+    report = edits.sweep("quick", dry_run=True)
+    assert report.runs_ahead == len(report.missing) == 2 and report.done_before == report.done_now == 0
+    assert "about 2 runs ahead" in str(report) and "in-tool, 4096 facts, d = 24, seed 2" in str(report)
+    stored(json.dumps([{"run_id": report.missing[0].run_id}]))
+    report = edits.sweep("quick", dry_run=True)
+    assert (report.done_before, report.runs_ahead) == (1, 1)
 
 
 def test_damaged_rows_are_measured_again(stored, monkeypatch):

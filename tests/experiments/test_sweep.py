@@ -339,6 +339,22 @@ def test_the_rows_of_a_users_file_have_a_folder_of_their_own(runs, outcomes, tmp
         table_path(str(file))
 
 
+@pytest.mark.parametrize(
+    ("grid", "problem"),
+    [
+        ("{facts: {csv: nobody.csv}}", "cannot read people from nobody.csv: .*No such file"),
+        ("{facts: {csv: who.csv}}", "who.csv has no column 'name'"),
+        ("{training: {files: {no.jsonl: 0.5}}}", "cannot tokenize the dialogs of no.jsonl: there is no such file"),
+    ],
+)
+def test_a_dry_run_refuses_files_that_a_run_would_refuse(grid, problem, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "who.csv").write_text("who,pet\nAnn,cat\n")
+    (tmp_path / "mine.yaml").write_text(f"base: {grid}\nsizes: [4]\nthreshold: null\n")
+    with pytest.raises(InputError, match=problem):
+        sweep.sweep("mine.yaml", "quick", dry_run=True)
+
+
 def test_a_plan_is_done_in_this_process(runs):
     plan, other = [_single(seed=1), _single(facts={"csv": "nobody.csv"}), _single(seed=2)], _single(seed=3)
     report = sweep.sweep("05_1", "smoke", plan=plan, in_process=True)
