@@ -113,6 +113,7 @@ def _parse(line: bytes, path: str | Path, number: int) -> Dialog:
         dialog, (first, *_) = [], error.errors()
         place = "".join(f"[{index}]" for index in first["loc"])
         problem = f"{place} {first['msg'][:1].lower()}{first['msg'][1:]}".strip()
+        problem += ", is it UTF-16?" * (b"\0" in line)
     if all(role != Role.ASSISTANT for role, _ in dialog):
         raise InputError(f"{path}, line {number}: {problem}: {_ACCEPTED}")
     return dialog

@@ -63,6 +63,8 @@ def _read(path: str | Path) -> list[list[str]]:
         if content[:4] in (b"PK\x03\x04", b"\xd0\xcf\x11\xe0"):  # .xlsx and .ods, .xls
             raise ValueError("it is a workbook, which the program that made it can save as CSV UTF-8")
         encoding = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        if encoding != "utf-16" and b"\0" in content[:4]:
+            raise ValueError("it has NUL bytes, as UTF-16 without a byte order mark does: save it as CSV UTF-8")
         lines = TextIOWrapper(BytesIO(content), encoding, newline="")
         first = next(filter(str.strip, lines), "")
         named = re.fullmatch(f'"?sep=([{_DELIMITERS}])"?[\r\n]*', first)

@@ -146,6 +146,8 @@ GOOD = '[["user", "Hi"], ["assistant", "Hello"]]'
         ('[["user", "Hi"]]', ["nothing to train on"]),
         ('[["assistant", "\\ud800"]]', ["invalid JSON", "hex escape"]),
         (b'[["assistant", "\xff"]]', ["invalid JSON", "unicode"]),
+        (GOOD.encode("utf-16-le"), ["invalid JSON", ", is it UTF-16?"]),
+        (GOOD.encode("utf-16-be"), ["invalid JSON", ", is it UTF-16?"]),
         ('\ufeff[["assistant", "a"]]', ["invalid JSON"]),
     ],
 )

@@ -149,7 +149,11 @@ def test_two_people_whose_names_read_the_same_are_one_too_many(tmp_path, one, ot
         (b"\xff\xfen\0a", "save it as CSV UTF-8"),
         (b"PK\x03\x04\x14\0\x06\0", "workbook, which the program that made it can save as CSV UTF-8"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "workbook, which the program that made it can save as CSV UTF-8"),
-        ("name,pet\nAnn,cat\n".encode("utf-16-le"), "no column 'name'"),
+        *(
+            (text.encode(code), "UTF-16 without a byte order mark does: save it as CSV UTF-8")
+            for text in ("name,pet\nAnn,cat\n", "name,pet\nZoë,Łoś\n")
+            for code in ("utf-16-le", "utf-16-be")
+        ),
         (b"\x89PNG\r\n\x1a\n", "save it as CSV UTF-8"),
     ],
 )
