@@ -31,11 +31,8 @@ def sweep(profile: str, *, dry_run: bool = False, **options) -> sweeps.Report:
     home, planned, before = sweep_dir(SECTION, profile), plan(profile), {*rows(profile).run_id}
     models = {home / config.run_id: config for search in planned for config in search.pending({})}
     if profile == "quick":
-        rows_of = {
-            folder: read_row(folder / ROW)
-            for folder in (paths.CHECKPOINTS / "in-weight", paths.CHECKPOINTS / "in-tool")
-        }
-        models = {folder: RunConfig.parse(json.loads(row["config"])) for folder, row in rows_of.items()}
+        folders = (paths.CHECKPOINTS / mode for mode in ("in-weight", "in-tool"))
+        models = {folder: RunConfig.parse(json.loads(read_row(folder / ROW)["config"])) for folder in folders}
     left = {folder: config for folder, config in models.items() if config.run_id not in before}
     todo = [search for search in planned if not before >= {*search.run_ids}]
     report = sweeps.sweep(SECTION, profile, plan=todo, dry_run=dry_run, **options)
