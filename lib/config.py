@@ -284,7 +284,12 @@ def check_row(row: Mapping[str, Any], fields: Iterable[str] = (), strict: bool =
         except ValidationError:
             raise ValueError(f"{name} is {brief(value)}, not {kind}") from None
     if row.get("config") and "base" not in row:  # not a fine-tuning's
-        RunConfig.parse(json.loads(row["config"]))
+        config_of(row)
+
+
+def config_of(row: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration of the run that a row is of."""
+    return RunConfig.parse(json.loads(row["config"]))
 
 
 def read_row(path: Path, kind: type = dict, fields: Iterable[str] = FINISHED) -> Any:

@@ -161,7 +161,6 @@ def test_rows_and_claims_of_runs_are_parsed_by_one_function():
         "cli/options.py",
         "config.py",
         "dialogs/tokenizers.py",
-        "experiments/sweep.py",
         "experiments/tables.py",
         "experiments/worker.py",
         "finetune/endpoint.py",

@@ -1,11 +1,9 @@
 """Section 7.1, our own: which trained models are edited, and the rows of `lib.experiments.edited_models`."""
 
-import json
-
 import pandas as pd
 
 from lib import paths
-from lib.config import RunConfig, read_row
+from lib.config import config_of, read_row
 from lib.experiments import sweep as sweeps
 from lib.experiments.plan import searches
 from lib.experiments.publishing import Table
@@ -32,7 +30,7 @@ def sweep(profile: str, *, dry_run: bool = False, **options) -> sweeps.Report:
     models = {home / config.run_id: config for search in planned for config in search.pending({})}
     if profile == "quick":
         folders = (paths.CHECKPOINTS / mode for mode in ("in-weight", "in-tool"))
-        models = {folder: RunConfig.parse(json.loads(read_row(folder / ROW)["config"])) for folder in folders}
+        models = {folder: config_of(read_row(folder / ROW)) for folder in folders}
     left = {folder: config for folder, config in models.items() if config.run_id not in before}
     todo = [search for search in planned if not before >= {*search.run_ids}]
     report = sweeps.sweep(SECTION, profile, plan=todo, dry_run=dry_run, **options)

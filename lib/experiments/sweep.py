@@ -1,6 +1,5 @@
 """Run the searches of an experiment: each run in a process of its own, resumable, and none of them twice."""
 
-import json
 import math
 import os
 import re
@@ -18,7 +17,7 @@ from typing import IO
 
 from lib import paths
 from lib.base import InputError, WorkError
-from lib.config import RunConfig, read_row
+from lib.config import RunConfig, config_of, read_row
 from lib.experiments.plan import searches
 from lib.experiments.rows import known_rows, sweep_dir
 from lib.experiments.search import Search
@@ -257,6 +256,6 @@ def _speed(rows: Iterable[dict], device: str) -> float:
     for row in rows:
         if row.get("device", "").startswith(device):
             share = float(row["steps"]) / float(row["steps_budget"])
-            flops += RunConfig.parse(json.loads(row["config"])).flops() * share
+            flops += config_of(row).flops() * share
             seconds += float(row["train_seconds"])
     return flops / seconds if seconds else SPEEDS[device]

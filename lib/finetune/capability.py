@@ -83,7 +83,7 @@ def check_hellaswag() -> None:
     if not (file := os.environ.get(HELLASWAG)):
         return
     try:
-        lines = read_bytes(file).splitlines()
+        lines = read_bytes(file).rstrip().splitlines()  # the last ones may be blank
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {file}, which {HELLASWAG} names: {error}") from None
     item = TypeAdapter(TypedDict("Item", _FIELDS))
