@@ -188,14 +188,18 @@ def test_a_folder_that_holds_no_run_is_refused_and_left_as_it_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_people_that_have_changed_since_are_refused_where_the_run_kept_none_of_its_own(tmp_path):
+def test_people_are_read_from_the_copy_of_the_run_and_never_from_the_original(tmp_path):
     csv = tmp_path / "people.csv"
     csv.write_text("name,pet\nAnn,cat\nBob,dog\n")
     for folder in ("run", "without a copy"):
         run(override(_config(steps=1), {"facts": {"csv": str(csv)}}), tmp_path / folder)
     csv.write_text("name,pet\nAnn,cat\nBob,eel\n")
     assert next(evaluate_checkpoints(tmp_path / "run"))["step"] == 1
-    (tmp_path / "without a copy" / "people.csv").unlink()  # as runs of earlier versions are
+    copy = tmp_path / "without a copy" / "people.csv"
+    copy.write_text(csv.read_text())
     with pytest.raises(InputError, match=r"was trained on other people than .*people\.csv gives now"):
+        next(evaluate_checkpoints(tmp_path / "without a copy"))
+    copy.unlink()
+    with pytest.raises(InputError, match=f"cannot read people from {copy}"):
         next(evaluate_checkpoints(tmp_path / "without a copy"))
     assert not (tmp_path / "without a copy" / "evaluations.jsonl").exists()
