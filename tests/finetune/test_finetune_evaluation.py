@@ -326,7 +326,7 @@ def test_there_are_a_hundred_different_prompts():
 ITEM = {"activity_label": "Rowing", "ctx_a": "A man", "ctx_b": "he", "endings": ["a", "b", "c", "d"], "label": "2"}
 
 
-@pytest.mark.parametrize("bad", ["", "{", '{"label": 1}', {"endings": ["a"]}, {"label": 4}, {"ctx_b": None}], ids=str)
+@pytest.mark.parametrize("bad", ["[]", "{", '{"label": 1}', {"endings": ["a"]}, {"label": 4}, {"ctx_b": None}], ids=str)
 def test_a_damaged_file_of_hellaswag_is_refused_by_its_line(bad, tmp_path, monkeypatch):
     file = tmp_path / "items.jsonl"
     monkeypatch.setenv(HELLASWAG, str(file))
