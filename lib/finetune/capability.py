@@ -7,7 +7,6 @@ from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 from random import Random
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import lm_eval
@@ -22,7 +21,7 @@ from typing_extensions import TypedDict
 from lib.base import InputError
 from lib.finetune.data import as_user
 from lib.finetune.triviaqa import SHIPPED, load_questions
-from lib.paths import read_bytes, write_json
+from lib.paths import read_bytes
 from lib.progress import progress
 
 #: Environment variable with the path of HellaSwag's validation set, JSON lines like the hub's. Unset: the hub.
@@ -53,20 +52,17 @@ def measure_capability(
     name, rows = task if isinstance(task, str) else task["task"], []
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about what is intended
     hellaswag = f"{Path(lm_eval.__file__).parent}/tasks/hellaswag"  # alone: listing all tasks takes seconds
-    with TemporaryDirectory() as own:
-        if file := os.environ.get(HELLASWAG):
-            changed = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": file}}}
-            changed |= {"task": "hellaswag", "include": f"{hellaswag}/hellaswag.yaml", "training_split": None}
-            write_json(Path(own) / "hellaswag.yaml", changed)  # JSON is YAML
-        manager = TaskManager(include_path=[hellaswag, own], include_defaults=False)  # the last one counts
-        try:
-            loaded = manager.load([task])
-            items = range(len(loaded["tasks"][name].eval_docs))[:n_items]
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(
-                f"cannot load the items of {name} ({str(error).splitlines()[0]}): HellaSwag comes from the hub "
-                f"(asked once) or from a file that {HELLASWAG} names"
-            ) from None
+    if task == "hellaswag" and (file := os.environ.get(HELLASWAG)):
+        changed = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": file}}}
+        task = {"group": "of_file", "task": [{"task": name, "training_split": None, **changed}]}
+    try:
+        loaded = TaskManager(include_path=hellaswag, include_defaults=False).load([task])
+        items = range(len(loaded["tasks"][name].eval_docs))[:n_items]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"cannot load the items of {name} ({str(error).splitlines()[0]}): HellaSwag comes from the hub "
+            f"(asked once) or from a file that {HELLASWAG} names"
+        ) from None
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)
     set_seed(1234)
     with progress(len(items), description) as bar, redirect_stderr(StringIO()):  # lm-eval has a bar of its own
@@ -82,16 +78,16 @@ def check_hellaswag() -> None:
     """Raise `InputError` if the file that `HELLASWAG` names cannot be read, or one of its lines is no item."""
     if not (file := os.environ.get(HELLASWAG)):
         return
+    item = TypeAdapter(TypedDict("Item", _FIELDS))
     try:
         lines = read_bytes(file).rstrip().splitlines()  # the last ones may be blank
+        for number, line in enumerate(lines or [b""], start=1):
+            place = f"{file}, line {number}"
+            item.validate_json(line)
+    except ValidationError:
+        raise InputError(f"{place}: {_ITEM} is expected") from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {file}, which {HELLASWAG} names: {error}") from None
-    item = TypeAdapter(TypedDict("Item", _FIELDS))
-    for number, line in enumerate(lines or [b""], start=1):
-        try:
-            item.validate_json(line)
-        except ValidationError:
-            raise InputError(f"{file}, line {number}: {_ITEM} is expected") from None
 
 
 def capability_source(test: str) -> str:
