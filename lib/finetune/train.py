@@ -11,11 +11,13 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from random import Random
 from threading import Event
 
 import torch
@@ -23,9 +25,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Sampler
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from lib.base import DamagedFile, InputError
 from lib.config import read_row
@@ -33,9 +37,8 @@ from lib.finetune.capability import check_hellaswag, choose_test
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import IGNORED, tokenize_chats
 from lib.finetune.evaluation import Evaluator
-from lib.finetune.models import fingerprint, load_model, load_tokenizer
+from lib.finetune.models import fingerprint, load_model, load_tokenizer, read_shared
 from lib.finetune.tasks import Task, make_task
-from lib.finetune.trainer import ChatTrainer
 from lib.finetune.triviaqa import load_questions
 from lib.finetune.weights import base_source, origin
 from lib.paths import CLAIM, MODEL, ROWS, read_json, write_json
@@ -137,7 +140,9 @@ class _Run(TrainerCallback):
             self.evaluate(newest, training)  # a killed run may not have evaluated it
         self.processes.wait_for_everyone()
         if not self.stopped():
-            self._trainer().train(resume_from_checkpoint=str(newest) if newest else None)
+            trainer = self._trainer()
+            with progress(self.total, self.description, training["step"]) as self.bar:
+                trainer.train(resume_from_checkpoint=str(newest) if newest else None)
             self.processes.wait_for_everyone()
         if not self.stopped():
             raise Preempted("stopped by a signal: the same command resumes from the checkpoint that was written")
@@ -148,26 +153,23 @@ class _Run(TrainerCallback):
         """Return the rows of all checkpoints evaluated so far, by step."""
         return [read_row(path, fields=("step", "recall")) for path in _by_step(self.evaluations, "*.json").values()]
 
-    def stopped(self) -> str | None:
-        """Return why training is over; None if it is not."""
-        last = self.rows()[-1]
-        return self._stops(last["step"], last["recall"])
-
-    def _stops(self, step: int, recall: float) -> str | None:
-        if step and recall >= (self.config.stop_at_recall or math.inf):
+    def stopped(self, last: dict | None = None) -> str | None:
+        """Return why training is over after a row, by default the last one; None if it is not."""
+        last = last or self.rows()[-1]
+        if last["step"] and last["recall"] >= (self.config.stop_at_recall or math.inf):
             return "recall"
-        return "steps" if step >= self.total else None
+        return "steps" if last["step"] >= self.total else None
 
-    def evaluate(self, checkpoint: Path | None, training: dict) -> None:
+    def evaluate(self, checkpoint: Path | None, state: dict) -> None:
         """Write the row of a checkpoint (None: the base), unless it has one or serves only to resume."""
-        step, rows = training["step"], self.rows()
+        step, rows = state["step"], self.rows()
         if step in {row["step"] for row in rows} or (step % self.interval and step != self.total):
             return
         self.evaluations.mkdir(exist_ok=True)
         model = load_model(checkpoint, self.device, self.dtype) if checkpoint else self.evaluator.base
         test = rows[0]["capability_task"] if rows else choose_test(self.config.capability)  # once, for the base
-        found = self.evaluator(model, test, lambda recall: not step or self._stops(step, recall) is not None)
-        self.write(self.evaluations / f"{step}.json", training | found)
+        found = self.evaluator(model, test, lambda recall: not step or bool(self.stopped(state | {"recall": recall})))
+        self.write(self.evaluations / f"{step}.json", state | found)
 
     def write(self, path: Path, values: dict) -> None:
         """Write what was measured after `values["step"]`. Raises `WorkError` if a number is not finite."""
@@ -175,7 +177,7 @@ class _Run(TrainerCallback):
             raise diverged(f"what is measured after step {values['step']:,} is not finite")
         write_json(path, values)
 
-    def _trainer(self) -> ChatTrainer:
+    def _trainer(self) -> SFTTrainer:
         config, rank, on_gpu = self.config, self.config.lora_rank, self.device.type == "cuda"
         # Trained weights are in float32, else small updates are lost in rounding; adapters always are.
         weights = self.dtype if rank else torch.float32
@@ -207,9 +209,8 @@ class _Run(TrainerCallback):
         return trainer
 
     def on_train_begin(self, args, state, control, **_):
-        """Show progress, from where training was."""
+        """Start the clock of `train_seconds`."""
         self.since = time.perf_counter()
-        self.bar = progress(state.max_steps, self.description, state.global_step)
 
     def on_step_end(self, args, state, control, **_):
         """Save and stop if a signal asked any process to exit."""
@@ -242,10 +243,6 @@ class _Run(TrainerCallback):
             control.should_training_stop = True
         self.since = time.perf_counter()
 
-    def on_train_end(self, args, state, control, **_):
-        """Close the progress bar."""
-        self.bar.close()
-
     def _finish(self) -> None:
         """Keep the last model, write the rows with the columns of the run, and delete the checkpoints."""
         rows, config = self.rows(), self.config
@@ -273,6 +270,48 @@ class _Run(TrainerCallback):
         (self.checkpoints / "README.md").unlink(missing_ok=True)  # trl's
         with suppress(OSError):  # other files are in it
             self.checkpoints.rmdir()
+
+
+class ChatTrainer(SFTTrainer):
+    """`SFTTrainer` that reads a batch's shared prefix once, and computes logits only for trained tokens."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the mean cross-entropy of the trained tokens: `num_items_in_batch`, over all parts and processes."""
+        tokens, labels, mask = (inputs[name] for name in ("input_ids", "labels", "attention_mask"))  # (B, S)
+        trained = labels[:, 1:] != IGNORED
+        places = trained.any(0).nonzero().squeeze(-1)  # (P,): in some row, the next token is trained
+        shared, cache = read_shared(model, tokens, int(places[0]))
+        options = {"attention_mask": mask, "logits_to_keep": places - shared, "past_key_values": cache}
+        logits = model(input_ids=tokens[:, shared:], **options).logits  # (B, P, V)
+        targets = labels[:, places + 1].flatten()
+        loss = cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
+        # Gradients are averaged over processes, so each loss is multiplied by their number.
+        return loss * self.accelerator.num_processes / num_items_in_batch
+
+    def _get_train_sampler(self, train_dataset=None):
+        lengths = [len(tokens) for tokens in self.train_dataset["input_ids"]]
+        parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        return LikeLengths(lengths, self.args.per_device_train_batch_size * parts, self.args.seed)
+
+
+class LikeLengths(Sampler):
+    """All rows in random order, those of a batch sorted by length, so that micro-batches need less padding."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of a pass; accelerate calls it before each."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(len(self)))
+        Random(f"{self.seed} {self.epoch}").shuffle(order)
+        for start in range(0, len(order), self.batch_size):
+            yield from sorted(order[start : start + self.batch_size], key=self.lengths.__getitem__)
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

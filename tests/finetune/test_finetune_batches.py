@@ -11,8 +11,7 @@ from trl import SFTConfig
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.data import IGNORED, chats, people_of, tokenize_chats
 from lib.finetune.models import load_model, load_tokenizer
-from lib.finetune.train import finetune
-from lib.finetune.trainer import ChatTrainer, LikeLengths
+from lib.finetune.train import ChatTrainer, LikeLengths, finetune
 from lib.finetune.weights import base_source
 
 VOCABULARY = 60
