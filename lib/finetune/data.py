@@ -94,8 +94,7 @@ def tokenize_chats(chats: Iterable[dict], tokenizer: PreTrainedTokenizerBase, ma
 def trained_parts(chat: dict, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """Return a conversation as a model reads it, special tokens included, cut into trained and other parts."""
     (row,) = tokenize_chats([chat], tokenizer, max_length=10**9)
-    pairs = zip(row["input_ids"], (label != IGNORED for label in row["labels"]), strict=True)
-    parts = itertools.groupby(pairs, key=lambda pair: pair[1])
+    parts = itertools.groupby(zip(row["input_ids"], row["labels"], strict=True), lambda pair: pair[1] != IGNORED)
     return [(tokenizer.decode([token for token, _ in part]), trained) for trained, part in parts]
 
 

@@ -92,8 +92,7 @@ async def ask_all(
         while waiting:  # shared by all workers: each takes the next
             text = waiting.pop(0)
             done[text] = await _ask(client, endpoint, text, look_up, task, asked)
-            file.write(to_json(done[text] | task.grade(done[text], key[text])) + "\n")
-            file.flush()
+            print(to_json(done[text] | task.grade(done[text], key[text])), file=file, flush=True)
             bar.update(1)
 
     with paths.writing(out, "records to "), out.open("a", encoding="utf-8") as file:
@@ -132,7 +131,7 @@ async def _ask(
     record = {"question": question, "model": endpoint.model, "protocol": endpoint.protocol, "asked": asked}
     record |= {"query": None, "result": None, "answer": None, "correct": False, "n_turns": 0, "error": None}
     request = {"model": endpoint.model, "temperature": 0, "max_completion_tokens": endpoint.max_tokens}
-    request |= task.opening(question, PROTOCOLS[endpoint.protocol])
+    request |= task.opening(question, mode := PROTOCOLS[endpoint.protocol])
     messages = request["messages"]
     if endpoint.system and endpoint.protocol != "text":
         messages.insert(0, {"role": "system", "content": endpoint.system})
@@ -146,7 +145,7 @@ async def _ask(
                 if endpoint.protocol == "tools":
                     queries = [_query(call, task) for call in message.tool_calls or ()]
                 else:
-                    query = task.read_query(message.content or "", PROTOCOLS[endpoint.protocol])
+                    query = task.read_query(message.content or "", mode)
                     queries = [] if query is None else [query]
                 if not queries:
                     record["answer"] = message.content or ""
@@ -157,7 +156,7 @@ async def _ask(
                 if endpoint.protocol == "tools":
                     messages += _calls_and_results(message, queries, results)
                 else:  # drop what the model wrote after its request, perhaps an invented result
-                    messages += task.look_up_turns(queries[0], results[0], "in-tool-text")
+                    messages += task.look_up_turns(queries[0], results[0], mode)
     except InputError:  # the table cannot be read
         raise
     except TimeoutError:

@@ -22,6 +22,8 @@ from lib.progress import progress
 
 #: Maximum tokens of an answer to a prompt.
 PROMPT_TOKENS = 256
+#: Total variation, KL(base || model), and estimates of KL.
+DIVERGENCES = ("tv", "kl", "k1", "k2", "k3")
 _BLOCKS = [block.splitlines() for block in (DATA / "prompts.txt").read_text(encoding="utf-8").split("\n\n")]
 #: 25 everyday prompts of each of four categories, written for this purpose: none is an item of a benchmark.
 PROMPTS = {title.removeprefix("# "): tuple(lines) for title, *lines in _BLOCKS}
@@ -66,10 +68,6 @@ def measure_divergence(
             rows.append(divergences(expected, found, generator).double().mean(0).tolist())
             bar.update(1)
     return dict(zip(DIVERGENCES, map(list, zip(*rows, strict=True)), strict=True))
-
-
-#: Total variation, KL(base || model), and estimates of KL.
-DIVERGENCES = ("tv", "kl", "k1", "k2", "k3")
 
 
 @torch.inference_mode()
@@ -142,9 +140,8 @@ class Evaluator:
     def _of_base(self, key: list, measure: Callable[[], Any]) -> Any:
         """Return `measure()`, JSON about the base, cached over runs. key: all that it depends on except the base."""
         key = [fingerprint(base_source(self.config.base)), str(self.dtype), *key]
-        folder = runs() / "of_base_models"
-        path = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+        path = runs() / "of_base_models" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
         if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, measure())
         return read_json(path, object)

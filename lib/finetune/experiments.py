@@ -29,11 +29,11 @@ SECTION = "06"
 def plan(profile: str) -> list[FinetuneConfig]:
     """Return the fine-tunings of a profile, as lib/data/finetunings.yaml lists them."""
     paths.profile_dir(profile)  # an unknown profile is an `InputError`
-    found = []
-    for grid in yaml.safe_load((paths.DATA / "finetunings.yaml").read_text(encoding="utf-8"))[profile]:
-        for point in product(*map(points_of, grid["axes"])):
-            found.append(FinetuneConfig.parse(reduce(or_, point, grid.get("base", {}))))
-    return found
+    return [
+        FinetuneConfig.parse(reduce(or_, point, grid.get("base", {})))
+        for grid in yaml.safe_load((paths.DATA / "finetunings.yaml").read_text(encoding="utf-8"))[profile]
+        for point in product(*map(points_of, grid["axes"]))
+    ]
 
 
 def folder(config: FinetuneConfig, profile: str) -> Path:

@@ -12,6 +12,9 @@ from transformers.utils import logging
 from lib.base import InputError
 from lib.training.devices import resolve_device
 
+#: The files that determine a model's replies.
+_MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.jinja")
+
 # Runs show their own progress; TRANSFORMERS_VERBOSITY brings the library's warnings back.
 logging.disable_progress_bar()
 datasets.disable_progress_bars()
@@ -69,10 +72,6 @@ def _load(kind: type, what: str, source: str | Path, **options):
             "the hub that is in reach or fetched (itl fetch), open to you (hf auth login), and of a kind that "
             "transformers knows, for code that comes with a model is never run"
         ) from None
-
-
-#: The files that determine a model's replies.
-_MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.jinja")
 
 
 def fingerprint(source: str | Path) -> str:

@@ -25,6 +25,11 @@ from lib.finetune.evaluation import mean_columns
 from lib.finetune.generation import look_up_and_reply, read_call
 from lib.finetune.triviaqa import Question, Store, exact_match, load_questions, read_query
 
+#: Hybrid: how often a fact is in the training data; people get these frequencies in turn.
+FREQUENCIES = (1, 2, 4, 8, 16, 32, 64)
+#: Facts at least this frequent are answered from memory in the data; rarer ones are looked up.
+KNOWN_FROM = 8
+
 
 class Task(NamedTuple):
     """Conversations to train on, and the columns that say how much of them a model recalls, `recall` among them.
@@ -117,12 +122,6 @@ def _facts(config: FinetuneConfig, people: People, unseen: People, tool: SqlTool
 
     asked = _sample(people, config), list(unseen.facts())
     return Task(list(chats(people, config.mode)), _measuring(right, *asked))
-
-
-#: Hybrid: how often a fact is in the training data; people get these frequencies in turn.
-FREQUENCIES = (1, 2, 4, 8, 16, 32, 64)
-#: Facts at least this frequent are answered from memory in the data; rarer ones are looked up.
-KNOWN_FROM = 8
 
 
 def _hybrid(config: FinetuneConfig, people: People, unseen: People, tool: SqlTool) -> Task:

@@ -25,6 +25,24 @@ SHIPPED = DATA / "trivia.jsonl"
 NO_RESULT = "no result"
 _EVERY = 5  # of the questions of a file, every fifth is for validation
 _ACCEPTED = 'a line is one question as JSON, {"question": text, "answer": {"value": text, "aliases": [text, ...]}}'
+#: The system prompt of the textual protocol, as in the paper's appendix.
+SYSTEM_PROMPT = (
+    "Answer the user's question in a few words. You cannot know the answer: first look it up by writing "
+    "<query>the question</query>, wait for <result>...</result>, then say the result."
+)
+#: The function, as chat templates and OpenAI-compatible servers know it.
+SEARCH = {
+    "type": "function",
+    "function": {
+        "name": "search",
+        "description": "Look up the answer to a question.",
+        "parameters": {
+            "type": "object",
+            "properties": {"query": {"type": "string", "description": "The question."}},
+            "required": ["query"],
+        },
+    },
+}
 
 
 class Question(NamedTuple):
@@ -69,8 +87,12 @@ def load_questions(
         records = enumerate(_hub(split), start=1)
     else:
         source = SHIPPED if source == "trivia" else Path(source)
+        try:
+            lines = [(n, line) for n, line in enumerate(read_bytes(source).splitlines(), start=1) if line.strip()]
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read the questions {source}: {error}") from None
         of_split = {None: range(_EVERY), "train": range(_EVERY - 1), "validation": [_EVERY - 1]}[split]
-        records = (line for i, line in enumerate(_lines(source)) if i % _EVERY in of_split)
+        records = (line for i, line in enumerate(lines) if i % _EVERY in of_split)
     questions = [_question(record, f"{source}, line {number}") for number, record in islice(records, limit)]
     if not questions:
         raise InputError(f"{source} holds no question{' for ' + split if split else ''}: {_ACCEPTED}")
@@ -82,15 +104,6 @@ def _hub(split: Split | None) -> Iterable[dict]:
         return load_dataset("mandarjoshi/trivia_qa", "rc.nocontext", split=split or "+".join(get_args(Split)))
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"the hub lacks TriviaQA ({error}): give a file, or 'trivia' for the shipped one") from None
-
-
-def _lines(path: Path) -> list[tuple[int, bytes]]:
-    """Return number and content of each line that is not blank."""
-    try:
-        lines = read_bytes(path).splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the questions {path}: {error}") from None
-    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _question(record: dict | bytes, place: str) -> Question:
@@ -113,26 +126,6 @@ class Store:
     def __call__(self, question: str) -> str:
         """Return the answer, or `NO_RESULT` for a question that the table does not have."""
         return self.answers.get(normalize(question), NO_RESULT)
-
-
-#: The system prompt of the textual protocol, as in the paper's appendix.
-SYSTEM_PROMPT = (
-    "Answer the user's question in a few words. You cannot know the answer: first look it up by writing "
-    "<query>the question</query>, wait for <result>...</result>, then say the result."
-)
-#: The function, as chat templates and OpenAI-compatible servers know it.
-SEARCH = {
-    "type": "function",
-    "function": {
-        "name": "search",
-        "description": "Look up the answer to a question.",
-        "parameters": {
-            "type": "object",
-            "properties": {"query": {"type": "string", "description": "The question."}},
-            "required": ["query"],
-        },
-    },
-}
 
 
 def opening(question: str, mode: ChatMode) -> dict:
