@@ -332,7 +332,8 @@ def test_a_damaged_file_of_hellaswag_is_refused_by_its_line(bad, tmp_path, monke
     monkeypatch.setenv(HELLASWAG, str(file))
     file.write_text(json.dumps(ITEM) + "\n")
     check_hellaswag()
-    file.write_text(f"{json.dumps(ITEM)}\n{json.dumps(ITEM | bad) if isinstance(bad, dict) else bad}\n")
+    line = json.dumps(ITEM | bad) if isinstance(bad, dict) else bad
+    file.write_text(f"{json.dumps(ITEM)}\n{line}\n{json.dumps(ITEM)}\n\n")
     with pytest.raises(InputError, match="items.jsonl, line 2: a JSON object with texts activity_label"):
         check_hellaswag()
     file.unlink()

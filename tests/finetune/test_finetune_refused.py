@@ -7,13 +7,11 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
-from lib.base import DamagedFile, InputError, WorkError
+from lib.base import InputError, WorkError
 from lib.finetune import train
-from lib.finetune.capability import HELLASWAG, hellaswag_of_file
+from lib.finetune.capability import HELLASWAG
 from lib.finetune.config import FinetuneConfig
-from lib.finetune.evaluation import Evaluator
 from lib.finetune.models import load_model
 from lib.finetune.train import finetune
 from lib.finetune.weights import base_source
@@ -47,19 +45,16 @@ def test_a_damaged_item_of_hellaswag_is_one_sentence_before_the_folder_is_claime
     file.write_text(f"{json.dumps(ITEM)}\n{json.dumps(ITEM)}\n{DAMAGE[how]}\n", errors="surrogateescape")
     monkeypatch.setenv(HELLASWAG, str(file))
     config = FinetuneConfig(**SMALL | {"capability": "any"})
-    _refuses(config, tmp_path / "new" / "run", f"^{file}, line 3: no item of HellaSwag: .*four texts as endings")
+    _refuses(config, tmp_path / "new" / "run", f"^{file}, line 3: a JSON object .*four texts as endings")
 
 
-def test_a_file_without_items_is_refused_too_and_one_of_mixed_labels_is_read(tmp_path, monkeypatch):
+def test_a_file_without_items_is_refused_too(tmp_path, monkeypatch):
     file = tmp_path / "items.jsonl"
     monkeypatch.setenv(HELLASWAG, str(file))
     for content in ("", "\n \n"):
         file.write_text(content)
         config = FinetuneConfig(**SMALL | {"capability": "hellaswag"})
-        _refuses(config, tmp_path / "new" / "run", "line 1: no item of HellaSwag")
-    file.write_text(json.dumps(ITEM) + "\n" + json.dumps(ITEM | {"label": 0, "more": 1}))
-    rows = hellaswag_of_file()["custom_dataset"]()["test"]
-    assert [row["label"] for row in rows] == [3, 0] and rows[0]["ctx"] == "Painting: A man sits. He"
+        _refuses(config, tmp_path / "new" / "run", "line 1: a JSON object")
 
 
 def test_a_refused_fine_tuning_leaves_no_folder(tmp_path):
@@ -96,17 +91,6 @@ def test_capability_outside_of_git_says_nothing(tmp_path):
     environment = os.environ | {HELLASWAG: str(items), "GIT_DIR": str(tmp_path / "none"), "ITL_PROGRESS": "off"}
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert (asked.stdout, re.findall("fatal.*|Traceback.*", asked.stderr)) == ("2\n", [])
-
-
-@pytest.mark.parametrize("content", ["{}", "5", "[]", "[5]", '[["a"]]', "[[1.5]]"])
-def test_a_damaged_cache_of_the_base_is_one_sentence(content, tmp_path, monkeypatch):
-    monkeypatch.setenv("ITL_RUNS", str(tmp_path))
-    evaluator = Evaluator(FinetuneConfig(**SMALL), None, None, torch.device("cpu"), torch.float32, 1)
-    assert evaluator._of_base(list[list[int]], ["key"], lambda: [[1]]) == [[1]]
-    (file,) = (tmp_path / "of_base_models").iterdir()
-    file.write_text(content)
-    with pytest.raises(DamagedFile, match=f"{file} is damaged"):
-        evaluator._of_base(list[list[int]], ["key"], lambda: [[1]])
 
 
 @pytest.mark.parametrize("changed", [{"step": "x"}, {"train_seconds": None}, {"sizes": 5}, {"sizes": {"a": "b"}}])
