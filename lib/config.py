@@ -257,7 +257,7 @@ UNOBSERVED = Observers()
 #: What code reads of every finished run.
 FINISHED = "mode n_facts recall n_questions steps steps_budget train_seconds stopped finished_at device config".split()
 TEXT = """run_id profile mode optimizer dtype stopped people_digest tokenizer finished_at device python torch commit
-base task adaptation weights capability_task capability_source experiment method asked who""".split()
+measured_commit base task adaptation weights capability_task capability_source experiment method asked who""".split()
 _Integer = Annotated[int, Field(ge=0, lt=2**63)]
 #: Columns by pattern, what they hold, and its type; the first pattern that fits counts.
 _COLUMNS = [

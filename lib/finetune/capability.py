@@ -14,9 +14,8 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from typing_extensions import TypedDict
 
 from lib.base import InputError
 from lib.finetune.data import as_user
@@ -28,9 +27,16 @@ from lib.progress import progress
 HELLASWAG = "ITL_HELLASWAG"
 #: How many items are asked between two updates of the progress bar.
 ITEMS_AT_A_TIME = 100
+#: What a line of that file must be.
 _ITEM = "a JSON object with texts activity_label, ctx_a and ctx_b, four texts as endings, and a label from 0 to 3"
-_FIELDS = dict.fromkeys(("activity_label", "ctx_a", "ctx_b"), str)
-_FIELDS |= {"endings": tuple[str, str, str, str], "label": Literal[0, 1, 2, 3, "0", "1", "2", "3"]}
+
+
+class _Item(BaseModel):
+    activity_label: str
+    ctx_a: str
+    ctx_b: str
+    endings: tuple[str, str, str, str]
+    label: Literal[0, 1, 2, 3, "0", "1", "2", "3"]
 
 
 def measure_capability(
@@ -78,12 +84,11 @@ def check_hellaswag() -> None:
     """Raise `InputError` if the file that `HELLASWAG` names cannot be read, or one of its lines is no item."""
     if not (file := os.environ.get(HELLASWAG)):
         return
-    item = TypeAdapter(TypedDict("Item", _FIELDS))
     try:
         lines = read_bytes(file).rstrip().splitlines()  # the last ones may be blank
         for number, line in enumerate(lines or [b""], start=1):
             place = f"{file}, line {number}"
-            item.validate_json(line)
+            _Item.model_validate_json(line)
     except ValidationError:
         raise InputError(f"{place}: {_ITEM} is expected") from None
     except (OSError, ValueError) as error:

@@ -337,13 +337,14 @@ def test_a_run_belongs_to_what_the_tokenizer_file_held(specs, tmp_path):
     with open_conversation(tmp_path / "run") as talk:
         assert talk.tokenizer.name == row["tokenizer"]
 
-    shutil.copytree(tmp_path / "run" / "model", tmp_path / "alone")  # without the copy the file must be the same
+    file.write_bytes(before)
+    shutil.copytree(tmp_path / "run" / "model", tmp_path / "alone")  # without the copy, and nothing outside is read
     with pytest.raises(InputError, match="is no tokenizer"):
         load_model(tmp_path / "alone")
-    write_ranks(file, train_bpe(n_people=20))
+    write_ranks(tmp_path / "alone" / "tokenizer.tiktoken", train_bpe(n_people=20))
     with pytest.raises(InputError, match="is not what the model in .* was trained with"):
         load_model(tmp_path / "alone")
-    file.write_bytes(before)
+    (tmp_path / "alone" / "tokenizer.tiktoken").write_bytes(before)
     assert run(config, tmp_path / "run") == row and load_model(tmp_path / "alone")[1] == config
 
 

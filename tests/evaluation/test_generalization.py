@@ -61,7 +61,7 @@ def test_one_person_alone_has_no_new_pair_of_names_and_is_asked_about_others_all
 
 
 def test_people_of_a_file_have_no_unseen_ones():
-    with pytest.raises(InputError, match="sampled ones only"):
+    with pytest.raises(InputError, match="they exist for sampled people only"):
         unseen_people(FactsConfig(csv="people.csv"), 3)
     with pytest.raises(InputError, match="unseen_people must be 0 where facts.csv"):
         RunConfig.parse({"facts": {"csv": "people.csv"}, "evaluation": {"unseen_people": 3}})

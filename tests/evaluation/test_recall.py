@@ -224,7 +224,7 @@ def test_a_call_counts_wherever_it_stands_in_a_long_dialog():
     failed = call(REQUEST, Outcome.TIMEOUT, "1/1/1950")
     right = call(REQUEST, Outcome.ANSWER, "1/1/1950")
     for calls, counts in [([], False), ([wrong], False), ([wrong, failed], False), ([wrong, right], True)]:
-        generation = Generation(said, calls, finished=True)
+        generation = Generation(said, calls)
         assert is_correct(generation, in_tool_dialog(*FACT), TOKENIZER, Says(echo)) is counts
 
 
