@@ -40,10 +40,11 @@ def edits(rows: pd.DataFrame) -> Figure:
     """Draw what changing facts takes and breaks, and what is still known of deleted ones.
 
     rows: as `lib.experiments.edits.rows` gives them, one number of facts per mode. Drawn are means over seeds,
-    with bars from the smallest to the largest.
+    with bars from the smallest to the largest. Models that were not trained to repeat a value cannot answer: they stand
+    among the deleted facts alone.
     """
     with panels((12.4, 3.4), 1, 4, width_ratios=(1, 1, 1, 1.2)) as (figure, (cost, harm, success, memory)):
-        changed = rows[rows.experiment == "change"]
+        changed = rows.query("experiment == 'change' and repeats")
         for method, (label, look) in METHODS.items():
             points = changed[changed.method == method]
             for axes, column in ((cost, "seconds"), (harm, "recall_others"), (success, "recall_edited")):
@@ -81,7 +82,7 @@ def _memories(axes, deleted: pd.DataFrame) -> None:
 
 def contested(rows: pd.DataFrame) -> Figure:
     """Draw whom an in-tool model believes: shares of answers that follow the database, or state the fact anyway."""
-    rows = rows[rows.experiment == "contest"].reindex(columns=["who", "method", "follows", "remembers"])
+    rows = rows.query("experiment == 'contest' and repeats").reindex(columns=["who", "method", "follows", "remembers"])
     groups = [(who, rows[rows.who == who]) for who in WHO if (rows.who == who).any()] or [("no runs yet", rows)]
     with panels((10, 2.8), 1, len(groups), sharey=True, squeeze=False) as (figure, row):
         for axes, (who, told) in zip(row[0], groups, strict=True):
@@ -104,7 +105,7 @@ def contested(rows: pd.DataFrame) -> Figure:
 
 def forgiving(rows: pd.DataFrame) -> Figure:
     """Draw recall and wrong answers against the letters that the tool forgives: a panel per kind, a line per seed."""
-    rows = rows[rows.experiment == "forgive"]
+    rows = rows.query("experiment == 'forgive' and repeats")
     rows = rows.assign(letters=rows.method.str.extract(r"(\d)", expand=False).astype(float))
     counts = sorted(rows.n_facts.unique())
     with panels((9.6, 2.9), 1, len(UNSEEN), sharey=True) as (figure, row):
