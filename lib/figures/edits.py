@@ -43,7 +43,7 @@ def edits(rows: pd.DataFrame) -> Figure:
     with bars from the smallest to the largest. Models that were not trained to repeat a value cannot answer: they stand
     among the deleted facts alone.
     """
-    with panels((12.4, 3.4), 1, 4, width_ratios=(1, 1, 1, 1.2)) as (figure, (cost, harm, success, memory)):
+    with panels((12.4, 4), 1, 4, width_ratios=(1, 1, 1, 1.2)) as (figure, (cost, harm, success, memory)):
         changed = rows.query("experiment == 'change' and repeats")
         for method, (label, look) in METHODS.items():
             points = changed[changed.method == method]
@@ -73,8 +73,8 @@ def _memories(axes, deleted: pd.DataFrame) -> None:
     axes.vlines(guess, y - 0.3, y + 0.45, color="#555555", linestyle=":", label="a guess")
     for mode, repeats, method, asked in guess.index:
         about = f",\nasked {asked}" if mode == "in-tool" else ""
-        untrained = "" if repeats else ",\nvalue not trained"
-        names.append(f"{mode}: {DELETED[method]}{about}{untrained}")
+        untrained = "" if repeats else ", value not trained"
+        names.append(f"{mode}{untrained}: {DELETED[method]}{about}")
     axes.set(yticks=range(len(names)), yticklabels=names, xlabel="share of facts still known", xlim=(-0.04, 1.04))
     axes.invert_yaxis()
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
