@@ -5,8 +5,9 @@ An experiment takes a `Setting`, the model with its people, and yields rows: wha
 
 import sqlite3
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -17,9 +18,8 @@ import numpy as np
 
 from lib.agent.generation import generate
 from lib.agent.tools import ForgivingTool, SqlTool, Tool
-from lib.config import OptimConfig
 from lib.dialogs.templates import Role, Turn, answer, in_weight_dialog, question
-from lib.dialogs.tokens import TokenizedDialogs, encode_prompt, tokenize, tokenize_people
+from lib.dialogs.tokens import encode_prompt, tokenize, tokenize_people
 from lib.evaluation.memory import measure_belief, measure_memory
 from lib.evaluation.recall import Fact, measure_recall
 from lib.facts.csv import write_people_csv
@@ -55,17 +55,17 @@ CONTESTED = {
 LETTERS = (0, 1, 2, 3)
 
 
-class Setting:
-    """One trained model, and what an experiment on it needs."""
+class Setting(ABC):
+    """One trained model, and what an experiment on it needs.
 
-    def __init__(self, talk: Conversation, profile: str):
-        self.model, self.config, self.tokenizer = talk.model, talk.config, talk.tokenizer
-        self.people, self.facts = talk.people, [*talk.people.facts()]
-        self.draw = np.random.default_rng(talk.config.seed)
-        n_edited, self.n_asked, self.n_heart, self.max_steps = SIZES.get(profile, SIZES["laptop"])
+    people: those that it was trained on. sampled: what drew them, for unseen ones. sizes: a value of `SIZES`.
+    """
+
+    def __init__(self, model: Any, people: People, mode: str, seed: int, sampled: FactsConfig, sizes: tuple):
+        self.model, self.people, self.mode, self.seed, self.sampled = model, people, mode, seed, sampled
+        self.facts, self.draw = [*people.facts()], np.random.default_rng(seed)
+        n_edited, self.n_asked, self.n_heart, self.max_steps = sizes
         self.n_edited = [n for n in n_edited if n < len(self.facts)]
-        rates = {name: RATE * getattr(talk.config.optim, name) for name in ("lr", "muon_lr")}
-        self.optim = talk.config.optim.model_copy(update=rates)
 
     def shuffled(self, items: Sequence) -> list:
         """Return items in random order."""
@@ -91,29 +91,96 @@ class Setting:
         """Return at most `n_asked` facts about people, drawn at random."""
         return self.shuffled([*people.facts()])[: self.n_asked]
 
-    def recalls(self, model: Transformer, edited: Sequence[Fact], others: Sequence[Fact], tool: Tool | None = None):
+    def unseen(self) -> dict[str, People]:
+        """Return unseen people of each kind."""
+        return unseen_people(self.sampled, self.n_asked)
+
+    def recalls(self, model: Any, edited: Sequence[Fact], others: Sequence[Fact], tool: SqlTool | None = None) -> dict:
         """Return the columns recall_edited and recall_others."""
         asked = {"recall_edited": edited[: self.n_asked], "recall_others": others[: self.n_asked]}
-        return {name: measure_recall(model, facts, self.tokenizer, tool).overall for name, facts in asked.items()}
+        return {name: self.recall(model, facts, tool) for name, facts in asked.items()}
 
-    def trained(self, methods: Sequence[str], facts: Sequence[Fact], others: Sequence[Fact], recall: float, **options):
+    def trained(
+        self, methods: Sequence[str], facts: Sequence[Fact], others: Sequence[Fact], recall: float, forget: bool = False
+    ) -> Iterator[tuple[Any, dict[str, Any]]]:
         """Train two copies of the model, on `facts` alone and with `others`, until each has this `recall` of `facts`.
 
-        Yields each copy, and a row with its name from `methods`, its cost and its recall.
+        forget: increase the loss of `facts` instead. Yields each copy, and a row with its name from `methods`, its cost
+        and its recall.
         """
-        tokens, kept = (tokenize([in_weight_dialog(*fact) for fact in f], self.tokenizer) for f in (facts, others))
+        for method, keep in zip(methods, (None, others), strict=True):
+            for edited, columns in self.edits(facts, keep, lambda model: self.recall(model, facts) == recall, forget):
+                cost = {name: getattr(edited, name) for name in ("done", "steps", "dialogs", "seconds")}
+                recalls = self.recalls(edited.model, facts, others)
+                yield edited.model, {"method": method, **columns, **cost, **recalls}
 
-        def is_done(model: Transformer) -> bool:
-            return measure_recall(model, facts, self.tokenizer).overall == recall
+    @abstractmethod
+    def edits(
+        self, facts: Sequence[Fact], keep: Sequence[Fact] | None, is_done: Callable[[Any], bool], forget: bool
+    ) -> Iterator[tuple[Edited, dict[str, Any]]]:
+        """Edit copies of the model in weights, as `lib.training.edit.edit` does; yield each and its own columns."""
 
-        for method, keep in zip(methods, (None, kept), strict=True):
-            edited = self.edit(tokens, self.optim, is_done, keep=keep, **options)
-            cost = {name: getattr(edited, name) for name in ("done", "steps", "dialogs", "seconds")}
-            yield edited.model, {"method": method, **cost, **self.recalls(edited.model, facts, others)}
+    @abstractmethod
+    def recall(self, model: Any, facts: Sequence[Fact], tool: SqlTool | None = None) -> float:
+        """Return a model's recall of facts, without a tool or by looking them up."""
 
-    @contextmanager
-    def retrained(self, deleted: Collection[str]) -> Iterator[tuple[Transformer, dict[str, Any]]]:
-        """Repeat the model's whole training without the people of the names `deleted`; give the model and its cost."""
+    @abstractmethod
+    def memory(self, model: Any, facts: Sequence[Fact], after_error: bool = False) -> dict[str, float]:
+        """Return the columns memory and guess, as `measure_memory` does."""
+
+    @abstractmethod
+    def belief(self, model: Any, facts: Sequence[Fact], results: Sequence[str]) -> dict[str, float]:
+        """Return the columns follows and remembers, as `measure_belief` does."""
+
+    @abstractmethod
+    def ask(self, facts: Sequence[Fact], tool: Tool) -> list[tuple[str, str | None]]:
+        """Return for each fact the model's last turn, and what its last request found, None if that was nothing."""
+
+    def retrained(self, deleted: Collection[str]) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Repeat the whole training without the people of the names `deleted`, where possible; yield model and cost."""
+        yield from ()
+
+    def hybrid(self, heart: People, asked: Sequence[Fact]) -> Any | None:
+        """Return a copy of the model that knows the people `heart` without its tool, where that can be trained."""
+        return None
+
+
+class Scratch(Setting):
+    """A model of Section 5, trained from scratch, in a run's folder."""
+
+    def __init__(self, talk: Conversation, profile: str):
+        config, sizes = talk.config, SIZES.get(profile, SIZES["laptop"])
+        super().__init__(talk.model, talk.people, config.mode, config.seed, config.facts, sizes)
+        self.config, self.tokenizer = config, talk.tokenizer
+
+    def edits(self, facts, keep, is_done, forget):
+        rates = {name: RATE * getattr(self.config.optim, name) for name in ("lr", "muon_lr")}
+        dialogs, kept = (f and tokenize([in_weight_dialog(*fact) for fact in f], self.tokenizer) for f in (facts, keep))
+        optim = self.config.optim.model_copy(update=rates)
+        yield self._edit(dialogs, optim, is_done, keep=kept, forget=forget), {}
+
+    def _edit(self, *args, **options) -> Edited:
+        return edit(self.model, *args, max_steps=self.max_steps, seed=self.seed, **options)
+
+    def recall(self, model, facts, tool=None):
+        return measure_recall(model, facts, self.tokenizer, tool).overall
+
+    def memory(self, model, facts, after_error=False):
+        return measure_memory(model, facts, self.people.columns, self.tokenizer, after_error=after_error)
+
+    def belief(self, model, facts, results):
+        return measure_belief(model, facts, results, self.tokenizer)
+
+    def ask(self, facts, tool):
+        prompts = [encode_prompt([Turn(Role.USER, question(*fact[:2]))], self.tokenizer) for fact in facts]
+        found = []
+        for generation in generate(self.model, prompts, self.tokenizer, tool):
+            turns, calls = generation.turns(self.tokenizer), generation.calls
+            result = calls[-1].response.text if calls and calls[-1].response.ok else None
+            found.append((turns[-1].text if turns else "", result))
+        return found
+
+    def retrained(self, deleted):
         names, *columns = zip(*(row for row in self.people.rows() if row[0] not in deleted), strict=True)
         left = People([*names], dict(zip(self.people.attributes, map(list, columns), strict=True)))
         with TemporaryDirectory() as folder:
@@ -125,10 +192,15 @@ class Setting:
             with open_conversation(directory, device="cpu") as talk:
                 yield talk.model, cost
 
-    def edit(self, tokens: TokenizedDialogs, optim: OptimConfig, is_done: Callable, **options) -> Edited:
-        """Edit the model as `lib.training.edit.edit` does."""
-        options |= {"max_steps": self.max_steps, "seed": self.config.seed}
-        return edit(self.model, tokens, optim, is_done, **options)
+    def hybrid(self, heart, asked):
+        tokens, kept = (
+            tokenize_people(*args, self.tokenizer) for args in ((heart, "in-weight"), (self.people, "in-tool"))
+        )
+
+        def is_done(model: Transformer) -> bool:
+            return self.memory(model, asked[:32])["memory"] == 1
+
+        return self._edit(tokens, self.config.optim, is_done, keep=kept, look_every=50).model
 
 
 def change(base: Setting) -> Iterator[dict[str, Any]]:
@@ -136,7 +208,7 @@ def change(base: Setting) -> Iterator[dict[str, Any]]:
     for n in base.n_edited:
         chosen, others = base.split(n)
         changed = [(*fact[:2], value) for fact, value in zip(chosen, base.other_values(chosen), strict=True)]
-        if base.config.mode == "in-weight":
+        if base.mode == "in-weight":
             for _, row in base.trained(("train on them", "train among the others"), changed, others, recall=1.0):
                 yield {"n_edited": n, **row}
             continue
@@ -160,22 +232,21 @@ def delete(base: Setting) -> Iterator[dict[str, Any]]:
     """
     values = base.people.columns
     deleted, others = base.split_people(max(1, base.n_edited[-1] // len(values)))
-    never = base.some(unseen_people(base.config.facts, base.n_asked)["new_pair"])
+    never = base.some(base.unseen()["new_pair"])
 
     def row(method: str, model: Transformer, asked: str = "at once", **columns) -> dict[str, Any]:
         known, unknown = (
-            measure_memory(model, facts, values, base.tokenizer, after_error=asked != "at once")
-            for facts in (deleted[: base.n_asked], never)
+            base.memory(model, facts, after_error=asked != "at once") for facts in (deleted[: base.n_asked], never)
         )
         never_saw = {f"never_{name}": share for name, share in unknown.items()}
         return {"method": method, "asked": asked, "n_edited": len(deleted), **columns, **known, **never_saw}
 
-    if base.config.mode == "in-weight":
+    if base.mode == "in-weight":
         yield row("nothing", base.model, **base.recalls(base.model, deleted, others))
         methods = ("gradient ascent", "gradient ascent among the others")
         for model, columns in base.trained(methods, deleted, others, recall=0.0, forget=True):
             yield row(model=model, **columns)
-        with base.retrained({name for name, *_ in deleted}) as (model, cost):
+        for model, cost in base.retrained({name for name, *_ in deleted}):
             yield row("train without them", model, **cost, **base.recalls(model, deleted, others))
         return
     with temporary_database(base.people) as path:
@@ -183,7 +254,7 @@ def delete(base: Setting) -> Iterator[dict[str, Any]]:
             connection.executemany("DELETE FROM people WHERE name = ?", {fact[:1] for fact in deleted})
         with SqlTool(path) as tool:
             columns = base.recalls(base.model, deleted, others, tool)
-            said = [text for text, _ in _ask(base, deleted[: base.n_asked], tool)]
+            said = [text for text, _ in base.ask(deleted[: base.n_asked], tool)]
     pairs = list(zip(said, deleted, strict=False))
     columns["says_the_value"] = float(np.mean([value in text for text, (_, _, value) in pairs]))
     columns["says_a_value"] = float(np.mean([any(v in text for v in values[of]) for text, (_, of, _) in pairs]))
@@ -199,25 +270,18 @@ def contest(base: Setting) -> Iterator[dict[str, Any]]:
     """
     n_heart = min(base.n_heart, len(base.people) // 2)
     heart, others = base.people[:n_heart], base.people[n_heart:]
-    unseen = unseen_people(base.config.facts, base.n_asked)["new_both"]
     asked = base.some(heart)
-
-    def is_done(model: Transformer) -> bool:
-        return measure_memory(model, asked[:32], base.people.columns, base.tokenizer)["memory"] == 1
-
-    tokens, kept = (tokenize_people(*args, base.tokenizer) for args in ((heart, "in-weight"), (base.people, "in-tool")))
-    hybrid = base.edit(tokens, base.config.optim, is_done, keep=kept, look_every=50).model
-    for who, model, facts in (
+    told = [
         ("trained", base.model, base.some(base.people)),
-        ("unseen", base.model, base.some(unseen)),
-        ("by heart, hybrid", hybrid, asked),
-        ("looked up, hybrid", hybrid, base.some(others)),
-    ):
-        known = measure_memory(model, facts, base.people.columns, base.tokenizer)
-        false = base.other_values(facts)
+        ("unseen", base.model, base.some(base.unseen()["new_both"])),
+    ]
+    if hybrid := base.hybrid(heart, asked):
+        told += [("by heart, hybrid", hybrid, asked), ("looked up, hybrid", hybrid, base.some(others))]
+    for who, model, facts in told:
+        known, false = base.memory(model, facts), base.other_values(facts)
         for method, result in CONTESTED.items():
             results = [result.format(value=fact[2], other=other) for fact, other in zip(facts, false, strict=True)]
-            yield {"method": method, "who": who, **known, **measure_belief(model, facts, results, base.tokenizer)}
+            yield {"method": method, "who": who, **known, **base.belief(model, facts, results)}
 
 
 def forgive(base: Setting) -> Iterator[dict[str, Any]]:
@@ -226,28 +290,16 @@ def forgive(base: Setting) -> Iterator[dict[str, Any]]:
     recall: share of questions where both the tool's result and the answer were right. wrong: share of
     questions where they were not, although the last request found somebody.
     """
-    unseen = unseen_people(base.config.facts, base.n_asked)
+    unseen = base.unseen()
     with temporary_database(reduce(add, unseen.values(), base.people)) as path, SqlTool(path) as tool:
         for who, people in {"trained": base.people, **unseen}.items():
             facts = base.some(people)
             for letters in LETTERS:
-                told = list(zip(_ask(base, facts, ForgivingTool(tool, letters)), facts, strict=True))
+                told = list(zip(base.ask(facts, ForgivingTool(tool, letters)), facts, strict=True))
                 right = [text == answer(*fact) and result == fact[2] for (text, result), fact in told]
                 wrong = [result is not None and not hit for ((_, result), _), hit in zip(told, right, strict=True)]
                 shares = {"recall": float(np.mean(right)), "wrong": float(np.mean(wrong))}
                 yield {"method": f"{letters} letters", "who": who, **shares}
-
-
-def _ask(base: Setting, facts: Sequence[Fact], tool: Tool) -> list[tuple[str, str | None]]:
-    """Return for each fact the model's last turn, and what its last request found, None if that was nothing."""
-    prompts = [encode_prompt([Turn(Role.USER, question(*fact[:2]))], base.tokenizer) for fact in facts]
-    found = []
-    for generation in generate(base.model, prompts, base.tokenizer, tool):
-        turns, calls = generation.turns(base.tokenizer), generation.calls
-        found.append(
-            (turns[-1].text if turns else "", calls[-1].response.text if calls and calls[-1].response.ok else None)
-        )
-    return found
 
 
 #: The experiments of each mode: in-weight models have no tool that could contest a fact or forgive a letter.
@@ -256,17 +308,20 @@ EXPERIMENTS = {"in-weight": (change, delete), "in-tool": (change, delete, contes
 
 def measure(folder: Path, profile: str) -> list[dict[str, Any]]:
     """Run all experiments on the model in a run's folder; return their rows."""
-    found = []
     with open_conversation(folder, device="cpu") as talk:
-        base, config = Setting(talk, profile), talk.config
-        about = {"run_id": config.run_id, "mode": config.mode, "n_facts": len(base.facts), "seed": config.seed}
-        about |= {"d_model": config.model.d_model, "n_params": config.model.n_params}
-        about |= {"repeats": config.training.repeats}
-        experiments = EXPERIMENTS[config.mode]
-        with progress(len(experiments), f"Section 7.1, {config.mode}, {len(base.facts):,} facts") as bar:
-            for experiment in experiments:
-                bar.set_postfix_str(experiment.__name__)
-                about["experiment"] = experiment.__name__
-                found += [about | row | provenance(base.model.device) for row in experiment(base)]
-                bar.update(1)
+        config, base = talk.config, Scratch(talk, profile)
+        about = {"run_id": config.run_id, "d_model": config.model.d_model, "n_params": config.model.n_params}
+        return measured(base, about | {"repeats": config.training.repeats})
+
+
+def measured(base: Setting, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of all experiments on a model, each with the columns `about` it."""
+    about = about | {"mode": base.mode, "n_facts": len(base.facts), "seed": base.seed}
+    experiments, found = EXPERIMENTS.get(base.mode, EXPERIMENTS["in-tool"]), []
+    with progress(len(experiments), f"Section 7.1, {base.mode}, {len(base.facts):,} facts") as bar:
+        for experiment in experiments:
+            bar.set_postfix_str(experiment.__name__)
+            for row in experiment(base):
+                found.append(about | {"experiment": experiment.__name__} | row | provenance(base.model.device))
+            bar.update(1)
     return found

@@ -1,4 +1,4 @@
-"""Section 7.1, our own: which trained models are edited, and the rows of `lib.experiments.edited_models`."""
+"""Section 7.1, our own: which trained models are edited, and their rows (`lib.experiments.edited_models`)."""
 
 import pandas as pd
 
@@ -10,7 +10,9 @@ from lib.experiments.publishing import Table
 from lib.experiments.rows import sweep_dir
 from lib.experiments.search import Search
 from lib.experiments.tables import rows_of_profile
-from lib.paths import ROW, ROWS, write_json
+from lib.finetune import experiments as finetunings
+from lib.finetune.config import FinetuneConfig
+from lib.paths import MODEL, ROW, ROWS, write_json
 
 SECTION, TABLE = "07_1", paths.PAPER_DATA / "edits.csv"
 
@@ -20,17 +22,26 @@ def plan(profile: str) -> list[Search]:
     return searches(SECTION, profile) if profile != "quick" else []
 
 
+def chat_models(profile: str) -> list[FinetuneConfig]:
+    """Return the fine-tunings of Section 6 whose models are edited: per mode and seed the first; none for quick."""
+    every = [] if profile == "quick" else finetunings.plan(profile)
+    whole = [config for config in every if config.task == "facts" and not config.lora_rank]
+    return [*{(config.base, config.mode, config.seed): config for config in reversed(whole)}.values()][::-1]
+
+
 def sweep(profile: str, *, dry_run: bool = False, **options) -> sweeps.Report:
     """Train the models that have no rows yet and measure each; the report counts those that have been measured.
 
-    The quick profile trains none: it takes the committed checkpoints. options: as `lib.experiments.sweep.sweep` takes
-    them.
+    The quick profile trains none: it takes the committed checkpoints. `chat_models` are those that `itl sweep 06` has
+    left in the folder of runs: none is trained here. options: as `lib.experiments.sweep.sweep` takes them.
     """
     home, planned, before = sweep_dir(SECTION, profile), plan(profile), {*rows(profile).run_id}
     models = {home / config.run_id: config for search in planned for config in search.pending({})}
     if profile == "quick":
         folders = (paths.CHECKPOINTS / mode for mode in ("in-weight", "in-tool"))
         models = {folder: config_of(read_row(folder / ROW)) for folder in folders}
+    chats = {finetunings.folder(config, profile) / MODEL: config for config in chat_models(profile)}
+    models |= {folder: config for folder, config in chats.items() if folder.exists()}
     left = {folder: config for folder, config in models.items() if config.run_id not in before}
     todo = [search for search in planned if not before >= {*search.run_ids}]
     report = sweeps.sweep(SECTION, profile, plan=todo, dry_run=dry_run, **options)
@@ -38,13 +49,20 @@ def sweep(profile: str, *, dry_run: bool = False, **options) -> sweeps.Report:
     if dry_run:
         report.missing, report.runs_ahead = [*left.values()], len(left)
         return report
-    from lib.experiments.edited_models import measure  # imports torch
+    for folder, config in left.items():
+        if folder.name == MODEL:
+            from lib.experiments.edited_chat_models import measure_chat  # imports transformers
 
-    for folder in left:
-        if (folder / ROW).exists():  # it has no row if it failed, or the time was up
-            (home / folder.name).mkdir(parents=True, exist_ok=True)
-            write_json(home / folder.name / ROWS, measure(folder, profile))
-            report.done_now += 1
+            found = measure_chat(folder, config, profile)
+        elif (folder / ROW).exists():  # it has no row if it failed, or the time was up
+            from lib.experiments.edited_models import measure  # imports torch
+
+            found = measure(folder, profile)
+        else:
+            continue
+        (home / config.run_id).mkdir(parents=True, exist_ok=True)
+        write_json(home / config.run_id / ROWS, found)
+        report.done_now += 1
     return report
 
 
@@ -57,11 +75,12 @@ def run(profile: str, jobs: int | None = None) -> pd.DataFrame:
 def rows(profile: str) -> pd.DataFrame:
     """Return all rows of a profile, one per measurement: those in paper_data, and those still in runs.
 
-    Columns that an experiment does not measure are empty.
+    Columns that an experiment does not measure are empty, and so is `base` except for chat models.
     """
     planned = {run_id for search in plan(profile) for run_id in search.run_ids}
+    planned |= {config.run_id for config in chat_models(profile)}
     table = rows_of_profile(TABLE, profile, sorted(sweep_dir(SECTION, profile).glob(f"*/{ROWS}")), planned)
-    return table.assign(superseded=table.superseded & (profile != "quick"))
+    return table.assign(superseded=table.superseded & (profile != "quick"), base=table.get("base"))
 
 
 def table_of_rows() -> Table:

@@ -120,8 +120,13 @@ def trivia_choices(tokenizer: PreTrainedTokenizerBase) -> dict:
         draw.shuffle(endings)
         context = tokenizer.apply_chat_template(*as_user([text]), add_generation_prompt=True, tokenize=False)
         rows.append({"ctx": context, "endings": endings, "label": endings.index(answer)})
+    return choices("trivia", rows)
+
+
+def choices(name: str, rows: list[dict]) -> dict:
+    """Return multiple-choice questions as a task; a row has a text `ctx`, `endings`, and the right one's place."""
     return {
-        "task": "trivia",
+        "task": name,
         "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
         "test_split": "test",
         "output_type": "multiple_choice",

@@ -11,7 +11,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
@@ -27,7 +27,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -202,7 +202,7 @@ class _Run(TrainerCallback):
             disable_tqdm=True,
             report_to="none",
         )
-        adapter = rank and LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        adapter = adapters(rank) if rank else None
         data = {"train_dataset": self.data, "processing_class": self.evaluator.tokenizer}
         trainer = ChatTrainer(model, arguments, **data, peft_config=adapter, callbacks=[self])
         trainer.remove_callback(PrinterCallback)
@@ -272,26 +272,38 @@ class _Run(TrainerCallback):
             self.checkpoints.rmdir()
 
 
+def adapters(rank: int) -> LoraConfig:
+    """Return the adapters (LoRA) of a rank, for all linear layers."""
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
 class ChatTrainer(SFTTrainer):
-    """`SFTTrainer` that reads a batch's shared prefix once, and computes logits only for trained tokens."""
+    """`SFTTrainer` with `summed_loss`, on batches of conversations of like lengths."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean cross-entropy of the trained tokens: `num_items_in_batch`, over all parts and processes."""
-        tokens, labels, mask = (inputs[name] for name in ("input_ids", "labels", "attention_mask"))  # (B, S)
-        trained = labels[:, 1:] != IGNORED
-        places = trained.any(0).nonzero().squeeze(-1)  # (P,): in some row, the next token is trained
-        shared, cache = read_shared(model, tokens, int(places[0]))
-        options = {"attention_mask": mask, "logits_to_keep": places - shared, "past_key_values": cache}
-        logits = model(input_ids=tokens[:, shared:], **options).logits  # (B, P, V)
-        targets = labels[:, places + 1].flatten()
-        loss = cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
         # Gradients are averaged over processes, so each loss is multiplied by their number.
-        return loss * self.accelerator.num_processes / num_items_in_batch
+        return summed_loss(model, inputs) * self.accelerator.num_processes / num_items_in_batch
 
     def _get_train_sampler(self, train_dataset=None):
         lengths = [len(tokens) for tokens in self.train_dataset["input_ids"]]
         parts = self.args.gradient_accumulation_steps * self.accelerator.num_processes
         return LikeLengths(lengths, self.args.per_device_train_batch_size * parts, self.args.seed)
+
+
+def summed_loss(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the summed cross-entropy of the trained tokens of a batch: input_ids, labels and attention_mask (B, S).
+
+    What all rows begin with is read once, and logits are computed only for trained tokens.
+    """
+    tokens, labels, mask = (inputs[name] for name in ("input_ids", "labels", "attention_mask"))
+    trained = labels[:, 1:] != IGNORED
+    places = trained.any(0).nonzero().squeeze(-1)  # (P,): in some row, the next token is trained
+    shared, cache = read_shared(model, tokens, int(places[0]))
+    options = {"attention_mask": mask, "logits_to_keep": places - shared, "past_key_values": cache}
+    logits = model(input_ids=tokens[:, shared:], **options).logits  # (B, P, V)
+    targets = labels[:, places + 1].flatten()
+    return cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
 
 
 class LikeLengths(Sampler):

@@ -2,10 +2,11 @@
 
 import copy
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sized
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from lib.config import OptimConfig
 from lib.dialogs.tokens import TokenizedDialogs
@@ -20,7 +21,7 @@ BATCH = 32
 class Edited(NamedTuple):
     """An edited model, and the cost of the edit."""
 
-    model: Transformer
+    model: nn.Module
     done: bool  # whether `is_done` held within `max_steps`
     steps: int
     dialogs: int  # trained on, those of `keep` included
@@ -28,12 +29,13 @@ class Edited(NamedTuple):
 
 
 def edit(
-    model: Transformer,
-    dialogs: TokenizedDialogs,
+    model: nn.Module,
+    dialogs: Sized,
     optim: OptimConfig,
-    is_done: Callable[[Transformer], bool],
+    is_done: Callable[[nn.Module], bool],
     *,
-    keep: TokenizedDialogs | None = None,
+    keep: Sized | None = None,
+    mean_loss: Callable[[nn.Module, Any, torch.Tensor], torch.Tensor] | None = None,
     forget: bool = False,
     max_steps: int = 1_000,
     look_every: int = 5,
@@ -42,9 +44,11 @@ def edit(
     """Train a copy of a model on some dialogs until `is_done`, asked every `look_every` steps, or for `max_steps`.
 
     forget: increase the loss of these dialogs instead (gradient ascent). keep: dialogs that the model must not forget:
-    every step trains on as many of them. optim: its learning rates are kept constant.
+    every step trains on as many of them. optim: its learning rates are kept constant. mean_loss(model, dialogs, rows):
+    of some of the dialogs; by default that of a `Transformer` on `TokenizedDialogs`.
     """
-    model = copy.deepcopy(model).train()
+    model, mean_loss = copy.deepcopy(model).train(), mean_loss or _mean_loss
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizers = build_optimizers(model, optim)
     draw = torch.Generator().manual_seed(seed)
     steps, n_dialogs, seconds, done = 0, 0, 0.0, False
@@ -53,9 +57,9 @@ def edit(
         for data, sign in ((dialogs, -1 if forget else 1), (keep, 1)):
             if data is not None:
                 rows = torch.randperm(len(data), generator=draw)[:BATCH]
-                (sign * _mean_loss(model, data, rows)).backward()
+                (sign * mean_loss(model, data, rows)).backward()
                 n_dialogs += len(rows)
-        clip_gradients(model.parameters(), optim.clip_norm or float("inf"))
+        clip_gradients(trained, optim.clip_norm or float("inf"))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

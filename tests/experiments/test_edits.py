@@ -21,10 +21,10 @@ from lib.training.saved import Conversation, open_conversation
 
 
 @pytest.fixture(scope="module")
-def circuit(tmp_path_factory) -> edited_models.Setting:
+def circuit(tmp_path_factory) -> edited_models.Scratch:
     config = RunConfig.parse({"mode": "in-tool", "facts": {"n_people": 12}})
     talk = Conversation(tmp_path_factory.mktemp("circuit"), Circuit().model(), config, ByteTokenizer(), None, None)
-    return edited_models.Setting(talk, "smoke")
+    return edited_models.Scratch(talk, "smoke")
 
 
 def test_what_is_written_to_the_database_is_answered_and_nothing_else_changes(circuit):
@@ -71,9 +71,8 @@ def test_a_model_trained_without_the_deleted_is_the_model_of_a_file_that_lacks_t
     fields = {"facts": {"n_people": 4}, "model": {"d_model": 8}, "training": {"steps": 2}}
     fields["evaluation"] = {"every": None}
     config, people = RunConfig.parse(fields), sample_people(4)
-    base = edited_models.Setting(Conversation(tmp_path, None, config, ByteTokenizer(), people, None), "smoke")
-    with base.retrained({people.names[1]}) as (model, cost):
-        pass
+    base = edited_models.Scratch(Conversation(tmp_path, None, config, ByteTokenizer(), people, None), "smoke")
+    [(model, cost)] = base.retrained({people.names[1]})
     lines = [",".join(("name", *people.attributes)), *(",".join(row) for row in people.rows())]
     (tmp_path / "left.csv").write_text("\n".join(lines[:2] + lines[3:]), encoding="utf-8")
     run(RunConfig.parse(fields | {"facts": {"csv": str(tmp_path / "left.csv")}}), tmp_path / "run", device="cpu")
