@@ -20,7 +20,10 @@ TABLES = {
     "05_1_patience": "patience",
     "05_2": "generalization",
     "05_3": "compressibility",
+    "depth_and_heads": "depth_and_heads",
 }
+#: Sections that a section shares runs with: their rows count for it, too, so these runs are not repeated.
+SHARED = {"depth_and_heads": ("05_1", "05_2")}
 #: Sections with a module of their own, which has their table.
 OWN = {"06": "lib.finetune.experiments", "07_1": "lib.experiments.edits", "07_2": "lib.experiments.chains"}
 
@@ -68,8 +71,10 @@ def rows_in_runs(section: str, profile: str, plan: Sequence[Search]) -> list[dic
 
 
 def known_rows(section: str, profile: str, plan: Sequence[Search]) -> dict[str, dict[str, Any]]:
-    """Return by run id all rows of a profile: those in paper_data, as text, and those of a plan in runs."""
-    rows = rows_in_runs(section, profile, plan)
-    if section in TABLES:
-        rows += [row for row in text_rows(table_path(section), FINISHED) if row["profile"] == profile]
+    """Return by run id all rows of a profile, `SHARED` ones too: in paper_data, as text, and of a plan in runs."""
+    rows = []
+    for each in (*SHARED.get(section, ()), section):
+        rows += rows_in_runs(each, profile, plan)
+        if each in TABLES:
+            rows += [row for row in text_rows(table_path(each), FINISHED) if row["profile"] == profile]
     return {row["run_id"]: row for row in rows}

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from lib.config import config_of
 from lib.experiments import tables
+from lib.experiments.rows import SHARED
 from lib.experiments.search import SIZES, Search
 from lib.experiments.tables import COMPUTED, GROUP, POINT, THRESHOLDS, described, read_rows, searches_of
 from lib.facts.entropy import entropy_bits_by_attribute
 from lib.facts.people import ATTRIBUTES
+from lib.facts.sampling import UNSEEN
 
 
 def bounds_searches(profile: str, tokenizer: str = "bytes") -> list[Search]:
@@ -147,6 +150,21 @@ def capacity(rows: pd.DataFrame) -> pd.DataFrame:
         stored_bits=stored,
         stored_bits_per_parameter=stored / rows.n_params,
     )
+
+
+def shapes(profile: str) -> pd.DataFrame:
+    """Return the finished runs that vary depth and heads, those of Sections 5.1 and 5.2 among them, as `shown`.
+
+    Adds n_layers, n_heads and unseen_recall: the mean over the kinds of unseen people, NaN if none were asked about.
+    """
+    name = "depth_and_heads"
+    own, *others = (read_rows(each, profile, searches_of(name, profile)) for each in (name, *SHARED[name]))
+    rows = tables.stacked(own, *(table[~table.superseded] for table in others)).drop_duplicates("run_id")
+    rows = rows.reindex(columns=[*dict.fromkeys([*rows.columns, *POINT, "n_params", "recall"])])
+    models = [config_of(row).model for row in rows.to_dict("records")]
+    shape = {field: [getattr(model, field) for model in models] for field in ("n_layers", "n_heads")}
+    unseen = rows.reindex(columns=[f"{kind}_recall" for kind in UNSEEN]).mean(axis=1)
+    return tables.shown(rows.assign(**shape, unseen_recall=unseen), "recall", [*POINT, *shape])
 
 
 def entropy_bits(rows: pd.DataFrame) -> pd.Series:

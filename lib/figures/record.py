@@ -83,6 +83,13 @@ FIGURES = {
         points=lambda profile: summaries.capacity(tables.read_rows("05_1_patience", profile)),
         mode="in-weight",
     ),
+    "depth_and_heads": Record(
+        shows="Recall at the end of training, by layers and heads, at one width",
+        draw=parameter_bounds.depth_and_heads,
+        rows=summaries.shapes,
+        points=summaries.shapes,
+        has_own=False,
+    ),
     "lower_bound": _BOUNDS._replace(
         draw=parameter_bounds.lower_bound,
         points=summaries.bounds,
