@@ -237,7 +237,7 @@ def depth_and_heads(shapes: pd.DataFrame) -> Figure:
     }
     layers, heads = (sorted({1, 2, 4, *shapes[name]}) for name in ("n_layers", "n_heads"))
     sizes = shapes.groupby("n_layers").n_params.min()
-    with panels((8.6, 2.9), 1, 3, {"axes.grid": False}, sharey=True) as (figure, row):
+    with panels((8.6, 3.1), 1, 3, {"axes.grid": False}, sharey=True) as (figure, row):
         for axes, (title, (mode, of)) in zip(row, shown.items(), strict=True):
             runs = shapes[shapes["mode"] == mode].astype({of: float})
             table = runs.pivot_table(of, "n_layers", "n_heads").reindex(layers).reindex(columns=heads).to_numpy(float)

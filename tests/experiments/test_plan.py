@@ -318,8 +318,29 @@ def test_a_file_without_a_name_is_no_experiment_for_its_runs_would_leave_their_f
         searches(name, "quick")
 
 
-def test_depth_and_heads_varies_shape_alone_at_1024_facts():
-    plan = searches("depth_and_heads", "laptop")
+@pytest.mark.parametrize(
+    ("section", "layers", "heads"),
+    [("depth_and_heads", (1, 2, 4), (1, 2, 4)), ("depth_and_heads_sizes", (1, 2, 4, 6), (1, 2, 4, 8))],
+)
+def test_depth_and_heads_vary_shape_alone_at_1024_facts(section, layers, heads):
+    plan = searches(section, "laptop")
     shapes = {(s.base.model.n_layers, s.base.model.n_heads, s.base.mode) for s in plan}
-    assert shapes == set(product((1, 2, 4, 6), (1, 2, 4, 8), ("in-weight", "in-tool")))
+    assert shapes == set(product(layers, heads, ("in-weight", "in-tool")))
     assert {s.base.facts.n_people for s in plan} == {256}
+
+
+@pytest.mark.parametrize("profile", ["laptop", "paper"])
+def test_depth_and_heads_are_18_runs_of_one_size(profile):
+    runs = [search.config(size) for search in searches("depth_and_heads", profile) for size in search.sizes]
+    assert len({config.run_id for config in runs}) == len(runs) == 18
+    assert {config.model.d_model for config in runs} == {24}
+
+
+def test_runs_of_two_layers_of_two_heads_are_those_of_5_1_and_5_2():
+    ids = {
+        (s.base.mode, s.base.model.n_layers, s.base.model.n_heads): s.run_ids[0]
+        for s in searches("depth_and_heads", "laptop")
+    }
+    for section, mode in (("05_1", "in-weight"), ("05_2", "in-tool")):
+        known = {run_id for search in searches(section, "laptop") for run_id in search.run_ids}
+        assert {shape for shape, run_id in ids.items() if run_id in known} == {(mode, 2, 2)}

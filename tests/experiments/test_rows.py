@@ -9,7 +9,7 @@ import pytest
 from lib import paths
 from lib.base import DamagedFile, InputError
 from lib.config import FINISHED, read_row
-from lib.experiments import sweep, tables
+from lib.experiments import summaries, sweep, tables
 from lib.experiments.plan import searches
 from lib.experiments.rows import known_rows, sweep_dir, table_path
 
@@ -91,3 +91,25 @@ def test_a_damaged_table_is_one_sentence_with_its_row(two):
         for read in (lambda: tables.committed_rows("05_1"), lambda: known_rows("05_1", "smoke", plan)):
             with pytest.raises(InputError, match=rf"{path} is no table of runs \(.* in row 2\): restore it"):
                 read()
+
+
+@pytest.mark.parametrize("published", [False, True], ids=["in runs", "in paper_data"])
+def test_a_run_of_a_shared_section_counts_for_depth_and_heads_and_is_not_repeated(tmp_path, monkeypatch, published):
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path))
+    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path / "paper_data")
+    plan = {
+        (s.base.mode, s.base.model.n_layers, s.base.model.n_heads): s for s in searches("depth_and_heads", "laptop")
+    }
+    config = plan["in-tool", 2, 2].config(24)
+    row = ROW | {"mode": "in-tool", "config": config.canonical_json(), "run_id": config.run_id, "recall": 0.75}
+    if published:
+        (tmp_path / "paper_data").mkdir()
+        pd.DataFrame([row | {"profile": "laptop"}]).to_csv(table_path("05_2"), index=False)
+    folder = sweep_dir("05_2", "laptop") / config.run_id
+    folder.mkdir(parents=True)
+    (folder / "row.json").write_text(json.dumps(row))
+    report = sweep.sweep("depth_and_heads", "laptop", dry_run=True)
+    assert (report.done_before, len(report.missing)) == (1, 17) and config not in report.missing
+    (shown,) = summaries.shapes("laptop").to_dict("records")
+    assert (shown["run_id"], shown["n_layers"], shown["n_heads"], shown["recall"]) == (config.run_id, 2, 2, 0.75)
+    assert len(tables.read_rows("depth_and_heads", "laptop")) == 0  # its own table does not repeat the row
