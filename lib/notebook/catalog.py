@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
@@ -15,6 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from lib import paths
 from lib.base import InputError, printable
+
+#: Types of parameters.
+TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 
 
 def all_notebooks(group: str | None = None) -> list[Path]:
@@ -56,8 +59,8 @@ def find(name: str | Path) -> Path:
     raise InputError(f"{name!r} {problem}: choose one of {', '.join(p.stem for p in matches or known)}")
 
 
-def parameters(path: Path) -> dict[str, Any]:
-    """Return the types of a notebook's parameters: its cell tagged `parameters` holds lines like `seeds: int = 3`.
+def parameters(path: Path) -> dict[str, type]:
+    """Return the type of each of a notebook's parameters: its cell tagged `parameters` holds lines `seeds: int = 3`.
 
     Raises InputError if there is no such cell, if it holds anything else, or if a value is not of its type.
     """
@@ -67,7 +70,7 @@ def parameters(path: Path) -> dict[str, Any]:
     kinds = {}
     try:
         for line in ast.parse(cell.source).body:
-            kind = kinds[line.target.id] = _type(line.annotation)
+            kind = kinds[line.target.id] = TYPES[line.annotation.id]
             TypeAdapter(kind).validate_python(ast.literal_eval(line.value), strict=True)
     except Exception:  # what Python's parser and pydantic raise is not all documented
         raise InputError(
@@ -80,24 +83,8 @@ def _parameters_cell(notebook: NotebookNode) -> NotebookNode | None:
     return next((cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])), None)
 
 
-def _type(node: ast.expr) -> Any:
-    """Return the type that an annotation names; one that parameters cannot have is a ValueError."""
-    match node:
-        case ast.Name("int" | "float" | "bool" | "str" as name):
-            return {"int": int, "float": float, "bool": bool, "str": str}[name]
-        case ast.Constant(None):
-            return None
-        case ast.Subscript(ast.Name("list"), item):
-            return list[_type(item)]
-        case ast.Subscript(ast.Name("Literal"), values):
-            return Literal[ast.literal_eval(values)]
-        case ast.BinOp(left, ast.BitOr(), right):
-            return _type(left) | _type(right)
-    raise ValueError(ast.unparse(node))
-
-
 def parse_assignments(sources: Sequence[Path], assignments: Sequence[str]) -> dict[str, Any]:
-    """Return parameters typed as "seeds=3" or "sizes=[8, 16]", read as the types that the notebooks `sources` declare.
+    """Return parameters written as "seeds=3", read as the types that the notebooks `sources` declare.
 
     Raises InputError if one of the notebooks has no such parameter, or if the value cannot be read.
     """
@@ -107,7 +94,7 @@ def parse_assignments(sources: Sequence[Path], assignments: Sequence[str]) -> di
         if not equals:
             raise InputError(f"{assignment!r} does not set a parameter: write name=value")
         for source in sources:
-            values[name] = _validated(source, name, text, TypeAdapter.validate_strings, TypeAdapter.validate_json)
+            values[name] = _validated(source, name, text, TypeAdapter.validate_strings)
     return values
 
 
@@ -121,20 +108,16 @@ def checked(path: Path, profile: str, values: Mapping[str, Any] | None) -> dict[
     return {name: _validated(path, name, value, TypeAdapter.validate_python) for name, value in values.items()}
 
 
-def _validated(path: Path, name: str, value: Any, *readers: Callable) -> Any:
-    """Return a value, read by the first of `readers` that accepts it for this parameter; if none, raise InputError."""
+def _validated(path: Path, name: str, value: Any, read: Callable) -> Any:
+    """Return what `read`, a method of TypeAdapter, makes of a parameter's value. Raises InputError if it refuses it."""
     known = parameters(path)
     if name not in known:
-        listed = ", ".join(f"{key}: {_type_name(kind)}" for key, kind in known.items())
+        listed = ", ".join(f"{key}: {kind.__name__}" for key, kind in known.items())
         raise InputError(f"{path.stem} has no parameter {name!r}: it accepts {listed or 'none'}")
-    for reader in readers:
-        with suppress(ValidationError):
-            return reader(TypeAdapter(known[name]), value, strict=True)
-    raise InputError(f"{path.stem}: parameter {name} takes {_type_name(known[name])}, got {value!r}")
-
-
-def _type_name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind).removeprefix("typing.")
+    try:
+        return read(TypeAdapter(known[name]), value, strict=True)
+    except ValidationError:
+        raise InputError(f"{path.stem}: parameter {name} takes {known[name].__name__}, got {value!r}") from None
 
 
 def read(path: Path) -> NotebookNode:
