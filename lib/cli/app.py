@@ -138,7 +138,7 @@ def data(
 
 @app.command()
 @takes(config=options.RUN, observers=options.OBSERVERS, how=options.HOW)
-def train(config, observers, how, out: options.Out = None) -> None:
+def train(config, observers, how, out: options.Out = None, device: Device = "auto") -> None:
     """Train one model and measure its recall. The same command resumes an interrupted run.
 
     Started by torchrun, several processes train it together, each on its part of every batch.
@@ -149,7 +149,8 @@ def train(config, observers, how, out: options.Out = None) -> None:
     console.quiet = not is_first()
     directory, model = options.run_folder(config, out), config.model
     console.print(f"run {config.run_id}: {config.mode}, d_model {model.d_model}, {model.n_params:,} parameters")
-    row = run(config, directory, description="training" if is_first() else None, observers=observers, **how)
+    description = "training" if is_first() else None
+    row = run(config, directory, device=device, description=description, observers=observers, **how)
     console.print(
         f"recall {row['recall']:.4f} on {row['n_questions']:,} questions after {row['steps']:,} steps "
         f"and {row['train_seconds']:.0f} s (stopped by {row['stopped']})"

@@ -119,12 +119,6 @@ def check_device(name: str) -> str:
     return name
 
 
-def _how(given: dict[str, Any]) -> dict[str, Any]:
-    if "device" in given:
-        check_device(given["device"])
-    return given
-
-
 def _run_config(given: dict[str, Any]) -> RunConfig:
     start = given.pop("config", None)
     _refuse_both(given, "facts.n_people", "facts.csv")
@@ -164,9 +158,8 @@ FACTS: Group = (
 OBSERVERS: Group = Observers.parse, options_of(Observers)
 #: How a run is trained; `lib.training.run.run` takes these.
 HOW: Group = (
-    _how,
+    dict,
     {
-        "device": Option(str, "auto, cpu, cuda, ... (default: auto)"),
         "sharded": Option(bool, "shard the weights over the processes (FSDP)"),
         "tensor": Option(int, "how many processes split each matrix (tensor parallel)"),
         "threads": Option(int, "CPU threads (default: as many as are fastest)"),

@@ -17,9 +17,11 @@ Script = Annotated[bool, typer.Option("--dry-run", help="only print the script t
 
 @submit.command("train")
 @takes(config=options.RUN, observers=options.OBSERVERS, how=options.HOW, resources=RESOURCES)
-def submit_train(config, observers, how, resources, out: Out = None, dry_run: Script = False) -> None:
+def submit_train(
+    config, observers, how, resources, out: Out = None, device: Device = "auto", dry_run: Script = False
+) -> None:
     """Train one model, with one process per GPU (without GPUs, one per node). It resumes after a time limit."""
-    _submit(tasks.train(config, run_folder(config, out), observers, how), resources, dry_run)
+    _submit(tasks.train(config, run_folder(config, out), observers, how | {"device": device}), resources, dry_run)
 
 
 @submit.command("finetune")
