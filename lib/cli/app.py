@@ -21,7 +21,6 @@ from lib.base import InputError, WorkError, printable, to_json
 from lib.cli import finetune, options, slurm
 from lib.cli.options import ENDS, Device, Profile, ProfileOption, Section, console, takes
 from lib.cli.serve import serve
-from lib.dialogs.templates import QuestionMode
 from lib.experiments.rows import OWN
 
 app = typer.Typer(
@@ -112,28 +111,27 @@ def _say(sentence: str) -> None:
 
 
 @app.command()
-@takes(facts=options.FACTS)
+@takes(config=options.DATA)
 def data(
-    facts,
+    config,
     out: Annotated[Path, typer.Option(help="SQLite file to write")],
     dialogs: Annotated[Path | None, typer.Option(help="also write the dialogs, as JSON lines")] = None,
-    mode: QuestionMode = "in-weight",
 ) -> None:
     """Sample people, or read them from a CSV file, and write their database."""
     from lib.dialogs import templates
     from lib.facts.database import write_database
     from lib.facts.sampling import load_people
 
-    paths.check_distinct(csv=facts.csv, out=out, dialogs=dialogs)
-    people = load_people(facts)
+    paths.check_distinct(csv=config.facts.csv, out=out, dialogs=dialogs)
+    people = load_people(config.facts)
     with paths.replacing(dialogs) if dialogs else nullcontext() as temporary:
         if temporary:
             with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(f"{to_json(dialog)}\n" for dialog in templates.dialogs(people, mode))
+                file.writelines(f"{to_json(dialog)}\n" for dialog in templates.dialogs(people, config.mode))
         write_database(people, out)
     console.print(f"{len(people):,} people with {people.n_facts:,} facts ({', '.join(people.attributes)}) in {out}")
     if dialogs:
-        console.print(f"their {mode} dialogs, as JSON lines, in {dialogs}")
+        console.print(f"their {config.mode} dialogs, as JSON lines, in {dialogs}")
 
 
 @app.command()

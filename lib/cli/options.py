@@ -16,7 +16,6 @@ from lib import paths
 from lib.base import Config, InputError, printable
 from lib.config import Observers, RunConfig, override, read_config
 from lib.dialogs.templates import QuestionMode
-from lib.facts.people import FactsConfig
 from lib.slurm.tasks import Resources
 
 Profile = Literal[*paths.PROFILES]
@@ -102,16 +101,6 @@ def assigned(given: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _refuse_both(given: dict[str, Any], people: str, csv: str) -> None:
-    if {people, csv} <= given.keys():
-        raise InputError("--people and --csv exclude each other: the file says how many there are")
-
-
-def _facts_config(given: dict[str, Any]) -> FactsConfig:
-    _refuse_both(given, "n_people", "csv")
-    return FactsConfig.parse(given)
-
-
 def check_device(name: str) -> str:
     """Return the name of a device. Raises `InputError` for a name that torch does not know on any machine."""
     if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d{1,3})?", name):
@@ -121,7 +110,8 @@ def check_device(name: str) -> str:
 
 def _run_config(given: dict[str, Any]) -> RunConfig:
     start = given.pop("config", None)
-    _refuse_both(given, "facts.n_people", "facts.csv")
+    if {"facts.n_people", "facts.csv"} <= given.keys():
+        raise InputError("--people and --csv exclude each other: the file says how many there are")
     if "seed" in given:
         given["facts.seed"] = given["seed"]
     return override(read_config(start) if start else RunConfig(), assigned(given))
@@ -136,22 +126,20 @@ RUN: Group = (
     _run_config,
     {
         "mode": Option(QuestionMode, "answer from memory or by asking a database"),
-        "people": Option(int, "how many people to learn", "facts.n_people"),
+        "people": Option(int, "how many people (default: 64)", "facts.n_people"),
         "d_model": Option(int, "width of the model", "model.d_model"),
         "seed": Option(int, "of the people, the initialization and the data order"),
-        "csv": Option(str, "learn the people of this CSV file instead", "facts.csv"),
+        "csv": Option(str, "take the people of this CSV file instead", "facts.csv"),
         "config": Option(Path, "JSON file to start from"),
         "set": SET,
     },
 )
-#: The people.
-FACTS: Group = (
-    _facts_config,
+#: The part of it that `itl data` needs.
+DATA: Group = (
+    _run_config,
     {
-        "people": Option(int, "how many people to sample (default: 64)", "n_people"),
-        "seed": Option(int, "of the people"),
-        "alpha": Option(float, "correlation within families, 0 to 1"),
-        "csv": Option(str, "take the people of this CSV file instead"),
+        **{name: RUN[1][name] for name in ("mode", "people", "seed", "csv")},
+        "alpha": Option(float, "correlation within families, 0 to 1", "facts.alpha"),
     },
 )
 #: Extra logging of a run.
