@@ -204,7 +204,6 @@ def chat(
     question: Annotated[str | None, typer.Argument(help="one question; without it, a conversation")] = None,
     database: Database = None,
     beside: Annotated[Path | None, typer.Option(help="folder of another run, to answer the same questions")] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.0,
     device: Device = "auto",
 ) -> None:
     """Talk to a trained model and watch it call its tool; in a conversation, /help lists commands.
@@ -218,9 +217,9 @@ def chat(
         runs = [(folder, database), *([(beside, None)] if beside else [])]
         talks = [stack.enter_context(open_conversation(*run, device, editable=question is None)) for run in runs]
         if question is None:
-            terminal.converse(console, talks, _read_line, temperature=temperature)
+            terminal.converse(console, talks, _read_line)
         else:
-            terminal.answer(console, talks, question, temperature=temperature)
+            terminal.answer(console, talks, question)
 
 
 def _read_line() -> str:

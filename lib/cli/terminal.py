@@ -1,6 +1,8 @@
 """`itl chat`: a conversation in a terminal, with answers in color and commands to see and change the database."""
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 from rich.console import Console
 
@@ -21,26 +23,25 @@ an empty line                   ends the conversation"""
 REPLY, REQUEST, DATABASE, NOTE = "green", "bold yellow", "magenta", "dim"
 
 
-def answer(console: Console, talks: Sequence[Conversation], text: str, **options) -> None:
+def answer(console: Console, talks: Sequence[Conversation], text: str) -> None:
     """Put a question to each model and print the answers as they come, turn by turn.
 
-    With several models, each is named by its mode. options: as `lib.agent.generation.chat` takes them.
+    With several models, each is named by its mode.
     """
     for talk in talks:
         if len(talks) > 1:
             console.print(f"-- {talk.config.mode}", style=NOTE)
-        speaker = None
-        for role, piece in talk.ask(text, **options):
-            if role != speaker:
-                console.print(f"{'' if speaker is None else chr(10)}{role}: ", end="", style="bold")
-                speaker, style = role, DATABASE if role == Role.DATABASE else REPLY
-            if role == Role.ASSISTANT and "`" in piece:
-                style = REQUEST
-            console.print(piece, end="", style=style)
-        console.print()
+        for role, pieces in groupby(talk.ask(text), key=itemgetter(0)):
+            console.print(f"{role}: ", end="", style="bold")
+            style = DATABASE if role == Role.DATABASE else REPLY
+            for _, piece in pieces:
+                if role == Role.ASSISTANT and "`" in piece:
+                    style = REQUEST
+                console.print(piece, end="", style=style)
+            console.print()
 
 
-def converse(console: Console, talks: Sequence[Conversation], read: Callable[[], str], **options) -> None:
+def converse(console: Console, talks: Sequence[Conversation], read: Callable[[], str]) -> None:
     """Answer the lines that `read` gives, questions and commands (see `HELP`), until one is empty.
 
     Unseen people are added to the copied databases first. A bad command prints one sentence, and the conversation
@@ -63,7 +64,7 @@ def converse(console: Console, talks: Sequence[Conversation], read: Callable[[],
                 for told in _obey(line, tools, names):
                     console.print(told, style=NOTE)
             else:
-                answer(console, talks, line, **options)
+                answer(console, talks, line)
         except InputError as error:
             console.print(str(error), style="red")
 

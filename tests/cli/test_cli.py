@@ -386,7 +386,6 @@ BAD = {
     "probes every zero steps": Bad("train --probe-every 0", ("observers.probe_every", "0")),
     "half a step between probes": Bad("train --probe-every 0.5", ("--probe-every", "integer")),
     "an unknown device for questions": Bad("recall in-weight --device cuda:99", ("no device 'cuda:99'", "auto or cpu")),
-    "a negative temperature": Bad("chat in-weight Hello? --temperature -1", ("--temperature", "0")),
     "an unknown option": Bad("train --epochs 3", ("No such option", "--epochs")),
     "an unknown command": Bad("trian", ("No such command 'trian'",)),
     "an option without its value": Bad("train --people", ("--people", "requires an argument")),
