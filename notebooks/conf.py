@@ -45,7 +45,6 @@ CONTENTS = "".join(
 
 
 def setup(app) -> None:
-    app.add_config_value("executed", "", "env")  # a folder whose notebooks are shown instead of those here
     app.add_html_math_renderer("mathml", inline_renderers=(_math, None), block_renderers=(_math, None))
     app.connect("source-read", _complete)
     app.connect("doctree-read", _fold_solutions)
@@ -58,8 +57,7 @@ def _complete(app, page: str, source: list[str]) -> None:
         source[0] += CONTENTS
     if path.suffix != ".ipynb":
         return
-    copy = Path(app.config.executed, f"{page}.ipynb")
-    notebook = nbformat.reads(copy.read_text("utf-8") if app.config.executed and copy.is_file() else source[0], 4)
+    notebook = nbformat.reads(source[0], 4)
     notebook.metadata.pop("widgets", None)  # live only where there is a kernel
     known = "|".join(re.escape(other) for other in app.env.found_docs if "/" not in other)
     for cell in notebook.cells:

@@ -19,7 +19,7 @@ from rich.text import Text
 from lib import paths
 from lib.base import InputError, WorkError, printable, to_json
 from lib.cli import finetune, options, slurm
-from lib.cli.options import ENDS, Device, Profile, ProfileOption, Section, console, takes
+from lib.cli.options import ENDS, Device, ProfileOption, Section, console, takes
 from lib.cli.serve import serve
 from lib.experiments.rows import OWN
 
@@ -376,14 +376,11 @@ def _run_all(group: str, profile: str) -> None:
 
 
 @app.command()
-def book(
-    profile: Annotated[Profile | None, typer.Option(help="show executed copies (default: committed notebooks)")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder to write (default: runs/book)")] = None,
-) -> None:
+def book(out: Annotated[Path | None, typer.Option(help="folder to write (default: runs/book)")] = None) -> None:
     """Build a site from the notebooks, with lesson plan and solutions (extra `book`)."""
     from lib.notebook import book as site
 
-    console.print(f"the book: {site.build(out, profile)}")
+    console.print(f"the book: {site.build(out)}")
 
 
 for command in (finetune.bases, finetune.fetch, finetune.finetune, finetune.trivia, finetune.ask, serve):

@@ -11,16 +11,14 @@ from lib import paths
 from lib.base import InputError, WorkError
 
 
-def build(out: Path | None = None, profile: str | None = None) -> Path:
+def build(out: Path | None = None) -> Path:
     """Build the book into the folder `out`, by default runs/book, and return its first page.
 
-    The notebooks are the committed ones with the outputs they have; with `profile`, the executed copies of that
-    profile where there are any. What was in `out` is replaced, once all pages are made.
+    The notebooks are shown with the outputs they have. What was in `out` is replaced, once all pages are made.
 
-    Raises InputError without the extra or for an unknown profile, WorkError if Sphinx warns: a link to nowhere, say.
+    Raises InputError without the extra, WorkError if Sphinx warns: a link to nowhere, say.
     """
     paths.check_checkout()
-    executed = str((paths.profile_dir(profile) / "notebooks").resolve()) if profile else ""
     out = Path(os.path.realpath(out or paths.runs() / "book"))
     if out.exists() and not (out / "searchindex.js").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} holds something else than a book: name a folder that is not there yet")
@@ -33,8 +31,7 @@ def build(out: Path | None = None, profile: str | None = None) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     with paths.writing(out), TemporaryDirectory(prefix=".book-", dir=out.parent) as folder, docutils_namespace():
         made, warnings, source = Path(folder, "made"), io.StringIO(), paths.NOTEBOOKS
-        places = source, source, made, Path(folder, "doctrees")
-        Sphinx(*places, "html", {"executed": executed}, status=None, warning=warnings).build()
+        Sphinx(source, source, made, Path(folder, "doctrees"), "html", status=None, warning=warnings).build()
         if told := re.sub(r"\x1b\[[\d;]+m", "", warnings.getvalue()).strip().replace(f"{source}/", ""):
             raise WorkError(f"the book was not built: {told}")
         if out.exists():

@@ -129,7 +129,7 @@ def test_solutions_are_folded_below_their_exercises(site):
 
 @pytest.fixture
 def small_house(tmp_path, monkeypatch) -> Path:
-    """A folder of notebooks with one short one, and an executed copy of it in the quick profile."""
+    """A folder of notebooks with one short one."""
     folder = tmp_path / "notebooks"
     folder.mkdir()
     (folder / "solutions").mkdir()
@@ -142,20 +142,20 @@ def small_house(tmp_path, monkeypatch) -> Path:
     source = nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
     for path in ("01_one.ipynb", "01_one-Copy1.ipynb", "Untitled.ipynb", "solutions/01_one.ipynb"):
         nbformat.write(source, folder / path)
-    cells[2].outputs = [nbformat.v4.new_output("execute_result", {"text/plain": "forty-two"}, execution_count=1)]
     monkeypatch.setattr(paths, "NOTEBOOKS", folder)
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
-    executed = tmp_path / "runs" / "quick" / "notebooks"
-    executed.mkdir(parents=True)
-    nbformat.write(source, executed / "01_one.ipynb")
     return folder
 
 
-def test_a_profile_shows_its_executed_copies_and_a_second_build_replaces_the_first(small_house, monkeypatch):
+def test_a_second_build_replaces_the_first(small_house, monkeypatch):
     page = book.build().with_name("01_one.html")
     assert "forty-two" not in page.read_text()
     assert {path.stem for path in page.parent.glob("*_*.html")} == {"01_one", "lesson_plan"}  # no copies
-    monkeypatch.setattr("sys.argv", ["itl", "book", "--profile", "quick"])
+    notebook = nbformat.read(small_house / "01_one.ipynb", 4)
+    output = nbformat.v4.new_output("execute_result", {"text/plain": "forty-two"}, execution_count=1)
+    notebook.cells[2].outputs = [output]
+    nbformat.write(notebook, small_house / "01_one.ipynb")
+    monkeypatch.setattr("sys.argv", ["itl", "book"])
     with pytest.raises(SystemExit) as end:
         app.main()
     assert end.value.code == 0
@@ -197,8 +197,6 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(InputError, match="something else"):
         book.build(tmp_path)
-    with pytest.raises(InputError, match="profile"):
-        book.build(tmp_path / "new", "huge")
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
