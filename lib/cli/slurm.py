@@ -74,10 +74,9 @@ def _submit(work, resources, dry_run: bool, parallel: int = 1) -> None:
     if dry_run:
         print(job.script(submission.executor(), len(work.tasks)))
         return
-    submissions.submit(submission, work.files)
-    first, last, name = submission.jobs[0], submission.jobs[len(work.tasks) - 1], submission.name
-    jobs = f"job {first}" if first == last else f"jobs {first} to {last}, {parallel} at a time"
-    console.print(f"submitted {name}: {jobs}; itl status {quote(name)} shows its progress")
+    submissions.submit(submission)
+    name, jobs = submission.name, submission.jobs
+    console.print(f"submitted {name}: {len(jobs)} jobs from {jobs[0]} on; itl status {quote(name)} shows its progress")
 
 
 Submitted = Annotated[str, typer.Argument(help="name of a submission, as itl status lists them")]

@@ -10,7 +10,7 @@ import shutil
 import time
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -18,7 +18,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from lib import paths
-from lib.base import Config, DamagedFile, InputError, to_json
+from lib.base import DamagedFile, InputError, to_json
 from lib.slurm import job, tasks
 from lib.slurm.tasks import Resources, Task, Work
 
@@ -27,17 +27,13 @@ RECORD = "submission.json"
 CODE = ("lib", "notebooks", "paper_data")
 
 
-class Submission(Config):
+class Submission(Work):
     """Tasks that were submitted together."""
 
-    name: str
-    kind: str
-    tasks: list[Task]
     resources: Resources
     parallel: int = 1  # jobs at a time
     current: str  # the folder where relative paths begin
     submitted_at: float  # seconds since 1970
-    copies: dict[str, str] = {}  # of files, by the path that tasks name
     jobs: dict[Annotated[int, Field(strict=False)], str] = {}  # each task's latest Slurm job, by the task's position
 
     @property
@@ -133,24 +129,17 @@ def plan(work: Work, resources: Resources, parallel: int = 1) -> Submission:
     while (submissions_dir() / name).exists():
         number += 1
         name = f"{work.name}-{number}"
-    return Submission(
-        name=name,
-        kind=work.kind,
-        tasks=work.tasks,
-        resources=resources,
-        parallel=parallel,
-        current=str(Path.cwd()),
-        submitted_at=time.time(),
-    )
+    how = {"resources": resources, "parallel": parallel, "current": str(Path.cwd()), "submitted_at": time.time()}
+    return Submission(**{**dict(work), **how, "name": name})
 
 
-def submit(planned: Submission, files: Mapping[str, Path]) -> None:
+def submit(planned: Submission) -> None:
     """Copy the code and the files of the work, and give all tasks to Slurm. If Slurm refuses, nothing is left."""
     planned.folder.mkdir(parents=True)
     try:
         snapshot(planned.folder / "code")
-        for number, (path, source) in enumerate(files.items()):
-            copy = planned.folder / "inputs" / str(number) / source.name
+        for number, (path, source) in enumerate(planned.copies.items()):
+            copy = planned.folder / "inputs" / str(number) / Path(source).name
             copy.parent.mkdir(parents=True)
             planned.copies[path] = str(shutil.copyfile(source, copy))
         (planned.folder / "outcomes").mkdir()

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import Field
 
@@ -38,13 +38,13 @@ class Task(Config):
     arguments: dict[str, Any]
 
 
-class Work(NamedTuple):
+class Work(Config):
     """Tasks of one kind, and the small files that they read: copies of these are kept for the jobs."""
 
     name: str
     kind: str
     tasks: list[Task]
-    files: dict[str, Path] = {}  # by the path that arguments and configurations name
+    copies: dict[str, str] = {}  # the files, by the path that arguments and configurations name; once submitted, copies
 
 
 def train(config: RunConfig, directory: Path, observers: Observers, how: dict[str, Any]) -> Work:
@@ -56,12 +56,10 @@ def train(config: RunConfig, directory: Path, observers: Observers, how: dict[st
     for path in config.training.files:  # large: the job tokenizes them where they are
         if not os.access(path, os.R_OK) or Path(path).is_dir():
             raise InputError(f"cannot read the dialogs of {path}: a file is expected")
-    files = {config.facts.csv: Path(config.facts.csv)} if config.facts.csv else {}
+    files = {config.facts.csv: config.facts.csv} if config.facts.csv else {}
     if config.tokenizer != "bytes":
-        files[config.tokenizer] = tokenizer_file(config.tokenizer)
-    folder = str(directory.resolve())
-    arguments = {"config": _fields(config), "directory": folder, "observers": _fields(observers)}
-    return Work(f"train-{config.run_id}", "train", [Task(title=folder, arguments=arguments | how)], files)
+        files[config.tokenizer] = str(tokenizer_file(config.tokenizer))
+    return _run("train", config, directory, how | {"observers": _fields(observers)}, files)
 
 
 def finetune(config, directory: Path, device: str) -> Work:
@@ -70,9 +68,13 @@ def finetune(config, directory: Path, device: str) -> Work:
 
     if config.task == "trivia" and config.source != "hub":
         load_questions(config.source)
+    return _run("finetune", config, directory, {"device": device})
+
+
+def _run(kind: str, config, directory: Path, arguments: dict[str, Any], files: Mapping[str, str] = {}) -> Work:
     folder = str(directory.resolve())
-    task = Task(title=folder, arguments={"config": _fields(config), "directory": folder, "device": device})
-    return Work(f"finetune-{config.run_id}", "finetune", [task])
+    task = Task(title=folder, arguments={"config": _fields(config), "directory": folder, **arguments})
+    return Work(name=f"{kind}-{config.run_id}", kind=kind, tasks=[task], copies=files)
 
 
 def sweep(source: str, profile: str, hours: float, device: str) -> Work:
@@ -93,8 +95,8 @@ def sweep(source: str, profile: str, hours: float, device: str) -> Work:
         title = f"{first.mode}, {len(ATTRIBUTES) * first.facts.n_people} facts, seed {first.seed}{more}"
         arguments = {"source": source, "profile": profile, "positions": group, "device": device}
         tasks.append(Task(title=title, arguments=arguments))
-    files = {source: Path(source)} if Path(source).is_file() else {}
-    return Work(f"sweep-{Path(source).stem}-{profile}", "sweep", tasks, files)
+    files = {source: source} if Path(source).is_file() else {}
+    return Work(name=f"sweep-{Path(source).stem}-{profile}", kind="sweep", tasks=tasks, copies=files)
 
 
 def _parts(source: str, profile: str) -> list:
@@ -133,7 +135,8 @@ def notebook(name: str, profile: str, assignments: Sequence[str]) -> Work:
         "parameters": parameters,
         "figures": str(paths.figures(profile).resolve()),
     }
-    return Work(f"notebook-{source.stem}", "notebook", [Task(title=source.stem, arguments=arguments)])
+    task = Task(title=source.stem, arguments=arguments)
+    return Work(name=f"notebook-{source.stem}", kind="notebook", tasks=[task])
 
 
 def _fields(config: Config) -> dict[str, Any]:
@@ -141,7 +144,7 @@ def _fields(config: Config) -> dict[str, Any]:
 
 
 def do(kind: str, copies: Mapping[str, str], arguments: dict[str, Any]) -> None:
-    """Do one task in this process. copies: where the files of its `Work` are, by the path that names them."""
+    """Do one task in this process. copies: as in `Work`."""
     match kind:
         case "train":
             from lib.training.run import run

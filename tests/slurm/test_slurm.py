@@ -297,7 +297,7 @@ CONFIGS = [RunConfig.parse({"seed": seed, "facts": {"n_people": 2}}) for seed in
 def _submission(n_tasks: int = 1) -> Submission:
     """A submission of runs, which have the jobs 9_0, 9_1 and so on."""
     made = [tasks.train(config, Path("run"), UNOBSERVED, {}).tasks[0] for config in CONFIGS[:n_tasks]]
-    planned = submissions.plan(Work("mine", "train", made), Resources(nodes=2), 2)
+    planned = submissions.plan(Work(name="mine", kind="train", tasks=made), Resources(nodes=2), 2)
     planned.jobs.update({i: f"9_{i}" for i in range(n_tasks)})
     for folder in ("logs", "outcomes"):
         (planned.folder / folder).mkdir(parents=True)
@@ -306,7 +306,8 @@ def _submission(n_tasks: int = 1) -> Submission:
 
 
 def test_a_submission_is_read_as_it_was_written_and_the_next_one_has_another_name(runs, commands):
-    first, second = _submission(2), submissions.plan(Work("mine", "notebook", []), Resources())
+    first = _submission(2)
+    second = submissions.plan(Work(name="mine", kind="notebook", tasks=[]), Resources())
     assert (first.name, second.name) == ("mine", "mine-2")
     second.folder.mkdir()
     second.write()
