@@ -200,10 +200,8 @@ def _this_interpreter(figures: Path) -> type[AsyncKernelManager]:
 
 def render(notebook: NotebookNode, source: Path) -> str:
     """Return the executed notebook as one self-contained HTML page."""
-    equations = any("$" in cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    resources = {"metadata": {"name": source.stem, "path": str(source.parent)}, "equations": equations}
-    template = Path(__file__).with_name("page.html.j2").read_text(encoding="utf-8")
-    exporter = HTMLExporter(raw_template=template, embed_images=True)
+    resources = {"metadata": {"name": source.stem, "path": str(source.parent)}}
+    exporter = HTMLExporter(template_file=str(Path(__file__).with_name("page.html.j2")), embed_images=True)
     return exporter.from_notebook_node(notebook, resources)[0]
 
 
