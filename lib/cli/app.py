@@ -292,7 +292,7 @@ def drop(
     table = table_of(section)
     rows = table.drop(profile, run_id or [], superseded, dry_run)
     about = ["profile", "run_id", "mode", "n_facts", "seed", "superseded"]
-    console.print(rows[about].drop_duplicates().to_string(index=False))
+    console.table(rows[about].drop_duplicates())
     console.print(f"{len(rows)} rows {'would leave' if dry_run else 'have left'} {table.path}")
 
 
@@ -320,7 +320,7 @@ def compare(
         return
     if "recall_threshold" in points:
         points = points[points.recall_threshold == threshold].drop(columns="recall_threshold")
-    console.print(points.to_string(index=False, float_format="{:,.6g}".format, na_rep="-"))
+    console.table(points, numbers="{:,.6g}")
     console.print(f"all points: {published.path(section)}")
 
 

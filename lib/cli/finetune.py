@@ -83,10 +83,7 @@ def finetune(config, out: Out = None, device: Device = "auto") -> None:
     directory = run_folder(config, out, "finetune")
     console.print(f"run {config.run_id}: {config.title}")
     rows = run(config, directory, device=device)
-    columns = {"recall": "recall", "recall_unseen": "of unseen", "capability": "capability", "tv": "total variation"}
-    for row in rows:
-        measured = [f"{said} {row[name]:.3f}" for name, said in columns.items() if row[name] is not None]
-        console.print(f"step {row['step']:>6,}: {', '.join(measured)}")
+    console.table(rows, ["step", "recall", "recall_unseen", "capability", "tv"])
     console.print(f"model and rows: {directory}")
 
 
@@ -120,10 +117,7 @@ def trivia(
     paths.check_distinct(source=None if source in ("trivia", "hub") else source, out=out)
     look_up = Store(questions)
     measured = {e.protocol: asyncio.run(ask_all(questions, e, look_up, out, e.protocol)) for e in endpoints}
-    console.print(f"{'protocol':<12}{'accuracy':>18}{'looked up':>11}{'questions':>11}{'failed':>8}")
-    for name, records in measured.items():
-        share, error, looked_up, n_questions, n_errors = accuracy(records).values()
-        console.print(f"{name:<12}{share:>9.3f} ± {error:.3f}{looked_up:>10.3f}{n_questions:>11,}{n_errors:>8,}")
+    console.table([{"protocol": name, **accuracy(records)} for name, records in measured.items()])
     console.print(f"all records are in {out}")
     failures = [record["error"] for records in measured.values() for record in records if record["error"]]
     if failures:
@@ -163,9 +157,9 @@ def ask(
     table = recall_by_phrasing(records)
     table["95% interval"] = table.low.map("{:.3f} to ".format) + table.high.map("{:.3f}".format)
     for name, rows in table.groupby("protocol", sort=False):
-        shown = rows[["phrasing", "recall", "95% interval", *(kind for kind in [*Verdict][1:] if rows[kind].any())]]
+        failures = [kind for kind in [*Verdict][1:] if rows[kind].any()]
         console.print(f"{name}, {len(asked) // len(rows):,} facts in each phrasing, and why questions failed:")
-        console.print(shown.to_string(index=False, float_format="{:.3f}".format))
+        console.table(rows, ["phrasing", "recall", "95% interval", *failures])
     _, figure = style.save_in(teaching.recall_by_phrasing(table, endpoint["model"]), out.name, out.parent)
     console.print(f"all records are in {out}, a figure is {figure}")
     if failed := sum(record["error"] is not None for record in records):

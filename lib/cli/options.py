@@ -27,6 +27,13 @@ class Terminal(Console):
     def print(self, *objects, **options) -> None:
         super().print(*(printable(each) if isinstance(each, str) else each for each in objects), **options)
 
+    def table(self, rows, columns: list[str] | None = None, numbers: str = "{:.3f}") -> None:
+        """Print columns of rows, dictionaries or a DataFrame; `numbers` formats what is no integer."""
+        from pandas import DataFrame  # slow to import
+
+        table = DataFrame(rows, columns=columns)
+        self.print(table.to_string(index=False, float_format=numbers.format, na_rep="-"))
+
 
 console = Terminal(highlight=False, soft_wrap=True, markup=False)
 

@@ -27,7 +27,9 @@ def refresh(say: Callable[[str], None] = print) -> None:
     steps = {f"paper_data/compared, {section}": partial(published.write, section) for section in published.SECTIONS}
     steps["the numbers of README.md"] = write_readme
     steps |= {f"figures/{name}": partial(_draw, name) for name in record.FIGURES}
-    steps["the notebooks that draw from tables"] = _run_notebooks
+    steps["the notebooks that draw from tables"] = lambda: runner.run_many(
+        drawing_notebooks(), PROFILE, {"recompute": False}, in_place=True, reuse=True
+    )
     failed = []
     for name, step in steps.items():
         say(f"refreshing {name}")
@@ -46,10 +48,6 @@ def drawing_notebooks() -> list:
 
 def _draw(name: str) -> None:
     style.save(record.draw(name, PROFILE), name, PROFILE)
-
-
-def _run_notebooks() -> None:
-    runner.run_many(drawing_notebooks(), PROFILE, {"recompute": False}, in_place=True, reuse=True)
 
 
 # README.md ------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,8 @@ def test_a_step_that_fails_stops_no_other_and_is_named(monkeypatch):
     monkeypatch.setattr(refresh.published, "write", done.append)
     monkeypatch.setattr(refresh, "write_readme", fail)
     monkeypatch.setattr(refresh, "_draw", done.append)
-    monkeypatch.setattr(refresh, "_run_notebooks", lambda: done.append("notebooks"))
+    monkeypatch.setattr(refresh, "drawing_notebooks", list)
+    monkeypatch.setattr(refresh.runner, "run_many", lambda *_, **__: done.append("notebooks"))
     with pytest.raises(WorkError, match="the numbers of README.md: OSError: disk full"):
         refresh.refresh(said.append)
     assert done == [*refresh.published.SECTIONS, *refresh.record.FIGURES, "notebooks"]
