@@ -51,15 +51,10 @@ ApiKey = Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="of the serve
 
 
 def bases() -> None:
-    """List the named base models and the learning rates that they are fine-tuned with (extra `scale`)."""
-    from lib.experiments.scale_tables import rate
+    """List the named base models, their learning rates, and the published model that was trained with these."""
     from lib.finetune.bases import BASES
 
-    for name, base in BASES.items():
-        if base.hub:
-            source = f"published for {base.rates_of}" if base.rates_of else "no published rate"
-            rates = f"in weights {rate(base.in_weight)}, in tool {rate(base.in_tool)} ({source})"
-            console.print(f"{name:<14}{base.hub:<40}{rates}")
+    console.table([{"model": name, **base._asdict()} for name, base in BASES.items() if base.hub], numbers="{:g}")
 
 
 def fetch(model: Annotated[str, typer.Argument(help="a name that `itl bases` lists")] = MODEL) -> None:
@@ -156,10 +151,9 @@ def ask(
         records = [record for each in endpoints for record in asyncio.run(ask_people(asked, each, tool, out))]
     table = recall_by_phrasing(records)
     table["95% interval"] = table.low.map("{:.3f} to ".format) + table.high.map("{:.3f}".format)
-    for name, rows in table.groupby("protocol", sort=False):
-        failures = [kind for kind in [*Verdict][1:] if rows[kind].any()]
-        console.print(f"{name}, {len(asked) // len(rows):,} facts in each phrasing, and why questions failed:")
-        console.table(rows, ["phrasing", "recall", "95% interval", *failures])
+    failures = [kind for kind in [*Verdict][1:] if table[kind].any()]
+    console.print(f"{len(asked) // table.phrasing.nunique():,} facts in each phrasing, and why questions failed:")
+    console.table(table, ["protocol", "phrasing", "recall", "95% interval", *failures])
     _, figure = style.save_in(teaching.recall_by_phrasing(table, endpoint["model"]), out.name, out.parent)
     console.print(f"all records are in {out}, a figure is {figure}")
     if failed := sum(record["error"] is not None for record in records):

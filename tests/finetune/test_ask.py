@@ -313,9 +313,9 @@ def test_the_command_measures_every_phrasing_and_resumes(server, database, tmp_p
     code, said, _ = itl(*given)
     assert code == 0 and len(out.read_text().splitlines()) == 2 * 2 * 11 and len(play.requests) == 2 * 3 * 11
     rows = [line.split() for line in said.splitlines()]
-    assert [row[-4:] for row in rows if row and row[0] == PAPER] == [
-        ["1.000", "0.342", "to", "1.000"],
-        ["0.000", "to", "0.658", "2"],  # two wrong answers
+    assert [row for row in rows if PAPER in row] == [
+        ["tools", PAPER, "1.000", "0.342", "to", "1.000", "0"],
+        ["closed-book", PAPER, "0.000", "0.000", "to", "0.658", "2"],  # two wrong answers
     ]
     assert all((out.parent / f"r.jsonl.{kind}").stat().st_size > 1_000 for kind in ("pdf", "png"))
     play.requests.clear()
