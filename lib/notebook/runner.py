@@ -33,11 +33,6 @@ from lib.base import WorkError, printable
 from lib.notebook.catalog import checked, find, metadata, produces, read
 from lib.progress import METER
 
-
-class NotebookError(WorkError):
-    """A notebook failed; the message names the notebook, the cell, the cause and the executed copy."""
-
-
 # Running --------------------------------------------------------------------------------------------------------------
 
 
@@ -56,8 +51,9 @@ def run(
     `in_place` also writes the outputs into the source, whose cells and metadata stay as they are. `reuse` keeps the
     earlier results if they are current (`source_hash`). `label` starts the line that says what runs.
 
-    Raises InputError before any kernel starts if the name, the profile or a parameter is wrong, and NotebookError if
-    the notebook fails: then the executed copy is kept as NAME.failed.ipynb and nothing else has changed.
+    Raises InputError before any kernel starts if the name, the profile or a parameter is wrong, and WorkError if
+    the notebook fails: its message names the cell, the cause and the executed copy, NAME.failed.ipynb. Nothing else
+    has changed.
     """
     source = find(name)
     values = checked(source, profile, parameters)
@@ -80,7 +76,7 @@ def run_many(
 ) -> None:
     """Run several notebooks one after the other with the options of `run`; a failure does not stop those that follow.
 
-    Raises InputError before the first one starts if any of them would be refused, and NotebookError at the end.
+    Raises InputError before the first one starts if any of them would be refused, and WorkError at the end.
     """
     sources = [find(name) for name in names]
     for source in sources:
@@ -89,11 +85,11 @@ def run_many(
     for number, source in enumerate(sources, start=1):
         try:
             run(source, profile, parameters, label=f"[{number}/{len(sources)}] ", **options)
-        except NotebookError as error:
+        except WorkError as error:
             _say(f"{source.stem}: failed")
             failures.append(str(error))
     if failures:
-        raise NotebookError(f"{len(failures)} of {len(sources)} notebooks failed: {'; '.join(failures)}")
+        raise WorkError(f"{len(failures)} of {len(sources)} notebooks failed: {'; '.join(failures)}")
 
 
 def source_hash(source: Path, values: Mapping[str, Any]) -> str:
@@ -124,7 +120,7 @@ def _run(source: Path, values: dict[str, Any], executed: Path, figures: Path) ->
         if problem := _execute(source, values, copy, drawn):
             if copy.exists():
                 problem += f"; its executed copy is {_publish(copy, failed)}"
-            raise NotebookError(f"{source.stem} failed {problem}")
+            raise WorkError(f"{source.stem} failed {problem}")
         page.write_text(render(read(copy), source), encoding="utf-8")
         _publish(page, executed.with_suffix(".html"))
         for figure in drawn.iterdir():

@@ -23,11 +23,10 @@ from full_disk import full_after
 from safetensors.torch import save_file
 
 from lib import paths
-from lib.base import InputError
+from lib.base import InputError, WorkError
 from lib.cli import app
 from lib.cli.options import ENDS
 from lib.facts.sampling import sample_people
-from lib.notebook.runner import NotebookError
 from lib.training import checkpoint
 from lib.training.saved import open_conversation
 
@@ -541,7 +540,7 @@ def _raise(error: Exception) -> None:
 
 def test_work_that_failed_is_one_sentence_and_exit_code_1(itl, monkeypatch):
     def fail(*_, **__):
-        raise NotebookError("00_quickstart failed in cell [3]\nof many")
+        raise WorkError("00_quickstart failed in cell [3]\nof many")
 
     monkeypatch.setattr("lib.notebook.runner.run_many", fail)
     assert itl("notebooks", "00") == (1, "", "itl: 00_quickstart failed in cell [3] of many\n")

@@ -16,10 +16,9 @@ import papermill
 import pytest
 
 from lib import paths
-from lib.base import InputError
+from lib.base import InputError, WorkError
 from lib.figures import record, style
 from lib.notebook import catalog, refresh, runner
-from lib.notebook.runner import NotebookError
 
 PARAMETERS = 'profile: str = "quick"  # sizes\nseeds: int = 3  # repetitions\nrate: float = 0.5  # of learning'
 SAVE_FIGURE = "from lib import paths\n(paths.figures(profile) / 'a.png').write_bytes(b'figure %d' % seeds)"
@@ -136,7 +135,7 @@ def test_a_full_disk_is_a_failure_that_leaves_earlier_results_alone(tmp_path, ru
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(papermill, "execute_notebook", cut)
-    with pytest.raises(NotebookError, match=r"n failed and left no copy: OSError: .*No space left"):
+    with pytest.raises(WorkError, match=r"n failed and left no copy: OSError: .*No space left"):
         runner.run(source)
     assert files(runs) == {"quick/notebooks/n.ipynb": b"earlier"}
 
@@ -160,7 +159,7 @@ def test_a_failed_run_says_why_keeps_a_copy_and_leaves_earlier_results_alone(tmp
     other_figure = "from lib import paths; (paths.figures(profile) / 'b.png').touch()"
     source = write(tmp_path / "n.ipynb", other_figure, *cells, produces=["a.png"])
 
-    with pytest.raises(NotebookError) as caught:
+    with pytest.raises(WorkError) as caught:
         runner.run(source, parameters={"seeds": 7})
 
     sentence = str(caught.value)
@@ -238,7 +237,7 @@ def test_the_progress_of_a_notebook_is_told_while_it_runs_and_nothing_else_of_it
 def test_many_notebooks_are_run_to_the_end_and_failures_are_told_together(tmp_path, runs, capsys):
     bad = write(tmp_path / "bad.ipynb", "raise ValueError('no\\nreason')")
     good = write(tmp_path / "good.ipynb")
-    with pytest.raises(NotebookError, match=r"^1 of 2 notebooks failed: bad failed .*ValueError: no reason"):
+    with pytest.raises(WorkError, match=r"^1 of 2 notebooks failed: bad failed .*ValueError: no reason"):
         runner.run_many([bad, good], "smoke")
     assert set(files(runs)) == {f"smoke/notebooks/{name}" for name in ("bad.failed.ipynb", "good.ipynb", "good.html")}
     lines = capsys.readouterr().err.splitlines()
