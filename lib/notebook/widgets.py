@@ -1,6 +1,6 @@
 """Widgets of the notebooks, and the picture that stands in for them where no kernel runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
 from typing import Any
@@ -76,13 +76,13 @@ def smallest_model(bits: float, bits_per_parameter: float) -> tuple[int, int] | 
 def explore_capacity(profile: str, threshold: float = 0.95) -> None:
     """Show Section 5.1's figure, the bits of a number of facts, and the smallest model that could hold them."""
     counts = 2 ** np.arange(6, 19)
+    held = counts / len(ATTRIBUTES) * bits_per_person()
     figure_of = _with_tables("parameter_bounds", profile, threshold)
 
     def draw(facts: int, bits: float) -> Figure:
         figure = figure_of()
-        held = facts / len(ATTRIBUTES) * bits_per_person()
-        _mark(figure.axes[0], counts, counts / len(ATTRIBUTES) * bits_per_person(), (facts, held), bits)
-        figure.axes[0].set_title(f"{facts:,} facts, {held:,.0f} bits: {_in_words(held, bits)}", fontsize=9)
+        told = _mark(figure, [counts], held, counts == facts, bits)
+        figure.axes[0].set_title(f"{facts:,} facts, {told}", fontsize=9)
         return figure
 
     explore(draw, facts=_choice("facts", counts.tolist(), 4096), bits=_bits())
@@ -95,16 +95,11 @@ def explore_correlation(profile: str, threshold: float = 0.95) -> None:
     def draw(facts: int, alpha: float, bits: float) -> Figure:
         alphas = np.union1d(published_correlated().alpha, alpha)
         n_people = facts // len(ATTRIBUTES)
-        held = np.array([n_people * entropy_bits_per_person(n_people, 0, float(a), RELEASED) for a in alphas])
-        now = float(held[alphas == alpha][0])
+        each = np.array([entropy_bits_per_person(n_people, 0, float(a), RELEASED) for a in alphas])
         figure = figure_of()
-        for axes, x, at in zip(figure.axes, (alphas, held), (alpha, now), strict=True):
-            _mark(axes, x, held, (at, now), bits)
-        figure.suptitle(
-            f"{facts:,} facts, alpha = {alpha:g}: {now / n_people:.1f} bits a person, {now:,.0f} in all: "
-            f"{_in_words(now, bits)}",
-            fontsize=9,
-        )
+        told = _mark(figure, [alphas, n_people * each], n_people * each, alphas == alpha, bits)
+        person = f"{each[alphas == alpha][0]:.1f} bits a person"
+        figure.suptitle(f"{facts:,} facts, alpha = {alpha:g}: {person}, {told}", fontsize=9)
         return figure
 
     alpha = ipywidgets.FloatSlider(0.5, min=0, max=1, step=0.05, description="correlation", **_LOOK)
@@ -120,17 +115,19 @@ def _with_tables(name: str, profile: str, threshold: float) -> Callable[[], Figu
     )
 
 
-def _in_words(held: float, bits: float) -> str:
-    model = smallest_model(held, bits)
-    return "the smallest model is d = {} ({:,} parameters)".format(*model) if model else "no model is large enough"
+def _mark(figure: Figure, xs: Sequence[np.ndarray], held: np.ndarray, now: np.ndarray, bits: float) -> str:
+    """Draw the parameters that `held` bits need at `bits` per parameter, and a star at the values of the controls.
 
-
-def _mark(axes, x: np.ndarray, held: np.ndarray, now: tuple[float, float], bits: float) -> None:
-    """Draw the parameters that `held` bits need at `bits` per parameter, and a star at the values of the controls."""
-    color = "#009E73"
-    axes.plot(x, held / bits, color=color, linestyle="--", linewidth=1.2, label=f"the bits, {bits:g} per parameter")
-    axes.plot(now[0], now[1] / bits, color=color, marker="*", markersize=13, markeredgecolor="white", zorder=5)
-    axes.legend(fontsize=7)
+    xs: where they are in each panel. now: which of them follow from the controls. Return these in words.
+    """
+    needed, color = held / bits, "#009E73"
+    for axes, x in zip(figure.axes, xs, strict=True):
+        axes.plot(x, needed, color=color, linestyle="--", linewidth=1.2, label=f"the bits, {bits:g} per parameter")
+        axes.plot(x[now], needed[now], color=color, marker="*", markersize=13, markeredgecolor="white", zorder=5)
+        axes.legend(fontsize=7)
+    model = smallest_model(held[now][0], bits)
+    size = "the smallest model is d = {} ({:,} parameters)".format(*model) if model else "no model is large enough"
+    return f"{held[now][0]:,.0f} bits: {size}"
 
 
 #: A figure takes a fifth of a second: it is drawn when the slider is let go.

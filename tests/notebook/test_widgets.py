@@ -94,7 +94,7 @@ def test_correlation_can_be_explored(shown, monkeypatch):
     assert (facts.value, bits.value) == (4000, 2)
     alpha.value = 0.75
     entropy = entropy_bits_per_person(1000, alpha=0.75, law=RELEASED)
-    assert f"4,000 facts, alpha = 0.75: {entropy:.1f} bits a person, {1000 * entropy:,.0f} in all" in alt(
+    assert f"4,000 facts, alpha = 0.75: {entropy:.1f} bits a person, {1000 * entropy:,.0f} bits: " in alt(
         window(shown[1])
     )
 
