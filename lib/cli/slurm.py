@@ -9,7 +9,7 @@ from lib.base import InputError
 from lib.cli import options
 from lib.cli.finetune import FINETUNE
 from lib.cli.options import RESOURCES, Device, Out, ProfileOption, console, run_folder, takes
-from lib.slurm import tasks
+from lib.slurm import job, submissions, tasks
 
 submit = typer.Typer(help="Train, sweep or run a notebook on Slurm.", no_args_is_help=True)
 Script = Annotated[bool, typer.Option("--dry-run", help="only print the script that sbatch would get")]
@@ -68,8 +68,6 @@ def submit_notebook(
 
 
 def _submit(work, resources, dry_run: bool, parallel: int = 1) -> None:
-    from lib.slurm import job, submissions
-
     submission = submissions.plan(work, resources, parallel)
     if dry_run:
         print(job.script(submission.executor(), len(work.tasks)))
@@ -84,8 +82,6 @@ Submitted = Annotated[str, typer.Argument(help="name of a submission, as itl sta
 
 def status(name: Annotated[str | None, typer.Argument(help="of a submission (default: all)")] = None) -> None:
     """Say which submitted tasks are queued, running, done, failed or missing, and why."""
-    from lib.slurm import job, submissions
-
     queue = job.queue()
     chosen = [submissions.find(name)] if name else submissions.everything()
     if not chosen:
@@ -103,13 +99,9 @@ def status(name: Annotated[str | None, typer.Argument(help="of a submission (def
 
 def cancel(name: Submitted) -> None:
     """Cancel the jobs of a submission. Finished work stays, and itl retry resumes from there."""
-    from lib.slurm import submissions
-
     console.print(f"{submissions.cancel(submissions.find(name))} jobs cancelled")
 
 
 def retry(name: Submitted) -> None:
     """Submit again what failed or is missing, with the code of the submission."""
-    from lib.slurm import submissions
-
     console.print(f"{submissions.retry(submissions.find(name))} tasks submitted again")
