@@ -130,11 +130,6 @@ def queue() -> dict[str, tuple[str, str]]:
 
 
 def last_line(log: Path) -> str:
-    """Return the last line of a log, which may be long; empty if there is none."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 10_000))
-            lines = file.read().decode(errors="replace").splitlines()
-    except FileNotFoundError:
-        return ""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    """Return the last line of a log; empty if there is none."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1] if lines else ""

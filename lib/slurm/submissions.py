@@ -11,14 +11,14 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import chdir, suppress
+from contextlib import chdir
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
 from lib import paths
-from lib.base import DamagedFile, InputError, to_json
+from lib.base import DamagedFile, InputError
 from lib.slurm import job, tasks
 from lib.slurm.tasks import Resources, Task, Work
 
@@ -89,9 +89,8 @@ def perform(name: str, position: int) -> None:
     except Preempted:
         raise
     except Exception as error:
-        told = to_json({"error": traceback.format_exception_only(error)[-1].strip()})
-        with suppress(FileExistsError), outcome.open("x", encoding="utf-8") as file:
-            file.write(told)  # of several processes, the first to fail says why
+        if not outcome.exists():  # of several processes, the first to fail says why
+            paths.write_json(outcome, {"error": traceback.format_exception_only(error)[-1].strip()})
         raise
     if (os.environ.get("RANK") or "0") == "0":
         paths.write_json(outcome, {"error": None})
