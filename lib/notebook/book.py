@@ -3,12 +3,11 @@
 import io
 import os
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lib import paths
-from lib.base import InputError, WorkError
+from lib.base import InputError, WorkError, optional
 
 
 def build(out: Path | None = None) -> Path:
@@ -23,8 +22,7 @@ def build(out: Path | None = None) -> Path:
     if out.exists() and not (out / "searchindex.js").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} holds something else than a book: name a folder that is not there yet")
     for package in ("sphinx", "myst_nb", "furo", "latex2mathml"):
-        if not find_spec(package):
-            raise InputError(f"the book needs the package {package}: pip install -e '.[book]'")
+        optional(package, "book", f"the book needs the package {package}")
     from sphinx.application import Sphinx
     from sphinx.util.docutils import docutils_namespace
 
