@@ -305,23 +305,17 @@ def refresh() -> None:
 
 
 @app.command()
-def compare(
-    section: Section,
-    threshold: Annotated[float, typer.Option(help="recall that a model must reach: 0.5, 0.9, 0.95 or 0.99")] = 0.95,
-) -> None:
-    """Show our results beside the published ones, and write the table of all of them to paper_data/compared."""
-    from lib.experiments import published, tables
+def compare(section: Section) -> None:
+    """Show our results beside the published ones, and write them to a table in paper_data/compared."""
+    from lib.experiments import published
 
     paths.check_checkout()
-    tables.check_threshold(threshold)
     points = published.write(section)
     if not len(points):
         console.print("no result of ours has a published counterpart yet")
         return
-    if "recall_threshold" in points:
-        points = points[points.recall_threshold == threshold].drop(columns="recall_threshold")
     console.table(points, numbers="{:,.6g}")
-    console.print(f"all points: {published.path(section)}")
+    console.print(f"the same table: {published.path(section)}")
 
 
 @app.command()
