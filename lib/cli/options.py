@@ -18,8 +18,6 @@ from lib.config import Observers, RunConfig, override, read_config
 from lib.dialogs.templates import QuestionMode
 from lib.slurm.tasks import Resources
 
-Profile = Literal[*paths.PROFILES]
-
 
 class Terminal(Console):
     """Prints names, answers and paths verbatim, with terminal controls escaped."""
@@ -168,7 +166,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...", callback=check
 Section = Annotated[str, typer.Argument(help="section of the paper, as 05_1")]
 Source = Annotated[str, typer.Argument(help="section of the paper, as 05_1, or a YAML file with a plan of your own")]
 ProfileOption = Annotated[
-    Profile, typer.Option(help="smoke: seconds, for tests; quick: minutes; laptop: days of a core; paper: a cluster")
+    Literal[*paths.PROFILES],
+    typer.Option(help="smoke: seconds, for tests; quick: minutes; laptop: days of a core; paper: a cluster"),
 ]
 Parameters = Annotated[list[str] | None, typer.Option("-p", help="name=value")]
 

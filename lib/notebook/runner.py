@@ -8,6 +8,7 @@ everything lives in a temporary folder: a failed run leaves earlier results as t
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -166,16 +167,13 @@ def _execute(source: Path, values: dict[str, Any], copy: Path, figures: Path) ->
     return None
 
 
-class _ProgressLines:
+class _ProgressLines(io.TextIOBase):
     """A file that prints the progress lines of a notebook's output as they come."""
 
     def write(self, text: str) -> None:
         for line in text.splitlines():
             if METER.search(line):
                 _say(line)
-
-    def flush(self) -> None:
-        pass
 
 
 def _this_interpreter(figures: Path) -> type[AsyncKernelManager]:

@@ -48,7 +48,9 @@ def explore(draw: Callable[..., Figure], **controls: ipywidgets.Widget) -> None:
 
     def follow(_=None) -> Figure:
         figure = draw(**{name: control.value for name, control in controls.items()})
-        picture.value = image(figure)
+        source = print_figure(figure, bbox_inches=None, base64=True)
+        alt = escape(alt_text(figure))
+        picture.value = f'<img alt="{alt}" src="data:image/png;base64,{source}" style="max-width: 100%">'
         plt.close(figure)  # or the notebook would show it a second time
         return figure
 
@@ -56,12 +58,6 @@ def explore(draw: Callable[..., Figure], **controls: ipywidgets.Widget) -> None:
         control.observe(follow, "value")
     still = follow()
     show(ipywidgets.VBox([*controls.values(), picture]), still)
-
-
-def image(figure: Figure) -> str:
-    """Return a figure as HTML with its alternative text."""
-    source = print_figure(figure, bbox_inches=None, base64=True)
-    return f'<img alt="{escape(alt_text(figure))}" src="data:image/png;base64,{source}" style="max-width: 100%">'
 
 
 # The explorers of Sections 5.1 and 5.3 --------------------------------------------------------------------------------
