@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lib import paths
-from lib.cli.options import SET, Device, Group, Option, Out, assigned, console, run_folder, takes
+from lib.cli.options import REQUIRED, SET, Device, Group, Option, Out, assigned, console, run_folder, takes
+from lib.finetune.bases import BASES
 
 MODEL = "SmolLM2-135M"
 
@@ -38,8 +39,8 @@ FINETUNE: Group = (
 ENDPOINT: Group = (
     dict,
     {
-        "model": Option(str, "its name at the server", required=True),
-        "base_url": Option(str, "an OpenAI-compatible server, as http://localhost:8000/v1", required=True),
+        "model": Option(str, "its name at the server", default=REQUIRED),
+        "base_url": Option(str, "an OpenAI-compatible server, as http://localhost:8000/v1", default=REQUIRED),
         "system": Option(str, "system prompt; the text protocol has its own (default: be brief)"),
         "max_tokens": Option(int, "of one turn; models that reason first need thousands (default: 128)"),
         "concurrency": Option(int, "requests at a time (default: 8)"),
@@ -52,8 +53,6 @@ ApiKey = Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="of the serve
 
 def bases() -> None:
     """List the named base models, their learning rates, and the published model that was trained with these."""
-    from lib.finetune.bases import BASES
-
     console.table([{"model": name, **base._asdict()} for name, base in BASES.items() if base.hub], numbers="{:g}")
 
 
@@ -150,10 +149,11 @@ def ask(
         asked = sample_questions(tool, questions, seed, phrasing or PHRASINGS)
         records = [record for each in endpoints for record in asyncio.run(ask_people(asked, each, tool, out))]
     table = recall_by_phrasing(records)
-    table["95% interval"] = table.low.map("{:.3f} to ".format) + table.high.map("{:.3f}".format)
     failures = [kind for kind in [*Verdict][1:] if table[kind].any()]
-    console.print(f"{len(asked) // table.phrasing.nunique():,} facts in each phrasing, and why questions failed:")
-    console.table(table, ["protocol", "phrasing", "recall", "95% interval", *failures])
+    console.print(
+        f"{len(asked) // table.phrasing.nunique():,} facts in each phrasing, 95% intervals (low to high), and failures:"
+    )
+    console.table(table, ["protocol", "phrasing", "recall", "low", "high", *failures])
     _, figure = style.save_in(teaching.recall_by_phrasing(table, endpoint["model"]), out.name, out.parent)
     console.print(f"all records are in {out}, a figure is {figure}")
     if failed := sum(record["error"] is not None for record in records):

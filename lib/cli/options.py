@@ -42,9 +42,10 @@ class Option(NamedTuple):
     kind: Any
     help: str | None
     field: str = ""  # the configuration field that it sets, by default its own name
-    required: bool = False
+    default: Any = None
 
 
+KEYWORD, REQUIRED = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
 #: A function that builds a command's argument from options, and these options by name.
 Group = tuple[Callable[[dict[str, Any]], Any], dict[str, Option]]
 
@@ -64,23 +65,17 @@ def takes(**groups: Group) -> Callable[[Callable], Callable]:
                 made[name] = make({field: value for field, value in values.items() if value is not None})
             return command(**given, **made)
 
-        own = [p for p in inspect.signature(command).parameters.values() if p.name not in groups]
-        shared = [_parameter(name, option) for _, options in groups.values() for name, option in options.items()]
-        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *shared)]
-        wrapper.__signature__ = inspect.Signature(parameters)
+        parameters = [p for p in inspect.signature(command).parameters.values() if p.name not in groups]
+        for _, options in groups.values():
+            for name, option in options.items():
+                declared = typer.Option(f"--{name.replace('_', '-')}", help=option.help)
+                annotation = Annotated[option.kind | None, declared]
+                parameters.append(inspect.Parameter(name, KEYWORD, default=option.default, annotation=annotation))
+        wrapper.__signature__ = inspect.Signature([p.replace(kind=KEYWORD) for p in parameters])
         wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return wrapper
 
     return decorate
-
-
-def _parameter(name: str, option: Option) -> inspect.Parameter:
-    """Return an option as a parameter that typer reads."""
-    declared = typer.Option(f"--{name.replace('_', '-')}", help=option.help)
-    kind, default = (option.kind, inspect.Parameter.empty) if option.required else (option.kind | None, None)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, declared]
-    )
 
 
 def options_of(config: type[Config]) -> dict[str, Option]:
