@@ -72,7 +72,7 @@ def converse(console: Console, talks: Sequence[Conversation], read: Callable[[],
 def _obey(line: str, tools: Sequence[EditableTool], names: Sequence[str]) -> Iterable[str]:
     """Run a command and return the lines to print."""
     command, _, rest = line.partition(" ")
-    name, parts = rest.strip(), rest.split("|")
+    name, parts = rest.strip(), rest.split("|", 2)
     if command == "/help" and not name:
         return [HELP]
     if command == "/who" and not name:
@@ -82,9 +82,7 @@ def _obey(line: str, tools: Sequence[EditableTool], names: Sequence[str]) -> Ite
     if not tools:
         raise InputError("this model is in-weight and asks no database: there is nothing to look up or to change")
     if command == "/set":
-        # Names and values may hold bars: split at the first attribute that exists between bars.
-        i = next((i for i, part in enumerate(parts[1:-1], 1) if part.strip() in tools[0].attributes), 1)
-        name, attribute, value = ("|".join(some).strip() for some in (parts[:i], parts[i : i + 1], parts[i + 1 :]))
+        name, attribute, value = map(str.strip, parts)
         database, *others = (tool.path for tool in tools)
         old = change_fact(database, name, attribute, value, *others)
         return [f"{attribute} of {name}: {old} -> {value}"]
