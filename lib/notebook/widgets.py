@@ -22,7 +22,6 @@ from lib.figures.record import FIGURES
 from lib.figures.style import alt_text
 from lib.progress import is_watched
 
-_VIEW = "application/vnd.jupyter.widget-view+json"
 #: Hides the output above the one that holds a live widget.
 _HIDE = "<style>.jp-OutputArea-child:has(+ .jp-OutputArea-child .itl-live) { display: none }</style>"
 
@@ -37,8 +36,7 @@ def show(widget: ipywidgets.Widget, still: Any) -> None:
     if is_watched():
         live = ipywidgets.VBox([ipywidgets.HTML(_HIDE), widget])
         live.add_class("itl-live")
-        view = {"version_major": 2, "version_minor": 0, "model_id": live.model_id}
-        display({_VIEW: view, "text/plain": "Run this cell in JupyterLab to use it."}, raw=True)
+        display(live)
 
 
 def explore(draw: Callable[..., Figure], **controls: ipywidgets.Widget) -> None:

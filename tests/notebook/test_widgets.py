@@ -21,17 +21,11 @@ from lib.notebook import widgets
 
 @pytest.fixture
 def shown(monkeypatch) -> list:
-    """What is displayed where somebody watches, in its order: objects, and raw bundles as dictionaries."""
+    """What is displayed where somebody watches, in its order."""
     displayed = []
-    monkeypatch.setattr(widgets, "display", lambda thing, raw=False: displayed.append(thing))
+    monkeypatch.setattr(widgets, "display", displayed.append)
     monkeypatch.setattr(widgets, "is_watched", lambda: True)
     return displayed
-
-
-def window(bundle: dict) -> ipywidgets.VBox:
-    """The live widget of a bundle."""
-    model = bundle["application/vnd.jupyter.widget-view+json"]["model_id"]
-    return ipywidgets.widgets.widget._instances[model]
 
 
 def alt(window) -> str:
@@ -50,9 +44,9 @@ def test_the_smallest_model_is_the_first_that_has_room(bits, bits_per_parameter)
 
 def test_who_does_not_watch_gets_the_picture_alone(shown, monkeypatch):
     widgets.show(ipywidgets.HTML("live"), "still")
-    still, bundle = shown
-    assert still == "still" and bundle["text/plain"]
-    assert "itl-live" in window(bundle)._dom_classes and window(bundle).children[1].value == "live"
+    still, window = shown
+    assert still == "still"
+    assert "itl-live" in window._dom_classes and window.children[1].value == "live"
 
     monkeypatch.setattr(widgets, "is_watched", lambda: False)
     widgets.show(ipywidgets.HTML("live"), "still")
@@ -67,22 +61,22 @@ def test_a_figure_follows_its_controls_and_none_stays_open(shown):
 
     control = ipywidgets.IntSlider(value=3)
     widgets.explore(draw, n=control)
-    still, bundle = shown
+    still, window = shown
     assert still.axes[0].get_xlabel() == '"3" < 9'
-    assert alt(window(bundle)) == "Figure: &quot;3&quot; &lt; 9."
+    assert alt(window) == "Figure: &quot;3&quot; &lt; 9."
     control.value = 5
-    assert alt(window(bundle)) == "Figure: &quot;5&quot; &lt; 9."
+    assert alt(window) == "Figure: &quot;5&quot; &lt; 9."
     assert plt.get_fignums() == []
 
 
 def test_capacity_can_be_explored(shown):
     widgets.explore_capacity("quick")
-    facts, bits, _ = window(shown[1]).children[1].children
+    facts, bits, _ = shown[1].children[1].children
     facts.value, bits.value = 65_536, 4.0
     # 16,384 people of log2(17,136 * 7 * 213 * 100) bits; 128,003 parameters of 4 bits would hold them.
-    assert "65,536 facts, 512,011 bits: the smallest model is d = 56 (129,752 parameters)" in alt(window(shown[1]))
+    assert "65,536 facts, 512,011 bits: the smallest model is d = 56 (129,752 parameters)" in alt(shown[1])
     bits.value = 0.25
-    assert "no model is large enough" in alt(window(shown[1]))
+    assert "no model is large enough" in alt(shown[1])
 
 
 def test_correlation_can_be_explored(shown, monkeypatch):
@@ -90,13 +84,11 @@ def test_correlation_can_be_explored(shown, monkeypatch):
     figure = record.FIGURES["compressibility"]._replace(published=lambda: few)
     monkeypatch.setitem(record.FIGURES, "compressibility", figure)
     widgets.explore_correlation("quick")
-    facts, alpha, bits, _ = window(shown[1]).children[1].children
+    facts, alpha, bits, _ = shown[1].children[1].children
     assert (facts.value, bits.value) == (4000, 2)
     alpha.value = 0.75
     entropy = entropy_bits_per_person(1000, alpha=0.75, law=RELEASED)
-    assert f"4,000 facts, alpha = 0.75: {entropy:.1f} bits a person, {1000 * entropy:,.0f} bits: " in alt(
-        window(shown[1])
-    )
+    assert f"4,000 facts, alpha = 0.75: {entropy:.1f} bits a person, {1000 * entropy:,.0f} bits: " in alt(shown[1])
 
 
 def test_a_threshold_that_the_paper_does_not_count_is_refused(shown):
