@@ -55,8 +55,7 @@ def find(name: str | Path) -> Path:
     matches = [p for p in known if p.stem == name] or [p for p in known if p.stem.startswith(f"{name}_")]
     if len(matches) == 1:
         return matches[0]
-    problem = "is the start of several notebooks" if matches else "is not a notebook"
-    raise InputError(f"{name!r} {problem}: choose one of {', '.join(p.stem for p in matches or known)}")
+    raise InputError(f"{name!r} is not a notebook: choose one of {', '.join(p.stem for p in matches or known)}")
 
 
 def parameters(path: Path) -> dict[str, type]:
