@@ -27,8 +27,6 @@ _COLUMNS = "display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap
 _WINDOW = "display: flex; flex-direction: column-reverse; max-height: 32em; overflow-y: auto"
 #: The browser sends the Enter key, and then the text: how long to wait for it.
 ENTER_SECONDS = 0.2
-#: Attributes with more values than this, birth dates, get no suggestions.
-_MAX_SUGGESTED = 300
 
 
 def labels(turns: Sequence[Turn]) -> list[str]:
@@ -119,10 +117,9 @@ class Chat:
             log.value, told.value = f'<div tabindex="0" style="{_WINDOW}">{self.html()}</div>', sentence
 
         def choose(_=None) -> None:
-            now, suggested = self.tool.facts(name.value)[attribute.value], VALUES.get(attribute.value, ())
             text.value = question(name.value, attribute.value)
-            value.value, value.placeholder = "", f"now: {now}"
-            value.options = sorted(suggested) if len(suggested) <= _MAX_SUGGESTED else ()
+            value.value, value.placeholder = "", f"now: {self.tool.facts(name.value)[attribute.value]}"
+            value.options = sorted(VALUES.get(attribute.value, ()))[:300]  # all but birth dates, which are thousands
 
         def do_ask(_=None) -> None:
             if text.value.strip():
