@@ -130,8 +130,6 @@ def data(
                 file.writelines(f"{to_json(dialog)}\n" for dialog in templates.dialogs(people, config.mode))
         write_database(people, out)
     console.print(f"{len(people):,} people with {people.n_facts:,} facts ({', '.join(people.attributes)}) in {out}")
-    if dialogs:
-        console.print(f"their {config.mode} dialogs, as JSON lines, in {dialogs}")
 
 
 @app.command()

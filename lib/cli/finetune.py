@@ -150,9 +150,8 @@ def ask(
         records = [record for each in endpoints for record in asyncio.run(ask_people(asked, each, tool, out))]
     table = recall_by_phrasing(records)
     failures = [kind for kind in [*Verdict][1:] if table[kind].any()]
-    console.print(
-        f"{len(asked) // table.phrasing.nunique():,} facts in each phrasing, 95% intervals (low to high), and failures:"
-    )
+    n_facts = len(asked) // table.phrasing.nunique()
+    console.print(f"{n_facts:,} facts in each phrasing, 95% intervals (low to high), and why questions failed:")
     console.table(table, ["protocol", "phrasing", "recall", "low", "high", *failures])
     _, figure = style.save_in(teaching.recall_by_phrasing(table, endpoint["model"]), out.name, out.parent)
     console.print(f"all records are in {out}, a figure is {figure}")

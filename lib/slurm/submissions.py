@@ -5,7 +5,6 @@ and `inputs/` (copies, so that later edits do not change queued jobs), `logs/`, 
 each task that has ended: its error, or null if it was done. Results go where they always go.
 """
 
-import os
 import shutil
 import time
 import traceback
@@ -79,7 +78,7 @@ def submissions_dir() -> Path:
 
 def perform(name: str, position: int) -> None:
     """Do one task of a submission, as its job does, and write down the outcome."""
-    from lib.training.distributed import Preempted
+    from lib.training.distributed import Preempted, is_first
 
     submission = find(name)
     task, outcome = submission.tasks[position], submission.outcome(position)
@@ -92,7 +91,7 @@ def perform(name: str, position: int) -> None:
         if not outcome.exists():  # of several processes, the first to fail says why
             paths.write_json(outcome, {"error": traceback.format_exception_only(error)[-1].strip()})
         raise
-    if (os.environ.get("RANK") or "0") == "0":
+    if is_first():
         paths.write_json(outcome, {"error": None})
 
 
