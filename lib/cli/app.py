@@ -1,5 +1,7 @@
 """`itl`: a thin wrapper of the library. Bad input ends in one sentence and exit code 2, failed work in exit code 1."""
 
+import asyncio
+import logging
 import os
 import re
 import signal
@@ -19,8 +21,7 @@ from rich.text import Text
 from lib import paths
 from lib.base import InputError, WorkError, printable, to_json
 from lib.cli import finetune, options, slurm
-from lib.cli.options import ENDS, Device, ProfileOption, Section, console, takes
-from lib.cli.serve import serve
+from lib.cli.options import ENDS, Device, ProfileOption, Section, Terminal, console, takes
 from lib.experiments.rows import OWN
 
 app = typer.Typer(
@@ -375,7 +376,37 @@ def book(out: Annotated[Path | None, typer.Option(help="folder to write (default
     console.print(f"the book: {site.build(out)}")
 
 
-for command in (finetune.bases, finetune.fetch, finetune.finetune, finetune.trivia, finetune.ask, serve):
+@app.command()
+def serve(
+    file: Annotated[Path, typer.Argument(help="SQLite database of people, or a CSV file (.csv)")],
+    http: Annotated[bool, typer.Option("--http", help="HTTP on this machine alone (default: stdin, stdout)")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="of --http; 0 is any free one")] = 8000,
+) -> None:
+    """Let assistants look people up, over the Model Context Protocol (MCP; extra `serve`)."""
+    from lib.agent import server
+    from lib.facts.database import as_database
+
+    with ExitStack() as stack:
+
+        def leave(*_) -> None:
+            stack.close()
+            os._exit(0)  # a thread is blocked on stdin, and Python would wait for it
+
+        for number in (signal.SIGINT, *ENDS):
+            stack.callback(signal.signal, number, signal.signal(number, leave))
+        offered = server.people_server(stack.enter_context(as_database(file)))
+        if http:
+            listening = stack.enter_context(server.listen(port))
+            work, where = server.http(offered, listening), f"http://{server.HOST}:{listening.getsockname()[1]}/mcp"
+        else:
+            work, where = server.stdio(offered), "stdin and stdout"
+        told = Terminal(stderr=True, highlight=False, soft_wrap=True, markup=False)  # stdout carries the protocol
+        told.print(f"serving {file} at {where}; Ctrl-C ends it")
+        logging.disable()  # the packages log what clients say
+        asyncio.run(work)
+
+
+for command in (finetune.bases, finetune.fetch, finetune.finetune, finetune.trivia, finetune.ask):
     app.command()(command)
 
 # On Slurm -------------------------------------------------------------------------------------------------------------
