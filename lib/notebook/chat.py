@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from html import escape
-from itertools import zip_longest
 from pathlib import Path
 
 import ipywidgets
@@ -29,25 +28,22 @@ _WINDOW = "display: flex; flex-direction: column-reverse; max-height: 32em; over
 ENTER_SECONDS = 0.2
 
 
-def labels(turns: Sequence[Turn]) -> list[str]:
-    """Return the kind of each turn of a dialog, a key of `COLORS`; a turn before the database's is a tool call."""
-    kinds = {Role.USER: "question", Role.DATABASE: "database"}
-    followers = [turn.role for turn in turns[1:]]
-    return [
-        kinds.get(turn.role, "tool call" if follower == Role.DATABASE else "reply")
-        for turn, follower in zip_longest(turns, followers)
-    ]
+def label(turn: Turn) -> str:
+    """Return the kind of a turn, a key of `COLORS`; a backtick opens a request to the database."""
+    if turn.role == Role.ASSISTANT:
+        return "tool call" if "`" in turn.text else "reply"
+    return {Role.USER: "question", Role.DATABASE: "database"}[turn.role]
 
 
 def transcript(turns: Sequence[Turn]) -> str:
     """Return a dialog as HTML: each turn with its label, in the label's color."""
-    return "".join(_told(label, turn.text) for label, turn in zip(labels(turns), turns, strict=True))
+    return "".join(_told(label(turn), turn.text) for turn in turns)
 
 
-def _told(label: str, text: str) -> str:
-    color = COLORS[label]
+def _told(kind: str, text: str) -> str:
+    color = COLORS[kind]
     return (
-        f'<div style="{_BOX.format(color)}"><b style="{_LABEL.format(color)}">{label}</b>'
+        f'<div style="{_BOX.format(color)}"><b style="{_LABEL.format(color)}">{kind}</b>'
         f'<span style="{_TEXT}">{escape(text)}</span></div>'
     )
 

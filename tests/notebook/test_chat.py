@@ -151,24 +151,23 @@ def test_what_a_sql_tool_refuses_an_editable_one_refuses(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "roles, expected",
+    "turn, expected",
     [
-        ([Role.USER, Role.ASSISTANT], "question, reply"),
-        ([Role.USER, Role.ASSISTANT, Role.DATABASE, Role.ASSISTANT], "question, tool call, database, reply"),
-        ([Role.USER, Role.ASSISTANT, Role.DATABASE], "question, tool call, database"),
-        ([Role.USER], "question"),
-        ([], ""),
+        (Turn(Role.USER, "Who?"), "question"),
+        (Turn(Role.ASSISTANT, tool_call("Ann Lee", "birth_place")), "tool call"),
+        (Turn(Role.DATABASE, "Japan"), "database"),
+        (Turn(Role.ASSISTANT, "Ann Lee was born in Japan."), "reply"),
     ],
 )
-def test_a_turn_is_called_what_it_is(roles, expected):
-    assert ", ".join(chat.labels([Turn(role, "x") for role in roles])) == expected
+def test_a_turn_is_called_what_it_is(turn, expected):
+    assert chat.label(turn) == expected
 
 
 @given(st.lists(st.tuples(st.sampled_from(list(Role)), line).map(lambda pair: Turn(*pair)), max_size=4))
 def test_a_transcript_holds_every_word_and_its_label_and_no_markup_of_its_own(turns):
     page = BeautifulSoup(chat.transcript(turns), "html.parser")
     assert [span.text for span in page("span")] == [turn.text for turn in turns]
-    assert [label.text for label in page("b")] == chat.labels(turns)
+    assert [label.text for label in page("b")] == [chat.label(turn) for turn in turns]
     assert {tag.name for tag in page.find_all(True)} <= {"div", "b", "span"}
 
 
