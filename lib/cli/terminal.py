@@ -8,12 +8,12 @@ from rich.console import Console
 
 from lib.agent.tools import EditableTool
 from lib.base import InputError
-from lib.dialogs.templates import Role, question
+from lib.dialogs.templates import Role
 from lib.facts.database import change_fact
 from lib.training.saved import Conversation
 
 HELP = """\
-/who                            people to ask about
+/who                            people to ask about, of whom the last were unseen in training
 /who NAME                       what the database says about somebody
 /set NAME | ATTRIBUTE | VALUE   change a fact, in a copy of the database that lasts as long as this conversation
 /help                           this list
@@ -52,11 +52,8 @@ def converse(console: Console, talks: Sequence[Conversation], read: Callable[[],
     for tool in tools:
         if tool.attributes == unseen.attributes:
             tool.add(unseen)
-    hints = [f"Ask about a person, {talks[0].example!r} say."]
-    if len(unseen):
-        name, attribute, _ = next(unseen.facts())
-        hints.append(f"{question(name, attribute)!r} is about somebody unseen in training.")
-    console.print(*hints, "/help lists commands. An empty line ends the conversation.")
+    hint = f"Ask about a person, {talks[0].example!r} say."
+    console.print(hint, "/help lists commands. An empty line ends the conversation.")
     names = [*talks[0].people.names[:3], *unseen.names]
     while line := read():
         try:
