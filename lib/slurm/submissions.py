@@ -85,10 +85,8 @@ def perform(name: str, position: int) -> None:
     try:
         with chdir(submission.current):
             tasks.do(submission.kind, submission.copies, task.arguments)
-    except Preempted:
-        raise
     except Exception as error:
-        if not outcome.exists():  # of several processes, the first to fail says why
+        if not isinstance(error, Preempted) and not outcome.exists():  # the first of several processes says why
             paths.write_json(outcome, {"error": traceback.format_exception_only(error)[-1].strip()})
         raise
     if is_first():
