@@ -406,13 +406,9 @@ def serve(
         asyncio.run(work)
 
 
-for command in (finetune.bases, finetune.fetch, finetune.finetune, finetune.trivia, finetune.ask):
-    app.command()(command)
-
-# On Slurm -------------------------------------------------------------------------------------------------------------
-
 app.add_typer(slurm.submit, name="submit")
-for command in (slurm.status, slurm.cancel, slurm.retry):
+pretrained = finetune.bases, finetune.fetch, finetune.finetune, finetune.trivia, finetune.ask
+for command in (*pretrained, slurm.status, slurm.cancel, slurm.retry):
     app.command()(command)
 
 

@@ -23,9 +23,7 @@ def _finetune_config(given: dict[str, Any]):
 FINETUNE: Group = (
     _finetune_config,
     {
-        "model": Option(
-            str, f"a name that `itl bases` lists, a folder, or a name on the hub (default: {MODEL})", "base"
-        ),
+        "model": Option(str, f"a name in `itl bases`, a folder, or a name on the hub (default: {MODEL})", "base"),
         "mode": Option(str, "in-weight, in-tool, or in-tool-text (no native tool calls)"),
         "facts": Option(int, "how many facts, four a person", "n_facts"),
         "lora_rank": Option(int, "train adapters of this rank (default: all weights)"),
@@ -84,18 +82,12 @@ def finetune(config, out: Out = None, device: Device = "auto") -> None:
 @takes(endpoint=ENDPOINT)
 def trivia(
     endpoint,
-    protocol: Annotated[
-        list[str] | None, typer.Option(help="closed-book, text, tools; may be repeated (default: all)")
-    ] = None,
-    source: Annotated[
-        str, typer.Option(help="trivia (shipped), hub (TriviaQA), or a file of its records as JSON lines")
-    ] = "trivia",
+    protocol: Annotated[list[str] | None, typer.Option(help="closed-book, text, tools; repeatable; or all")] = None,
+    source: Annotated[str, typer.Option(help="trivia (shipped), hub (TriviaQA), or a file like it")] = "trivia",
     split: Annotated[Literal["train", "validation"] | None, typer.Option(help="(default: all)")] = None,
     limit: Annotated[int | None, typer.Option(min=1, max=10**9, help="ask only the first N questions")] = None,
     api_key: ApiKey = "none",
-    out: Annotated[
-        Path | None, typer.Option(help="JSON lines, one a question (default: runs/trivia/records.jsonl)")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON lines (default: runs/trivia/records.jsonl)")] = None,
 ) -> None:
     """Ask a chat model behind a server general-knowledge questions, without a tool and with one that looks up answers.
 

@@ -59,11 +59,10 @@ def takes(**groups: Group) -> Callable[[Callable], Callable]:
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
         def wrapper(**given):
-            made = {}
             for name, (make, options) in groups.items():
                 values = {option.field or key: given.pop(key) for key, option in options.items()}
-                made[name] = make({field: value for field, value in values.items() if value is not None})
-            return command(**given, **made)
+                given[name] = make({field: value for field, value in values.items() if value is not None})
+            return command(**given)
 
         parameters = [p for p in inspect.signature(command).parameters.values() if p.name not in groups]
         for _, options in groups.values():
@@ -130,18 +129,13 @@ RUN: Group = (
         "d_model": Option(int, "width of the model", "model.d_model"),
         "seed": Option(int, "of the people, the initialization and the data order"),
         "csv": Option(str, "take the people of this CSV file instead", "facts.csv"),
+        "alpha": Option(float, "correlation within families, 0 to 1", "facts.alpha"),
         "config": Option(Path, "JSON file to start from"),
         "set": SET,
     },
 )
 #: The part of it that `itl data` needs.
-DATA: Group = (
-    _run_config,
-    {
-        **{name: RUN[1][name] for name in ("mode", "people", "seed", "csv")},
-        "alpha": Option(float, "correlation within families, 0 to 1", "facts.alpha"),
-    },
-)
+DATA: Group = _run_config, {name: RUN[1][name] for name in ("mode", "people", "seed", "csv", "alpha")}
 #: Extra logging of a run.
 OBSERVERS: Group = Observers.parse, options_of(Observers)
 #: How a run is trained; `lib.training.run.run` takes these.
