@@ -27,8 +27,6 @@ NO_SLURM = (
     "Slurm is not installed here (there is no sbatch): leave out the word submit, then itl train, itl sweep --jobs N "
     "and itl notebooks do the same on this machine"
 )
-#: How often a job is requeued at its time limit.
-MAX_TIMEOUTS = 100
 
 
 class Job(Checkpointable):
@@ -68,7 +66,7 @@ def executor(
     variables = [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
     if any("\n" in str(text) for text in (folder, Path.cwd(), name, *resources.model_dump().values())):
         raise InputError("a line break in a name or an option would end a line of the job's script: leave it out")
-    made = submitit.SlurmExecutor(folder, max_num_timeout=MAX_TIMEOUTS)
+    made = submitit.SlurmExecutor(folder, max_num_timeout=100)  # requeued so often at the time limit
     made.update_parameters(
         **resources.model_dump(exclude={"time", "cpus", "gpus"}),
         job_name=name,
