@@ -82,7 +82,7 @@ def finetune(config, out: Out = None, device: Device = "auto") -> None:
 @takes(endpoint=ENDPOINT)
 def trivia(
     endpoint,
-    protocol: Annotated[list[str] | None, typer.Option(help="closed-book, text, tools; repeatable; or all")] = None,
+    protocol: Annotated[list[str] | None, typer.Option(help="closed-book, text, tools (default: all)")] = None,
     source: Annotated[str, typer.Option(help="trivia (shipped), hub (TriviaQA), or a file like it")] = "trivia",
     split: Annotated[Literal["train", "validation"] | None, typer.Option(help="(default: all)")] = None,
     limit: Annotated[int | None, typer.Option(min=1, max=10**9, help="ask only the first N questions")] = None,
