@@ -69,7 +69,7 @@ def converse(console: Console, talks: Sequence[Conversation], read: Callable[[],
 def _obey(line: str, tools: Sequence[EditableTool], names: Sequence[str]) -> Iterable[str]:
     """Run a command and return the lines to print."""
     command, _, rest = line.partition(" ")
-    name, parts = rest.strip(), rest.split("|", 2)
+    name, parts = rest.strip(), rest.split("|")
     if command == "/help" and not name:
         return [HELP]
     if command == "/who" and not name:
@@ -79,7 +79,9 @@ def _obey(line: str, tools: Sequence[EditableTool], names: Sequence[str]) -> Ite
     if not tools:
         raise InputError("this model is in-weight and asks no database: there is nothing to look up or to change")
     if command == "/set":
-        name, attribute, value = map(str.strip, parts)
+        # Names and values may hold bars: split at the first attribute that exists between bars.
+        i = next((i for i, part in enumerate(parts[1:-1], 1) if part.strip() in tools[0].attributes), 1)
+        name, attribute, value = ("|".join(some).strip() for some in (parts[:i], parts[i : i + 1], parts[i + 1 :]))
         database, *others = (tool.path for tool in tools)
         old = change_fact(database, name, attribute, value, *others)
         return [f"{attribute} of {name}: {old} -> {value}"]

@@ -315,12 +315,13 @@ def test_a_wrong_command_is_told_and_the_conversation_goes_on():
     assert "asks no database" in converse(f"/set {KNOWN} | birth_place | Kenya", runs=[IN_WEIGHT])
 
 
-def test_values_may_hold_the_bars_that_a_command_has(tmp_path):
-    write_database(People(["Ann"], {"pet": ["cat"], "city": ["Oslo"]}), tmp_path / "bars.db")
-    lines = ["/set Ann | pet | x | y", "/who Ann", "/set Ann | age | 3"]
+def test_names_and_values_may_hold_the_bars_that_a_command_has(tmp_path):
+    write_database(People(["A|B", "pet | C"], {"pet": ["cat", "dog"], "city": ["Oslo", "Rome"]}), tmp_path / "bars.db")
+    lines = ["/set A|B | pet | x | y", "/who A|B", "/set pet | C | city | Bern", "/who pet | C", "/set A|B | age | 3"]
     said = converse(*lines, runs=[IN_TOOL], database=tmp_path / "bars.db").splitlines()[1:]
-    assert said[:3] == ["pet of Ann: cat -> x | y", "pet: x | y", "city: Oslo"]
-    assert said[3].startswith("unknown attribute 'age'")
+    assert said[:3] == ["pet of A|B: cat -> x | y", "pet: x | y", "city: Oslo"]
+    assert said[3:6] == ["city of pet | C: Rome -> Bern", "pet: dog", "city: Bern"]
+    assert said[6].startswith("unknown attribute 'B'")
 
 
 def test_what_one_of_two_databases_refuses_is_changed_in_neither():
