@@ -10,7 +10,7 @@ from reprlib import repr as brief  # inputs may be long, or deeply nested
 from types import ModuleType
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
 
 
 class InputError(ValueError):
@@ -65,6 +65,22 @@ def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object of unique keys, for the `object_pairs_hook` of Python's JSON reader."""
     check_unique(key for key, _ in pairs)
     return dict(pairs)
+
+
+def check_known(kind: str, name: Any, known: Iterable, of: str = "") -> None:
+    """Raise `InputError` unless a name is `known`; it lists those that are."""
+    if name not in (names := [*known]):
+        raise InputError(f"unknown {kind} {name!r}{of}: there are {', '.join(map(str, names)) or 'none'}")
+
+
+def parse_line(kind: TypeAdapter, line: bytes, number: int, accepted: str) -> Any:
+    """Return what a line of JSON holds; a ValueError says which line, why not, and what is `accepted`."""
+    try:
+        return kind.validate_json(line)
+    except ValidationError as error:
+        (problem, *_) = error.errors()
+        place = "".join(f"[{index}]" for index in problem["loc"])
+        raise ValueError(f"line {number}: {place} {problem['msg']}: {accepted}") from None
 
 
 def printable(text: str) -> str:

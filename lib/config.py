@@ -18,7 +18,7 @@ from lib.base import Config, Identified, InputError, unique_fields
 from lib.dialogs.templates import QuestionMode
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.facts.people import ATTRIBUTES, MAX_PEOPLE, RELEASED, FactsConfig
-from lib.paths import LARGEST_TEXT, read_bytes, read_json
+from lib.paths import LARGEST_TEXT, read_bytes, read_json, reading
 
 
 class ModelConfig(Config):
@@ -39,13 +39,10 @@ class ModelConfig(Config):
     def _heads_fit(self):
         if self.d_model % (2 * self.n_heads):
             raise ValueError(
-                f"model.d_model = {self.d_model} does not split into n_heads = {self.n_heads} heads of an even size: "
-                f"give a multiple of {2 * self.n_heads}"
+                f"model.d_model = {self.d_model} with n_heads = {self.n_heads}: give a multiple of {2 * self.n_heads}"
             )
         if self.n_heads % self.kv_heads:
-            raise ValueError(
-                f"model.n_kv_heads = {self.kv_heads} does not divide n_heads = {self.n_heads}: give one of its divisors"
-            )
+            raise ValueError(f"model.n_kv_heads = {self.kv_heads}: give a divisor of n_heads = {self.n_heads}")
         return self
 
     @property
@@ -122,9 +119,7 @@ class TrainingConfig(Config):
     def _something_is_left_for_questions(self) -> Self:
         others = self.biographies + sum(self.files.values())
         if others >= 1:
-            raise ValueError(
-                f"training.files and training.biographies take {others:g} of the dialogs, which must be less than 1"
-            )
+            raise ValueError(f"training.files and training.biographies take {others:g} of the dialogs, not less than 1")
         return self
 
     @property
@@ -172,26 +167,14 @@ class RunConfig(Identified):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
-    def _tokens_fit(self) -> Self:
-        if self.tokenizer == "bytes" and self.model.vocab_size < ByteTokenizer().vocab_size:
-            raise ValueError(
-                f"model.vocab_size = {self.model.vocab_size} is too small for bytes and special tokens: "
-                f"give at least {ByteTokenizer().vocab_size}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _unseen_people_exist(self) -> Self:
-        unseen = self.evaluation.unseen_people
+    def _tokens_and_people_suffice(self) -> Self:
+        size, unseen, least = self.model.vocab_size, self.evaluation.unseen_people, ByteTokenizer().vocab_size
+        if self.tokenizer == "bytes" and size < least:
+            raise ValueError(f"model.vocab_size = {size} for bytes and special tokens: give at least {least}")
         if unseen and self.facts.csv is not None:
-            raise ValueError(
-                "evaluation.unseen_people must be 0 where facts.csv gives the people: nobody else is known"
-            )
-        if self.facts.n_people + unseen > MAX_PEOPLE:
-            raise ValueError(
-                f"facts.n_people + evaluation.unseen_people = {self.facts.n_people + unseen:,}: "
-                f"there are {MAX_PEOPLE:,} names"
-            )
+            raise ValueError("evaluation.unseen_people must be 0 where facts.csv gives the people")
+        if (n := self.facts.n_people + unseen) > MAX_PEOPLE:
+            raise ValueError(f"facts.n_people + evaluation.unseen_people = {n:,}: there are {MAX_PEOPLE:,} names")
         return self
 
     @property
@@ -216,10 +199,8 @@ class RunConfig(Identified):
 
 def read_config(path: Path) -> RunConfig:
     """Return the configuration in a JSON file; an `InputError` names the file."""
-    try:
+    with reading(f"the configuration {path}, a file of JSON"):
         values = json.loads(read_bytes(path, LARGEST_TEXT), object_pairs_hook=unique_fields)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read the configuration {path}, a file of JSON: {error}") from None
     return RunConfig.parse(values)
 
 

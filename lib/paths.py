@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lib.base import DamagedFile, InputError, WorkError, printable, to_json
+from lib.base import DamagedFile, InputError, WorkError, check_known, printable, to_json
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -52,8 +53,7 @@ def runs() -> Path:
 
 def profile_dir(profile: str) -> Path:
     """runs/<profile>: the working folder of one profile. An unknown profile is an `InputError`."""
-    if profile not in PROFILES:
-        raise InputError(f"unknown profile {profile!r}: it is one of {', '.join(PROFILES)}")
+    check_known("profile", profile, PROFILES)
     return runs() / profile
 
 
@@ -143,6 +143,15 @@ def read_bytes(path: str | Path, largest: int = LARGEST_JSON) -> bytes:
         if len(content := file.read(largest + 1)) > largest:
             raise ValueError(f"it is larger than {largest >> 20} MB")
     return content
+
+
+@contextmanager
+def reading(what: str, *others: type[Exception]) -> Iterator[None]:
+    """Turn errors of the system, of parsers and `others` into an `InputError`: `what` cannot be read, and why."""
+    try:
+        yield
+    except (OSError, ValueError, RecursionError, *others) as error:
+        raise InputError(f"cannot read {what}: {shorten(str(error), 1_000) or type(error).__name__}") from None
 
 
 def read_json(path: Path, kind: type = dict, fields: Iterable[str] = (), check: Callable[[Any], Any] = id) -> Any:

@@ -127,7 +127,7 @@ def nested(depth: int) -> list:
         ({"facts": {"n_people": -1}}, ["facts.n_people", "greater than or equal to 1", "-1"]),
         ({"facts": {"alpha": 0.5, "csv": "a.csv"}}, ["facts.alpha", "must be 0", "facts.csv"]),
         ({"model": {"d_model": 10, "n_heads": 4}}, ["model.d_model = 10", "n_heads = 4", "multiple of 8"]),
-        ({"model": {"n_heads": 4, "n_kv_heads": 3}}, ["model.n_kv_heads = 3", "n_heads = 4", "divisors"]),
+        ({"model": {"n_heads": 4, "n_kv_heads": 3}}, ["model.n_kv_heads = 3", "n_heads = 4", "a divisor"]),
         ({"model": {"vocab_size": 100}}, ["model.vocab_size = 100", "at least 260"]),
         ({"mode": "both"}, ["mode", "'in-weight' or 'in-tool'", "'both'"]),
         ({"seed": 2**63}, ["seed", "less than", str(2**63)]),

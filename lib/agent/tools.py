@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from lib.base import InputError, optional
+from lib.base import check_known, optional
 from lib.dialogs.chains import chain_dialog
 from lib.dialogs.request import fenced_line, parse_request
 from lib.facts import database
@@ -83,8 +83,8 @@ class SqlTool(PeopleTool, AbstractContextManager):
         with ExitStack() as stack, refusing("read people from", path):
             self.connection = stack.enter_context(closing(connect_read_only(path, time_budget)))
             self.attributes = tuple(database.attribute_columns(self.connection))
-            if unknown := [attribute for attribute in attributes if attribute not in self.attributes]:
-                raise InputError(f"unknown attribute {unknown[0]!r}: {path} has {', '.join(self.attributes)}")
+            for attribute in attributes:
+                check_known("attribute", attribute, self.attributes, f" of {path}")
             stack.pop_all()
         # Qualified, because SQLite reads a quoted name that is not a column as a string.
         self._queries = {a: f"SELECT people.{quoted(a)} FROM people WHERE people.name = ?" for a in self.attributes}

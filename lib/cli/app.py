@@ -38,7 +38,7 @@ LONGEST = 1_500
 #: Errors that a user, a file, a disk or a server can cause.
 FORESEEABLE = (InputError, WorkError, OSError, MemoryError, sqlite3.Error, UnicodeError, typer.TyperException)
 #: Messages of libraries, in errors of other types, when memory is short (group 1) or a write fails.
-LIBRARIES = re.compile(r"(failed to map segment|allocate memory)|\(os error \d+\)|PytorchStreamWriter|inline_container")
+LIBRARIES = re.compile(r"(map segment|(out of|allocate) memory)|\(os error \d+\)|PytorchStreamWriter|inline_container")
 
 
 def main() -> None:
@@ -62,8 +62,8 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("ITL_DEBUG") or not (isinstance(error, FORESEEABLE) or LIBRARIES.search(str(error))):
             raise
-        later_rank = re.fullmatch("0*[1-9][0-9]*", os.environ.get("RANK", ""))
-        if not later_rank or not isinstance(error, InputError):  # of bad input, only rank 0 reports
+        later_rank = os.environ.get("RANK", "").strip("0").isdecimal()
+        if not (later_rank and isinstance(error, InputError)):  # of bad input, only rank 0 reports
             _say(_sentence(error) + _elsewhere(error))
         code = getattr(error, "exit_code", 1)
     finally:
@@ -89,8 +89,6 @@ def _sentence(error: Exception) -> str:
         return f"the operating system reports an error{about}: {error.strerror}"
     if isinstance(error, MemoryError) or not isinstance(error, FORESEEABLE) and LIBRARIES.search(str(error))[1]:
         return "out of memory: give a smaller model or batch"
-    if isinstance(error, sqlite3.Error):
-        return f"the database cannot be used: {error}"
     return str(error) if isinstance(error, FORESEEABLE) else f"a file could not be written, is the disk full? {error}"
 
 
@@ -172,10 +170,8 @@ def recall(folder: RunFolder, database: Database = None, device: Device = "auto"
             with SqlTool(talk.database, talk.people.attributes) as asked:  # `InputError` if it lacks an attribute
                 changed = 0 if database else sum(asked.find(of, name).text != value for name, of, value in facts)
             if changed:
-                raise InputError(
-                    f"{changed:,} of {len(facts):,} facts in {talk.database} are not those of training: restore it, "
-                    "or give it as --database to ask it as it is"
-                )
+                told = f"{changed:,} of {len(facts):,} facts in {talk.database} are not those of training"
+                raise InputError(f"{told}: restore it, or give it as --database to ask it as it is")
         measured = measure_recall(talk.model, facts, talk.tokenizer, talk.tool, description="asking")
         queries = "" if talk.tool is None else f", {talk.tool.n_queries:,} queries to {talk.database}"
     console.print(f"recall {measured.overall:.4f} on {len(facts):,} questions{queries}")
@@ -233,7 +229,7 @@ def _read_line() -> str:
 def sweep(
     source: options.Source,
     profile: ProfileOption = "quick",
-    jobs: Annotated[int | None, typer.Option(help="runs at a time (default: one a core, or one a GPU)")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, max=1_000, help="runs at a time (default: one a core)")] = None,
     dry_run: Annotated[bool, typer.Option(help="only list what is left to run")] = False,
     facts: Annotated[list[int] | None, typer.Option(help="only runs with N facts; may be repeated (Section 5)")] = None,
     max_hours: Annotated[float, typer.Option(min=0, help="time limit; the same command resumes")] = float("inf"),

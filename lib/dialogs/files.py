@@ -14,14 +14,14 @@ from contextlib import ExitStack
 from copy import copy
 from itertools import accumulate, pairwise, starmap
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 from warnings import catch_warnings, filterwarnings
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter
 
 from lib import paths
-from lib.base import InputError
+from lib.base import InputError, parse_line
 from lib.dialogs.templates import Dialog, Role, Turn
 from lib.dialogs.tokenizers import Tokenizer
 from lib.dialogs.tokens import TokenizedDialogs, send, tokenize
@@ -29,11 +29,19 @@ from lib.dialogs.tokens import TokenizedDialogs, send, tokenize
 #: Change this whenever `encode_dialog` makes other tokens, or their layout on disk changes.
 VERSION = 1
 _BLOCK = 1 << 20  # bytes of a file that are tokenized at once
-_LINE = TypeAdapter(list[tuple[Role, str]])
 _ACCEPTED = (
-    f"a line is one dialog as JSON, [[role, text], ...], where a role is {', '.join(Role)} "
+    f"a line is one dialog as JSON in UTF-8, [[role, text], ...], where a role is {', '.join(Role)} "
     f"and at least one is {Role.ASSISTANT}"
 )
+
+
+def _trains(turns: list[tuple[Role, str]]) -> Dialog:
+    if all(role != Role.ASSISTANT for role, _ in turns):
+        raise ValueError("there is nothing to train on")
+    return list(starmap(Turn, turns))
+
+
+_LINE = TypeAdapter(Annotated[list[tuple[Role, str]], AfterValidator(_trains)])
 
 
 def tokenize_file(path: str | Path, tokenizer: Tokenizer) -> Path:
@@ -42,9 +50,9 @@ def tokenize_file(path: str | Path, tokenizer: Tokenizer) -> Path:
     Memory: some megabytes and the longest line. The folder is complete or absent; a second process waits for the first.
     Raises `InputError` for a file that cannot be read, a line that is no dialog, and a file without dialogs.
     """
-    try:
+    with paths.reading(f"the dialogs of {path}"):
         if not os.path.isfile(path):  # a pipe could not be read twice
-            raise InputError(f"cannot tokenize the dialogs of {path}: there is no such file")
+            raise ValueError("there is no such file")
         with open(path, "rb") as file:
             digest = _digest(file)
             folder = paths.runs() / "tokens" / f"{digest[:32]}-{tokenizer.name}-{VERSION}"
@@ -54,15 +62,13 @@ def tokenize_file(path: str | Path, tokenizer: Tokenizer) -> Path:
                     temporary = folder.with_name(f".{folder.name}.tmp")
                     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
                     try:
-                        _write_tokens(file, path, tokenizer, temporary)
+                        _write_tokens(file, tokenizer, temporary)
                         if _digest(file) != digest:
-                            raise InputError(f"{path} has changed while it was read: give a file that is finished")
+                            raise ValueError("it has changed while it was read: give a file that is finished")
                         temporary.rename(folder)
                     finally:
                         shutil.rmtree(temporary, ignore_errors=True)
         return folder
-    except OSError as error:
-        raise InputError(f"cannot tokenize the dialogs of {path}: {error}") from None
 
 
 def _digest(file: BinaryIO) -> str:
@@ -70,7 +76,7 @@ def _digest(file: BinaryIO) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_tokens(file: BinaryIO, path: str | Path, tokenizer: Tokenizer, folder: Path) -> None:
+def _write_tokens(file: BinaryIO, tokenizer: Tokenizer, folder: Path) -> None:
     """Write one flat file for each field of `TokenizedDialogs`; the suffix is the dtype."""
     n_lines, n_dialogs, n_tokens = 0, 0, 0
     folder.mkdir()
@@ -92,31 +98,16 @@ def _write_tokens(file: BinaryIO, path: str | Path, tokenizer: Tokenizer, folder
             n_lines += text.count(b"\n")
             if not numbered:
                 continue
-            block = tokenize((_parse(line, path, i) for i, line in numbered), tokenizer)
+            block = tokenize((parse_line(_LINE, line, i, _ACCEPTED) for i, line in numbered), tokenizer)
             append("offsets", block.offsets[1:] + n_tokens)
             for name in ("values", "mask", "n_trained", "first"):
                 append(name, getattr(block, name))
             n_dialogs, n_tokens = n_dialogs + len(block), n_tokens + len(block.values)
         if n_dialogs == 0:
-            raise InputError(f"{path} holds no dialog: {_ACCEPTED}")
+            raise ValueError(f"it holds no dialog: {_ACCEPTED}")
         for written in files.values():
             written.flush()
             os.fsync(written.fileno())
-
-
-def _parse(line: bytes, path: str | Path, number: int) -> Dialog:
-    """Return the dialog of one line, or raise an `InputError` that names the line."""
-    try:
-        dialog = list(starmap(Turn, _LINE.validate_json(line)))
-        problem = "there is nothing to train on"
-    except ValidationError as error:
-        dialog, (first, *_) = [], error.errors()
-        place = "".join(f"[{index}]" for index in first["loc"])
-        problem = f"{place} {first['msg'][:1].lower()}{first['msg'][1:]}".strip()
-        problem += ", is it UTF-16?" * (b"\0" in line)
-    if all(role != Role.ASSISTANT for role, _ in dialog):
-        raise InputError(f"{path}, line {number}: {problem}: {_ACCEPTED}")
-    return dialog
 
 
 def open_dialogs(folder: Path) -> TokenizedDialogs:

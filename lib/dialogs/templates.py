@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import Literal, NamedTuple, get_args
 
-from lib.base import InputError
+from lib.base import check_known
 from lib.dialogs.request import format_request
 from lib.facts.people import People
 
@@ -110,4 +110,4 @@ def dialogs(people: People, mode: Mode) -> Iterator[Dialog]:
         for fact in people.facts():
             yield _RENDER[mode](*fact)
     else:
-        raise InputError(f"unknown mode {mode!r} of dialogs: there are {', '.join(get_args(Mode))}")
+        check_known("mode", mode, get_args(Mode), " of dialogs")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lib.base import InputError, optional
 from lib.dialogs.templates import Role
-from lib.paths import read_bytes
+from lib.paths import read_bytes, reading
 
 
 class Tokenizer:
@@ -71,16 +71,11 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if path.suffix not in kinds or not os.path.isfile(path):  # False for a name too long, too
         raise InputError(f"tokenizer = {spec!r} is no tokenizer (nothing is downloaded): {_ACCEPTED}")
     kind, load = kinds[path.suffix]
-    try:
+    with reading(f"the tokenizer {path}", Exception):  # libraries raise plain `Exception`
         content = read_bytes(path)
         tokenizer = Tokenizer(f"{kind}-{hashlib.sha256(content).hexdigest()[:16]}", *load(content))
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a tokenizer that can be used ({error}): {_ACCEPTED}") from None
-    back = tokenizer.decode(tokenizer.encode(_PROBE))
-    if back != _PROBE:
-        raise InputError(f"{path} changes a text, {_PROBE!r} becomes {back!r}: give a byte-level tokenizer")
+        if (back := tokenizer.decode(tokenizer.encode(_PROBE))) != _PROBE:
+            raise ValueError(f"it changes a text, {_PROBE!r} becomes {back!r}: give a byte-level tokenizer")
     return tokenizer
 
 
@@ -92,15 +87,11 @@ def tokenizer_file(spec: str) -> Path:
 def _read_ranks(content: bytes) -> tuple[int, Callable, Callable]:
     """Read lines of `base64 rank`. tiktoken's own reader caches by path, so it would miss a changed file."""
     tiktoken = optional("tiktoken", "scale", "this tokenizer needs the package tiktoken")
-    try:
+    with reading("lines of a token in base64 and its rank"):
         pairs = [line.split() for line in content.splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    except ValueError:
-        raise ValueError("a line is a token in base64 and its rank") from None
-    if sorted(ranks.values()) != list(range(len(pairs))):
-        raise ValueError("ranks count from 0, each once")
-    if missing := {bytes([byte]) for byte in range(256)} - ranks.keys():
-        raise ValueError(f"{len(missing)} of the 256 bytes have no rank")
+    if sorted(ranks.values()) != list(range(len(pairs))) or not {bytes([byte]) for byte in range(256)} <= ranks.keys():
+        raise ValueError("each of the 256 bytes has a rank, and ranks count from 0, each once")
     encoding = tiktoken.Encoding("ranks", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
     return len(ranks), encoding.encode_ordinary, encoding.decode
 
@@ -108,12 +99,9 @@ def _read_ranks(content: bytes) -> tuple[int, Callable, Callable]:
 def _read_hugging_face(content: bytes) -> tuple[int, Callable, Callable]:
     """Read a tokenizer.json, without truncation, padding and BPE dropout."""
     tokenizers = optional("tokenizers", "scale", "this tokenizer needs the package tokenizers")
-    try:
-        description = json.loads(content) | {"truncation": None, "padding": None}
-        description["model"] |= {"dropout": None} if "dropout" in description["model"] else {}
-        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
-    except Exception as error:  # the library raises plain `Exception`
-        raise ValueError(error) from None
+    description = json.loads(content) | {"truncation": None, "padding": None}
+    description["model"] |= {"dropout": None} if "dropout" in description["model"] else {}
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
     tokenizer.encode_special_tokens = True  # encode their text like any other
     return (
         1 + max(tokenizer.get_vocab().values()),

@@ -13,12 +13,12 @@ from typing import Any, Self
 import yaml
 from pydantic import Field, model_validator
 
-from lib.base import Config, InputError, check_unique
+from lib.base import Config, InputError, check_known, check_unique
 from lib.config import EvaluationConfig, ModelConfig, OptimConfig, RunConfig, TrainingConfig, override
 from lib.dialogs.tokenizers import load_tokenizer
 from lib.experiments.search import SIZES, Search
 from lib.facts.people import ATTRIBUTES, LAWS, FactsConfig
-from lib.paths import LARGEST_TEXT, PROFILES, PUBLISHING, read_bytes
+from lib.paths import LARGEST_TEXT, PROFILES, PUBLISHING, read_bytes, reading
 
 PLANS = Path(__file__).parent / "plans"
 
@@ -35,10 +35,8 @@ def searches(source: str, profile: str, tokenizer: str = "bytes") -> list[Search
     grids = _read(path) if is_file(source) or source in _names() else {}
     of_profiles = isinstance(grids, dict) and grids.keys() <= set(PROFILES)
     if of_profiles and profile not in grids:
-        known = ", ".join(f"{name} ({', '.join(_read(PLANS / f'{name}.yaml'))})" for name in _names())
-        raise InputError(
-            f"there is no experiment {source} in the profile {profile}: there are {known}, and your own .yaml files"
-        )
+        known = (f"{name} ({', '.join(_read(PLANS / f'{name}.yaml'))})" for name in _names())
+        check_known("experiment", source, [*known, "your own .yaml files"], f" in the profile {profile}")
     grids = grids[profile] if of_profiles else grids
     try:
         grids = [Grid.parse(grid) for grid in (grids if isinstance(grids, list) else [grids])]
@@ -115,8 +113,8 @@ class Grid(Config):
         varied = {name: value for part in point for name, value in part.items()}
         of_grid = {name: varied.pop(name) for name in Grid.model_fields.keys() & varied.keys()}
         grid = Grid(**self.model_dump() | of_grid)
-        if grid.recipe not in (None, *RECIPES):
-            raise InputError(f"there is no recipe {grid.recipe!r}: there are {', '.join(RECIPES)}")
+        if grid.recipe is not None:
+            check_known("recipe", grid.recipe, RECIPES)
         fields = {}
         for group in (RECIPES.get(grid.recipe, {}), grid.base, varied):
             for name, value in group.items():
@@ -151,8 +149,7 @@ def _fields(name: str, value: Any) -> dict[str, Any]:
     if name == "alpha":
         return {"facts.alpha": value}
     if name == "law":
-        if value not in [*LAWS]:  # may be unhashable
-            raise InputError(f"law = {value!r}: it is one of {', '.join(LAWS)}")
+        check_known("law", value, LAWS)
         return {f"facts.{field}": given for field, given in LAWS[value]._asdict().items()}
     if isinstance(value, dict) and "." not in name:
         return {f"{name}.{field}": given for field, given in value.items()}
@@ -174,10 +171,8 @@ _Loader.add_implicit_resolver(
 
 
 def _read(path: Path) -> Any:
-    try:
+    with reading(f"the plan {path}, a file of YAML", yaml.YAMLError):
         return yaml.load(read_bytes(path, LARGEST_TEXT), _Loader)
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: too many digits
-        raise InputError(f"cannot read the plan {path}, a file of YAML: {error}") from None
 
 
 def _names() -> list[str]:

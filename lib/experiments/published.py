@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from lib import paths
-from lib.base import InputError
+from lib.base import check_known
 from lib.experiments import summaries, tables
 from lib.experiments.rows import TABLES, table_path
 
@@ -43,8 +43,7 @@ def compare(section: str, profile: str) -> pd.DataFrame:
     names, like the released ones. A row per point: the columns that identify it, law and superseded (of our runs),
     ours, ours_std, seeds_reaching_it, seeds, published, ratio. A section without published points is an `InputError`.
     """
-    if section not in _POINTS:
-        raise InputError(f"section {section} has no published points to compare with: there are {', '.join(_POINTS)}")
+    check_known("section with published points", section, _POINTS)
     if section == "05_2":
         about, recall = [*_POINTS[section], "law", "superseded"], f"{PUBLISHED_KIND}_recall"
         rows = tables.described(summaries.generalization_rows(profile)).reindex(columns=[*about, recall])

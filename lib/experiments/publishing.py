@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from lib import paths
-from lib.base import InputError
+from lib.base import InputError, check_known
 from lib.experiments.rows import OWN, table_path
 from lib.experiments.tables import COMPUTED, TABLE_ONLY, read_rows, read_table, stacked
 from lib.provenance import commit
@@ -51,10 +51,8 @@ class Table(NamedTuple):
             return 0
         bad = rows[~rows.commit.fillna("unknown").map(_is_clean)]
         if len(bad):
-            raise InputError(
-                f"{len(bad)} rows were not made by a clean commit (run {bad.run_id.iloc[0]}, commit "
-                f"{bad.commit.iloc[0]}): only rows that can be traced are published, delete these runs and sweep again"
-            )
+            told = f"{len(bad)} rows were not made by a clean commit (run {bad.run_id.iloc[0]}, commit"
+            raise InputError(f"{told} {bad.commit.iloc[0]}) and cannot be traced: delete these runs and sweep again")
         others = known[known.profile != profile]
         self._write(stacked(others, rows))
         return len(others) + len(rows) - len(known)
@@ -76,8 +74,7 @@ class Table(NamedTuple):
         if unknown := set(run_ids) - set(known.run_id):
             raise InputError(f"no row in {self.path} has the run id {', '.join(sorted(unknown))}")
         profiles = known.profile.unique()
-        if profile not in (None, *profiles):
-            raise InputError(f"no row in {self.path} has the profile {profile}: there are {', '.join(profiles)}")
+        check_known("profile", profile or profiles[0], profiles, f" of rows in {self.path}")
         marks = pd.concat(self.read(name) for name in profiles)[["profile", "run_id", "superseded"]]
         known = known.merge(marks.drop_duplicates())
         gone = known.profile.isin([profile] if profile else profiles)

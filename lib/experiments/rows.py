@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lib import paths
-from lib.base import InputError
+from lib.base import check_known
 from lib.config import FINISHED, check_row, read_row
 from lib.dialogs.tokenizers import load_tokenizer
 from lib.experiments.plan import is_file
@@ -35,10 +35,7 @@ def sweep_dir(section: str, profile: str) -> Path:
 
 def table_path(section: str) -> Path:
     """Return where a section's rows are committed: paper_data/<table>.csv. Other experiments are an `InputError`."""
-    if section not in TABLES:
-        raise InputError(
-            f"there is no table for section {section}: there are {', '.join(TABLES)}; other rows stay in runs"
-        )
+    check_known("section with a table", section, TABLES)
     return paths.PAPER_DATA / f"{TABLES[section]}.csv"
 
 
@@ -47,17 +44,17 @@ def text_rows(path: Path, fields: Iterable[str] = ()) -> list[dict[str, str | No
     rows = []
     if not path.exists():
         return rows
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restkey="a cell too many", strict=True)
-            if not {"profile", "run_id"} <= {*(reader.fieldnames or ())}:
-                raise ValueError("it lacks the columns profile and run_id")
-            for cells in reader:
-                rows.append({name: cell or None for name, cell in cells.items()})
+    with (
+        paths.reading(f"the table {path}, which `git checkout` restores", csv.Error),
+        path.open(newline="", encoding="utf-8-sig") as file,
+    ):
+        reader = csv.DictReader(file, restkey="a cell too many", strict=True)
+        if not {"profile", "run_id"} <= {*(reader.fieldnames or ())}:
+            raise ValueError("it lacks the columns profile and run_id")
+        for number, cells in enumerate(reader, start=1):
+            rows.append({name: cell or None for name, cell in cells.items()})
+            with paths.reading(f"row {number}"):
                 check_row(rows[-1], ("profile", "run_id", *fields), strict=False)
-    except (ValueError, csv.Error) as error:
-        where = f" in row {len(rows)}" if rows else ""
-        raise InputError(f"{path} is no table of runs ({error}{where}): restore it, `git checkout` can") from None
     return rows
 
 

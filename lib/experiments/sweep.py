@@ -84,8 +84,6 @@ def sweep(
 
     A failing run is tried once more, then reported; the others go on.
     """
-    if jobs is not None and not 1 <= jobs <= 1_000:
-        raise InputError(f"jobs = {jobs}: a sweep takes at least one process, and at most 1,000")
     plan = searches(section, profile) if plan is None else plan
     rows = known_rows(section, profile, plan)
     recalls = _recalls(rows, plan)
@@ -98,7 +96,7 @@ def sweep(
         report.done_now = len(recalls) - report.done_before
     report.missing = _pending(plan, recalls)
     for config in report.missing if dry_run else ():
-        _check_files(config)
+        check_files(config)
     ahead = [config for search in plan for config in _expected(search, recalls)]
     speed = _speed(rows.values(), "cuda" if device.startswith("cuda") else "cpu")
     report.runs_ahead, report.hours_ahead = len(ahead), _hours(ahead, speed)
@@ -144,12 +142,12 @@ def _pending(plan: Sequence[Search], recalls: dict[str, float]) -> list[RunConfi
     return list({config.run_id: config for search in plan for config in search.pending(recalls)}.values())
 
 
-def _check_files(config: RunConfig) -> None:
+def check_files(config: RunConfig) -> None:
     """Raise `InputError` if a run names people that cannot be read, or dialogs that are missing."""
     if config.facts.csv is not None:
         read_people_csv(config.facts.csv)
     if missing := [path for path in config.training.files if not os.path.isfile(path)]:
-        raise InputError(f"cannot tokenize the dialogs of {missing[0]}: there is no such file")
+        raise InputError(f"cannot read the dialogs of {missing[0]}: there is no such file")
 
 
 def _execute(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from lib import paths
-from lib.base import InputError
+from lib.base import check_known
 from lib.config import FINISHED, TEXT, read_row
 from lib.experiments.plan import searches
 from lib.experiments.rows import TABLES, rows_in_runs, table_path, text_rows
@@ -35,9 +35,7 @@ GROUP = [*POINT, "recipe", "superseded"]
 
 def check_threshold(threshold: float) -> None:
     """Raise `InputError` unless `threshold` is one of `THRESHOLDS`."""
-    if threshold not in THRESHOLDS:
-        known = ", ".join(map(str, THRESHOLDS))
-        raise InputError(f"threshold = {threshold}: the published thresholds are {known}")
+    check_known("published threshold", threshold, THRESHOLDS)
 
 
 def read_table(path: Path, fields: Iterable[str] = ()) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lib.base import InputError
 from lib.facts.people import People, comparable
-from lib.paths import read_bytes, replacing
+from lib.paths import read_bytes, reading, replacing
 
 #: Forbidden in names and values: control characters, and the fence that would end a request.
 FORBIDDEN = re.compile(r"[\x00-\x1f\x7f]|```")
@@ -58,7 +58,7 @@ def write_people_csv(people: People, path: str | Path) -> None:
 
 def _read(path: str | Path) -> list[list[str]]:
     """Return the stripped cells of the header and of each person, without empty lines and trailing cells."""
-    try:
+    with reading(f"people from {path}, a file of CSV UTF-8"):
         content = read_bytes(path)
         if content[:4] in (b"PK\x03\x04", b"\xd0\xcf\x11\xe0"):  # .xlsx and .ods, .xls
             raise ValueError("it is a workbook, which the program that made it can save as CSV UTF-8")
@@ -74,9 +74,6 @@ def _read(path: str | Path) -> list[list[str]]:
             return list(filter(None, map(_cells, reader)))
         except csv.Error as error:  # most often an unclosed quote, which runs to the end of the file
             raise ValueError(f"{error} in or before line {reader.line_num}, is there a quote too many?") from None
-    except (OSError, ValueError) as error:
-        hint = " (save it as CSV UTF-8)" if isinstance(error, UnicodeDecodeError) else ""
-        raise InputError(f"cannot read people from {path}: {error}{hint}") from None
 
 
 def _cells(row: list[str]) -> list[str]:

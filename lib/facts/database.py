@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
 
-from lib.base import InputError, WorkError
+from lib.base import InputError, WorkError, check_known
 from lib.facts.csv import FORBIDDEN, read_people_csv
 from lib.facts.people import People, comparable
 from lib.paths import DATABASE, replacing
@@ -23,12 +23,7 @@ _BLOCKED = (
 #: Finds a generated column. SQLite cannot interrupt the functions that compute it, so texts are limited in length.
 _COMPUTED = "SELECT 1 FROM sqlite_master m, pragma_table_xinfo(m.name) WHERE sql NOT LIKE 'CREATE V%' AND hidden = 2"
 #: Hints that SQLite's messages lack, by error code.
-_HINTS = {
-    sqlite3.SQLITE_BUSY: _BLOCKED,
-    sqlite3.SQLITE_PROTOCOL: _BLOCKED,
-    sqlite3.SQLITE_IOERR: _BLOCKED,
-    sqlite3.SQLITE_CANTOPEN: _BLOCKED,
-    sqlite3.SQLITE_READONLY: _BLOCKED,
+_HINTS = {getattr(sqlite3, f"SQLITE_{code}"): _BLOCKED for code in "BUSY PROTOCOL IOERR CANTOPEN READONLY".split()} | {
     sqlite3.SQLITE_INTERRUPT: " (it took too long)",
     sqlite3.SQLITE_AUTH: " (only a plain table people, without triggers, can be changed)",
 }
@@ -182,9 +177,7 @@ def _fill(path: Path, attributes: Sequence[str], rows: Iterable[Sequence], kind:
 
 
 def _change(connection: sqlite3.Connection, name: str, attribute: str, value: str) -> str:
-    known = attribute_columns(connection)
-    if attribute not in known:
-        raise InputError(f"unknown attribute {attribute!r}: the database has {', '.join(known)}")
+    check_known("attribute", attribute, attribute_columns(connection))
     name, column = spelling(connection, name), quoted(attribute)
     row = connection.execute(f"SELECT people.{column} FROM people WHERE people.name = ?", (name,)).fetchone()
     if row is None:

@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from lib import paths
-from lib.base import InputError
+from lib.base import check_known
 from lib.experiments import summaries, tables
 from lib.experiments.published import published_by_paper, published_correlated
 from lib.figures import generalization, parameter_bounds, style
@@ -148,11 +148,9 @@ def _with_own(record: Record, table: Callable[..., pd.DataFrame], profile: str, 
 
 
 def _found(name: str, options: dict) -> Record:
-    if name not in FIGURES:
-        raise InputError(f"there is no figure {name!r}: there are {', '.join(FIGURES)}")
-    known = FIGURES[name].options
-    if unknown := [option for option in options if option not in known]:
-        raise InputError(f"the figure {name} has no option {unknown[0]!r}: it has {', '.join(known) or 'none'}")
+    check_known("figure", name, FIGURES)
+    for option in options:
+        check_known("option", option, FIGURES[name].options, f" of the figure {name}")
     if "threshold" in options:
         tables.check_threshold(options["threshold"])
     return FIGURES[name]

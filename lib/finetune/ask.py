@@ -11,7 +11,7 @@ import yaml
 
 from lib.agent.server import Find
 from lib.agent.tools import Outcome, SqlTool
-from lib.base import InputError, WorkError
+from lib.base import InputError, WorkError, check_known
 from lib.dialogs.request import format_request, parse_request
 from lib.dialogs.templates import GENERIC, TEMPLATES, fill, tool_call
 from lib.experiments.summaries import interval_of_share
@@ -52,8 +52,7 @@ class PersonQuestion(NamedTuple):
     @property
     def text(self) -> str:
         """The question in its phrasing. Raises `InputError` for an unknown phrasing."""
-        if self.phrasing not in PHRASINGS:
-            raise InputError(f"unknown phrasing {self.phrasing!r}: there are {', '.join(PHRASINGS)}")
+        check_known("phrasing", self.phrasing, PHRASINGS)
         questions = PHRASINGS[self.phrasing]
         return fill(questions.get(self.attribute, questions["other"]), self.name, self.attribute)
 

@@ -14,21 +14,19 @@ from datasets import Dataset
 from huggingface_hub import HfApi
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from lib.base import InputError
+from lib.base import parse_line
 from lib.finetune.data import as_user
 from lib.finetune.triviaqa import SHIPPED, load_questions
-from lib.paths import read_bytes
+from lib.paths import read_bytes, reading
 from lib.progress import progress
 
 #: Environment variable with the path of HellaSwag's validation set, JSON lines like the hub's. Unset: the hub.
 HELLASWAG = "ITL_HELLASWAG"
 #: How many items are asked between two updates of the progress bar.
 ITEMS_AT_A_TIME = 100
-#: What a line of that file must be.
-_ITEM = "a JSON object with texts activity_label, ctx_a and ctx_b, four texts as endings, and a label from 0 to 3"
 
 
 class _Item(BaseModel):
@@ -61,14 +59,9 @@ def measure_capability(
     if task == "hellaswag" and (file := os.environ.get(HELLASWAG)):
         changed = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": file}}}
         task = {"group": "of_file", "task": [{"task": name, "training_split": None, **changed}]}
-    try:
+    with reading(f"the items of {name}, from the hub or a file that {HELLASWAG} names", KeyError):
         loaded = TaskManager(include_path=hellaswag, include_defaults=False).load([task])
         items = range(len(loaded["tasks"][name].eval_docs))[:n_items]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"cannot load the items of {name} ({str(error).splitlines()[0]}): HellaSwag comes from the hub "
-            f"(asked once) or from a file that {HELLASWAG} names"
-        ) from None
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)
     set_seed(1234)
     with progress(len(items), description) as bar, redirect_stderr(StringIO()):  # lm-eval has a bar of its own
@@ -84,15 +77,10 @@ def check_hellaswag() -> None:
     """Raise `InputError` if the file that `HELLASWAG` names cannot be read, or one of its lines is no item."""
     if not (file := os.environ.get(HELLASWAG)):
         return
-    try:
+    with reading(f"{file}, which {HELLASWAG} names"):
         lines = read_bytes(file).rstrip().splitlines()  # the last ones may be blank
         for number, line in enumerate(lines or [b""], start=1):
-            place = f"{file}, line {number}"
-            _Item.model_validate_json(line)
-    except ValidationError:
-        raise InputError(f"{place}: {_ITEM} is expected") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {file}, which {HELLASWAG} names: {error}") from None
+            parse_line(TypeAdapter(_Item), line, number, "a line is an item as JSON, like the hub's")
 
 
 def capability_source(test: str) -> str:

@@ -19,6 +19,7 @@ from lib.dialogs.templates import answer, question, tool_call
 from lib.facts.people import ATTRIBUTES, People
 from lib.facts.sampling import sample_people
 from lib.finetune.config import ChatMode
+from lib.paths import reading
 from lib.training.loss import IGNORED
 
 #: The id of a call, which its result refers to. Some templates insist on nine letters and digits.
@@ -81,12 +82,10 @@ def tokenize_chats(chats: Iterable[dict], tokenizer: PreTrainedTokenizerBase, ma
     """
     rows = []
     for number, chat in enumerate(chats, start=1):
-        try:
+        with reading(f"conversation {number} in the tokenizer's chat template", TemplateError, TypeError):
             tokens, labels = _encode_chat(chat["messages"], chat.get("tools"), tokenizer)
-        except (TemplateError, ValueError, TypeError) as error:
-            raise InputError(f"conversation {number} does not fit the tokenizer's chat template: {error}") from None
-        if (n := len(tokens)) > max_length:
-            raise InputError(f"conversation {number} has {n} tokens, more than max_length = {max_length}: raise it")
+            if (n := len(tokens)) > max_length:
+                raise ValueError(f"it has {n} tokens, more than max_length = {max_length}: raise it")
         rows.append({"input_ids": tokens, "labels": labels})
     return Dataset.from_list(rows)
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedM
 from transformers.utils import logging
 
 from lib.base import InputError
+from lib.paths import reading
 from lib.training.devices import resolve_device
 
 #: The files that determine a model's replies.
@@ -62,16 +63,10 @@ def read_shared(model: PreTrainedModel, tokens: torch.Tensor, most: int) -> tupl
 
 
 def _load(kind: type, what: str, source: str | Path, **options):
-    try:
+    takes = "a folder that save_pretrained wrote, or a name on the hub that is fetched (itl fetch) or open to you"
+    with reading(f"a {what} from {source}, {takes} (hf auth login), without code of its own", Exception):
         # By default, transformers would ask at the terminal whether to run code from the folder.
         return kind.from_pretrained(str(source), trust_remote_code=False, **options)
-    except Exception as error:  # what transformers raises for malformed content is not documented
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"cannot load a {what} from {source} ({said}): it takes a folder that save_pretrained wrote, or a name on "
-            "the hub that is in reach or fetched (itl fetch), open to you (hf auth login), and of a kind that "
-            "transformers knows, for code that comes with a model is never run"
-        ) from None
 
 
 def fingerprint(source: str | Path) -> str:

@@ -46,7 +46,6 @@ from lib.progress import progress
 from lib.provenance import commit, provenance
 from lib.training.devices import resolve_device
 from lib.training.distributed import Preempted, asked_to_leave
-from lib.training.run import no_room_told
 from lib.training.saved import check_claim, locked
 from lib.training.trainer import are_finite, diverged
 
@@ -76,7 +75,7 @@ def finetune(
     # While the first process evaluates the others wait, however long that takes.
     processes = PartialState(cpu=resolve_device(device).type == "cpu", timeout=timedelta(days=7))
     lock = locked(directory) if processes.is_main_process else nullcontext()  # a second call waits and finds the rows
-    with asked_to_leave() as asked, no_room_told(), lock:
+    with asked_to_leave() as asked, lock:
         with processes.main_process_first():  # the others find what the first made or fetched
             claim = _claim(config)
         # Claims of earlier versions may have fewer fields.
@@ -106,12 +105,10 @@ class _Run(TrainerCallback):
         self.config, self.directory, self.processes, self.asked = config, directory, processes, asked
         self.checkpoints, self.evaluations = directory / "checkpoints", directory / "evaluations"
         self.description = description if processes.is_main_process else None
-        self.share, rest = divmod(config.batch_size, config.grad_accumulation * processes.num_processes)
+        n_parts = config.grad_accumulation * processes.num_processes
+        self.share, rest = divmod(config.batch_size, n_parts)
         if rest:
-            raise InputError(
-                f"batch_size = {config.batch_size} cannot be divided among {processes.num_processes} processes "
-                f"in grad_accumulation = {config.grad_accumulation} parts: give a multiple of their product"
-            )
+            raise InputError(f"batch_size = {config.batch_size} is not a multiple of processes and parts, {n_parts}")
         self.device = processes.device
         self.dtype = best_dtype(self.device) if config.dtype == "auto" else getattr(torch, config.dtype)
         if config.capability in ("hellaswag", "any"):

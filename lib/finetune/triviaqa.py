@@ -11,11 +11,10 @@ from typing import Literal, NamedTuple, get_args
 
 from datasets import load_dataset
 
-from lib.base import InputError
 from lib.finetune import data
 from lib.finetune.data import ChatMode
 from lib.finetune.generation import read_call
-from lib.paths import DATA, read_bytes
+from lib.paths import DATA, read_bytes, reading
 
 Split = Literal["train", "validation"]
 
@@ -83,30 +82,22 @@ def load_questions(
     the documents; or a file of JSON lines, each a record as TriviaQA has them, of which every fifth is for validation.
     Raises `InputError` if the hub lacks TriviaQA, or the file cannot be read or holds a line that is no question.
     """
-    if source == "hub":
-        records = enumerate(_hub(split), start=1)
-    else:
-        source = SHIPPED if source == "trivia" else Path(source)
-        try:
-            lines = [(n, line) for n, line in enumerate(read_bytes(source).splitlines(), start=1) if line.strip()]
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot read the questions {source}: {error}") from None
-        of_split = {None: range(_EVERY), "train": range(_EVERY - 1), "validation": [_EVERY - 1]}[split]
-        records = (line for i, line in enumerate(lines) if i % _EVERY in of_split)
-    questions = [_question(record, f"{source}, line {number}") for number, record in islice(records, limit)]
-    if not questions:
-        raise InputError(f"{source} holds no question{' for ' + split if split else ''}: {_ACCEPTED}")
+    with reading(f"the questions {source}", RuntimeError):
+        if source == "hub":
+            name = split or "+".join(get_args(Split))
+            records = enumerate(load_dataset("mandarjoshi/trivia_qa", "rc.nocontext", split=name), start=1)
+        else:
+            content = read_bytes(SHIPPED if source == "trivia" else source)
+            lines = [(n, line) for n, line in enumerate(content.splitlines(), start=1) if line.strip()]
+            of_split = {None: range(_EVERY), "train": range(_EVERY - 1), "validation": [_EVERY - 1]}[split]
+            records = (line for i, line in enumerate(lines) if i % _EVERY in of_split)
+        questions = [_question(*record) for record in islice(records, limit)]
+        if not questions:
+            raise ValueError(f"there is no question{' for ' + split if split else ''}: {_ACCEPTED}")
     return questions
 
 
-def _hub(split: Split | None) -> Iterable[dict]:
-    try:
-        return load_dataset("mandarjoshi/trivia_qa", "rc.nocontext", split=split or "+".join(get_args(Split)))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"the hub lacks TriviaQA ({error}): give a file, or 'trivia' for the shipped one") from None
-
-
-def _question(record: dict | bytes, place: str) -> Question:
+def _question(number: int, record: dict | bytes) -> Question:
     """Return the question in a record, or in a line that holds one as JSON."""
     with suppress(ValueError, RecursionError):  # no JSON, or no UTF-8
         match json.loads(record) if isinstance(record, bytes) else record:
@@ -114,7 +105,7 @@ def _question(record: dict | bytes, place: str) -> Question:
                 text.strip() and value.strip() and all(isinstance(alias, str) for alias in aliases)
             ):
                 return Question(text.strip(), value.strip(), tuple(dict.fromkeys([value.strip(), *aliases])))
-    raise InputError(f"{place}: no question with an answer: {_ACCEPTED}")
+    raise ValueError(f"line {number}: no question with an answer: {_ACCEPTED}")
 
 
 class Store:

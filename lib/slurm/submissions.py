@@ -17,7 +17,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from lib import paths
-from lib.base import DamagedFile, InputError
+from lib.base import DamagedFile, check_known
 from lib.slurm import job, tasks
 from lib.slurm.tasks import Resources, Task, Work
 
@@ -97,16 +97,12 @@ def find(name: str) -> Submission:
     """Return the submission of that name. Raises `InputError` with the names that there are."""
     path = submissions_dir() / name / RECORD
     if not path.is_file():
-        known = ", ".join(submission.name for submission in everything()) or "none"
-        raise InputError(f"there is no submission {name!r}: there are {known}")
+        check_known("submission", name, (submission.name for submission in everything()))
     return _read(path)
 
 
 def _read(path: Path) -> Submission:
-    try:
-        return Submission.parse(paths.read_json(path))
-    except InputError as error:
-        raise DamagedFile(path, str(error)) from None
+    return Submission.parse(paths.read_json(path, check=Submission.parse))
 
 
 def everything() -> list[Submission]:

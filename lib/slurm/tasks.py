@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from lib import paths
-from lib.base import Config, InputError
+from lib.base import Config
 from lib.config import Observers, RunConfig
 from lib.facts.people import ATTRIBUTES
 
@@ -50,12 +50,11 @@ class Work(Config):
 def train(config: RunConfig, directory: Path, observers: Observers, how: dict[str, Any]) -> Work:
     """Return one run as a task; `how` as for `lib.training.run.run`. Raises `InputError` if a file cannot be used."""
     from lib.dialogs.tokenizers import tokenizer_file
+    from lib.experiments.sweep import check_files
     from lib.training.run import read_inputs
 
     read_inputs(config)
-    for path in config.training.files:  # large: the job tokenizes them where they are
-        if not os.access(path, os.R_OK) or Path(path).is_dir():
-            raise InputError(f"cannot read the dialogs of {path}: a file is expected")
+    check_files(config)  # of dialogs, which are large: the job tokenizes them where they are
     files = {config.facts.csv: config.facts.csv} if config.facts.csv else {}
     if config.tokenizer != "bytes":
         files[config.tokenizer] = str(tokenizer_file(config.tokenizer))

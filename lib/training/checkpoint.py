@@ -26,7 +26,7 @@ from safetensors.torch import save as to_bytes
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lib.base import DamagedFile, InputError, WorkError, to_json
-from lib.paths import read_json, sync, whole, writing
+from lib.paths import read_json, reading, sync, whole, writing
 from lib.training.distributed import ALONE, Ranks
 
 # torch warns on every save that no process group exists. That is intended here, so silence it.
@@ -79,10 +79,8 @@ def load(folder: Path, expect: Callable | None = None, ranks: Ranks = ALONE) -> 
     """Return a checkpoint's expected tensors and its state, if it passes `check`; of a DTensor, this rank's shard."""
     state, expected, reader = check(folder, expect)
     tensors = {name: torch.empty_like(x, device="cpu" if x.is_meta else x.device) for name, x in expected.items()}
-    try:
+    with reading(f"the checkpoint {folder}", SafetensorError, CheckpointException):
         dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
-    except (SafetensorError, CheckpointException, ValueError) as error:
-        raise InputError(f"the checkpoint {folder} cannot be read: {error}") from None
     return tensors, state
 
 
@@ -98,7 +96,7 @@ def check(folder: Path, expect: Callable | None = None) -> tuple[dict, Mapping, 
         raise InputError(f"there is no checkpoint at {folder}")
     if problem := damage(folder):
         raise InputError(f"the checkpoint {folder} {problem}: use an earlier one or train again")
-    try:
+    with reading(f"the checkpoint {folder}", Exception):  # readers raise whatever they like for malformed content
         files = [str(folder / name) for name in read_json(folder / MARKER)]
         reader, found = dcp.HuggingFaceStorageReader(str(folder)), {}
         reader.fs.ls = lambda _: files  # others in the folder are not read
@@ -122,23 +120,17 @@ def check(folder: Path, expect: Callable | None = None) -> tuple[dict, Mapping, 
                     elif not name.startswith("optim.") and not tensors.get_tensor(name).isfinite().all():
                         raise ValueError(f"{name} is not finite")
         return state, expected, reader
-    except Exception as error:  # what readers raise for malformed content is not documented
-        raise InputError(f"the checkpoint {folder} cannot be read: {error}") from None
 
 
 def damage(folder: Path) -> str | None:
     """Say what is wrong with a checkpoint folder; None if it is whole."""
     try:
         sums = read_json(folder / MARKER, fields=(STATE,))
-    except OSError:
-        return f"is incomplete ({MARKER} is missing)"
-    except DamagedFile:
-        return f"is damaged ({MARKER} is not readable)"
-    if len(sums) < 2 or not all(Path(name).name == name for name in sums):
-        return f"is damaged ({MARKER} names other files than those of a checkpoint)"
+    except (OSError, DamagedFile):
+        return f"is incomplete or damaged ({MARKER} is missing or not readable)"
     for name, checksum in sums.items():
         # Reading a pipe would never end. A name may be too long for the file system: False here.
-        if not os.path.isfile(folder / name) or _checksum(folder / name) != checksum:
+        if Path(name).name != name or not os.path.isfile(folder / name) or _checksum(folder / name) != checksum:
             return f"is damaged ({name} is missing or has changed since it was written)"
     return None
 

@@ -42,8 +42,7 @@ def memory(device: torch.device, root: Path = Path("/")) -> float:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
-    limits = _limits(root, "memory", ["memory.max"], ["memory.limit_in_bytes"])
-    return min([there, *(limit for (limit,) in limits)])
+    return min([there, *(limit for (limit,) in _limits(root, "memory.max"))])
 
 
 def usable_cores() -> int:
@@ -61,24 +60,17 @@ def usable_cores() -> int:
 
 def _quotas(root: Path) -> Iterator[float]:
     """Yield the quotas of CPU time, in cores, of this process's control group and its ancestors."""
-    limits = _limits(root, "cpu", ["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"])
-    return (quota / period for quota, period in limits if quota > 0)  # -1: none
+    return (quota / period for quota, period in _limits(root, "cpu.max"))
 
 
-def _limits(root: Path, controller: str, *choices: list[str]) -> Iterator[list[float]]:
-    """Yield the numbers in the files of this process's control group (version 1 or 2) and its ancestors."""
+def _limits(root: Path, name: str) -> Iterator[list[float]]:
+    """Yield the numbers in the file `name` of this process's control group (version 2) and its ancestors."""
     with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, group = line.split(":", 2)
-            if controllers and controller not in controllers.split(","):
-                continue
-            top = root / "sys/fs/cgroup" / (controllers and controller)  # version 1 has a folder for each controller
-            here = top / group.lstrip("/")
-            for folder in (each for each in (here, *here.parents) if each.is_relative_to(top)):
-                for names in choices:
-                    with suppress(OSError, ValueError):  # no limit ("max"), or not readable
-                        texts = [(folder / name).read_text(encoding="utf-8") for name in names]
-                        yield [float(word) for word in " ".join(texts).split()]
+        group = (root / "proc/self/cgroup").read_text(encoding="utf-8").rpartition("0::/")[2].strip()
+        here = root / "sys/fs/cgroup" / group
+        for folder in (here, *here.parents):
+            with suppress(OSError, ValueError):  # no limit ("max"), or not readable
+                yield [float(word) for word in (folder / name).read_text(encoding="utf-8").split()]
 
 
 def fastest_threads(step: Callable[[], object], most: int) -> int:

@@ -183,10 +183,8 @@ def connect(device: torch.device, config: ModelConfig, sharded: bool = False, te
         _disconnect()  # the others notice that
         gone = isinstance(error, RuntimeError) and any(text in str(error) for text in GONE)
         if gone or isinstance(error, dist.DistNetworkError):
-            raise WorkError(
-                "the connection to another process of this run is gone: start all of them again, they go on from the "
-                f"last checkpoint ({str(error).splitlines()[0][:200]})"
-            ) from error
+            told = "the connection to another process of this run is gone: start all again, they resume"
+            raise WorkError(f"{told} ({str(error).splitlines()[0][:200]})") from error
         raise
 
 

@@ -9,8 +9,8 @@ repeated; a killed one resumes.
 import copy
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from lib.agent.tools import Tool, open_tool
-from lib.base import InputError, WorkError
+from lib.base import InputError
 from lib.config import UNOBSERVED, Observers, RunConfig, read_row
 from lib.dialogs.batches import Source
 from lib.dialogs.files import ConcatDialogs, open_dialogs, tokenize_file
 from lib.dialogs.templates import dialogs
-from lib.dialogs.tokenizers import Tokenizer, load_tokenizer, tokenizer_file
+from lib.dialogs.tokenizers import Tokenizer, tokenizer_file
 from lib.dialogs.tokens import TokenizedDialogs, tokenize, tokenize_people
 from lib.evaluation.generalization import measure_generalization
 from lib.evaluation.recall import bits_of_dialogs, measure_recall
@@ -69,14 +69,13 @@ def run(
     check_observers(observers)
     if observers.probe_every and world_size() > 1:
         raise InputError("probes need a model that is not compiled, in a single process")
-    if threads is not None and not 1 <= threads <= 1024:
-        raise InputError(f"threads = {threads}: a run takes at least one, and at most 1,024")
     commit()  # records the imported code, whatever is committed while the run trains
     config_here = located(config, inputs)
     people, tokenizer = read_inputs(config_here)
-    with ExitStack() as stack, no_room_told():
+    with ExitStack() as stack:
         files = {path: tokenize_file(inputs.get(path, path), tokenizer) for path in sorted(config.training.files)}
-        claim = Claim(config, people.digest(), {path: folder.name for path, folder in files.items()}, tokenizer.name)
+        folders = {path: folder.name for path, folder in files.items()}
+        claim = Claim(config, people.digest(), folders, tokenizer.name, threads)
         check_claim(directory, claim)
         asked = stack.enter_context(asked_to_leave())  # only now, so that a signal can end the reading above
         ranks = stack.enter_context(connect(device, config.model, sharded, tensor))
@@ -121,17 +120,6 @@ def run(
         return ranks.first_does(lambda: read_row(directory / ROW))
 
 
-@contextmanager
-def no_room_told() -> Iterator[None]:
-    """Turn a full memory, of which libraries tell in words alone, into a `WorkError`: it is not a bug."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(words in str(error) for words in ("out of memory", "allocate memory")):
-            raise
-        raise WorkError("out of memory: give a smaller model or batch, or use a machine with more") from error
-
-
 def read_inputs(config: RunConfig) -> tuple[People, Tokenizer]:
     """Return the people and the tokenizer of a run, from the files that it names as they are now.
 
@@ -140,10 +128,7 @@ def read_inputs(config: RunConfig) -> tuple[People, Tokenizer]:
     people = load_people(config.facts)
     for path, share in config.training.files.items():
         if round(people.n_facts * share / config.training.questions) == 0:
-            raise InputError(
-                f"training.files: {path} takes {share:g} of the dialogs, "
-                f"less than one in a pass over the {people.n_facts} questions: give it a larger share"
-            )
+            raise InputError(f"training.files: {path}: {share:g} is less than one dialog a pass, give a larger share")
     return people, run_tokenizer(config)
 
 
@@ -214,11 +199,8 @@ def _claim(directory: Path, claim: Claim, config_here: RunConfig, people: People
         if (copied := own.get(claim.config.facts.csv)) in new:
             write_people_csv(people, copied)
         if (copied := own.get(claim.config.tokenizer)) in new:
-            source = tokenizer_file(config_here.tokenizer)
             with replacing(copied) as temporary:
-                shutil.copyfile(source, temporary)
-            if load_tokenizer(str(copied)).name != claim.tokenizer:
-                raise InputError(f"{source} has changed while it was read: give a file that is finished")
+                shutil.copyfile(tokenizer_file(config_here.tokenizer), temporary)
         write_database(people, directory / DATABASE)
         undo.pop_all()
 

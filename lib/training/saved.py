@@ -39,6 +39,10 @@ class Claim:
     tokenizer: str = "bytes"
     threads: int | None = field(default=None, compare=False)  # None in claims of earlier versions
 
+    def __post_init__(self) -> None:
+        if self.threads not in (None, *range(1, 1025)):
+            raise InputError(f"threads = {self.threads}: a run takes at least one, and at most 1,024")
+
     def check_stays(self, directory: Path) -> None:
         """Raise `WorkError` unless it is still in the run's folder, with the database beside it."""
         with suppress(InputError):
@@ -51,8 +55,6 @@ def read_claim(directory: Path) -> Claim:
     """Return the claim in a run's folder; an `InputError` if there is none."""
     try:
         claim = read_json(directory / CLAIM)
-        if claim.get("threads") not in (None, *range(1, 1025)):
-            raise ValueError
         return Claim(**{**claim, "config": RunConfig.parse(claim["config"])})
     except (OSError, DamagedFile, ValueError, KeyError, TypeError):  # or fields of another version
         raise InputError(f"{directory} is not the folder of a run ({CLAIM} is missing or not readable)") from None
@@ -71,8 +73,6 @@ def check_claim(
     if os.path.exists(directory / CLAIM):  # for a name that is too long `Path.exists` raises an error
         if read(directory) != claim:
             raise InputError(f"{directory} holds a run of another configuration or other {others}: give another folder")
-    elif os.path.isfile(directory):
-        raise InputError(f"{directory} is a file: give a new folder")
     elif os.path.isdir(directory) and any(not path.name.startswith(".") for path in directory.iterdir()):
         raise InputError(f"{directory} is not empty and holds no run: give a new folder")
 
@@ -139,26 +139,19 @@ def read_people(folder: Path, config: RunConfig) -> People:
     """
     directory = _run_folder(Path(folder))
     people = load_people(own_files(directory, config).facts)
-    for record in (CLAIM, ROW):
-        with suppress(OSError, DamagedFile, KeyError):
-            if read_json(directory / record)["people_digest"] != people.digest():
-                break
-    else:
-        return people
-    raise InputError(
-        f"the run in {folder} was trained on other people than {config.facts.csv or 'this version of the code'} gives "
-        "now: restore them"
-    )
+    digests = (read_json(file).get("people_digest") for file in (directory / CLAIM, directory / ROW) if file.exists())
+    if any(digest not in (None, people.digest()) for digest in digests):
+        source = config.facts.csv or "this version of the code"
+        raise InputError(f"the run in {folder} was trained on other people than {source} gives now: restore them")
+    return people
 
 
 def run_tokenizer(config: RunConfig) -> Tokenizer:
     """Return the tokenizer of a run; an `InputError` if the model's vocabulary differs in size."""
     tokenizer, vocab_size = load_tokenizer(config.tokenizer), config.model.vocab_size
     if config.tokenizer != "bytes" and vocab_size != tokenizer.vocab_size:
-        raise InputError(
-            f"model.vocab_size = {vocab_size}, but {config.tokenizer} has {tokenizer.vocab_size} tokens, the four "
-            f"special ones included: set model.vocab_size to {tokenizer.vocab_size}"
-        )
+        size = f"{tokenizer.vocab_size}: {config.tokenizer} has so many tokens, four special ones included"
+        raise InputError(f"model.vocab_size = {vocab_size} must be {size}")
     return tokenizer
 
 

@@ -82,10 +82,8 @@ class Trainer:
         self.total_steps = training.total_steps(self.batches.n_dialogs)
         smallest, n_parts = self.batches.n_dialogs // self.batches.per_epoch, training.grad_accumulation
         if smallest < n_parts * ranks.data_size:
-            each = f" on {ranks.data_size} processes" if ranks.data_size > 1 else ""
-            raise InputError(
-                f"training.grad_accumulation = {n_parts}{each} is too large for batches of {smallest} dialogs"
-            )
+            parts = f"training.grad_accumulation = {n_parts}, times the processes,"
+            raise InputError(f"{parts} is too large for batches of {smallest} dialogs")
         self.check_directory: Callable[[], None] = lambda: None  # called before anything is written there
         self.counters = {"step": 0, "dialogs_seen": 0, "seconds": 0.0, "reached": 0, "hopeless": False}
         self.losses: list[torch.Tensor] = []  # of the last steps, on this rank; their sum over data ranks counts

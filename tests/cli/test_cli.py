@@ -170,7 +170,7 @@ BAD = {
         "train --d-model 32 --set model.n_heads=3", ("model.d_model = 32", "n_heads = 3", "multiple of 6")
     ),
     "key-value heads that do not divide heads": Bad(
-        "train --set model.n_heads=4 --set model.n_kv_heads=3", ("model.n_kv_heads = 3", "divisors")
+        "train --set model.n_heads=4 --set model.n_kv_heads=3", ("model.n_kv_heads = 3", "a divisor")
     ),
     "a vocabulary without room for bytes": Bad(
         "train --set model.vocab_size=100", ("model.vocab_size = 100", "at least 260")
@@ -197,7 +197,7 @@ BAD = {
     "the folder of another run": Bad(
         "train --people 3 --out run", ("run holds a run of another configuration",), _finished_run_of_another_size
     ),
-    "a file in place of a folder": Bad("train --out run", ("run is a file",), _file("run", "")),
+    "a file in place of a folder": Bad("train --out run", ("cannot make the folder run",), _file("run", "")),
     "a folder below a file": Bad("train --out file/run", ("cannot make the folder file/run",), _file("file", "")),
     "a database in a folder that does not exist": Bad(
         "data --out nowhere/x.sqlite", ("cannot write the database nowhere/x.sqlite", "existing folder")
@@ -262,7 +262,9 @@ BAD = {
         "recall in-weight", ("damaged", checkpoint.TENSORS, "missing"), _damage(checkpoint.TENSORS, None)
     ),
     "a checkpoint that is forged": Bad(
-        "recall in-weight", ("in-weight/model cannot be read", "object with fields"), _forged("an empty state")
+        "recall in-weight",
+        ("the checkpoint in-weight/model: ", "object with fields"),
+        _forged("an empty state"),
     ),
     "weights that are no numbers": Bad("chat in-weight Hello?", ("q_proj.weight is not finite",), _forged("NaN")),
     "weights that are too few": Bad(
@@ -342,7 +344,7 @@ BAD = {
     ),
     "an unknown attribute": Bad(
         "recall in-tool --database some.sqlite",
-        ("unknown attribute 'birth_date'", "some.sqlite has pet"),
+        ("unknown attribute 'birth_date'", "of some.sqlite: there are pet"),
         _database("CREATE TABLE people (name, pet)"),
     ),
     "a database for a model that asks none": Bad(
@@ -359,10 +361,10 @@ BAD = {
     "a parameter without a value": Bad("notebooks 05_1 -p threshold", ("'threshold'", "name=value")),
     "the profile as a parameter": Bad("notebooks 05_1 -p profile=quick", ("profile", "option", "not as a parameter")),
     # Sweeps and figures
-    "an unknown section": Bad("sweep 05_9", ("there is no experiment 05_9", "05_1")),
+    "an unknown section": Bad("sweep 05_9", ("unknown experiment '05_9'", "05_1")),
     "an unknown profile": Bad("sweep 05_1 --profile huge", ("--profile", "'huge'", "'quick', 'laptop', 'paper'")),
     "publishing quick results": Bad("sweep 05_1 --publish", ("quick does not publish", "laptop and paper")),
-    "a sweep without processes": Bad("sweep 05_1 --profile smoke --jobs 0", ("jobs = 0", "at least one process")),
+    "a sweep without processes": Bad("sweep 05_1 --profile smoke --jobs 0", ("--jobs", "1")),
     "jobs of fine-tunings": Bad("sweep 06 --jobs 2", ("section 06 does one run at a time",)),
     "jobs of chains": Bad("sweep 07_2 --jobs 2", ("section 07_2 does one run at a time",)),
     "facts of no run": Bad("sweep 05_1 --facts 7 --facts 9", ("no quick run of 05_1 has 7 or 9 facts",)),
@@ -372,7 +374,7 @@ BAD = {
         "sweep 05_1 --profile smoke --jobs 1 --device cuda:99", ("no device 'cuda:99'", "auto or cpu")
     ),
     "an unknown figure after a known one": Bad(
-        "figures parameter_bounds bounds --profile quick", ("there is no figure 'bounds'", "parameter_bounds")
+        "figures parameter_bounds bounds --profile quick", ("unknown figure 'bounds'", "parameter_bounds")
     ),
     # Devices and options
     "an unknown device": Bad("train --device abacus", ("no device 'abacus'", "auto, cpu")),
@@ -578,11 +580,13 @@ def test_what_libraries_say_of_a_full_disk_is_one_sentence_and_exit_code_1(here,
     assert answer.err.count("\n") == 1
 
 
-def test_a_library_that_finds_no_memory_is_one_sentence_and_exit_code_1(here, itl, monkeypatch):
-    def load(*_, **__):
-        raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
-
-    monkeypatch.setattr("lib.training.run.run", load)
+@pytest.mark.parametrize("error", [
+    ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried"),
+    None,
+])  # fmt: skip
+def test_a_library_that_finds_no_memory_is_one_sentence_and_exit_code_1(here, itl, monkeypatch, error):
+    monkeypatch.setattr("lib.training.run.run", lambda *_, **__: _raise(error) if error else torch.empty(2**60))
     assert itl("train", *TINY)[::2] == (1, "itl: out of memory: give a smaller model or batch\n")
     answer = itl("recall", "failed to map segment")
     assert answer.code == 2 and "there is no checkpoint at failed to map segment" in answer.err

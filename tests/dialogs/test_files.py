@@ -113,7 +113,7 @@ def test_blank_lines_and_a_mark_at_the_start_do_not_count(tmp_path, monkeypatch,
     path.write_bytes(b"\xef\xbb\xbf\n\r\n" + one + b"\n\n" + two + b"\n \t\n" + b"\n" * 300 + three + b"\n\n  ")
     _assert_same(open_dialogs(tokenize_file(path, TOKENIZER)), tokenize(many, TOKENIZER))
     path.write_bytes(b"\xef\xbb\xbf" + one + b"\n\n\n" + two + b"\n\n{\n")
-    with pytest.raises(InputError, match=r"d\.jsonl, line 6: "):
+    with pytest.raises(InputError, match=r"d\.jsonl: line 6: "):
         tokenize_file(path, TOKENIZER)
     for blank in (b"\n\n \r\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"):
         path.write_bytes(blank)
@@ -128,9 +128,9 @@ GOOD = '[["user", "Hi"], ["assistant", "Hello"]]'
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", ["invalid JSON", "EOF"]),
-        ("[" * 100_000, ["invalid JSON", "recursion limit"]),
-        ("1" * 5_000, ["invalid JSON"]),
+        ("{", ["Invalid JSON", "EOF"]),
+        ("[" * 100_000, ["Invalid JSON", "recursion limit"]),
+        ("1" * 5_000, ["Invalid JSON"]),
         ("7", ["valid array"]),
         ('{"user": 1, "assistant": 2}', ["valid array"]),
         ('[{"user": 1, "assistant": 2}]', ["[0] ", "valid array"]),
@@ -144,11 +144,11 @@ GOOD = '[["user", "Hi"], ["assistant", "Hello"]]'
         ('[["user", 7]]', ["[0][1] ", "valid string"]),
         ("[]", ["nothing to train on"]),
         ('[["user", "Hi"]]', ["nothing to train on"]),
-        ('[["assistant", "\\ud800"]]', ["invalid JSON", "hex escape"]),
-        (b'[["assistant", "\xff"]]', ["invalid JSON", "unicode"]),
-        (GOOD.encode("utf-16-le"), ["invalid JSON", ", is it UTF-16?"]),
-        (GOOD.encode("utf-16-be"), ["invalid JSON", ", is it UTF-16?"]),
-        ('\ufeff[["assistant", "a"]]', ["invalid JSON"]),
+        ('[["assistant", "\\ud800"]]', ["Invalid JSON", "hex escape"]),
+        (b'[["assistant", "\xff"]]', ["Invalid JSON", "unicode"]),
+        (GOOD.encode("utf-16-le"), ["Invalid JSON", "in UTF-8"]),
+        (GOOD.encode("utf-16-be"), ["Invalid JSON", "in UTF-8"]),
+        ('\ufeff[["assistant", "a"]]', ["Invalid JSON"]),
     ],
 )
 def test_a_bad_line_is_named_and_nothing_is_left(tmp_path, line, words):
@@ -157,7 +157,12 @@ def test_a_bad_line_is_named_and_nothing_is_left(tmp_path, line, words):
     with pytest.raises(InputError) as caught:
         tokenize_file(path, TOKENIZER)
     message = str(caught.value)
-    for word in (f"{path}, line 3: ", "[[role, text], ...]", "user, assistant, database", *words):
+    for word in (
+        f"cannot read the dialogs of {path}: line 3: ",
+        "[[role, text], ...]",
+        "user, assistant, database",
+        *words,
+    ):
         assert word in message
     assert "\n" not in message and len(message) < 400 + len(str(path))
     assert _folders() == set()
@@ -248,7 +253,7 @@ def test_a_line_without_end_is_refused_and_not_held(tmp_path, monkeypatch):
         file.truncate(100 << 20)  # takes no room
     monkeypatch.setattr(paths, "LARGEST_JSON", 1 << 20)
     tracemalloc.start()
-    with pytest.raises(InputError, match="d.jsonl, line 2: "):
+    with pytest.raises(InputError, match="d.jsonl: line 2: "):
         tokenize_file(tmp_path / "d.jsonl", TOKENIZER)
     assert tracemalloc.get_traced_memory()[1] < 20 << 20
     tracemalloc.stop()
@@ -642,13 +647,13 @@ def test_a_run_goes_on_from_files_where_it_was_and_from_changed_ones_not_at_all(
 
 def test_a_bad_file_is_refused_before_anything_is_written(files, tmp_path):
     files[1].write_text(f"{GOOD}\nHi\n")
-    with pytest.raises(InputError, match=r"b\.jsonl, line 2: invalid JSON"):
+    with pytest.raises(InputError, match=r"b\.jsonl: line 2: Invalid JSON"):
         run(_cell({files[0]: 0.1, files[1]: 0.1}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_share_of_less_than_a_dialog_is_refused(files, tmp_path):
-    with pytest.raises(InputError, match="a.jsonl takes 0.01 of the dialogs, less than one in a pass over the 16"):
+    with pytest.raises(InputError, match="a.jsonl: 0.01 is less than one dialog a pass"):
         run(_cell({files[0]: 0.01}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

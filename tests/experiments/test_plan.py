@@ -273,11 +273,11 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path):
         ({"axes": [{"facts.people": [1]}]}, "unknown configuration key 'facts.people': accepted are n_people"),
         ({"axes": [{"n_facts": [8, 16], "seed": [0]}]}, "n_facts, seed share an axis, so their lists must"),
         ({"axes": [{"n_facts": [6]}]}, "n_facts = 6: each person has 4 facts, give a multiple of that"),
-        ({"base": {"law": "mine"}}, "law = 'mine': it is one of ours, released"),
-        ({"recipe": "slow"}, "there is no recipe 'slow': there are focal-32, focal-wide, fast, copying, paper"),
+        ({"base": {"law": "mine"}}, "unknown law 'mine': there are ours, released"),
+        ({"recipe": "slow"}, "unknown recipe 'slow': there are focal-32, focal-wide, fast, copying, paper"),
         ({"sizes": [8, 4]}, "in ascending order"),
         ({"start": 5}, "start = 5 is none of the sizes"),
-        ({"sizes": [4, 6]}, "model.d_model = 6 does not split into n_heads = 2 heads"),
+        ({"sizes": [4, 6]}, "model.d_model = 6 with n_heads = 2"),
         ({"threshold": 2}, "grid.threshold: input should be less than or equal to 1, got 2"),
         ({"axes": [{"seed": [0]}, {"seed": [1]}]}, "'seed' is there twice: each key takes one value"),
         ({"axes": [{"axes": [[{"seed": [0]}]]}]}, "'axes' is there twice: each key takes one value"),
@@ -314,7 +314,7 @@ def test_merged_keys_may_be_given_again(tmp_path):
 
 @pytest.mark.parametrize("name", ["...yaml", "..yml", ".yaml", "folder/...yaml"])
 def test_a_file_without_a_name_is_no_experiment_for_its_runs_would_leave_their_folder(name):
-    with pytest.raises(InputError, match="there is no experiment"):
+    with pytest.raises(InputError, match="unknown experiment"):
         searches(name, "quick")
 
 

@@ -89,7 +89,7 @@ def test_a_damaged_table_is_one_sentence_with_its_row(two):
         damaged.loc[1, name] = value
         damaged.to_csv(path, index=False)
         for read in (lambda: tables.committed_rows("05_1"), lambda: known_rows("05_1", "smoke", plan)):
-            with pytest.raises(InputError, match=rf"{path} is no table of runs \(.* in row 2\): restore it"):
+            with pytest.raises(InputError, match=f"table {path}, which `git checkout` restores: cannot read row 2: "):
                 read()
 
 

@@ -335,7 +335,7 @@ def test_the_rows_of_a_users_file_have_a_folder_of_their_own(runs, outcomes, tmp
     assert sweep.sweep(str(file), "quick", in_process=True).done_now == 2
     assert sorted(path.parent.parent for path in runs.rglob("row.json")) == [runs / "mine"] * 2
     assert sweep.sweep(str(file), "quick").done_before == 2
-    with pytest.raises(InputError, match="there is no table for section .*mine.yaml: there are 05_1, .* stay in runs"):
+    with pytest.raises(InputError, match="unknown section with a table .*mine.yaml': there are 05_1, "):
         table_path(str(file))
 
 
@@ -344,7 +344,7 @@ def test_the_rows_of_a_users_file_have_a_folder_of_their_own(runs, outcomes, tmp
     [
         ("{facts: {csv: nobody.csv}}", "cannot read people from nobody.csv: .*No such file"),
         ("{facts: {csv: who.csv}}", "who.csv has no column 'name'"),
-        ("{training: {files: {no.jsonl: 0.5}}}", "cannot tokenize the dialogs of no.jsonl: there is no such file"),
+        ("{training: {files: {no.jsonl: 0.5}}}", "cannot read the dialogs of no.jsonl: there is no such file"),
     ],
 )
 def test_a_dry_run_refuses_files_that_a_run_would_refuse(grid, problem, runs, tmp_path, monkeypatch):
@@ -419,11 +419,4 @@ def test_hours_ahead_follow_the_speed_of_the_rows_there_are(smoke, monkeypatch):
 def test_a_sweep_on_a_device_that_is_not_there_is_refused_before_anything_starts(runs, monkeypatch):
     with pytest.raises(InputError, match="no device 'abacus'"):
         sweep.sweep("05_1", "smoke", jobs=1, device="abacus")
-    assert not runs.exists()
-
-
-@pytest.mark.parametrize("jobs", [0, -1])
-def test_a_sweep_without_a_process_is_refused(runs, jobs):
-    with pytest.raises(InputError, match=f"jobs = {jobs}: a sweep takes at least one process"):
-        sweep.sweep("05_1", "smoke", jobs=jobs)
     assert not runs.exists()

@@ -210,7 +210,7 @@ def test_rows_leave_a_table_only_as_selected(data, monkeypatch):
     for wrong, message in (
         ({}, "nothing says which rows to drop: give a profile, run ids, or superseded"),
         ({"run_ids": ["a" * 12, "f" * 12]}, "no row in .* has the run id ffffffffffff"),
-        ({"profile": "quick"}, "no row in .* has the profile quick: there are laptop, paper"),
+        ({"profile": "quick"}, "unknown profile 'quick' of rows in .*: there are laptop, paper"),
         ({"profile": "paper", "run_ids": ["a" * 12]}, "no row in .* is selected by all of these conditions"),
     ):
         with pytest.raises(InputError, match=message):
@@ -349,7 +349,7 @@ def test_publishing_nothing_writes_nothing(data):
 
 
 def test_an_unknown_section_is_one_sentence():
-    with pytest.raises(InputError, match="there is no table for section 05_9: there are 05_1"):
+    with pytest.raises(InputError, match="unknown section with a table '05_9': there are 05_1"):
         tables.committed_rows("05_9")
 
 
@@ -522,5 +522,5 @@ def test_biographies_are_weighed_against_the_same_databases_without_them(monkeyp
 @pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n", b"\xff\xfe", b'profile,run_id\n"a,b\n'])
 def test_what_is_no_table_is_one_sentence(content, tmp_path):
     (tmp_path / "t.csv").write_bytes(content)
-    with pytest.raises(InputError, match="t.csv is no table of runs .*: restore it"):
+    with pytest.raises(InputError, match="cannot read the table .*t.csv, which `git checkout` restores: "):
         tables.read_table(tmp_path / "t.csv")

@@ -145,8 +145,8 @@ def test_two_people_whose_names_read_the_same_are_one_too_many(tmp_path, one, ot
 @pytest.mark.parametrize(
     ("content", "cure"),
     [
-        ("name,pet\nRené,cat\n".encode("cp1252"), "save it as CSV UTF-8"),
-        (b"\xff\xfen\0a", "save it as CSV UTF-8"),
+        ("name,pet\nRené,cat\n".encode("cp1252"), "a file of CSV UTF-8: "),
+        (b"\xff\xfen\0a", "a file of CSV UTF-8: "),
         (b"PK\x03\x04\x14\0\x06\0", "workbook, which the program that made it can save as CSV UTF-8"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "workbook, which the program that made it can save as CSV UTF-8"),
         *(
@@ -154,7 +154,7 @@ def test_two_people_whose_names_read_the_same_are_one_too_many(tmp_path, one, ot
             for text in ("name,pet\nAnn,cat\n", "name,pet\nZoë,Łoś\n")
             for code in ("utf-16-le", "utf-16-be")
         ),
-        (b"\x89PNG\r\n\x1a\n", "save it as CSV UTF-8"),
+        (b"\x89PNG\r\n\x1a\n", "a file of CSV UTF-8: "),
     ],
 )
 def test_a_file_of_another_kind_is_told_with_the_cure(tmp_path, content, cure):
@@ -178,7 +178,7 @@ def test_people_are_not_read_without_end(tmp_path, monkeypatch, path, reason):
     os.mkfifo("pipe")
     with open("large", "wb") as large:
         large.truncate(1 << 40)  # takes no room
-    with pytest.raises(InputError, match=f"^cannot read people from {path}: it is {reason}$"):
+    with pytest.raises(InputError, match=f"^cannot read people from {path}, a file of CSV UTF-8: it is {reason}$"):
         read_people_csv(path)
 
 

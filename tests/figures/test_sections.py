@@ -427,7 +427,7 @@ def test_compressibility_is_drawn_against_correlation_and_against_bits():
 
 
 def test_an_unknown_figure_is_one_sentence_that_lists_those_there_are():
-    with pytest.raises(InputError, match="there is no figure 'bounds': there are parameter_bounds, recall"):
+    with pytest.raises(InputError, match="unknown figure 'bounds': there are parameter_bounds, recall"):
         record.draw("bounds")
 
 
@@ -464,7 +464,7 @@ def test_published_points_of_5_3_stand_at_the_entropy_of_the_released_law():
 
 
 def test_an_option_that_a_figure_does_not_have_is_one_sentence():
-    with pytest.raises(InputError, match="the figure generalization has no option 'threshold': it has none"):
+    with pytest.raises(InputError, match="unknown option 'threshold' of the figure generalization: there are none"):
         record.draw("generalization", threshold=0.9)
 
 
@@ -475,5 +475,5 @@ def test_drawing_from_tables_imports_no_torch():
 
 
 def test_a_threshold_without_published_points_is_refused():
-    with pytest.raises(InputError, match=r"threshold = 0\.8: .* 0\.5, 0\.9, 0\.95, 0\.99"):
+    with pytest.raises(InputError, match=r"unknown published threshold 0\.8: .* 0\.5, 0\.9, 0\.95, 0\.99"):
         record.draw("parameter_bounds", "laptop", threshold=0.8)

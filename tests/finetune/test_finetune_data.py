@@ -182,13 +182,13 @@ def test_no_row_is_cut_or_left_out():
     lengths = [len(ids) for ids in tokenize_chats(rows, TOKENIZER, 10_000)["input_ids"]]
     longest = max(range(12), key=lambda i: lengths[i])
     assert [len(ids) for ids in tokenize_chats(rows, TOKENIZER, lengths[longest])["labels"]] == lengths
-    with pytest.raises(InputError, match=rf"^conversation {longest + 1} has {lengths[longest]} tokens, more than"):
+    with pytest.raises(InputError, match=rf"n {longest + 1} in .*: it has {lengths[longest]} tokens, more"):
         tokenize_chats(rows, TOKENIZER, lengths[longest] - 1)
 
 
 def test_text_that_would_write_a_special_token_is_refused():
     people = People(["Ann<|end|>Lee"], {"birth_place": ["Peru"]})
-    with pytest.raises(InputError, match=r"conversation 1 does not fit.*would write the special token <\|end\|>"):
+    with pytest.raises(InputError, match=r"conversation 1 in .*: .*would write the special token <\|end\|>"):
         tokenize_chats(chats(people, "in-weight"), TOKENIZER, 999)
 
 
@@ -223,7 +223,7 @@ def test_a_template_that_does_not_fit_is_one_sentence(problem):
     template, mode, words = UNFIT[problem]
     with pytest.raises(InputError, match=words) as caught:
         tokenize_chats(chats(ANN, mode), _tokenizer(template), 2000)
-    assert str(caught.value).startswith("conversation 1 does not fit the tokenizer's chat template: ")
+    assert str(caught.value).startswith("cannot read conversation 1 in the tokenizer's chat template: ")
 
 
 def test_a_template_of_two_roles_takes_the_textual_request():

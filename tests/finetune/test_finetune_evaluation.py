@@ -287,13 +287,13 @@ def test_a_task_that_cannot_be_had_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.delenv(HELLASWAG, raising=False)
-    advice = r" \(.+\): HellaSwag comes from the hub \(asked once\) or from a file that ITL_HELLASWAG names$"
+    advice = ", from the hub or a file that ITL_HELLASWAG names: .+$"
     assert choose_test("any") == "trivia"
     for name in ("hellaswag", "hellaswagg"):
-        with pytest.raises(InputError, match=f"^cannot load the items of {name}{advice}"):
+        with pytest.raises(InputError, match=f"^cannot read the items of {name}{advice}"):
             measure_capability(random_model(), tokenizer(), name)
     monkeypatch.setenv(HELLASWAG, str(tmp_path / "nowhere.jsonl"))
-    with pytest.raises(InputError, match=f"^cannot load the items of hellaswag{advice}"):
+    with pytest.raises(InputError, match=f"^cannot read the items of hellaswag{advice}"):
         measure_capability(random_model(), tokenizer(), "hellaswag")
 
 
@@ -334,7 +334,7 @@ def test_a_damaged_file_of_hellaswag_is_refused_by_its_line(bad, tmp_path, monke
     check_hellaswag()
     line = json.dumps(ITEM | bad) if isinstance(bad, dict) else bad
     file.write_text(f"{json.dumps(ITEM)}\n{line}\n{json.dumps(ITEM)}\n\n")
-    with pytest.raises(InputError, match="items.jsonl, line 2: a JSON object with texts activity_label"):
+    with pytest.raises(InputError, match="items.jsonl, .*: line 2: .*a line is an item as JSON"):
         check_hellaswag()
     file.unlink()
     with pytest.raises(InputError, match="^cannot read .*items.jsonl, which ITL_HELLASWAG names"):

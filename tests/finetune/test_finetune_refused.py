@@ -45,7 +45,7 @@ def test_a_damaged_item_of_hellaswag_is_one_sentence_before_the_folder_is_claime
     file.write_text(f"{json.dumps(ITEM)}\n{json.dumps(ITEM)}\n{DAMAGE[how]}\n", errors="surrogateescape")
     monkeypatch.setenv(HELLASWAG, str(file))
     config = FinetuneConfig(**SMALL | {"capability": "any"})
-    _refuses(config, tmp_path / "new" / "run", f"^{file}, line 3: a JSON object .*four texts as endings")
+    _refuses(config, tmp_path / "new" / "run", f"^cannot read {file}, .*: line 3: .*a line is an item as JSON")
 
 
 def test_a_file_without_items_is_refused_too(tmp_path, monkeypatch):
@@ -54,7 +54,7 @@ def test_a_file_without_items_is_refused_too(tmp_path, monkeypatch):
     for content in ("", "\n \n"):
         file.write_text(content)
         config = FinetuneConfig(**SMALL | {"capability": "hellaswag"})
-        _refuses(config, tmp_path / "new" / "run", "line 1: a JSON object")
+        _refuses(config, tmp_path / "new" / "run", "line 1: .*a line is an item as JSON")
 
 
 def test_a_refused_fine_tuning_leaves_no_folder(tmp_path):

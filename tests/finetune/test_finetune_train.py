@@ -325,7 +325,7 @@ def test_rates_are_those_of_the_base_in_its_mode_unless_given():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "nobody/nothing"], "cannot load a tokenizer from nobody/nothing"),
+        (["--model", "nobody/nothing"], "cannot read a tokenizer from nobody/nothing"),
         (["--facts", "7"], "multiple"),
         (["--mode", "in-air"], "mode"),
         (["--set", "task=hybrid"], "in-tool"),

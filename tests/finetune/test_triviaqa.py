@@ -135,7 +135,7 @@ def test_a_record_is_read_in_triviaqas_own_form(tmp_path):
 )
 def test_a_line_that_is_no_question_is_named(tmp_path, line):
     file = write(tmp_path / "q.jsonl", record(), "", line)
-    with pytest.raises(InputError, match=r"q\.jsonl, line 3: no question with an answer: a line is one"):
+    with pytest.raises(InputError, match=r"q\.jsonl: line 3: no question with an answer: a line is one"):
         load_questions(file)
 
 
@@ -152,13 +152,13 @@ def test_what_holds_no_questions_is_refused(tmp_path):
     for source, message in {
         tmp_path / "none.jsonl": "cannot read the questions .*none.jsonl: .*No such file",
         tmp_path: "cannot read the questions .*: it is no file",
-        write(tmp_path / "empty.jsonl", "", " "): "empty.jsonl holds no question: a line is one",
-        tmp_path / "latin.jsonl": "latin.jsonl, line 1: no question",
+        write(tmp_path / "empty.jsonl", "", " "): "empty.jsonl: there is no question: a line is one",
+        tmp_path / "latin.jsonl": "latin.jsonl: line 1: no question",
     }.items():
         with pytest.raises(InputError, match=message):
             load_questions(source)
     one = write(tmp_path / "one.jsonl", record())
-    with pytest.raises(InputError, match="holds no question for validation"):
+    with pytest.raises(InputError, match="there is no question for validation"):
         load_questions(one, split="validation")
 
 
@@ -187,7 +187,7 @@ def test_without_the_hub_one_sentence_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    with pytest.raises(InputError, match=r"the hub lacks TriviaQA \(.*\): give a file, or 'trivia' for the ship"):
+    with pytest.raises(InputError, match="cannot read the questions hub: "):
         load_questions("hub")
 
 

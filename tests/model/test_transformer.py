@@ -51,10 +51,10 @@ def test_the_papers_models_have_32_d_squared_plus_525_d_parameters(d_model, n_pa
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"d_model": 33}, r"model\.d_model = 33 does not split into n_heads = 2 .* multiple of 4"),
-        ({"d_model": 6}, r"model\.d_model = 6 does not split into n_heads = 2 heads of an even size"),
-        ({"d_model": 48, "n_heads": 6, "n_kv_heads": 4}, r"model\.n_kv_heads = 4 does not divide n_heads = 6"),
-        ({"n_heads": 2, "n_kv_heads": 4}, r"model\.n_kv_heads = 4 does not divide n_heads = 2"),
+        ({"d_model": 33}, r"model\.d_model = 33 with n_heads = 2: give a multiple of 4"),
+        ({"d_model": 6}, r"model\.d_model = 6 with n_heads = 2: give a multiple of 4"),
+        ({"d_model": 48, "n_heads": 6, "n_kv_heads": 4}, r"model\.n_kv_heads = 4: give a divisor of n_heads = 6"),
+        ({"n_heads": 2, "n_kv_heads": 4}, r"model\.n_kv_heads = 4: give a divisor of n_heads = 2"),
         ({"rope": "none"}, r"model\.rope"),
         ({"d_head": 3}, r"unknown configuration key 'model\.d_head'"),
     ],

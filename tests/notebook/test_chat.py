@@ -81,7 +81,7 @@ KNOWN = sample_people(4).names[0]
     "name, attribute, value, message",
     [
         ("Nobody Atall", "birth_place", "Kenya", "nobody is called 'Nobody Atall' in the database"),
-        (KNOWN, "shoe_size", "43", "unknown attribute 'shoe_size': the database has birth_date, birth_place, "),
+        (KNOWN, "shoe_size", "43", "unknown attribute 'shoe_size': there are birth_date, birth_place, "),
         (KNOWN, "name", "Ann", "unknown attribute 'name'"),
         (KNOWN, 'birth_place" = "x" --', "Kenya", "unknown attribute"),
         (KNOWN, "birth_place", " ", "' ' cannot be a value"),

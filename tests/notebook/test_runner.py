@@ -263,7 +263,7 @@ def test_many_notebooks_are_all_checked_before_the_first_one_starts(tmp_path, ru
         ("quick", {"seeds": 3.0}, "n: parameter seeds takes int, got 3.0"),
         ("quick", {"rate": None}, "n: parameter rate takes float, got None"),
         ("quick", {"profile": "paper"}, "n: the profile is chosen with the option for it, not as a parameter"),
-        ("huge", {}, "unknown profile 'huge': it is one of smoke, quick, laptop, paper"),
+        ("huge", {}, "unknown profile 'huge': there are smoke, quick, laptop, paper"),
     ],
 )
 def test_what_a_notebook_does_not_accept_is_refused_before_a_kernel_starts(
@@ -283,7 +283,7 @@ def test_an_int_is_accepted_for_a_float(tmp_path):
 def test_a_file_that_is_no_notebook_and_one_without_parameters_are_refused(tmp_path):
     broken = tmp_path / "broken.ipynb"
     broken.write_text("{")
-    with pytest.raises(InputError, match="broken.ipynb is not a notebook that can be read"):
+    with pytest.raises(InputError, match="cannot read the notebook .*broken.ipynb"):
         runner.run(broken)
     nbformat.write(nbformat.v4.new_notebook(), tmp_path / "empty.ipynb")
     with pytest.raises(InputError, match="^empty has no cell tagged 'parameters'"):

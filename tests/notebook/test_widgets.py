@@ -93,6 +93,6 @@ def test_correlation_can_be_explored(shown, monkeypatch):
 
 def test_a_threshold_that_the_paper_does_not_count_is_refused(shown):
     for explore in (widgets.explore_capacity, widgets.explore_correlation):
-        with pytest.raises(InputError, match="published thresholds are"):
+        with pytest.raises(InputError, match="unknown published threshold"):
             explore("quick", 0.8)
     assert shown == []

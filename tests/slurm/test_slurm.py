@@ -178,15 +178,15 @@ def test_a_training_has_a_process_a_gpu(runs, commands, itl):
     [
         ("submit train --people 0", "facts.n_people"),
         ("submit train --gpus -1", "resources.gpus"),
-        ("submit sweep 05_9", "there is no experiment 05_9"),
+        ("submit sweep 05_9", "unknown experiment '05_9'"),
         ("submit sweep 05_1 --nodes 2", "each job of a sweep takes one node and at most one GPU"),
         ("submit sweep 05_1 --profile smoke --jobs 0", "'--jobs': Input should be greater than or equal to 1"),
         ("submit notebook 05_9", "'05_9' is not a notebook"),
         ("submit notebook 05_1 -p nothing=1", "05_1_parameter_bounds has no parameter 'nothing'"),
         ("submit notebook 05_1 --nodes 2", "a notebook runs on one node"),
-        ("status nothing", "there is no submission 'nothing': there are none"),
-        ("cancel nothing", "there is no submission 'nothing'"),
-        ("retry nothing", "there is no submission 'nothing'"),
+        ("status nothing", "unknown submission 'nothing': there are none"),
+        ("cancel nothing", "unknown submission 'nothing'"),
+        ("retry nothing", "unknown submission 'nothing'"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(runs, commands, itl, arguments, sentence):

@@ -37,9 +37,7 @@ def test_slurm_says_how_many_cores_a_process_may_use(monkeypatch, given, cores):
         ("0::/\n", {"cpu.max": "max 100000\n"}, []),
         ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "200000 100000\n", "cpu.max": "7 1\n"}, [2, 7]),
         ("0::/a\n", {}, []),
-        ("3:cpuset:/x\n2:cpu,cpuacct:/a\n", {"cpu/a/cpu.cfs_quota_us": "3", "cpu/a/cpu.cfs_period_us": "1"}, [3]),
-        ("2:cpu:/a\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, []),
-        ("3:memory:/a\n", {"cpu.max": "1 1"}, []),
+        ("2:cpu:/a\n0::/b\n", {"b/cpu.max": "3 1", "a/cpu.max": "2 1"}, [3]),  # beside groups of version 1
         (None, {}, []),
     ],
 )  # fmt: skip
@@ -56,9 +54,6 @@ def _write(root: Path, group: str | None, files: dict[str, str]) -> None:
         (root / name).write_text(content)
 
 
-V1 = "4:memory:/job/step\n3:cpu:/x\n0::/\n"
-
-
 @pytest.mark.parametrize(
     ("group", "files", "limit"),
     [
@@ -66,8 +61,6 @@ V1 = "4:memory:/job/step\n3:cpu:/x\n0::/\n"
         ("0::/\n", {"memory.max": "max\n"}, None),
         ("0::/a/b\n", {"a/b/memory.max": "max\n", "a/memory.max": "4000\n", "memory.max": "7000\n"}, 4000),
         ("0::/a\n", {"b/memory.max": "1"}, None),
-        (V1, {"memory/job/step/memory.limit_in_bytes": "9223372036854771712", "cpu/x/memory.max": "1"}, None),
-        (V1, {"memory/job/step/memory.limit_in_bytes": "6000", "memory/job/memory.limit_in_bytes": "3000"}, 3000),
         ("0::/a\n", {"a/memory.max": "9000000000000000000"}, None),
         (None, {"memory.max": "1"}, None),
     ],

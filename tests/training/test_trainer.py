@@ -111,14 +111,14 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole(data, tmp_path, loss, 
 
 
 def test_a_batch_has_no_more_parts_than_dialogs(data, tmp_path):
-    with pytest.raises(InputError, match="grad_accumulation = 100 is too large for batches of 10 dialogs"):
+    with pytest.raises(InputError, match="grad_accumulation = 100, .* is too large for batches of 10"):
         _trainer(data, _config(grad_accumulation=100), tmp_path)
 
 
 def test_uneven_batches_are_cut_into_as_many_parts(tmp_path):
     """20 dialogs in batches of at most 7 are two of 7 and one of 6, in four parts. More parts are refused."""
     data = tokenize(dialogs(sample_people(5), "in-weight"), ByteTokenizer())
-    with pytest.raises(InputError, match="grad_accumulation = 7 is too large for batches of 6"):
+    with pytest.raises(InputError, match="grad_accumulation = 7, .* is too large for batches of 6"):
         _trainer(data, _config(batch_size=7, grad_accumulation=7), tmp_path)
     losses = []
     for parts in (1, 4):
