@@ -142,9 +142,9 @@ class Config(BaseModel):
 class Identified(Config):
     """Everything that decides the outcome of one run.
 
-    Its canonical JSON leaves out defaults, so that a field added later changes no id. The run's id is its hash. So
-    never change a default once there are rows: old ids would get another meaning. Add a field, or
-    set the value where it is used.
+    Its canonical JSON leaves out defaults, so that a field added later changes no id. The run's id is the hash of this
+    JSON. So never change a default once there are rows: old ids would get another meaning. Add a field, or set the
+    value where it is used.
     """
 
     def canonical_json(self) -> str:

@@ -235,7 +235,7 @@ UNOBSERVED = Observers()
 
 # Rows -----------------------------------------------------------------------------------------------------------------
 
-#: What code reads of every finished run.
+#: Columns that every finished run must have, because code reads them.
 FINISHED = "mode n_facts recall n_questions steps steps_budget train_seconds stopped finished_at device config".split()
 TEXT = """run_id profile mode optimizer dtype stopped people_digest tokenizer finished_at device python torch commit
 measured_commit base task adaptation weights capability_task capability_source experiment method asked who""".split()
@@ -255,7 +255,10 @@ _COLUMNS = [
 
 
 def check_row(row: Mapping[str, Any], fields: Iterable[str] = (), strict: bool = True) -> None:
-    """Raise `ValueError` unless a row has `fields`, and values of their types or, if not `strict`, as text."""
+    """Raise `ValueError` unless a row has all `fields`, and each value is of its column's type.
+
+    If not `strict`, text that can be read as this type is accepted, too.
+    """
     if lacking := [name for name in fields if row.get(name) is None]:
         raise ValueError(f"it lacks {lacking[0]}")
     for name, value in row.items():
@@ -269,10 +272,13 @@ def check_row(row: Mapping[str, Any], fields: Iterable[str] = (), strict: bool =
 
 
 def config_of(row: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration of the run that a row is of."""
+    """Return the configuration of the run behind a row."""
     return RunConfig.parse(json.loads(row["config"]))
 
 
 def read_row(path: Path, kind: type = dict, fields: Iterable[str] = FINISHED) -> Any:
-    """Return the row of a finished run or, if `kind` is list, its rows. Raises `DamagedFile` as `check_row` does."""
+    """Return the row of a finished run or, if `kind` is list, its rows.
+
+    Raises `DamagedFile` where `check_row` refuses one.
+    """
     return read_json(path, kind, fields, partial(check_row, fields=fields))

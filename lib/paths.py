@@ -176,7 +176,7 @@ def read_json(path: Path, kind: type = dict, fields: Iterable[str] = (), check: 
 
 
 def whole(paths: Iterable[Path], read: Callable[[Path], Any]) -> Iterator[tuple[Path, Any]]:
-    """Yield each file with `read` of it; an unreadable one is reported and skipped."""
+    """Yield each file with what `read` returns for it; an unreadable one is reported and skipped."""
     for path in paths:
         try:
             yield path, read(path)

@@ -193,7 +193,7 @@ class EditableTool(AbstractContextManager):
 
 
 class CalculatorTool:
-    """Computes ages: shows how little a tool needs, `__call__` and outcomes for its errors.
+    """Computes ages. It shows how little a tool needs: `__call__`, and outcomes for its errors.
 
     A request is `AGE 12/3/1970 ON 1/1/2020`, in a block fenced as calc.
     """

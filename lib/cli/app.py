@@ -410,7 +410,7 @@ for command in (*pretrained, slurm.status, slurm.cancel, slurm.retry):
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def test(context: typer.Context) -> None:
-    """Run the tests, a file at a time on each of up to eight cores; further arguments go to pytest (`-n 0`: one)."""
+    """Run the tests, a file at a time on each of up to eight cores; further arguments go to pytest (`-n 0`: on one)."""
     paths.check_checkout()
     # In alphabetical order: the longest files, browser and cluster, come first.
     spread = ["--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadfile", "--no-loadscope-reorder"]

@@ -1,7 +1,7 @@
 """Factual recall: the share of questions that a model answers with exactly the right sentence (Section 5).
 
-"Ends with the answer" would count 11/1/1950 for 1/1/1950, so the whole final turn must match. In-tool, the answer
-counts only if a query that really ran against the database retrieved the value.
+The test "ends with the answer" would accept 11/1/1950 for 1/1/1950, so the whole final turn must match. In-tool, the
+answer counts only if a query that really ran against the database retrieved the value.
 """
 
 import math

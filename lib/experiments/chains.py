@@ -106,7 +106,7 @@ def _folder(config: RunConfig, profile: str) -> Path:
 
 
 def rows(profile: str) -> pd.DataFrame:
-    """Return one row per finished run: those in paper_data, and those of today's plan still in runs."""
+    """Return one row per finished run: those in paper_data, and those of today's plan still in `runs/`."""
     runs = {config.run_id: _folder(config, profile) / paths.ROWS for config in configurations(profile)}
     return rows_of_profile(TABLE, profile, runs.values(), runs)
 

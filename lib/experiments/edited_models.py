@@ -33,7 +33,7 @@ from lib.training.edit import Edited, edit
 from lib.training.run import run
 from lib.training.saved import Conversation, open_conversation
 
-#: By profile: numbers of facts to change (deleted are about as many as the last number); then the most questions per
+#: By profile: numbers of facts to change (about as many as the last number are deleted); then the most questions per
 #: recall, the most people that a hybrid model learns by heart, and the most training steps of an edit.
 SIZES = {
     "smoke": ((1, 3), 4, 1, 10),

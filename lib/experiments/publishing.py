@@ -64,7 +64,7 @@ class Table(NamedTuple):
 
         profile, run_ids and superseded (rows that today's plan does not ask for) each narrow the selection. Rows of
         `TABLE_ONLY` profiles are removed only if `profile` or `run_ids` name them. `add` brings back a planned run that
-        is still in runs. Raises `InputError` without a condition, for an unknown id, or if nothing is selected.
+        is still in `runs/`. Raises `InputError` without a condition, for an unknown id, or if nothing is selected.
         """
         if profile is None and not run_ids and not superseded:
             raise InputError("nothing says which rows to drop: give a profile, run ids, or superseded")

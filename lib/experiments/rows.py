@@ -1,4 +1,4 @@
-"""Where the rows of finished runs are: in paper_data, and still in runs. Needs no pandas, which is slow to import."""
+"""Where the rows of finished runs are: in paper_data, and still in runs/. Needs no pandas, which is slow to import."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -59,7 +59,7 @@ def text_rows(path: Path, fields: Iterable[str] = ()) -> list[dict[str, str | No
 
 
 def rows_in_runs(section: str, profile: str, plan: Sequence[Search]) -> list[dict[str, Any]]:
-    """Return the rows of a plan's finished runs in runs, if their tokenizer file is unchanged."""
+    """Return the rows of a plan's finished runs in `runs/`, if their tokenizer file is unchanged."""
     planned = {run_id for search in plan for run_id in search.run_ids}
     tokenizers = {load_tokenizer(spec).name for spec in {search.base.tokenizer for search in plan}}
     finished = [path for path in sorted(sweep_dir(section, profile).glob(f"*/{ROW}")) if path.parent.name in planned]

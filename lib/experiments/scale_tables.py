@@ -86,10 +86,10 @@ def comparable(rows: pd.DataFrame | None = None, with_published: bool = True) ->
     """Return our runs at their last checkpoints and the paper's, over seeds: a row per `POINT`, smaller models first.
 
     rows: ours, in the columns above, possibly none; missing columns are NaN. Each of `METRICS` is the mean over
-    the seeds that measured it, `_seeds` of the `seeds`. `_std` is their standard deviation, `_stderr` the larger of
-    std / sqrt(seeds) and the measurement's own error, which more seeds on the same questions do not reduce.
-    `seeds_reaching_it` were averaged in `steps_to_recall`. Runs of different `RECIPE` are different rows; if a mode has
-    several rates, the model's name gives the rate. Two runs of one point, recipe and seed are an `InputError`.
+    the seeds that measured it. `_seeds` counts these, `seeds` counts all. `_std` is their standard deviation, `_stderr`
+    the larger of std / sqrt(seeds) and the measurement's own error, which more seeds on the same questions do not
+    reduce. `seeds_reaching_it` were averaged in `steps_to_recall`. Runs of different `RECIPE` are different rows; if a
+    mode has several rates, the model's name gives the rate. Two runs of one point, recipe and seed are an `InputError`.
     """
     tables = [each for each in (rows, published_rows() if with_published else None) if each is not None and len(each)]
     runs = pd.concat([_last_checkpoints(each) for each in tables]) if tables else pd.DataFrame()
@@ -265,7 +265,7 @@ def of_facts(rows: pd.DataFrame) -> pd.DataFrame:
 def panels(rows: pd.DataFrame) -> pd.DataFrame:
     """Return our checkpoints on facts; `base` names their panel in `lib.figures.scale.against_steps`.
 
-    A panel is a model in a profile; in-weight runs at the rate of in-tool runs have their own, ", equal rates".
+    A panel is a model in a profile; in-weight runs at the rate of in-tool runs have their own, named "equal rates".
     In-tool runs are in every panel of their model. Adapters and hybrids are left out.
     """
     if not len(rows):

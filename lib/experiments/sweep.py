@@ -218,7 +218,7 @@ def _how_far(config: RunConfig, directory: Path) -> str:
 
 
 def _in_a_process(config: RunConfig, directory: Path, device: str, stdin: IO[bytes]) -> str | None:
-    """Do a run in a process of its own, whose death harms no other; return what ended it unfinished, in one line."""
+    """Do a run in a process of its own, whose death harms no other; return its error in one line, or None."""
     path = [str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     # PYTHONSAFEPATH: ignore a lib in the current folder. One thread: small models gain little from a second, and wait
     # for it where cores are busy.

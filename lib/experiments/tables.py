@@ -53,7 +53,8 @@ def rows_of_profile(
 ) -> pd.DataFrame:
     """Return a profile's rows in the table at `path`, and from the files `found` the rows that it lacks.
 
-    Skips missing and damaged files: rows need all `fields`. Adds superseded: whether the run is not `planned`.
+    Skips files that are missing, damaged, or lack one of `fields` in a row. Adds superseded: whether the run is not
+    `planned`.
     """
     files = whole(filter(Path.exists, found), lambda file: read_row(file, list, fields))
     rows = _with_fresh(read_table(path, fields), profile, [row for _, rows in files for row in rows])
@@ -72,9 +73,9 @@ def committed_rows(section: str) -> pd.DataFrame:
 
 
 def read_rows(section: str, profile: str, plan: Sequence[Search] | None = None) -> pd.DataFrame:
-    """Return a row per finished run of a section in a profile: all in paper_data, and those of `plan` still in runs.
+    """Return a row per finished run of a section in a profile: all in paper_data, and those of `plan` still in runs/.
 
-    plan: the searches that ask for runs, today's unless given. A run in runs counts only if its tokenizer file is
+    plan: the searches that ask for runs, today's unless given. A run in `runs/` counts only if its tokenizer file is
     unchanged. Adds `COMPUTED`: superseded (the plan no longer asks for this run), law and recipe (see `described`).
     """
     plan = searches_of(section, profile) if plan is None else plan

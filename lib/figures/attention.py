@@ -65,7 +65,8 @@ _COLORS = ("#009E73", "#0072B2", "#56B4E9", "#999999", "#CC79A7")  # Okabe and I
 def copying_by_letter(tables: dict[str, pd.DataFrame]) -> Figure:
     """Draw how a name is copied, letter by letter: attention on the letter that is next, and whether it is said.
 
-    tables: label -> rows of `attention_maps.copying` for one copy and one head. Letters of few names are left out.
+    tables: label -> rows of `attention_maps.copying` for one copy and one head. Letters that few names have are left
+    out.
     """
     letters = pd.concat(tables, names=["label"]).groupby(["label", "word", "letter"])[["mass", "right"]]
     means = letters.mean()[letters.size() > 5].unstack("label").dropna()  # of letters that all tables have

@@ -40,8 +40,8 @@ def edits(rows: pd.DataFrame) -> Figure:
     """Draw what changing facts takes and breaks, and what is still known of deleted ones.
 
     rows: as `lib.experiments.edits.rows` gives them, one number of facts per mode. Drawn are means over seeds,
-    with bars from the smallest to the largest. Models that were not trained to repeat a value cannot answer: they stand
-    among the deleted facts alone.
+    with bars from the smallest to the largest. Models that were not trained to repeat a value cannot answer: they
+    appear in the panel of deleted facts alone.
     """
     with panels((12.4, 4), 1, 4, width_ratios=(1, 1, 1, 1.2)) as (figure, (cost, harm, success, memory)):
         changed = rows.query("experiment == 'change' and repeats")

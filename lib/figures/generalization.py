@@ -26,7 +26,7 @@ def generalization(shares: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """Draw recall of unseen people against the number of training facts, a panel per kind of name (Section 5.2).
 
     shares: as `summaries.unseen_shares` gives them; one point per seed, side by side. The last panel has the
-    share of seeds that `summaries.seeds_that_generalize`, with 95% intervals. published: the paper's points, grey, in
+    shares of `summaries.seeds_that_generalize`, with 95% intervals. published: the paper's points, grey, in
     the panel of people of `PUBLISHED_KIND`. Dotted: the recall of the best constant answers.
     """
     kinds = list(KINDS)[1:]

@@ -56,7 +56,7 @@ def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: fl
         axes.set_ylim(bottom=0.8 * axes.dataLim.y0)  # the bound goes further down
         facts, per_parameter = axes.dataLim.intervalx, MEASURED_BITS[BOUND]
         bound = [parameters_needed(n * bits_at_recall(threshold) / len(VALUES), per_parameter) for n in facts]
-        label = f"least in weights: {per_parameter:g} bits per parameter"
+        label = f"lower bound in weights: {per_parameter:g} bits per parameter"
         axes.plot(facts, bound, color="#555555", linestyle="--", label=label)
         _by_hand_line(axes)
         axes.set(yscale="log", xlabel="facts", ylabel=f"parameters needed for {threshold:.0%} recall")

@@ -130,7 +130,7 @@ def draw(name: str, profile: str = "laptop", **options) -> Figure:
     """Draw a figure of `FIGURES` from paper_data; profiles that do not publish add their own rows.
 
     options: those of its record, `threshold` for parameter_bounds say. Raises InputError for an unknown figure, one
-    that does not have these options, or a threshold that the paper does not count.
+    that does not have these options, or a threshold that the paper does not use.
     """
     record = _found(name, options)
     points = _with_own(record, record.points, profile, options)

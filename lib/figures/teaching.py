@@ -95,7 +95,7 @@ def trained_characters(tokens: Sequence[int], trained: Sequence[bool]) -> Figure
     marked = zip(trained, [False, *trained], shown, strict=False)
     text = "".join(("" if now == before else "[" if now else "]") + character for now, before, character in marked)
     text += "]" * trained[-1]
-    figure.set_label(f"A dialog, a character a cell; colored, here in brackets, is what is trained: {text}")
+    figure.set_label(f"A dialog, one character per cell. Trained characters are colored, here in brackets: {text}")
     return figure
 
 

@@ -107,7 +107,7 @@ class PeopleTask(Find):
         return self.sentences.get(outcome, text)
 
     def grade(self, record: dict, asked: PersonQuestion) -> dict:
-        """Return whether a record is `correct`, its `outcome`, a `Verdict`, and what was asked."""
+        """Return whether a record is `correct`, its `outcome` (a `Verdict`), and what was asked."""
         outcome = _verdict(record, asked)
         return {"correct": outcome == Verdict.RIGHT, "outcome": outcome.value, **asked._asdict()}
 

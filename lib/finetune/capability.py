@@ -90,7 +90,7 @@ def capability_source(test: str) -> str:
 
 
 def choose_test(capability: str) -> str | None:
-    """Return the test that `FinetuneConfig.capability` asks for: any is HellaSwag, or trivia where no hub answers."""
+    """Return the test that `FinetuneConfig.capability` asks for: for "any" HellaSwag, or trivia without a hub."""
     if capability == "any" and not os.environ.get(HELLASWAG):
         try:
             HfApi().dataset_info("Rowan/hellaswag", timeout=5)

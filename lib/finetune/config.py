@@ -1,4 +1,4 @@
-"""`FinetuneConfig`: everything that decides the outcome of one fine-tuning. It needs no torch, as bases and plans."""
+"""`FinetuneConfig`: everything that decides the outcome of one fine-tuning. Like bases and plans, it needs no torch."""
 
 import math
 from typing import Literal, Self

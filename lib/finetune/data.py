@@ -45,7 +45,7 @@ def chats(people: People, mode: ChatMode) -> Iterator[dict]:
 
 
 def opening(text: str, mode: ChatMode, function: dict, instructions: str = "") -> dict:
-    """Return a model's input: `messages`, in text with `instructions` how to ask the tool, and, in-tool, `tools`."""
+    """Return a model's input: `messages` (in-tool-text: `instructions` on the tool first) and, in-tool, `tools`."""
     system = [{"role": "system", "content": instructions}] if instructions and mode == "in-tool-text" else []
     return {"messages": [*system, *as_user([text])[0]]} | ({"tools": [function]} if mode == "in-tool" else {})
 
@@ -113,7 +113,9 @@ def _encode_chat(
             start = render(i, tokenize=True, add_generation_prompt=True)
             turn = render(i + 1, tokenize=True)
             if tokens[: len(turn)] != turn or turn[: len(start)] != start:
-                raise ValueError(f"it renders message {i + 1} differently in training and generation: take another")
+                raise ValueError(
+                    f"it renders message {i + 1} differently in training and generation: use another template"
+                )
             ends = [place for place in range(len(start), len(turn)) if turn[place] in special]
             if not ends:
                 raise ValueError(f"no special token ends message {i + 1}, so that a model would never stop")

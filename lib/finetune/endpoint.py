@@ -73,7 +73,7 @@ async def ask_all(
     task: how a model asks its tool and which answers are right, as `lib.finetune.triviaqa` has it. look_up: answers a
     query, which is JSON, as a `Store` does. out: a file of JSON lines to which each record is added. Questions with an
     error-free record of the same `asked` are skipped, unless a query would now find something else; old answers are
-    graded against today's `questions`. Raises `InputError` if `out` is no file of records, or an address is none.
+    graded against today's `questions`. Raises `InputError` if `out` is no file of records, or an address is not valid.
     """
     limits = {"timeout": endpoint.timeout, "max_retries": endpoint.retries}
     try:

@@ -94,7 +94,7 @@ def divergences(base_logits: torch.Tensor, model_logits: torch.Tensor, generator
 class Evaluator:
     """Measures checkpoints of one run on `device` in `dtype`: their task, capability, and distance to the base.
 
-    The base's answers to prompts and the capability test are cached in runs, so it is asked once for all runs.
+    The base's answers to prompts and to the capability test are cached in `runs/`, so it is asked once for all runs.
     recall(model, description=...): columns of the task, see `Task.measure`.
     """
 
@@ -111,7 +111,7 @@ class Evaluator:
         return load_model(base_source(self.config.base), self.device, self.dtype)
 
     def __call__(self, model: PreTrainedModel, test: str | None, is_last: Callable[[float], bool]) -> dict:
-        """Return a checkpoint's columns. test: of `choose_test`. is_last(recall): is it the first or the last?"""
+        """Return a checkpoint's columns. test: of `choose_test`. is_last(recall): is it the base or the last?"""
         recall = self.recall(model, description=self._doing("recall"))
         return recall | self._capability(model, test, is_last(recall["recall"])) | self._divergence(model)
 

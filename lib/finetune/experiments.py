@@ -79,9 +79,9 @@ def sweep(profile: str, *, dry_run: bool = False, max_hours: float = math.inf, d
 
 
 def rows(profile: str) -> pd.DataFrame:
-    """Return one row per checkpoint of finished runs: all in paper_data, and those of today's plan still in runs.
+    """Return one row per checkpoint of finished runs: all in paper_data, and those of today's plan still in `runs/`.
 
-    Two columns are added and never stored: superseded, whether today's plan does not ask for the run, and recipe.
+    Two columns are added and never stored: recipe, and superseded (today's plan does not ask for the run).
     """
     runs = {config.run_id: folder(config, profile) / ROWS for config in plan(profile)}
     table = rows_of_profile(table_path(), profile, runs.values(), runs, ("run_id", "config"))

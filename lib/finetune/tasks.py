@@ -73,8 +73,9 @@ def measure_recall(
 
     In mode in-tool the model calls the function `find`, in in-tool-text it writes the paper's request, one call a
     question; in-weight there is no tool. The model alone decides what the tool is asked: requests that are trained
-    serve only as drafts. A fact is recalled if the last reply `says` the value. If the tool answers anything else, it
-    is not, and the model does not speak again. options: those of `generate_tokens`, for each turn.
+    serve only as drafts. A fact is recalled if the last reply `says` the value. If the tool answers with anything but
+    the value, the fact is not recalled, and the model does not speak again. options: those of `generate_tokens`, for
+    each turn.
     """
     find = Find(tool.attributes if tool else ())
 

@@ -121,7 +121,7 @@ class _Run(TrainerCallback):
         if config.lora_rank and processes.is_main_process:
             width = min(min(weight.shape) for weight in self.evaluator.base.parameters() if weight.dim() == 2)
             if config.lora_rank > width:
-                raise InputError(f"lora_rank = {config.lora_rank}: {width} is the most that matrices of the base have")
+                raise InputError(f"lora_rank = {config.lora_rank}: matrices of the base have at most rank {width}")
 
     def complete(self, claim: dict) -> None:
         """Claim the folder, train to the end, evaluate every checkpoint, and write the rows."""
@@ -332,7 +332,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 
 def turn_limit(data: Dataset) -> int:
-    """Return how many tokens a reply may take: as many as the longest turn that `data` train, and a few to spare."""
+    """Return how many tokens a reply may take: as many as the longest trained turn of `data`, and a few to spare."""
     turns = (groupby(labels, lambda label: label != IGNORED) for labels in data["labels"])
     return max(len(list(turn)) for row in turns for said, turn in row if said) + SPARE_TOKENS
 

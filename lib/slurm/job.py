@@ -75,7 +75,7 @@ def executor(
         gpus_per_node=resources.gpus or None,
         array_parallelism=parallel,
         stderr_to_stdout=True,
-        # Only sbatch gets the time limit: without it, submitit requeues after any signal.
+        # Only sbatch gets the time limit. submitit, which does not know it, requeues after any signal.
         additional_parameters={"time": resources.time, "requeue": True, "chdir": Path.cwd()},
         setup=[*variables, f"export OMP_NUM_THREADS={cpus} SRUN_CPUS_PER_TASK={cpus}"],
         srun_args=["--kill-on-bad-exit=1"],

@@ -38,7 +38,10 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 
 def memory(device: torch.device, root: Path = Path("/")) -> float:
-    """Return a GPU's memory in bytes or, on a CPU, the control group's limit below `root`; inf if there is none."""
+    """Return a GPU's memory in bytes or, on a CPU, the machine's or its control group's limit, whichever is smaller.
+
+    root: the folder below which the files of control groups are. inf if neither is known.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")

@@ -131,7 +131,9 @@ def _number(name: str, default: int) -> int:
     """Return a number that torchrun or Slurm set in the environment; anything else is an `InputError`."""
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
-        raise InputError(f"{name} = {text!r} in the environment is no number: unset it, torchrun and Slurm set it")
+        raise InputError(
+            f"{name} = {text!r} in the environment is no number: unset it (torchrun and Slurm set it themselves)"
+        )
     return int(text)
 
 

@@ -50,8 +50,8 @@ def batch_loss(model: nn.Module, batch: Batch, gamma: float) -> Sums:
 def compiled_batch_loss(model: nn.Module, example: Batch, gamma: float) -> Callable[[nn.Module, Batch, float], Sums]:
     """Return `batch_loss` with its elementwise work fused by torch.compile, for batches of any shape.
 
-    The example is computed once, gradients included, to see whether compiling works. If not, without a
-    compiler or because a killed process left half a library, this warns and returns `batch_loss` as it is.
+    The example is computed once, gradients included, to see whether compiling works. If it does not (no compiler, or
+    half a library left by a killed process), this warns and returns `batch_loss` as it is.
     """
     compiled = torch.compile(batch_loss, dynamic=True)
     try:

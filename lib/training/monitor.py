@@ -153,7 +153,7 @@ class Throughput:
         self.since += time.perf_counter() - started
 
     def read(self) -> dict[str, float]:
-        """Return the rates, and restart. On a GPU, first wait for the losses: the steps must be done."""
+        """Return the rates, and restart. On a GPU, call it only after waiting for the losses: steps must be done."""
         seconds = time.perf_counter() - self.since
         rates = {"tokens_per_second": self.tokens / seconds, "tflops": self.flops / seconds / 1e12}
         if self.peak:

@@ -56,7 +56,8 @@ def run(
 ) -> dict:
     """Train and measure one model; return its row (see `paper_data/README.md` for the columns).
 
-    One process compiles the steps of a long run on a CPU (torch.compile), and on a GPU replays them from a CUDA graph.
+    A run of a single process compiles its steps on a CPU if it is long (torch.compile); on a GPU it replays them from
+    a CUDA graph.
     observers: extra logging. It does not change training, except that probes turn off both, which changes rounding.
     Several processes may train one run; all of them call this, and sharded and tensor set their parallelism
     (`lib.training.distributed.connect`). inputs: current paths of files, by the paths in the configuration. threads: of

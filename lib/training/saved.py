@@ -180,7 +180,7 @@ def load_model(folder: Path, device: str = "auto") -> tuple[Transformer, RunConf
     )
     config = RunConfig.parse(state["config"])
     if run_tokenizer(own_files(home, config)).name != state.get("tokenizer", "bytes"):
-        raise InputError(f"{config.tokenizer} is not what the model in {folder} was trained with: give that file again")
+        raise InputError(f"{config.tokenizer} is not what the model in {folder} was trained with: restore the old file")
     model = without_weights(config.model)
     model.load_state_dict(tensors, assign=True)
     return model.to(device).eval(), config
