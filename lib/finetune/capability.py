@@ -78,9 +78,9 @@ def check_hellaswag() -> None:
     if not (file := os.environ.get(HELLASWAG)):
         return
     with reading(f"{file}, which {HELLASWAG} names"):
-        lines = read_bytes(file).rstrip().splitlines()  # the last ones may be blank
+        lines, item = read_bytes(file).rstrip().splitlines(), TypeAdapter(_Item)  # the last lines may be blank
         for number, line in enumerate(lines or [b""], start=1):
-            parse_line(TypeAdapter(_Item), line, number, "a line is an item as JSON, like the hub's")
+            parse_line(item, line, number, "a line is an item as JSON, like the hub's")
 
 
 def capability_source(test: str) -> str:
