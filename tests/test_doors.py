@@ -434,7 +434,7 @@ def test_every_reply_of_a_server_is_recorded(protocol, server, tmp_path, seconds
 @pytest.fixture(scope="module")
 def notebook() -> bytes:
     cell = {"cell_type": "code", "id": "a", "execution_count": None, "outputs": []}
-    cell |= {"metadata": {"tags": ["parameters"]}, "source": "seeds: int = 3\nsizes: list[int] | None = [1]"}
+    cell |= {"metadata": {"tags": ["parameters"]}, "source": "seeds: int = 3\nname: str = 'a'"}
     return json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}).encode()
 
 

@@ -63,8 +63,8 @@ def read_shared(model: PreTrainedModel, tokens: torch.Tensor, most: int) -> tupl
 
 
 def _load(kind: type, what: str, source: str | Path, **options):
-    takes = "a folder that save_pretrained wrote, or a name on the hub that is fetched (itl fetch) or open to you"
-    with reading(f"a {what} from {source}, {takes} (hf auth login), without code of its own", Exception):
+    takes = "a folder that save_pretrained wrote, or a name on the hub, fetched (itl fetch) or open (hf auth login)"
+    with reading(f"a {what} from {source}, {takes}; code that comes with a model is never run", Exception):
         # By default, transformers would ask at the terminal whether to run code from the folder.
         return kind.from_pretrained(str(source), trust_remote_code=False, **options)
 

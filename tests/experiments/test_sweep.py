@@ -342,7 +342,7 @@ def test_the_rows_of_a_users_file_have_a_folder_of_their_own(runs, outcomes, tmp
 @pytest.mark.parametrize(
     ("grid", "problem"),
     [
-        ("{facts: {csv: nobody.csv}}", "cannot read people from nobody.csv: .*No such file"),
+        ("{facts: {csv: nobody.csv}}", "cannot read people from nobody.csv, .*No such file"),
         ("{facts: {csv: who.csv}}", "who.csv has no column 'name'"),
         ("{training: {files: {no.jsonl: 0.5}}}", "cannot read the dialogs of no.jsonl: there is no such file"),
     ],

@@ -10,4 +10,4 @@ def test_the_picture_of_a_dialog_says_which_characters_are_trained():
     assert [character for character, _ in told] == ["U", "H", "i", "↵", "A", "Y", "e", "s", "E"]
     assert len({color for _, color in told[:5]}) == len({color for _, color in told[5:]}) == 1
     assert told[4][1] != told[5][1]
-    assert style.alt_text(figure).endswith("what is trained: UHi↵A[YesE]")
+    assert style.alt_text(figure).endswith("in brackets: UHi↵A[YesE]")
