@@ -461,7 +461,7 @@ def test_a_checkpoint_that_no_run_wrote_is_passed_over_for_the_one_before(data, 
     trainer = _trainer(data, _config(optim={"name": "muon"}, steps=30), tmp_path / "run", init=1)
     trainer.resume()
     told = capsys.readouterr().err
-    assert re.match("skipped: cannot read the checkpoint .*step_00000020", told)
+    assert re.match("skipped: (cannot read )?the checkpoint .*step_00000020", told)
     assert trainer.counters["step"] == 10 and told.count("\n") == 1 and len(told) < 600
     state = load_file(next((half_trained / "checkpoints" / "step_00000010").glob("*.safetensors")))
     assert all(torch.equal(state[f"model.{name}"], weight) for name, weight in trainer.model.state_dict().items())
