@@ -277,9 +277,11 @@ def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     for mode, unknown in table[table.min_params_mean.isna()].groupby("mode"):
         n_facts = unknown.n_facts.min()
         runs = rows.query("mode == @mode and n_facts == @n_facts")
-        if not (runs.recall >= threshold).any():  # else some size is enough, but no smaller one was tried
-            known = f"no smallest {mode} model is known yet (largest tried: {runs.n_params.max():,} parameters)."
-            sentences.append(f"At {n_facts:,} facts {known}")
+        enough = runs[runs.recall >= threshold].sort_values("n_params").head(1)
+        known = f"no smallest {mode} model is known yet (largest tried: {runs.n_params.max():,} parameters)"
+        for run in enough.itertuples():  # but no smaller one was tried
+            known = f"{run.n_params:,} parameters are enough {mode} (recall {run.recall:.2f}); fewer were not tried yet"
+        sentences.append(f"At {n_facts:,} facts {known}.")
     weights = rows[(rows["mode"] == "in-weight") & ~rows.superseded]
     rates = weights.groupby("lr").n_facts.agg(["min", "max"]).sort_values("min")
     if len(rates) > 1:

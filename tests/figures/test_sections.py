@@ -380,6 +380,17 @@ def test_patience_is_drawn_against_passes_over_the_facts():
     np.testing.assert_allclose(_lines(bits)[label], [[10, 0.1], [100, 0.5]])
 
 
+@pytest.mark.parametrize(("d_model", "recall", "known"), [
+    (40, 0.975, "At 8,192 facts 72,200 parameters are enough in-weight (recall 0.97); fewer were not tried yet."),
+    (40, 0.5, "At 8,192 facts no smallest in-weight model is known yet (largest tried: 72,200 parameters)."),
+])  # fmt: skip
+def test_words_beside_the_main_figure_say_what_is_known_where_no_bound_is(d_model, recall, known):
+    more = _rows()[0] | {"n_facts": 8192, "d_model": d_model, "n_params": ModelConfig(d_model=d_model).n_params}
+    more |= {"mode": "in-weight", "recall": recall, "lr": 0.005}
+    _finish([more], "05_1", "laptop")
+    assert known in parameter_bounds.bounds_in_words("laptop")
+
+
 def _cells(axes) -> list[str]:
     """The text of each cell of a panel of `depth_and_heads`, row by row."""
     return [text.get_text() for text in axes.texts]
