@@ -210,3 +210,12 @@ def test_a_skipped_test_fails_in_ci_only(tmp_path, ci):
     expected = "1 failed, 1 passed, 1 xfailed, 2 errors" if ci else "1 passed, 3 skipped, 1 xfailed"
     assert expected in run.stdout, run.stdout
     assert (run.returncode == 0) == (not ci)
+
+
+def test_the_command_line_and_7_1_need_no_extra():
+    code = (
+        "import importlib.util as util; found = util.find_spec; "
+        "util.find_spec = lambda name, *rest: None if name == 'accelerate' else found(name, *rest); "
+        "import lib.cli.app; from lib.experiments import edits; edits.rows('laptop')"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

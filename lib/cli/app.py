@@ -229,7 +229,7 @@ def _read_line() -> str:
 def sweep(
     source: options.Source,
     profile: ProfileOption = "quick",
-    jobs: Annotated[int | None, typer.Option(min=1, max=1_000, help="runs at a time (default: one a core)")] = None,
+    jobs: Annotated[int | None, typer.Option(help="runs at a time (default: one a core, or one a GPU)")] = None,
     dry_run: Annotated[bool, typer.Option(help="only list what is left to run")] = False,
     facts: Annotated[list[int] | None, typer.Option(help="only runs with N facts; may be repeated (Section 5)")] = None,
     max_hours: Annotated[float, typer.Option(min=0, help="time limit; the same command resumes")] = float("inf"),

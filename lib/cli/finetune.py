@@ -8,7 +8,6 @@ import typer
 
 from lib import paths
 from lib.cli.options import REQUIRED, SET, Device, Group, Option, Out, assigned, console, run_folder, takes
-from lib.finetune.bases import BASES
 
 MODEL = "SmolLM2-135M"
 
@@ -51,6 +50,8 @@ ApiKey = Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="of the serve
 
 def bases() -> None:
     """List the named base models, their learning rates, and the published model that was trained with these."""
+    from lib.finetune.bases import BASES
+
     console.table([{"model": name, **base._asdict()} for name, base in BASES.items() if base.hub], numbers="{:g}")
 
 

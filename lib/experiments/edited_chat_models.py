@@ -19,7 +19,7 @@ from lib.facts.people import FactsConfig
 from lib.finetune.bases import learning_rate
 from lib.finetune.capability import choices, choose_test, measure_capability
 from lib.finetune.config import FinetuneConfig
-from lib.finetune.data import IGNORED, answered, chats, look_up_turns, opening, people_of, tokenize_chats
+from lib.finetune.data import IGNORED, answered, chats, found_turns, look_up_turns, opening, people_of, tokenize_chats
 from lib.finetune.evaluation import capability_columns
 from lib.finetune.generation import look_up_and_reply, read_call, reply_all
 from lib.finetune.models import load_model, load_tokenizer
@@ -69,11 +69,6 @@ class ChatModel(Setting):
     def _opening(self, name: str, attribute: str) -> dict:
         return opening(question(name, attribute), self.mode, self.find.declaration)
 
-    def _looked_up(self, name: str, attribute: str, result: str) -> list[dict]:
-        """Return the turns of a right request and its result."""
-        call = {"name": self.find.name, "arguments": {"attribute": attribute, "name": name}}
-        return look_up_turns(self.mode, call, tool_call(name, attribute), result)
-
     def edits(self, facts, keep, is_done, forget):
         """Edit all weights of a copy, then adapters alone; their columns say what it does to general capability."""
         from peft import get_peft_model
@@ -110,7 +105,7 @@ class ChatModel(Setting):
         for name, attribute, value in facts:
             others = draw.permutation(sorted({*self.people.columns[attribute]} - {value}))[: N_CANDIDATES - 1].tolist()
             start = self._opening(name, attribute)
-            turns = self._looked_up(name, attribute, ERROR_TEXTS[Outcome.NO_MATCH]) if after_error else []
+            turns = found_turns(self.mode, name, attribute, ERROR_TEXTS[Outcome.NO_MATCH]) if after_error else []
             options = {"tools": start.get("tools"), "add_generation_prompt": True, "tokenize": False}
             context = self.tokenizer.apply_chat_template([*start["messages"], *turns], **options)
             endings = [answer(name, attribute, candidate) for candidate in (value, *others)]
@@ -119,7 +114,7 @@ class ChatModel(Setting):
         return {"memory": float(np.mean(right)), "guess": float(np.mean([1 / len(row["endings"]) for row in rows]))}
 
     def belief(self, model, facts, results):
-        told = [self._looked_up(*fact[:2], result) for fact, result in zip(facts, results, strict=True)]
+        told = [found_turns(self.mode, *fact[:2], result) for fact, result in zip(facts, results, strict=True)]
         openings = [self._opening(*fact[:2]) for fact in facts]
         asked = [[*start["messages"], *turns] for start, turns in zip(openings, told, strict=True)]
         said = reply_all(self._measured(model), self.tokenizer, asked, openings[0].get("tools"), **self.options)

@@ -1,8 +1,13 @@
 """Section 7.1, our own: which trained models are edited, and their rows (`lib.experiments.edited_models`)."""
 
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
 import pandas as pd
 
 from lib import paths
+from lib.base import InputError
 from lib.config import config_of, read_row
 from lib.experiments import sweep as sweeps
 from lib.experiments.plan import searches
@@ -10,8 +15,6 @@ from lib.experiments.publishing import Table
 from lib.experiments.rows import sweep_dir
 from lib.experiments.search import Search
 from lib.experiments.tables import rows_of_profile
-from lib.finetune import experiments as finetunings
-from lib.finetune.config import FinetuneConfig
 from lib.paths import MODEL, ROW, ROWS, write_json
 
 SECTION, TABLE = "07_1", paths.PAPER_DATA / "edits.csv"
@@ -22,11 +25,20 @@ def plan(profile: str) -> list[Search]:
     return searches(SECTION, profile) if profile != "quick" else []
 
 
-def chat_models(profile: str) -> list[FinetuneConfig]:
-    """Return the fine-tunings of Section 6 whose models are edited: per mode and seed the first; none for quick."""
-    every = [] if profile == "quick" else finetunings.plan(profile)
-    whole = [config for config in every if config.task == "facts" and not config.lora_rank]
-    return [*{(config.base, config.mode, config.seed): config for config in reversed(whole)}.values()][::-1]
+def chat_models(profile: str) -> dict[Path, Any]:
+    """Return by folder the fine-tunings of Section 6 whose last models are edited: per mode and seed the first.
+
+    There are none for quick, and none without the extra `scale`.
+    """
+    found = {}
+    with suppress(InputError):
+        from lib.finetune import experiments as finetunings
+
+        for config in finetunings.plan(profile) if profile != "quick" else ():
+            if config.task == "facts" and not config.lora_rank:
+                found.setdefault((config.base, config.mode, config.seed), config)
+        return {finetunings.folder(config, profile) / MODEL: config for config in found.values()}
+    return {}
 
 
 def sweep(profile: str, *, dry_run: bool = False, **options) -> sweeps.Report:
@@ -40,8 +52,7 @@ def sweep(profile: str, *, dry_run: bool = False, **options) -> sweeps.Report:
     if profile == "quick":
         folders = (paths.CHECKPOINTS / mode for mode in ("in-weight", "in-tool"))
         models = {folder: config_of(read_row(folder / ROW)) for folder in folders}
-    chats = {finetunings.folder(config, profile) / MODEL: config for config in chat_models(profile)}
-    models |= {folder: config for folder, config in chats.items() if folder.exists()}
+    models |= {folder: config for folder, config in chat_models(profile).items() if folder.exists()}
     left = {folder: config for folder, config in models.items() if config.run_id not in before}
     todo = [search for search in planned if not before >= {*search.run_ids}]
     report = sweeps.sweep(SECTION, profile, plan=todo, dry_run=dry_run, **options)
@@ -78,7 +89,7 @@ def rows(profile: str) -> pd.DataFrame:
     Columns that an experiment does not measure are empty, and so is `base` except for chat models.
     """
     planned = {run_id for search in plan(profile) for run_id in search.run_ids}
-    planned |= {config.run_id for config in chat_models(profile)}
+    planned |= {config.run_id for config in chat_models(profile).values()}
     table = rows_of_profile(TABLE, profile, sorted(sweep_dir(SECTION, profile).glob(f"*/{ROWS}")), planned)
     return table.assign(superseded=table.superseded & (profile != "quick"), base=table.get("base"))
 

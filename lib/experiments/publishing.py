@@ -74,7 +74,8 @@ class Table(NamedTuple):
         if unknown := set(run_ids) - set(known.run_id):
             raise InputError(f"no row in {self.path} has the run id {', '.join(sorted(unknown))}")
         profiles = known.profile.unique()
-        check_known("profile", profile or profiles[0], profiles, f" of rows in {self.path}")
+        if profile is not None:
+            check_known("profile", profile, profiles, f" of rows in {self.path}")
         marks = pd.concat(self.read(name) for name in profiles)[["profile", "run_id", "superseded"]]
         known = known.merge(marks.drop_duplicates())
         gone = known.profile.isin([profile] if profile else profiles)

@@ -84,6 +84,8 @@ def sweep(
 
     A failing run is tried once more, then reported; the others go on.
     """
+    if jobs is not None and not 1 <= jobs <= 1_000:
+        raise InputError(f"jobs = {jobs}: a sweep takes at least one process, and at most 1,000")
     plan = searches(section, profile) if plan is None else plan
     rows = known_rows(section, profile, plan)
     recalls = _recalls(rows, plan)

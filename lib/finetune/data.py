@@ -38,8 +38,7 @@ def chats(people: People, mode: ChatMode) -> Iterator[dict]:
     """Yield one row per fact, person by person: `messages` and, in-tool, `tools`."""
     find = Find(people.attributes)
     for name, attribute, value in people.facts():
-        call = {"name": "find", "arguments": {"attribute": attribute, "name": name}}
-        turns = look_up_turns(mode, call, tool_call(name, attribute), value)
+        turns = found_turns(mode, name, attribute, value)
         start = opening(question(name, attribute), mode, find.declaration)
         yield answered(start, turns, answer(name, attribute, value))
 
@@ -71,6 +70,12 @@ def look_up_turns(mode: ChatMode, call: dict | None, request: str, result: str) 
         return [{"role": "assistant", "content": "", "tool_calls": calls}, said]
     turns = [{"role": "assistant", "content": request}, {"role": "user", "content": result}]
     return turns if mode == "in-tool-text" else []
+
+
+def found_turns(mode: ChatMode, name: str, attribute: str, result: str) -> list[dict]:
+    """Return the `look_up_turns` of a right request for a fact, which the database answers with `result`."""
+    call = {"name": "find", "arguments": {"attribute": attribute, "name": name}}
+    return look_up_turns(mode, call, tool_call(name, attribute), result)
 
 
 def tokenize_chats(chats: Iterable[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:

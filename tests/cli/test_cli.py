@@ -364,7 +364,7 @@ BAD = {
     "an unknown section": Bad("sweep 05_9", ("unknown experiment '05_9'", "05_1")),
     "an unknown profile": Bad("sweep 05_1 --profile huge", ("--profile", "'huge'", "'quick', 'laptop', 'paper'")),
     "publishing quick results": Bad("sweep 05_1 --publish", ("quick does not publish", "laptop and paper")),
-    "a sweep without processes": Bad("sweep 05_1 --profile smoke --jobs 0", ("--jobs", "1")),
+    "a sweep without processes": Bad("sweep 05_1 --profile smoke --jobs 0", ("jobs = 0", "at least one process")),
     "jobs of fine-tunings": Bad("sweep 06 --jobs 2", ("section 06 does one run at a time",)),
     "jobs of chains": Bad("sweep 07_2 --jobs 2", ("section 07_2 does one run at a time",)),
     "facts of no run": Bad("sweep 05_1 --facts 7 --facts 9", ("no quick run of 05_1 has 7 or 9 facts",)),

@@ -10,6 +10,7 @@ from lib.dialogs.templates import answer
 from lib.experiments import edited_chat_models
 from lib.experiments.edited_chat_models import ChatModel
 from lib.facts.database import temporary_database
+from lib.facts.sampling import sample_people
 from lib.finetune.config import FinetuneConfig
 
 
@@ -69,13 +70,15 @@ def test_what_is_looked_up_and_said_comes_from_the_tool(in_tool):
         assert in_tool.recall(in_tool.model, in_tool.facts, tool) == 1
         assert in_tool.ask(in_tool.facts, tool) == [(answer(*fact), fact[2]) for fact in in_tool.facts]
         assert in_tool.ask(in_tool.facts, ForgivingTool(tool, 0)) == in_tool.ask(in_tool.facts, tool)
-    with temporary_database(in_tool.people[:0] + in_tool.people) as path, SqlTool(path) as tool:
-        tool.find = lambda *_: tool("no request")
+    with temporary_database(sample_people(2)[1:]) as path, SqlTool(path) as tool:  # somebody else
         assert [found for _, found in in_tool.ask(in_tool.facts, tool)] == [None] * 4
 
 
-def test_belief_counts_answers_word_for_word(in_tool):
+def test_belief_counts_answers_word_for_word(in_tool, monkeypatch):
     right = in_tool.belief(in_tool.model, in_tool.facts, [fact[2] for fact in in_tool.facts])
     assert right == {"follows": 1, "remembers": 1}  # the result is the fact
-    wrong = in_tool.belief(in_tool.model, in_tool.facts, [value for *_, value in other(in_tool)])
-    assert wrong["follows"] + wrong["remembers"] <= 1  # an answer states one value
+    told = other(in_tool)
+    said = [answer(*told[0]), answer(*told[1]), answer(*in_tool.facts[2]), "something else"]
+    monkeypatch.setattr(edited_chat_models, "reply_all", lambda *_, **__: said)
+    wrong = in_tool.belief(in_tool.model, in_tool.facts, [value for *_, value in told])
+    assert wrong == {"follows": 0.5, "remembers": 0.25}

@@ -168,4 +168,4 @@ def test_a_sweep_without_processes_is_refused_before_it_measures(jobs, stored, m
     monkeypatch.setattr("sys.argv", ["itl", "sweep", "07_1", f"--jobs={jobs}"])
     with pytest.raises(SystemExit, match="2"):
         app.main()
-    assert capsys.readouterr().err.startswith("itl: Invalid value for '--jobs'")
+    assert capsys.readouterr().err.startswith(f"itl: jobs = {jobs}: ")

@@ -420,3 +420,10 @@ def test_a_sweep_on_a_device_that_is_not_there_is_refused_before_anything_starts
     with pytest.raises(InputError, match="no device 'abacus'"):
         sweep.sweep("05_1", "smoke", jobs=1, device="abacus")
     assert not runs.exists()
+
+
+@pytest.mark.parametrize("jobs", [0, -1])
+def test_a_sweep_without_a_process_is_refused(runs, jobs):
+    with pytest.raises(InputError, match=f"jobs = {jobs}: a sweep takes at least one process"):
+        sweep.sweep("05_1", "smoke", jobs=jobs)
+    assert not runs.exists()
