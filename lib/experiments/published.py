@@ -43,7 +43,7 @@ def compare(section: str, profile: str) -> pd.DataFrame:
     names, like the released ones. A row per point: the columns that identify it, law and superseded (of our runs),
     ours, ours_std, seeds_reaching_it, seeds, published, ratio. A section without published points is an `InputError`.
     """
-    check_known("section with published points", section, _POINTS)
+    check_known("section", section, _POINTS, " among those with published points")
     if section == "05_2":
         about, recall = [*_POINTS[section], "law", "superseded"], f"{PUBLISHED_KIND}_recall"
         rows = tables.described(summaries.generalization_rows(profile)).reindex(columns=[*about, recall])

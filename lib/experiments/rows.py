@@ -35,7 +35,7 @@ def sweep_dir(section: str, profile: str) -> Path:
 
 def table_path(section: str) -> Path:
     """Return where a section's rows are committed: paper_data/<table>.csv. Other experiments are an `InputError`."""
-    check_known("section with a table", section, TABLES)
+    check_known("section", section, TABLES, " among those with a table")
     return paths.PAPER_DATA / f"{TABLES[section]}.csv"
 
 

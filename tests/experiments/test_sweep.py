@@ -335,7 +335,7 @@ def test_the_rows_of_a_users_file_have_a_folder_of_their_own(runs, outcomes, tmp
     assert sweep.sweep(str(file), "quick", in_process=True).done_now == 2
     assert sorted(path.parent.parent for path in runs.rglob("row.json")) == [runs / "mine"] * 2
     assert sweep.sweep(str(file), "quick").done_before == 2
-    with pytest.raises(InputError, match="unknown section with a table .*mine.yaml': there are 05_1, "):
+    with pytest.raises(InputError, match="unknown section .*mine.yaml' among those with a table: there are 05_1, "):
         table_path(str(file))
 
 

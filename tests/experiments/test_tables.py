@@ -349,7 +349,7 @@ def test_publishing_nothing_writes_nothing(data):
 
 
 def test_an_unknown_section_is_one_sentence():
-    with pytest.raises(InputError, match="unknown section with a table '05_9': there are 05_1"):
+    with pytest.raises(InputError, match="unknown section '05_9' among those with a table: there are 05_1"):
         tables.committed_rows("05_9")
 
 
