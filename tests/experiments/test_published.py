@@ -62,7 +62,7 @@ def test_without_rows_nothing_is_compared_and_nothing_written(section, monkeypat
 
 
 def test_what_has_no_published_points_is_one_sentence():
-    with pytest.raises(InputError, match="unknown section '05_9' among those with published points: there are 05_1, 05_2"):
+    with pytest.raises(InputError, match="'05_9' among those with published points: there are 05_1, 05_2"):
         compare("05_9", "laptop")
 
 
