@@ -22,7 +22,7 @@ from lib.base import InputError
 from lib.dialogs.chains import PHRASE
 from lib.dialogs.templates import Role, tool_call
 from lib.facts.people import ATTRIBUTES, LINK
-from lib.model.circuit import _COUNT, _FAR, _SHARP, Circuit, Phrases, _Head, _signs, _Unit
+from lib.model.circuit import _COUNT, _FAR, _SHARP, Circuit, Phrases, _Head, _signs
 
 #: The letters of the phrase, the last first, in rows of equal length: a row for each head of the third block.
 _SIDE = 3
@@ -50,7 +50,7 @@ class ChainCircuit(Circuit):
         heads, units = self.blocks[0]
         heads.append(_Head("turns", [], [], [self._is(Role.ASSISTANT)], [self.axes.share]))
         # Position p sees a share of turns / p, and the norm multiplies by p.
-        units.append(_Unit(self.axes.anchor / _COUNT, self.axes.share, self.axes.turns))
+        units.append((self.axes.anchor / _COUNT, self.axes.share, self.axes.turns))
 
     def _find_turns(self) -> None:
         """Build the heads that find the last turns of assistant and database, and the request before the latter."""
@@ -79,7 +79,7 @@ class ChainCircuit(Circuit):
             heads.append(_Head(f"{i * _SIDE} letters back", *pointer, [form], [self.axes.matches]))
         wrong = 4 * len(PHRASE) * one - (self.axes.matches + found[0]) / 2  # bits
         behind = position + one - self._length("before", 2)
-        units.append(_Unit(one - wrong - self.axes.turns, behind, self.axes.skip))
+        units.append((one - wrong - self.axes.turns, behind, self.axes.skip))
 
     def _copy(self) -> None:
         """Build the third block, the fourth, which plans, and the last."""
@@ -94,7 +94,7 @@ class ChainCircuit(Circuit):
             (axes.start, starts, database + one),
             (axes.length, length, last - database - one),
         ):
-            units += [_Unit(one - axes.seen, of_question, axis), _Unit(axes.seen, of_database, axis)]
+            units += [(one - axes.seen, of_question, axis), (axes.seen, of_database, axis)]
         # The name in the last request. When the answer is due, that request asked for `attribute`.
         named = axes.previous + one + self._length("call")
         named = named, database - named - self._length("close")
@@ -113,10 +113,10 @@ class ChainCircuit(Circuit):
     def _if_positive(self, number: np.ndarray, form: np.ndarray, to: np.ndarray) -> None:
         """Add units that write `form` into `to` where an integer, known up to a rounding error of 1/4, is positive."""
         for least, sign in ((1 / 4, 2), (3 / 4, -2)):
-            self.blocks[3][1].append(_Unit(number - least * self.axes.one, sign * form, to))
+            self.blocks[3][1].append((number - least * self.axes.one, sign * form, to))
 
     def _value_pointer(self, value: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the position to copy from: the database token's until the value begins, then the value's."""
         one, into_value = self.axes.one, self.axes.into_value
-        self.blocks[3][1].append(self._rectified(index + one, into_value))
+        self.blocks[3][1].append((index + one, one, into_value))
         return value - one + into_value, 0 * one

@@ -105,14 +105,6 @@ class _Head(NamedTuple):
     to: list[np.ndarray] | np.ndarray
 
 
-class _Unit(NamedTuple):
-    """One hidden unit of a feed-forward: max(gate, 0) up goes into `to`."""
-
-    gate: np.ndarray
-    up: np.ndarray
-    to: np.ndarray
-
-
 class Circuit:
     """The construction for some attributes: what each head and each hidden unit reads and writes.
 
@@ -137,7 +129,8 @@ class Circuit:
         axes = np.eye(sum(sizes.values()) + len(self.scalars))
         *groups, scalar = np.split(axes, np.cumsum(list(sizes.values())))
         self.axes = SimpleNamespace(**dict(zip([*sizes, *self.scalars], [*groups, *scalar], strict=True)))
-        self.blocks: list[tuple[list[_Head], list[_Unit]]] = [([], []) for _ in range(self.n_blocks)]
+        #: Heads and hidden units of each block. A unit (gate, up, to) adds max(gate, 0) up to `to`.
+        self.blocks: list[tuple[list[_Head], list[tuple]]] = [([], []) for _ in range(self.n_blocks)]
         self._count()
         self._read()
         self._find_turns()
@@ -166,29 +159,26 @@ class Circuit:
         model = Transformer(self.config).requires_grad_(False).eval()
         head_dim, root = self.config.head_dim, self.config.d_model**0.5
         for parameter in model.parameters():
-            parameter.zero_()
+            parameter.fill_(0 if parameter.dim() == 2 else _ANCHOR / root)
         # Embeddings have the length _NORM, except for the end, which nothing reads; a logit compares signs of bytes.
         bits, roles = _signs(range(256)), np.sqrt(8) * self.axes.role
         embeddings = self.axes.one + np.concatenate([bits @ self.axes.byte, roles, 0 * roles[:1]])
         silent, hand_over = np.zeros((2, len(self.axes.one))), 8 * self.axes.hand_over
         readings = 8 * np.concatenate([bits @ self.axes.said, silent, [hand_over, -hand_over]])
-        _put(model.embedding.weight, range(model.config.vocab_size), embeddings)
-        _put(model.output.weight, range(model.config.vocab_size), readings)
+        _put(model.embedding.weight, 0, embeddings)
+        _put(model.output.weight, 0, readings)
         for block, (heads, units) in zip(model.blocks, self.blocks, strict=True):
-            block.attention_norm.weight.fill_(_ANCHOR / root)
-            block.ffn_norm.weight.fill_(_ANCHOR / root)
             for h, head in enumerate(heads):
-                still = [h * head_dim + head_dim // 2 - 1 - i for i in range(len(head.query))]  # pairs that do not turn
-                free = range(h * head_dim, h * head_dim + len(head.value))
-                _put(block.attention.q_proj.weight, still, np.array(head.query) * head_dim**0.5)
-                _put(block.attention.k_proj.weight, still, head.key)
-                _put(block.attention.v_proj.weight, free, head.value)
-                _put(block.attention.o_proj.weight.T, free, head.to)
-            gates, ups, outputs = zip(*units, strict=True)
-            _put(block.ffn.gate_proj.weight, range(len(units)), _STEEP * np.array(gates))
-            _put(block.ffn.up_proj.weight, range(len(units)), np.array(ups) / _STEEP)
-            _put(block.ffn.down_proj.weight.T, range(len(units)), outputs)
-        model.norm.weight.fill_(_ANCHOR / root)
+                start = h * head_dim
+                still = start + head_dim // 2 - len(head.query)  # the last pairs do not turn
+                _put(block.attention.q_proj.weight, still, head_dim**0.5 * np.array(head.query[::-1]))
+                _put(block.attention.k_proj.weight, still, head.key[::-1])
+                _put(block.attention.v_proj.weight, start, head.value)
+                _put(block.attention.o_proj.weight.T, start, head.to)
+            gates, ups, outputs = map(np.array, zip(*units, strict=True))
+            _put(block.ffn.gate_proj.weight, 0, _STEEP * gates)
+            _put(block.ffn.up_proj.weight, 0, ups / _STEEP)
+            _put(block.ffn.down_proj.weight.T, 0, outputs)
         model.blocks[0].attention_norm.weight.fill_((_NORM**2 / self.config.d_model + self.config.norm_eps) ** 0.5)
         model.blocks[0].ffn_norm.weight.fill_(_COUNT / root)
         return model
@@ -204,11 +194,7 @@ class Circuit:
         heads.append(_Head("count", [], [], [_COUNT * self._is(Role.USER)], [anchor]))
         # Behind a norm that divides by _COUNT / p, `one` is p, and the anchor is _COUNT everywhere.
         always = anchor / _COUNT
-        units += [
-            _Unit(always, one, self.axes.position),
-            _Unit(one, one, self.axes.square),
-            _Unit(always, _ANCHOR * always, anchor),
-        ]
+        units += [(always, one, self.axes.position), (one, one, self.axes.square), (always, _ANCHOR * always, anchor)]
 
     def _read(self) -> None:
         """Build the part of the second block that finds the attribute."""
@@ -223,9 +209,9 @@ class Circuit:
             for place, slot in zip(self.places, letters, strict=True):
                 if place < len(each.before):
                     agrees += (_signs(each.before[place]) @ slot - 8 * one) / 2
-            units.append(self._rectified(agrees, axis))
+            units.append((agrees, one, axis))
         if letters:  # the letter has been read: erase it from `said`
-            units.extend(self._rectified(sign * axis, -sign * axis) for axis in said for sign in (1, -1))
+            units.extend((sign * axis, one, -sign * axis) for axis in said for sign in (1, -1))
 
     def _find_turns(self) -> None:
         """Build the heads of the second block that find the first and the last turn, and the database's."""
@@ -290,10 +276,6 @@ class Circuit:
         """Return query and key of a head that attends to position `to`, or to the nearest key with the bonus."""
         return [2 * _SHARP * to, _SHARP * self.axes.one], [self.axes.position, bonus - self.axes.square]
 
-    def _rectified(self, form: np.ndarray, to: np.ndarray) -> _Unit:
-        """Return the unit that adds max(form, 0) to `to`."""
-        return _Unit(form, self.axes.one, to)
-
     def _say(self, start: np.ndarray, texts: list[Sequence[int]], closed: np.ndarray) -> None:
         """Say token k of the attribute's text where `start` is k, unless `closed`, which is 0 or at least 1.
 
@@ -314,17 +296,13 @@ class Circuit:
         """Add hinges whose sum is token k of the text where `start` is k, and 0 before and behind it."""
         is_late = any((getattr(self.axes, name) @ (start + closed)).any() for name in self.late)
         _, units = self.blocks[-1 if is_late else 1]
-        sounds = np.array([self._sound(token) for token in text]).reshape(-1, len(start))
+        axes, database = self.axes, _SPECIAL[Role.DATABASE]
+        sounds = [_signs(t) @ axes.said if t < 256 else axes.hand_over * (1 if t == database else -1) for t in text]
+        sounds = _TEXT * np.array(sounds).reshape(-1, len(start))
         bends = np.diff(np.pad(sounds, ((2, 2), (0, 0))), n=2, axis=0) if text else []
         for k, bend in enumerate(bends, start=-1):
             if bend.any():
-                units.append(self._rectified(start - k * self.axes.one - _FAR * closed, bend))
-
-    def _sound(self, token: int) -> np.ndarray:
-        """Return what is written to the stream to say a token."""
-        if token < 256:
-            return _TEXT * _signs(token) @ self.axes.said
-        return _TEXT * self.axes.hand_over * (1 if token == _SPECIAL[Role.DATABASE] else -1)
+                units.append((start - k * axes.one - _FAR * closed, axes.one, bend))
 
 
 def _signs(byte: int | Sequence[int]) -> np.ndarray:
@@ -332,8 +310,7 @@ def _signs(byte: int | Sequence[int]) -> np.ndarray:
     return 2.0 * (np.asarray(byte)[..., None] >> np.arange(8) & 1) - 1
 
 
-def _put(matrix: torch.Tensor, rows: Sequence[int], forms: Sequence[np.ndarray]) -> None:
-    """Write forms into rows of a matrix, over its first columns."""
-    if len(rows):
-        forms = torch.as_tensor(np.array(forms), dtype=matrix.dtype)
-        matrix[list(rows), : forms.shape[1]] = forms
+def _put(matrix: torch.Tensor, start: int, forms: Sequence[np.ndarray]) -> None:
+    """Write forms into rows of a matrix from `start` on, over its first columns."""
+    for row, form in zip(matrix[start:], np.array(forms), strict=False):
+        row[: len(form)] = torch.from_numpy(form)
