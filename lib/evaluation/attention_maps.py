@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -80,16 +81,15 @@ def copying(model: Transformer, facts: Iterable[Fact]) -> pd.DataFrame:
     rows = []
     for fact in facts:
         tokens = dialog_tokens(fact).to(model.device)
-        weights = attention_weights(model, tokens)[:, 0].flatten(0, 1).cpu()  # (L H, S, S)
-        heads = [divmod(i, model.config.n_heads) for i in range(len(weights))]
+        weights = attention_weights(model, tokens)[:, 0].cpu().numpy()  # (L, H, S, S)
         right = _predicted(model, tokens)
         places = {span.part: span for span in spans(fact)}
         for part, sources in COPIES.items():
             word, letter = 0, 0
             for k, target in enumerate(range(places[part].start, places[part].stop)):
-                mass = sum(weights[:, target - 1, places[source].start + k] for source in sources).tolist()
+                mass = sum(weights[..., target - 1, places[source].start + k] for source in sources)
                 of_all = part, word, letter, len(sources) / target, right[target]
-                rows += [(*of_all, *head, m) for head, m in zip(heads, mass, strict=True)]
+                rows += [(*of_all, *head, float(m)) for head, m in np.ndenumerate(mass)]
                 word, letter = (word + 1, 0) if tokens[0, target] == ord(" ") else (word, letter + 1)
     return pd.DataFrame(rows, columns=["copy", "word", "letter", "uniform", "right", "block", "head", "mass"])
 

@@ -3,22 +3,6 @@
 from lib.base import InputError
 from lib.model.transformer import Transformer
 
-_LLAMA_NAMES = {
-    "embedding.": "model.embed_tokens.",
-    "blocks.": "model.layers.",
-    ".attention_norm.": ".input_layernorm.",
-    ".attention.": ".self_attn.",
-    ".ffn_norm.": ".post_attention_layernorm.",
-    ".ffn.": ".mlp.",
-    "output.": "lm_head.",
-}
-
-
-def _llama_name(name: str) -> str:
-    for ours, theirs in _LLAMA_NAMES.items():
-        name = name.replace(ours, theirs)
-    return f"model.{name}" if name.startswith("norm.") else name
-
 
 def to_llama(model: Transformer):
     """Return the same model as Hugging Face's `LlamaForCausalLM` (extra `[scale]`); logits agree.
@@ -44,5 +28,11 @@ def to_llama(model: Transformer):
             eos_token_id=c.vocab_size - 1,
         )
     )
-    llama.load_state_dict({_llama_name(name): tensor for name, tensor in model.state_dict().items()})
+    inner = llama.model
+    pairs = [(model.embedding, inner.embed_tokens), (model.norm, inner.norm), (model.output, llama.lm_head)]
+    for block, layer in zip(model.blocks, inner.layers, strict=True):
+        pairs += [(block.attention_norm, layer.input_layernorm), (block.attention, layer.self_attn)]
+        pairs += [(block.ffn_norm, layer.post_attention_layernorm), (block.ffn, layer.mlp)]
+    for ours, theirs in pairs:
+        theirs.load_state_dict(ours.state_dict())
     return llama.eval()
