@@ -87,12 +87,7 @@ class Attention(nn.Module):
             values[row, :, positions] = v.transpose(1, 2)
             k, v = keys, values
         grouped = self.config.kv_heads != self.config.n_heads
-        options = {"attn_mask": visible, "is_causal": visible is None, "enable_gqa": grouped}
-        if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # the kernel of CPUs is twice as slow in bfloat16
-            with torch.autocast("cpu", enabled=False):
-                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, **options)
+        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None, enable_gqa=grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, S - first, -1))
 
 
@@ -188,10 +183,9 @@ class Transformer(nn.Module):
         rotary = tuple(table[positions] for table in self.rotary(seen, x.dtype))  # (B, S, D)
         for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
             x = block(x, rotary, (keys[:, :, :seen], values[:, :, :seen], positions, visible))
-        appended = torch.full_like(cache.lengths, S) if lengths is None else lengths
-        cache.lengths += appended
-        last = x[torch.arange(B, device=x.device), appended - 1]
-        return self.output(self.norm(last))
+        last = S - 1 if lengths is None else lengths - 1
+        cache.lengths += last + 1
+        return self.output(self.norm(x[torch.arange(B, device=x.device), last]))
 
     def rotary(self, n_positions: int, dtype: torch.dtype) -> Rotary:
         """Return cos and sin (n_positions or more, D) for `rotate`, from a table that grows by doubling."""
