@@ -167,13 +167,13 @@ def recall(folder: RunFolder, database: Database = None, device: Device = "auto"
     with open_conversation(folder, database, device) as talk:
         facts = list(talk.people.facts())
         if talk.tool is not None:
-            with SqlTool(talk.database, talk.people.attributes) as asked:  # `InputError` if it lacks an attribute
+            with SqlTool(talk.tool.path, talk.people.attributes) as asked:  # `InputError` if it lacks an attribute
                 changed = 0 if database else sum(asked.find(of, name).text != value for name, of, value in facts)
             if changed:
-                told = f"{changed:,} of {len(facts):,} facts in {talk.database} are not those of training"
+                told = f"{changed:,} of {len(facts):,} facts in {talk.tool.path} are not those of training"
                 raise InputError(f"{told}: restore it, or give it as --database to ask it as it is")
         measured = measure_recall(talk.model, facts, talk.tokenizer, talk.tool, description="asking")
-        queries = "" if talk.tool is None else f", {talk.tool.n_queries:,} queries to {talk.database}"
+        queries = "" if talk.tool is None else f", {talk.tool.n_queries:,} queries to {talk.tool.path}"
     console.print(f"recall {measured.overall:.4f} on {len(facts):,} questions{queries}")
     for attribute, share in measured.by_attribute().items():
         console.print(f"  {attribute:<16} {share:.4f}")

@@ -33,6 +33,8 @@ from lib.training.distributed import ALONE, Ranks
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 TENSORS, STATE, MARKER = "tensors.safetensors", "state.json", "COMPLETE.json"
+#: The name of a folder of `save_step`. Folders of other names are left alone.
+_STEP = r"step_\d{8,}"
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
@@ -49,14 +51,10 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
 
 def _begin(folder: Path) -> Path:
     temporary = folder.with_name(f".{folder.name}.tmp")
-    for leftover in (temporary, _replaced(folder)):
+    for leftover in (temporary, temporary.with_suffix(".old")):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True, exist_ok=True)  # another rank may create it first
     return temporary
-
-
-def _replaced(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
 
 
 def _commit(temporary: Path, folder: Path, state: str) -> None:
@@ -69,16 +67,20 @@ def _commit(temporary: Path, folder: Path, state: str) -> None:
         sync(temporary / name)
     (temporary / MARKER).write_text(json.dumps(sums), encoding="utf-8")
     sync(temporary / MARKER)
+    replaced = temporary.with_suffix(".old")
     if folder.exists():
-        folder.rename(_replaced(folder))  # in one step: deleting takes several
+        folder.rename(replaced)  # in one step: deleting takes several
     temporary.rename(folder)
-    shutil.rmtree(_replaced(folder), ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load(folder: Path, expect: Callable | None = None, ranks: Ranks = ALONE) -> tuple[dict[str, torch.Tensor], dict]:
-    """Return a checkpoint's expected tensors and its state, if it passes `check`; of a DTensor, this rank's shard."""
+    """Return a checkpoint's expected tensors and its state, if it passes `check`; of a DTensor, this rank's shard.
+
+    Expected tensors are loaded in place, those on the meta device into new ones.
+    """
     state, expected, reader = check(folder, expect)
-    tensors = {name: torch.empty_like(x, device="cpu" if x.is_meta else x.device) for name, x in expected.items()}
+    tensors = {name: torch.empty_like(x, device="cpu") if x.is_meta else x for name, x in expected.items()}
     with reading(f"the checkpoint {folder}", SafetensorError, CheckpointException):
         dcp.load(tensors, storage_reader=reader, no_dist=ranks.size == 1)
     return tensors, state
@@ -87,8 +89,8 @@ def load(folder: Path, expect: Callable | None = None, ranks: Ranks = ALONE) -> 
 def check(folder: Path, expect: Callable | None = None) -> tuple[dict, Mapping, dcp.HuggingFaceStorageReader]:
     """Return a checkpoint's state, its expected tensors and their reader; allocate no memory for them.
 
-    expect(state, found): returns tensors of the shapes and types that the file must have; `found` are the file's, on
-    the meta device. Names with another prefix than the expected ("model.", say) are not read. None: accept all.
+    expect(state): returns tensors of the shapes and types that the file must have. Names with another prefix than the
+    expected ("model.", say) are not read. None: accept all.
 
     Raises `InputError` if it is missing, damaged or not as expected, or holds numbers that are not finite.
     """
@@ -105,8 +107,8 @@ def check(folder: Path, expect: Callable | None = None) -> tuple[dict, Mapping, 
                 raise ValueError(f"parts of {name} are missing")
             found[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
         state = read_json(folder / STATE)
-        expected = expect(state, found) if expect else found
-        groups = {name.split(".")[0] for name in expected}
+        expected = expect(state) if expect else found
+        groups = {name.split(".")[0] for name in expected} - {"random"}  # earlier versions saved the GPU's, too
         has, wants = ({name: f"{x.dtype} {list(x.shape)}" for name, x in some.items()} for some in (found, expected))
         for name in sorted({*expected, *(name for name in found if name.split(".")[0] in groups)}):
             if (here := has.get(name, "missing")) != (there := wants.get(name, "missing")):
@@ -188,23 +190,19 @@ def latest(root: Path, expect: Callable | None = None) -> Path | None:
 
 def steps(root: Path) -> list[Path]:
     """Return the checkpoints of `save_step` below `root`, oldest first, whole or not."""
-    return sorted((path for path in root.glob("step_*") if _STEP.fullmatch(path.name)), key=step_of)
-
-
-#: Names that `save_step` gives a folder: whole, or (hidden) while it is written. All other folders are left alone.
-_STEP = re.compile(r"step_(\d{8,})")
-_HIDDEN = re.compile(rf"\.{_STEP.pattern}\.(tmp|old)")
+    return sorted((path for path in root.glob("step_*") if re.fullmatch(_STEP, path.name)), key=step_of)
 
 
 def step_of(folder: Path) -> int:
     """Return the step after which one of `steps` was written."""
-    return int(_STEP.fullmatch(folder.name)[1])
+    return int(folder.name.removeprefix("step_"))
 
 
 def delete_steps(root: Path) -> None:
     """Delete all checkpoints of `save_step` below `root`, and what a crashed writer left."""
-    for folder in (*steps(root), *(path for path in root.glob(".step_*") if _HIDDEN.fullmatch(path.name))):
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in root.glob("*step_*"):
+        if re.fullmatch(rf"{_STEP}|\.{_STEP}\.(tmp|old)", folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):  # missing, or other files are in it
         root.rmdir()
 

@@ -1,11 +1,12 @@
 """Devices, cores and threads that a process may use."""
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import reduce
 from pathlib import Path
 from statistics import median
+from timeit import timeit
 
 import torch
 
@@ -29,23 +30,20 @@ def resolve_device(device: str) -> torch.device:
         raise InputError(f"this machine has no device {device!r}: use auto or cpu") from None
 
 
-def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """Return a device's peak FLOP/s in `dtype`; None if it is not known."""
+def peak_flops(device: torch.device, dtype: str, n_devices: int) -> float | None:
+    """Return the peak FLOP/s of several such devices in `dtype`; None if it is not known."""
     if device.type != "cuda" or dtype != "bfloat16":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((n_devices * peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def memory(device: torch.device, root: Path = Path("/")) -> float:
-    """Return a GPU's memory in bytes or, on a CPU, the machine's or its control group's limit, whichever is smaller.
-
-    root: the folder below which the files of control groups are. inf if neither is known.
-    """
+def memory(device: torch.device) -> float:
+    """Return the bytes of a GPU's memory or, on a CPU, of the machine's or its control group's; inf if not known."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
-    return min([there, *(limit for (limit,) in _limits(root, "memory.max"))])
+    return min([there, *(limit for (limit,) in _limits("memory.max"))])
 
 
 def usable_cores() -> int:
@@ -55,18 +53,14 @@ def usable_cores() -> int:
     Slurm without binding).
     """
     known = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
-    limits = [len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1, *_quotas(Path("/"))]
+    limits = [len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1]
+    limits += [quota / period for quota, period in _limits("cpu.max")]
     with suppress(KeyError, ValueError):
         limits.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
     return max(1, int(min(limits)))
 
 
-def _quotas(root: Path) -> Iterator[float]:
-    """Yield the quotas of CPU time, in cores, of this process's control group and its ancestors."""
-    return (quota / period for quota, period in _limits(root, "cpu.max"))
-
-
-def _limits(root: Path, name: str) -> Iterator[list[float]]:
+def _limits(name: str, root: Path = Path("/")) -> Iterator[list[float]]:
     """Yield the numbers in the file `name` of this process's control group (version 2) and its ancestors."""
     with suppress(OSError):
         group = (root / "proc/self/cgroup").read_text(encoding="utf-8").rpartition("0::/")[2].strip()
@@ -86,15 +80,9 @@ def fastest_threads(step: Callable[[], object], most: int) -> int:
     for _ in range(1 + 5):
         for n, measured in seconds.items():
             with using_threads(n):
-                started = time.perf_counter()
-                step()
-                measured.append(time.perf_counter() - started)
+                measured.append(timeit(step, number=1))
     medians = {n: median(measured[1:]) for n, measured in seconds.items()}  # the first steps allocate
-    best = 1
-    for n in medians:
-        if WORTH_A_CORE * medians[n] < medians[best]:
-            best = n
-    return best
+    return reduce(lambda best, n: n if WORTH_A_CORE * medians[n] < medians[best] else best, medians)
 
 
 @contextmanager

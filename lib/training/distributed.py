@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from lib.base import InputError, WorkError
@@ -72,7 +74,7 @@ class Ranks:
     def full_model(self, model: Transformer) -> Transformer:
         """Return the model with full weights in this process, `model` if it has them. Every rank must call this."""
         parameters = dict(model.named_parameters())
-        if not any(map(_is_divided, parameters.values())):
+        if not any(isinstance(parameter, DTensor) for parameter in parameters.values()):
             return model
         with torch.device(model.device):
             copy = Transformer(model.config)
@@ -98,15 +100,14 @@ class Ranks:
         """Return, in every process, what `work` returns in the first; if it raises there, all raise."""
         if self.size == 1:
             return work()
-        outcome: list = [None, None]
-        failed = None
+        outcome, failed = [None, None], None
         if self.rank == 0:
             try:
                 outcome[0] = work()
             except Exception as error:
+                failed = error
                 told = isinstance(error, InputError | WorkError)  # other errors may not survive pickling
                 outcome[1] = error if told else WorkError(f"the first process failed: {type(error).__name__}: {error}")
-                failed = error
         dist.broadcast_object_list(outcome, src=0, group=self.cpu_group)
         if outcome[1] is not None:
             raise failed or outcome[1]
@@ -119,21 +120,20 @@ ALONE = Ranks()
 
 def world_size() -> int:
     """Return how many processes torchrun or Slurm started for this run."""
-    return max(1, _number("WORLD_SIZE", 1))
+    return max(1, _number("WORLD_SIZE"))
 
 
 def is_first() -> bool:
     """Return whether this process is alone, or the first of those that were started with it."""
-    return _number("RANK", 0) == 0
+    return _number("RANK") == 0
 
 
-def _number(name: str, default: int) -> int:
-    """Return a number that torchrun or Slurm set in the environment; anything else is an `InputError`."""
-    text = os.environ.get(name) or str(default)
+def _number(name: str) -> int:
+    """Return a number that torchrun or Slurm set in the environment, 0 without one; else raise `InputError`."""
+    text = os.environ.get(name) or "0"
     if not text.isdecimal():
-        raise InputError(
-            f"{name} = {text!r} in the environment is no number: unset it (torchrun and Slurm set it themselves)"
-        )
+        set_by = "unset it (torchrun and Slurm set it themselves)"
+        raise InputError(f"{name} = {text!r} in the environment is no number: {set_by}")
     return int(text)
 
 
@@ -141,7 +141,7 @@ def local_device(device: torch.device) -> torch.device:
     """Return this process's own GPU if there are several processes; an `InputError` if there are too few GPUs."""
     if world_size() == 1 or device.type != "cuda":
         return device
-    rank, count = _number("LOCAL_RANK", 0), torch.cuda.device_count()
+    rank, count = _number("LOCAL_RANK"), torch.cuda.device_count()
     if rank >= count:
         raise InputError(f"process {rank} of this machine has no GPU, there are {count}: start one process per GPU")
     return torch.device("cuda", rank)
@@ -195,37 +195,24 @@ def _disconnect() -> None:
         dist.destroy_process_group()
 
 
-def _is_divided(tensor: torch.Tensor) -> bool:
-    """Return whether it is a DTensor, whose ranks hold parts."""
-    return hasattr(tensor, "full_tensor")
-
-
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return the full tensor of a DTensor; every rank must call this."""
-    return tensor.full_tensor() if _is_divided(tensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def distribute_like(example: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """Return `tensor`, which every rank has in full, distributed like `example`."""
-    if not _is_divided(example):
+    if not isinstance(example, DTensor):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)
 
 
-@contextmanager
-def no_sync(module: nn.Module) -> Iterator[None]:
-    """Skip gradient synchronization in the context; for all micro-batches but the last."""
+def sync_gradients(module: nn.Module, sync: bool) -> None:
+    """Set whether the next backward pass synchronizes gradients: that of a step's last micro-batch does."""
     if isinstance(module, DistributedDataParallel):
-        with module.no_sync():
-            yield
+        module.require_backward_grad_sync = sync
     elif hasattr(module, "set_requires_gradient_sync"):  # FSDP2 adds it
-        module.set_requires_gradient_sync(False)
-        yield
-        module.set_requires_gradient_sync(True)
-    else:
-        yield
+        module.set_requires_gradient_sync(sync)
 
 
 # Tensor parallelism ---------------------------------------------------------------------------------------------------
@@ -233,31 +220,23 @@ def no_sync(module: nn.Module) -> Iterator[None]:
 
 def _split_matrices(model: Transformer, mesh: DeviceMesh) -> None:
     """Split heads and hidden units over tensor ranks, embedding and output by vocabulary: two all-reduces a block."""
-    from torch.distributed.tensor import DTensor, Replicate, distribute_module
-    from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
-
-    class Replicated(ParallelStyle):
-        """A module that every tensor rank computes in full, with its weights as DTensors like all others."""
-
-        def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-            return distribute_module(
-                module,
-                mesh,
-                input_fn=lambda _, inputs, mesh: tuple(DTensor.from_local(x, mesh, [Replicate()]) for x in inputs),
-                output_fn=lambda _, output, mesh: output.to_local(),
-            )
-
     plan = {
         "embedding": RowwiseParallel(input_layouts=Replicate()),
-        "norm": Replicated(),
         "output": ColwiseParallel(output_layouts=Replicate()),
-        "blocks.*.*_norm": Replicated(),
         "blocks.*.attention.[qkv]_proj": ColwiseParallel(),
         "blocks.*.attention.o_proj": RowwiseParallel(),
         "blocks.*.ffn.[gu]*_proj": ColwiseParallel(),
         "blocks.*.ffn.down_proj": RowwiseParallel(),
     }
     parallelize_module(model, mesh, plan)
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm):  # every tensor rank computes it in full; its weights are DTensors like all
+            distribute_module(
+                module,
+                mesh,
+                input_fn=lambda _, inputs, mesh: tuple(DTensor.from_local(x, mesh, [Replicate()]) for x in inputs),
+                output_fn=lambda _, output, mesh: output.to_local(),
+            )
 
 
 # Signals --------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from lib.config import OptimConfig
 from lib.dialogs.tokens import TokenizedDialogs
 from lib.model.transformer import Transformer
 from lib.training.loss import IGNORED, Batch, batch_loss
-from lib.training.optim import build_optimizers, clip_gradients
+from lib.training.optim import build_optimizers
 
 #: Dialogs per step, and as many again of those to keep.
 BATCH = 32
@@ -48,7 +48,6 @@ def edit(
     of some of the dialogs; by default that of a `Transformer` on `TokenizedDialogs`.
     """
     model, mean_loss = copy.deepcopy(model).train(), mean_loss or _mean_loss
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizers = build_optimizers(model, optim)
     draw = torch.Generator().manual_seed(seed)
     steps, n_dialogs, seconds, done = 0, 0, 0.0, False
@@ -59,7 +58,7 @@ def edit(
                 rows = torch.randperm(len(data), generator=draw)[:BATCH]
                 (sign * mean_loss(model, data, rows)).backward()
                 n_dialogs += len(rows)
-        clip_gradients(trained, optim.clip_norm or float("inf"))
+        nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm or float("inf"))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -74,5 +73,5 @@ def _mean_loss(model: Transformer, data: TokenizedDialogs, rows: torch.Tensor) -
     tokens, mask = data.batch(rows)
     first = int(data.first[rows].min()) - 1
     targets = tokens.masked_fill(~mask, IGNORED)[:, first + 1 :]
-    sums = batch_loss(model, Batch(tokens[:, :-1], targets, first), 0.0)
-    return sums.weighted / sums.weight
+    total, n_targets, _ = batch_loss(model, Batch(tokens[:, :-1], targets, first), 0.0)
+    return total / n_targets

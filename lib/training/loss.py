@@ -20,17 +20,10 @@ class Batch(NamedTuple):
     first: int  # no row has a target before this position
 
 
-class Sums(NamedTuple):
-    """Sums over the targets of a batch: scalars."""
+def batch_loss(model: nn.Module, batch: Batch, gamma: float) -> torch.Tensor:
+    """Return the focal loss of the model's predictions: (3,).
 
-    weighted: torch.Tensor  # cross-entropy times weight, in nats: what is differentiated
-    weight: torch.Tensor
-    cross_entropy: torch.Tensor  # in nats
-
-
-def batch_loss(model: nn.Module, batch: Batch, gamma: float) -> Sums:
-    """Return the focal loss of the model's predictions.
-
+    These are sums over the targets: of weight times cross-entropy, which is differentiated, weight, and cross-entropy.
     A target's cross-entropy has the weight (1 - p)^gamma, p the model's probability of it, so known
     targets count less (Lin et al., 2017). No gradient flows through the weight. `gamma` = 0 is plain cross-entropy.
     """
@@ -39,15 +32,15 @@ def batch_loss(model: nn.Module, batch: Batch, gamma: float) -> Sums:
         logits = logits.float()
     if gamma == 0:
         total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-        return Sums(total, (targets != IGNORED).sum(), total)
+        return torch.stack([total, (targets != IGNORED).sum(), total.detach()])
     losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")  # zero where IGNORED
     unsure = -torch.expm1(-losses.detach())
     # If all targets are known, weights are equal, not zero.
     weights = unsure.clamp(min=torch.finfo(torch.float32).eps) ** gamma * (targets != IGNORED)
-    return Sums((weights * losses).sum(), weights.sum(), losses.detach().sum())
+    return torch.stack([(weights * losses).sum(), weights.sum(), losses.detach().sum()])
 
 
-def compiled_batch_loss(model: nn.Module, example: Batch, gamma: float) -> Callable[[nn.Module, Batch, float], Sums]:
+def compiled_batch_loss(model: nn.Module, example: Batch, gamma: float) -> Callable[..., torch.Tensor]:
     """Return `batch_loss` with its elementwise work fused by torch.compile, for batches of any shape.
 
     The example is computed once, gradients included, to see whether compiling works. If it does not (no compiler, or
@@ -55,7 +48,7 @@ def compiled_batch_loss(model: nn.Module, example: Batch, gamma: float) -> Calla
     """
     compiled = torch.compile(batch_loss, dynamic=True)
     try:
-        compiled(model, example, gamma).weighted.backward()
+        compiled(model, example, gamma)[0].backward()
     except torch._dynamo.exc.TorchDynamoException as error:
         cause = getattr(error, "inner_exception", error)
         reason = f"{type(cause).__name__}: {cause}".splitlines()[0]

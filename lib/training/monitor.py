@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from types import ModuleType
@@ -94,13 +95,11 @@ class Monitor(AbstractContextManager):
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Probe the activations of the training step within, when a probe is due."""
-        if self.probe_every and self.step % self.probe_every == 0:
-            with probe(model) as rows:
-                yield
-            for row in rows:
-                self.probes.write(self.step, **row)
-        else:
+        is_due = self.probe_every and self.step % self.probe_every == 0
+        with probe(model) if is_due else nullcontext(()) as rows:
             yield
+        for row in rows:
+            self.probes.write(self.step, **row)
 
     def advance(self) -> None:
         """Show that one step is done."""
@@ -112,53 +111,26 @@ class Monitor(AbstractContextManager):
         return self._stack.__exit__(*error)
 
 
-class SilentMonitor(AbstractContextManager):
-    """Replaces `Monitor` in all ranks but the first, which logs for all."""
-
-    def log(self, step: int, **metrics: float) -> None: ...
-
-    def watching(self, model: nn.Module) -> nullcontext:
-        return nullcontext()
-
-    def advance(self) -> None: ...
-
-    def __exit__(self, *_) -> None: ...
-
-
+@dataclass
 class Throughput:
-    """Trained tokens and model FLOPs per second since the last reading, counted by the host alone.
+    """Trained tokens and model FLOPs per second, counted by the host alone.
 
     Model FLOPs are those that the dialogs need, without padding (`ModelConfig.forward_flops`, three times). Their share
-    of the devices' peak, `mfu`, is given where the peak is known.
+    of `peak`, the FLOP/s of all devices together, is `mfu`, where the peak is known.
     """
 
-    def __init__(self, peak: float | None, n_devices: int):
-        self.peak, self.n_devices = peak, n_devices
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin to count now."""
-        self.tokens, self.flops, self.since = 0, 0.0, time.perf_counter()
-
-    def count(self, tokens: int, flops: float) -> None:
-        """Add one step."""
-        self.tokens += tokens
-        self.flops += flops
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Exclude the time within."""
-        started = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - started
+    peak: float | None
+    tokens: int = 0
+    flops: float = 0.0
+    since: float = field(default_factory=time.perf_counter)
 
     def read(self) -> dict[str, float]:
-        """Return the rates, and restart. On a GPU, call it only after waiting for the losses: steps must be done."""
+        """Return the rates since the last reading. On a GPU, wait for the losses first: steps must be done."""
         seconds = time.perf_counter() - self.since
         rates = {"tokens_per_second": self.tokens / seconds, "tflops": self.flops / seconds / 1e12}
         if self.peak:
-            rates["mfu"] = self.flops / seconds / (self.peak * self.n_devices)
-        self.restart()
+            rates["mfu"] = self.flops / seconds / self.peak
+        self.tokens, self.flops, self.since = 0, 0.0, self.since + seconds
         return {name: float(f"{rate:.4g}") for name, rate in rates.items()}
 
 

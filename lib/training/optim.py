@@ -2,7 +2,6 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -27,8 +26,6 @@ class Muon(torch.optim.Muon):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
-                    if not self.state[parameter]:
-                        self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             for (rows, columns), parameters in by_shape.items():
                 gradients = [parameter.grad for parameter in parameters]
                 moments = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
@@ -60,7 +57,8 @@ def build_optimizers(
 
     Every parameter group carries its peak rate as `peak_lr`; `set_learning_rate` follows the schedule from there.
     Weight decay spares norms unless `config.decay_norms`. `rates_on_device`: rates are tensors beside the parameters,
-    so that a CUDA graph reads them (`lib.training.cuda_graph`).
+    so that a CUDA graph reads them (`lib.training.cuda_graph`). The optimizers' state is there from the start, not from
+    the first step on: a checkpoint is loaded into it.
     """
     matrices, tables, vectors = [], [], []
     for name, parameter in model.named_parameters():
@@ -81,10 +79,14 @@ def build_optimizers(
     if config.name == "muon":
         optimizers.append(Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay))
     for optimizer in optimizers:
+        moments = ["momentum_buffer"] if isinstance(optimizer, Muon) else ["step", "exp_avg", "exp_avg_sq"]
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
             if rates_on_device:
                 group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+            for parameter in group["params"]:
+                like = {"step": torch.zeros((), device=parameter.device)}
+                optimizer.state[parameter] = {name: torch.zeros_like(like.get(name, parameter)) for name in moments}
     return optimizers
 
 
@@ -110,10 +112,3 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) ->
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
-    """Scale all gradients down so that their joint norm, over all ranks, is at most `max_norm`."""
-    parameters = list(parameters)
-    norm = full_tensor(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

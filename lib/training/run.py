@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from lib.dialogs.batches import Source
 from lib.dialogs.files import ConcatDialogs, open_dialogs, tokenize_file
 from lib.dialogs.templates import dialogs
 from lib.dialogs.tokenizers import Tokenizer, tokenizer_file
-from lib.dialogs.tokens import TokenizedDialogs, tokenize, tokenize_people
+from lib.dialogs.tokens import TokenizedDialogs, tokenize
 from lib.evaluation.generalization import measure_generalization
 from lib.evaluation.recall import bits_of_dialogs, measure_recall
 from lib.facts.csv import write_people_csv
@@ -38,7 +39,7 @@ from lib.training import checkpoint
 from lib.training.devices import fastest_threads, memory, resolve_device, usable_cores, using_threads
 from lib.training.distributed import Preempted, Ranks, asked_to_leave, connect, local_device, world_size
 from lib.training.monitor import check_observers
-from lib.training.saved import Claim, check_claim, copies, located, locked, read_claim, run_tokenizer, save_model
+from lib.training.saved import Claim, check_claim, located, locked, own_files, read_claim, run_tokenizer, save_model
 from lib.training.trainer import Ending, Trainer
 
 
@@ -84,7 +85,7 @@ def run(
         ranks.first_does(lambda: stack.enter_context(lock) or check_claim(directory, claim))
         if not ranks.first_does((directory / ROW).exists):
             # Prepare: nothing is written, and bad input is refused before the folder is claimed.
-            _check_memory(config, people, tokenizer, device, ranks)
+            _check_memory(config, device, ranks)
             data, sources = _dataset(config, people, tokenizer, files)
             model = Transformer(config.model, torch.Generator().manual_seed(config.seed)).to(device)
             threads = threads or _choose_threads(
@@ -149,21 +150,12 @@ def _dataset(
     return ConcatDialogs(parts) if files else parts[0], sources
 
 
-def _check_memory(config: RunConfig, people: People, tokenizer: Tokenizer, device: torch.device, ranks: Ranks) -> None:
-    """Raise `InputError` if there is less memory than weights, gradients, moments, tokens and a step take at least."""
-    model, training, n_facts = config.model, config.training, people.n_facts
-    some = tokenize_people(people[:: 1 + len(people) // 64], config.mode, tokenizer)
-    length, n_trained = len(some.values) / len(some), int(some.n_trained.sum()) / len(some)
-    # Activations that a dialog keeps for the backward pass; the last block computes mostly trained positions.
-    left = 12 * model.d_model * ((model.n_layers - 1) * length + n_trained) + model.vocab_size * n_trained
-    n_rows = min(training.batch_size, n_facts) * training.questions / training.grad_accumulation / ranks.data_size
-    needed = 4 * model.n_params * (4 if config.optim.name == "adamw" else 3) / ranks.size
-    needed += 3 * n_facts * length + n_rows * left * (2 if training.dtype == "bfloat16" else 4)
-    if needed > (there := memory(device)):
-        raise InputError(
-            f"training {model.n_params:,} parameters on {n_facts:,} facts, {n_rows:,.0f} at once, takes at least "
-            f"{needed / 1e9:,.1f} GB of memory, and {device} has {there / 1e9:,.1f} GB: make one of these smaller"
-        )
+def _check_memory(config: RunConfig, device: torch.device, ranks: Ranks) -> None:
+    """Raise `InputError` if there is less memory than weights, their gradients and moments take."""
+    n, per_parameter = config.model.n_params, 16 if config.optim.name == "adamw" else 12  # bytes
+    if (needed := n * per_parameter / ranks.size) > (there := memory(device)):
+        sizes = f"{needed / 1e9:,.1f} GB of memory, and {device} has {there / 1e9:,.1f} GB"
+        raise InputError(f"training {n:,} parameters takes at least {sizes}: give a smaller model")
 
 
 def _choose_threads(directory: Path, device: torch.device, trial: Callable[[], Trainer]) -> int:
@@ -190,19 +182,26 @@ def _pays_to_compile(config: RunConfig, device: torch.device) -> bool:
 
 def _claim(directory: Path, claim: Claim, config_here: RunConfig, people: People) -> None:
     """Write the run's claim, people and tokenizer into its folder, so that it needs no file outside."""
-    own = copies(directory, claim.config)
-    new = [path for path in (directory / CLAIM, directory / DATABASE, *own.values()) if not path.exists()]
+
+    def copy_tokenizer(path: Path) -> None:
+        with replacing(path) as temporary:
+            shutil.copyfile(tokenizer_file(config_here.tokenizer), temporary)
+
+    own, fields = own_files(directory, claim.config), {**vars(claim), "config": claim.config.model_dump(mode="json")}
+    files = {
+        directory / CLAIM: lambda path: write_json(path, fields),
+        directory / DATABASE: partial(write_database, people),
+    }
+    if own.facts.csv is not None:
+        files[Path(own.facts.csv)] = partial(write_people_csv, people)
+    if own.tokenizer != "bytes":
+        files[Path(own.tokenizer)] = copy_tokenizer
     with ExitStack() as undo:
-        for path in new:
-            undo.callback(path.unlink, missing_ok=True)
-        if directory / CLAIM in new:
-            write_json(directory / CLAIM, {**vars(claim), "config": claim.config.model_dump(mode="json")})
-        if (copied := own.get(claim.config.facts.csv)) in new:
-            write_people_csv(people, copied)
-        if (copied := own.get(claim.config.tokenizer)) in new:
-            with replacing(copied) as temporary:
-                shutil.copyfile(tokenizer_file(config_here.tokenizer), temporary)
-        write_database(people, directory / DATABASE)
+        for path, write in files.items():
+            if is_new := not path.exists():
+                undo.callback(path.unlink, missing_ok=True)
+            if is_new or path.name == DATABASE:  # which may have been changed
+                write(path)
         undo.pop_all()
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from lib.agent.generation import chat
-from lib.agent.tools import TOOLS, EditableTool, Tool
+from lib.agent.tools import TOOLS, EditableTool, Tool, open_tool
 from lib.base import DamagedFile, InputError, WorkError
 from lib.config import ModelConfig, RunConfig
 from lib.dialogs.templates import Role, Turn, question
@@ -108,28 +108,11 @@ def located(config: RunConfig, inputs: Mapping[str, str]) -> RunConfig:
     return config.model_copy(update={"facts": facts, "tokenizer": inputs.get(config.tokenizer, config.tokenizer)})
 
 
-def copies(directory: Path, config: RunConfig) -> dict[str, Path]:
-    """Return where a run's folder has its copies of people and tokenizer, by the paths that the configuration names."""
-    found = {}
-    if config.facts.csv is not None:
-        found[config.facts.csv] = directory / PEOPLE
-    if config.tokenizer != "bytes":
-        kind = ".tiktoken" if config.tokenizer.endswith(".tiktoken") else ".json"
-        found[config.tokenizer] = directory / f"{TOKENIZER}{kind}"
-    return found
-
-
-def own_files(folder: Path, config: RunConfig) -> RunConfig:
-    """Return `config` with a run's own copies in place of the files that it names, which are never read.
-
-    folder: of the run, or of its model.
-    """
-    return located(config, {path: str(copy) for path, copy in copies(_run_folder(folder), config).items()})
-
-
-def _run_folder(folder: Path) -> Path:
-    """Return the run's folder, given that folder or its `model/`."""
-    return folder.parent if folder.name == MODEL and (folder.parent / CLAIM).exists() else folder
+def own_files(directory: Path, config: RunConfig) -> RunConfig:
+    """Return `config` with a run's own copies in place of the files that it names, which are never read."""
+    kind = ".tiktoken" if config.tokenizer.endswith(".tiktoken") else ".json"
+    copies = {config.facts.csv: f"{directory / PEOPLE}", config.tokenizer: f"{directory / TOKENIZER}{kind}"}
+    return located(config, {path: copy for path, copy in copies.items() if path not in (None, "bytes")})
 
 
 def read_people(folder: Path, config: RunConfig) -> People:
@@ -137,9 +120,8 @@ def read_people(folder: Path, config: RunConfig) -> People:
 
     Raises `InputError` if the copy is missing or has changed.
     """
-    directory = _run_folder(Path(folder))
-    people = load_people(own_files(directory, config).facts)
-    digests = (read_json(file).get("people_digest") for file in (directory / CLAIM, directory / ROW) if file.exists())
+    people = load_people(own_files(folder, config).facts)
+    digests = (read_json(file).get("people_digest") for file in (folder / CLAIM, folder / ROW) if file.exists())
     if any(digest not in (None, people.digest()) for digest in digests):
         source = config.facts.csv or "this version of the code"
         raise InputError(f"the run in {folder} was trained on other people than {source} gives now: restore them")
@@ -176,7 +158,7 @@ def load_model(folder: Path, device: str = "auto") -> tuple[Transformer, RunConf
         raise InputError(f"the run in {folder} is not finished: the command that began it resumes it")
     device = resolve_device(device)
     tensors, state = checkpoint.load(
-        folder, lambda state, _: without_weights(RunConfig.parse(state.get("config")).model).state_dict()
+        folder, lambda state: without_weights(RunConfig.parse(state.get("config")).model).state_dict()
     )
     config = RunConfig.parse(state["config"])
     if run_tokenizer(own_files(home, config)).name != state.get("tokenizer", "bytes"):
@@ -213,7 +195,6 @@ class Conversation:
     config: RunConfig
     tokenizer: Tokenizer
     tool: Tool | None
-    database: Path | None
 
     @cached_property
     def people(self) -> People:
@@ -252,13 +233,9 @@ def open_conversation(
     """
     folder = Path(folder)
     model, config = load_model(folder, device)
-    tokenizer = run_tokenizer(own_files(folder, config))
-    if config.mode not in TOOLS:
-        if database:
-            raise InputError(f"the model in {folder} is in-weight and asks no database: leave {database} out")
-        yield Conversation(folder, model, config, tokenizer, None, None)
-        return
-    database = Path(database) if database else folder / DATABASE
-    kind = TOOLS[config.mode]
-    with EditableTool(database, kind) if editable else kind(database) as tool:
-        yield Conversation(folder, model, config, tokenizer, tool, Path(tool.path))
+    tokenizer, asks = run_tokenizer(own_files(folder, config)), config.mode in TOOLS
+    if database and not asks:
+        raise InputError(f"the model in {folder} is in-weight and asks no database: leave {database} out")
+    path = Path(database or folder / DATABASE)
+    with EditableTool(path, TOOLS[config.mode]) if editable and asks else open_tool(config.mode, path) as tool:
+        yield Conversation(folder, model, config, tokenizer, tool)

@@ -3,7 +3,6 @@
 import math
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -21,10 +20,10 @@ from lib.model.transformer import Transformer
 from lib.training import checkpoint
 from lib.training.cuda_graph import CudaGraph
 from lib.training.devices import peak_flops
-from lib.training.distributed import ALONE, Preempted, Ranks, no_sync
-from lib.training.loss import IGNORED, Batch, Sums, batch_loss, compiled_batch_loss
-from lib.training.monitor import Monitor, SilentMonitor, Throughput
-from lib.training.optim import Muon, build_optimizers, clip_gradients, schedule_factor, set_learning_rate
+from lib.training.distributed import ALONE, Preempted, Ranks, sync_gradients
+from lib.training.loss import IGNORED, Batch, batch_loss, compiled_batch_loss
+from lib.training.monitor import Monitor, Throughput
+from lib.training.optim import build_optimizers, schedule_factor, set_learning_rate
 
 #: Steps between two lines of metrics.
 LOG_EVERY = 50
@@ -87,7 +86,7 @@ class Trainer:
         self.check_directory: Callable[[], None] = lambda: None  # called before anything is written there
         self.counters = {"step": 0, "dialogs_seen": 0, "seconds": 0.0, "reached": 0, "hopeless": False}
         self.losses: list[torch.Tensor] = []  # of the last steps, on this rank; their sum over data ranks counts
-        self.throughput = Throughput(peak_flops(model.device, training.dtype), ranks.size)
+        self.throughput = Throughput(peak_flops(model.device, training.dtype, ranks.size))
         self._saving: Future | None = None
         self.cuda_graph, self._shape = None, None
         if cuda_graph:  # the shape that fits every micro-batch
@@ -112,12 +111,12 @@ class Trainer:
         self.resume()
         counters = self.counters
         args = self.directory, self.total_steps, counters["step"], description, observers
-        with Monitor(*args) if self.ranks.rank == 0 else SilentMonitor() as monitor:
+        with Monitor(*args) if self.ranks.rank == 0 else nullcontext() as monitor:  # the first rank logs for all
             try:
                 now = time.monotonic()
-                self.throughput.restart()
+                self.throughput.since = time.perf_counter()
                 while self.stopped is None:
-                    with monitor.watching(self.model):
+                    with monitor.watching(self.model) if monitor else nullcontext():
                         self.step()
                     self.report(monitor)
                     before, now = now, time.monotonic()
@@ -144,43 +143,37 @@ class Trainer:
             self.cuda_graph.replay(inputs)  # the block below, without Python
         else:
             with self.cuda_graph.capture(inputs) if self.cuda_graph else nullcontext(inputs) as (count, *tensors):
-                sums = []
+                means = []
                 for i, (tokens, targets) in enumerate(zip(tensors[::2], tensors[1::2], strict=True)):
-                    is_last = i == len(parts) - 1
-                    with nullcontext() if is_last else no_sync(self.module):  # one gradient sync a step
-                        with self._autocast():
-                            part = Batch(tokens, targets, parts[i].first)
-                            totals = self._batch_loss(self.module, part, training.gamma)
-                        means = Sums(*(total / count for total in totals))
-                        (self.ranks.data_size * means.weighted).backward()  # ranks take the mean of their gradients
-                    sums.append([mean.detach() for mean in means])
-                mean = Sums(*map(sum, zip(*sums, strict=True)))
+                    sync_gradients(self.module, i == len(parts) - 1)  # once a step
+                    with self._autocast():
+                        total = self._batch_loss(self.module, Batch(tokens, targets, parts[i].first), training.gamma)
+                    means.append(total.detach() / count)
+                    (self.ranks.data_size * (total[0] / count)).backward()  # ranks take the mean of their gradients
+                _, weight, self._loss = sum(means)
                 if training.gamma:  # normalize the targets' weights to sum to one
                     gradients = [parameter.grad for parameter in self.model.parameters()]
-                    torch._foreach_mul_(gradients, 1 / self.ranks.sum(mean.weight))
+                    torch._foreach_mul_(gradients, 1 / self.ranks.sum(weight))
                 if clip_norm is not None:
-                    clip_gradients(self.model.parameters(), clip_norm)
+                    torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm)
                 for optimizer in self.optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
-                self._loss = mean.cross_entropy
                 # Keep the table that a replay reads: an evaluation may rebuild the model's.
                 self._rotary = self.model.rotary(1, self.model.embedding.weight.dtype)
         self.losses = [*self.losses[1 - LOG_EVERY :], self._loss.clone()]  # a replay overwrites it
-        self._count(n_trained)
+        # Count the arithmetic that the model needs for its dialogs without padding: forward, times 3.
+        rows = self.batches[self.counters["step"]]
+        n = len(rows)
+        length, n_logits = round(int(self.lengths[rows].sum()) / n) - 1, round(n_trained / n)
+        self.throughput.tokens += n_trained
+        self.throughput.flops += 3 * n * self.config.model.forward_flops(length, n_logits)
+        self.counters["dialogs_seen"] += n
+        self.counters["step"] += 1
 
     def _autocast(self) -> torch.autocast:
         bfloat16 = self.config.training.dtype == "bfloat16"
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=bfloat16)
-
-    def _count(self, n_trained: int) -> None:
-        """Count a step, and the arithmetic that the model needs for its dialogs without padding (forward times 3)."""
-        rows = self.batches[self.counters["step"]]
-        n = len(rows)
-        length, n_logits = round(int(self.lengths[rows].sum()) / n) - 1, round(n_trained / n)
-        self.throughput.count(n_trained, 3 * n * self.config.model.forward_flops(length, n_logits))
-        self.counters["dialogs_seen"] += n
-        self.counters["step"] += 1
 
     # Batches ----------------------------------------------------------------------------------------------------------
 
@@ -192,19 +185,15 @@ class Trainer:
         rows = self.batches[step]
         # Strided: rows are sorted by length, and no rank should get all the long ones.
         share = slice(self.ranks.data_rank, None, self.ranks.data_size)
-        parts = rows.tensor_split(self.config.training.grad_accumulation)
-        return [self._part(part[share]) for part in parts], int(self.data.n_trained[rows].sum())
-
-    def _part(self, rows: torch.Tensor) -> Batch:
-        n_rows, length, first = self._shape or (len(rows), *self._span(rows))
-        padding = n_rows - len(rows)
-        if padding:
-            rows = torch.cat([rows, rows[:1].expand(padding)])
-        tokens, mask = self.data.batch(rows, length)
-        targets = tokens.masked_fill(~mask, IGNORED)
-        if padding:
-            targets[-padding:] = IGNORED
-        return Batch(tokens[:, :-1], targets[:, first + 1 :], first)
+        parts = []
+        for part in rows.tensor_split(self.config.training.grad_accumulation):
+            part = part[share]
+            n_rows, length, first = self._shape or (len(part), *self._span(part))
+            tokens, mask = self.data.batch(torch.cat([part, part[:1].expand(n_rows - len(part))]), length)
+            mask[len(part) :] = False  # of padding
+            targets = tokens.masked_fill(~mask, IGNORED)
+            parts.append(Batch(tokens[:, :-1], targets[:, first + 1 :], first))
+        return parts, int(self.data.n_trained[rows].sum())
 
     def _span(self, rows: torch.Tensor) -> tuple[int, int]:
         """Return the length of the longest of these dialogs, and the position before the first trained one."""
@@ -212,19 +201,20 @@ class Trainer:
 
     # Metrics and the end ----------------------------------------------------------------------------------------------
 
-    def report(self, monitor: Monitor | SilentMonitor) -> None:
+    def report(self, monitor: Monitor | None) -> None:
         """Log metrics and evaluate, if either is due after this step."""
         step, counters, evaluation = self.counters["step"], self.counters, self.config.evaluation
-        monitor.advance()
+        log = monitor.log if monitor else lambda step, **_: None
+        if monitor:
+            monitor.advance()
         if step % LOG_EVERY == 0 or step == self.total_steps:
-            self.check_losses()
-            monitor.log(step, loss=self.loss(), **self.throughput.read())
+            log(step, loss=self.loss(), **self.throughput.read())
         if self.evaluate and evaluation.every and step % evaluation.every == 0:
             self.losses[-1].item()  # wait for the device now: evaluation time is excluded
-            with self.throughput.paused():
-                model = self.ranks.full_model(self.model)
-                recall = self.ranks.first_does(lambda: self.evaluate(model))
-            monitor.log(step, recall=recall)
+            began, model = time.perf_counter(), self.ranks.full_model(self.model)
+            recall = self.ranks.first_does(lambda: self.evaluate(model))
+            self.throughput.since += time.perf_counter() - began
+            log(step, recall=recall)
             reached = recall >= (evaluation.stop_at_recall or float("inf"))
             counters["reached"] = counters["reached"] + 1 if reached else 0
             late = step >= self.total_steps / 2
@@ -240,18 +230,15 @@ class Trainer:
         return "hopeless" if self.counters["hopeless"] else None
 
     def loss(self) -> float:
-        """Return the mean loss of the last steps, in nats per trained token; every rank must call this."""
-        return float(self._all_losses().mean()) if self.losses else float("nan")
+        """Return the mean loss of the last steps, in nats per trained token; every rank must call this.
 
-    def check_losses(self) -> None:
-        """Raise `WorkError` if one of the last losses is not finite; every rank must call this."""
-        finite = self._all_losses().isfinite().tolist()
-        if not all(finite):
+        Raises `WorkError` if one of them is not finite.
+        """
+        losses = self.ranks.sum(torch.stack(self.losses))
+        if not all(finite := losses.isfinite().tolist()):
             step = self.counters["step"] - len(finite) + finite.index(False) + 1
             raise diverged(f"the loss of step {step} is not finite")
-
-    def _all_losses(self) -> torch.Tensor:
-        return self.ranks.sum(torch.stack(self.losses))
+        return float(losses.mean())
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -262,20 +249,12 @@ class Trainer:
         """
         self.finish_saving()
         self.ranks.first_does(self.check_directory)
-        self.check_losses()
+        self.loss()
         if self.ranks.any(not are_finite(self.model.parameters())):
             raise diverged(f"the weights are not finite after step {self.counters['step']}")
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for i, optimizer in enumerate(self.optimizers):
-            for parameter, slots in optimizer.state_dict()["state"].items():
-                tensors |= {f"optim.{i}.{parameter}.{slot}": value for slot, value in slots.items()}
-        tensors["losses"] = self._all_losses()
-        tensors["random.cpu"] = torch.get_rng_state()
-        if self.model.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.model.device)
         state = {"config": self.config.model_dump(), "counters": self.counters}
-        keep = self.config.training.keep_checkpoints
-        root = self.directory / "checkpoints"
+        root, keep = self.directory / "checkpoints", self.config.training.keep_checkpoints
+        tensors = self._tensors(self.ranks.sum(torch.stack(self.losses)))
         self._saving = checkpoint.save_step(root, self.counters["step"], tensors, state, keep, self.ranks)
 
     def finish_saving(self) -> None:
@@ -289,38 +268,26 @@ class Trainer:
         folder = self.ranks.first_does(lambda: checkpoint.latest(self.directory / "checkpoints", self._expect))
         if folder is None:
             return
-        tensors, state = checkpoint.load(folder, self._expect, self.ranks)
-        self.model.load_state_dict(below("model.", tensors))
-        for i, optimizer in enumerate(self.optimizers):
-            slots = defaultdict(dict)
-            for name, tensor in below(f"optim.{i}.", tensors).items():
-                parameter, slot = name.split(".")
-                slots[int(parameter)][slot] = tensor.clone()  # a copy: retention deletes the file
-            groups = optimizer.state_dict()["param_groups"]  # set by configuration and schedule
-            optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        tensors, state = checkpoint.load(folder, self._expect, self.ranks)  # weights and moments in place
         self.losses = list(tensors["losses"].to(self.model.device) / self.ranks.data_size)
         torch.set_rng_state(tensors["random.cpu"])
-        if self.model.device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.model.device)
         self.counters |= state["counters"]
-        if self.cuda_graph:
-            self.cuda_graph = CudaGraph()  # optimizer state and rates moved in memory
 
-    def _expect(self, state: dict, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return tensors like a checkpoint's, distributed over the ranks; a ValueError for impossible counters."""
+    def _tensors(self, losses: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what a checkpoint holds: weights, optimizer state and `losses` as they are, and the random state."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for i, optimizer in enumerate(self.optimizers):
+            for parameter, slots in optimizer.state_dict()["state"].items():
+                tensors |= {f"optim.{i}.{parameter}.{slot}": value for slot, value in slots.items()}
+        return tensors | {"losses": losses, "random.cpu": torch.get_rng_state()}
+
+    def _expect(self, state: dict) -> dict[str, torch.Tensor]:
+        """Return the tensors into which a checkpoint is loaded; a ValueError for impossible counters."""
         counters = {"step": None, **state.get("counters", {})}  # earlier versions had fewer
         if any(type(n) is not type(self.counters.get(name)) or not 0 <= n < math.inf for name, n in counters.items()):
             raise ValueError(f"its counters are {counters}")
-        expected = {f"model.{name}": weight for name, weight in self.model.state_dict().items()}
         n_losses, dtype = min(counters["step"], LOG_EVERY), self.model.embedding.weight.dtype
-        expected["losses"] = torch.empty(n_losses, dtype=dtype, device="meta")
-        for i, optimizer in enumerate(self.optimizers):
-            slots = ["momentum_buffer"] if isinstance(optimizer, Muon) else ["exp_avg", "exp_avg_sq", "step"]
-            for j, weight in enumerate(weight for group in optimizer.param_groups for weight in group["params"]):
-                like = {"step": torch.empty((), device="meta")}
-                expected |= {f"optim.{i}.{j}.{slot}": like.get(slot, weight) for slot in slots}
-        of_gpu = {"random.cuda": torch.empty(16, dtype=torch.uint8, device="meta")} if "random.cuda" in found else {}
-        return expected | of_gpu | {"random.cpu": torch.get_rng_state()}
+        return self._tensors(torch.empty(n_losses, dtype=dtype, device="meta"))
 
 
 def are_finite(weights: Iterable[torch.Tensor]) -> bool:
@@ -332,8 +299,3 @@ def are_finite(weights: Iterable[torch.Tensor]) -> bool:
 def diverged(how: str) -> WorkError:
     """Return the error that ends a training that has diverged."""
     return WorkError(f"training diverged, {how}: lower the learning rate (the last good checkpoint is kept)")
-
-
-def below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors whose names start with `prefix`, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

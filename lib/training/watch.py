@@ -4,6 +4,8 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from torch import nn
+
 from lib.agent.tools import open_tool
 from lib.base import InputError
 from lib.config import RunConfig, read_row
@@ -14,10 +16,6 @@ from lib.training import checkpoint
 from lib.training.devices import resolve_device
 from lib.training.monitor import Record
 from lib.training.saved import load_model, own_files, read_claim, read_people, run_tokenizer, without_weights
-from lib.training.trainer import below
-
-#: Seconds between checks for new checkpoints.
-POLL_INTERVAL = 1.0
 
 
 def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = False) -> Iterator[dict]:
@@ -47,25 +45,24 @@ def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = Fa
                 yield line
             if finished or not watch:
                 return
-            time.sleep(POLL_INTERVAL)
+            time.sleep(1)
 
 
 def _not_yet(directory: Path, config: RunConfig, measured: Collection[int]) -> Iterator[tuple[int, Transformer]]:
     """Yield step and model of each checkpoint of a run that is not measured yet."""
-    weights = {f"model.{name}": weight for name, weight in without_weights(config.model).state_dict().items()}
     for folder in checkpoint.steps(directory / "checkpoints"):
         step = checkpoint.step_of(folder)
         if step in measured:
             continue
+        trainer = nn.ModuleDict({"model": without_weights(config.model)})  # for the weights' names in checkpoints
         try:
-            tensors, _ = checkpoint.load(folder, lambda *_: weights)
+            tensors, _ = checkpoint.load(folder, lambda _, trainer=trainer: trainer.state_dict())
         except (InputError, OSError):
             if checkpoint.damage(folder):  # or deleted by now
                 continue
             raise
-        model = without_weights(config.model)
-        model.load_state_dict(below("model.", tensors), assign=True)
-        yield step, model
+        trainer.load_state_dict(tensors, assign=True)
+        yield step, trainer["model"]
     if (directory / ROW).exists():  # then there may be no checkpoints any more
         step = read_row(directory / ROW)["steps"]
         if step not in measured:
