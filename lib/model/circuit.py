@@ -47,8 +47,6 @@ _FAR_SQUARED = 2.0**18
 _NAME, _VALUE, _TEXT = 1.0, 2.0, 4.0
 
 _SPECIAL, _END = ByteTokenizer().role_ids, ByteTokenizer().end
-#: A part of a turn: two linear forms, the position of its first token and its number of tokens.
-_Span = tuple[np.ndarray, np.ndarray]
 
 
 class Phrases(NamedTuple):
@@ -230,10 +228,10 @@ class Circuit:
         value = axes.database + axes.one, axes.last - axes.database - axes.one
         self._speak(axes.first, name, name, value, axes.seen)
 
-    def _speak(self, asked: np.ndarray, name: _Span, named: _Span, value: _Span, answering: np.ndarray) -> None:
+    def _speak(self, asked: np.ndarray, name: tuple, named: tuple, value: tuple, answering: np.ndarray) -> None:
         """Build the last block, and the text: the request behind token `asked`, and the answer where `answering` is 1.
 
-        The request copies `name`, the answer `named` and then the value.
+        The request copies `name`, the answer `named` and then the value: forms of where each begins, and of its length.
         """
         (name, name_length), (named, named_length), (value, value_length) = name, named, value
         heads, _ = self.blocks[-1]

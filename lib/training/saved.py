@@ -204,8 +204,7 @@ class Conversation:
     @property
     def example(self) -> str:
         """A question about someone that the model was trained on."""
-        name, attribute, _ = next(self.people.facts())
-        return question(name, attribute)
+        return question(*next(self.people.facts())[:2])
 
     def unseen(self, n: int = 3) -> People:
         """Return unseen people with new first and last names; nobody if the run's people came from a CSV file."""
