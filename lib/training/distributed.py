@@ -170,7 +170,7 @@ def connect(device: torch.device, config: ModelConfig, sharded: bool = False, te
         raise InputError(f"WORLD_SIZE = {size} without RANK, MASTER_ADDR and MASTER_PORT in the environment: unset it")
     # Harmless here: warnings of two all-reduces for a tensor on a 2D mesh, and of views returned by an FSDP2 block.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module returned a view")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .*returned a view")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
