@@ -112,7 +112,7 @@ def _with_tables(name: str, profile: str, threshold: float) -> Callable[[], Figu
 def _mark(figure: Figure, xs: Sequence[np.ndarray], held: np.ndarray, now: np.ndarray, bits: float) -> str:
     """Draw the parameters that `held` bits need at `bits` per parameter, and a star at the values of the controls.
 
-    xs: where they are in each panel. now: which of them follow from the controls. Return these in words.
+    xs: x-coordinates, by panel. now: mask of the controls' point. Return its bits and model in words.
     """
     needed, color = held / bits, "#009E73"
     for axes, x in zip(figure.axes, xs, strict=True):

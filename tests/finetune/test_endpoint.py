@@ -173,26 +173,26 @@ def test_waits_grow_from_one_try_to_the_next(server, tmp_path):
         ((401, {}), "AuthenticationError", 1),
         ((404, {}), "NotFoundError", 1),
         ((200, "<html>"), "JSONDecodeError", 1),
-        ((200, '"text"'), "OpenAIError: the server answered with something else", 1),
-        ((200, {"choices": []}), "OpenAIError: the server answered with something else", 1),
-        ((200, {"error": "overloaded"}), "OpenAIError: the server answered with something else", 1),
-        ((200, {"choices": [{"index": 0}]}), "OpenAIError: the server answered with something else", 1),
-        (says(["in", "parts"]), "OpenAIError: the server answered with something else", 1),
+        ((200, '"text"'), "OpenAIError: the server's answer is not a chat completion", 1),
+        ((200, {"choices": []}), "OpenAIError: the server's answer is not a chat completion", 1),
+        ((200, {"error": "overloaded"}), "OpenAIError: the server's answer is not a chat completion", 1),
+        ((200, {"choices": [{"index": 0}]}), "OpenAIError: the server's answer is not a chat completion", 1),
+        (says(["in", "parts"]), "OpenAIError: the server's answer is not a chat completion", 1),
         (says(None, tool_calls=[{"id": "1", "type": "function"}]), "OpenAIError: the server answered with", 1),
         (
             says(None, tool_calls=[{"id": "1", "type": "custom", "custom": {"name": "search", "input": "x"}}]),
-            "OpenAIError: the server answered with something else",
+            "OpenAIError: the server's answer is not a chat completion",
             1,
         ),
         ((200, "[" * 100_000), "RecursionError", 1),
         ((200, '{"created": ' + "9" * 10_000 + "}"), "ValueError: Exceeds the limit", 1),
-        ((200, {"choices": {"message": 1}}), "OpenAIError: the server answered with something else", 1),
+        ((200, {"choices": {"message": 1}}), "OpenAIError: the server's answer is not a chat completion", 1),
         (says("x" * 2**20), "OpenAIError: the server's answer is larger than 1 MB", 1),
         ((400, "x" * 2**21), "OpenAIError: the server's answer is larger than 1 MB", 1),
         ((200, gzip.compress(b" " * 2**24, mtime=0)), "OpenAIError: the server's answer is larger than 1 MB", 1),
         (
             calls(*[("search", "{}")] * 33),
-            "OpenAIError: the server answered with something else .* of up to 32 calls",
+            "OpenAIError: the server's answer is not a chat completion .* of up to 32 calls",
             1,
         ),
     ],
@@ -272,7 +272,7 @@ def test_only_a_server_elsewhere_is_asked_through_a_proxy(server, tmp_path, monk
 def test_a_proxy_that_cannot_be_is_one_sentence(tmp_path, monkeypatch, proxy):
     monkeypatch.setenv("http_proxy", proxy)
     endpoint = EndpointConfig(base_url="http://elsewhere.invalid/v1", model="m")
-    with pytest.raises(InputError, match="^http://elsewhere.*, or the proxy in the environment, is no server: "):
+    with pytest.raises(InputError, match="^http://elsewhere.*, or the proxy in the environment, is invalid: "):
         asyncio.run(ask_all(QUESTIONS, endpoint, str, tmp_path / "r.jsonl"))
 
 
@@ -385,7 +385,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, text):
     out = tmp_path / "notes.md"
     out.write_text(text, encoding="latin-1")
     endpoint = EndpointConfig(base_url="http://127.0.0.1:9/v1", model="m")
-    with pytest.raises(InputError, match="notes.md holds other lines than records of questions: name a new file"):
+    with pytest.raises(InputError, match="notes.md holds lines that are not records: name a new file"):
         asyncio.run(ask_all(QUESTIONS, endpoint, str, out))
     assert out.read_text(encoding="latin-1") == text
 
