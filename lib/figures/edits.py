@@ -13,7 +13,7 @@ METHODS = {
     "write to the database": ("in tool: write to the database", STYLES["in-tool"]),
     "train on them": ("in weights: train on them", STYLES["in-weight"]),
     "train among the others": (
-        "in weights: train, the others repeated",
+        "in weights: train among the others",
         {**STYLES["in-weight"], "marker": "^", "linestyle": "--"},
     ),
 }
@@ -22,7 +22,7 @@ METHODS = {
 DELETED = {
     "nothing": "before",
     "gradient ascent": "gradient ascent",
-    "gradient ascent among the others": "gradient ascent,\nthe others repeated",
+    "gradient ascent among the others": "gradient ascent\namong the others",
     "train without them": "trained again\nwithout them",
     "delete from the database": "deleted",
 }
