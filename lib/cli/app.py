@@ -412,7 +412,7 @@ for command in (*pretrained, slurm.status, slurm.cancel, slurm.retry):
 def test(context: typer.Context) -> None:
     """Run the tests, a file at a time on each of up to eight cores; further arguments go to pytest (`-n 0`: on one)."""
     paths.check_checkout()
-    # In alphabetical order: the longest files, browser and cluster, come first.
+    # In alphabetical order: the longest files, browser and cluster, come early.
     spread = ["--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadfile", "--no-loadscope-reorder"]
     code = subprocess.run([sys.executable, "-m", "pytest", *spread, *context.args], cwd=paths.ROOT).returncode
     raise SystemExit(code)

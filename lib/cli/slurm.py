@@ -77,7 +77,7 @@ def _submit(work, resources, dry_run: bool, parallel: int = 1) -> None:
     console.print(f"submitted {name}: {len(jobs)} jobs, first {jobs[0]}; itl status {quote(name)} shows its progress")
 
 
-Submitted = Annotated[str, typer.Argument(help="name of a submission, as itl status lists them")]
+Submitted = Annotated[str, typer.Argument(help="name of a submission, as itl status lists it")]
 
 
 def status(name: Annotated[str | None, typer.Argument(help="of a submission (default: all)")] = None) -> None:

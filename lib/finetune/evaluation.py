@@ -129,7 +129,7 @@ class Evaluator:
         return capability_columns(right, before) | about
 
     def _divergence(self, model: PreTrainedModel) -> dict:
-        prompts = [*chain.from_iterable(zip(*PROMPTS.values(), strict=True))][: self.config.prompts]  # category by turn
+        prompts = [*chain.from_iterable(zip(*PROMPTS.values(), strict=True))][: self.config.prompts]  # round-robin
         asked = encode_prompts(self.tokenizer, as_user(prompts))
         doing = {"description": self._doing("distance to the base")}
         answer = partial(generate_tokens, max_new_tokens=PROMPT_TOKENS, **doing)

@@ -56,7 +56,7 @@ def make_task(config: FinetuneConfig) -> Iterator[Task]:
 
 
 def _sample(people: People, config: FinetuneConfig) -> list[Fact]:
-    """Return `config.questions` facts, or all if there are no more, in their order."""
+    """Return `config.questions` facts, or all if there are fewer, in their order."""
     facts = list(people.facts())
     return [facts[i] for i in sorted(Random(config.seed).sample(range(len(facts)), min(config.questions, len(facts))))]
 

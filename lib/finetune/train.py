@@ -176,7 +176,7 @@ class _Run(TrainerCallback):
 
     def _trainer(self) -> SFTTrainer:
         config, rank, on_gpu = self.config, self.config.lora_rank, self.device.type == "cuda"
-        # Trained weights are in float32, else small updates are lost in rounding; adapters always are.
+        # Trained weights, adapters too, are in float32, else small updates are lost in rounding.
         weights = self.dtype if rank else torch.float32
         model = load_model(base_source(config.base), self.device, weights)
         arguments = SFTConfig(
