@@ -280,7 +280,7 @@ def test_a_proxy_that_cannot_be_is_one_sentence(tmp_path, monkeypatch, proxy):
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://host:many/v1", "http://h/\x7f"])
 def test_an_address_that_no_server_has_is_one_sentence(tmp_path, url):
-    with pytest.raises(InputError, match=f"^{re.escape(url)}, or the proxy .* is no server: "):
+    with pytest.raises(InputError, match=f"^{re.escape(url)}, or the proxy .* is invalid: "):
         asyncio.run(ask_all(QUESTIONS, EndpointConfig(base_url=url, model="m"), str, tmp_path / "new" / "r.jsonl"))
     assert not list(tmp_path.iterdir())
 
