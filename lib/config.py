@@ -183,8 +183,9 @@ class RunConfig(Identified):
         correlation = f", alpha {self.facts.alpha:g}" if self.facts.alpha else ""
         law = ", released law" if self.facts.law == RELEASED else ""
         facts = f"{len(ATTRIBUTES) * self.facts.n_people} facts{correlation}{law}"
-        shape = self.model.n_layers, self.model.n_heads
-        layers = "" if shape == (2, 2) else f", {shape[0]} layers of {shape[1]} heads"
+        shape = {"layer": self.model.n_layers, "head": self.model.n_heads}
+        told = " of ".join(f"{n} {part}{'s' * (n > 1)}" for part, n in shape.items())
+        layers = "" if {*shape.values()} == {2} else f", {told}"
         return f"{self.mode}, {facts}, d = {self.model.d_model}{layers}, seed {self.seed}"
 
     def flops(self) -> float:

@@ -92,7 +92,7 @@ def trivia(
 ) -> None:
     """Ask a chat model behind a server general-knowledge questions, without a tool and with one that looks up answers.
 
-    To serve a model of your own: pip install "transformers[serving]", then transformers serve FOLDER.
+    To serve a model of your own: transformers serve FOLDER (of the package transformers with its extra serving).
     The same command resumes: a question with an answer in --out is not asked again.
     """
     from lib.finetune.endpoint import PROTOCOLS, EndpointConfig, accuracy, ask_all
