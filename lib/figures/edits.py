@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from lib.facts.sampling import UNSEEN
 from lib.figures.generalization import KINDS
-from lib.figures.style import STYLES, draw_means, nothing_yet, panels, shades, shared_legend
+from lib.figures.style import STYLES, draw_means, panels, shades, shared_legend
 
 #: How facts are changed, as a legend says it.
 METHODS = {
@@ -60,7 +60,7 @@ def edits(rows: pd.DataFrame) -> Figure:
 def _memories(axes, deleted: pd.DataFrame) -> None:
     """Draw, for each way to delete, the share of facts still known without the tool, beside those never seen."""
     if not len(deleted):
-        return nothing_yet(axes, "finished")
+        return
     deleted = deleted.sort_values("method", key=lambda methods: methods.map([*DELETED].index), kind="stable")
     ways = deleted.groupby(["mode", "repeats", "method", "asked"], sort=False)
     deleted, guess = deleted.assign(y=ways.ngroup()), ways.guess.mean()
@@ -82,8 +82,8 @@ def _memories(axes, deleted: pd.DataFrame) -> None:
 
 def contested(rows: pd.DataFrame) -> Figure:
     """Draw whom an in-tool model believes: shares of answers that follow the database, or state the fact anyway."""
-    rows = rows.query("experiment == 'contest' and repeats").reindex(columns=["who", "method", "follows", "remembers"])
-    groups = [(who, rows[rows.who == who]) for who in WHO if (rows.who == who).any()] or [("no runs yet", rows)]
+    rows = rows.query("experiment == 'contest' and repeats")
+    groups = [(who, rows[rows.who == who]) for who in WHO if (rows.who == who).any()] or [("trained", rows)]
     with panels((10, 2.8), 1, len(groups), sharey=True, squeeze=False) as (figure, row):
         for axes, (who, told) in zip(row[0], groups, strict=True):
             kinds = [kind for kind in RESULTS if (told.method == kind).any()]
@@ -96,7 +96,7 @@ def contested(rows: pd.DataFrame) -> Figure:
                 for kind, seeds in told.groupby("method")[column]:
                     axes.plot(seeds, [places[kind]] * len(seeds), ".", color="black", markersize=3, label="one seed")
             axes.set(xlim=(0, 1.02), xlabel="share of answers", yticks=range(len(kinds)), yticklabels=kinds)
-            axes.set_title(WHO.get(who, who), fontsize=9)
+            axes.set_title(WHO[who], fontsize=9)
         axes.invert_yaxis()
         figure.axes[0].set_ylabel("what the database says")
         shared_legend(figure, [axes], loc="outside lower center")

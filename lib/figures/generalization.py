@@ -10,7 +10,7 @@ from lib.experiments import summaries
 from lib.experiments.published import PUBLISHED_KIND
 from lib.facts.people import FactsConfig, best_constant_guess
 from lib.facts.sampling import unseen_people
-from lib.figures.style import STYLES, nothing_yet, panels, published_label, shared_legend, side_by_side, told_apart
+from lib.figures.style import STYLES, panels, published_label, shared_legend, side_by_side, told_apart
 
 #: What is new in the names of unseen people, as a legend says it.
 KINDS = {
@@ -95,8 +95,6 @@ def tool_calls(shares: pd.DataFrame, d_model: int = TOOL_CALLS_D_MODEL) -> Figur
             axes.set(xlabel="training facts", ylim=(-0.04, 1.06))
             axes.set_title(title, fontsize=8)
             axes.set_xscale("log", base=2)
-            if not axes.get_lines():
-                nothing_yet(axes, "in-tool")
         row[0].set_ylabel("share of first requests")
         shared_legend(figure, row, loc="outside lower center")
     return figure

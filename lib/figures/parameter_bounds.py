@@ -16,7 +16,6 @@ from lib.figures.style import (
     draw_bits_lines,
     draw_means,
     log_ticks,
-    nothing_yet,
     panels,
     published_label,
     shades,
@@ -119,11 +118,9 @@ def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: fl
                 draw_means(axes, ours, x, label, **STYLES["in-weight"] | {"marker": marker})
         by_alpha.set(xlabel="correlation alpha", ylabel=f"parameters needed for {threshold:.0%} recall", yscale="log")
         by_entropy.set(xlabel="entropy of the database, bits", xscale="log")
-        low, high = by_entropy.get_xlim()
-        ends = {bits: (low / bits, high / bits) for bits in (1, 2)}
-        draw_bits_lines(by_entropy, ends, "#BBBBBB", xytext=(3, 0), ha="left", va="center")
+        ends = draw_bits_lines(by_entropy, -1, "#BBBBBB", 3)
         by_entropy.xaxis.set_major_formatter("{x:,.0f}")
-        log_ticks(by_entropy.xaxis, pd.Series([low, high]))
+        log_ticks(by_entropy.xaxis, pd.Series(ends))
         by_alpha.legend(handlelength=3.5)
     return figure
 
@@ -147,8 +144,6 @@ def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame) -> Fi
             if mode == "in-weight":
                 _published_recall(axes, published)
             axes.set(xscale="log", xlabel="parameters", title=mode, ylim=(-0.03, 1.06))
-            if not axes.get_lines():
-                nothing_yet(axes, mode)
             handles, labels = axes.get_legend_handles_labels()
             if handles:
                 entries = {}
@@ -185,9 +180,7 @@ def bits_stored(held: pd.DataFrame) -> Figure:
             axes.plot([], [], "o", color=color, label=f"{n_facts:,}")
             axes.axhline(runs.entropy_bits.mean(), color=color, linewidth=0.7, linestyle=":")
         axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="bits stored")
-        low, high = axes.get_xlim()
-        ends = {bits: (bits * low, bits * high) for bits in (1, 2)}
-        draw_bits_lines(axes, ends, "#777777", xytext=(4, 0), ha="left", va="center")
+        low, high = draw_bits_lines(axes, 1, "#777777", 4)
         if high < 50 * low:  # matplotlib's own ticks run into each other
             axes.set_xticks([tick for tick in 5000 * 2 ** np.arange(8) if low <= tick <= high])
             axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -197,10 +190,7 @@ def bits_stored(held: pd.DataFrame) -> Figure:
         if held.superseded.any():
             axes.plot([], [], "o", **grey, alpha=EARLIER["alpha"], label="pale: earlier recipe")
         axes.plot([], [], **grey, linewidth=0.7, linestyle=":", label="entropy of the database")
-        if groups:
-            axes.legend(title="facts", loc="upper left", bbox_to_anchor=(1, 0.85))
-        else:
-            nothing_yet(axes, "in-weight")
+        axes.legend(title="facts", loc="upper left", bbox_to_anchor=(1, 0.85))
     return figure
 
 
@@ -218,8 +208,6 @@ def patience(held: pd.DataFrame) -> Figure:
                 name = f"{n_params:,} parameters, {n_facts:,} facts"
                 draw_means(axes, runs, "passes", name, of=of, color=color, marker="o")
             axes.set(xlabel="passes over the facts", ylabel=label, ylim=(0, None), xscale="log")
-            if not groups:
-                nothing_yet(axes, "in-weight")
         if groups:
             row[1].legend(**BESIDE)
     return figure

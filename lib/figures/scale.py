@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 
 from lib import paths
 from lib.experiments.scale_tables import LEARNED, by_family, of_facts, rate
-from lib.figures.style import BESIDE, HOLLOW, STYLES, log_ticks, nothing_yet, panels
+from lib.figures.style import BESIDE, HOLLOW, STYLES, log_ticks, panels
 
 #: Half-filled markers mean a tool: single points have no line style to tell modes apart in grey.
 MODES = {
@@ -48,7 +48,7 @@ def against_steps(rows: pd.DataFrame, metric: str) -> Figure:
     n_columns = min(3, max(1, len(bases)))
     n_rows = max(1, -(-len(bases) // n_columns))
     size, shared = (2.6 * n_columns + 2.0, 2.2 * n_rows + 0.4), {"sharex": True, "sharey": True, "squeeze": False}
-    with panels(size, n_rows, n_columns, **shared) as (figure, grid):
+    with panels(size, n_rows, n_columns, runs="fine-tuned", **shared) as (figure, grid):
         for axes, base in zip(grid.flat, bases, strict=False):
             runs = rows[rows.base == base]
             for (mode, n_facts, _), run in runs.groupby(["mode", "n_facts", "run_id"]):
@@ -66,8 +66,6 @@ def against_steps(rows: pd.DataFrame, metric: str) -> Figure:
             axes.yaxis.set_major_formatter("{x:g}")
             if metric == "capability_relative":
                 axes.axhline(100, color="#555555", linewidth=0.9, linestyle=":")
-        for axes in grid.flat[len(bases) :]:
-            nothing_yet(axes, "fine-tuned")
         figure.supxlabel("steps of fine-tuning", fontsize=9)
         figure.supylabel(_label(metric, rows), fontsize=9)
         handles = [Line2D([], [], label=f"{mode}, {n:,} facts", **look) for (mode, n), look in looks.items()]
@@ -157,8 +155,6 @@ def hybrid(table: pd.DataFrame) -> Figure:
                 axes.errorbar(points.frequency, points[share], **bars, **_ASKED[share])
             axes.set(xlabel=label, ylim=(-0.04, 1.06))
             axes.xaxis.set_major_formatter("{x:g}")
-            if not len(table):
-                nothing_yet(axes, "hybrid")
         row[0].set_ylabel("share looked up")
         row[1].set_ylabel("share answered correctly")
         row[1].legend(**BESIDE)
@@ -215,7 +211,7 @@ _PADDED = {"figure.constrained_layout.w_pad": 0.1}
 def _beside_legend(width: float, table: pd.DataFrame, n_columns: int = 1):
     """Return `panels`, `width` inches wide and high enough for the legend of a table."""
     lines = table["mode"].nunique() + table.model.nunique() + len(table.groupby(["model", "mode"]))
-    return panels((width, max(3.4, 0.14 * lines)), 1, n_columns, _PADDED, sharex=True)
+    return panels((width, max(3.4, 0.14 * lines)), 1, n_columns, _PADDED, "fine-tuned", sharex=True)
 
 
 def _looks(table: pd.DataFrame) -> dict[tuple[str, str | None], dict]:
@@ -240,8 +236,6 @@ def _against_facts(axes, table: pd.DataFrame, metric: str) -> None:
     for (model, mode), points in table.dropna(subset=metric).groupby(["model", "mode"], sort=False):
         bars = {"yerr": points[f"{metric}_stderr"]}
         axes.errorbar(points.n_facts, points[metric], label=f"{model}, {_runs(points)}", **bars, **looks[model, mode])
-    if not axes.get_lines():
-        nothing_yet(axes, "fine-tuned")
     axes.set(xscale="log", xlabel="facts")
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
