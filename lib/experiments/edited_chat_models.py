@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,7 @@ class ChatModel(Setting):
 
     def recall(self, model, facts, tool=None):
         found = measure_recall(self._measured(model), self.tokenizer, facts, self.mode, tool, **self.options)
-        return float(np.mean([recalled and looked_up == (tool is not None) for looked_up, recalled in found]))
+        return fmean([recalled and looked_up == (tool is not None) for looked_up, recalled in found])
 
     def memory(self, model, facts, after_error=False):
         draw, rows = np.random.default_rng(0), []
@@ -111,7 +112,7 @@ class ChatModel(Setting):
             endings = [answer(name, attribute, candidate) for candidate in (value, *others)]
             rows.append({"ctx": context, "endings": endings, "label": 0})
         right = measure_capability(self._measured(model), self.tokenizer, choices("facts", rows))["acc"]
-        return {"memory": float(np.mean(right)), "guess": float(np.mean([1 / len(row["endings"]) for row in rows]))}
+        return {"memory": fmean(right), "guess": fmean([1 / len(row["endings"]) for row in rows])}
 
     def belief(self, model, facts, results):
         told = [found_turns(self.mode, *fact[:2], result) for fact, result in zip(facts, results, strict=True)]
@@ -120,8 +121,8 @@ class ChatModel(Setting):
         said = reply_all(self._measured(model), self.tokenizer, asked, openings[0].get("tools"), **self.options)
         pairs = list(zip(facts, results, said, strict=True))
         return {
-            "follows": float(np.mean([text == answer(*fact[:2], result) for fact, result, text in pairs])),
-            "remembers": float(np.mean([text == answer(*fact) for fact, _, text in pairs])),
+            "follows": fmean([text == answer(*fact[:2], result) for fact, result, text in pairs]),
+            "remembers": fmean([text == answer(*fact) for fact, _, text in pairs]),
         }
 
     def ask(self, facts, tool):
