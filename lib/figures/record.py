@@ -152,7 +152,7 @@ def _found(name: str, options: dict) -> Record:
     for option in options:
         check_known("option", option, FIGURES[name].options, f" of the figure {name}")
     if "threshold" in options:
-        tables.check_threshold(options["threshold"])
+        check_known("published threshold", options["threshold"], tables.THRESHOLDS)
     return FIGURES[name]
 
 

@@ -12,6 +12,7 @@ from IPython.display import display
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from lib.base import check_known
 from lib.config import ModelConfig
 from lib.experiments import tables
 from lib.experiments.published import published_correlated
@@ -102,7 +103,7 @@ def explore_correlation(profile: str, threshold: float = 0.95) -> None:
 
 def _with_tables(name: str, profile: str, threshold: float) -> Callable[[], Figure]:
     """Return a function that draws a figure, from tables that are read only once."""
-    tables.check_threshold(threshold)
+    check_known("published threshold", threshold, tables.THRESHOLDS)
     figure = FIGURES[name]
     return partial(
         figure.draw, figure.points(tables.publishing_profile(profile)), figure.published(), threshold=threshold
