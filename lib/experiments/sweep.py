@@ -90,7 +90,14 @@ def sweep(
     rows, recalls = _finished(section, profile, plan)
     report = Report(done_before=len(recalls))
     if not dry_run and _pending(plan, recalls):
-        devices = [device] if in_process else _devices(device, jobs)
+        devices = [device]
+        if not in_process:
+            import torch  # only here: planning and a finished sweep do without it
+
+            from lib.training.devices import resolve_device, usable_cores
+
+            n_gpus = torch.cuda.device_count() if resolve_device(device).type == "cuda" else 0
+            devices = assign_devices(device, jobs, n_gpus, usable_cores())
         _execute(plan, recalls, report, sweep_dir(section, profile), devices, 3600 * max_hours, in_process)
         rows, recalls = _finished(section, profile, plan)  # a run that was asked to stop may finish instead
         report.done_now = len(recalls) - report.done_before
@@ -120,15 +127,6 @@ def assign_devices(device: str, jobs: int | None, n_gpus: int, n_cores: int) -> 
     if device in ("auto", "cuda"):
         return [f"cuda:{i % n_gpus}" for i in range(jobs or n_gpus)]
     return [device] * (jobs or 1)
-
-
-def _devices(device: str, jobs: int | None) -> list[str]:
-    import torch  # only here: planning and a finished sweep do without it
-
-    from lib.training.devices import resolve_device, usable_cores
-
-    n_gpus = torch.cuda.device_count() if resolve_device(device).type == "cuda" else 0
-    return assign_devices(device, jobs, n_gpus, usable_cores())
 
 
 def _finished(section: str, profile: str, plan: Sequence[Search]) -> tuple[dict[str, dict], dict[str, float]]:
@@ -220,14 +218,15 @@ def _how_far(config: RunConfig, directory: Path) -> str:
 
 def _in_a_process(config: RunConfig, directory: Path, device: str, stdin: IO[bytes]) -> str | None:
     """Do a run in a process of its own, whose death harms no other; return its error in one line, or None."""
-    path = [str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = os.pathsep.join([str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # PYTHONSAFEPATH: ignore a lib in the current folder. One thread: small models gain little from a second, and wait
     # for it where cores are busy.
-    environment = {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    environment = os.environ | environment | {"ITL_PROGRESS": "off"}
+    ours = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "ITL_PROGRESS": "off"}
     command = [sys.executable, "-m", "lib.experiments.worker", config.canonical_json(), str(directory), device]
     with tempfile.TemporaryFile() as said:  # no pipe: child processes of a killed run would keep it open
-        code = subprocess.run(command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=said, env=environment).returncode
+        code = subprocess.run(
+            command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=said, env=os.environ | ours
+        ).returncode
         said.seek(0)
         lines = [line.strip() for line in said.read().decode(errors="replace").split("\n") if line.strip()]
     if code == 1 and lines:

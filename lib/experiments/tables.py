@@ -109,18 +109,15 @@ def described(rows: pd.DataFrame) -> pd.DataFrame:
     with and without biographies are one.
     """
     configs = [json.loads(c) if isinstance(c, str) else {} for c in rows.get("config", [None] * len(rows))]
+    laws = [Law(**{name: v for name, v in c.get("facts", {}).items() if name in Law._fields}) for c in configs]
+    names = {law: name for name, law in LAWS.items()}
     sizes = rows.reindex(columns=["steps_budget", "batch_size", "n_facts"]).itertuples(index=False)
     computed = {
         "superseded": False,
-        "law": [_law(config.get("facts", {})) for config in configs],
+        "law": [names.get(law, str(tuple(law))) for law in laws],
         "recipe": [_recipe(config, *size) for config, size in zip(configs, sizes, strict=True)],
     }
     return rows.assign(**{name: values for name, values in computed.items() if name not in rows})
-
-
-def _law(facts: dict) -> str:
-    law = Law(**{field: facts[field] for field in Law._fields if field in facts})
-    return next((name for name, known in LAWS.items() if known == law), str(tuple(law)))
 
 
 def law_named(name: str) -> Law:

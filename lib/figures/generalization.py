@@ -34,7 +34,12 @@ def generalization(shares: pd.DataFrame, published: pd.DataFrame) -> Figure:
     with panels((11, 3.1), 1, len(kinds) + 1, sharey=True, sharex=True) as (figure, row):
         for axes, kind in zip(row, kinds, strict=False):
             if kind == PUBLISHED_KIND:
-                _published_recall(axes, published)
+                grey = {"color": "#888888", "linewidth": 0.8}
+                for (mode, _), points in published.groupby(["mode", "n_params"]):
+                    line = "-" if mode == "in-tool" else "--"
+                    axes.plot(points.n_facts, points.ood_recall, linestyle=line, zorder=1, **grey)
+                label = published_label(published.n_facts, KINDS[kind]).replace(", ", ",\n")
+                axes.plot([], [], label=label, **grey)
             for points, label, look in _by_size(shares.query("kind == @kind and measure == 'recall'")):
                 axes.plot(side_by_side(points), points.share, label=label, **look | {"linestyle": "none"})
             axes.axhline(guess, color="#555555", linewidth=0.9, linestyle=":", label="best constant guess")
@@ -59,14 +64,6 @@ def _by_size(table: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, str, dict]]:
         for strength, (n_params, rows) in zip(np.linspace(1, 0.35, len(groups))[::-1], groups, strict=True):
             look = {**style, "alpha": strength, "linestyle": "-" if mode == "in-tool" else "--"}
             yield from told_apart(rows, f"{n_params:,}, {mode}", look)
-
-
-def _published_recall(axes, published: pd.DataFrame) -> None:
-    grey = {"color": "#888888", "linewidth": 0.8}
-    for (mode, _), points in published.groupby(["mode", "n_params"]):
-        axes.plot(points.n_facts, points.ood_recall, linestyle="-" if mode == "in-tool" else "--", zorder=1, **grey)
-    label = published_label(published.n_facts, KINDS[PUBLISHED_KIND])
-    axes.plot([], [], label=label.replace(", ", ",\n"), **grey)
 
 
 #: What is right about requests, as a legend says it.

@@ -243,24 +243,26 @@ def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     """Return sentences about our points of `parameter_bounds`: the last number of facts that both modes have, by what
     factor they differ there, where a mode's points end, and which learning rates they have."""
     profile = tables.publishing_profile(profile)
-    table = summaries.bounds(profile).query("recall_threshold == @threshold")
-    found = table.dropna(subset="min_params_mean").set_index(["n_facts", "mode"])
-    theirs = published_by_paper("parameter_bounds").query("recall_threshold == @threshold")
-    theirs = theirs.set_index(["n_facts", "mode"]).min_params_mean.unstack()
-    both = found.min_params_mean.unstack().reindex(columns=["in-weight", "in-tool"]).dropna()
+    table, theirs = (
+        each[each.recall_threshold == threshold]
+        for each in (summaries.bounds(profile), published_by_paper("parameter_bounds"))
+    )
+    both, published = (
+        each.pivot(index="n_facts", columns="mode", values="min_params_mean").reindex(columns=[*STYLES]).dropna()
+        for each in (table, theirs)
+    )
     sentences = []
-    for n_facts, (weights, tool) in both.tail(1).iterrows():
-        points = found.loc[n_facts]
+    for n_facts, weights, tool in both.tail(1).itertuples():
+        points = table[table.n_facts == n_facts]
         seeds = points.seeds_reaching_it.min()
-        modes = " and ".join(points.index[points.superseded])
+        modes = " and ".join(points["mode"][points.superseded])
         earlier = f"; {modes} of an earlier recipe" if modes else ""
         sentences.append(
             f"At {n_facts:,} facts our models need {weights:,.0f} parameters in weights and {tool:,.0f} with a tool "
             f"(means over {seeds} seed{'s' if seeds > 1 else ''} or more{earlier}), a factor of {weights / tool:.1f}."
         )
-        if n_facts in theirs.dropna().index:
-            factor = theirs["in-weight"][n_facts] / theirs["in-tool"][n_facts]
-            sentences.append(f"The published factor is {factor:.1f} there.")
+        for weights, tool in published.reindex([n_facts]).dropna().itertuples(index=False):
+            sentences.append(f"The published factor is {weights / tool:.1f} there.")
     rows = summaries.behind(summaries.bounds_rows(profile), threshold)
     for mode, unknown in table[table.min_params_mean.isna()].groupby("mode"):
         n_facts = unknown.n_facts.min()

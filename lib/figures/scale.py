@@ -75,13 +75,13 @@ def against_steps(rows: pd.DataFrame, metric: str) -> Figure:
 
 def _label(metric: str, rows: pd.DataFrame) -> str:
     """Return an axis label; capability is named where all rows are of one known test."""
-    tests = {_TESTS.get(test, "capability") for test in rows.capability_task.dropna().unique()}
-    return _LABELS[metric].format(capability=tests.pop() if len(tests) == 1 else "capability")
+    tests = rows.capability_task.dropna().unique()
+    return _LABELS[metric].format(capability=_TESTS.get(tests[0], "capability") if len(tests) == 1 else "capability")
 
 
 def _by_mode(rows: pd.DataFrame):
     """Group by mode, in the order of `MODES`."""
-    return rows.sort_values("mode", key=lambda modes: modes.map(list(MODES).index)).groupby("mode", sort=False)
+    return rows.groupby(pd.Categorical(rows["mode"], list(MODES)), observed=True)
 
 
 def _tinted(color: str, strength: float) -> str:
@@ -94,19 +94,19 @@ def _looks_of_runs(rows: pd.DataFrame) -> dict[tuple[str, int], dict]:
     markers, looks = dict(zip(sorted(rows.n_facts.unique()), cycle(_MARKERS), strict=False)), {}
     for mode, runs in _by_mode(rows):
         facts = sorted(runs.n_facts.unique())
+        same = MODES[mode] | {"markersize": 3, "linewidth": 1, "fillstyle": "full"}
+        same["zorder"] = 2 + 0.1 * (mode != "in-weight")
         for n, strength in zip(facts, np.linspace(1, 0.45, len(facts))[::-1], strict=True):
-            own = {"marker": markers[n], "markersize": 3, "linewidth": 1, "fillstyle": "full"}
-            own |= {"color": _tinted(MODES[mode]["color"], strength), "zorder": 2 + 0.1 * (mode != "in-weight")}
-            looks[mode, n] = MODES[mode] | own
+            looks[mode, n] = same | {"marker": markers[n], "color": _tinted(MODES[mode]["color"], strength)}
     return looks
 
 
 def _rates(runs: pd.DataFrame) -> str:
     """Return the learning rates of a model's runs: "rate 5e-5", or of each mode "rate 1e-3 in-weight, 1e-4 in-tool"."""
     of_modes = {mode: ", ".join(map(rate, sorted(set(lr)))) for mode, lr in _by_mode(runs.dropna(subset="lr")).lr}
-    if len(set(of_modes.values())) == 1:
-        return f"rate {next(iter(of_modes.values()))}"
-    return ("rate " + ", ".join(f"{lr} {mode}" for mode, lr in of_modes.items())) * bool(of_modes)
+    if len({*of_modes.values()}) > 1:
+        of_modes = {mode: f"{lr} {mode}" for mode, lr in of_modes.items()}
+    return f"rate {', '.join(dict.fromkeys(of_modes.values()))}" * bool(of_modes)
 
 
 def steps_to_recall(table: pd.DataFrame) -> Figure:
@@ -142,17 +142,15 @@ def hybrid(table: pd.DataFrame) -> Figure:
     """
     with panels((7.8, 3.4), 1, 2, _PADDED, sharex=True, sharey=True) as (figure, row):
         label = "times seen in training"
+        row[0].set_xscale("log", base=2)
         if table.frequency.eq(0).any():
             least = min((frequency for frequency in table.frequency if frequency > 0), default=1)
             row[0].set_xscale("symlog", base=2, linthresh=least)
             label += f" (linear below {least:g})"
-        else:
-            row[0].set_xscale("log", base=2)
         for axes, shares in zip(row, (["call_share"], ["accuracy", "accuracy_of_calls"]), strict=True):
             for share in shares:
                 points = table.dropna(subset=share)
-                bars = {"yerr": points[f"{share}_stderr"]}
-                axes.errorbar(points.frequency, points[share], **bars, **_ASKED[share])
+                axes.errorbar(points.frequency, points[share], yerr=points[f"{share}_stderr"], **_ASKED[share])
             axes.set(xlabel=label, ylim=(-0.04, 1.06))
             axes.xaxis.set_major_formatter("{x:g}")
         row[0].set_ylabel("share looked up")
@@ -178,9 +176,8 @@ def trivia(table: pd.DataFrame, model: str) -> Figure:
             axes.bar(places, bars.accuracy, width, yerr=bars.standard_error, **look)
         axes.set_xticks(range(len(ways)), ways)
         axes.set(title=model, ylabel="share answered correctly", ylim=(0, 1.06))
-        handles = [
-            Patch(facecolor="#444444", edgecolor="white", hatch=look, label=kind) for kind, look in looks.items()
-        ]
+        look = {"facecolor": "#444444", "edgecolor": "white"}
+        handles = [Patch(**look, hatch=hatch, label=kind) for kind, hatch in looks.items()]
         figure.legend(handles=handles, loc="outside right center")
     return figure
 
@@ -193,16 +190,12 @@ WAYS = {
     "in-tool, native": MODES["in-tool"]["color"],
 }
 
+_HOLLOW = {"linestyle": "--", "markerfacecolor": "white"}
 _ASKED = {
-    "call_share": {"color": STYLES["in-tool"]["color"], "marker": "s"},
+    "call_share": STYLES["in-tool"],
     "accuracy": {"color": MODES["hybrid"]["color"], "marker": "o", "label": "all questions"},
-    "accuracy_of_calls": {
-        "color": STYLES["in-tool"]["color"],
-        "marker": "s",
-        "linestyle": "--",
-        "markerfacecolor": "white",
-        "label": "those looked up",
-    },
+    "accuracy_of_calls": STYLES["in-tool"]
+    | {"linestyle": "--", "markerfacecolor": "white", "label": "those looked up"},
 }
 
 _PADDED = {"figure.constrained_layout.w_pad": 0.1}
@@ -234,8 +227,8 @@ def _looks(table: pd.DataFrame) -> dict[tuple[str, str | None], dict]:
 def _against_facts(axes, table: pd.DataFrame, metric: str) -> None:
     looks = _looks(table)
     for (model, mode), points in table.dropna(subset=metric).groupby(["model", "mode"], sort=False):
-        bars = {"yerr": points[f"{metric}_stderr"]}
-        axes.errorbar(points.n_facts, points[metric], label=f"{model}, {_runs(points)}", **bars, **looks[model, mode])
+        look = {"label": f"{model}, {_runs(points)}", **looks[model, mode]}
+        axes.errorbar(points.n_facts, points[metric], yerr=points[f"{metric}_stderr"], **look)
     axes.set(xscale="log", xlabel="facts")
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
