@@ -275,9 +275,9 @@ def forgive(base: Setting) -> Iterator[dict[str, Any]]:
 def measure(folder: Path, profile: str) -> list[dict[str, Any]]:
     """Run all experiments on the model in a run's folder; return their rows."""
     with open_conversation(folder, device="cpu") as talk:
-        config, base = talk.config, Scratch(talk, profile)
-        about = {"run_id": config.run_id, "d_model": config.model.d_model, "n_params": config.model.n_params}
-        return measured(base, about | {"repeats": config.training.repeats})
+        config, model = talk.config, talk.config.model
+        about = {"run_id": config.run_id, "d_model": model.d_model, "n_params": model.n_params}
+        return measured(Scratch(talk, profile), about | {"repeats": config.training.repeats})
 
 
 def measured(base: Setting, about: dict[str, Any]) -> list[dict[str, Any]]:

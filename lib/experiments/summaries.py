@@ -64,10 +64,7 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
 def bounds_by_seed(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
     """Return `minimal_parameters_of_seeds` of what `bounds` shows, at each recall_threshold."""
     rows = bounds_rows(profile, tokenizer)
-    seeds = [
-        minimal_parameters_of_seeds(behind(rows, threshold), threshold).assign(recall_threshold=threshold)
-        for threshold in THRESHOLDS
-    ]
+    seeds = (minimal_parameters_of_seeds(behind(rows, threshold), threshold) for threshold in THRESHOLDS)
     return pd.concat(seeds, ignore_index=True)
 
 
@@ -89,8 +86,8 @@ def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHO
     """
     if not len(rows):
         return pd.DataFrame(columns=[*GROUP, "recall_threshold", *_STATISTICS, "finished_at"])
-    seeds = [minimal_parameters_of_seeds(rows, each).assign(recall_threshold=each) for each in thresholds]
-    points = pd.concat(seeds).groupby([*GROUP, "recall_threshold"])
+    points = pd.concat(minimal_parameters_of_seeds(rows, each) for each in thresholds)
+    points = points.groupby([*GROUP, "recall_threshold"])
     return points.min_params.agg(**_STATISTICS).assign(finished_at=points.finished_at.max()).reset_index()
 
 
@@ -104,7 +101,7 @@ def minimal_parameters_of_seeds(rows: pd.DataFrame, threshold: float) -> pd.Data
     tried = pd.MultiIndex.from_frame(below[[*seed, "d_model"]]).isin(pd.MultiIndex.from_frame(runs[[*seed, "d_model"]]))
     known = found[tried | found.d_model.eq(SIZES[0])].set_index(seed)  # a smaller size was not enough, or there is none
     columns = {"min_params": known.n_params.astype(float), "finished_at": runs.groupby(seed).finished_at.max()}
-    return pd.DataFrame(columns).reset_index()
+    return pd.DataFrame(columns).reset_index().assign(recall_threshold=threshold)
 
 
 _STATISTICS = {
@@ -142,14 +139,11 @@ def capacity(rows: pd.DataFrame) -> pd.DataFrame:
     columns += ["dialogs_seen", *COMPUTED]
     nll = [f"nll_bits_{attribute}" for attribute in ATTRIBUTES]
     rows = described(rows).reindex(columns=["mode", *columns, *nll])
-    rows = rows.query("mode == 'in-weight'").reset_index(drop=True)
+    rows = rows[rows["mode"] == "in-weight"].reset_index(drop=True)
     n_people, entropy = rows.n_facts // len(ATTRIBUTES), _entropy_per_person(rows)
     stored = n_people * entropy.sub(rows[nll].to_numpy(float)).clip(lower=0).sum(axis=1, skipna=False)
-    return rows[columns].assign(
-        entropy_bits=n_people * entropy.sum(axis=1),
-        stored_bits=stored,
-        stored_bits_per_parameter=stored / rows.n_params,
-    )
+    rows = rows[columns].assign(entropy_bits=n_people * entropy.sum(axis=1), stored_bits=stored)
+    return rows.assign(stored_bits_per_parameter=stored / rows.n_params)
 
 
 def shapes(profile: str) -> pd.DataFrame:
@@ -228,9 +222,8 @@ def unseen_shares(rows: pd.DataFrame) -> pd.DataFrame:
     if not len(rows):
         return pd.DataFrame(columns=[*_OF_RUN, "share", "kind", "measure"])
     columns = rows.filter(regex="^(trained|new)_").columns
-    tidy = described(rows).melt(_OF_RUN, columns, "column", "share").dropna(subset="share")
-    kind_and_measure = tidy.pop("column").str.extract(r"^(trained|new_[a-z]+?)_(.+)$")
-    return tidy.assign(kind=kind_and_measure[0], measure=kind_and_measure[1]).reset_index(drop=True)
+    tidy = described(rows).melt(_OF_RUN, columns, "column", "share").dropna(subset="share", ignore_index=True)
+    return tidy.join(tidy.pop("column").str.extract(r"^(?P<kind>trained|new_[a-z]+?)_(?P<measure>.+)$"))
 
 
 _OF_RUN = ["mode", "n_facts", "n_params", "d_model", "seed", *COMPUTED]

@@ -132,7 +132,12 @@ def draw(name: str, profile: str = "laptop", **options) -> Figure:
     options: those of its record, `threshold` for parameter_bounds say. Raises InputError for an unknown figure, one
     that does not have these options, or a threshold that the paper does not use.
     """
-    record = _found(name, options)
+    check_known("figure", name, FIGURES)
+    record = FIGURES[name]
+    for option in options:
+        check_known("option", option, record.options, f" of the figure {name}")
+    if "threshold" in options:
+        check_known("published threshold", options["threshold"], tables.THRESHOLDS)
     points = _with_own(record, record.points, profile, options)
     published = {"published": record.published()} if record.published else {}
     return record.draw(points, **published, **{key: value for key, value in options.items() if key != "tokenizer"})
@@ -147,15 +152,6 @@ def _with_own(record: Record, table: Callable[..., pd.DataFrame], profile: str, 
     return tables.stacked(published, table(profile, **of_own).assign(own=True))
 
 
-def _found(name: str, options: dict) -> Record:
-    check_known("figure", name, FIGURES)
-    for option in options:
-        check_known("option", option, FIGURES[name].options, f" of the figure {name}")
-    if "threshold" in options:
-        check_known("published threshold", options["threshold"], tables.THRESHOLDS)
-    return FIGURES[name]
-
-
 def show(name: str, profile: str, save: bool = True, **options) -> None:
     """Draw a figure as `draw` does, `save` it for its profile, and show it in a notebook above its caption."""
     figure = draw(name, profile, **options)
@@ -167,7 +163,7 @@ def show(name: str, profile: str, save: bool = True, **options) -> None:
 
 def caption(name: str, profile: str, **options) -> str:
     """Return the caption for `draw` with the same arguments: what is shown, published points, and our runs."""
-    record = _found(name, options)
+    record = FIGURES[name]
     rows = _with_own(record, record.rows, profile, options)
     if len(rows) and "threshold" in record.options:
         threshold = options.get("threshold", 0.95)
