@@ -63,7 +63,7 @@ class Setting:
     Each kind of model has the methods edits (edits copies in weights, as `lib.training.edit.edit` does; yields each and
     its own columns), recall (with or without a tool), memory and belief (the columns of `measure_memory` and
     `measure_belief`), and ask (for each fact the last turn, and what the last request found or None). Where a training
-    can be repeated, retrained does so without the people of some names (yields model and cost), and hybrid trains a
+    can be repeated, retrained does so without the people of some names (returns model and cost), and hybrid trains a
     copy that knows some people by heart.
     """
 
@@ -109,9 +109,9 @@ class Setting:
         is_done = lambda model: self.recall(model, facts) == (not forget)  # noqa: E731
         for method, keep in zip(methods, (None, others), strict=True):
             for edited, columns in self.edits(facts, keep, is_done, forget):
-                cost = {name: getattr(edited, name) for name in ("done", "steps", "dialogs", "seconds")}
-                recalls = self.recalls(edited.model, facts, others)
-                yield edited.model, {"method": method, **columns, **cost, **recalls}
+                cost = edited._asdict()
+                model = cost.pop("model")
+                yield model, {"method": method, **columns, **cost, **self.recalls(model, facts, others)}
 
 
 class Scratch(Setting):
@@ -159,13 +159,12 @@ class Scratch(Setting):
             row = run(config, directory, device="cpu", description="training without the deleted people")
             cost = {"steps": row["steps"], "dialogs": row["dialogs_seen"], "seconds": row["train_seconds"]}
             with open_conversation(directory, device="cpu") as talk:
-                yield talk.model, cost
+                return talk.model, cost
 
     def hybrid(self, heart, asked):
         tokens, kept = (
             tokenize_people(*args, self.tokenizer) for args in ((heart, "in-weight"), (self.people, "in-tool"))
         )
-
         is_done = lambda model: self.memory(model, asked[:32])["memory"] == 1  # noqa: E731
         return self._edit(tokens, self.config.optim, is_done, keep=kept, look_every=50).model
 
@@ -215,8 +214,8 @@ def delete(base: Setting) -> Iterator[dict[str, Any]]:
         for model, columns in base.trained(methods, deleted, others, forget=True):
             yield row(model=model, **columns)
         if isinstance(base, Scratch):
-            for model, cost in base.retrained({name for name, *_ in deleted}):
-                yield row("train without them", model, **cost, **base.recalls(model, deleted, others))
+            model, cost = base.retrained({name for name, *_ in deleted})
+            yield row("train without them", model, **cost, **base.recalls(model, deleted, others))
         return
     with temporary_database(base.people) as path:
         with closing(sqlite3.connect(path)) as connection, connection:
@@ -265,11 +264,10 @@ def forgive(base: Setting) -> Iterator[dict[str, Any]]:
         for who, people in {"trained": base.people, **unseen}.items():
             facts = base.some(people)
             for letters in LETTERS:
-                told = list(zip(base.ask(facts, ForgivingTool(tool, letters)), facts, strict=True))
-                right = [text == answer(*fact) and result == fact[2] for (text, result), fact in told]
-                wrong = [result is not None and not hit for ((_, result), _), hit in zip(told, right, strict=True)]
-                shares = {"recall": fmean(right), "wrong": fmean(wrong)}
-                yield {"method": f"{letters} letters", "who": who, **shares}
+                said = base.ask(facts, ForgivingTool(tool, letters))
+                right = [each == (answer(*fact), fact[2]) for each, fact in zip(said, facts, strict=True)]
+                wrong = [found is not None and not hit for (_, found), hit in zip(said, right, strict=True)]
+                yield {"method": f"{letters} letters", "who": who, "recall": fmean(right), "wrong": fmean(wrong)}
 
 
 def measure(folder: Path, profile: str) -> list[dict[str, Any]]:

@@ -6,6 +6,8 @@ Published models lie behind, smaller ones lighter; ours have black edges, those 
 are standard errors, often smaller than the marker. A point without a value is left out.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import cycle
 
 import numpy as np
@@ -29,6 +31,7 @@ MODES = {
 _MARKERS = "os^Dv*PXd<p>h8"
 _OURS = {"markeredgecolor": "black", "markeredgewidth": 0.7, "markersize": 7, "zorder": 3}
 _LABELS = {
+    "steps_to_recall": f"steps to {LEARNED:.0%} recall",
     "recall": "recall of the facts",
     "capability_relative": "{capability}, % of the base model's",
     "tv": "total variation to the base model",
@@ -114,23 +117,17 @@ def steps_to_recall(table: pd.DataFrame) -> Figure:
 
     A bar is the standard deviation of a uniform draw between evaluations.
     """
-    with _beside_legend(5.8, table) as (figure, axes):
-        _against_facts(axes, table, "steps_to_recall")
-        axes.set(yscale="log", ylabel=f"steps to {LEARNED:.0%} recall")
+    with _against_facts(5.8, table, "steps_to_recall") as (figure, (axes,)):
+        axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:,.0f}")
-        _legend(figure, table)
     return figure
 
 
 def forgetting(table: pd.DataFrame) -> Figure:
     """Draw recall, relative capability and total variation side by side, against facts (Section 6, main figure)."""
-    with _beside_legend(10.6, table, 3) as (figure, row):
-        for axes, metric in zip(row, ("recall", "capability_relative", "tv"), strict=True):
-            _against_facts(axes, table, metric)
-            axes.set_ylabel(_label(metric, table))
-        row[0].set_ylim(-0.04, 1.06)
-        row[2].set_ylim(bottom=-0.03 * row[2].get_ylim()[1])  # room for half a marker below zero
-        _legend(figure, table)
+    with _against_facts(10.6, table, "recall", "capability_relative", "tv") as (figure, (recall, _, variation)):
+        recall.set_ylim(-0.04, 1.06)
+        variation.set_ylim(bottom=-0.03 * variation.get_ylim()[1])  # room for half a marker below zero
     return figure
 
 
@@ -201,12 +198,6 @@ _ASKED = {
 _PADDED = {"figure.constrained_layout.w_pad": 0.1}
 
 
-def _beside_legend(width: float, table: pd.DataFrame, n_columns: int = 1):
-    """Return `panels`, `width` inches wide and high enough for the legend of a table."""
-    lines = table["mode"].nunique() + table.model.nunique() + len(table.groupby(["model", "mode"]))
-    return panels((width, max(3.4, 0.14 * lines)), 1, n_columns, _PADDED, "fine-tuned", sharex=True)
-
-
 def _looks(table: pd.DataFrame) -> dict[tuple[str, str | None], dict]:
     """Return how the points of each model and mode look; mode None is how a legend shows the model."""
     sources = dict(zip(table.model, table.source, strict=True))
@@ -224,13 +215,28 @@ def _looks(table: pd.DataFrame) -> dict[tuple[str, str | None], dict]:
     return looks
 
 
-def _against_facts(axes, table: pd.DataFrame, metric: str) -> None:
+@contextmanager
+def _against_facts(width: float, table: pd.DataFrame, *metrics: str) -> Iterator[tuple[Figure, np.ndarray]]:
+    """Yield a figure, `width` inches wide and high enough for its legend, and its panels: a metric each, against facts.
+
+    The legend shows what modes look like, then each model and below it the facts and rates of its runs.
+    """
+    lines = table["mode"].nunique() + table.model.nunique() + len(table.groupby(["model", "mode"]))
+    size, shared = (width, max(3.4, 0.14 * lines)), {"sharex": True, "squeeze": False}
     looks = _looks(table)
-    for (model, mode), points in table.dropna(subset=metric).groupby(["model", "mode"], sort=False):
-        look = {"label": f"{model}, {_runs(points)}", **looks[model, mode]}
-        axes.errorbar(points.n_facts, points[metric], yerr=points[f"{metric}_stderr"], **look)
-    axes.set(xscale="log", xlabel="facts")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+    with panels(size, 1, len(metrics), _PADDED, "fine-tuned", **shared) as (figure, (row,)):
+        for axes, metric in zip(row, metrics, strict=True):
+            for (model, mode), points in table.dropna(subset=metric).groupby(["model", "mode"], sort=False):
+                look = {"label": f"{model}, {_runs(points)}", **looks[model, mode]}
+                axes.errorbar(points.n_facts, points[metric], yerr=points[f"{metric}_stderr"], **look)
+            axes.set(xscale="log", xlabel="facts", ylabel=_label(metric, table))
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+        yield figure, row
+        handles = [Line2D([], [], marker="o", label=mode, **MODES[mode]) for mode, _ in _by_mode(table)]
+        for model, points in table.groupby("model", sort=False):
+            label = "\n".join([model, *(f"  {_runs(of_mode)}" for _, of_mode in _by_mode(points))])
+            handles.append(Line2D([], [], label=label, **looks[model, None]))
+        figure.legend(handles=handles, handlelength=3, labelspacing=0.4, loc="outside right center")
 
 
 def _runs(points: pd.DataFrame) -> str:
@@ -238,13 +244,3 @@ def _runs(points: pd.DataFrame) -> str:
     facts = " to ".join(f"{n:,}" for n in dict.fromkeys([points.n_facts.min(), points.n_facts.max()]))
     rates = ", ".join(map(rate, sorted(points.lr.dropna().unique())))
     return f"{points['mode'].iloc[0]}, {facts} facts" + f", rate {rates}" * bool(rates)
-
-
-def _legend(figure: Figure, table: pd.DataFrame) -> None:
-    """Show what modes look like, then each model and below it the facts and rates of its runs."""
-    handles = [Line2D([], [], marker="o", label=mode, **MODES[mode]) for mode, _ in _by_mode(table)]
-    looks = _looks(table)
-    for model, points in table.groupby("model", sort=False):
-        label = "\n".join([model, *(f"  {_runs(of_mode)}" for _, of_mode in _by_mode(points))])
-        handles.append(Line2D([], [], label=label, **looks[model, None]))
-    figure.legend(handles=handles, handlelength=3, labelspacing=0.4, loc="outside right center")

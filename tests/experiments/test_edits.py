@@ -69,7 +69,7 @@ def test_a_model_trained_without_the_deleted_is_the_model_of_a_file_that_lacks_t
     fields["evaluation"] = {"every": None}
     config, people = RunConfig.parse(fields), sample_people(4)
     base = edited_models.Scratch(Conversation(tmp_path, None, config, ByteTokenizer(), people, None), "smoke")
-    [(model, cost)] = base.retrained({people.names[1]})
+    model, cost = base.retrained({people.names[1]})
     lines = [",".join(("name", *people.attributes)), *(",".join(row) for row in people.rows())]
     (tmp_path / "left.csv").write_text("\n".join(lines[:2] + lines[3:]), encoding="utf-8")
     run(RunConfig.parse(fields | {"facts": {"csv": str(tmp_path / "left.csv")}}), tmp_path / "run", device="cpu")
