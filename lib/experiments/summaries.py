@@ -47,30 +47,35 @@ def generalization_rows(profile: str) -> pd.DataFrame:
 
 
 def bounds(profile: str) -> pd.DataFrame:
-    """Return `minimal_parameters` of Section 5.1 in a profile, as `shown`."""
-    return _shown(minimal_parameters(bounds_rows(profile)))
+    """Return `shown_bounds` of Section 5.1 in a profile."""
+    return shown_bounds(bounds_rows(profile))
 
 
-def compressibility_bounds(profile: str) -> pd.DataFrame:
-    """Return `minimal_parameters` of Section 5.3's runs, as `shown`, with the entropy_bits of the databases."""
-    table = _shown(minimal_parameters(read_rows("05_3", profile)))
+def shown_bounds(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHOLDS) -> pd.DataFrame:
+    """Return `minimal_parameters`, as `shown`."""
+    return tables.shown(minimal_parameters(rows, thresholds), "min_params_mean", [*POINT, "recall_threshold"])
+
+
+def compressibility_bounds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return `shown_bounds` with the entropy_bits of the databases."""
+    table = shown_bounds(rows)
     return table.assign(entropy_bits=entropy_bits(table))
 
 
-def _shown(table: pd.DataFrame) -> pd.DataFrame:
-    return tables.shown(table, "min_params_mean", [*POINT, "recall_threshold"])
+def bounds_by_seed(profile: str) -> pd.DataFrame:
+    """Return `seeds_of_bounds` of Section 5.1 in a profile."""
+    return seeds_of_bounds(bounds_rows(profile))
 
 
-def bounds_by_seed(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
-    """Return `minimal_parameters_of_seeds` of what `bounds` shows, at each recall_threshold."""
-    rows = bounds_rows(profile, tokenizer)
+def seeds_of_bounds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return `minimal_parameters_of_seeds` of what `shown_bounds` has, at each recall_threshold."""
     seeds = (minimal_parameters_of_seeds(behind(rows, threshold), threshold) for threshold in THRESHOLDS)
     return pd.concat(seeds, ignore_index=True)
 
 
 def behind(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    """Return the rows behind the points that `bounds` shows at a threshold."""
-    return described(rows).merge(_shown(minimal_parameters(rows, [threshold]))[GROUP]) if len(rows) else rows
+    """Return the rows behind the points that `shown_bounds` has at a threshold."""
+    return described(rows).merge(shown_bounds(rows, [threshold])[GROUP]) if len(rows) else rows
 
 
 def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHOLDS) -> pd.DataFrame:

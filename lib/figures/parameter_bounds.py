@@ -242,10 +242,10 @@ def depth_and_heads(shapes: pd.DataFrame) -> Figure:
 def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     """Return sentences about our points of `parameter_bounds`: the last number of facts that both modes have, by what
     factor they differ there, where a mode's points end, and which learning rates they have."""
-    profile = tables.publishing_profile(profile)
+    rows = summaries.bounds_rows(tables.publishing_profile(profile))
     table, theirs = (
         each[each.recall_threshold == threshold]
-        for each in (summaries.bounds(profile), published_by_paper("parameter_bounds"))
+        for each in (summaries.shown_bounds(rows), published_by_paper("parameter_bounds"))
     )
     both, published = (
         each.pivot(index="n_facts", columns="mode", values="min_params_mean").reindex(columns=[*STYLES]).dropna()
@@ -263,7 +263,7 @@ def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
         )
         for weights, tool in published.reindex([n_facts]).dropna().itertuples(index=False):
             sentences.append(f"The published factor is {weights / tool:.1f} there.")
-    rows = summaries.behind(summaries.bounds_rows(profile), threshold)
+    rows = summaries.behind(rows, threshold)
     for mode, unknown in table[table.min_params_mean.isna()].groupby("mode"):
         n_facts = unknown.n_facts.min()
         runs = rows.query("mode == @mode and n_facts == @n_facts")

@@ -106,7 +106,10 @@ def _with_tables(name: str, profile: str, threshold: float) -> Callable[[], Figu
     check_known("published threshold", threshold, tables.THRESHOLDS)
     figure = FIGURES[name]
     return partial(
-        figure.draw, figure.points(tables.publishing_profile(profile)), figure.published(), threshold=threshold
+        figure.draw,
+        figure.points(figure.rows(tables.publishing_profile(profile))),
+        figure.published(),
+        threshold=threshold,
     )
 
 
