@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from operator import eq
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -115,15 +116,15 @@ class ChatModel(Setting):
         return {"memory": fmean(right), "guess": fmean([1 / len(row["endings"]) for row in rows])}
 
     def belief(self, model, facts, results):
-        told = [found_turns(self.mode, *fact[:2], result) for fact, result in zip(facts, results, strict=True)]
         openings = [self._opening(*fact[:2]) for fact in facts]
-        asked = [[*start["messages"], *turns] for start, turns in zip(openings, told, strict=True)]
+        asked = [
+            [*start["messages"], *found_turns(self.mode, *fact[:2], result)]
+            for start, fact, result in zip(openings, facts, results, strict=True)
+        ]
         said = reply_all(self._measured(model), self.tokenizer, asked, openings[0].get("tools"), **self.options)
-        pairs = list(zip(facts, results, said, strict=True))
-        return {
-            "follows": fmean([text == answer(*fact[:2], result) for fact, result, text in pairs]),
-            "remembers": fmean([text == answer(*fact) for fact, _, text in pairs]),
-        }
+        told = [answer(*fact[:2], result) for fact, result in zip(facts, results, strict=True)]
+        true = [answer(*fact) for fact in facts]
+        return {"follows": fmean(map(eq, said, told)), "remembers": fmean(map(eq, said, true))}
 
     def ask(self, facts, tool):
         def look_up(_, said: str) -> tuple[Response, list[dict]] | None:

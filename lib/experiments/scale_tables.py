@@ -200,9 +200,8 @@ def _in_tool_and_in_weight(table: pd.DataFrame, same: list[str]) -> pd.DataFrame
     modes = table["mode"].str.removesuffix("-text")  # calls or text, depending on the chat template
     tool, weight = (table[modes == mode].drop(columns="mode") for mode in ("in-tool", "in-weight"))
     found = tool.merge(weight, on=same, suffixes=("_tool", "_weight"))
-    return found.assign(
-        same_recipe=(found.lr_tool == found.lr_weight) & (found.batch_size_tool == found.batch_size_weight)
-    )
+    alike = [found[f"{name}_tool"] == found[f"{name}_weight"] for name in RECIPE]
+    return found.assign(same_recipe=alike[0] & alike[1])
 
 
 # ---- Tables and figures
@@ -251,7 +250,7 @@ def hybrid(rows: pd.DataFrame) -> pd.DataFrame:
         for entry in (literal_eval(run.by_frequency) if isinstance(run.by_frequency, str) else run.by_frequency)
     ]
     table = pd.DataFrame(table, columns=["frequency", "seed", "n", *ASKED], dtype=float)
-    asked = {"call_share": table.n, "accuracy": table.n, "accuracy_of_calls": (table.n * table.call_share).round()}
+    asked = dict.fromkeys(ASKED, table.n) | {"accuracy_of_calls": (table.n * table.call_share).round()}
     errors = {f"{name}_stderr": np.sqrt(table[name] * (1 - table[name]) / (n - 1)) for name, n in asked.items()}
     return _over_seeds(table.assign(**errors), ["frequency"], ASKED).sort_values("frequency", ignore_index=True)
 
@@ -276,7 +275,7 @@ def panels(rows: pd.DataFrame) -> pd.DataFrame:
     weight = weight.merge(rates, on=[*model, "lr"], how="left").fillna({"name": ""})
     tool = tool.merge(weight[[*model, "name"]].drop_duplicates(), on=model, how="left").fillna({"name": ""})
     both = pd.concat([weight, tool], ignore_index=True)
-    return both.assign(base=both.base + both.name + " (" + both.profile + ")").drop(columns="name")
+    return both.assign(base=both.base + both.pop("name") + " (" + both.profile + ")")
 
 
 def by_family(bases) -> list[str]:

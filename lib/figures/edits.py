@@ -69,13 +69,16 @@ def _memories(axes, deleted: pd.DataFrame) -> None:
         never = {**known, "markerfacecolor": "white", "color": "#777777", "label": None if axes.lines else "never seen"}
         axes.plot(points.memory, points.y, **known)
         axes.plot(points.never_memory, points.y + 0.25, **never)
-    y, names = np.arange(len(guess)), []
+    y = np.arange(len(guess))
     axes.vlines(guess, y - 0.3, y + 0.45, color="#555555", linestyle=":", label="a guess")
-    for mode, repeats, method, asked in guess.index:
-        about = f",\nasked {asked}" if mode == "in-tool" else ""
-        untrained = "" if repeats else ", value not trained"
-        names.append(f"{mode}{untrained}: {DELETED[method]}{about}")
-    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="share of facts still known", xlim=(-0.04, 1.04))
+    names = [
+        mode
+        + ", value not trained" * (not repeats)
+        + f": {DELETED[method]}"
+        + f",\nasked {asked}" * (mode == "in-tool")
+        for mode, repeats, method, asked in guess.index
+    ]
+    axes.set(yticks=y, yticklabels=names, xlabel="share of facts still known", xlim=(-0.04, 1.04))
     axes.invert_yaxis()
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
 

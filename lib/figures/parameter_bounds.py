@@ -81,15 +81,13 @@ def lower_bound(points: pd.DataFrame, published: pd.DataFrame, threshold: float 
     bits = theirs.n_facts * bits_per_fact
     ends = bits.min(), bits.max()
     with panels() as (figure, axes):
-        name = published_label(theirs.n_facts, label)
-        axes.plot(bits, theirs["mean"], color=style["color"], alpha=0.45, label=name)
+        axes.plot(bits, theirs["mean"], color=style["color"], alpha=0.45, label=published_label(theirs.n_facts, label))
         ours = ours.assign(bits=ours.n_facts * bits_per_fact)
         draw_means(axes, ours, "bits", f"{label}, this repository", linestyle="none", zorder=3, **style)
         for (who, per_parameter), line in zip(MEASURED_BITS.items(), cycle(("--", ":")), strict=False):
             bound = [parameters_needed(each, per_parameter) for each in ends]
-            axes.plot(
-                ends, bound, color="#555555", linestyle=line, label=f"{per_parameter:g} bits per parameter ({who})"
-            )
+            look = {"color": "#555555", "linestyle": line, "label": f"{per_parameter:g} bits per parameter ({who})"}
+            axes.plot(ends, bound, **look)
         _by_hand_line(axes)
         axes.set(xscale="log", yscale="log", ylabel="parameters")
         axes.set_xlabel(f"bits needed to recall {threshold:.0%} of the facts")
@@ -135,12 +133,10 @@ def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame) -> Fi
     colors = dict(zip(counts, shades(len(counts)), strict=True))
     with panels((8.6, 3.4), 1, 2, sharey=True, sharex=True) as (figure, row):
         for axes, mode in zip(row, STYLES, strict=True):
-            if counts:
+            for n_facts, color in colors.items():
                 # A run that was given up has no recall at the end of training.
-                ended = rows.query("mode == @mode and stopped != 'hopeless'")
-                for n_facts, runs in ended.groupby("n_facts"):
-                    look = {"color": colors[n_facts], "marker": "o", "markersize": 3.5}
-                    draw_means(axes, runs, "n_params", f"{n_facts:,}", of="recall", **look)
+                runs = rows.query("mode == @mode and n_facts == @n_facts and stopped != 'hopeless'")
+                draw_means(axes, runs, "n_params", f"{n_facts:,}", of="recall", color=color, marker="o", markersize=3.5)
             if mode == "in-weight":
                 _published_recall(axes, published)
             axes.set(xscale="log", xlabel="parameters", title=mode, ylim=(-0.03, 1.06))
