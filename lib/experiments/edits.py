@@ -11,13 +11,13 @@ from lib.base import InputError
 from lib.config import config_of, read_row
 from lib.experiments import sweep as sweeps
 from lib.experiments.plan import searches
-from lib.experiments.publishing import Table
-from lib.experiments.rows import sweep_dir
+from lib.experiments.rows import sweep_dir, table_path
 from lib.experiments.search import Search
 from lib.experiments.tables import rows_of_profile
 from lib.paths import MODEL, ROW, ROWS, write_json
 
-SECTION, TABLE = "07_1", paths.PAPER_DATA / "edits.csv"
+SECTION = "07_1"
+ORDER = ("profile", "mode", "n_facts", "seed", "experiment", "method", "n_edited", "who", "asked")
 
 
 def plan(profile: str) -> list[Search]:
@@ -90,12 +90,6 @@ def rows(profile: str) -> pd.DataFrame:
     """
     planned = {run_id for search in plan(profile) for run_id in search.run_ids}
     planned |= {config.run_id for config in chat_models(profile).values()}
-    table = rows_of_profile(TABLE, profile, sorted(sweep_dir(SECTION, profile).glob(f"*/{ROWS}")), planned)
+    found = sorted(sweep_dir(SECTION, profile).glob(f"*/{ROWS}"))
+    table = rows_of_profile(table_path(SECTION), profile, found, planned)
     return table.assign(superseded=table.superseded & (profile != "quick"), base=table.get("base"))
-
-
-def table_of_rows() -> Table:
-    """Return the table of `rows` in paper_data."""
-    return Table(
-        TABLE, ("profile", "mode", "n_facts", "seed", "experiment", "method", "n_edited", "who", "asked"), rows
-    )

@@ -98,6 +98,7 @@ def table_of(section: str) -> Table:
     """Return the table of a section. Raises `InputError` for one without a table, and outside a checkout."""
     paths.check_checkout()
     if section in OWN:
-        return import_module(OWN[section]).table_of_rows()
+        own = import_module(OWN[section])
+        return Table(table_path(section), own.ORDER, own.rows)
     order = ("profile", "mode", "n_facts", "alpha", "seed", "d_model", "run_id")
     return Table(table_path(section), order, partial(read_rows, section))

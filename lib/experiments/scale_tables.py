@@ -6,14 +6,13 @@ capability, capability_base, tv and kl, each with its _stderr; in ours also capa
 """
 
 from ast import literal_eval
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from lib import paths
 from lib.base import InputError
 from lib.experiments.published import published_by_paper
+from lib.experiments.rows import table_path
 from lib.experiments.tables import read_table
 
 #: Measurements of a run's last checkpoint. capability_relative: in percent of the base model's.
@@ -45,14 +44,9 @@ def published_rows() -> pd.DataFrame:
     return rows.sort_values(["run_id", "step"], ignore_index=True)
 
 
-def table_path() -> Path:
-    """Return where our rows are committed."""
-    return paths.PAPER_DATA / "scale.csv"
-
-
 def committed_rows() -> pd.DataFrame:
     """Return our rows in paper_data, of all profiles; of runs that repeat a setting and seed, the latest."""
-    rows = read_table(table_path())
+    rows = read_table(table_path("06"))
     if not len(rows):
         return rows
     run = ["profile", "base", "task", "mode", "adaptation", "n_facts", "seed", *RECIPE]
