@@ -162,9 +162,8 @@ class Scratch(Setting):
                 return talk.model, cost
 
     def hybrid(self, heart, asked):
-        tokens, kept = (
-            tokenize_people(*args, self.tokenizer) for args in ((heart, "in-weight"), (self.people, "in-tool"))
-        )
+        tokens = tokenize_people(heart, "in-weight", self.tokenizer)
+        kept = tokenize_people(self.people, "in-tool", self.tokenizer)
         is_done = lambda model: self.memory(model, asked[:32])["memory"] == 1  # noqa: E731
         return self._edit(tokens, self.config.optim, is_done, keep=kept, look_every=50).model
 

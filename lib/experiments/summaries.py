@@ -32,7 +32,7 @@ def bounds_rows(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
     own, others = (read_rows(s, profile, searches_of(s, profile, tokenizer)) for s in ("05_1", "05_2"))
     planned = {run_id for search in bounds_searches(profile, tokenizer) for run_id in search.run_ids}
     if len(others):
-        is_grid = others.every_seed.fillna(False).groupby([others[name] for name in GROUP]).transform("all")
+        is_grid = others.fillna({"every_seed": False}).groupby(GROUP).every_seed.transform("all")
         found = minimal_parameters(own, [0.95]).dropna(subset="min_params_mean")[POINT]
         found_here = pd.MultiIndex.from_frame(others[POINT]).isin(pd.MultiIndex.from_frame(found))
         earlier = others.superseded & (others["mode"] == "in-tool") & ~is_grid.astype(bool) & ~found_here

@@ -8,14 +8,12 @@ from lib.facts.sampling import UNSEEN
 from lib.figures.generalization import KINDS
 from lib.figures.style import STYLES, draw_means, panels, shades, shared_legend
 
+_AMONG = STYLES["in-weight"] | {"marker": "^", "linestyle": "--"}
 #: How facts are changed, as a legend says it.
 METHODS = {
     "write to the database": ("in tool: write to the database", STYLES["in-tool"]),
     "train on them": ("in weights: train on them", STYLES["in-weight"]),
-    "train among the others": (
-        "in weights: train among the others",
-        {**STYLES["in-weight"], "marker": "^", "linestyle": "--"},
-    ),
+    "train among the others": ("in weights: train among the others", _AMONG),
 }
 
 #: How facts are deleted, in a few words.
