@@ -69,13 +69,11 @@ def _memories(axes, deleted: pd.DataFrame) -> None:
         axes.plot(points.never_memory, points.y + 0.25, **never)
     y = np.arange(len(guess))
     axes.vlines(guess, y - 0.3, y + 0.45, color="#555555", linestyle=":", label="a guess")
-    names = [
-        mode
-        + ", value not trained" * (not repeats)
-        + f": {DELETED[method]}"
-        + f",\nasked {asked}" * (mode == "in-tool")
-        for mode, repeats, method, asked in guess.index
-    ]
+    names = []
+    for mode, repeats, method, asked in guess.index:
+        about = f",\nasked {asked}" if mode == "in-tool" else ""
+        untrained = "" if repeats else ", value not trained"
+        names.append(f"{mode}{untrained}: {DELETED[method]}{about}")
     axes.set(yticks=y, yticklabels=names, xlabel="share of facts still known", xlim=(-0.04, 1.04))
     axes.invert_yaxis()
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
