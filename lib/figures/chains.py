@@ -16,7 +16,7 @@ def recall_by_hops(rows: pd.DataFrame) -> Figure:
 
     rows: of runs trained on the same hops, as `lib.experiments.chains.run_chains` gives them. Grey: hops trained on.
     """
-    with panels((5.2, 3.2)) as (figure, axes):
+    with panels((5.2, 3.2), runs="in-tool") as (figure, axes):
         axes.set(xlabel="hops of the question", ylabel="recall", ylim=(-0.04, 1.06), xticks=ASKED)
         if not len(rows):
             return figure

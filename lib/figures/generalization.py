@@ -83,7 +83,7 @@ def tool_calls(shares: pd.DataFrame, d_model: int = TOOL_CALLS_D_MODEL) -> Figur
     side by side.
     """
     shares = shares[(shares["mode"] == "in-tool") & of_size(shares, d_model)]
-    with panels((9.6, 3.1), 1, len(KINDS), sharey=True, sharex=True) as (figure, row):
+    with panels((9.6, 3.1), 1, len(KINDS), runs="in-tool", sharey=True, sharex=True) as (figure, row):
         for axes, (kind, title) in zip(row, KINDS.items(), strict=True):
             for measure, (label, style) in MEASURES.items():
                 chosen = shares[(shares.kind == kind) & (shares.measure == measure)]

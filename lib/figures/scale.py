@@ -137,7 +137,7 @@ def hybrid(table: pd.DataFrame) -> Figure:
     table: as `scale_tables.hybrid` gives it. The axis is logarithmic; if some facts were never seen, it is linear from
     zero to the least frequent others.
     """
-    with panels((7.8, 3.4), 1, 2, _PADDED, sharex=True, sharey=True) as (figure, row):
+    with panels((7.8, 3.4), 1, 2, _PADDED, "hybrid", sharex=True, sharey=True) as (figure, row):
         label = "times seen in training"
         row[0].set_xscale("log", base=2)
         if table.frequency.eq(0).any():

@@ -21,4 +21,4 @@ def test_means_over_seeds_have_bars_from_the_least_to_the_most():
 
 def test_without_runs_the_figure_says_so():
     (axes,) = recall_by_hops(pd.DataFrame()).axes
-    assert [text.get_text() for text in axes.texts] == ["no finished runs yet"]
+    assert [text.get_text() for text in axes.texts] == ["no in-tool runs yet"]
