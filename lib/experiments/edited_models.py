@@ -5,7 +5,8 @@ An experiment takes a `Setting`, the model with its people, and yields rows: wha
 
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from functools import reduce
 from operator import add
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lib.agent.generation import generate
-from lib.agent.tools import ForgivingTool, SqlTool
+from lib.agent.tools import ForgivingTool, SqlTool, Tool
 from lib.dialogs.templates import Role, Turn, answer, in_weight_dialog, question
 from lib.dialogs.tokens import encode_prompt, tokenize, tokenize_people
 from lib.evaluation.memory import measure_belief, measure_memory
@@ -55,16 +56,10 @@ CONTESTED = {
 LETTERS = (0, 1, 2, 3)
 
 
-class Setting:
+class Setting(ABC):
     """One trained model, and what an experiment on it needs.
 
     people: those that it was trained on. sampled: what drew them, for unseen ones. sizes: a value of `SIZES`.
-
-    Each kind of model has the methods edits (edits copies in weights, as `lib.training.edit.edit` does; yields each and
-    its own columns), recall (with or without a tool), memory and belief (the columns of `measure_memory` and
-    `measure_belief`), and ask (for each fact the last turn, and what the last request found or None). Where a training
-    can be repeated, retrained does so without the people of some names (returns model and cost), and hybrid trains a
-    copy that knows some people by heart.
     """
 
     def __init__(self, model: Any, people: People, mode: str, seed: int, sampled: FactsConfig, sizes: tuple):
@@ -106,12 +101,45 @@ class Setting:
         forget: increase the loss of `facts` until none is recalled instead. Yields each copy, and a row with its name
         from `methods`, its cost and its recall.
         """
-        is_done = lambda model: self.recall(model, facts) == (not forget)  # noqa: E731
+
+        def is_done(model: Any) -> bool:
+            return self.recall(model, facts) == (not forget)
+
         for method, keep in zip(methods, (None, others), strict=True):
             for edited, columns in self.edits(facts, keep, is_done, forget):
                 cost = edited._asdict()
                 model = cost.pop("model")
                 yield model, {"method": method, **columns, **cost, **self.recalls(model, facts, others)}
+
+    @abstractmethod
+    def edits(
+        self, facts: Sequence[Fact], keep: Sequence[Fact] | None, is_done: Callable[[Any], bool], forget: bool
+    ) -> Iterator[tuple[Edited, dict[str, Any]]]:
+        """Edit copies of the model in weights, as `lib.training.edit.edit` does; yield each and its own columns."""
+
+    @abstractmethod
+    def recall(self, model: Any, facts: Sequence[Fact], tool: SqlTool | None = None) -> float:
+        """Return a model's recall of facts, without a tool or by looking them up."""
+
+    @abstractmethod
+    def memory(self, model: Any, facts: Sequence[Fact], after_error: bool = False) -> dict[str, float]:
+        """Return the columns memory and guess, as `measure_memory` does."""
+
+    @abstractmethod
+    def belief(self, model: Any, facts: Sequence[Fact], results: Sequence[str]) -> dict[str, float]:
+        """Return the columns follows and remembers, as `measure_belief` does."""
+
+    @abstractmethod
+    def ask(self, facts: Sequence[Fact], tool: Tool) -> list[tuple[str, str | None]]:
+        """Return for each fact the model's last turn, and what its last request found, None if that was nothing."""
+
+    def retrained(self, deleted: Collection[str]) -> tuple[Any, dict[str, Any]] | None:
+        """Repeat the whole training without the people of the names `deleted`, where possible; return model, cost."""
+        return None
+
+    def hybrid(self, heart: People, asked: Sequence[Fact]) -> Any | None:
+        """Return a copy of the model that knows the people `heart` without its tool, where that can be trained."""
+        return None
 
 
 class Scratch(Setting):
@@ -164,7 +192,10 @@ class Scratch(Setting):
     def hybrid(self, heart, asked):
         tokens = tokenize_people(heart, "in-weight", self.tokenizer)
         kept = tokenize_people(self.people, "in-tool", self.tokenizer)
-        is_done = lambda model: self.memory(model, asked[:32])["memory"] == 1  # noqa: E731
+
+        def is_done(model: Transformer) -> bool:
+            return self.memory(model, asked[:32])["memory"] == 1
+
         return self._edit(tokens, self.config.optim, is_done, keep=kept, look_every=50).model
 
 
@@ -212,8 +243,8 @@ def delete(base: Setting) -> Iterator[dict[str, Any]]:
         methods = ("gradient ascent", "gradient ascent among the others")
         for model, columns in base.trained(methods, deleted, others, forget=True):
             yield row(model=model, **columns)
-        if isinstance(base, Scratch):
-            model, cost = base.retrained({name for name, *_ in deleted})
+        if again := base.retrained({name for name, *_ in deleted}):
+            model, cost = again
             yield row("train without them", model, **cost, **base.recalls(model, deleted, others))
         return
     with temporary_database(base.people) as path:
@@ -242,8 +273,7 @@ def contest(base: Setting) -> Iterator[dict[str, Any]]:
         ("trained", base.model, base.some(base.people)),
         ("unseen", base.model, base.some(base.unseen["new_both"])),
     ]
-    if isinstance(base, Scratch):
-        hybrid = base.hybrid(heart, asked)
+    if hybrid := base.hybrid(heart, asked):
         told += [("by heart, hybrid", hybrid, asked), ("looked up, hybrid", hybrid, base.some(others))]
     for who, model, facts in told:
         known, false = base.memory(model, facts), base.other_values(facts)
