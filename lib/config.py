@@ -119,7 +119,7 @@ class TrainingConfig(Config):
     def _something_is_left_for_questions(self) -> Self:
         others = self.biographies + sum(self.files.values())
         if others >= 1:
-            raise ValueError(f"training.files and training.biographies take {others:g} of the dialogs, not less than 1")
+            raise ValueError(f"training.files and training.biographies add up to {others:g}: give less than 1")
         return self
 
     @property
@@ -183,8 +183,9 @@ class RunConfig(Identified):
         correlation = f", alpha {self.facts.alpha:g}" if self.facts.alpha else ""
         law = ", released law" if self.facts.law == RELEASED else ""
         facts = f"{len(ATTRIBUTES) * self.facts.n_people} facts{correlation}{law}"
-        shape = self.model.n_layers, self.model.n_heads
-        layers = "" if shape == (2, 2) else f", {shape[0]} layers of {shape[1]} heads"
+        shape = {"layer": self.model.n_layers, "head": self.model.n_heads}
+        told = " of ".join(f"{n} {part}{'s' * (n > 1)}" for part, n in shape.items())
+        layers = "" if {*shape.values()} == {2} else f", {told}"
         return f"{self.mode}, {facts}, d = {self.model.d_model}{layers}, seed {self.seed}"
 
     def flops(self) -> float:
@@ -240,7 +241,7 @@ FINISHED = "mode n_facts recall n_questions steps steps_budget train_seconds sto
 TEXT = """run_id profile mode optimizer dtype stopped people_digest tokenizer finished_at device python torch commit
 measured_commit base task adaptation weights capability_task capability_source experiment method asked who""".split()
 _Integer = Annotated[int, Field(ge=0, lt=2**63)]
-#: Columns by pattern, what they hold, and its type; the first pattern that fits counts.
+#: Pattern of column names, description and type of values; the first match counts.
 _COLUMNS = [
     ("|".join(TEXT), "text", TypeAdapter(str)),
     ("n_(facts|params|questions)|batch_size|steps_budget", "above 0", TypeAdapter(Annotated[_Integer, Field(gt=0)])),
@@ -249,7 +250,7 @@ _COLUMNS = [
     ("config", "an object as JSON", TypeAdapter(Json[dict])),
     ("sizes", "sizes of files", TypeAdapter(dict[str, int])),
     ("hops|by_frequency", "anything", TypeAdapter(Any)),
-    (".*recall.*", "a share of 1", TypeAdapter(Annotated[float, Field(ge=0, le=1)])),
+    (".*recall.*", "from 0 to 1", TypeAdapter(Annotated[float, Field(ge=0, le=1)])),
     ("(?s).*", "a finite number", TypeAdapter(FiniteFloat | bool)),
 ]
 
@@ -267,7 +268,7 @@ def check_row(row: Mapping[str, Any], fields: Iterable[str] = (), strict: bool =
             value is None or accepted.validate_python(value, strict=strict)
         except ValidationError:
             raise ValueError(f"{name} is {brief(value)}, not {kind}") from None
-    if row.get("config") and "base" not in row:  # not a fine-tuning's
+    if row.get("config") and "base" not in row:  # no fine-tuning row
         config_of(row)
 
 

@@ -34,7 +34,7 @@ CLAIM, DATABASE, ROW, MODEL = "config.json", "people.sqlite", "row.json", "model
 ROWS = "rows.json"  # of a fine-tuning: one row per checkpoint
 #: A run's copies of the files that its configuration names; the originals may change or go.
 PEOPLE, TOKENIZER = "people.csv", "tokenizer"  # plus the suffix of its format
-#: Maximum bytes that are held in memory; a run's own files take far less.
+#: Maximum bytes of a file read at once; a run's own files take far less.
 LARGEST_JSON = 256 << 20
 #: Maximum bytes of a configuration or plan; nobody types more.
 LARGEST_TEXT = 1 << 20

@@ -87,7 +87,7 @@ class _Row:
             self.done = True
 
     def replay(self, known: Sequence[int]) -> None:
-        """Append the tokens that `generate` knows, then the forced ones, without running the model."""
+        """Append the `known` tokens, then the forced ones, without running the model."""
         for token in known:
             if self.done or self.take(token) != token:
                 break
@@ -217,6 +217,6 @@ def _choose(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Choose the next token (B,) of each row from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1)
-    # Subtract the largest logit, in float64, so that no temperature is too low.
+    # Subtract the largest logit, divide in float64: no temperature is too low.
     relative = (logits - logits.amax(-1, keepdim=True)).double()
     return torch.multinomial((relative / temperature).softmax(-1), 1).squeeze(-1)

@@ -135,7 +135,7 @@ class ForgivingTool(PeopleTool):
     """
 
     def __init__(self, tool: SqlTool, edits: int):
-        rapidfuzz = optional("rapidfuzz", "serve", "forgiving letters needs the package rapidfuzz")
+        rapidfuzz = optional("rapidfuzz", "serve", "a forgiving tool needs the package rapidfuzz")
         with refusing("read people from", tool.path):
             names = tool.connection.execute("SELECT people.name FROM people")
             names = [name for (name,) in names if isinstance(name, str)]

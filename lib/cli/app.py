@@ -63,7 +63,7 @@ def main() -> None:
         if os.environ.get("ITL_DEBUG") or not (isinstance(error, FORESEEABLE) or LIBRARIES.search(str(error))):
             raise
         later_rank = os.environ.get("RANK", "").strip("0").isdecimal()
-        if not (later_rank and isinstance(error, InputError)):  # of bad input, only rank 0 reports
+        if not (later_rank and isinstance(error, InputError)):  # only rank 0 reports bad input
             _say(_sentence(error) + _elsewhere(error))
         code = getattr(error, "exit_code", 1)
     finally:
@@ -288,7 +288,7 @@ def drop(
     rows = table.drop(profile, run_id or [], superseded, dry_run)
     about = ["profile", "run_id", "mode", "n_facts", "seed", "superseded"]
     console.table(rows[about].drop_duplicates())
-    console.print(f"{len(rows)} rows {'would leave' if dry_run else 'have left'} {table.path}")
+    console.print(f"{len(rows)} rows {'to drop' if dry_run else 'dropped'} from {table.path}")
 
 
 @app.command()
@@ -412,7 +412,7 @@ for command in (*pretrained, slurm.status, slurm.cancel, slurm.retry):
 def test(context: typer.Context) -> None:
     """Run the tests, a file at a time on each of up to eight cores; further arguments go to pytest (`-n 0`: on one)."""
     paths.check_checkout()
-    # In alphabetical order: the longest files, browser and cluster, come first.
+    # In alphabetical order: the longest files, browser and cluster, come early.
     spread = ["--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadfile", "--no-loadscope-reorder"]
     code = subprocess.run([sys.executable, "-m", "pytest", *spread, *context.args], cwd=paths.ROOT).returncode
     raise SystemExit(code)

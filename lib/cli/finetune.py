@@ -92,7 +92,7 @@ def trivia(
 ) -> None:
     """Ask a chat model behind a server general-knowledge questions, without a tool and with one that looks up answers.
 
-    To serve a model of your own: pip install "transformers[serving]", then transformers serve FOLDER.
+    To serve a model of your own: transformers serve FOLDER (of the package transformers with its extra serving).
     The same command resumes: a question with an answer in --out is not asked again.
     """
     from lib.finetune.endpoint import PROTOCOLS, EndpointConfig, accuracy, ask_all
@@ -146,8 +146,8 @@ def ask(
     n_facts = len(asked) // table.phrasing.nunique()
     console.print(f"{n_facts:,} facts in each phrasing, 95% intervals (low to high), and why questions failed:")
     console.table(table, ["protocol", "phrasing", "recall", "low", "high", *failures])
-    _, figure = style.save_in(teaching.recall_by_phrasing(table, endpoint["model"]), out.name, out.parent)
-    console.print(f"all records are in {out}, a figure is {figure}")
+    _, figure = style.save(teaching.recall_by_phrasing(table, endpoint["model"]), out.name, out.parent)
+    console.print(f"all records are in {out}, a figure in {figure}")
     if failed := sum(record["error"] is not None for record in records):
         console.print(f"the server failed on {failed:,} questions, the same command asks them again")
         raise SystemExit(int(failed == len(records)))

@@ -74,10 +74,10 @@ def _submit(work, resources, dry_run: bool, parallel: int = 1) -> None:
         return
     submissions.submit(submission)
     name, jobs = submission.name, submission.jobs
-    console.print(f"submitted {name}: {len(jobs)} jobs from {jobs[0]} on; itl status {quote(name)} shows its progress")
+    console.print(f"submitted {name}: {len(jobs)} jobs, first {jobs[0]}; itl status {quote(name)} shows its progress")
 
 
-Submitted = Annotated[str, typer.Argument(help="name of a submission, as itl status lists them")]
+Submitted = Annotated[str, typer.Argument(help="name of a submission, as itl status lists it")]
 
 
 def status(name: Annotated[str | None, typer.Argument(help="of a submission (default: all)")] = None) -> None:

@@ -52,7 +52,7 @@ def converse(console: Console, talks: Sequence[Conversation], read: Callable[[],
     for tool in tools:
         if tool.attributes == unseen.attributes:
             tool.add(unseen)
-    hint = f"Ask about a person, {talks[0].example!r} say."
+    hint = f"Ask about a person, say {talks[0].example!r}."
     console.print(hint, "/help lists commands. An empty line ends the conversation.")
     names = [*talks[0].people.names[:3], *unseen.names]
     while line := read():

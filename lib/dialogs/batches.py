@@ -22,7 +22,7 @@ class Batches:
     Every epoch is a fresh seeded shuffle, cut into batches of equal size (give or take one dialog), at most
     `batch_size`. Dialogs of similar length share a batch: every `pool` batches together are sorted by length and cut
     again, then the batches are shuffled. That saves padding, but a batch then asks about one or two attributes only,
-    and optimizers that normalize their steps, such as Muon, learn worse from it. With a pool of 1 batches are random.
+    and optimizers that normalize their steps, such as Muon, learn worse from it. With a pool of 1, batches are random.
 
     `sources` make up the dataset, in their order. An epoch is one pass over the first; from each other source
     it takes dialogs in proportion to its weight: full passes, and a random choice for the rest.

@@ -1,7 +1,7 @@
 """Dialogs from files larger than memory: tokenized once into flat files, memory-mapped, read during a step.
 
-A file of dialogs has one dialog per line, as JSON `[[role, text], ...]`; blank lines do not count. The name of the
-folder of its tokens is a hash of its content: a changed file is tokenized again, a copied or moved one is not.
+A file of dialogs has one dialog per line, as JSON `[[role, text], ...]`; blank lines do not count. The folder of
+its tokens is named by a hash of its content: a changed file is tokenized again, a copied or moved one is not.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from lib.dialogs.tokens import TokenizedDialogs, send, tokenize
 VERSION = 1
 _BLOCK = 1 << 20  # bytes of a file that are tokenized at once
 _ACCEPTED = (
-    f"a line is one dialog as JSON in UTF-8, [[role, text], ...], where a role is {', '.join(Role)} "
+    f"a line is one dialog as JSON in UTF-8, [[role, text], ...], where a role is {' or '.join(Role)} "
     f"and at least one is {Role.ASSISTANT}"
 )
 
@@ -64,7 +64,7 @@ def tokenize_file(path: str | Path, tokenizer: Tokenizer) -> Path:
                     try:
                         _write_tokens(file, tokenizer, temporary)
                         if _digest(file) != digest:
-                            raise ValueError("it has changed while it was read: give a file that is finished")
+                            raise ValueError("it changed while it was read: give a file that is finished")
                         temporary.rename(folder)
                     finally:
                         shutil.rmtree(temporary, ignore_errors=True)
@@ -152,7 +152,7 @@ class ConcatDialogs:
         return torch.cat([part.lengths() for part in self.parts])
 
     def batch(self, rows: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return tokens (B, S) int64 and mask (B, S) of the dialogs `rows` (B,) on the host, see `TokenizedDialogs`."""
+        """Return tokens (B, S) int64 and mask (B, S) of dialogs `rows`, (B,) on the host; see `TokenizedDialogs`."""
         tokens = torch.empty(len(rows), length, dtype=torch.int64)
         mask = torch.empty(len(rows), length, dtype=torch.bool)
         bounds = pairwise(accumulate(map(len, self.parts), initial=0))
@@ -172,7 +172,7 @@ class ConcatDialogs:
 class ReadAhead:
     """Calls `make(step)` for the next step in a thread, while the caller works on the result for this step.
 
-    Steps may be asked for in any order, but only ascending ones are prefetched. An error of `make` is
+    Steps may be asked for in any order, but only consecutive ones are prefetched. An error of `make` is
     raised when its step is asked for. The thread ends with the object, or with the process.
     """
 

@@ -87,11 +87,11 @@ def tokenizer_file(spec: str) -> Path:
 def _read_ranks(content: bytes) -> tuple[int, Callable, Callable]:
     """Read lines of `base64 rank`. tiktoken's own reader caches by path, so it would miss a changed file."""
     tiktoken = optional("tiktoken", "scale", "this tokenizer needs the package tiktoken")
-    with reading("lines of a token in base64 and its rank"):
+    with reading("lines of base64 token and rank"):
         pairs = [line.split() for line in content.splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     if sorted(ranks.values()) != list(range(len(pairs))) or not {bytes([byte]) for byte in range(256)} <= ranks.keys():
-        raise ValueError("each of the 256 bytes has a rank, and ranks count from 0, each once")
+        raise ValueError("each of the 256 bytes needs a rank, and ranks count from 0, each once")
     encoding = tiktoken.Encoding("ranks", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
     return len(ranks), encoding.encode_ordinary, encoding.decode
 

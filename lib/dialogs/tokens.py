@@ -53,7 +53,7 @@ class TokenizedDialogs:
     mask: torch.Tensor  # (T,) bool: the model is trained to produce this token
     offsets: torch.Tensor  # (D + 1,) int64
     n_trained: torch.Tensor  # (D,) int64, always on the CPU: how many tokens of each dialog are trained
-    first: torch.Tensor  # (D,) int64, always on the CPU: the place of each dialog's first trained token
+    first: torch.Tensor  # (D,) int64, always on the CPU: position of each dialog's first trained token
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -96,7 +96,7 @@ def copying(model: Transformer, facts: Iterable[Fact]) -> pd.DataFrame:
 
 @torch.inference_mode()
 def _predicted(model: Transformer, tokens: torch.Tensor) -> list[bool]:
-    """Return for each of tokens (1, S) if the model predicts it after those before it; False for the first."""
+    """Return whether the model predicts each of tokens (1, S) from those before; False for the first."""
     return [False, *(model(tokens)[0, :-1].argmax(-1) == tokens[0, 1:]).tolist()]
 
 

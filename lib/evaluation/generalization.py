@@ -38,7 +38,7 @@ def measure_generalization(model, config: RunConfig, tokenizer: Tokenizer) -> di
 
 
 def request_shares(measured: Recall, facts: Sequence[Fact]) -> dict[str, float]:
-    """Return which shares of first requests are well-formed, ask for the right attribute, and for the right name."""
+    """Return the shares of first requests: well-formed, with the right attribute, with the right name."""
     pairs = [(request or (None, None), fact) for request, fact in zip(measured.requests, facts, strict=True)]
     right = {
         "well_formed": [request is not None for request in measured.requests],

@@ -74,7 +74,7 @@ def measure_recall(
     A sequence of facts in place of one is a question of several hops (`lib.dialogs.chains`): each must be looked up.
     Without a tool, such a question is an `InputError`.
 
-    A dialog is cut off, and counts as wrong, when it is `DETOUR` tokens longer than its expected dialog: the limit does
+    A generation `DETOUR` tokens longer than the whole expected dialog is cut off and counts as wrong: the limit does
     not depend on other questions.
 
     Greedy decoding reproduces an expected dialog up to the first position where the assistant speaks and the argmax is

@@ -18,7 +18,7 @@ from lib.config import RunConfig
 from lib.dialogs.chains import chain_dialog, chains
 from lib.dialogs.tokenizers import Tokenizer
 from lib.experiments.plan import Grid
-from lib.experiments.publishing import Table
+from lib.experiments.rows import table_path
 from lib.experiments.sweep import Report
 from lib.experiments.tables import rows_of_profile
 from lib.facts.csv import read_people_csv, write_people_csv
@@ -27,7 +27,8 @@ from lib.facts.people import ATTRIBUTES, FactsConfig, People
 from lib.facts.sampling import sample_people, unseen_people, with_bosses
 from lib.provenance import commit
 
-SECTION, TABLE = "07_2", paths.PAPER_DATA / "chains.csv"
+SECTION = "07_2"
+ORDER = ("profile", "n_facts", "seed", "run_id")
 #: The hops that every model is asked about.
 ASKED = (1, 2, 3)
 _PEOPLE, _DIALOGS = "people.csv", "dialogs_2.jsonl"
@@ -108,12 +109,7 @@ def _folder(config: RunConfig, profile: str) -> Path:
 def rows(profile: str) -> pd.DataFrame:
     """Return one row per finished run: those in paper_data, and those of today's plan still in `runs/`."""
     runs = {config.run_id: _folder(config, profile) / paths.ROWS for config in configurations(profile)}
-    return rows_of_profile(TABLE, profile, runs.values(), runs)
-
-
-def table_of_rows() -> Table:
-    """Return the table of `rows` in paper_data."""
-    return Table(TABLE, ("profile", "n_facts", "seed", "run_id"), rows)
+    return rows_of_profile(table_path(SECTION), profile, runs.values(), runs)
 
 
 def recall_by_hops(model, facts: FactsConfig, people: People, tokenizer: Tokenizer, asked: int) -> dict[str, float]:

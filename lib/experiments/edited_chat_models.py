@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from operator import eq
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -98,7 +100,7 @@ class ChatModel(Setting):
 
     def recall(self, model, facts, tool=None):
         found = measure_recall(self._measured(model), self.tokenizer, facts, self.mode, tool, **self.options)
-        return float(np.mean([recalled and looked_up == (tool is not None) for looked_up, recalled in found]))
+        return fmean([recalled and looked_up == (tool is not None) for looked_up, recalled in found])
 
     def memory(self, model, facts, after_error=False):
         draw, rows = np.random.default_rng(0), []
@@ -111,18 +113,18 @@ class ChatModel(Setting):
             endings = [answer(name, attribute, candidate) for candidate in (value, *others)]
             rows.append({"ctx": context, "endings": endings, "label": 0})
         right = measure_capability(self._measured(model), self.tokenizer, choices("facts", rows))["acc"]
-        return {"memory": float(np.mean(right)), "guess": float(np.mean([1 / len(row["endings"]) for row in rows]))}
+        return {"memory": fmean(right), "guess": fmean([1 / len(row["endings"]) for row in rows])}
 
     def belief(self, model, facts, results):
-        told = [found_turns(self.mode, *fact[:2], result) for fact, result in zip(facts, results, strict=True)]
         openings = [self._opening(*fact[:2]) for fact in facts]
-        asked = [[*start["messages"], *turns] for start, turns in zip(openings, told, strict=True)]
+        asked = [
+            [*start["messages"], *found_turns(self.mode, *fact[:2], result)]
+            for start, fact, result in zip(openings, facts, results, strict=True)
+        ]
         said = reply_all(self._measured(model), self.tokenizer, asked, openings[0].get("tools"), **self.options)
-        pairs = list(zip(facts, results, said, strict=True))
-        return {
-            "follows": float(np.mean([text == answer(*fact[:2], result) for fact, result, text in pairs])),
-            "remembers": float(np.mean([text == answer(*fact) for fact, _, text in pairs])),
-        }
+        told = [answer(*fact[:2], result) for fact, result in zip(facts, results, strict=True)]
+        true = [answer(*fact) for fact in facts]
+        return {"follows": fmean(map(eq, said, told)), "remembers": fmean(map(eq, said, true))}
 
     def ask(self, facts, tool):
         def look_up(_, said: str) -> tuple[Response, list[dict]] | None:

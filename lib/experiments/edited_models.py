@@ -11,6 +11,7 @@ from contextlib import closing
 from functools import reduce
 from operator import add
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -62,19 +63,15 @@ class Setting(ABC):
     """
 
     def __init__(self, model: Any, people: People, mode: str, seed: int, sampled: FactsConfig, sizes: tuple):
-        self.model, self.people, self.mode, self.seed, self.sampled = model, people, mode, seed, sampled
+        self.model, self.people, self.mode, self.seed = model, people, mode, seed
         self.facts, self.draw = [*people.facts()], np.random.default_rng(seed)
         n_edited, self.n_asked, self.n_heart, self.max_steps = sizes
         self.n_edited = [n for n in n_edited if n < len(self.facts)]
+        self.unseen = unseen_people(sampled, self.n_asked)  # by kind
 
     def shuffled(self, items: Sequence) -> list:
         """Return items in random order."""
         return [items[i] for i in self.draw.permutation(len(items))]
-
-    def split(self, n: int) -> tuple[list[Fact], list[Fact]]:
-        """Return `n` facts drawn at random, and all others in random order."""
-        facts = self.shuffled(self.facts)
-        return facts[:n], facts[n:]
 
     def split_people(self, n: int) -> tuple[list[Fact], list[Fact]]:
         """Return the facts of `n` people drawn at random, and all others, in random order."""
@@ -91,28 +88,28 @@ class Setting(ABC):
         """Return at most `n_asked` facts about people, drawn at random."""
         return self.shuffled([*people.facts()])[: self.n_asked]
 
-    def unseen(self) -> dict[str, People]:
-        """Return unseen people of each kind."""
-        return unseen_people(self.sampled, self.n_asked)
-
     def recalls(self, model: Any, edited: Sequence[Fact], others: Sequence[Fact], tool: SqlTool | None = None) -> dict:
         """Return the columns recall_edited and recall_others."""
         asked = {"recall_edited": edited[: self.n_asked], "recall_others": others[: self.n_asked]}
         return {name: self.recall(model, facts, tool) for name, facts in asked.items()}
 
     def trained(
-        self, methods: Sequence[str], facts: Sequence[Fact], others: Sequence[Fact], recall: float, forget: bool = False
+        self, methods: Sequence[str], facts: Sequence[Fact], others: Sequence[Fact], forget: bool = False
     ) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """Train two copies of the model, on `facts` alone and with `others`, until each has this `recall` of `facts`.
+        """Train two copies of the model, on `facts` alone and with `others`, until each recalls all `facts`.
 
-        forget: increase the loss of `facts` instead. Yields each copy, and a row with its name from `methods`, its cost
-        and its recall.
+        forget: increase the loss of `facts` until none is recalled instead. Yields each copy, and a row with its name
+        from `methods`, its cost and its recall.
         """
+
+        def is_done(model: Any) -> bool:
+            return self.recall(model, facts) == (not forget)
+
         for method, keep in zip(methods, (None, others), strict=True):
-            for edited, columns in self.edits(facts, keep, lambda model: self.recall(model, facts) == recall, forget):
-                cost = {name: getattr(edited, name) for name in ("done", "steps", "dialogs", "seconds")}
-                recalls = self.recalls(edited.model, facts, others)
-                yield edited.model, {"method": method, **columns, **cost, **recalls}
+            for edited, columns in self.edits(facts, keep, is_done, forget):
+                cost = edited._asdict()
+                model = cost.pop("model")
+                yield model, {"method": method, **columns, **cost, **self.recalls(model, facts, others)}
 
     @abstractmethod
     def edits(
@@ -136,9 +133,9 @@ class Setting(ABC):
     def ask(self, facts: Sequence[Fact], tool: Tool) -> list[tuple[str, str | None]]:
         """Return for each fact the model's last turn, and what its last request found, None if that was nothing."""
 
-    def retrained(self, deleted: Collection[str]) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """Repeat the whole training without the people of the names `deleted`, where possible; yield model and cost."""
-        yield from ()
+    def retrained(self, deleted: Collection[str]) -> tuple[Any, dict[str, Any]] | None:
+        """Repeat the whole training without the people of the names `deleted`, where possible; return model, cost."""
+        return None
 
     def hybrid(self, heart: People, asked: Sequence[Fact]) -> Any | None:
         """Return a copy of the model that knows the people `heart` without its tool, where that can be trained."""
@@ -190,12 +187,11 @@ class Scratch(Setting):
             row = run(config, directory, device="cpu", description="training without the deleted people")
             cost = {"steps": row["steps"], "dialogs": row["dialogs_seen"], "seconds": row["train_seconds"]}
             with open_conversation(directory, device="cpu") as talk:
-                yield talk.model, cost
+                return talk.model, cost
 
     def hybrid(self, heart, asked):
-        tokens, kept = (
-            tokenize_people(*args, self.tokenizer) for args in ((heart, "in-weight"), (self.people, "in-tool"))
-        )
+        tokens = tokenize_people(heart, "in-weight", self.tokenizer)
+        kept = tokenize_people(self.people, "in-tool", self.tokenizer)
 
         def is_done(model: Transformer) -> bool:
             return self.memory(model, asked[:32])["memory"] == 1
@@ -206,10 +202,11 @@ class Scratch(Setting):
 def change(base: Setting) -> Iterator[dict[str, Any]]:
     """Change facts: write new values into the database, or train on them, alone or together with all other facts."""
     for n in base.n_edited:
-        chosen, others = base.split(n)
+        facts = base.shuffled(base.facts)
+        chosen, others = facts[:n], facts[n:]
         changed = [(*fact[:2], value) for fact, value in zip(chosen, base.other_values(chosen), strict=True)]
         if base.mode == "in-weight":
-            for _, row in base.trained(("train on them", "train among the others"), changed, others, recall=1.0):
+            for _, row in base.trained(("train on them", "train among the others"), changed, others):
                 yield {"n_edited": n, **row}
             continue
         with temporary_database(base.people) as path:
@@ -232,7 +229,7 @@ def delete(base: Setting) -> Iterator[dict[str, Any]]:
     """
     values = base.people.columns
     deleted, others = base.split_people(max(1, base.n_edited[-1] // len(values)))
-    never = base.some(base.unseen()["new_pair"])
+    never = base.some(base.unseen["new_pair"])
 
     def row(method: str, model: Transformer, asked: str = "at once", **columns) -> dict[str, Any]:
         known, unknown = (
@@ -244,9 +241,10 @@ def delete(base: Setting) -> Iterator[dict[str, Any]]:
     if base.mode == "in-weight":
         yield row("nothing", base.model, **base.recalls(base.model, deleted, others))
         methods = ("gradient ascent", "gradient ascent among the others")
-        for model, columns in base.trained(methods, deleted, others, recall=0.0, forget=True):
+        for model, columns in base.trained(methods, deleted, others, forget=True):
             yield row(model=model, **columns)
-        for model, cost in base.retrained({name for name, *_ in deleted}):
+        if again := base.retrained({name for name, *_ in deleted}):
+            model, cost = again
             yield row("train without them", model, **cost, **base.recalls(model, deleted, others))
         return
     with temporary_database(base.people) as path:
@@ -256,8 +254,8 @@ def delete(base: Setting) -> Iterator[dict[str, Any]]:
             columns = base.recalls(base.model, deleted, others, tool)
             said = [text for text, _ in base.ask(deleted[: base.n_asked], tool)]
     pairs = list(zip(said, deleted, strict=False))
-    columns["says_the_value"] = float(np.mean([value in text for text, (_, _, value) in pairs]))
-    columns["says_a_value"] = float(np.mean([any(v in text for v in values[of]) for text, (_, of, _) in pairs]))
+    columns["says_the_value"] = fmean([value in text for text, (_, _, value) in pairs])
+    columns["says_a_value"] = fmean([any(v in text for v in values[of]) for text, (_, of, _) in pairs])
     for asked in ("at once", "after an error"):
         yield row("delete from the database", base.model, asked, **columns)
 
@@ -273,7 +271,7 @@ def contest(base: Setting) -> Iterator[dict[str, Any]]:
     asked = base.some(heart)
     told = [
         ("trained", base.model, base.some(base.people)),
-        ("unseen", base.model, base.some(base.unseen()["new_both"])),
+        ("unseen", base.model, base.some(base.unseen["new_both"])),
     ]
     if hybrid := base.hybrid(heart, asked):
         told += [("by heart, hybrid", hybrid, asked), ("looked up, hybrid", hybrid, base.some(others))]
@@ -290,34 +288,31 @@ def forgive(base: Setting) -> Iterator[dict[str, Any]]:
     recall: share of questions where both the tool's result and the answer were right. wrong: share of
     questions where they were not, although the last request found somebody.
     """
-    unseen = base.unseen()
+    unseen = base.unseen
     with temporary_database(reduce(add, unseen.values(), base.people)) as path, SqlTool(path) as tool:
         for who, people in {"trained": base.people, **unseen}.items():
             facts = base.some(people)
             for letters in LETTERS:
-                told = list(zip(base.ask(facts, ForgivingTool(tool, letters)), facts, strict=True))
-                right = [text == answer(*fact) and result == fact[2] for (text, result), fact in told]
-                wrong = [result is not None and not hit for ((_, result), _), hit in zip(told, right, strict=True)]
-                shares = {"recall": float(np.mean(right)), "wrong": float(np.mean(wrong))}
-                yield {"method": f"{letters} letters", "who": who, **shares}
-
-
-#: The experiments of each mode: in-weight models have no tool that could contest a fact or forgive a letter.
-EXPERIMENTS = {"in-weight": (change, delete), "in-tool": (change, delete, contest, forgive)}
+                said = base.ask(facts, ForgivingTool(tool, letters))
+                right = [each == (answer(*fact), fact[2]) for each, fact in zip(said, facts, strict=True)]
+                wrong = [found is not None and not hit for (_, found), hit in zip(said, right, strict=True)]
+                yield {"method": f"{letters} letters", "who": who, "recall": fmean(right), "wrong": fmean(wrong)}
 
 
 def measure(folder: Path, profile: str) -> list[dict[str, Any]]:
     """Run all experiments on the model in a run's folder; return their rows."""
     with open_conversation(folder, device="cpu") as talk:
-        config, base = talk.config, Scratch(talk, profile)
-        about = {"run_id": config.run_id, "d_model": config.model.d_model, "n_params": config.model.n_params}
-        return measured(base, about | {"repeats": config.training.repeats})
+        config, model = talk.config, talk.config.model
+        about = {"run_id": config.run_id, "d_model": model.d_model, "n_params": model.n_params}
+        return measured(Scratch(talk, profile), about | {"repeats": config.training.repeats})
 
 
 def measured(base: Setting, about: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of all experiments on a model, each with the columns `about` it."""
     about = about | {"mode": base.mode, "n_facts": len(base.facts), "seed": base.seed}
-    experiments, found = EXPERIMENTS.get(base.mode, EXPERIMENTS["in-tool"]), []
+    found, experiments = [], [change, delete]
+    if base.mode != "in-weight":  # else there is no tool that could contest a fact or forgive a letter
+        experiments += [contest, forgive]
     with progress(len(experiments), f"Section 7.1, {base.mode}, {len(base.facts):,} facts") as bar:
         for experiment in experiments:
             bar.set_postfix_str(experiment.__name__)

@@ -11,52 +11,48 @@ from lib.base import InputError
 from lib.config import config_of, read_row
 from lib.experiments import sweep as sweeps
 from lib.experiments.plan import searches
-from lib.experiments.publishing import Table
-from lib.experiments.rows import sweep_dir
-from lib.experiments.search import Search
+from lib.experiments.rows import sweep_dir, table_path
 from lib.experiments.tables import rows_of_profile
 from lib.paths import MODEL, ROW, ROWS, write_json
 
-SECTION, TABLE = "07_1", paths.PAPER_DATA / "edits.csv"
+SECTION = "07_1"
+ORDER = ("profile", "mode", "n_facts", "seed", "experiment", "method", "n_edited", "who", "asked")
 
 
-def plan(profile: str) -> list[Search]:
-    """Return the searches of a profile's models; none for quick, which trains no model."""
-    return searches(SECTION, profile) if profile != "quick" else []
+def models(profile: str) -> dict[Path, Any]:
+    """Return the trainings of a profile's models, by the folder that each leaves its model in.
 
-
-def chat_models(profile: str) -> dict[Path, Any]:
-    """Return by folder the fine-tunings of Section 6 whose last models are edited: per mode and seed the first.
-
-    There are none for quick, and none without the extra `scale`.
+    The quick profile trains none: it takes the committed checkpoints. Others train those of a plan, and take the chat
+    models that Section 6 fine-tuned on facts: of each mode and seed the first; none without the extra `scale`.
     """
-    found = {}
+    if profile == "quick":
+        folders = (paths.CHECKPOINTS / mode for mode in ("in-weight", "in-tool"))
+        return {folder: config_of(read_row(folder / ROW)) for folder in folders}
+    home, found = sweep_dir(SECTION, profile), {}
+    scratch = [config for search in searches(SECTION, profile) for config in search.pending({})]
     with suppress(InputError):
         from lib.finetune import experiments as finetunings
 
-        for config in finetunings.plan(profile) if profile != "quick" else ():
+        for config in finetunings.plan(profile):
             if config.task == "facts" and not config.lora_rank:
                 found.setdefault((config.base, config.mode, config.seed), config)
-        return {finetunings.folder(config, profile) / MODEL: config for config in found.values()}
-    return {}
+        found = {finetunings.folder(config, profile) / MODEL: config for config in found.values()}
+    return {home / config.run_id: config for config in scratch} | found
 
 
 def sweep(profile: str, *, dry_run: bool = False, **options) -> sweeps.Report:
     """Train the models that have no rows yet and measure each; the report counts those that have been measured.
 
-    The quick profile trains none: it takes the committed checkpoints. `chat_models` are those that `itl sweep 06` has
-    left in the folder of runs: none is trained here. options: as `lib.experiments.sweep.sweep` takes them.
+    Chat models are measured where `itl sweep 06` has left them: none is trained here. options: as
+    `lib.experiments.sweep.sweep` takes them.
     """
-    home, planned, before = sweep_dir(SECTION, profile), plan(profile), {*rows(profile).run_id}
-    models = {home / config.run_id: config for search in planned for config in search.pending({})}
-    if profile == "quick":
-        folders = (paths.CHECKPOINTS / mode for mode in ("in-weight", "in-tool"))
-        models = {folder: config_of(read_row(folder / ROW)) for folder in folders}
-    models |= {folder: config for folder, config in chat_models(profile).items() if folder.exists()}
-    left = {folder: config for folder, config in models.items() if config.run_id not in before}
+    home, before = sweep_dir(SECTION, profile), {*rows(profile).run_id}
+    here = {folder: config for folder, config in models(profile).items() if folder.name != MODEL or folder.exists()}
+    left = {folder: config for folder, config in here.items() if config.run_id not in before}
+    planned = searches(SECTION, profile) if profile != "quick" else []
     todo = [search for search in planned if not before >= {*search.run_ids}]
     report = sweeps.sweep(SECTION, profile, plan=todo, dry_run=dry_run, **options)
-    report.done_before, report.done_now = len(models) - len(left), 0
+    report.done_before, report.done_now = len(here) - len(left), 0
     if dry_run:
         report.missing, report.runs_ahead = [*left.values()], len(left)
         return report
@@ -88,14 +84,7 @@ def rows(profile: str) -> pd.DataFrame:
 
     Columns that an experiment does not measure are empty, and so is `base` except for chat models.
     """
-    planned = {run_id for search in plan(profile) for run_id in search.run_ids}
-    planned |= {config.run_id for config in chat_models(profile).values()}
-    table = rows_of_profile(TABLE, profile, sorted(sweep_dir(SECTION, profile).glob(f"*/{ROWS}")), planned)
-    return table.assign(superseded=table.superseded & (profile != "quick"), base=table.get("base"))
-
-
-def table_of_rows() -> Table:
-    """Return the table of `rows` in paper_data."""
-    return Table(
-        TABLE, ("profile", "mode", "n_facts", "seed", "experiment", "method", "n_edited", "who", "asked"), rows
-    )
+    found = sorted(sweep_dir(SECTION, profile).glob(f"*/{ROWS}"))
+    planned = {config.run_id for config in models(profile).values()}
+    table = rows_of_profile(table_path(SECTION), profile, found, planned)
+    return table.assign(base=table.get("base"))

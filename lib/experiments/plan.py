@@ -14,10 +14,10 @@ import yaml
 from pydantic import Field, model_validator
 
 from lib.base import Config, InputError, check_known, check_unique
-from lib.config import EvaluationConfig, ModelConfig, OptimConfig, RunConfig, TrainingConfig, override
+from lib.config import ModelConfig, OptimConfig, RunConfig, override
 from lib.dialogs.tokenizers import load_tokenizer
 from lib.experiments.search import SIZES, Search
-from lib.facts.people import ATTRIBUTES, LAWS, FactsConfig
+from lib.facts.people import ATTRIBUTES, LAWS
 from lib.paths import LARGEST_TEXT, PROFILES, PUBLISHING, read_bytes, reading
 
 PLANS = Path(__file__).parent / "plans"
@@ -187,14 +187,9 @@ FAST = OptimConfig.parse(RECIPES["fast"]["optim"])
 
 def quickstart(profile: str, seed: int = 0) -> dict[str, RunConfig]:
     """Return the two runs of 00_quickstart, by mode: a few people each, and more steps than they need."""
+    fields = {"seed": seed, "model": {"d_model": 16}, "evaluation": {"every": 25}}
+    fields["training"] = {"steps": 10 if profile == "smoke" else 800, "batch_size": 32}
     return {
-        mode: RunConfig(
-            mode=mode,
-            seed=seed,
-            facts=FactsConfig(n_people=n_people, seed=seed),
-            model=ModelConfig(d_model=16),
-            training=TrainingConfig(steps=10 if profile == "smoke" else 800, batch_size=32),
-            evaluation=EvaluationConfig(every=25),
-        )
+        mode: RunConfig.parse(fields | {"mode": mode, "facts": {"n_people": n_people, "seed": seed}})
         for mode, n_people in (("in-weight", 16), ("in-tool", 4))
     }

@@ -78,13 +78,10 @@ class Table(NamedTuple):
             check_known("profile", profile, profiles, f" of rows in {self.path}")
         marks = pd.concat(self.read(name) for name in profiles)[["profile", "run_id", "superseded"]]
         known = known.merge(marks.drop_duplicates())
-        gone = known.profile.isin([profile] if profile else profiles)
-        if run_ids:
-            gone &= known.run_id.isin(run_ids)
-        if superseded:
-            gone &= known.superseded
-        if not (profile or run_ids):  # no sweep could make them again
-            gone &= ~known.profile.isin(TABLE_ONLY)
+        gone = known.superseded | (not superseded)
+        gone &= known.run_id.isin(run_ids or known.run_id)
+        # Without a name, rows stay that no sweep could make again.
+        gone &= known.profile.eq(profile) if profile else ~known.profile.isin([] if run_ids else TABLE_ONLY)
         if not gone.any():
             raise InputError(f"no row in {self.path} is selected by all of these conditions")
         if not dry_run:
@@ -101,6 +98,7 @@ def table_of(section: str) -> Table:
     """Return the table of a section. Raises `InputError` for one without a table, and outside a checkout."""
     paths.check_checkout()
     if section in OWN:
-        return import_module(OWN[section]).table_of_rows()
+        own = import_module(OWN[section])
+        return Table(table_path(section), own.ORDER, own.rows)
     order = ("profile", "mode", "n_facts", "alpha", "seed", "d_model", "run_id")
     return Table(table_path(section), order, partial(read_rows, section))

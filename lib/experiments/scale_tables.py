@@ -6,14 +6,13 @@ capability, capability_base, tv and kl, each with its _stderr; in ours also capa
 """
 
 from ast import literal_eval
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from lib import paths
 from lib.base import InputError
 from lib.experiments.published import published_by_paper
+from lib.experiments.rows import table_path
 from lib.experiments.tables import read_table
 
 #: Measurements of a run's last checkpoint. capability_relative: in percent of the base model's.
@@ -45,14 +44,9 @@ def published_rows() -> pd.DataFrame:
     return rows.sort_values(["run_id", "step"], ignore_index=True)
 
 
-def table_path() -> Path:
-    """Return where our rows are committed."""
-    return paths.PAPER_DATA / "scale.csv"
-
-
 def committed_rows() -> pd.DataFrame:
     """Return our rows in paper_data, of all profiles; of runs that repeat a setting and seed, the latest."""
-    rows = read_table(table_path())
+    rows = read_table(table_path("06"))
     if not len(rows):
         return rows
     run = ["profile", "base", "task", "mode", "adaptation", "n_facts", "seed", *RECIPE]
@@ -200,9 +194,8 @@ def _in_tool_and_in_weight(table: pd.DataFrame, same: list[str]) -> pd.DataFrame
     modes = table["mode"].str.removesuffix("-text")  # calls or text, depending on the chat template
     tool, weight = (table[modes == mode].drop(columns="mode") for mode in ("in-tool", "in-weight"))
     found = tool.merge(weight, on=same, suffixes=("_tool", "_weight"))
-    return found.assign(
-        same_recipe=(found.lr_tool == found.lr_weight) & (found.batch_size_tool == found.batch_size_weight)
-    )
+    alike = [found[f"{name}_tool"] == found[f"{name}_weight"] for name in RECIPE]
+    return found.assign(same_recipe=alike[0] & alike[1])
 
 
 # ---- Tables and figures
@@ -251,7 +244,7 @@ def hybrid(rows: pd.DataFrame) -> pd.DataFrame:
         for entry in (literal_eval(run.by_frequency) if isinstance(run.by_frequency, str) else run.by_frequency)
     ]
     table = pd.DataFrame(table, columns=["frequency", "seed", "n", *ASKED], dtype=float)
-    asked = {"call_share": table.n, "accuracy": table.n, "accuracy_of_calls": (table.n * table.call_share).round()}
+    asked = dict.fromkeys(ASKED, table.n) | {"accuracy_of_calls": (table.n * table.call_share).round()}
     errors = {f"{name}_stderr": np.sqrt(table[name] * (1 - table[name]) / (n - 1)) for name, n in asked.items()}
     return _over_seeds(table.assign(**errors), ["frequency"], ASKED).sort_values("frequency", ignore_index=True)
 
@@ -276,7 +269,7 @@ def panels(rows: pd.DataFrame) -> pd.DataFrame:
     weight = weight.merge(rates, on=[*model, "lr"], how="left").fillna({"name": ""})
     tool = tool.merge(weight[[*model, "name"]].drop_duplicates(), on=model, how="left").fillna({"name": ""})
     both = pd.concat([weight, tool], ignore_index=True)
-    return both.assign(base=both.base + both.name + " (" + both.profile + ")").drop(columns="name")
+    return both.assign(base=both.base + both.pop("name") + " (" + both.profile + ")")
 
 
 def by_family(bases) -> list[str]:

@@ -32,7 +32,7 @@ def bounds_rows(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
     own, others = (read_rows(s, profile, searches_of(s, profile, tokenizer)) for s in ("05_1", "05_2"))
     planned = {run_id for search in bounds_searches(profile, tokenizer) for run_id in search.run_ids}
     if len(others):
-        is_grid = others.every_seed.fillna(False).groupby([others[name] for name in GROUP]).transform("all")
+        is_grid = others.fillna({"every_seed": False}).groupby(GROUP).every_seed.transform("all")
         found = minimal_parameters(own, [0.95]).dropna(subset="min_params_mean")[POINT]
         found_here = pd.MultiIndex.from_frame(others[POINT]).isin(pd.MultiIndex.from_frame(found))
         earlier = others.superseded & (others["mode"] == "in-tool") & ~is_grid.astype(bool) & ~found_here
@@ -47,33 +47,35 @@ def generalization_rows(profile: str) -> pd.DataFrame:
 
 
 def bounds(profile: str) -> pd.DataFrame:
-    """Return `minimal_parameters` of Section 5.1 in a profile, as `shown`."""
-    return _shown(minimal_parameters(bounds_rows(profile)))
+    """Return `shown_bounds` of Section 5.1 in a profile."""
+    return shown_bounds(bounds_rows(profile))
 
 
-def compressibility_bounds(profile: str) -> pd.DataFrame:
-    """Return `minimal_parameters` of Section 5.3's runs, as `shown`, with the entropy_bits of the databases."""
-    table = _shown(minimal_parameters(read_rows("05_3", profile)))
+def shown_bounds(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHOLDS) -> pd.DataFrame:
+    """Return `minimal_parameters`, as `shown`."""
+    return tables.shown(minimal_parameters(rows, thresholds), "min_params_mean", [*POINT, "recall_threshold"])
+
+
+def compressibility_bounds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return `shown_bounds` with the entropy_bits of the databases."""
+    table = shown_bounds(rows)
     return table.assign(entropy_bits=entropy_bits(table))
 
 
-def _shown(table: pd.DataFrame) -> pd.DataFrame:
-    return tables.shown(table, "min_params_mean", [*POINT, "recall_threshold"])
+def bounds_by_seed(profile: str) -> pd.DataFrame:
+    """Return `seeds_of_bounds` of Section 5.1 in a profile."""
+    return seeds_of_bounds(bounds_rows(profile))
 
 
-def bounds_by_seed(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
-    """Return `minimal_parameters_of_seeds` of what `bounds` shows, at each recall_threshold."""
-    rows = bounds_rows(profile, tokenizer)
-    seeds = [
-        minimal_parameters_of_seeds(behind(rows, threshold), threshold).assign(recall_threshold=threshold)
-        for threshold in THRESHOLDS
-    ]
+def seeds_of_bounds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return `minimal_parameters_of_seeds` of what `shown_bounds` has, at each recall_threshold."""
+    seeds = (minimal_parameters_of_seeds(behind(rows, threshold), threshold) for threshold in THRESHOLDS)
     return pd.concat(seeds, ignore_index=True)
 
 
 def behind(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    """Return the rows behind the points that `bounds` shows at a threshold."""
-    return described(rows).merge(_shown(minimal_parameters(rows, [threshold]))[GROUP]) if len(rows) else rows
+    """Return the rows behind the points that `shown_bounds` has at a threshold."""
+    return described(rows).merge(shown_bounds(rows, [threshold])[GROUP]) if len(rows) else rows
 
 
 def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHOLDS) -> pd.DataFrame:
@@ -89,8 +91,8 @@ def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHO
     """
     if not len(rows):
         return pd.DataFrame(columns=[*GROUP, "recall_threshold", *_STATISTICS, "finished_at"])
-    seeds = [minimal_parameters_of_seeds(rows, each).assign(recall_threshold=each) for each in thresholds]
-    points = pd.concat(seeds).groupby([*GROUP, "recall_threshold"])
+    points = pd.concat(minimal_parameters_of_seeds(rows, each) for each in thresholds)
+    points = points.groupby([*GROUP, "recall_threshold"])
     return points.min_params.agg(**_STATISTICS).assign(finished_at=points.finished_at.max()).reset_index()
 
 
@@ -104,7 +106,7 @@ def minimal_parameters_of_seeds(rows: pd.DataFrame, threshold: float) -> pd.Data
     tried = pd.MultiIndex.from_frame(below[[*seed, "d_model"]]).isin(pd.MultiIndex.from_frame(runs[[*seed, "d_model"]]))
     known = found[tried | found.d_model.eq(SIZES[0])].set_index(seed)  # a smaller size was not enough, or there is none
     columns = {"min_params": known.n_params.astype(float), "finished_at": runs.groupby(seed).finished_at.max()}
-    return pd.DataFrame(columns).reset_index()
+    return pd.DataFrame(columns).reset_index().assign(recall_threshold=threshold)
 
 
 _STATISTICS = {
@@ -142,14 +144,11 @@ def capacity(rows: pd.DataFrame) -> pd.DataFrame:
     columns += ["dialogs_seen", *COMPUTED]
     nll = [f"nll_bits_{attribute}" for attribute in ATTRIBUTES]
     rows = described(rows).reindex(columns=["mode", *columns, *nll])
-    rows = rows.query("mode == 'in-weight'").reset_index(drop=True)
+    rows = rows[rows["mode"] == "in-weight"].reset_index(drop=True)
     n_people, entropy = rows.n_facts // len(ATTRIBUTES), _entropy_per_person(rows)
     stored = n_people * entropy.sub(rows[nll].to_numpy(float)).clip(lower=0).sum(axis=1, skipna=False)
-    return rows[columns].assign(
-        entropy_bits=n_people * entropy.sum(axis=1),
-        stored_bits=stored,
-        stored_bits_per_parameter=stored / rows.n_params,
-    )
+    rows = rows[columns].assign(entropy_bits=n_people * entropy.sum(axis=1), stored_bits=stored)
+    return rows.assign(stored_bits_per_parameter=stored / rows.n_params)
 
 
 def shapes(profile: str) -> pd.DataFrame:
@@ -228,9 +227,8 @@ def unseen_shares(rows: pd.DataFrame) -> pd.DataFrame:
     if not len(rows):
         return pd.DataFrame(columns=[*_OF_RUN, "share", "kind", "measure"])
     columns = rows.filter(regex="^(trained|new)_").columns
-    tidy = described(rows).melt(_OF_RUN, columns, "column", "share").dropna(subset="share")
-    kind_and_measure = tidy.pop("column").str.extract(r"^(trained|new_[a-z]+?)_(.+)$")
-    return tidy.assign(kind=kind_and_measure[0], measure=kind_and_measure[1]).reset_index(drop=True)
+    tidy = described(rows).melt(_OF_RUN, columns, "column", "share").dropna(subset="share", ignore_index=True)
+    return tidy.join(tidy.pop("column").str.extract(r"^(?P<kind>trained|new_[a-z]+?)_(?P<measure>.+)$"))
 
 
 _OF_RUN = ["mode", "n_facts", "n_params", "d_model", "seed", *COMPUTED]

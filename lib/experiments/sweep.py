@@ -87,14 +87,19 @@ def sweep(
     if jobs is not None and not 1 <= jobs <= 1_000:
         raise InputError(f"jobs = {jobs}: a sweep takes at least one process, and at most 1,000")
     plan = searches(section, profile) if plan is None else plan
-    rows = known_rows(section, profile, plan)
-    recalls = _recalls(rows, plan)
+    rows, recalls = _finished(section, profile, plan)
     report = Report(done_before=len(recalls))
     if not dry_run and _pending(plan, recalls):
-        devices = [device] if in_process else _devices(device, jobs)
+        devices = [device]
+        if not in_process:
+            import torch  # only here: planning and a finished sweep do without it
+
+            from lib.training.devices import resolve_device, usable_cores
+
+            n_gpus = torch.cuda.device_count() if resolve_device(device).type == "cuda" else 0
+            devices = assign_devices(device, jobs, n_gpus, usable_cores())
         _execute(plan, recalls, report, sweep_dir(section, profile), devices, 3600 * max_hours, in_process)
-        rows = known_rows(section, profile, plan)  # a run that was asked to stop may finish instead
-        recalls = _recalls(rows, plan)
+        rows, recalls = _finished(section, profile, plan)  # a run that was asked to stop may finish instead
         report.done_now = len(recalls) - report.done_before
     report.missing = _pending(plan, recalls)
     for config in report.missing if dry_run else ():
@@ -107,8 +112,8 @@ def sweep(
 
 def hours_ahead(section: str, profile: str, plan: Sequence[Search]) -> list[float]:
     """Return about how many hours each search of a plan still takes one core; 0 for one that is over."""
-    rows = known_rows(section, profile, plan)
-    recalls, speed = _recalls(rows, plan), _speed(rows.values(), "cpu")
+    rows, recalls = _finished(section, profile, plan)
+    speed = _speed(rows.values(), "cpu")
     return [_hours(_expected(search, recalls), speed) for search in plan]
 
 
@@ -124,19 +129,11 @@ def assign_devices(device: str, jobs: int | None, n_gpus: int, n_cores: int) -> 
     return [device] * (jobs or 1)
 
 
-def _devices(device: str, jobs: int | None) -> list[str]:
-    import torch  # only here: planning and a finished sweep do without it
-
-    from lib.training.devices import resolve_device, usable_cores
-
-    n_gpus = torch.cuda.device_count() if resolve_device(device).type == "cuda" else 0
-    return assign_devices(device, jobs, n_gpus, usable_cores())
-
-
-def _recalls(rows: dict[str, dict], plan: Sequence[Search]) -> dict[str, float]:
-    """Return by run id the recall of the finished runs that a plan asks for."""
-    planned = (run_id for search in plan for run_id in search.run_ids)
-    return {run_id: float(rows[run_id]["recall"]) for run_id in planned if run_id in rows}
+def _finished(section: str, profile: str, plan: Sequence[Search]) -> tuple[dict[str, dict], dict[str, float]]:
+    """Return by run id the rows that a profile has, and the recalls of those that a plan asks for."""
+    rows = known_rows(section, profile, plan)
+    planned = rows.keys() & {run_id for search in plan for run_id in search.run_ids}
+    return rows, {run_id: float(rows[run_id]["recall"]) for run_id in planned}
 
 
 def _pending(plan: Sequence[Search], recalls: dict[str, float]) -> list[RunConfig]:
@@ -212,23 +209,24 @@ def _execute(
 
 def _how_far(config: RunConfig, directory: Path) -> str:
     """Return a run's title and the steps that it has done, by its log."""
-    steps = []
+    steps = ["0"]
     with suppress(OSError):  # it has logged nothing yet
-        steps = re.findall(r'"step": (\d+)', (directory / "metrics.jsonl").read_text("utf-8", "replace"))
+        steps += re.findall(r'"step": (\d+)', (directory / "metrics.jsonl").read_text("utf-8", "replace"))
     total = config.training.total_steps(len(ATTRIBUTES) * config.facts.n_people)
-    return f"{config.title}: step {int((steps or [0])[-1]):,} of {total:,}"
+    return f"{config.title}: step {int(steps[-1]):,} of {total:,}"
 
 
 def _in_a_process(config: RunConfig, directory: Path, device: str, stdin: IO[bytes]) -> str | None:
     """Do a run in a process of its own, whose death harms no other; return its error in one line, or None."""
-    path = [str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = os.pathsep.join([str(paths.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # PYTHONSAFEPATH: ignore a lib in the current folder. One thread: small models gain little from a second, and wait
     # for it where cores are busy.
-    environment = {"PYTHONPATH": os.pathsep.join(path), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    environment = os.environ | environment | {"ITL_PROGRESS": "off"}
+    ours = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "ITL_PROGRESS": "off"}
     command = [sys.executable, "-m", "lib.experiments.worker", config.canonical_json(), str(directory), device]
     with tempfile.TemporaryFile() as said:  # no pipe: child processes of a killed run would keep it open
-        code = subprocess.run(command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=said, env=environment).returncode
+        code = subprocess.run(
+            command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=said, env=os.environ | ours
+        ).returncode
         said.seek(0)
         lines = [line.strip() for line in said.read().decode(errors="replace").split("\n") if line.strip()]
     if code == 1 and lines:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pandas as pd
 
 from lib import paths
-from lib.base import check_known
 from lib.config import FINISHED, TEXT, read_row
 from lib.experiments.plan import searches
 from lib.experiments.rows import TABLES, rows_in_runs, table_path, text_rows
@@ -31,11 +30,6 @@ NO_ROWS = pd.DataFrame(columns=["profile", "run_id"])
 #: Columns that identify a point of a figure; results of different recipes are never averaged.
 POINT = ["mode", "n_facts", "alpha", "law"]
 GROUP = [*POINT, "recipe", "superseded"]
-
-
-def check_threshold(threshold: float) -> None:
-    """Raise `InputError` unless `threshold` is one of `THRESHOLDS`."""
-    check_known("published threshold", threshold, THRESHOLDS)
 
 
 def read_table(path: Path, fields: Iterable[str] = ()) -> pd.DataFrame:
@@ -79,9 +73,8 @@ def read_rows(section: str, profile: str, plan: Sequence[Search] | None = None) 
     unchanged. Adds `COMPUTED`: superseded (the plan no longer asks for this run), law and recipe (see `described`).
     """
     plan = searches_of(section, profile) if plan is None else plan
-    fresh = rows_in_runs(section, profile, plan) if plan else []
     known = committed_rows(section) if section in TABLES else NO_ROWS
-    return _marked(_with_fresh(known, profile, fresh), _planned(plan))
+    return _marked(_with_fresh(known, profile, rows_in_runs(section, profile, plan) if plan else []), plan)
 
 
 def searches_of(section: str, profile: str, tokenizer: str = "bytes") -> list[Search]:
@@ -89,23 +82,21 @@ def searches_of(section: str, profile: str, tokenizer: str = "bytes") -> list[Se
     return [] if profile in TABLE_ONLY else searches(section, profile, tokenizer)
 
 
-def _planned(plan: Sequence[Search]) -> pd.DataFrame:
-    """Return by run the `_MARKS`: the next smaller size tried on its database (0: none), and `Search.certain`."""
+def _marked(rows: pd.DataFrame, plan: Sequence[Search]) -> pd.DataFrame:
+    """Return rows as a plan sees them; those it does not ask for keep the marks that they were published with.
+
+    The `_MARKS` are the next smaller size tried on a run's database (0: none), and whether it is of `Search.certain`.
+    """
     runs = [
         (search.base.canonical_json(), size, run_id, size in search.certain)
         for search in plan
         for size, run_id in zip(search.sizes, search.run_ids, strict=True)
     ]
-    runs = pd.DataFrame(runs, columns=["base", "next_smaller", "run_id", "every_seed"])
-    runs = runs.groupby(["base", "next_smaller", "run_id"], as_index=False).any()
-    smaller = runs.groupby("base").next_smaller.shift(fill_value=0)
-    return runs.assign(next_smaller=smaller).set_index("run_id")[[*_MARKS]]
-
-
-def _marked(rows: pd.DataFrame, planned: pd.DataFrame) -> pd.DataFrame:
-    """Return rows as a plan sees them; those it does not ask for keep the marks that they were published with."""
+    by = ["base", "next_smaller", "run_id"]
+    runs = pd.DataFrame(runs, columns=[*by, "every_seed"]).groupby(by, as_index=False).any()
+    planned = runs.assign(next_smaller=runs.groupby("base").next_smaller.shift(fill_value=0)).set_index("run_id")
     stored = rows.reindex(columns=[*_MARKS]).astype(_MARKS)
-    marks = planned.reindex(rows.run_id).set_axis(rows.index).astype(_MARKS).fillna(stored)
+    marks = planned[[*_MARKS]].reindex(rows.run_id).set_axis(rows.index).astype(_MARKS).fillna(stored)
     return described(rows.assign(**marks, superseded=~rows.run_id.isin(planned.index)))
 
 
@@ -118,18 +109,15 @@ def described(rows: pd.DataFrame) -> pd.DataFrame:
     with and without biographies are one.
     """
     configs = [json.loads(c) if isinstance(c, str) else {} for c in rows.get("config", [None] * len(rows))]
+    laws = [Law(**{name: v for name, v in c.get("facts", {}).items() if name in Law._fields}) for c in configs]
+    names = {law: name for name, law in LAWS.items()}
     sizes = rows.reindex(columns=["steps_budget", "batch_size", "n_facts"]).itertuples(index=False)
     computed = {
         "superseded": False,
-        "law": [_law(config.get("facts", {})) for config in configs],
+        "law": [names.get(law, str(tuple(law))) for law in laws],
         "recipe": [_recipe(config, *size) for config, size in zip(configs, sizes, strict=True)],
     }
     return rows.assign(**{name: values for name, values in computed.items() if name not in rows})
-
-
-def _law(facts: dict) -> str:
-    law = Law(**{field: facts[field] for field in Law._fields if field in facts})
-    return next((name for name, known in LAWS.items() if known == law), str(tuple(law)))
 
 
 def law_named(name: str) -> Law:

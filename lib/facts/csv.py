@@ -23,8 +23,8 @@ def read_people_csv(path: str | Path) -> People:
     """Read people from a CSV file with a header: the column `name`, and every other column is an attribute.
 
     Drops blanks around cells, empty lines, empty trailing cells, and a first column of row numbers.
-    Raises `InputError` if the file cannot be read, columns or cells are missing, two names are `comparable`, a column's
-    name is not letters, digits and underscores, or a cell holds something of `FORBIDDEN`.
+    Raises `InputError` if the file cannot be read, columns or cells are missing, two names have one `comparable` form,
+    a column's name is not letters, digits and underscores, or a cell matches `FORBIDDEN`.
     """
     rows = _read(path)
     if len(rows) < 2:

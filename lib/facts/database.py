@@ -84,7 +84,7 @@ def connect_read_only(path: str | Path, time_budget: float = 1.0) -> GuardedConn
     `mode=ro` is not enough: ATTACH and VACUUM INTO would still create files. So an authorizer allows only reads,
     intermediate results stay in memory and are limited in size, and a statement that runs for more than `time_budget`
     seconds ends in an OperationalError whose `sqlite_errorname` is SQLITE_INTERRUPT. From the first read until the
-    connection is closed nobody else can write. (A database in WAL mode keeps SQLite's two side files.)
+    connection is closed nobody else can write. (In WAL mode, SQLite leaves its two side files behind.)
 
     Raises `InputError` if there is no such file.
     """
@@ -137,7 +137,7 @@ def attribute_columns(connection: sqlite3.Connection) -> list[str]:
 
 
 def spelling(connection: sqlite3.Connection, name: str) -> str:
-    """Return how the database spells a name: as given or, if absent, as the first `comparable` name."""
+    """Return a name as the database spells it: as given, else the first of equal `comparable` form."""
     if connection.execute("SELECT 1 FROM people WHERE people.name = ?", (name,)).fetchone():
         return name
     wanted, names = comparable(name), (other for (other,) in connection.execute("SELECT people.name FROM people"))

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lib.experiments.chains import ASKED
-from lib.figures.style import STYLES, draw_means, nothing_yet, panels
+from lib.figures.style import STYLES, draw_means, panels
 
 _LOOKS = {"trained": STYLES["in-tool"], "unseen": {"color": "#009E73", "marker": "D", "linestyle": "--"}}
 
@@ -16,10 +16,9 @@ def recall_by_hops(rows: pd.DataFrame) -> Figure:
 
     rows: of runs trained on the same hops, as `lib.experiments.chains.run_chains` gives them. Grey: hops trained on.
     """
-    with panels((5.2, 3.2)) as (figure, axes):
+    with panels((5.2, 3.2), runs="in-tool") as (figure, axes):
         axes.set(xlabel="hops of the question", ylabel="recall", ylim=(-0.04, 1.06), xticks=ASKED)
         if not len(rows):
-            nothing_yet(axes, "in-tool")
             return figure
         for group, look in _LOOKS.items():
             shares = rows[[f"{group}_{hops}" for hops in ASKED]].set_axis(ASKED, axis="columns")

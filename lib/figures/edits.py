@@ -6,23 +6,21 @@ from matplotlib.figure import Figure
 
 from lib.facts.sampling import UNSEEN
 from lib.figures.generalization import KINDS
-from lib.figures.style import STYLES, draw_means, nothing_yet, panels, shades, shared_legend
+from lib.figures.style import STYLES, draw_means, panels, shades, shared_legend
 
+_AMONG = STYLES["in-weight"] | {"marker": "^", "linestyle": "--"}
 #: How facts are changed, as a legend says it.
 METHODS = {
     "write to the database": ("in tool: write to the database", STYLES["in-tool"]),
     "train on them": ("in weights: train on them", STYLES["in-weight"]),
-    "train among the others": (
-        "in weights: train, the others repeated",
-        {**STYLES["in-weight"], "marker": "^", "linestyle": "--"},
-    ),
+    "train among the others": ("in weights: train among the others", _AMONG),
 }
 
 #: How facts are deleted, in a few words.
 DELETED = {
     "nothing": "before",
     "gradient ascent": "gradient ascent",
-    "gradient ascent among the others": "gradient ascent,\nthe others repeated",
+    "gradient ascent among the others": "gradient ascent\namong the others",
     "train without them": "trained again\nwithout them",
     "delete from the database": "deleted",
 }
@@ -60,7 +58,7 @@ def edits(rows: pd.DataFrame) -> Figure:
 def _memories(axes, deleted: pd.DataFrame) -> None:
     """Draw, for each way to delete, the share of facts still known without the tool, beside those never seen."""
     if not len(deleted):
-        return nothing_yet(axes, "finished")
+        return
     deleted = deleted.sort_values("method", key=lambda methods: methods.map([*DELETED].index), kind="stable")
     ways = deleted.groupby(["mode", "repeats", "method", "asked"], sort=False)
     deleted, guess = deleted.assign(y=ways.ngroup()), ways.guess.mean()
@@ -69,21 +67,22 @@ def _memories(axes, deleted: pd.DataFrame) -> None:
         never = {**known, "markerfacecolor": "white", "color": "#777777", "label": None if axes.lines else "never seen"}
         axes.plot(points.memory, points.y, **known)
         axes.plot(points.never_memory, points.y + 0.25, **never)
-    y, names = np.arange(len(guess)), []
+    y = np.arange(len(guess))
     axes.vlines(guess, y - 0.3, y + 0.45, color="#555555", linestyle=":", label="a guess")
+    names = []
     for mode, repeats, method, asked in guess.index:
         about = f",\nasked {asked}" if mode == "in-tool" else ""
         untrained = "" if repeats else ", value not trained"
         names.append(f"{mode}{untrained}: {DELETED[method]}{about}")
-    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="share of facts still known", xlim=(-0.04, 1.04))
+    axes.set(yticks=y, yticklabels=names, xlabel="share of facts still known", xlim=(-0.04, 1.04))
     axes.invert_yaxis()
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
 
 
 def contested(rows: pd.DataFrame) -> Figure:
     """Draw whom an in-tool model believes: shares of answers that follow the database, or state the fact anyway."""
-    rows = rows.query("experiment == 'contest' and repeats").reindex(columns=["who", "method", "follows", "remembers"])
-    groups = [(who, rows[rows.who == who]) for who in WHO if (rows.who == who).any()] or [("no runs yet", rows)]
+    rows = rows.query("experiment == 'contest' and repeats")
+    groups = [(who, rows[rows.who == who]) for who in WHO if (rows.who == who).any()] or [("trained", rows)]
     with panels((10, 2.8), 1, len(groups), sharey=True, squeeze=False) as (figure, row):
         for axes, (who, told) in zip(row[0], groups, strict=True):
             kinds = [kind for kind in RESULTS if (told.method == kind).any()]
@@ -96,7 +95,7 @@ def contested(rows: pd.DataFrame) -> Figure:
                 for kind, seeds in told.groupby("method")[column]:
                     axes.plot(seeds, [places[kind]] * len(seeds), ".", color="black", markersize=3, label="one seed")
             axes.set(xlim=(0, 1.02), xlabel="share of answers", yticks=range(len(kinds)), yticklabels=kinds)
-            axes.set_title(WHO.get(who, who), fontsize=9)
+            axes.set_title(WHO[who], fontsize=9)
         axes.invert_yaxis()
         figure.axes[0].set_ylabel("what the database says")
         shared_legend(figure, [axes], loc="outside lower center")

@@ -10,7 +10,7 @@ from lib.experiments import summaries
 from lib.experiments.published import PUBLISHED_KIND
 from lib.facts.people import FactsConfig, best_constant_guess
 from lib.facts.sampling import unseen_people
-from lib.figures.style import STYLES, nothing_yet, panels, published_label, shared_legend, side_by_side, told_apart
+from lib.figures.style import STYLES, panels, published_label, shared_legend, side_by_side, told_apart
 
 #: What is new in the names of unseen people, as a legend says it.
 KINDS = {
@@ -34,7 +34,12 @@ def generalization(shares: pd.DataFrame, published: pd.DataFrame) -> Figure:
     with panels((11, 3.1), 1, len(kinds) + 1, sharey=True, sharex=True) as (figure, row):
         for axes, kind in zip(row, kinds, strict=False):
             if kind == PUBLISHED_KIND:
-                _published_recall(axes, published)
+                grey = {"color": "#888888", "linewidth": 0.8}
+                for (mode, _), points in published.groupby(["mode", "n_params"]):
+                    line = "-" if mode == "in-tool" else "--"
+                    axes.plot(points.n_facts, points.ood_recall, linestyle=line, zorder=1, **grey)
+                label = published_label(published.n_facts, KINDS[kind]).replace(", ", ",\n")
+                axes.plot([], [], label=label, **grey)
             for points, label, look in _by_size(shares.query("kind == @kind and measure == 'recall'")):
                 axes.plot(side_by_side(points), points.share, label=label, **look | {"linestyle": "none"})
             axes.axhline(guess, color="#555555", linewidth=0.9, linestyle=":", label="best constant guess")
@@ -61,14 +66,6 @@ def _by_size(table: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, str, dict]]:
             yield from told_apart(rows, f"{n_params:,}, {mode}", look)
 
 
-def _published_recall(axes, published: pd.DataFrame) -> None:
-    grey = {"color": "#888888", "linewidth": 0.8}
-    for (mode, _), points in published.groupby(["mode", "n_params"]):
-        axes.plot(points.n_facts, points.ood_recall, linestyle="-" if mode == "in-tool" else "--", zorder=1, **grey)
-    label = published_label(published.n_facts, KINDS[PUBLISHED_KIND])
-    axes.plot([], [], label=label.replace(", ", ",\n"), **grey)
-
-
 #: What is right about requests, as a legend says it.
 MEASURES = {
     "well_formed": ("well-formed", {"color": "#000000", "marker": "^"}),
@@ -86,7 +83,7 @@ def tool_calls(shares: pd.DataFrame, d_model: int = TOOL_CALLS_D_MODEL) -> Figur
     side by side.
     """
     shares = shares[(shares["mode"] == "in-tool") & of_size(shares, d_model)]
-    with panels((9.6, 3.1), 1, len(KINDS), sharey=True, sharex=True) as (figure, row):
+    with panels((9.6, 3.1), 1, len(KINDS), runs="in-tool", sharey=True, sharex=True) as (figure, row):
         for axes, (kind, title) in zip(row, KINDS.items(), strict=True):
             for measure, (label, style) in MEASURES.items():
                 chosen = shares[(shares.kind == kind) & (shares.measure == measure)]
@@ -95,8 +92,6 @@ def tool_calls(shares: pd.DataFrame, d_model: int = TOOL_CALLS_D_MODEL) -> Figur
             axes.set(xlabel="training facts", ylim=(-0.04, 1.06))
             axes.set_title(title, fontsize=8)
             axes.set_xscale("log", base=2)
-            if not axes.get_lines():
-                nothing_yet(axes, "in-tool")
         row[0].set_ylabel("share of first requests")
         shared_legend(figure, row, loc="outside lower center")
     return figure

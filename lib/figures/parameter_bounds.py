@@ -16,7 +16,6 @@ from lib.figures.style import (
     draw_bits_lines,
     draw_means,
     log_ticks,
-    nothing_yet,
     panels,
     published_label,
     shades,
@@ -82,15 +81,13 @@ def lower_bound(points: pd.DataFrame, published: pd.DataFrame, threshold: float 
     bits = theirs.n_facts * bits_per_fact
     ends = bits.min(), bits.max()
     with panels() as (figure, axes):
-        name = published_label(theirs.n_facts, label)
-        axes.plot(bits, theirs["mean"], color=style["color"], alpha=0.45, label=name)
+        axes.plot(bits, theirs["mean"], color=style["color"], alpha=0.45, label=published_label(theirs.n_facts, label))
         ours = ours.assign(bits=ours.n_facts * bits_per_fact)
         draw_means(axes, ours, "bits", f"{label}, this repository", linestyle="none", zorder=3, **style)
         for (who, per_parameter), line in zip(MEASURED_BITS.items(), cycle(("--", ":")), strict=False):
             bound = [parameters_needed(each, per_parameter) for each in ends]
-            axes.plot(
-                ends, bound, color="#555555", linestyle=line, label=f"{per_parameter:g} bits per parameter ({who})"
-            )
+            look = {"color": "#555555", "linestyle": line, "label": f"{per_parameter:g} bits per parameter ({who})"}
+            axes.plot(ends, bound, **look)
         _by_hand_line(axes)
         axes.set(xscale="log", yscale="log", ylabel="parameters")
         axes.set_xlabel(f"bits needed to recall {threshold:.0%} of the facts")
@@ -119,11 +116,9 @@ def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: fl
                 draw_means(axes, ours, x, label, **STYLES["in-weight"] | {"marker": marker})
         by_alpha.set(xlabel="correlation alpha", ylabel=f"parameters needed for {threshold:.0%} recall", yscale="log")
         by_entropy.set(xlabel="entropy of the database, bits", xscale="log")
-        low, high = by_entropy.get_xlim()
-        ends = {bits: (low / bits, high / bits) for bits in (1, 2)}
-        draw_bits_lines(by_entropy, ends, "#BBBBBB", xytext=(3, 0), ha="left", va="center")
+        ends = draw_bits_lines(by_entropy, -1, "#BBBBBB", 3)
         by_entropy.xaxis.set_major_formatter("{x:,.0f}")
-        log_ticks(by_entropy.xaxis, pd.Series([low, high]))
+        log_ticks(by_entropy.xaxis, pd.Series(ends))
         by_alpha.legend(handlelength=3.5)
     return figure
 
@@ -138,17 +133,13 @@ def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame) -> Fi
     colors = dict(zip(counts, shades(len(counts)), strict=True))
     with panels((8.6, 3.4), 1, 2, sharey=True, sharex=True) as (figure, row):
         for axes, mode in zip(row, STYLES, strict=True):
-            if counts:
+            for n_facts, color in colors.items():
                 # A run that was given up has no recall at the end of training.
-                ended = rows.query("mode == @mode and stopped != 'hopeless'")
-                for n_facts, runs in ended.groupby("n_facts"):
-                    look = {"color": colors[n_facts], "marker": "o", "markersize": 3.5}
-                    draw_means(axes, runs, "n_params", f"{n_facts:,}", of="recall", **look)
+                runs = rows.query("mode == @mode and n_facts == @n_facts and stopped != 'hopeless'")
+                draw_means(axes, runs, "n_params", f"{n_facts:,}", of="recall", color=color, marker="o", markersize=3.5)
             if mode == "in-weight":
                 _published_recall(axes, published)
             axes.set(xscale="log", xlabel="parameters", title=mode, ylim=(-0.03, 1.06))
-            if not axes.get_lines():
-                nothing_yet(axes, mode)
             handles, labels = axes.get_legend_handles_labels()
             if handles:
                 entries = {}
@@ -185,9 +176,7 @@ def bits_stored(held: pd.DataFrame) -> Figure:
             axes.plot([], [], "o", color=color, label=f"{n_facts:,}")
             axes.axhline(runs.entropy_bits.mean(), color=color, linewidth=0.7, linestyle=":")
         axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="bits stored")
-        low, high = axes.get_xlim()
-        ends = {bits: (bits * low, bits * high) for bits in (1, 2)}
-        draw_bits_lines(axes, ends, "#777777", xytext=(4, 0), ha="left", va="center")
+        low, high = draw_bits_lines(axes, 1, "#777777", 4)
         if high < 50 * low:  # matplotlib's own ticks run into each other
             axes.set_xticks([tick for tick in 5000 * 2 ** np.arange(8) if low <= tick <= high])
             axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -197,10 +186,7 @@ def bits_stored(held: pd.DataFrame) -> Figure:
         if held.superseded.any():
             axes.plot([], [], "o", **grey, alpha=EARLIER["alpha"], label="pale: earlier recipe")
         axes.plot([], [], **grey, linewidth=0.7, linestyle=":", label="entropy of the database")
-        if groups:
-            axes.legend(title="facts", loc="upper left", bbox_to_anchor=(1, 0.85))
-        else:
-            nothing_yet(axes, "in-weight")
+        axes.legend(title="facts", loc="upper left", bbox_to_anchor=(1, 0.85))
     return figure
 
 
@@ -218,8 +204,6 @@ def patience(held: pd.DataFrame) -> Figure:
                 name = f"{n_params:,} parameters, {n_facts:,} facts"
                 draw_means(axes, runs, "passes", name, of=of, color=color, marker="o")
             axes.set(xlabel="passes over the facts", ylabel=label, ylim=(0, None), xscale="log")
-            if not groups:
-                nothing_yet(axes, "in-weight")
         if groups:
             row[1].legend(**BESIDE)
     return figure
@@ -254,26 +238,28 @@ def depth_and_heads(shapes: pd.DataFrame) -> Figure:
 def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     """Return sentences about our points of `parameter_bounds`: the last number of facts that both modes have, by what
     factor they differ there, where a mode's points end, and which learning rates they have."""
-    profile = tables.publishing_profile(profile)
-    table = summaries.bounds(profile).query("recall_threshold == @threshold")
-    found = table.dropna(subset="min_params_mean").set_index(["n_facts", "mode"])
-    theirs = published_by_paper("parameter_bounds").query("recall_threshold == @threshold")
-    theirs = theirs.set_index(["n_facts", "mode"]).min_params_mean.unstack()
-    both = found.min_params_mean.unstack().reindex(columns=["in-weight", "in-tool"]).dropna()
+    rows = summaries.bounds_rows(tables.publishing_profile(profile))
+    table, theirs = (
+        each[each.recall_threshold == threshold]
+        for each in (summaries.shown_bounds(rows), published_by_paper("parameter_bounds"))
+    )
+    both, published = (
+        each.pivot(index="n_facts", columns="mode", values="min_params_mean").reindex(columns=[*STYLES]).dropna()
+        for each in (table, theirs)
+    )
     sentences = []
-    for n_facts, (weights, tool) in both.tail(1).iterrows():
-        points = found.loc[n_facts]
+    for n_facts, weights, tool in both.tail(1).itertuples():
+        points = table[table.n_facts == n_facts]
         seeds = points.seeds_reaching_it.min()
-        modes = " and ".join(points.index[points.superseded])
+        modes = " and ".join(points["mode"][points.superseded])
         earlier = f"; {modes} of an earlier recipe" if modes else ""
         sentences.append(
             f"At {n_facts:,} facts our models need {weights:,.0f} parameters in weights and {tool:,.0f} with a tool "
             f"(means over {seeds} seed{'s' if seeds > 1 else ''} or more{earlier}), a factor of {weights / tool:.1f}."
         )
-        if n_facts in theirs.dropna().index:
-            factor = theirs["in-weight"][n_facts] / theirs["in-tool"][n_facts]
-            sentences.append(f"The published factor is {factor:.1f} there.")
-    rows = summaries.behind(summaries.bounds_rows(profile), threshold)
+        for weights, tool in published.reindex([n_facts]).dropna().itertuples(index=False):
+            sentences.append(f"The published factor is {weights / tool:.1f} there.")
+    rows = summaries.behind(rows, threshold)
     for mode, unknown in table[table.min_params_mean.isna()].groupby("mode"):
         n_facts = unknown.n_facts.min()
         runs = rows.query("mode == @mode and n_facts == @n_facts")

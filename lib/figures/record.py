@@ -1,6 +1,6 @@
 """The registry of the figures of Sections 4 and 5: drawn from paper_data, with a caption read off the same rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -22,24 +22,12 @@ class Record(NamedTuple):
     shows: str  # the first sentence of its caption
     draw: Callable[..., Figure]  # takes `points`, `published` if there are any, and options
     rows: Callable[..., pd.DataFrame]  # of a profile: the finished runs behind it
-    points: Callable[..., pd.DataFrame]  # of a profile: the table that is drawn
+    points: Callable[[pd.DataFrame], pd.DataFrame] = lambda rows: rows  # of these: the table that is drawn
     published: Callable[[], pd.DataFrame] | None = None  # the paper's points
     about_published: str = ""  # over which seeds, and when, the paper's points were measured
     options: tuple[str, ...] = ()  # among threshold, d_model, tokenizer (for own rows)
     mode: str | None = None  # if only runs of one mode are drawn
     has_own: bool = True  # whether a profile that does not publish (quick) adds its own rows
-
-
-def _sizes(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
-    return tables.sizes_shown(summaries.bounds_rows(profile, tokenizer))
-
-
-def _held(profile: str) -> pd.DataFrame:
-    return tables.sizes_shown(tables.read_rows("05_1", profile))
-
-
-def _unseen(profile: str) -> pd.DataFrame:
-    return summaries.unseen_shares(summaries.generalization_rows(profile))
 
 
 _SMALLEST = "Parameters of the smallest model that recalls enough facts"
@@ -50,7 +38,7 @@ _BOUNDS = Record(
     shows=_SMALLEST,
     draw=parameter_bounds.parameter_bounds,
     rows=summaries.bounds_rows,
-    points=summaries.bounds_by_seed,
+    points=summaries.seeds_of_bounds,
     published=partial(published_by_paper, "parameter_bounds"),
     about_published=_TEN_SEEDS,
     options=("threshold", "tokenizer"),
@@ -62,8 +50,7 @@ FIGURES = {
     "recall_vs_parameters": Record(
         shows="Recall at the end of training",
         draw=parameter_bounds.recall_against_parameters,
-        rows=_sizes,
-        points=_sizes,
+        rows=lambda *of: tables.sizes_shown(summaries.bounds_rows(*of)),
         published=partial(published_by_paper, "recall_vs_parameters_in_weight"),
         about_published=_TEN_SEEDS,
         options=("tokenizer",),
@@ -71,8 +58,8 @@ FIGURES = {
     "bits_stored": Record(
         shows="Entropy of the answers minus the model's negative log-likelihood of them",
         draw=parameter_bounds.bits_stored,
-        rows=_held,
-        points=lambda profile: summaries.capacity(_held(profile)),
+        rows=lambda profile: tables.sizes_shown(tables.read_rows("05_1", profile)),
+        points=summaries.capacity,
         mode="in-weight",
         has_own=False,
     ),
@@ -80,19 +67,18 @@ FIGURES = {
         shows="Recall and stored bits after more and more passes over the facts",
         draw=parameter_bounds.patience,
         rows=partial(tables.read_rows, "05_1_patience"),
-        points=lambda profile: summaries.capacity(tables.read_rows("05_1_patience", profile)),
+        points=summaries.capacity,
         mode="in-weight",
     ),
     "depth_and_heads": Record(
         shows="Recall at the end of training, by layers and heads, at one width",
         draw=parameter_bounds.depth_and_heads,
         rows=summaries.shapes,
-        points=summaries.shapes,
         has_own=False,
     ),
     "lower_bound": _BOUNDS._replace(
         draw=parameter_bounds.lower_bound,
-        points=summaries.bounds,
+        points=summaries.shown_bounds,
         options=("threshold",),
         mode="in-weight",
         has_own=False,
@@ -101,7 +87,7 @@ FIGURES = {
         shows="Recall of unseen people",
         draw=generalization.generalization,
         rows=summaries.generalization_rows,
-        points=_unseen,
+        points=summaries.unseen_shares,
         published=partial(published_by_paper, "generalization"),
         about_published=_ONE_SEED,
     ),
@@ -109,7 +95,7 @@ FIGURES = {
         shows="First requests of in-tool models, about trained and unseen people",
         draw=generalization.tool_calls,
         rows=summaries.generalization_rows,
-        points=_unseen,
+        points=summaries.unseen_shares,
         options=("d_model",),
         mode="in-tool",
     ),
@@ -132,28 +118,22 @@ def draw(name: str, profile: str = "laptop", **options) -> Figure:
     options: those of its record, `threshold` for parameter_bounds say. Raises InputError for an unknown figure, one
     that does not have these options, or a threshold that the paper does not use.
     """
-    record = _found(name, options)
-    points = _with_own(record, record.points, profile, options)
+    check_known("figure", name, FIGURES)
+    record = FIGURES[name]
+    for option in options:
+        check_known("option", option, record.options, f" of the figure {name}")
+    if "threshold" in options:
+        check_known("published threshold", options["threshold"], tables.THRESHOLDS)
+    points = tables.stacked(*(record.points(rows).assign(own=own) for own, rows in _rows(record, profile, options)))
     published = {"published": record.published()} if record.published else {}
     return record.draw(points, **published, **{key: value for key, value in options.items() if key != "tokenizer"})
 
 
-def _with_own(record: Record, table: Callable[..., pd.DataFrame], profile: str, options: dict) -> pd.DataFrame:
-    """Return the publishing profile's table; rows of a non-publishing profile follow, with `own` true."""
-    published = table(tables.publishing_profile(profile)).assign(own=False)
-    if profile in paths.PUBLISHING or not record.has_own:
-        return published
-    of_own = {key: value for key, value in options.items() if key == "tokenizer"}
-    return tables.stacked(published, table(profile, **of_own).assign(own=True))
-
-
-def _found(name: str, options: dict) -> Record:
-    check_known("figure", name, FIGURES)
-    for option in options:
-        check_known("option", option, FIGURES[name].options, f" of the figure {name}")
-    if "threshold" in options:
-        tables.check_threshold(options["threshold"])
-    return FIGURES[name]
+def _rows(record: Record, profile: str, options: dict) -> Iterator[tuple[bool, pd.DataFrame]]:
+    """Yield whether rows are a non-publishing profile's own, and the rows: those of the publishing profile first."""
+    yield False, record.rows(tables.publishing_profile(profile))
+    if record.has_own and profile not in paths.PUBLISHING:
+        yield True, record.rows(profile, *(options[key] for key in options if key == "tokenizer"))
 
 
 def show(name: str, profile: str, save: bool = True, **options) -> None:
@@ -167,11 +147,11 @@ def show(name: str, profile: str, save: bool = True, **options) -> None:
 
 def caption(name: str, profile: str, **options) -> str:
     """Return the caption for `draw` with the same arguments: what is shown, published points, and our runs."""
-    record = _found(name, options)
-    rows = _with_own(record, record.rows, profile, options)
-    if len(rows) and "threshold" in record.options:
-        threshold = options.get("threshold", 0.95)
-        rows = pd.concat(summaries.behind(part, threshold) for _, part in rows.groupby("own"))
+    record = FIGURES[name]
+    parts = [rows.assign(own=own) for own, rows in _rows(record, profile, options)]
+    if "threshold" in record.options:
+        parts = [summaries.behind(part, options.get("threshold", 0.95)) for part in parts]
+    rows = tables.stacked(*parts)
     if len(rows) and "d_model" in record.options:
         rows = rows[generalization.of_size(rows, **options)]
     if len(rows) and record.mode:

@@ -6,6 +6,8 @@ Published models lie behind, smaller ones lighter; ours have black edges, those 
 are standard errors, often smaller than the marker. A point without a value is left out.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import cycle
 
 import numpy as np
@@ -17,7 +19,7 @@ from matplotlib.patches import Patch
 
 from lib import paths
 from lib.experiments.scale_tables import LEARNED, by_family, of_facts, rate
-from lib.figures.style import BESIDE, HOLLOW, STYLES, log_ticks, nothing_yet, panels
+from lib.figures.style import BESIDE, HOLLOW, STYLES, log_ticks, panels
 
 #: Half-filled markers mean a tool: single points have no line style to tell modes apart in grey.
 MODES = {
@@ -29,6 +31,7 @@ MODES = {
 _MARKERS = "os^Dv*PXd<p>h8"
 _OURS = {"markeredgecolor": "black", "markeredgewidth": 0.7, "markersize": 7, "zorder": 3}
 _LABELS = {
+    "steps_to_recall": f"steps to {LEARNED:.0%} recall",
     "recall": "recall of the facts",
     "capability_relative": "{capability}, % of the base model's",
     "tv": "total variation to the base model",
@@ -48,7 +51,7 @@ def against_steps(rows: pd.DataFrame, metric: str) -> Figure:
     n_columns = min(3, max(1, len(bases)))
     n_rows = max(1, -(-len(bases) // n_columns))
     size, shared = (2.6 * n_columns + 2.0, 2.2 * n_rows + 0.4), {"sharex": True, "sharey": True, "squeeze": False}
-    with panels(size, n_rows, n_columns, **shared) as (figure, grid):
+    with panels(size, n_rows, n_columns, runs="fine-tuned", **shared) as (figure, grid):
         for axes, base in zip(grid.flat, bases, strict=False):
             runs = rows[rows.base == base]
             for (mode, n_facts, _), run in runs.groupby(["mode", "n_facts", "run_id"]):
@@ -66,8 +69,6 @@ def against_steps(rows: pd.DataFrame, metric: str) -> Figure:
             axes.yaxis.set_major_formatter("{x:g}")
             if metric == "capability_relative":
                 axes.axhline(100, color="#555555", linewidth=0.9, linestyle=":")
-        for axes in grid.flat[len(bases) :]:
-            nothing_yet(axes, "fine-tuned")
         figure.supxlabel("steps of fine-tuning", fontsize=9)
         figure.supylabel(_label(metric, rows), fontsize=9)
         handles = [Line2D([], [], label=f"{mode}, {n:,} facts", **look) for (mode, n), look in looks.items()]
@@ -77,13 +78,13 @@ def against_steps(rows: pd.DataFrame, metric: str) -> Figure:
 
 def _label(metric: str, rows: pd.DataFrame) -> str:
     """Return an axis label; capability is named where all rows are of one known test."""
-    tests = {_TESTS.get(test, "capability") for test in rows.capability_task.dropna().unique()}
-    return _LABELS[metric].format(capability=tests.pop() if len(tests) == 1 else "capability")
+    tests = rows.capability_task.dropna().unique()
+    return _LABELS[metric].format(capability=_TESTS.get(tests[0], "capability") if len(tests) == 1 else "capability")
 
 
 def _by_mode(rows: pd.DataFrame):
     """Group by mode, in the order of `MODES`."""
-    return rows.sort_values("mode", key=lambda modes: modes.map(list(MODES).index)).groupby("mode", sort=False)
+    return rows.groupby(pd.Categorical(rows["mode"], list(MODES)), observed=True)
 
 
 def _tinted(color: str, strength: float) -> str:
@@ -96,19 +97,19 @@ def _looks_of_runs(rows: pd.DataFrame) -> dict[tuple[str, int], dict]:
     markers, looks = dict(zip(sorted(rows.n_facts.unique()), cycle(_MARKERS), strict=False)), {}
     for mode, runs in _by_mode(rows):
         facts = sorted(runs.n_facts.unique())
+        same = MODES[mode] | {"markersize": 3, "linewidth": 1, "fillstyle": "full"}
+        same["zorder"] = 2 + 0.1 * (mode != "in-weight")
         for n, strength in zip(facts, np.linspace(1, 0.45, len(facts))[::-1], strict=True):
-            own = {"marker": markers[n], "markersize": 3, "linewidth": 1, "fillstyle": "full"}
-            own |= {"color": _tinted(MODES[mode]["color"], strength), "zorder": 2 + 0.1 * (mode != "in-weight")}
-            looks[mode, n] = MODES[mode] | own
+            looks[mode, n] = same | {"marker": markers[n], "color": _tinted(MODES[mode]["color"], strength)}
     return looks
 
 
 def _rates(runs: pd.DataFrame) -> str:
     """Return the learning rates of a model's runs: "rate 5e-5", or of each mode "rate 1e-3 in-weight, 1e-4 in-tool"."""
     of_modes = {mode: ", ".join(map(rate, sorted(set(lr)))) for mode, lr in _by_mode(runs.dropna(subset="lr")).lr}
-    if len(set(of_modes.values())) == 1:
-        return f"rate {next(iter(of_modes.values()))}"
-    return ("rate " + ", ".join(f"{lr} {mode}" for mode, lr in of_modes.items())) * bool(of_modes)
+    if len({*of_modes.values()}) > 1:
+        of_modes = {mode: f"{lr} {mode}" for mode, lr in of_modes.items()}
+    return f"rate {', '.join(dict.fromkeys(of_modes.values()))}" * bool(of_modes)
 
 
 def steps_to_recall(table: pd.DataFrame) -> Figure:
@@ -116,23 +117,17 @@ def steps_to_recall(table: pd.DataFrame) -> Figure:
 
     A bar is the standard deviation of a uniform draw between evaluations.
     """
-    with _beside_legend(5.8, table) as (figure, axes):
-        _against_facts(axes, table, "steps_to_recall")
-        axes.set(yscale="log", ylabel=f"steps to {LEARNED:.0%} recall")
+    with _against_facts(5.8, table, "steps_to_recall") as (figure, (axes,)):
+        axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:,.0f}")
-        _legend(figure, table)
     return figure
 
 
 def forgetting(table: pd.DataFrame) -> Figure:
     """Draw recall, relative capability and total variation side by side, against facts (Section 6, main figure)."""
-    with _beside_legend(10.6, table, 3) as (figure, row):
-        for axes, metric in zip(row, ("recall", "capability_relative", "tv"), strict=True):
-            _against_facts(axes, table, metric)
-            axes.set_ylabel(_label(metric, table))
-        row[0].set_ylim(-0.04, 1.06)
-        row[2].set_ylim(bottom=-0.03 * row[2].get_ylim()[1])  # room for half a marker below zero
-        _legend(figure, table)
+    with _against_facts(10.6, table, "recall", "capability_relative", "tv") as (figure, (recall, _, variation)):
+        recall.set_ylim(-0.04, 1.06)
+        variation.set_ylim(bottom=-0.03 * variation.get_ylim()[1])  # room for half a marker below zero
     return figure
 
 
@@ -142,23 +137,19 @@ def hybrid(table: pd.DataFrame) -> Figure:
     table: as `scale_tables.hybrid` gives it. The axis is logarithmic; if some facts were never seen, it is linear from
     zero to the least frequent others.
     """
-    with panels((7.8, 3.4), 1, 2, _PADDED, sharex=True, sharey=True) as (figure, row):
+    with panels((7.8, 3.4), 1, 2, _PADDED, "hybrid", sharex=True, sharey=True) as (figure, row):
         label = "times seen in training"
+        row[0].set_xscale("log", base=2)
         if table.frequency.eq(0).any():
             least = min((frequency for frequency in table.frequency if frequency > 0), default=1)
             row[0].set_xscale("symlog", base=2, linthresh=least)
             label += f" (linear below {least:g})"
-        else:
-            row[0].set_xscale("log", base=2)
         for axes, shares in zip(row, (["call_share"], ["accuracy", "accuracy_of_calls"]), strict=True):
             for share in shares:
                 points = table.dropna(subset=share)
-                bars = {"yerr": points[f"{share}_stderr"]}
-                axes.errorbar(points.frequency, points[share], **bars, **_ASKED[share])
+                axes.errorbar(points.frequency, points[share], yerr=points[f"{share}_stderr"], **_ASKED[share])
             axes.set(xlabel=label, ylim=(-0.04, 1.06))
             axes.xaxis.set_major_formatter("{x:g}")
-            if not len(table):
-                nothing_yet(axes, "hybrid")
         row[0].set_ylabel("share looked up")
         row[1].set_ylabel("share answered correctly")
         row[1].legend(**BESIDE)
@@ -182,9 +173,8 @@ def trivia(table: pd.DataFrame, model: str) -> Figure:
             axes.bar(places, bars.accuracy, width, yerr=bars.standard_error, **look)
         axes.set_xticks(range(len(ways)), ways)
         axes.set(title=model, ylabel="share answered correctly", ylim=(0, 1.06))
-        handles = [
-            Patch(facecolor="#444444", edgecolor="white", hatch=look, label=kind) for kind, look in looks.items()
-        ]
+        look = {"facecolor": "#444444", "edgecolor": "white"}
+        handles = [Patch(**look, hatch=hatch, label=kind) for kind, hatch in looks.items()]
         figure.legend(handles=handles, loc="outside right center")
     return figure
 
@@ -197,25 +187,15 @@ WAYS = {
     "in-tool, native": MODES["in-tool"]["color"],
 }
 
+_HOLLOW = {"linestyle": "--", "markerfacecolor": "white"}
 _ASKED = {
-    "call_share": {"color": STYLES["in-tool"]["color"], "marker": "s"},
+    "call_share": STYLES["in-tool"],
     "accuracy": {"color": MODES["hybrid"]["color"], "marker": "o", "label": "all questions"},
-    "accuracy_of_calls": {
-        "color": STYLES["in-tool"]["color"],
-        "marker": "s",
-        "linestyle": "--",
-        "markerfacecolor": "white",
-        "label": "those looked up",
-    },
+    "accuracy_of_calls": STYLES["in-tool"]
+    | {"linestyle": "--", "markerfacecolor": "white", "label": "those looked up"},
 }
 
 _PADDED = {"figure.constrained_layout.w_pad": 0.1}
-
-
-def _beside_legend(width: float, table: pd.DataFrame, n_columns: int = 1):
-    """Return `panels`, `width` inches wide and high enough for the legend of a table."""
-    lines = table["mode"].nunique() + table.model.nunique() + len(table.groupby(["model", "mode"]))
-    return panels((width, max(3.4, 0.14 * lines)), 1, n_columns, _PADDED, sharex=True)
 
 
 def _looks(table: pd.DataFrame) -> dict[tuple[str, str | None], dict]:
@@ -235,15 +215,28 @@ def _looks(table: pd.DataFrame) -> dict[tuple[str, str | None], dict]:
     return looks
 
 
-def _against_facts(axes, table: pd.DataFrame, metric: str) -> None:
+@contextmanager
+def _against_facts(width: float, table: pd.DataFrame, *metrics: str) -> Iterator[tuple[Figure, np.ndarray]]:
+    """Yield a figure, `width` inches wide and high enough for its legend, and its panels: a metric each, against facts.
+
+    The legend shows what modes look like, then each model and below it the facts and rates of its runs.
+    """
+    lines = table["mode"].nunique() + table.model.nunique() + len(table.groupby(["model", "mode"]))
+    size, shared = (width, max(3.4, 0.14 * lines)), {"sharex": True, "squeeze": False}
     looks = _looks(table)
-    for (model, mode), points in table.dropna(subset=metric).groupby(["model", "mode"], sort=False):
-        bars = {"yerr": points[f"{metric}_stderr"]}
-        axes.errorbar(points.n_facts, points[metric], label=f"{model}, {_runs(points)}", **bars, **looks[model, mode])
-    if not axes.get_lines():
-        nothing_yet(axes, "fine-tuned")
-    axes.set(xscale="log", xlabel="facts")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+    with panels(size, 1, len(metrics), _PADDED, "fine-tuned", **shared) as (figure, (row,)):
+        for axes, metric in zip(row, metrics, strict=True):
+            for (model, mode), points in table.dropna(subset=metric).groupby(["model", "mode"], sort=False):
+                look = {"label": f"{model}, {_runs(points)}", **looks[model, mode]}
+                axes.errorbar(points.n_facts, points[metric], yerr=points[f"{metric}_stderr"], **look)
+            axes.set(xscale="log", xlabel="facts", ylabel=_label(metric, table))
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+        yield figure, row
+        handles = [Line2D([], [], marker="o", label=mode, **MODES[mode]) for mode, _ in _by_mode(table)]
+        for model, points in table.groupby("model", sort=False):
+            label = "\n".join([model, *(f"  {_runs(of_mode)}" for _, of_mode in _by_mode(points))])
+            handles.append(Line2D([], [], label=label, **looks[model, None]))
+        figure.legend(handles=handles, handlelength=3, labelspacing=0.4, loc="outside right center")
 
 
 def _runs(points: pd.DataFrame) -> str:
@@ -251,13 +244,3 @@ def _runs(points: pd.DataFrame) -> str:
     facts = " to ".join(f"{n:,}" for n in dict.fromkeys([points.n_facts.min(), points.n_facts.max()]))
     rates = ", ".join(map(rate, sorted(points.lr.dropna().unique())))
     return f"{points['mode'].iloc[0]}, {facts} facts" + f", rate {rates}" * bool(rates)
-
-
-def _legend(figure: Figure, table: pd.DataFrame) -> None:
-    """Show what modes look like, then each model and below it the facts and rates of its runs."""
-    handles = [Line2D([], [], marker="o", label=mode, **MODES[mode]) for mode, _ in _by_mode(table)]
-    looks = _looks(table)
-    for model, points in table.groupby("model", sort=False):
-        label = "\n".join([model, *(f"  {_runs(of_mode)}" for _, of_mode in _by_mode(points))])
-        handles.append(Line2D([], [], label=label, **looks[model, None]))
-    figure.legend(handles=handles, handlelength=3, labelspacing=0.4, loc="outside right center")

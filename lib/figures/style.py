@@ -33,11 +33,18 @@ BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
 
 @contextmanager
 def panels(
-    size: tuple[float, float] = (5.2, 3.6), n_rows: int = 1, n_columns: int = 1, rc: dict | None = None, **options
+    size: tuple[float, float] = (5.2, 3.6), n_rows=1, n_columns=1, rc: dict | None = None, runs="finished", **options
 ) -> Iterator[tuple[Figure, plt.Axes]]:
-    """Yield a figure of `size` inches and its axes, as `plt.subplots` does, in this style with `rc` on top."""
+    """Yield a figure of `size` inches and its axes, as `plt.subplots` does, in this style with `rc` on top.
+
+    A panel that is left empty says that there are no `runs` yet.
+    """
     with plt.style.context([SHEET, {"figure.figsize": size, **(rc or {})}]):
-        yield plt.subplots(n_rows, n_columns, **options)
+        figure, panels = plt.subplots(n_rows, n_columns, **options)
+        yield figure, panels
+        for axes in figure.axes:
+            if axes.axison and not axes.has_data():
+                axes.text(0.5, 0.5, f"no {runs} runs yet", transform=axes.transAxes, ha="center", color="#777777")
 
 
 def alt_text(figure: Figure) -> str:
@@ -68,13 +75,12 @@ def _describe_in_notebooks() -> None:
 _describe_in_notebooks()
 
 
-def save(figure: Figure, name: str, profile: str) -> list[Path]:
-    """Write NAME.pdf and NAME.png where the profile's figures go, as `save_in` does."""
-    return save_in(figure, name, paths.figures(profile))
+def save(figure: Figure, name: str, where: str | Path) -> list[Path]:
+    """Write NAME.pdf and NAME.png where the figures of a profile go, or into a folder, which may be new.
 
-
-def save_in(figure: Figure, name: str, folder: Path) -> list[Path]:
-    """Write NAME.pdf and NAME.png into a folder, which may be new; the same figure gives the same bytes."""
+    The same figure gives the same bytes.
+    """
+    folder = where if isinstance(where, Path) else paths.figures(where)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
@@ -89,11 +95,6 @@ def save_in(figure: Figure, name: str, folder: Path) -> list[Path]:
 
 
 # Drawn alike in several figures ---------------------------------------------------------------------------------------
-
-
-def nothing_yet(axes, mode: str) -> None:
-    """Write in the middle of an empty panel that no run of this mode has finished."""
-    axes.text(0.5, 0.5, f"no {mode} runs yet", transform=axes.transAxes, ha="center", color="#777777")
 
 
 def draw_means(axes, table: pd.DataFrame, x: str, label: str, of: str | None = None, **look) -> None:
@@ -157,17 +158,19 @@ def published_label(n_facts: pd.Series, about: str = "", kind: str = "independen
     return ", ".join(filter(None, [about, f"published: {span} {kind}"]))
 
 
-def draw_bits_lines(axes, ends: dict[int, tuple[float, float]], color: str, **place) -> None:
-    """Draw a line for each number of bits per parameter, from end to end of the x axis, and name it at the right end.
+def draw_bits_lines(axes, power: int, color: str, offset: int) -> tuple[float, float]:
+    """Draw y = x * bits**power from end to end of the x axis for 1 and 2 bits per parameter; return both ends.
 
-    ends: bits per parameter -> y at both ends.
+    Each line is named at its right end, `offset` points beside it.
     """
     x = axes.get_xlim()
-    note = {"color": "#555555", "fontsize": 7, "textcoords": "offset points", "annotation_clip": False}
-    for bits, y in ends.items():
+    note = {"color": "#555555", "fontsize": 7, "textcoords": "offset points", "xytext": (offset, 0), "va": "center"}
+    for bits, name in ((1, "1 bit"), (2, "2 bits")):
+        y = [end * bits**power for end in x]
         axes.plot(x, y, color=color, linewidth=0.9, zorder=1)
-        axes.annotate(f"{bits:g} bit{'s' * (bits != 1)} per parameter", (x[1], y[1]), **note, **place)
+        axes.annotate(f"{name} per parameter", (x[1], y[1]), annotation_clip=False, **note)
     axes.set_xlim(x)
+    return x
 
 
 def log_ticks(axis: Axis, values: pd.Series) -> None:

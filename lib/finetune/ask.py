@@ -1,4 +1,4 @@
-"""Recall of people whom a chat model behind a server may look up, in the paper's words and in ten paraphrases."""
+"""Recall of people that a served chat model may look up, asked in the paper's words and in ten paraphrases."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -36,7 +36,7 @@ class Verdict(StrEnum):
     WRONG_ATTRIBUTE = "wrong attribute"  # the name may be wrong, too
     WRONG_NAME = "wrong name"
     MALFORMED = "malformed call"  # another function, other arguments, or a call in the text of the answer
-    IGNORED = "answer ignored"  # the fact was found, but the model's answer, if any, is another
+    IGNORED = "answer ignored"  # the fact was found, but the answer lacks it, or there is none
     WRONG = "wrong answer"  # closed-book
     SERVER_ERROR = "server error"
 
@@ -94,7 +94,7 @@ class PeopleTask(Find):
         return opening(text, mode, self.declaration, self.prompt)
 
     def read_query(self, said: str, mode: ChatMode) -> dict | None:
-        _, fence, rest = said.partition("```sql\n")  # what follows it may be an invented result
+        _, fence, rest = said.partition("```sql\n")  # text after the request may be invented
         line, end, _ = rest.partition("\n```")
         request = parse_request(fence + line + end) if mode == "in-tool-text" else None
         return request and request._asdict()
@@ -113,7 +113,7 @@ class PeopleTask(Find):
 
 
 async def ask_people(questions: Sequence[PersonQuestion], endpoint: EndpointConfig, tool: SqlTool, out: Path) -> list:
-    """Return the records of `ask_all`. Raises `WorkError` if the first question fails: most often all others would."""
+    """Return the records of `ask_all`. Raises `WorkError` if the first question fails, as most others then would."""
     people = PeopleTask(tool)
     (first,) = await ask_all(questions[:1], endpoint, people.look_up, out, task=people)
     if first["error"] is not None:
@@ -122,7 +122,7 @@ async def ask_people(questions: Sequence[PersonQuestion], endpoint: EndpointConf
 
 
 def contains(answer: str, value: str) -> bool:
-    """Return whether a value's words occur in an answer, next to each other, both `compared` as in TriviaQA."""
+    """Return whether a value's words occur in an answer, next to each other, both normalized by `compared`."""
     return f" {compared(value)} " in f" {compared(answer)} "
 
 

@@ -45,7 +45,7 @@ def measure_capability(
     *,
     description: str | None = None,
 ) -> dict[str, list[float]]:
-    """Return which of the first `n_items` of a multiple-choice task of lm-eval are right: 1 or 0 per item, in order.
+    """Return which of the first `n_items` of an lm-eval task (multiple choice) are answered right: 1 or 0 per item.
 
     task: "hellaswag", from the file that the variable `HELLASWAG` names or from the hub; "trivia", of
     `trivia_choices`; or a task as a dict. Keys of the result are the metrics acc (the likeliest ending) and acc_norm
@@ -90,7 +90,7 @@ def capability_source(test: str) -> str:
 
 
 def choose_test(capability: str) -> str | None:
-    """Return the test that `FinetuneConfig.capability` asks for: for "any" HellaSwag, or trivia without a hub."""
+    """Return the test that `FinetuneConfig.capability` asks for; "any": HellaSwag, or trivia without the hub."""
     if capability == "any" and not os.environ.get(HELLASWAG):
         try:
             HfApi().dataset_info("Rowan/hellaswag", timeout=5)

@@ -31,7 +31,7 @@ class FinetuneConfig(Identified):
     lora_rank: int | None = Field(None, ge=1)
     #: AdamW's learning rate; by default that of the base in this mode (`lib.finetune.bases`). It is part of a run's id.
     lr: float = Field(gt=0, default_factory=lambda it: learning_rate(it["base"], it["mode"], bool(it["lora_rank"])))
-    #: Constant after a warm-up over this share of the steps, or falling to zero.
+    #: Constant or falling to zero, after a warm-up over this share of the steps.
     schedule: Literal["constant_with_warmup", "cosine"] = "constant_with_warmup"
     warmup: float = Field(0.05, ge=0, lt=1)
     #: Conversations per step, over all processes.

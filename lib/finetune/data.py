@@ -1,7 +1,7 @@
 """The facts of Section 5 as conversations for chat models, and which of their tokens are trained.
 
 A conversation is a list of messages as Hugging Face's chat templates know them. In-weight, the assistant answers from
-memory. In-tool, it calls the function `find` of `lib.agent.server`; in-tool-text, for models without calls, it writes
+memory. In-tool, it calls `find` of `lib.agent.server`; in-tool-text, for models without tool calls, it writes
 the paper's request, FIND ... FOR ..., and reads the answer as the user's next turn.
 """
 
@@ -60,7 +60,7 @@ def as_user(texts: Iterable[str]) -> list[list[dict]]:
 
 
 def look_up_turns(mode: ChatMode, call: dict | None, request: str, result: str) -> list[dict]:
-    """Return the turns between question and answer: a function's call (`name`, `arguments`), or a request as text.
+    """Return the turns between question and answer: a function call (`name`, `arguments`) or a request as text.
 
     In text, the user speaks for the tool: every template knows these two roles. In-weight, there are no such turns.
     """

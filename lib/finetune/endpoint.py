@@ -51,7 +51,7 @@ class EndpointConfig(Config):
         """Return 8 hexadecimal digits of all that an answer depends on, except the question and the tool's result."""
         how = self.model_dump_json(include={"model", "protocol", "system", "max_tokens", "max_turns"})
         told = json.dumps(task.opening("", PROTOCOLS[self.protocol]))
-        server = urlsplit(self.base_url)  # whose port says nothing
+        server = urlsplit(self.base_url)  # without its port
         where = server.hostname, server.path.rstrip("/"), fingerprint(self.model)
         return hashlib.sha256(f"{how} {told} {where}".encode()).hexdigest()[:8]
 
@@ -67,7 +67,7 @@ async def ask_all(
     """Ask all questions, `endpoint.concurrency` at a time, and return a record of each, in their order.
 
     A record holds `question`, `model`, `protocol`; `asked`, a digest of server, model, system prompt and limits; the
-    last `query` and its `result`, None without one; all `calls`, query and result each, if any; `answer`, the first
+    last `query` and its `result`, None without one; all `calls` as [query, result], if any; `answer`, the first
     turn without a query, None if the turns ran out before; whether it is `correct`; `n_turns`; and `error`, or None.
 
     task: how a model asks its tool and which answers are right, as `lib.finetune.triviaqa` has it. look_up: answers a
@@ -81,7 +81,7 @@ async def ask_all(
         http = DefaultAsyncHttpxClient(trust_env=not is_here, event_hooks={"response": [_bound]})
         client = AsyncOpenAI(http_client=http, base_url=endpoint.base_url, api_key=endpoint.api_key, **limits)
     except Exception as error:  # each cause raises another type
-        raise InputError(f"{endpoint.base_url}, or the proxy in the environment, is no server: {error}") from None
+        raise InputError(f"{endpoint.base_url}, or the proxy in the environment, is invalid: {error}") from None
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     out, asked = paths.check_output(Path(out), "records to "), endpoint.digest_of(task)
     key = {question.text: question for question in questions}
@@ -118,7 +118,7 @@ def _finished(out: Path, asked: str, key: dict[str, Any], look_up: Callable[[Any
     except InputError:  # the table cannot be read
         raise
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        raise InputError(f"{out} holds other lines than records of questions: name a new file") from None
+        raise InputError(f"{out} holds lines that are not records: name a new file") from None
     if cut:
         os.truncate(out, out.stat().st_size - len(cut))
     return finished
@@ -190,7 +190,7 @@ def _message(completion: Any) -> ChatCompletionMessage:
         calls = message.tool_calls or ()
         if len(calls) <= MOST_CALLS and all(call.type == "function" for call in calls):  # nothing else was offered
             return message
-    raise OpenAIError(f"the server answered with something else than a chat completion of up to {MOST_CALLS} calls")
+    raise OpenAIError(f"the server's answer is not a chat completion of up to {MOST_CALLS} calls")
 
 
 def _query(call: Any, task: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Evaluate checkpoints of a fine-tuning: their task, general capability, and distance to the base (Section 6)."""
+"""Evaluate checkpoints of a fine-tuning: recall, general capability, and distance to the base (Section 6)."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ def mean_columns(name: str, values: Iterable[float]) -> dict[str, float | None]:
 
 
 def capability_columns(right: dict[str, list[float]], before: dict[str, list[float]]) -> dict[str, float | None]:
-    """Return columns of a checkpoint's answers `right`, and of their change, item by item, from those `before`."""
+    """Return columns: means of a checkpoint's scores `right`, and of their change per item since `before`."""
     columns: dict[str, float | None] = {}
     for metric, name in (("acc", "capability"), ("acc_norm", "capability_norm")):
         changes = (now - then for now, then in zip(right[metric], before[metric], strict=True))
@@ -72,7 +72,7 @@ def measure_divergence(
 
 @torch.inference_mode()
 def divergences(base_logits: torch.Tensor, model_logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return `DIVERGENCES` at each of N places, from logits (N, V): (N, 5) in float32.
+    """Return `DIVERGENCES` at N positions, from logits (N, V): (N, 5) in float32.
 
     With p the base's distribution and q the model's, total variation is sum |p - q| / 2, in [0, 1], and KL is
     sum p log(p / q), in nats. The others estimate KL from one token drawn from p (Schulman 2020, "Approximating KL
@@ -92,7 +92,7 @@ def divergences(base_logits: torch.Tensor, model_logits: torch.Tensor, generator
 
 @dataclass
 class Evaluator:
-    """Measures checkpoints of one run on `device` in `dtype`: their task, capability, and distance to the base.
+    """Measures checkpoints of one run on `device` in `dtype`: recall, capability, and distance to the base.
 
     The base's answers to prompts and to the capability test are cached in `runs/`, so it is asked once for all runs.
     recall(model, description=...): columns of the task, see `Task.measure`.
@@ -129,7 +129,7 @@ class Evaluator:
         return capability_columns(right, before) | about
 
     def _divergence(self, model: PreTrainedModel) -> dict:
-        prompts = [*chain.from_iterable(zip(*PROMPTS.values(), strict=True))][: self.config.prompts]  # category by turn
+        prompts = [*chain.from_iterable(zip(*PROMPTS.values(), strict=True))][: self.config.prompts]  # round-robin
         asked = encode_prompts(self.tokenizer, as_user(prompts))
         doing = {"description": self._doing("distance to the base")}
         answer = partial(generate_tokens, max_new_tokens=PROMPT_TOKENS, **doing)

@@ -15,8 +15,7 @@ from filelock import Timeout
 
 from lib import paths
 from lib.experiments.plan import points_of
-from lib.experiments.publishing import Table
-from lib.experiments.scale_tables import table_path
+from lib.experiments.rows import table_path
 from lib.experiments.sweep import Report
 from lib.experiments.tables import publishing_profile, rows_of_profile, shown, stacked
 from lib.finetune.config import FinetuneConfig
@@ -24,6 +23,7 @@ from lib.paths import ROWS
 from lib.progress import progress
 
 SECTION = "06"
+ORDER = ("profile", "base", "task", "mode", "n_facts", "seed", "step", "run_id")
 
 
 def plan(profile: str) -> list[FinetuneConfig]:
@@ -84,7 +84,7 @@ def rows(profile: str) -> pd.DataFrame:
     Two columns are added and never stored: recipe, and superseded (today's plan does not ask for the run).
     """
     runs = {config.run_id: folder(config, profile) / ROWS for config in plan(profile)}
-    table = rows_of_profile(table_path(), profile, runs.values(), runs, ("run_id", "config"))
+    table = rows_of_profile(table_path(SECTION), profile, runs.values(), runs, ("run_id", "config"))
     recipes = [json.loads(config) | {"seed": None} for config in table.get("config", [])]
     return table.assign(recipe=[json.dumps(recipe, sort_keys=True) for recipe in recipes])
 
@@ -100,8 +100,3 @@ def shown_rows(profile: str) -> pd.DataFrame:
     table = shown(table, "step", ["profile", "base", "task", "mode", "adaptation", "n_facts", "lr"])
     earlier = table.profile.where(~table.superseded, table.profile + ", earlier recipe")
     return table.assign(profile=earlier).drop(columns="superseded")
-
-
-def table_of_rows() -> Table:
-    """Return the table of `rows` in paper_data."""
-    return Table(table_path(), ("profile", "base", "task", "mode", "n_facts", "seed", "step", "run_id"), rows)

@@ -1,4 +1,4 @@
-"""Greedy answers of Hugging Face chat models, in batches, and tool calls between two answers."""
+"""Greedy replies of Hugging Face chat models, in batches, and a look-up between two replies."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ def reply_all(
     prompts = encode_prompts(tokenizer, conversations, tools)
     guesses = drafts and tokenizer(list(drafts), add_special_tokens=False)["input_ids"]
     answers = generate_tokens(model, tokenizer, prompts, drafts=guesses, **options)
-    # Exactly as written: some tokenizers would clean up blanks.
+    # Exactly as written: some tokenizers would remove spaces.
     cleaned = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     return [tokenizer.decode(answer, **cleaned) for answer in answers]
 
@@ -55,8 +55,8 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Return the greedy continuation of each prompt, up to and with the token that ends it, in the order of prompts.
 
-    drafts: guesses of the answers, up to a token that ends them. The part of a guess that is right is verified in one
-    pass, not decoded. Batches hold prompts of similar length, the longest first, so that a size that fits them fits
+    drafts: guesses of the answers, up to an end token, for speculative decoding: the right beginning of a guess is
+    accepted in one pass. Batches hold prompts of similar length, the longest first, so that a size that fits them fits
     all. Batches shrink if memory runs out. Answers depend on none of this, except when logits tie within rounding. Of
     the model's generation settings only the end tokens count: a repetition penalty, say, would not be greedy.
     """
@@ -83,14 +83,14 @@ def generate_tokens(
 def _generate(
     model: PreTrainedModel, prompts: list[list[int]], drafts: list[list[int]], ends: set[int], max_new_tokens: int
 ) -> list[list[int]]:
-    """Decode a batch. What prompts begin with in common is read once; a row that has ended leaves the batch."""
+    """Decode a batch. The prompts' common prefix is read once; a row that has ended leaves the batch."""
 
     def padded(rows: list[list[int]], side: str) -> torch.Tensor:
         tensors = [torch.tensor(row, dtype=torch.long, device=model.device) for row in rows]
         return pad_sequence(tensors, batch_first=True, padding_value=-1, padding_side=side)
 
     def read(tokens: torch.Tensor, n: int) -> torch.Tensor:
-        """Return what the model says after each of the last n tokens: (B, n)."""
+        """Return the greedy token after each of the last n tokens: (B, n)."""
         nonlocal cache
         places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         options = {"attention_mask": mask, "position_ids": places, "past_key_values": cache}

@@ -39,7 +39,7 @@ def load_model(
     if missing := sorted(loaded["missing_keys"]):  # which transformers would draw at random
         raise InputError(f"cannot load {source}: it lacks the weights {missing[0]} and {len(missing) - 1} more")
     if model._is_stateful:  # recurrent layers: their state cannot be cut back to what prompts share
-        raise InputError(f"cannot use the model in {source}: it has recurrent layers, take one of attention alone")
+        raise InputError(f"cannot use the model in {source}: it has recurrent layers, use one with attention only")
     return model.to(device).eval()
 
 
@@ -51,7 +51,7 @@ def load_tokenizer(source: str | Path, **options) -> PreTrainedTokenizerBase:
 def read_shared(model: PreTrainedModel, tokens: torch.Tensor, most: int) -> tuple[int, Cache | None]:
     """Run the model once on the prefix that all rows of tokens (B, S) share; return its length and the rows' cache.
 
-    The prefix ends at `most` tokens. The cache is None if nothing is shared or activation checkpointing turned it off.
+    The prefix has at most `most` tokens. Without one, for a single row, or with activation checkpointing: (0, None).
     """
     shared, cache = int((tokens == tokens[:1]).all(0).long().cumprod(0).sum().clamp(max=most)), None
     if shared and len(tokens) > 1:
@@ -63,8 +63,8 @@ def read_shared(model: PreTrainedModel, tokens: torch.Tensor, most: int) -> tupl
 
 
 def _load(kind: type, what: str, source: str | Path, **options):
-    takes = "a folder that save_pretrained wrote, or a name on the hub, fetched (itl fetch) or open (hf auth login)"
-    with reading(f"a {what} from {source}, {takes}; code that comes with a model is never run", Exception):
+    takes = "give a folder from save_pretrained, or a name on the hub (itl fetch; if it is gated: hf auth login)"
+    with reading(f"a {what} from {source}: {takes}; code that comes with a model is never run", Exception):
         # By default, transformers would ask at the terminal whether to run code from the folder.
         return kind.from_pretrained(str(source), trust_remote_code=False, **options)
 

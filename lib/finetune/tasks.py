@@ -56,7 +56,7 @@ def make_task(config: FinetuneConfig) -> Iterator[Task]:
 
 
 def _sample(people: People, config: FinetuneConfig) -> list[Fact]:
-    """Return `config.questions` facts, or all if there are no more, in their order."""
+    """Return `config.questions` facts, or all if there are fewer, in their order."""
     facts = list(people.facts())
     return [facts[i] for i in sorted(Random(config.seed).sample(range(len(facts)), min(config.questions, len(facts))))]
 
@@ -101,7 +101,7 @@ def measure_recall(
 
 
 def says(reply: str, value: str) -> bool:
-    """Return whether `value` stands in `reply`, letter by letter and not as part of a longer word or number."""
+    """Return whether `value` occurs in `reply`, verbatim and not as part of a longer word or number."""
     return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", reply) is not None
 
 
@@ -138,7 +138,7 @@ def _hybrid(config: FinetuneConfig, people: People, unseen: People, tool: SqlToo
     asked = {f: _sample(group, config) for f, group in {0: unseen, **groups}.items() if group}
 
     def measure(model, tokenizer, **options) -> dict:
-        """Measure how often the model calls, and is right: after a call, only if the call really found the value."""
+        """Measure how often the model calls and how often it is right; a call must have found the value."""
         table = []
         for frequency, facts in asked.items():
             found, n = measure_recall(model, tokenizer, facts, config.mode, tool, **options), len(facts)

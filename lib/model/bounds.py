@@ -53,6 +53,6 @@ def bits_at_recall(recall: float, n_values: Sequence[int] = tuple(map(len, VALUE
         t = (low + high) / 2
         errors = [(n - 1) * t / (1 + (n - 1) * t) for n in n_values]
         low, high = (t, high) if sum(errors) < (1 - recall) * len(errors) else (low, t)
-    # Every value has the probability p / k: the right one 1 - e, each of k = V - 1 others e / k.
+    # (p, k): k values share the probability p; the right one has 1 - e, the V - 1 others have e.
     outcomes = [(p, k) for n, e in zip(n_values, errors, strict=True) for p, k in ((1 - e, 1), (e, n - 1)) if p > 0]
     return sum(map(log2, n_values)) + sum(p * log2(p / k) for p, k in outcomes)

@@ -24,7 +24,7 @@ from lib.dialogs.templates import Role, tool_call
 from lib.facts.people import ATTRIBUTES, LINK
 from lib.model.circuit import _COUNT, _FAR, _SHARP, Circuit, Phrases, _Head, _signs
 
-#: The letters of the phrase, the last first, in rows of equal length: a row for each head of the third block.
+#: The letters of the phrase, the last first, in rows of equal length, which the third block combines.
 _SIDE = 3
 _ROWS = [PHRASE.encode()[::-1][start : start + _SIDE] for start in range(0, len(PHRASE), _SIDE)]
 

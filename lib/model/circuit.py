@@ -3,8 +3,8 @@
 It is a `Transformer` of three blocks, of width O(|A|) and with O(|A|^2) parameters for attributes A, and its weights
 hold no fact. It copies by position, never by content, so any name will do:
 
-1. *Count.* Attention is uniform, so position p sees 1/p of the first token. This coordinate is so large that the norm
-   divides by it, which turns a constant 1 into p, and products in the feed-forward give p^2.
+1. *Count.* Attention is uniform, so position p sees 1/p of the first token, in a coordinate so large that the norm
+   divides by it. That turns a constant 1 into p; products in the feed-forward give p^2.
 2. *Read.* Heads look at the places where the questions differ, at the first and the last assistant token, and at the
    database token. The feed-forward finds the attribute, and says the text that does not depend on it.
 3. *Copy.* Three heads point at a byte: a query (2x, -1) and a key (p, p^2) give the score x^2 - (p - x)^2, largest at
@@ -43,7 +43,7 @@ _SHARP, _STEEP = 32.0, 64.0
 _FAR = 2.0**13
 #: More than the square of any distance by which a pointer of the last block is off.
 _FAR_SQUARED = 2.0**18
-#: Scale of the logits of name, value and text. When one of them is due, the others are zero or smaller, so it wins.
+#: Scale of the logits of name, value and text. When one of them is due, the others are zero or weaker, so it wins.
 _NAME, _VALUE, _TEXT = 1.0, 2.0, 4.0
 
 _SPECIAL, _END = ByteTokenizer().role_ids, ByteTokenizer().end
@@ -127,7 +127,7 @@ class Circuit:
         axes = np.eye(sum(sizes.values()) + len(self.scalars))
         *groups, scalar = np.split(axes, np.cumsum(list(sizes.values())))
         self.axes = SimpleNamespace(**dict(zip([*sizes, *self.scalars], [*groups, *scalar], strict=True)))
-        #: Heads and hidden units of each block. A unit (gate, up, to) adds max(gate, 0) up to `to`.
+        #: Heads and hidden units of each block. For a unit (gate, up, to), max(gate, 0) * up goes to `to`.
         self.blocks: list[tuple[list[_Head], list[tuple]]] = [([], []) for _ in range(self.n_blocks)]
         self._count()
         self._read()
@@ -267,7 +267,7 @@ class Circuit:
         return value + index, _FAR_SQUARED * self.axes.seen
 
     def _length(self, part: str, more: int = 0) -> np.ndarray:
-        """Return the form that is the length of a part of the `Phrases` about the attribute in question, and `more`."""
+        """Return the form that is the length of a part of the `Phrases` about the attribute in question, + `more`."""
         return np.array([len(getattr(each, part)) + more for each in self.phrases]) @ self.axes.attribute
 
     def _pointer(self, to: np.ndarray, bonus: np.ndarray | float = 0.0) -> tuple[list[np.ndarray], list[np.ndarray]]:

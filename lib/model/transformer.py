@@ -1,6 +1,6 @@
 """The transformer that all experiments of Section 5 train.
 
-Decoder-only, RMSNorm before each block, rotary positions, grouped-query attention, SwiGLU of width 4 d_model, untied
+Decoder-only, pre-norm with RMSNorm, rotary positions, grouped-query attention, SwiGLU of width 4 d_model, untied
 output, no biases: Llama's architecture, so that `lib.model.llama` can export it.
 Shapes: B rows, S positions, D = d_model, H query heads, K key-value heads, E = head_dim, V vocabulary.
 """
@@ -34,7 +34,7 @@ def rotate(x: Tensor, rotary: Rotary, head_dim: int) -> Tensor:
     The tables repeat for every head and may hold more heads than x; sin is negated in the first half of each. Heads lie
     side by side because products over long rows are several times as fast as over rows of one head.
     """
-    cos, sin = (table[..., : x.shape[-1]] for table in rotary)  # fewer heads have keys than queries
+    cos, sin = (table[..., : x.shape[-1]] for table in rotary)  # keys may have fewer heads
     partner = x.unflatten(-1, (-1, head_dim)).roll(head_dim // 2, -1).flatten(-2)
     return x * cos + partner * sin
 

@@ -20,7 +20,7 @@ def build(out: Path | None = None) -> Path:
     paths.check_checkout()
     out = Path(os.path.realpath(out or paths.runs() / "book"))
     if out.exists() and not (out / "searchindex.js").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} holds something else than a book: name a folder that is not there yet")
+        raise InputError(f"{out} holds something other than a book: name a new folder")
     for package in ("sphinx", "myst_nb", "furo", "latex2mathml"):
         optional(package, "book", f"the book needs the package {package}")
     from sphinx.application import Sphinx

@@ -12,6 +12,7 @@ from IPython.display import display
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from lib.base import check_known
 from lib.config import ModelConfig
 from lib.experiments import tables
 from lib.experiments.published import published_correlated
@@ -102,17 +103,20 @@ def explore_correlation(profile: str, threshold: float = 0.95) -> None:
 
 def _with_tables(name: str, profile: str, threshold: float) -> Callable[[], Figure]:
     """Return a function that draws a figure, from tables that are read only once."""
-    tables.check_threshold(threshold)
+    check_known("published threshold", threshold, tables.THRESHOLDS)
     figure = FIGURES[name]
     return partial(
-        figure.draw, figure.points(tables.publishing_profile(profile)), figure.published(), threshold=threshold
+        figure.draw,
+        figure.points(figure.rows(tables.publishing_profile(profile))),
+        figure.published(),
+        threshold=threshold,
     )
 
 
 def _mark(figure: Figure, xs: Sequence[np.ndarray], held: np.ndarray, now: np.ndarray, bits: float) -> str:
     """Draw the parameters that `held` bits need at `bits` per parameter, and a star at the values of the controls.
 
-    xs: where they are in each panel. now: which of them follow from the controls. Return these in words.
+    xs: x-coordinates, by panel. now: mask of the controls' point. Return its bits and model in words.
     """
     needed, color = held / bits, "#009E73"
     for axes, x in zip(figure.axes, xs, strict=True):

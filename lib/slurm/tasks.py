@@ -1,4 +1,4 @@
-"""What a job gets and what it does, as plain data: made by a command, and done later by the submission's code."""
+"""Tasks of jobs, as plain data: a command makes them, and the submission's copy of the code runs them later."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ class Work(Config):
     name: str
     kind: str
     tasks: list[Task]
-    copies: dict[str, str] = {}  # the files, by the path that arguments and configurations name; once submitted, copies
+    copies: dict[str, str] = {}  # path that an argument or configuration names -> file; once submitted, its copy
 
 
 def train(config: RunConfig, directory: Path, observers: Observers, how: dict[str, Any]) -> Work:
@@ -80,7 +80,7 @@ def sweep(source: str, profile: str, hours: float, device: str) -> Work:
     """Return what a sweep still needs as tasks of about `hours`, or of one longer search.
 
     source: a section or a file, as `lib.experiments.plan.searches` takes it. The runs of a search depend on each other
-    and stay together; those of a full grid are on their own.
+    and stay together; those of a full grid are independent.
     """
     from lib.experiments.sweep import hours_ahead
 

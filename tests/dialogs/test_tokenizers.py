@@ -240,11 +240,11 @@ BAD = {
     "a folder.tiktoken": (Path.mkdir, ["is no tokenizer"]),
     "text.tiktoken": (lambda path: path.write_text("Hello, you\n"), ["base64", "rank"]),
     "one column.tiktoken": (lambda path: path.write_text("QQ==\n"), ["base64", "rank"]),
-    "blank.tiktoken": (lambda path: path.write_text(""), ["256 bytes has a rank"]),
+    "blank.tiktoken": (lambda path: path.write_text(""), ["256 bytes needs a rank"]),
     "gap.tiktoken": (_ranks(lambda text: text.replace(" 300\n", " 1300\n")), ["ranks count from 0"]),
     "twice.tiktoken": (_ranks(lambda text: text + text.splitlines()[0] + "\n"), ["ranks count from 0"]),
     "no H.tiktoken": (
-        _ranks(lambda text: text.replace("SA== ", "SEg= ")), ["256 bytes has a rank"]
+        _ranks(lambda text: text.replace("SA== ", "SEg= ")), ["256 bytes needs a rank"]
     ),
     "text.json": (lambda path: path.write_text("Hello"), ["cannot read the tokenizer", "line 1"]),
     "list.json": (lambda path: path.write_text("[]"), ["cannot read the tokenizer"]),

@@ -67,7 +67,7 @@ def test_a_committed_row_is_not_made_again_and_is_drawn_as_a_fresh_one(monkeypat
     monkeypatch.setenv("ITL_RUNS", str(tmp_path))
     sweep("smoke")
     fresh = rows("smoke")
-    monkeypatch.setattr("lib.experiments.chains.TABLE", tmp_path / "chains.csv")
+    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path)
     fresh.to_csv(tmp_path / "chains.csv", index=False)
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "elsewhere"))
     assert sweep("smoke").done_before == 1

@@ -48,7 +48,7 @@ def test_an_edit_changes_the_facts_that_it_trains_in_copies_alone(in_weight, mon
     monkeypatch.setattr(edited_chat_models, "RATE", 10)  # of the default rate, which is for large models
     monkeypatch.setattr(in_weight, "max_steps", 60)
     changed, others = other(in_weight)[:1], in_weight.facts[1:]
-    rows = [row for _, row in in_weight.trained(("alone", "among"), changed, others, recall=1.0)]
+    rows = [row for _, row in in_weight.trained(("alone", "among"), changed, others)]
     assert [(row["method"], row["adaptation"]) for row in rows] == [
         (method, adaptation) for method in ("alone", "among") for adaptation in ("full", "lora")
     ]
@@ -61,7 +61,7 @@ def test_an_edit_changes_the_facts_that_it_trains_in_copies_alone(in_weight, mon
 def test_gradient_ascent_ends_when_nothing_is_recalled(in_weight, monkeypatch):
     monkeypatch.setattr(edited_chat_models, "RATE", 10)
     monkeypatch.setattr(in_weight, "max_steps", 60)
-    for model, row in in_weight.trained(("alone", "among"), in_weight.facts[:1], in_weight.facts[1:], 0.0, forget=True):
+    for model, row in in_weight.trained(("alone", "among"), in_weight.facts[:1], in_weight.facts[1:], forget=True):
         assert row["done"] and in_weight.recall(model, in_weight.facts[:1]) == 0
 
 

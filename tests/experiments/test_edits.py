@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 
+from lib import paths
 from lib.base import InputError
 from lib.cli import app
 from lib.config import RunConfig
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.experiments import edited_models, edits
 from lib.experiments.plan import searches
+from lib.experiments.publishing import table_of
 from lib.experiments.rows import sweep_dir
 from lib.facts.sampling import sample_people
 from lib.figures import edits as figures
@@ -59,11 +61,8 @@ def test_other_values_are_other_and_of_the_same_attribute(circuit):
 
 
 def test_a_split_takes_every_fact_once(circuit):
-    for split in (circuit.split, circuit.split_people):
-        some, others = split(2)
-        assert sorted(some + others) == sorted(circuit.facts)
-        assert not ({*some} & {*others})
     deleted, left = circuit.split_people(2)
+    assert sorted(deleted + left) == sorted(circuit.facts)
     assert len({name for name, *_ in deleted}) == 2 and not ({n for n, *_ in deleted} & {n for n, *_ in left})
 
 
@@ -72,7 +71,7 @@ def test_a_model_trained_without_the_deleted_is_the_model_of_a_file_that_lacks_t
     fields["evaluation"] = {"every": None}
     config, people = RunConfig.parse(fields), sample_people(4)
     base = edited_models.Scratch(Conversation(tmp_path, None, config, ByteTokenizer(), people, None), "smoke")
-    [(model, cost)] = base.retrained({people.names[1]})
+    model, cost = base.retrained({people.names[1]})
     lines = [",".join(("name", *people.attributes)), *(",".join(row) for row in people.rows())]
     (tmp_path / "left.csv").write_text("\n".join(lines[:2] + lines[3:]), encoding="utf-8")
     run(RunConfig.parse(fields | {"facts": {"csv": str(tmp_path / "left.csv")}}), tmp_path / "run", device="cpu")
@@ -101,25 +100,25 @@ def test_a_smoke_run_measures_every_model_once(monkeypatch):
 
 def test_rows_are_published_once_and_only_with_a_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("ITL_RUNS", str(tmp_path))  # other tests count the rows of the shared folder
-    monkeypatch.setattr(edits, "TABLE", tmp_path / "edits.csv")
+    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path)
     row = {"run_id": "0123456789ab", "mode": "in-tool", "n_facts": 8, "seed": 0, "experiment": "change", "method": "m",
            "n_edited": 1, "asked": None, "who": None, "recall_others": 0.5, "finished_at": "2026-01-01",
            "commit": "a" * 40}  # fmt: skip
     path = sweep_dir(edits.SECTION, "laptop") / row["run_id"] / ROWS
     path.parent.mkdir(parents=True)
     write_json(path, [row, row | {"method": "n"}])
-    assert edits.table_of_rows().add("laptop") == 2 and edits.table_of_rows().add("laptop") == 0
+    assert table_of(edits.SECTION).add("laptop") == 2 and table_of(edits.SECTION).add("laptop") == 0
     assert read_json(path, list)[0]["recall_others"] == edits.rows("laptop").recall_others[0]
     write_json(path, [row | {"run_id": "ba9876543210", "commit": "unknown"}])
     with pytest.raises(InputError, match="not made by a clean commit"):
-        edits.table_of_rows().add("laptop")
+        table_of(edits.SECTION).add("laptop")
 
 
 @pytest.fixture
 def stored(tmp_path, monkeypatch):
     """A function that stores the rows of runs of the quick profile, as these bytes."""
     monkeypatch.setenv("ITL_RUNS", str(tmp_path))
-    monkeypatch.setattr(edits, "TABLE", tmp_path / "edits.csv")
+    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path)
 
     def store(content: str, run: str = "in-tool") -> None:
         path = sweep_dir(edits.SECTION, "quick") / run / ROWS

@@ -37,7 +37,7 @@ def test_compressibility_stands_beside_the_published_sizes(monkeypatch):
         for alpha, enough in ((0.0, 32), (1.0, 24))
         for d in (20, 24, 28, 32)
     )
-    monkeypatch.setattr(summaries, "read_rows", lambda section, profile: rows if section == "05_3" else None)
+    monkeypatch.setattr(published.tables, "read_rows", lambda section, profile: rows if section == "05_3" else None)
     found = compare("05_3", "laptop").query("recall_threshold == 0.95").set_index("alpha")
     assert found.ratio[0.0] == 1.0 and found.ratio[1.0] == pytest.approx(31_032 / 23_300)
 

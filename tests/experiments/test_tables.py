@@ -364,7 +364,7 @@ def test_the_next_smaller_size_is_that_of_the_plan():
     ])  # fmt: skip
     search = Search(base, threshold=None, sizes=(16, 24, 36, 56))
     ids = [search.config(d).run_id if n == 32 else "0" for n, d in zip(rows.n_facts, rows.d_model, strict=True)]
-    rows = tables._marked(rows.assign(run_id=ids), tables._planned([search]))
+    rows = tables._marked(rows.assign(run_id=ids), [search])
     table = summaries.minimal_parameters(rows, [0.95]).set_index("n_facts")
     assert table.min_params_mean[32] == 3600
     assert table.seeds_reaching_it[64] == 0  # of which the plan says nothing: 32 might have been enough
@@ -452,7 +452,7 @@ def test_a_seed_without_a_bracket_has_no_smallest_model():
         for seed, sizes in reached.items()
         for size, yes in sizes.items()
     ]
-    rows = tables._marked(pd.DataFrame(rows), tables._planned(plan.values()))
+    rows = tables._marked(pd.DataFrame(rows), plan.values())
     found = summaries.minimal_parameters_of_seeds(rows, 0.95).set_index("seed").min_params
     assert found[0] == ModelConfig(d_model=36).n_params and found[1:].isna().all() and len(found) == 4
 

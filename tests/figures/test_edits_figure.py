@@ -5,11 +5,11 @@ import pytest
 from matplotlib import pyplot as plt
 
 from lib.experiments.edited_models import LETTERS
-from lib.experiments.edits import TABLE
+from lib.experiments.rows import table_path
 from lib.facts.sampling import UNSEEN
 from lib.figures import edits as figures
 
-COLUMNS = pd.read_csv(TABLE, nrows=0).columns
+COLUMNS = pd.read_csv(table_path("07_1"), nrows=0).columns
 ABOUT = {
     "profile": "laptop",
     "run_id": "a",

@@ -23,6 +23,8 @@ from lib.finetune import triviaqa
 from lib.finetune.endpoint import EndpointConfig, accuracy, ask_all
 from lib.finetune.triviaqa import NO_RESULT, SEARCH, SYSTEM_PROMPT, Store, load_questions
 
+#: How the error begins that records a reply which is no chat completion.
+NO_COMPLETION = "OpenAIError: the server's answer is not a chat completion"
 QUESTIONS = load_questions(limit=6)
 ANSWERS = {question.text: question.answer for question in QUESTIONS}
 
@@ -173,26 +175,26 @@ def test_waits_grow_from_one_try_to_the_next(server, tmp_path):
         ((401, {}), "AuthenticationError", 1),
         ((404, {}), "NotFoundError", 1),
         ((200, "<html>"), "JSONDecodeError", 1),
-        ((200, '"text"'), "OpenAIError: the server answered with something else", 1),
-        ((200, {"choices": []}), "OpenAIError: the server answered with something else", 1),
-        ((200, {"error": "overloaded"}), "OpenAIError: the server answered with something else", 1),
-        ((200, {"choices": [{"index": 0}]}), "OpenAIError: the server answered with something else", 1),
-        (says(["in", "parts"]), "OpenAIError: the server answered with something else", 1),
-        (says(None, tool_calls=[{"id": "1", "type": "function"}]), "OpenAIError: the server answered with", 1),
+        ((200, '"text"'), NO_COMPLETION, 1),
+        ((200, {"choices": []}), NO_COMPLETION, 1),
+        ((200, {"error": "overloaded"}), NO_COMPLETION, 1),
+        ((200, {"choices": [{"index": 0}]}), NO_COMPLETION, 1),
+        (says(["in", "parts"]), NO_COMPLETION, 1),
+        (says(None, tool_calls=[{"id": "1", "type": "function"}]), NO_COMPLETION, 1),
         (
             says(None, tool_calls=[{"id": "1", "type": "custom", "custom": {"name": "search", "input": "x"}}]),
-            "OpenAIError: the server answered with something else",
+            NO_COMPLETION,
             1,
         ),
         ((200, "[" * 100_000), "RecursionError", 1),
         ((200, '{"created": ' + "9" * 10_000 + "}"), "ValueError: Exceeds the limit", 1),
-        ((200, {"choices": {"message": 1}}), "OpenAIError: the server answered with something else", 1),
+        ((200, {"choices": {"message": 1}}), NO_COMPLETION, 1),
         (says("x" * 2**20), "OpenAIError: the server's answer is larger than 1 MB", 1),
         ((400, "x" * 2**21), "OpenAIError: the server's answer is larger than 1 MB", 1),
         ((200, gzip.compress(b" " * 2**24, mtime=0)), "OpenAIError: the server's answer is larger than 1 MB", 1),
         (
             calls(*[("search", "{}")] * 33),
-            "OpenAIError: the server answered with something else .* of up to 32 calls",
+            f"{NO_COMPLETION} of up to 32 calls",
             1,
         ),
     ],
@@ -272,13 +274,13 @@ def test_only_a_server_elsewhere_is_asked_through_a_proxy(server, tmp_path, monk
 def test_a_proxy_that_cannot_be_is_one_sentence(tmp_path, monkeypatch, proxy):
     monkeypatch.setenv("http_proxy", proxy)
     endpoint = EndpointConfig(base_url="http://elsewhere.invalid/v1", model="m")
-    with pytest.raises(InputError, match="^http://elsewhere.*, or the proxy in the environment, is no server: "):
+    with pytest.raises(InputError, match="^http://elsewhere.*, or the proxy in the environment, is invalid: "):
         asyncio.run(ask_all(QUESTIONS, endpoint, str, tmp_path / "r.jsonl"))
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://host:many/v1", "http://h/\x7f"])
 def test_an_address_that_no_server_has_is_one_sentence(tmp_path, url):
-    with pytest.raises(InputError, match=f"^{re.escape(url)}, or the proxy .* is no server: "):
+    with pytest.raises(InputError, match=f"^{re.escape(url)}, or the proxy .* is invalid: "):
         asyncio.run(ask_all(QUESTIONS, EndpointConfig(base_url=url, model="m"), str, tmp_path / "new" / "r.jsonl"))
     assert not list(tmp_path.iterdir())
 
@@ -385,7 +387,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, text):
     out = tmp_path / "notes.md"
     out.write_text(text, encoding="latin-1")
     endpoint = EndpointConfig(base_url="http://127.0.0.1:9/v1", model="m")
-    with pytest.raises(InputError, match="notes.md holds other lines than records of questions: name a new file"):
+    with pytest.raises(InputError, match="notes.md holds lines that are not records: name a new file"):
         asyncio.run(ask_all(QUESTIONS, endpoint, str, out))
     assert out.read_text(encoding="latin-1") == text
 

@@ -8,7 +8,8 @@ import torch
 
 from lib import paths
 from lib.base import InputError, WorkError
-from lib.experiments import scale_tables
+from lib.experiments.publishing import table_of
+from lib.experiments.rows import table_path
 from lib.experiments.tables import read_table
 from lib.finetune import experiments
 from lib.finetune.bases import learning_rate
@@ -52,12 +53,12 @@ def test_laptop_compares_both_modes_as_published_and_at_one_rate_with_three_seed
 def test_what_is_published_is_counted_once_and_stays_when_the_plan_goes(data, monkeypatch):
     first, second, *_ = experiments.plan("laptop")
     _finish(first)
-    assert experiments.table_of_rows().add("laptop") == 2 and experiments.table_of_rows().add("laptop") == 0
+    assert table_of("06").add("laptop") == 2 and table_of("06").add("laptop") == 0
     assert first not in experiments.missing("laptop") and second in experiments.missing("laptop")
     _finish(second)
     monkeypatch.setattr(experiments, "plan", lambda _: [second])
-    assert experiments.table_of_rows().add("laptop") == 2
-    assert set(read_table(scale_tables.table_path()).run_id) == {first.run_id, second.run_id}
+    assert table_of("06").add("laptop") == 2
+    assert set(read_table(table_path("06")).run_id) == {first.run_id, second.run_id}
     assert experiments.missing("laptop") == []
     rows = experiments.rows("laptop")
     assert set(rows[rows.superseded].run_id) == {first.run_id}
@@ -70,15 +71,15 @@ def test_an_earlier_recipe_is_shown_where_todays_plan_has_no_run_of_the_point(da
     for config, day in ((first, "2026-01-01"), (other, "2026-01-02"), (changed, "2026-01-03")):
         _finish(config, finished_at=day, adaptation="full")
     monkeypatch.setattr(experiments, "plan", lambda _: [first, other, changed])
-    experiments.table_of_rows().add("laptop")
+    table_of("06").add("laptop")
     for plan, shown in (([first], first), ([other], changed), ([], changed)):
         monkeypatch.setattr(experiments, "plan", lambda _, plan=plan: plan)
         rows = experiments.shown_rows("quick")
         assert set(rows.run_id) == {shown.run_id, other.run_id}
         earlier = rows[rows.profile == "laptop, earlier recipe"]
         assert set(earlier.run_id) == {shown.run_id, other.run_id} - {config.run_id for config in plan}
-    gone = experiments.table_of_rows().drop(run_ids=[other.run_id])
-    assert len(gone) == 2 and set(read_table(scale_tables.table_path()).run_id) == {first.run_id, changed.run_id}
+    gone = table_of("06").drop(run_ids=[other.run_id])
+    assert len(gone) == 2 and set(read_table(table_path("06")).run_id) == {first.run_id, changed.run_id}
 
 
 def test_a_sweep_runs_what_is_missing_and_tells_what_failed(data, monkeypatch):
@@ -113,5 +114,5 @@ def test_a_sweep_runs_what_is_missing_and_tells_what_failed(data, monkeypatch):
 def test_rows_of_changed_code_are_not_published(data):
     _finish(experiments.plan("laptop")[0], commit=f"{CLEAN}-dirty")
     with pytest.raises(InputError, match="clean commit"):
-        experiments.table_of_rows().add("laptop")
-    assert not scale_tables.table_path().exists()
+        table_of("06").add("laptop")
+    assert not table_path("06").exists()

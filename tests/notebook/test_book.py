@@ -188,14 +188,14 @@ def test_a_file_is_not_replaced_by_a_book(tmp_path, place):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link to a file").symlink_to("file")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="holds something else than a book"):
+    with pytest.raises(InputError, match="holds something other than a book"):
         book.build(tmp_path / place)
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(InputError, match="something else"):
+    with pytest.raises(InputError, match="something other"):
         book.build(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
