@@ -207,12 +207,18 @@ def distribute_like(example: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor
     return distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)
 
 
-def sync_gradients(module: nn.Module, sync: bool) -> None:
-    """Set whether the next backward pass synchronizes gradients: that of a step's last micro-batch does."""
+@contextmanager
+def no_sync(module: nn.Module) -> Iterator[None]:
+    """Skip gradient synchronization in the context; for all micro-batches but the last."""
     if isinstance(module, DistributedDataParallel):
-        module.require_backward_grad_sync = sync
+        with module.no_sync():
+            yield
     elif hasattr(module, "set_requires_gradient_sync"):  # FSDP2 adds it
-        module.set_requires_gradient_sync(sync)
+        module.set_requires_gradient_sync(False)
+        yield
+        module.set_requires_gradient_sync(True)
+    else:
+        yield
 
 
 # Tensor parallelism ---------------------------------------------------------------------------------------------------

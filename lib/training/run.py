@@ -25,7 +25,7 @@ from lib.dialogs.batches import Source
 from lib.dialogs.files import ConcatDialogs, open_dialogs, tokenize_file
 from lib.dialogs.templates import dialogs
 from lib.dialogs.tokenizers import Tokenizer, tokenizer_file
-from lib.dialogs.tokens import TokenizedDialogs, tokenize
+from lib.dialogs.tokens import TokenizedDialogs, tokenize, tokenize_people
 from lib.evaluation.generalization import measure_generalization
 from lib.evaluation.recall import bits_of_dialogs, measure_recall
 from lib.facts.csv import write_people_csv
@@ -85,7 +85,7 @@ def run(
         ranks.first_does(lambda: stack.enter_context(lock) or check_claim(directory, claim))
         if not ranks.first_does((directory / ROW).exists):
             # Prepare: nothing is written, and bad input is refused before the folder is claimed.
-            _check_memory(config, device, ranks)
+            _check_memory(config, people, tokenizer, device, ranks)
             data, sources = _dataset(config, people, tokenizer, files)
             model = Transformer(config.model, torch.Generator().manual_seed(config.seed)).to(device)
             threads = threads or _choose_threads(
@@ -150,12 +150,21 @@ def _dataset(
     return ConcatDialogs(parts) if files else parts[0], sources
 
 
-def _check_memory(config: RunConfig, device: torch.device, ranks: Ranks) -> None:
-    """Raise `InputError` if there is less memory than weights, their gradients and moments take."""
-    n, per_parameter = config.model.n_params, 16 if config.optim.name == "adamw" else 12  # bytes
-    if (needed := n * per_parameter / ranks.size) > (there := memory(device)):
-        sizes = f"{needed / 1e9:,.1f} GB of memory, and {device} has {there / 1e9:,.1f} GB"
-        raise InputError(f"training {n:,} parameters takes at least {sizes}: give a smaller model")
+def _check_memory(config: RunConfig, people: People, tokenizer: Tokenizer, device: torch.device, ranks: Ranks) -> None:
+    """Raise `InputError` if there is less memory than weights, gradients, moments, tokens and a step take at least."""
+    model, training, n_facts = config.model, config.training, people.n_facts
+    some = tokenize_people(people[:: 1 + len(people) // 64], config.mode, tokenizer)
+    length, n_trained = len(some.values) / len(some), int(some.n_trained.sum()) / len(some)
+    # Activations that a dialog keeps for the backward pass; the last block computes mostly trained positions.
+    left = 12 * model.d_model * ((model.n_layers - 1) * length + n_trained) + model.vocab_size * n_trained
+    n_rows = min(training.batch_size, n_facts) * training.questions / training.grad_accumulation / ranks.data_size
+    needed = 4 * model.n_params * (4 if config.optim.name == "adamw" else 3) / ranks.size
+    needed += 3 * n_facts * length + n_rows * left * (2 if training.dtype == "bfloat16" else 4)
+    if needed > (there := memory(device)):
+        raise InputError(
+            f"training {model.n_params:,} parameters on {n_facts:,} facts, {n_rows:,.0f} at once, takes at least "
+            f"{needed / 1e9:,.1f} GB of memory, and {device} has {there / 1e9:,.1f} GB: make one of these smaller"
+        )
 
 
 def _choose_threads(directory: Path, device: torch.device, trial: Callable[[], Trainer]) -> int:

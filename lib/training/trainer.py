@@ -20,7 +20,7 @@ from lib.model.transformer import Transformer
 from lib.training import checkpoint
 from lib.training.cuda_graph import CudaGraph
 from lib.training.devices import peak_flops
-from lib.training.distributed import ALONE, Preempted, Ranks, sync_gradients
+from lib.training.distributed import ALONE, Preempted, Ranks, no_sync
 from lib.training.loss import IGNORED, Batch, batch_loss, compiled_batch_loss
 from lib.training.monitor import Monitor, Throughput
 from lib.training.optim import build_optimizers, schedule_factor, set_learning_rate
@@ -145,11 +145,13 @@ class Trainer:
             with self.cuda_graph.capture(inputs) if self.cuda_graph else nullcontext(inputs) as (count, *tensors):
                 means = []
                 for i, (tokens, targets) in enumerate(zip(tensors[::2], tensors[1::2], strict=True)):
-                    sync_gradients(self.module, i == len(parts) - 1)  # once a step
-                    with self._autocast():
-                        total = self._batch_loss(self.module, Batch(tokens, targets, parts[i].first), training.gamma)
-                    means.append(total.detach() / count)
-                    (self.ranks.data_size * (total[0] / count)).backward()  # ranks take the mean of their gradients
+                    is_last = i == len(parts) - 1
+                    with nullcontext() if is_last else no_sync(self.module):  # one gradient sync a step
+                        with self._autocast():
+                            part = Batch(tokens, targets, parts[i].first)
+                            totals = self._batch_loss(self.module, part, training.gamma)
+                        (self.ranks.data_size * (totals[0] / count)).backward()  # ranks take the mean of gradients
+                    means.append(totals.detach() / count)
                 _, weight, self._loss = sum(means)
                 if training.gamma:  # normalize the targets' weights to sum to one
                     gradients = [parameter.grad for parameter in self.model.parameters()]

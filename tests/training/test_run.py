@@ -19,6 +19,7 @@ from lib.agent.tools import SqlTool
 from lib.base import InputError, WorkError
 from lib.config import Observers, RunConfig, override
 from lib.dialogs.tokenizers import ByteTokenizer
+from lib.dialogs.tokens import tokenize_people
 from lib.evaluation.recall import measure_recall
 from lib.facts.sampling import load_people
 from lib.model.transformer import Transformer
@@ -283,14 +284,45 @@ def _machine_of(monkeypatch, n_bytes: float) -> None:
     monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": round(n_bytes), "SC_PAGE_SIZE": 1}.__getitem__)
 
 
-@pytest.mark.parametrize(("optimizer", "moments"), [("adamw", 2), ("muon", 1)])
-def test_a_run_whose_weights_gradients_and_moments_do_not_fit_is_refused(tmp_path, monkeypatch, optimizer, moments):
-    config = _config(training__steps=1, optim__name=optimizer)
-    needed = 4 * (2 + moments) * config.model.n_params
-    _machine_of(monkeypatch, needed - 1)
-    _refused(config, tmp_path / "run", "takes at least 0.0 GB of memory, and cpu has 0.0 GB: give a smaller model")
-    _machine_of(monkeypatch, needed)
+@pytest.mark.parametrize(
+    "assignments",
+    [
+        {"training__batch_size": 64, "model__d_model": 8},  # the batch counts
+        {"training__batch_size": 4, "model__d_model": 128, "optim__name": "adamw"},  # weights and moments
+        {"training__batch_size": 64, "model__d_model": 64, "model__n_layers": 4, "training__grad_accumulation": 4},
+        {"training__batch_size": 64, "model__d_model": 32, "training__dtype": "bfloat16", "model__vocab_size": 5_000},
+    ],
+)
+def test_a_run_is_refused_where_it_cannot_fit_and_never_where_it_does(tmp_path, monkeypatch, assignments):
+    """Against what a step of it really keeps: weights, gradients, moments, and what autograd saves."""
+    config = _config(facts__n_people=20, training__steps=1, **assignments)
+    model, tokenizer = Transformer(config.model), ByteTokenizer()
+    data = tokenize_people(load_people(config.facts), config.mode, tokenizer)
+    trainer, kept, most = Trainer(model, data, config, tmp_path / "measured"), {}, []
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    backward = torch.Tensor.backward
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda x: (most.append(sum(kept.values())), kept.clear(), backward(x))
+    )
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        trainer.step()
+    monkeypatch.undo()
+    moments = [x for o in trainer.optimizers for s in o.state.values() for x in s.values()]
+    weights = sum(x.nbytes for x in (*moments, *model.parameters())) + sum(x.nbytes for x in model.parameters())
+    _machine_of(monkeypatch, (weights + max(most)) / 4)
+    _refused(config, tmp_path / "run", "takes at least")
+    _machine_of(monkeypatch, weights + max(most))
     assert run(config, tmp_path / "run")["steps"] == 1
+
+
+def test_people_whose_tokens_do_not_fit_are_refused_before_there_are_any(tmp_path, monkeypatch):
+    _machine_of(monkeypatch, 10e6)
+    monkeypatch.setattr("lib.training.run._dataset", None)  # of all people
+    _refused(_config("in-tool", facts__n_people=10_000), tmp_path / "run", "40,000 facts, .* takes at least 0.0 GB")
 
 
 # ---- A folder that does not stay
