@@ -251,7 +251,7 @@ class Trainer:
         """
         self.finish_saving()
         self.ranks.first_does(self.check_directory)
-        self.loss()
+        self.loss()  # raises if one is not finite
         if self.ranks.any(not are_finite(self.model.parameters())):
             raise diverged(f"the weights are not finite after step {self.counters['step']}")
         state = {"config": self.config.model_dump(), "counters": self.counters}
