@@ -31,7 +31,7 @@ MARGIN = 1e-3
 DETOUR = 64
 #: About how many tokens are verified together: as many as fit into a core's cache, or fill a GPU.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
-#: How many questions are decoded together, unless the caller says: a GPU takes as long for few as for many.
+#: How many questions are decoded together by default: a GPU takes as long for few as for many.
 BATCH_ROWS = {"cpu": 256, "cuda": 2048}
 
 

@@ -96,7 +96,7 @@ class Setting(ABC):
     def trained(
         self, methods: Sequence[str], facts: Sequence[Fact], others: Sequence[Fact], forget: bool = False
     ) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """Train two copies of the model, on `facts` alone and with `others`, until each recalls all `facts`.
+        """Train copies of the model, on `facts` alone and with `others`, until each recalls all `facts`.
 
         forget: increase the loss of `facts` until none is recalled instead. Yields each copy, and a row with its name
         from `methods`, its cost and its recall.
@@ -261,7 +261,7 @@ def delete(base: Setting) -> Iterator[dict[str, Any]]:
 
 
 def contest(base: Setting) -> Iterator[dict[str, Any]]:
-    """Let the database answer right requests with something other than the fact.
+    """Let the database answer right requests with the fact or something else.
 
     who: whom the questions are about, trained or unseen people. A "hybrid" model was trained further to answer
     questions about some people without the tool (by heart): it is asked about these, and about all others.

@@ -23,7 +23,7 @@ def models(profile: str) -> dict[Path, Any]:
     """Return the trainings of a profile's models, by the folder that each leaves its model in.
 
     The quick profile trains none: it takes the committed checkpoints. Others train those of a plan, and take the chat
-    models that Section 6 fine-tuned on facts: of each mode and seed the first; none without the extra `scale`.
+    models that Section 6 fine-tuned on facts: the first of each base, mode and seed; none without the extra `scale`.
     """
     if profile == "quick":
         folders = (paths.CHECKPOINTS / mode for mode in ("in-weight", "in-tool"))

@@ -55,10 +55,10 @@ def searches(source: str, profile: str, tokenizer: str = "bytes") -> list[Search
 
 def is_file(source: str) -> bool:
     """Return whether `source` is the path of a user's file, not the name of one of the paper's plans."""
-    return re.search(r"[^./]\.ya?ml$", source) is not None  # the runs of "../.yaml" would be outside `runs`
+    return re.search(r"[^./]\.ya?ml$", source) is not None  # the runs of "...yaml" would be outside `runs`
 
 
-#: Maximum searches of a plan; the paper's largest has 300.
+#: Maximum searches of a grid; the paper's largest has 300.
 MOST_SEARCHES = 10_000
 
 
@@ -102,7 +102,7 @@ class Grid(Config):
         check_unique(["axes", *chain.from_iterable(self.axes)])
         points = [*map(points_of, self.axes)]
         if (n_searches := math.prod(map(len, points))) > MOST_SEARCHES:
-            raise InputError(f"axes make {n_searches:,} searches: a plan takes at most {MOST_SEARCHES:,}")
+            raise InputError(f"axes make {n_searches:,} searches: a grid takes at most {MOST_SEARCHES:,}")
         found = [self._search(combined) for combined in product(*points)]
         for model, sizes in {(search.base.model, search.sizes) for search in found}:
             for size in sizes:  # `Search.config` does not validate

@@ -80,7 +80,7 @@ class Table(NamedTuple):
         known = known.merge(marks.drop_duplicates())
         gone = known.superseded | (not superseded)
         gone &= known.run_id.isin(run_ids or known.run_id)
-        # Without a name, rows stay that no sweep could make again.
+        # Rows that no sweep could make again stay unless named.
         gone &= known.profile.eq(profile) if profile else ~known.profile.isin([] if run_ids else TABLE_ONLY)
         if not gone.any():
             raise InputError(f"no row in {self.path} is selected by all of these conditions")

@@ -42,7 +42,7 @@ def table_path(section: str) -> Path:
 
 
 def text_rows(path: Path, fields: Iterable[str] = ()) -> list[dict[str, str | None]]:
-    """Return the rows of a table of runs, none before any was published. Raises `InputError`, as `check_row` does."""
+    """Return the rows of a table of runs, none before any was published. Raises `InputError` for a damaged one."""
     rows = []
     if not path.exists():
         return rows
@@ -70,7 +70,7 @@ def rows_in_runs(section: str, profile: str, plan: Sequence[Search]) -> list[dic
 
 
 def known_rows(section: str, profile: str, plan: Sequence[Search]) -> dict[str, dict[str, Any]]:
-    """Return by run id all rows of a profile, `SHARED` ones too: in paper_data, as text, and of a plan in runs."""
+    """Return by run id the rows of a profile in paper_data, as text, and of a plan in runs; `SHARED` ones too."""
     rows = []
     for each in (*SHARED.get(section, ()), section):
         rows += rows_in_runs(each, profile, plan)

@@ -31,7 +31,7 @@ class Search:
 
     @property
     def certain(self) -> tuple[int, ...]:
-        """Sizes that every seed runs. Averages over seeds use only these: others are run for some seeds only."""
+        """Sizes that every seed runs. Section 5.2 shows only these: others are run for some seeds only."""
         return self.sizes if self.threshold is None else (self.sizes[self.start],)
 
     def pending(self, recalls: Mapping[str, float]) -> list[RunConfig]:
@@ -43,7 +43,7 @@ class Search:
         return [] if following is None else [self.config(self.sizes[following])]
 
     def _next(self, reached: dict[int, bool]) -> int | None:
-        """Return the index to try next, given which reached the threshold; None when the smallest is known."""
+        """Return the index to try next, given which reached the threshold; None when the search is over."""
         if not reached:
             return self.start
         n = len(self.sizes)

@@ -85,7 +85,7 @@ def searches_of(section: str, profile: str, tokenizer: str = "bytes") -> list[Se
 def _marked(rows: pd.DataFrame, plan: Sequence[Search]) -> pd.DataFrame:
     """Return rows as a plan sees them; those it does not ask for keep the marks that they were published with.
 
-    The `_MARKS` are the next smaller size tried on a run's database (0: none), and whether it is of `Search.certain`.
+    The `_MARKS` are a run's next smaller planned size (0: none), and whether its own is of `Search.certain`.
     """
     runs = [
         (search.base.canonical_json(), size, run_id, size in search.certain)

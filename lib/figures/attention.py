@@ -59,7 +59,7 @@ def _map(axes: Axes, title: str, head: tuple[int, int], weights: np.ndarray, tic
     axes.set_yticks(list(ticks), ticks.values())
 
 
-_COLORS = ("#009E73", "#0072B2", "#56B4E9", "#999999", "#CC79A7")  # Okabe and Ito, in tool as in other figures
+_COLORS = ("#009E73", "#0072B2", "#56B4E9", "#999999", "#CC79A7")  # Okabe and Ito; in-tool blue as elsewhere
 
 
 def copying_by_letter(tables: dict[str, pd.DataFrame]) -> Figure:

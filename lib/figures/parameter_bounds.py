@@ -100,7 +100,7 @@ def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: fl
     """Draw parameters needed against the correlation of facts, and against the entropy of the database (Section 5.3).
 
     points: as `summaries.compressibility_bounds` gives them. published: the paper's, a line per number of facts, at the
-    entropy of databases of the released law. Both have a column entropy_bits; each law of ours has a marker.
+    entropy of databases of the released law. Both have a column entropy_bits; our points have a marker per law.
     """
     with panels((8.6, 3.4), 1, 2, sharey=True) as (figure, (by_alpha, by_entropy)):
         published = published[published.recall_threshold == threshold]
@@ -265,8 +265,8 @@ def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
         runs = rows.query("mode == @mode and n_facts == @n_facts")
         enough = runs[runs.recall >= threshold].sort_values("n_params").head(1)
         known = f"no smallest {mode} model is known yet (largest tried: {runs.n_params.max():,} parameters)"
-        for run in enough.itertuples():  # but no smaller one was tried
-            known = f"{run.n_params:,} parameters are enough {mode} (recall {run.recall:.2f}); fewer were not tried yet"
+        for run in enough.itertuples():  # the next smaller one was not tried
+            known = f"{run.n_params:,} parameters suffice {mode} (recall {run.recall:.2f}); the size below is untried"
         sentences.append(f"At {n_facts:,} facts {known}.")
     weights = rows[(rows["mode"] == "in-weight") & ~rows.superseded]
     rates = weights.groupby("lr").n_facts.agg(["min", "max"]).sort_values("min")

@@ -115,7 +115,7 @@ def _rates(runs: pd.DataFrame) -> str:
 def steps_to_recall(table: pd.DataFrame) -> Figure:
     """Draw the steps of fine-tuning until `LEARNED` of the facts are recalled, against facts (Section 6).
 
-    A bar is the standard deviation of a uniform draw between evaluations.
+    Bars are at least the std of a uniform draw between evaluations.
     """
     with _against_facts(5.8, table, "steps_to_recall") as (figure, (axes,)):
         axes.set_yscale("log")
@@ -135,7 +135,7 @@ def hybrid(table: pd.DataFrame) -> Figure:
     """Draw how often a hybrid calls the tool and is right, against how often a fact was seen (Section 6).
 
     table: as `scale_tables.hybrid` gives it. The axis is logarithmic; if some facts were never seen, it is linear from
-    zero to the least frequent others.
+    zero to the lowest other frequency.
     """
     with panels((7.8, 3.4), 1, 2, _PADDED, "hybrid", sharex=True, sharey=True) as (figure, row):
         label = "times seen in training"

@@ -112,7 +112,7 @@ def draw_means(axes, table: pd.DataFrame, x: str, label: str, of: str | None = N
 def told_apart(table: pd.DataFrame, label: str, look: dict) -> Iterator[tuple[pd.DataFrame, str, dict]]:
     """Yield groups of points, each with its label and look.
 
-    Other databases, earlier recipes (`tables.described`) and rows of the quick profile, whose column `own` is true, are
+    Other laws, earlier recipes (`tables.described`) and rows of the quick profile, whose column `own` is true, are
     groups of their own.
     """
     table = described(table).assign(own=table.get("own", False))
@@ -153,7 +153,7 @@ def shared_legend(figure: Figure, panels, **look) -> None:
 
 
 def published_label(n_facts: pd.Series, about: str = "", kind: str = "independent facts") -> str:
-    """Return the label of published points: how many facts, about whom, and by which law the database was drawn."""
+    """Return the label of published points: `about`, how many facts, and by which law the database was drawn."""
     span = " to ".join(f"{n:,}" for n in dict.fromkeys([n_facts.min(), n_facts.max()]))
     return ", ".join(filter(None, [about, f"published: {span} {kind}"]))
 

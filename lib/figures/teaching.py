@@ -36,7 +36,7 @@ def performance(training: pd.DataFrame, curve: pd.DataFrame, growth: pd.DataFram
             axes.minorticks_off()
         speed.set_ylim(top=2.5 * training.most.max())  # room for the legend
         speed.legend(fontsize=6.5, ncols=2, loc="upper center")
-        share.set(ylabel="share of the peak", title="the model's arithmetic, of the matrix-product peak")
+        share.set(ylabel="share of the peak", title="the model's FLOP/s over those of a matrix product")
         share.set_ylim(bottom=0)
         recall.plot(curve.seconds, curve.recall, color=STYLES["in-weight"]["color"])
         recall.axhline(0.95, color="#999999", linewidth=0.8, linestyle="--")

@@ -131,7 +131,7 @@ def damage(folder: Path) -> str | None:
     except (OSError, DamagedFile):
         return f"is incomplete or damaged ({MARKER} is missing or not readable)"
     for name, checksum in sums.items():
-        # Reading a pipe would never end. A name may be too long for the file system: False here.
+        # Reading a pipe would never end. `isfile` is False for a name that is too long, too.
         if Path(name).name != name or not os.path.isfile(folder / name) or _checksum(folder / name) != checksum:
             return f"is damaged ({name} is missing or has changed since it was written)"
     return None

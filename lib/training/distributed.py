@@ -43,7 +43,7 @@ class Ranks:
     size: int = 1
     mesh: DeviceMesh | None = None  # (data ranks, tensor ranks)
     sharded: bool = False  # data ranks shard the weights (FSDP2) instead of replicating them (DDP)
-    cpu_group: dist.ProcessGroup | None = None  # for messages between hosts while their devices are busy
+    cpu_group: dist.ProcessGroup | None = None  # for messages between ranks while devices are busy
     saving_group: dist.ProcessGroup | None = None  # for the threads that write checkpoints meanwhile
 
     @property

@@ -45,7 +45,7 @@ def edit(
 
     forget: increase the loss of these dialogs instead (gradient ascent). keep: dialogs that the model must not forget:
     every step trains on as many of them. optim: its learning rates are kept constant. mean_loss(model, dialogs, rows):
-    of some of the dialogs; by default that of a `Transformer` on `TokenizedDialogs`.
+    that of the dialogs at `rows`; default: of a `Transformer` on `TokenizedDialogs`.
     """
     model, mean_loss = copy.deepcopy(model).train(), mean_loss or _mean_loss
     optimizers = build_optimizers(model, optim)

@@ -23,7 +23,7 @@ class Batch(NamedTuple):
 def batch_loss(model: nn.Module, batch: Batch, gamma: float) -> torch.Tensor:
     """Return the focal loss of the model's predictions: (3,).
 
-    These are sums over the targets: of weight times cross-entropy, which is differentiated, weight, and cross-entropy.
+    Three sums over the targets: weight times cross-entropy (only this one has a gradient), weight, cross-entropy.
     A target's cross-entropy has the weight (1 - p)^gamma, p the model's probability of it, so known
     targets count less (Lin et al., 2017). No gradient flows through the weight. `gamma` = 0 is plain cross-entropy.
     """

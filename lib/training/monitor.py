@@ -36,7 +36,7 @@ class Record(AbstractContextManager):
     def __init__(self, path: Path, last: float = inf):
         """Continue the file, but drop a half-written line and those of steps after `last`."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:  # refuses a pipe, of which reading would never end
+        with replacing(path) as temporary:  # refuses a pipe: reading it would never end
             kept = [line for line in read_record(path) if line["step"] <= last] if path.exists() else []
             temporary.write_text("".join(f"{to_json(line)}\n" for line in kept), encoding="utf-8")
         self.steps = {line["step"] for line in kept}

@@ -14,7 +14,7 @@ class Muon(torch.optim.Muon):
     """PyTorch's Muon with all matrices of one shape orthogonalized together.
 
     Small models spend more on launching kernels than on arithmetic, so stacks of matrices save most of the time of a
-    step. The iteration runs in the weights' own precision, where PyTorch rounds to bfloat16: it is no slower at these
+    step. The iteration runs in the weights' own precision, not in bfloat16 like PyTorch's: it is no slower at these
     sizes, and equal gradients then give equal steps whatever else is in the stack. Nesterov momentum only.
     """
 

@@ -57,14 +57,14 @@ def run(
 ) -> dict:
     """Train and measure one model; return its row (see `paper_data/README.md` for the columns).
 
-    A run of a single process compiles its steps on a CPU if it is long (torch.compile); on a GPU it replays them from
-    a CUDA graph.
+    A single process compiles the steps of a long run on a CPU (torch.compile); on a GPU it replays a CUDA graph
+    (not with files).
     observers: extra logging. It does not change training, except that probes turn off both, which changes rounding.
     Several processes may train one run; all of them call this, and sharded and tensor set their parallelism
     (`lib.training.distributed.connect`). inputs: current paths of files, by the paths in the configuration. threads: of
     the CPU; None: see `_choose_threads`.
 
-    Raises `InputError`, before any training, if the directory belongs to another configuration, people, tokens or
+    Raises `InputError`, before training, if the directory belongs to another configuration, people, tokenizer or
     files; and `WorkError` (`Preempted` is one) if training could not go on: the same call continues it.
     """
     device, directory = local_device(resolve_device(device)), Path(directory)
@@ -190,7 +190,7 @@ def _pays_to_compile(config: RunConfig, device: torch.device) -> bool:
 
 
 def _claim(directory: Path, claim: Claim, config_here: RunConfig, people: People) -> None:
-    """Write the run's claim, people and tokenizer into its folder, so that it needs no file outside."""
+    """Write the run's claim, people and tokenizer into its folder: its model needs no file outside."""
 
     def copy_tokenizer(path: Path) -> None:
         with replacing(path) as temporary:

@@ -109,7 +109,7 @@ def located(config: RunConfig, inputs: Mapping[str, str]) -> RunConfig:
 
 
 def own_files(directory: Path, config: RunConfig) -> RunConfig:
-    """Return `config` with a run's own copies in place of the files that it names, which are never read."""
+    """Return `config` with paths of a run's own copies in place of those that it names."""
     kind = ".tiktoken" if config.tokenizer.endswith(".tiktoken") else ".json"
     copies = {config.facts.csv: f"{directory / PEOPLE}", config.tokenizer: f"{directory / TOKENIZER}{kind}"}
     return located(config, {path: copy for path, copy in copies.items() if path not in (None, "bytes")})
@@ -123,7 +123,7 @@ def read_people(folder: Path, config: RunConfig) -> People:
     people = load_people(own_files(folder, config).facts)
     digests = (read_json(file).get("people_digest") for file in (folder / CLAIM, folder / ROW) if file.exists())
     if any(digest not in (None, people.digest()) for digest in digests):
-        source = config.facts.csv or "this version of the code"
+        source = own_files(folder, config).facts.csv or "this version of the code"
         raise InputError(f"the run in {folder} was trained on other people than {source} gives now: restore them")
     return people
 
@@ -132,7 +132,7 @@ def run_tokenizer(config: RunConfig) -> Tokenizer:
     """Return the tokenizer of a run; an `InputError` if the model's vocabulary differs in size."""
     tokenizer, vocab_size = load_tokenizer(config.tokenizer), config.model.vocab_size
     if config.tokenizer != "bytes" and vocab_size != tokenizer.vocab_size:
-        size = f"{tokenizer.vocab_size}: {config.tokenizer} has so many tokens, four special ones included"
+        size = f"{tokenizer.vocab_size}: the tokens of {config.tokenizer}, four special ones included"
         raise InputError(f"model.vocab_size = {vocab_size} must be {size}")
     return tokenizer
 
@@ -161,8 +161,9 @@ def load_model(folder: Path, device: str = "auto") -> tuple[Transformer, RunConf
         folder, lambda state: without_weights(RunConfig.parse(state.get("config")).model).state_dict()
     )
     config = RunConfig.parse(state["config"])
-    if run_tokenizer(own_files(home, config)).name != state.get("tokenizer", "bytes"):
-        raise InputError(f"{config.tokenizer} is not what the model in {folder} was trained with: restore the old file")
+    own = own_files(home, config)
+    if run_tokenizer(own).name != state.get("tokenizer", "bytes"):
+        raise InputError(f"{own.tokenizer} is not what the model in {folder} was trained with: restore the old file")
     model = without_weights(config.model)
     model.load_state_dict(tensors, assign=True)
     return model.to(device).eval(), config

@@ -63,7 +63,7 @@ class Trainer:
         cuda_graph: bool = False,
     ):
         """`evaluate` returns a recall in [0, 1]; `directory` receives checkpoints and metrics; `sources`
-        are those of `Batches`. `ranks` train the model together; the first of them evaluates and writes.
+        are those of `Batches`. `ranks` train the model together; the first of them evaluates and logs.
 
         `compiled` has torch.compile fuse a step's elementwise work: seconds at the start (see `lib.training.run`).
         `cuda_graph` pads all batches to one shape and keeps the rates beside the weights, so that a GPU can replay a
@@ -85,7 +85,7 @@ class Trainer:
             raise InputError(f"{parts} is too large for batches of {smallest} dialogs")
         self.check_directory: Callable[[], None] = lambda: None  # called before anything is written there
         self.counters = {"step": 0, "dialogs_seen": 0, "seconds": 0.0, "reached": 0, "hopeless": False}
-        self.losses: list[torch.Tensor] = []  # of the last steps, on this rank; their sum over data ranks counts
+        self.losses: list[torch.Tensor] = []  # of the last steps, this rank's part; the loss is the sum over all
         self.throughput = Throughput(peak_flops(model.device, training.dtype, ranks.size))
         self._saving: Future | None = None
         self.cuda_graph, self._shape = None, None

@@ -19,7 +19,7 @@ from lib.training.saved import load_model, own_files, read_claim, read_people, r
 
 
 def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = False) -> Iterator[dict]:
-    """Measure every whole checkpoint of a run, and the model of a finished one, over all facts; none of them twice.
+    """Measure every whole checkpoint of a run once, and the model of a finished run, over all facts.
 
     Yields {"step", "recall", "recall_ATTRIBUTE" for each, "nll_bits"}, as in a row, and appends it to
     evaluations.jsonl in the run's folder. With `watch` it continues until the run has its row. Checkpoints that are

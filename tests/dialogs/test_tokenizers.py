@@ -293,7 +293,7 @@ def test_the_tokenizer_of_bytes_changes_no_id():
 
 @pytest.mark.parametrize("vocab_size", [100, 260, N_TEXT, N_TEXT + 5])
 def test_a_model_has_as_many_tokens_as_the_tokenizer(specs, vocab_size, tmp_path):
-    sentence = f"model.vocab_size = {vocab_size} must be 404: .*bpe.tiktoken has so many tokens"
+    sentence = f"model.vocab_size = {vocab_size} must be 404: the tokens of .*bpe.tiktoken"
     with pytest.raises(InputError, match=sentence):
         run(_config(specs["tiktoken"], vocab_size=vocab_size), tmp_path / "run")
     assert not (tmp_path / "run").exists()

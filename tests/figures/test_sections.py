@@ -381,7 +381,7 @@ def test_patience_is_drawn_against_passes_over_the_facts():
 
 
 @pytest.mark.parametrize(("d_model", "recall", "known"), [
-    (40, 0.975, "At 8,192 facts 72,200 parameters are enough in-weight (recall 0.97); fewer were not tried yet."),
+    (40, 0.975, "At 8,192 facts 72,200 parameters suffice in-weight (recall 0.97); the size below is untried."),
     (40, 0.5, "At 8,192 facts no smallest in-weight model is known yet (largest tried: 72,200 parameters)."),
 ])  # fmt: skip
 def test_words_beside_the_main_figure_say_what_is_known_where_no_bound_is(d_model, recall, known):
