@@ -43,7 +43,8 @@ def panels(
         figure, panels = plt.subplots(n_rows, n_columns, **options)
         yield figure, panels
         for axes in figure.axes:
-            if axes.axison and not axes.has_data():
+            lines = [line for line in axes.lines if len(line.get_xdata())]
+            if not (lines or axes.images or axes.patches or axes.texts):
                 axes.text(0.5, 0.5, f"no {runs} runs yet", transform=axes.transAxes, ha="center", color="#777777")
 
 
