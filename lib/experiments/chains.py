@@ -82,7 +82,7 @@ def run_chains(config: RunConfig, folder: Path, asked: int, **options) -> None:
 
     inputs = write_inputs(config, folder)
     row = run(config, folder / "run", inputs=inputs, **options)
-    model, _ = load_model(folder / "run" / paths.MODEL, "cpu")
+    model, _ = load_model(folder / "run", "cpu")
     row["hops"] = [1, 2]
     row |= recall_by_hops(model, config.facts, read_people_csv(inputs[_PEOPLE]), run_tokenizer(config), asked)
     paths.write_json(folder / paths.ROWS, [row | {"measured_commit": commit()}])

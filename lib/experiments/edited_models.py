@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 from pathlib import Path
 from statistics import fmean
@@ -67,7 +67,7 @@ class Setting(ABC):
         self.facts, self.draw = [*people.facts()], np.random.default_rng(seed)
         n_edited, self.n_asked, self.n_heart, self.max_steps = sizes
         self.n_edited = [n for n in n_edited if n < len(self.facts)]
-        self.unseen = unseen_people(sampled, self.n_asked)  # by kind
+        self.sampled = sampled
 
     def shuffled(self, items: Sequence) -> list:
         """Return items in random order."""
@@ -87,6 +87,11 @@ class Setting(ABC):
     def some(self, people: People) -> list[Fact]:
         """Return at most `n_asked` facts about people, drawn at random."""
         return self.shuffled([*people.facts()])[: self.n_asked]
+
+    @cached_property
+    def unseen(self) -> dict[str, People]:
+        """Unseen people of each kind."""
+        return unseen_people(self.sampled, self.n_asked)
 
     def recalls(self, model: Any, edited: Sequence[Fact], others: Sequence[Fact], tool: SqlTool | None = None) -> dict:
         """Return the columns recall_edited and recall_others."""

@@ -24,9 +24,9 @@ TABLES = {
 }
 #: Sections that a section shares runs with: their rows count for it, too, so these runs are not repeated.
 SHARED = {"depth_and_heads": ("05_1", "05_2")}
-#: Sections with a module of their own, which reads their `rows` and sorts them by its `ORDER`; and their tables.
+#: Sections with a module of their own, which reads their `rows` and sorts them by its `ORDER`.
 OWN = {"06": "lib.finetune.experiments", "07_1": "lib.experiments.edits", "07_2": "lib.experiments.chains"}
-_OWN_TABLES = {"06": "scale", "07_1": "edits", "07_2": "chains"}
+_TABLES = TABLES | {"06": "scale", "07_1": "edits", "07_2": "chains"}
 
 
 def sweep_dir(section: str, profile: str) -> Path:
@@ -36,9 +36,8 @@ def sweep_dir(section: str, profile: str) -> Path:
 
 def table_path(section: str) -> Path:
     """Return where a section's rows are committed: paper_data/<table>.csv. Other experiments are an `InputError`."""
-    tables = TABLES | _OWN_TABLES
-    check_known("section", section, tables, " among those with a table")
-    return paths.PAPER_DATA / f"{tables[section]}.csv"
+    check_known("section", section, _TABLES, " among those with a table")
+    return paths.PAPER_DATA / f"{_TABLES[section]}.csv"
 
 
 def text_rows(path: Path, fields: Iterable[str] = ()) -> list[dict[str, str | None]]:

@@ -81,7 +81,7 @@ def _memories(axes, deleted: pd.DataFrame) -> None:
 
 def contested(rows: pd.DataFrame) -> Figure:
     """Draw whom an in-tool model believes: shares of answers that follow the database, or state the fact anyway."""
-    rows = rows.query("experiment == 'contest' and repeats")
+    rows = rows.query("experiment == 'contest' and repeats").reindex(columns=["who", "method", "follows", "remembers"])
     groups = [(who, rows[rows.who == who]) for who in WHO if (rows.who == who).any()] or [("trained", rows)]
     with panels((10, 2.8), 1, len(groups), sharey=True, squeeze=False) as (figure, row):
         for axes, (who, told) in zip(row[0], groups, strict=True):

@@ -169,13 +169,15 @@ def bits_stored(held: pd.DataFrame) -> Figure:
     held = tables.described(held.query("stopped != 'hopeless' and stored_bits > 0"))
     with panels((5.6, 3.8)) as (figure, axes):
         groups = list(held.groupby("n_facts"))
+        axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="bits stored")
+        if not groups:
+            return figure
         for color, (n_facts, runs) in zip(shades(len(groups)), groups, strict=True):
             for (superseded, known), points in runs.groupby(["superseded", runs.recall >= 0.95]):
                 look = {**(EARLIER if superseded else {}), "markerfacecolor": "white" if known else color}
                 axes.plot(points.n_params, points.stored_bits, "o", color=color, **look)
             axes.plot([], [], "o", color=color, label=f"{n_facts:,}")
             axes.axhline(runs.entropy_bits.mean(), color=color, linewidth=0.7, linestyle=":")
-        axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="bits stored")
         low, high = draw_bits_lines(axes, 1, "#777777", 4)
         if high < 50 * low:  # matplotlib's own ticks run into each other
             axes.set_xticks([tick for tick in 5000 * 2 ** np.arange(8) if low <= tick <= high])

@@ -118,15 +118,19 @@ def draw(name: str, profile: str = "laptop", **options) -> Figure:
     options: those of its record, `threshold` for parameter_bounds say. Raises InputError for an unknown figure, one
     that does not have these options, or a threshold that the paper does not use.
     """
-    check_known("figure", name, FIGURES)
-    record = FIGURES[name]
-    for option in options:
-        check_known("option", option, record.options, f" of the figure {name}")
-    if "threshold" in options:
-        check_known("published threshold", options["threshold"], tables.THRESHOLDS)
+    record = _record(name, options)
     points = tables.stacked(*(record.points(rows).assign(own=own) for own, rows in _rows(record, profile, options)))
     published = {"published": record.published()} if record.published else {}
     return record.draw(points, **published, **{key: value for key, value in options.items() if key != "tokenizer"})
+
+
+def _record(name: str, options: dict) -> Record:
+    check_known("figure", name, FIGURES)
+    for option in options:
+        check_known("option", option, FIGURES[name].options, f" of the figure {name}")
+    if "threshold" in options:
+        check_known("published threshold", options["threshold"], tables.THRESHOLDS)
+    return FIGURES[name]
 
 
 def _rows(record: Record, profile: str, options: dict) -> Iterator[tuple[bool, pd.DataFrame]]:
@@ -147,7 +151,7 @@ def show(name: str, profile: str, save: bool = True, **options) -> None:
 
 def caption(name: str, profile: str, **options) -> str:
     """Return the caption for `draw` with the same arguments: what is shown, published points, and our runs."""
-    record = FIGURES[name]
+    record = _record(name, options)
     parts = [rows.assign(own=own) for own, rows in _rows(record, profile, options)]
     if "threshold" in record.options:
         parts = [summaries.behind(part, options.get("threshold", 0.95)) for part in parts]

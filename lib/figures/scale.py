@@ -191,8 +191,7 @@ _HOLLOW = {"linestyle": "--", "markerfacecolor": "white"}
 _ASKED = {
     "call_share": STYLES["in-tool"],
     "accuracy": {"color": MODES["hybrid"]["color"], "marker": "o", "label": "all questions"},
-    "accuracy_of_calls": STYLES["in-tool"]
-    | {"linestyle": "--", "markerfacecolor": "white", "label": "those looked up"},
+    "accuracy_of_calls": STYLES["in-tool"] | _HOLLOW | {"label": "those looked up"},
 }
 
 _PADDED = {"figure.constrained_layout.w_pad": 0.1}

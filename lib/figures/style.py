@@ -33,15 +33,20 @@ BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
 
 @contextmanager
 def panels(
-    size: tuple[float, float] = (5.2, 3.6), n_rows=1, n_columns=1, rc: dict | None = None, runs="finished", **options
+    size: tuple[float, float] = (5.2, 3.6),
+    n_rows: int = 1,
+    n_columns: int = 1,
+    rc: dict | None = None,
+    runs: str = "finished",
+    **options,
 ) -> Iterator[tuple[Figure, plt.Axes]]:
     """Yield a figure of `size` inches and its axes, as `plt.subplots` does, in this style with `rc` on top.
 
     A panel that is left empty says that there are no `runs` yet.
     """
     with plt.style.context([SHEET, {"figure.figsize": size, **(rc or {})}]):
-        figure, panels = plt.subplots(n_rows, n_columns, **options)
-        yield figure, panels
+        figure, grid = plt.subplots(n_rows, n_columns, **options)
+        yield figure, grid
         for axes in figure.axes:
             lines = [line for line in axes.lines if len(line.get_xdata())]
             if not (lines or axes.images or axes.patches or axes.texts):

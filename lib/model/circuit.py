@@ -310,5 +310,5 @@ def _signs(byte: int | Sequence[int]) -> np.ndarray:
 
 def _put(matrix: torch.Tensor, start: int, forms: Sequence[np.ndarray]) -> None:
     """Write forms into rows of a matrix from `start` on, over its first columns."""
-    for row, form in zip(matrix[start:], np.array(forms), strict=False):
+    for row, form in zip(matrix[start : start + len(forms)], np.array(forms), strict=True):
         row[: len(form)] = torch.from_numpy(form)

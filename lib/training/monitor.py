@@ -5,7 +5,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from types import ModuleType
@@ -111,26 +110,40 @@ class Monitor(AbstractContextManager):
         return self._stack.__exit__(*error)
 
 
-@dataclass
 class Throughput:
-    """Trained tokens and model FLOPs per second, counted by the host alone.
+    """Trained tokens and model FLOPs per second since the last reading, counted by the host alone.
 
     Model FLOPs are those that the dialogs need, without padding (`ModelConfig.forward_flops`, three times). Their share
     of `peak`, the FLOP/s of all devices together, is `mfu`, where the peak is known.
     """
 
-    peak: float | None
-    tokens: int = 0
-    flops: float = 0.0
-    since: float = field(default_factory=time.perf_counter)
+    def __init__(self, peak: float | None):
+        self.peak = peak
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to count now."""
+        self.tokens, self.flops, self.since = 0, 0.0, time.perf_counter()
+
+    def count(self, tokens: int, flops: float) -> None:
+        """Add one step."""
+        self.tokens += tokens
+        self.flops += flops
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude the time within."""
+        started = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - started
 
     def read(self) -> dict[str, float]:
-        """Return the rates since the last reading. On a GPU, wait for the losses first: steps must be done."""
+        """Return the rates, and restart. On a GPU, call it only after waiting for the losses: steps must be done."""
         seconds = time.perf_counter() - self.since
         rates = {"tokens_per_second": self.tokens / seconds, "tflops": self.flops / seconds / 1e12}
         if self.peak:
             rates["mfu"] = self.flops / seconds / self.peak
-        self.tokens, self.flops, self.since = 0, 0.0, self.since + seconds
+        self.restart()
         return {name: float(f"{rate:.4g}") for name, rate in rates.items()}
 
 

@@ -84,7 +84,7 @@ def build_optimizers(
             group["peak_lr"] = group["lr"]
             if rates_on_device:
                 group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
-            for parameter in group["params"]:
+            for parameter in filter(lambda parameter: parameter.requires_grad, group["params"]):
                 like = {"step": torch.zeros((), device=parameter.device)}
                 optimizer.state[parameter] = {name: torch.zeros_like(like.get(name, parameter)) for name in moments}
     return optimizers

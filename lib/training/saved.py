@@ -108,11 +108,20 @@ def located(config: RunConfig, inputs: Mapping[str, str]) -> RunConfig:
     return config.model_copy(update={"facts": facts, "tokenizer": inputs.get(config.tokenizer, config.tokenizer)})
 
 
-def own_files(directory: Path, config: RunConfig) -> RunConfig:
-    """Return `config` with paths of a run's own copies in place of those that it names."""
+def own_files(folder: Path, config: RunConfig) -> RunConfig:
+    """Return `config` with paths of a run's own copies in place of those that it names.
+
+    folder: of the run, or of its model.
+    """
+    directory = _run_folder(folder)
     kind = ".tiktoken" if config.tokenizer.endswith(".tiktoken") else ".json"
     copies = {config.facts.csv: f"{directory / PEOPLE}", config.tokenizer: f"{directory / TOKENIZER}{kind}"}
     return located(config, {path: copy for path, copy in copies.items() if path not in (None, "bytes")})
+
+
+def _run_folder(folder: Path) -> Path:
+    """Return the run's folder, given that folder or its `model/`."""
+    return folder.parent if folder.name == MODEL and (folder.parent / CLAIM).exists() else folder
 
 
 def read_people(folder: Path, config: RunConfig) -> People:
@@ -120,10 +129,11 @@ def read_people(folder: Path, config: RunConfig) -> People:
 
     Raises `InputError` if the copy is missing or has changed.
     """
-    people = load_people(own_files(folder, config).facts)
-    digests = (read_json(file).get("people_digest") for file in (folder / CLAIM, folder / ROW) if file.exists())
+    home = _run_folder(Path(folder))
+    people = load_people(own_files(home, config).facts)
+    digests = (read_json(file).get("people_digest") for file in (home / CLAIM, home / ROW) if file.exists())
     if any(digest not in (None, people.digest()) for digest in digests):
-        source = own_files(folder, config).facts.csv or "this version of the code"
+        source = own_files(home, config).facts.csv or "this version of the code"
         raise InputError(f"the run in {folder} was trained on other people than {source} gives now: restore them")
     return people
 

@@ -114,7 +114,7 @@ class Trainer:
         with Monitor(*args) if self.ranks.rank == 0 else nullcontext() as monitor:  # the first rank logs for all
             try:
                 now = time.monotonic()
-                self.throughput.since = time.perf_counter()
+                self.throughput.restart()
                 while self.stopped is None:
                     with monitor.watching(self.model) if monitor else nullcontext():
                         self.step()
@@ -168,8 +168,7 @@ class Trainer:
         rows = self.batches[self.counters["step"]]
         n = len(rows)
         length, n_logits = round(int(self.lengths[rows].sum()) / n) - 1, round(n_trained / n)
-        self.throughput.tokens += n_trained
-        self.throughput.flops += 3 * n * self.config.model.forward_flops(length, n_logits)
+        self.throughput.count(n_trained, 3 * n * self.config.model.forward_flops(length, n_logits))
         self.counters["dialogs_seen"] += n
         self.counters["step"] += 1
 
@@ -213,9 +212,9 @@ class Trainer:
             log(step, loss=self.loss(), **self.throughput.read())
         if self.evaluate and evaluation.every and step % evaluation.every == 0:
             self.losses[-1].item()  # wait for the device now: evaluation time is excluded
-            began, model = time.perf_counter(), self.ranks.full_model(self.model)
-            recall = self.ranks.first_does(lambda: self.evaluate(model))
-            self.throughput.since += time.perf_counter() - began
+            with self.throughput.paused():
+                model = self.ranks.full_model(self.model)
+                recall = self.ranks.first_does(lambda: self.evaluate(model))
             log(step, recall=recall)
             reached = recall >= (evaluation.stop_at_recall or float("inf"))
             counters["reached"] = counters["reached"] + 1 if reached else 0

@@ -670,7 +670,7 @@ def test_a_share_of_less_than_a_dialog_is_refused(files, tmp_path):
         ({"files": {"a": 0.5, "b": 0.5}}, ["training.files", "less than 1"]),
         (
             {"files": {"a": 0.5}, "biographies": 0.6},
-            ["training.files and training.biographies take 1.1", "less than 1"],
+            ["training.files and training.biographies add up to 1.1", "less than 1"],
         ),
     ],
 )

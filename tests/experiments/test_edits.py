@@ -25,7 +25,7 @@ from lib.training.saved import Conversation, open_conversation
 @pytest.fixture(scope="module")
 def circuit(tmp_path_factory) -> edited_models.Scratch:
     config = RunConfig.parse({"mode": "in-tool", "facts": {"n_people": 12}})
-    talk = Conversation(tmp_path_factory.mktemp("circuit"), Circuit().model(), config, ByteTokenizer(), None, None)
+    talk = Conversation(tmp_path_factory.mktemp("circuit"), Circuit().model(), config, ByteTokenizer(), None)
     return edited_models.Scratch(talk, "smoke")
 
 
@@ -70,7 +70,7 @@ def test_a_model_trained_without_the_deleted_is_the_model_of_a_file_that_lacks_t
     fields = {"facts": {"n_people": 4}, "model": {"d_model": 8}, "training": {"steps": 2}}
     fields["evaluation"] = {"every": None}
     config, people = RunConfig.parse(fields), sample_people(4)
-    base = edited_models.Scratch(Conversation(tmp_path, None, config, ByteTokenizer(), people, None), "smoke")
+    base = edited_models.Scratch(Conversation(tmp_path, None, config, ByteTokenizer(), None), "smoke")
     model, cost = base.retrained({people.names[1]})
     lines = [",".join(("name", *people.attributes)), *(",".join(row) for row in people.rows())]
     (tmp_path / "left.csv").write_text("\n".join(lines[:2] + lines[3:]), encoding="utf-8")

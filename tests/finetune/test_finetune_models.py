@@ -45,11 +45,11 @@ def test_adapters_whose_base_is_gone_name_the_base(folder, tmp_path):
     peft.get_peft_model(load_model(folder, "cpu"), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(moved)}))
-    with pytest.raises(InputError, match=rf"^cannot read a model from {adapter}, a folder .*: .*{moved}"):
+    with pytest.raises(InputError, match=rf"^cannot read a model from {adapter}: give a folder .*: .*{moved}"):
         load_model(adapter, "cpu")
     (adapter / "adapter_model.safetensors").write_bytes(b"damaged")
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=rf"^cannot read a model from {adapter}, a folder .+: "):
+    with pytest.raises(InputError, match=rf"^cannot read a model from {adapter}: give a folder .+: "):
         load_model(adapter, "cpu")
 
 
@@ -108,7 +108,7 @@ def test_what_is_no_model_is_one_sentence(folder, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for source in (tmp_path / "nowhere", "no such name", "nobody/nothing", tmp_path / "empty"):
         for what, load in {"model": load_model, "tokenizer": load_tokenizer}.items():
-            sentence = rf"^cannot read a {what} from {source}, a folder .* fetched \(itl fetch\) .*: "
+            sentence = rf"^cannot read a {what} from {source}: give a folder .* \(itl fetch; .*: "
             with pytest.raises(InputError, match=sentence):
                 load(source)
     with pytest.raises(InputError, match="no device 'cuda:99'"):
@@ -127,7 +127,7 @@ def test_a_model_of_recurrent_layers_is_refused(tmp_path):
 def test_a_damaged_folder_is_one_sentence_and_no_random_weights(folder, tmp_path):
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:1000])
-    with pytest.raises(InputError, match=r"^cannot read a model from .+, a folder .+: "):
+    with pytest.raises(InputError, match=r"^cannot read a model from .+: give a folder .+: "):
         load_model(folder, "cpu")
     (folder / "model.safetensors").write_bytes(weights)
     config = json.loads((folder / "config.json").read_text())
@@ -157,7 +157,7 @@ def test_files_of_another_form_are_one_sentence(folder, name, change):
     content = json.loads((folder / name).read_text()) | change if isinstance(change, dict) else change
     (folder / name).write_text(json.dumps(content))
     load = load_model if name == "config.json" else load_tokenizer
-    with pytest.raises(InputError, match=r"^cannot read a .+ from .+, a folder .+: "):
+    with pytest.raises(InputError, match=r"^cannot read a .+ from .+: give a folder .+: "):
         load(folder)
 
 

@@ -183,15 +183,15 @@ def test_the_bar_shows_steps_and_the_last_metrics(tmp_path, monkeypatch):
 def test_throughput_is_tokens_and_arithmetic_a_second_without_pauses(monkeypatch):
     clock = SimpleNamespace(now=5.0)
     monkeypatch.setattr("lib.training.monitor.time.perf_counter", lambda: clock.now)
-    throughput = Throughput(peak=2e12, since=clock.now)
+    throughput = Throughput(peak=2e12)
     for _ in range(2):
         for _ in range(4):
             clock.now += 0.5
-            throughput.tokens, throughput.flops = throughput.tokens + 100, throughput.flops + 2.5e11
-        clock.now += 60
-        throughput.since += 60
+            throughput.count(tokens=100, flops=2.5e11)
+        with throughput.paused():
+            clock.now += 60
         assert throughput.read() == {"tokens_per_second": 200.0, "tflops": 0.5, "mfu": 0.25}
-    throughput = Throughput(None, since=clock.now)
+    throughput = Throughput(None)
     clock.now += 1
     assert throughput.read() == {"tokens_per_second": 0.0, "tflops": 0.0}
 

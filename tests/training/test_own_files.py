@@ -48,7 +48,7 @@ def test_without_its_copy_a_run_does_not_read_what_its_configuration_names(copy,
     if copy == paths.PEOPLE:
         reads.append(lambda: read_people(folder, load_model(folder, "cpu")[1]))
     else:
-        reads.append(lambda: load_model(folder, "cpu"))
+        reads += [lambda: load_model(folder, "cpu"), lambda: load_model(folder / paths.MODEL, "cpu")]
     for read in reads:
         with pytest.raises(InputError, match=f"(cannot read people from |tokenizer = '){folder / copy}"):
             read()
