@@ -192,7 +192,7 @@ def test_a_gated_model_is_one_sentence(tmp_path, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         address = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/{{filename}}"
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address)
-        with pytest.raises(InputError, match=r"from owner/model, .*open \(hf auth login\).*: .*gated"):
+        with pytest.raises(InputError, match=r"from owner/model: .*gated: hf auth login\).*: .*gated"):
             load_model("owner/model", "cpu")
     finally:
         server.shutdown()
