@@ -34,7 +34,7 @@ from lib.training.edit import Edited, edit
 from lib.training.run import run
 from lib.training.saved import Conversation, open_conversation
 
-#: By profile: numbers of facts to change (about as many as the last number are deleted); then the most questions per
+#: By profile: numbers of facts to change (the last is also about how many to delete); then the most questions per
 #: recall, the most people that a hybrid model learns by heart, and the most training steps of an edit.
 SIZES = {
     "smoke": ((1, 3), 4, 1, 10),
@@ -59,7 +59,7 @@ LETTERS = (0, 1, 2, 3)
 class Setting(ABC):
     """One trained model, and what an experiment on it needs.
 
-    people: those that it was trained on. sampled: what drew them, for unseen ones. sizes: a value of `SIZES`.
+    people: those that it was trained on. sampled: how to draw unseen people. sizes: a value of `SIZES`.
     """
 
     def __init__(self, model: Any, people: People, mode: str, seed: int, sampled: FactsConfig, sizes: tuple):

@@ -28,7 +28,7 @@ def bounds_searches(profile: str, tokenizer: str = "bytes") -> list[Search]:
 
 
 def bounds_rows(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
-    """Return all runs of 5.1, 5.2's of `bounds_searches`, and its superseded in-tool runs where 5.1 has no bound."""
+    """Return all 5.1 runs, 5.2's in `bounds_searches`, and 5.2's superseded in-tool runs where 5.1 has no bound."""
     own, others = (read_rows(s, profile, searches_of(s, profile, tokenizer)) for s in ("05_1", "05_2"))
     planned = {run_id for search in bounds_searches(profile, tokenizer) for run_id in search.run_ids}
     if len(others):
