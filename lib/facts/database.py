@@ -84,7 +84,7 @@ def connect_read_only(path: str | Path, time_budget: float = 1.0) -> GuardedConn
     `mode=ro` is not enough: ATTACH and VACUUM INTO would still create files. So an authorizer allows only reads,
     intermediate results stay in memory and are limited in size, and a statement that runs for more than `time_budget`
     seconds ends in an OperationalError whose `sqlite_errorname` is SQLITE_INTERRUPT. From the first read until the
-    connection is closed nobody else can write. (In WAL mode, SQLite leaves its two side files behind.)
+    connection is closed nobody else can write. (In WAL mode others can; two side files stay behind.)
 
     Raises `InputError` if there is no such file.
     """

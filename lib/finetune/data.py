@@ -62,7 +62,7 @@ def as_user(texts: Iterable[str]) -> list[list[dict]]:
 def look_up_turns(mode: ChatMode, call: dict | None, request: str, result: str) -> list[dict]:
     """Return the turns between question and answer: a function call (`name`, `arguments`) or a request as text.
 
-    In text, the user speaks for the tool: every template knows these two roles. In-weight, there are no such turns.
+    In text, the user speaks for the tool, as not every template has its role. In-weight, there are no such turns.
     """
     if mode == "in-tool":
         calls = [{"id": CALL_ID, "type": "function", "function": call}]
