@@ -160,7 +160,7 @@ def test_a_bad_line_is_named_and_nothing_is_left(tmp_path, line, words):
     for word in (
         f"cannot read the dialogs of {path}: line 3: ",
         "[[role, text], ...]",
-        "user, assistant, database",
+        "user or assistant or database",
         *words,
     ):
         assert word in message
