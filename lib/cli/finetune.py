@@ -146,7 +146,7 @@ def ask(
     n_facts = len(asked) // table.phrasing.nunique()
     console.print(f"{n_facts:,} facts in each phrasing, 95% intervals (low to high), and why questions failed:")
     console.table(table, ["protocol", "phrasing", "recall", "low", "high", *failures])
-    _, figure = style.save(teaching.recall_by_phrasing(table, endpoint["model"]), out.name, out.parent)
+    _, figure = style.save_in(teaching.recall_by_phrasing(table, endpoint["model"]), out.name, out.parent)
     console.print(f"all records are in {out}, a figure in {figure}")
     if failed := sum(record["error"] is not None for record in records):
         console.print(f"the server failed on {failed:,} questions, the same command asks them again")

@@ -63,11 +63,10 @@ class Setting(ABC):
     """
 
     def __init__(self, model: Any, people: People, mode: str, seed: int, sampled: FactsConfig, sizes: tuple):
-        self.model, self.people, self.mode, self.seed = model, people, mode, seed
+        self.model, self.people, self.mode, self.seed, self.sampled = model, people, mode, seed, sampled
         self.facts, self.draw = [*people.facts()], np.random.default_rng(seed)
         n_edited, self.n_asked, self.n_heart, self.max_steps = sizes
         self.n_edited = [n for n in n_edited if n < len(self.facts)]
-        self.sampled = sampled
 
     def shuffled(self, items: Sequence) -> list:
         """Return items in random order."""
@@ -293,9 +292,8 @@ def forgive(base: Setting) -> Iterator[dict[str, Any]]:
     recall: share of questions where both the tool's result and the answer were right. wrong: share of
     questions where they were not, although the last request found somebody.
     """
-    unseen = base.unseen
-    with temporary_database(reduce(add, unseen.values(), base.people)) as path, SqlTool(path) as tool:
-        for who, people in {"trained": base.people, **unseen}.items():
+    with temporary_database(reduce(add, base.unseen.values(), base.people)) as path, SqlTool(path) as tool:
+        for who, people in {"trained": base.people, **base.unseen}.items():
             facts = base.some(people)
             for letters in LETTERS:
                 said = base.ask(facts, ForgivingTool(tool, letters))

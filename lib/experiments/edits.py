@@ -28,16 +28,16 @@ def models(profile: str) -> dict[Path, Any]:
     if profile == "quick":
         folders = (paths.CHECKPOINTS / mode for mode in ("in-weight", "in-tool"))
         return {folder: config_of(read_row(folder / ROW)) for folder in folders}
-    home, found = sweep_dir(SECTION, profile), {}
-    scratch = [config for search in searches(SECTION, profile) for config in search.pending({})]
+    home, chats = sweep_dir(SECTION, profile), {}
+    found = {home / config.run_id: config for search in searches(SECTION, profile) for config in search.pending({})}
     with suppress(InputError):
         from lib.finetune import experiments as finetunings
 
         for config in finetunings.plan(profile):
             if config.task == "facts" and not config.lora_rank:
-                found.setdefault((config.base, config.mode, config.seed), config)
-        found = {finetunings.folder(config, profile) / MODEL: config for config in found.values()}
-    return {home / config.run_id: config for config in scratch} | found
+                chats.setdefault((config.base, config.mode, config.seed), config)
+        found |= {finetunings.folder(config, profile) / MODEL: config for config in chats.values()}
+    return found
 
 
 def sweep(profile: str, *, dry_run: bool = False, **options) -> sweeps.Report:

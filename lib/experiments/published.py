@@ -50,9 +50,8 @@ def compare(section: str, profile: str) -> pd.DataFrame:
         statistics = {"ours": "mean", "ours_std": "std", "seeds_reaching_it": "count", "seeds": "size"}
         ours = rows.groupby(about)[recall].agg(**statistics).reset_index()
     else:
-        of_5_1 = section == "05_1"
-        ours = summaries.bounds(profile) if of_5_1 else summaries.shown_bounds(tables.read_rows(section, profile))
-        ours = ours.rename(columns={"min_params_mean": "ours", "min_params_std": "ours_std"})
+        rows = summaries.bounds_rows(profile) if section == "05_1" else tables.read_rows(section, profile)
+        ours = summaries.shown_bounds(rows).rename(columns={"min_params_mean": "ours", "min_params_std": "ours_std"})
     names = dict.fromkeys(("min_params_mean", "min_params", "ood_recall"), "published") | {"correlation_alpha": "alpha"}
     published = published_by_paper(TABLES[section]).rename(columns=names)
     both = ours.merge(published[[*_POINTS[section], "published"]], on=_POINTS[section])

@@ -26,6 +26,7 @@ TABLES = {
 SHARED = {"depth_and_heads": ("05_1", "05_2")}
 #: Sections with a module of their own, which reads their `rows` and sorts them by its `ORDER`.
 OWN = {"06": "lib.finetune.experiments", "07_1": "lib.experiments.edits", "07_2": "lib.experiments.chains"}
+#: The tables of all sections.
 _TABLES = TABLES | {"06": "scale", "07_1": "edits", "07_2": "chains"}
 
 

@@ -194,8 +194,9 @@ def _in_tool_and_in_weight(table: pd.DataFrame, same: list[str]) -> pd.DataFrame
     modes = table["mode"].str.removesuffix("-text")  # calls or text, depending on the chat template
     tool, weight = (table[modes == mode].drop(columns="mode") for mode in ("in-tool", "in-weight"))
     found = tool.merge(weight, on=same, suffixes=("_tool", "_weight"))
-    alike = [found[f"{name}_tool"] == found[f"{name}_weight"] for name in RECIPE]
-    return found.assign(same_recipe=alike[0] & alike[1])
+    return found.assign(
+        same_recipe=(found.lr_tool == found.lr_weight) & (found.batch_size_tool == found.batch_size_weight)
+    )
 
 
 # ---- Tables and figures

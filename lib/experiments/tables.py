@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from lib import paths
+from lib.base import check_known
 from lib.config import FINISHED, TEXT, read_row
 from lib.experiments.plan import searches
 from lib.experiments.rows import TABLES, rows_in_runs, table_path, text_rows
@@ -30,6 +31,11 @@ NO_ROWS = pd.DataFrame(columns=["profile", "run_id"])
 #: Columns that identify a point of a figure; results of different recipes are never averaged.
 POINT = ["mode", "n_facts", "alpha", "law"]
 GROUP = [*POINT, "recipe", "superseded"]
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise `InputError` unless `threshold` is one of `THRESHOLDS`."""
+    check_known("published threshold", threshold, THRESHOLDS)
 
 
 def read_table(path: Path, fields: Iterable[str] = ()) -> pd.DataFrame:

@@ -129,7 +129,7 @@ def _record(name: str, options: dict) -> Record:
     for option in options:
         check_known("option", option, FIGURES[name].options, f" of the figure {name}")
     if "threshold" in options:
-        check_known("published threshold", options["threshold"], tables.THRESHOLDS)
+        tables.check_threshold(options["threshold"])
     return FIGURES[name]
 
 

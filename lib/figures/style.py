@@ -81,12 +81,13 @@ def _describe_in_notebooks() -> None:
 _describe_in_notebooks()
 
 
-def save(figure: Figure, name: str, where: str | Path) -> list[Path]:
-    """Write NAME.pdf and NAME.png where the figures of a profile go, or into a folder, which may be new.
+def save(figure: Figure, name: str, profile: str) -> list[Path]:
+    """Write NAME.pdf and NAME.png where the profile's figures go, as `save_in` does."""
+    return save_in(figure, name, paths.figures(profile))
 
-    The same figure gives the same bytes.
-    """
-    folder = where if isinstance(where, Path) else paths.figures(where)
+
+def save_in(figure: Figure, name: str, folder: Path) -> list[Path]:
+    """Write NAME.pdf and NAME.png into a folder, which may be new; the same figure gives the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):

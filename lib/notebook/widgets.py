@@ -12,7 +12,6 @@ from IPython.display import display
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from lib.base import check_known
 from lib.config import ModelConfig
 from lib.experiments import tables
 from lib.experiments.published import published_correlated
@@ -103,7 +102,7 @@ def explore_correlation(profile: str, threshold: float = 0.95) -> None:
 
 def _with_tables(name: str, profile: str, threshold: float) -> Callable[[], Figure]:
     """Return a function that draws a figure, from tables that are read only once."""
-    check_known("published threshold", threshold, tables.THRESHOLDS)
+    tables.check_threshold(threshold)
     figure = FIGURES[name]
     return partial(
         figure.draw,

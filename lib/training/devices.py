@@ -1,12 +1,11 @@
 """Devices, cores and threads that a process may use."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import reduce
 from pathlib import Path
 from statistics import median
-from timeit import timeit
 
 import torch
 
@@ -38,12 +37,15 @@ def peak_flops(device: torch.device, dtype: str, n_devices: int) -> float | None
     return next((n_devices * peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def memory(device: torch.device) -> float:
-    """Return the bytes of a GPU's memory or, on a CPU, of the machine's or its control group's; inf if not known."""
+def memory(device: torch.device, root: Path = Path("/")) -> float:
+    """Return a GPU's memory in bytes or, on a CPU, the machine's or its control group's limit, whichever is smaller.
+
+    root: the folder below which the files of control groups are. inf if neither is known.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
-    return min([there, *(limit for (limit,) in _limits("memory.max"))])
+    return min([there, *(limit for (limit,) in _limits(root, "memory.max"))])
 
 
 def usable_cores() -> int:
@@ -53,14 +55,18 @@ def usable_cores() -> int:
     Slurm without binding).
     """
     known = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
-    limits = [len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1]
-    limits += [quota / period for quota, period in _limits("cpu.max")]
+    limits = [len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1, *_quotas(Path("/"))]
     with suppress(KeyError, ValueError):
         limits.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
     return max(1, int(min(limits)))
 
 
-def _limits(name: str, root: Path = Path("/")) -> Iterator[list[float]]:
+def _quotas(root: Path) -> Iterator[float]:
+    """Yield the quotas of CPU time, in cores, of this process's control group and its ancestors."""
+    return (quota / period for quota, period in _limits(root, "cpu.max"))
+
+
+def _limits(root: Path, name: str) -> Iterator[list[float]]:
     """Yield the numbers in the file `name` of this process's control group (version 2) and its ancestors."""
     with suppress(OSError):
         group = (root / "proc/self/cgroup").read_text(encoding="utf-8").rpartition("0::/")[2].strip()
@@ -80,9 +86,15 @@ def fastest_threads(step: Callable[[], object], most: int) -> int:
     for _ in range(1 + 5):
         for n, measured in seconds.items():
             with using_threads(n):
-                measured.append(timeit(step, number=1))
+                started = time.perf_counter()
+                step()
+                measured.append(time.perf_counter() - started)
     medians = {n: median(measured[1:]) for n, measured in seconds.items()}  # the first steps allocate
-    return reduce(lambda best, n: n if WORTH_A_CORE * medians[n] < medians[best] else best, medians)
+    best = 1
+    for n in medians:
+        if WORTH_A_CORE * medians[n] < medians[best]:
+            best = n
+    return best
 
 
 @contextmanager

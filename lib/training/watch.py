@@ -54,15 +54,15 @@ def _not_yet(directory: Path, config: RunConfig, measured: Collection[int]) -> I
         step = checkpoint.step_of(folder)
         if step in measured:
             continue
-        trainer = nn.ModuleDict({"model": without_weights(config.model)})  # for the weights' names in checkpoints
+        named = nn.ModuleDict({"model": without_weights(config.model)})  # gives weights the names of checkpoints
         try:
-            tensors, _ = checkpoint.load(folder, lambda _, trainer=trainer: trainer.state_dict())
+            tensors, _ = checkpoint.load(folder, lambda _, named=named: named.state_dict())
         except (InputError, OSError):
             if checkpoint.damage(folder):  # or deleted by now
                 continue
             raise
-        trainer.load_state_dict(tensors, assign=True)
-        yield step, trainer["model"]
+        named.load_state_dict(tensors, assign=True)
+        yield step, named["model"]
     if (directory / ROW).exists():  # then there may be no checkpoints any more
         step = read_row(directory / ROW)["steps"]
         if step not in measured:

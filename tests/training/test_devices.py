@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ def test_as_many_cores_as_the_process_may_use(monkeypatch):
 @pytest.mark.parametrize(("given", "cores"), [("3", 3), ("64", 16), ("0", 1), ("many", 16)])
 def test_slurm_says_how_many_cores_a_process_may_use(monkeypatch, given, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    monkeypatch.setattr(devices, "_limits", lambda _: iter(()))
+    monkeypatch.setattr(devices, "_quotas", lambda _: iter(()))
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", given)
     assert devices.usable_cores() == cores
 
@@ -34,17 +33,17 @@ def test_slurm_says_how_many_cores_a_process_may_use(monkeypatch, given, cores):
 @pytest.mark.parametrize(
     ("group", "files", "quotas"),
     [
-        ("0::/\n", {"cpu.max": "150000 100000\n"}, [[150000, 100000]]),  # in a container
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, [1.5]),  # in a container
         ("0::/\n", {"cpu.max": "max 100000\n"}, []),
-        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "20 10\n", "cpu.max": "7 1\n"}, [[20, 10], [7, 1]]),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "200000 100000\n", "cpu.max": "7 1\n"}, [2, 7]),
         ("0::/a\n", {}, []),
-        ("2:cpu:/a\n0::/b\n", {"b/cpu.max": "3 1", "a/cpu.max": "2 1"}, [[3, 1]]),  # beside groups of version 1
+        ("2:cpu:/a\n0::/b\n", {"b/cpu.max": "3 1", "a/cpu.max": "2 1"}, [3]),  # beside groups of version 1
         (None, {}, []),
     ],
 )  # fmt: skip
 def test_quotas_of_cpu_time_are_read_as_linux_writes_them(tmp_path, group, files, quotas):
     _write(tmp_path, group, files)
-    assert list(devices._limits("cpu.max", tmp_path)) == quotas
+    assert list(devices._quotas(tmp_path)) == quotas
 
 
 def _write(root: Path, group: str | None, files: dict[str, str]) -> None:
@@ -66,8 +65,7 @@ def _write(root: Path, group: str | None, files: dict[str, str]) -> None:
         (None, {"memory.max": "1"}, None),
     ],
 )
-def test_the_memory_is_the_least_of_the_machine_s_and_the_control_groups(tmp_path, monkeypatch, group, files, limit):
+def test_the_memory_is_the_least_of_the_machine_s_and_the_control_groups(tmp_path, group, files, limit):
     _write(tmp_path, group, files)
-    monkeypatch.setattr(devices, "_limits", partial(devices._limits, root=tmp_path))
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert devices.memory(torch.device("cpu")) == (limit or machine)
+    assert devices.memory(torch.device("cpu"), tmp_path) == (limit or machine)
