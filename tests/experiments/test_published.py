@@ -22,7 +22,7 @@ def test_bounds_stand_beside_the_published_ones_where_both_have_a_point(monkeypa
         _row(n_facts=64, d_model=8, recall=0.3),  # no size that does
         _row(n_facts=33, d_model=4, recall=1.0),  # not published
     ]
-    monkeypatch.setattr(summaries, "bounds", lambda profile: summaries.minimal_parameters(pd.DataFrame(rows)))
+    monkeypatch.setattr(summaries, "bounds_rows", lambda profile: pd.DataFrame(rows))
     found = compare("05_1", "laptop").query("recall_threshold == 0.95")
     theirs = published_by_paper("parameter_bounds").query("recall_threshold == 0.95 and n_facts == 32")
     theirs = float(theirs[theirs["mode"] == "in-weight"].min_params_mean.iloc[0])
