@@ -274,12 +274,14 @@ def finetuning_throughput(
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    from lib.finetune import data, models, train, weights
+    from lib.finetune import models, train, weights
+    from lib.finetune.conversations import chats, people_of
+    from lib.finetune.tokens import tokenize_chats
 
     source, device = weights.base_source(base), resolve_device("auto")
     tokenizer = models.load_tokenizer(source)
-    chats = data.tokenize_chats(data.chats(data.people_of(n_facts), mode), tokenizer, max_length=2048)
-    per_round = round(steps * batch_size * np.mean([len(tokens) for tokens in chats["input_ids"]]))
+    data = tokenize_chats(chats(people_of(n_facts), mode), tokenizer, max_length=2048)
+    per_round = round(steps * batch_size * np.mean([len(row) for row in data["input_ids"]]))
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
             output_dir=folder,
@@ -299,7 +301,7 @@ def finetuning_throughput(
             "SFTTrainer": (SFTTrainer, AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)),
         }
         trainers = {
-            name: kind(model, arguments, train_dataset=chats, processing_class=tokenizer)
+            name: kind(model, arguments, train_dataset=data, processing_class=tokenizer)
             for name, (kind, model) in sides.items()
         }
         for trainer in trainers.values():
@@ -315,8 +317,10 @@ def chat_recall_throughput(base: str, *, n_facts: int = 300, rounds: int = 2) ->
     Asked is a model that was fine-tuned for eight steps: it knows hardly any fact, but its answers end. Rows: those of
     `take_turns`, and `recall`.
     """
-    from lib.finetune import data, models, tasks, train
+    from lib.finetune import models, tasks, train
     from lib.finetune.config import FinetuneConfig
+    from lib.finetune.conversations import chats, people_of
+    from lib.finetune.tokens import tokenize_chats
 
     config = FinetuneConfig(
         base=base, mode="in-weight", n_facts=n_facts, batch_size=16, steps=8, checkpoint_every=8, questions=4,
@@ -327,9 +331,9 @@ def chat_recall_throughput(base: str, *, n_facts: int = 300, rounds: int = 2) ->
         dtype = train.best_dtype(resolve_device("auto"))
         model = models.load_model(Path(folder) / "model", dtype=dtype)
         tokenizer = models.load_tokenizer(Path(folder) / "model")
-    facts, recall = list(data.people_of(n_facts).facts()), {}
-    chats = data.tokenize_chats(data.chats(data.people_of(n_facts), "in-weight"), tokenizer, max_length=2048)
-    limit = train.turn_limit(chats)
+    facts, recall = list(people_of(n_facts).facts()), {}
+    data = tokenize_chats(chats(people_of(n_facts), "in-weight"), tokenizer, max_length=2048)
+    limit = train.turn_limit(data)
 
     def ours() -> int:
         found = tasks.measure_recall(model, tokenizer, facts, "in-weight", max_new_tokens=limit)

@@ -19,7 +19,10 @@ from transformers import (
 from vocabularies import train_bpe
 
 from lib.facts.sampling import sample_people
-from lib.finetune.data import IGNORED, ChatMode, chats, tokenize_chats
+from lib.finetune.config import ChatMode
+from lib.finetune.conversations import chats
+from lib.finetune.tokens import tokenize_chats
+from lib.training.loss import IGNORED
 
 #: Short, to be learnt soon: tools by name alone, calls as JSON between marks.
 TEMPLATE = """

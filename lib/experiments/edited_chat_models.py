@@ -21,14 +21,24 @@ from lib.facts.people import FactsConfig
 from lib.finetune.bases import learning_rate
 from lib.finetune.capability import choices, choose_test, measure_capability
 from lib.finetune.config import FinetuneConfig
-from lib.finetune.data import IGNORED, answered, chats, found_turns, look_up_turns, opening, people_of, tokenize_chats
+from lib.finetune.conversations import (
+    answered,
+    chats,
+    found_turns,
+    look_up_turns,
+    opening,
+    people_of,
+    read_call,
+)
 from lib.finetune.evaluation import capability_columns
-from lib.finetune.generation import look_up_and_reply, read_call, reply_all
+from lib.finetune.generation import look_up_and_reply, reply_all
 from lib.finetune.models import load_model, load_tokenizer
 from lib.finetune.tasks import measure_recall
+from lib.finetune.tokens import tokenize_chats
 from lib.finetune.train import adapters, best_dtype, summed_loss, turn_limit
 from lib.training.devices import resolve_device
 from lib.training.edit import edit
+from lib.training.loss import IGNORED
 
 #: By profile, as `lib.experiments.edited_models.SIZES`; hybrids of chat models belong to Section 6.
 SIZES = {"smoke": ((1, 2), 4, 0, 5), "laptop": ((1, 10, 100), 100, 0, 100)}

@@ -16,9 +16,9 @@ from lib.dialogs.request import format_request, parse_request
 from lib.dialogs.templates import GENERIC, TEMPLATES, fill, tool_call
 from lib.experiments.summaries import interval_of_share
 from lib.facts import database
-from lib.finetune.data import ChatMode, look_up_turns, opening
+from lib.finetune.config import ChatMode
+from lib.finetune.conversations import look_up_turns, opening, read_call
 from lib.finetune.endpoint import EndpointConfig, ask_all
-from lib.finetune.generation import read_call
 from lib.finetune.triviaqa import compared
 from lib.paths import DATA
 
@@ -113,9 +113,12 @@ class PeopleTask(Find):
 
 
 async def ask_people(questions: Sequence[PersonQuestion], endpoint: EndpointConfig, tool: SqlTool, out: Path) -> list:
-    """Return the records of `ask_all`. Raises `WorkError` if the first question fails, as most others then would."""
-    people = PeopleTask(tool)
-    (first,) = await ask_all(questions[:1], endpoint, people.look_up, out, task=people)
+    """Return the records of `ask_all`. Raises `WorkError` if the first question fails, as most others then would.
+
+    The first question is tried at most twice: most often its server is not running.
+    """
+    people, impatient = PeopleTask(tool), endpoint.model_copy(update={"retries": min(1, endpoint.retries)})
+    (first,) = await ask_all(questions[:1], impatient, people.look_up, out, task=people)
     if first["error"] is not None:
         raise WorkError(f"the server {endpoint.base_url} did not answer the first question: {first['error']}")
     return await ask_all(questions, endpoint, people.look_up, out, endpoint.protocol, people)

@@ -1,5 +1,8 @@
-"""The base models of Section 6, by name, and the learning rates that they are fine-tuned with."""
+"""The base models of Section 6: their names, learning rates and identity. Needs no model libraries."""
 
+import hashlib
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -33,9 +36,24 @@ BASES = {
 }
 #: Adapters start at zero and take a higher rate.
 LORA_FACTOR = 10
+#: The files that determine a model's replies.
+_MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.jinja")
 
 
 def learning_rate(base: str, mode: str, adapters: bool = False) -> float:
     """Return the default learning rate of a base, a name in `BASES` or any other model, in a mode."""
     known = BASES.get(base, Base(base))
     return (known.in_weight if mode == "in-weight" else known.in_tool) * (LORA_FACTOR if adapters else 1)
+
+
+def fingerprint(source: str | Path) -> str:
+    """Return what identifies a model: a digest of the files in its folder, or its name on the hub."""
+    folder = Path(source)
+    if not os.path.isdir(folder):  # unlike `Path.is_dir`, accepts long names
+        return str(source)
+    content = hashlib.sha256()
+    for path in sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)}):
+        if path.is_file() and not path.name.startswith("."):  # macOS puts hidden files beside them
+            with path.open("rb") as file:
+                content.update(hashlib.file_digest(file, "sha256").digest() + path.name.encode())
+    return content.hexdigest()[:16]

@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from lib.base import parse_line
-from lib.finetune.data import as_user
+from lib.finetune.conversations import as_user
 from lib.finetune.triviaqa import SHIPPED, load_questions
 from lib.paths import read_bytes, reading
 from lib.progress import progress

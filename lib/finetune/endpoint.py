@@ -17,8 +17,8 @@ from pydantic import Field, ValidationError
 from lib import paths
 from lib.base import Config, InputError, to_json
 from lib.finetune import triviaqa
-from lib.finetune.data import ChatMode
-from lib.finetune.models import fingerprint
+from lib.finetune.bases import fingerprint
+from lib.finetune.config import ChatMode
 from lib.progress import progress
 
 Protocol = Literal["closed-book", "text", "tools"]

@@ -1,8 +1,6 @@
 """Greedy replies of Hugging Face chat models, in batches, and a look-up between two replies."""
 
-import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from itertools import takewhile
 from typing import Any
 
@@ -146,15 +144,3 @@ def look_up_and_reply(
     longer = {i: [*openings[i]["messages"], *turns] for i, (_, turns) in looked_up.items() if turns}
     replies = dict(zip(longer, reply_all(model, tokenizer, [*longer.values()], tools, **options), strict=True))
     return [(looked_up.get(i, (None,))[0], replies.get(i, said)) for i, said in enumerate(first)]
-
-
-def read_call(said: str) -> dict | None:
-    """Return the first JSON object with a `name` and `arguments` (or parameters) in what a model said, if any."""
-    decoder = json.JSONDecoder()
-    for start in (i for i, character in enumerate(said) if character == "{"):
-        with suppress(ValueError, RecursionError):  # invalid or unfinished JSON, or a lone surrogate
-            match decoder.raw_decode(said, start)[0]:
-                case {"name": str(name), "arguments": dict(given)} | {"name": str(name), "parameters": dict(given)}:
-                    json.dumps([name, given], ensure_ascii=False).encode()
-                    return {"name": name, "arguments": given}
-    return None

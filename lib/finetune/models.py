@@ -1,6 +1,5 @@
 """Chat models and their tokenizers from a folder or from the Hugging Face hub."""
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -12,9 +11,6 @@ from transformers.utils import logging
 from lib.base import InputError
 from lib.paths import reading
 from lib.training.devices import resolve_device
-
-#: The files that determine a model's replies.
-_MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.jinja")
 
 # Runs show their own progress; TRANSFORMERS_VERBOSITY brings the library's warnings back.
 logging.disable_progress_bar()
@@ -67,16 +63,3 @@ def _load(kind: type, what: str, source: str | Path, **options):
     with reading(f"a {what} from {source}: {takes}; code that comes with a model is never run", Exception):
         # By default, transformers would ask at the terminal whether to run code from the folder.
         return kind.from_pretrained(str(source), trust_remote_code=False, **options)
-
-
-def fingerprint(source: str | Path) -> str:
-    """Return what identifies a model: a digest of the files in its folder, or its name on the hub."""
-    folder = Path(source)
-    if not os.path.isdir(folder):  # unlike `Path.is_dir`, accepts long names
-        return str(source)
-    content = hashlib.sha256()
-    for path in sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)}):
-        if path.is_file() and not path.name.startswith("."):  # macOS puts hidden files beside them
-            with path.open("rb") as file:
-                content.update(hashlib.file_digest(file, "sha256").digest() + path.name.encode())
-    return content.hexdigest()[:16]

@@ -20,9 +20,9 @@ from lib.facts.people import FactsConfig, People
 from lib.facts.sampling import unseen_people
 from lib.finetune import triviaqa
 from lib.finetune.config import ChatMode, FinetuneConfig
-from lib.finetune.data import chats, look_up_turns, opening, people_of
+from lib.finetune.conversations import chats, look_up_turns, opening, people_of, read_call
 from lib.finetune.evaluation import mean_columns
-from lib.finetune.generation import look_up_and_reply, read_call
+from lib.finetune.generation import look_up_and_reply
 from lib.finetune.triviaqa import Question, Store, exact_match, load_questions, read_query
 
 #: Hybrid: how often a fact is in the training data; people get these frequencies in turn.

@@ -33,12 +33,13 @@ from trl import SFTConfig, SFTTrainer
 
 from lib.base import DamagedFile, InputError
 from lib.config import read_row
+from lib.finetune.bases import fingerprint
 from lib.finetune.capability import check_hellaswag, choose_test
 from lib.finetune.config import FinetuneConfig
-from lib.finetune.data import IGNORED, tokenize_chats
 from lib.finetune.evaluation import Evaluator
-from lib.finetune.models import fingerprint, load_model, load_tokenizer, read_shared
+from lib.finetune.models import load_model, load_tokenizer, read_shared
 from lib.finetune.tasks import Task, make_task
+from lib.finetune.tokens import tokenize_chats
 from lib.finetune.triviaqa import load_questions
 from lib.finetune.weights import base_source, origin
 from lib.paths import CLAIM, MODEL, ROWS, read_json, write_json
@@ -46,6 +47,7 @@ from lib.progress import progress
 from lib.provenance import commit, provenance
 from lib.training.devices import resolve_device
 from lib.training.distributed import Preempted, asked_to_leave
+from lib.training.loss import IGNORED
 from lib.training.saved import check_claim, locked
 from lib.training.trainer import are_finite, diverged
 

@@ -9,11 +9,8 @@ from pathlib import Path
 from string import punctuation
 from typing import Literal, NamedTuple, get_args
 
-from datasets import load_dataset
-
-from lib.finetune import data
-from lib.finetune.data import ChatMode
-from lib.finetune.generation import read_call
+from lib.finetune import conversations
+from lib.finetune.config import ChatMode
 from lib.paths import DATA, read_bytes, reading
 
 Split = Literal["train", "validation"]
@@ -84,6 +81,8 @@ def load_questions(
     """
     with reading(f"the questions {source}", RuntimeError):
         if source == "hub":
+            from datasets import load_dataset
+
             name = split or "+".join(get_args(Split))
             records = enumerate(load_dataset("mandarjoshi/trivia_qa", "rc.nocontext", split=name), start=1)
         else:
@@ -121,26 +120,26 @@ class Store:
 
 def opening(question: str, mode: ChatMode) -> dict:
     """Return a model's input: `messages` and, in-tool, `tools`."""
-    return data.opening(question, mode, SEARCH, SYSTEM_PROMPT)
+    return conversations.opening(question, mode, SEARCH, SYSTEM_PROMPT)
 
 
 def trivia_chats(questions: Iterable[Question], mode: ChatMode) -> Iterator[dict]:
-    """Yield one row per question, as `lib.finetune.data.chats` does for facts: from `opening` to the answer."""
+    """Yield one row per question, as `conversations.chats` does for facts: from `opening` to the answer."""
     for text, answer, _ in questions:
-        yield data.answered(opening(text, mode), look_up_turns(text, answer, mode), answer)
+        yield conversations.answered(opening(text, mode), look_up_turns(text, answer, mode), answer)
 
 
 def look_up_turns(query: str, result: str, mode: ChatMode) -> list[dict]:
     """Return the turns between question and answer: the query and its result; in-weight, none."""
     call = {"name": "search", "arguments": {"query": query}}
     result = result if mode == "in-tool" else f"<result>{result}</result>"
-    return data.look_up_turns(mode, call, f"<query>{query}</query>", result)
+    return conversations.look_up_turns(mode, call, f"<query>{query}</query>", result)
 
 
 def read_query(said: str, mode: ChatMode) -> str | None:
     """Return the question of the first query in what a model said, None if there is none."""
     if mode == "in-tool":
-        return query_of_call(read_call(said))
+        return query_of_call(conversations.read_call(said))
     query, end, _ = said.partition("<query>")[2].partition("</query>")
     return query.strip() if end and mode == "in-tool-text" else None
 

@@ -9,10 +9,12 @@ from chat_models import FAMILIES, tiny
 from trl import SFTConfig
 
 from lib.finetune.config import FinetuneConfig
-from lib.finetune.data import IGNORED, chats, people_of, tokenize_chats
+from lib.finetune.conversations import chats, people_of
 from lib.finetune.models import load_model, load_tokenizer
+from lib.finetune.tokens import tokenize_chats
 from lib.finetune.train import ChatTrainer, LikeLengths, finetune
 from lib.finetune.weights import base_source
+from lib.training.loss import IGNORED
 
 VOCABULARY = 60
 #: How many tokens the rows begin with in common, what follows in each, and from where on about half is trained.

@@ -20,8 +20,10 @@ from lib.dialogs.templates import Role, dialogs
 from lib.facts.database import write_database
 from lib.facts.people import People
 from lib.facts.sampling import sample_people
-from lib.finetune.data import IGNORED, chats, people_of, tokenize_chats, trained_parts
+from lib.finetune.conversations import chats, people_of
+from lib.finetune.tokens import tokenize_chats, trained_parts
 from lib.paths import ROOT
+from lib.training.loss import IGNORED
 
 MODES = ["in-weight", "in-tool", "in-tool-text"]
 

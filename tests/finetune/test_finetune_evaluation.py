@@ -23,7 +23,7 @@ from lib.facts.people import People
 from lib.facts.sampling import sample_people
 from lib.finetune import capability
 from lib.finetune.capability import HELLASWAG, check_hellaswag, choose_test, measure_capability, trivia_choices
-from lib.finetune.data import as_user
+from lib.finetune.conversations import as_user
 from lib.finetune.evaluation import (
     PROMPTS,
     capability_columns,

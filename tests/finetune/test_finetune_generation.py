@@ -15,8 +15,8 @@ from lib.dialogs.templates import question, tool_call
 from lib.facts.database import write_database
 from lib.facts.sampling import sample_people
 from lib.finetune import generation
-from lib.finetune.data import chats
-from lib.finetune.generation import encode_prompts, generate_tokens, read_call, reply_all
+from lib.finetune.conversations import chats, read_call
+from lib.finetune.generation import encode_prompts, generate_tokens, reply_all
 from lib.finetune.tasks import measure_recall
 
 PEOPLE = sample_people(3)

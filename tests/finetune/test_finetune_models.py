@@ -10,7 +10,8 @@ import torch
 from chat_models import random_model, tokenizer
 
 from lib.base import InputError
-from lib.finetune.models import fingerprint, load_model, load_tokenizer
+from lib.finetune.bases import fingerprint
+from lib.finetune.models import load_model, load_tokenizer
 
 TOKENS = torch.arange(20)[None]
 

@@ -15,7 +15,7 @@ from lib.facts.people import FactsConfig
 from lib.facts.sampling import unseen_people
 from lib.finetune import capability, evaluation, tasks
 from lib.finetune.config import FinetuneConfig
-from lib.finetune.data import as_user, people_of
+from lib.finetune.conversations import as_user, people_of
 from lib.finetune.evaluation import PROMPTS, Evaluator
 from lib.finetune.tasks import FREQUENCIES, KNOWN_FROM, Task, make_task
 from lib.finetune.triviaqa import load_questions

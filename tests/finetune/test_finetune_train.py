@@ -17,13 +17,15 @@ from lib.cli import app
 from lib.finetune import generation, train
 from lib.finetune.bases import learning_rate
 from lib.finetune.config import FinetuneConfig
-from lib.finetune.data import IGNORED, chats, people_of, tokenize_chats
+from lib.finetune.conversations import chats, people_of
 from lib.finetune.models import load_model, load_tokenizer
 from lib.finetune.tasks import Task
+from lib.finetune.tokens import tokenize_chats
 from lib.finetune.train import finetune, newest_checkpoint
 from lib.finetune.weights import base_source
 from lib.paths import PUBLISHED, ROOT
 from lib.training.distributed import Preempted
+from lib.training.loss import IGNORED
 
 #: Two batches are a pass, so that it counts which conversations are in which.
 SMALL = {"base": "random", "n_facts": 8, "steps": 6, "checkpoint_every": 2, "batch_size": 4, "questions": 4,
