@@ -16,9 +16,10 @@ from lib.experiments.rows import table_path
 from lib.experiments.tables import read_table
 
 #: Measurements of a run's last checkpoint. capability_relative: in percent of the base model's.
-METRICS = ["recall", "capability", "capability_change", "capability_relative", "tv", "kl", "steps", "steps_to_recall"]
+METRICS = """recall capability capability_change capability_norm_change capability_relative
+tv kl steps steps_to_recall""".split()
 #: Columns that identify a point of a figure. source: "published", or the profile of our runs; model: a legend entry.
-POINT = ["source", "model", "base", "adaptation", "mode", "n_facts", "capability_task"]
+POINT = ["source", "model", "base", "adaptation", "mode", "n_facts", "capability_task", "capability_source"]
 #: How the runs of a point were trained.
 RECIPE = ["batch_size", "lr"]
 #: The recall that counts as having learned.
@@ -82,8 +83,10 @@ def comparable(rows: pd.DataFrame | None = None, with_published: bool = True) ->
     rows: ours, in the columns above, possibly none; missing columns are NaN. Each of `METRICS` is the mean over
     the seeds that measured it. `_seeds` counts these, `seeds` counts all. `_std` is their standard deviation, `_stderr`
     the larger of std / sqrt(seeds) and the measurement's own error, which more seeds on the same questions do not
-    reduce. `seeds_reaching_it` were averaged in `steps_to_recall`. Runs of different `RECIPE` are different rows; if a
-    mode has several rates, the model's name gives the rate. Two runs of one point, recipe and seed are an `InputError`.
+    reduce. `seeds_reaching_it` were averaged in `steps_to_recall`. If a point has several sources of capability items,
+    capability is that of the runs of one, a named one ("": unnamed). Runs of different `RECIPE` are different rows; if
+    a mode has several rates, the model's name gives the rate. Two runs of one point, recipe and seed are an
+    `InputError`.
     """
     tables = [each for each in (rows, published_rows() if with_published else None) if each is not None and len(each)]
     runs = pd.concat([_last_checkpoints(each) for each in tables]) if tables else pd.DataFrame()
@@ -95,9 +98,10 @@ def comparable(rows: pd.DataFrame | None = None, with_published: bool = True) ->
 
 def _last_checkpoints(rows: pd.DataFrame) -> pd.DataFrame:
     """Return a row per run on facts, with all of `METRICS`; hybrids are a mode of their own."""
-    metrics = ("recall", "capability", "capability_change", "capability_base", "tv", "kl")
+    metrics = ("recall", "capability", "capability_change", "capability_norm_change", "capability_base", "tv", "kl")
     measured = [f"{metric}{suffix}" for metric in metrics for suffix in ("", "_stderr")]
-    rows = rows.reset_index(drop=True).reindex(columns=rows.columns.union([*measured, "capability_task", *RECIPE]))
+    columns = rows.columns.union([*measured, "capability_task", "capability_source", *RECIPE])
+    rows = rows.reset_index(drop=True).reindex(columns=columns)
     rows = rows.astype(dict.fromkeys(measured, float))  # a column may be None throughout
     last = of_facts(rows[rows.final & rows.step.gt(0)]).astype({"n_facts": int})
     lora = last.adaptation.eq("lora").map({True: ", LoRA", False: ""})
@@ -109,7 +113,13 @@ def _last_checkpoints(rows: pd.DataFrame) -> pd.DataFrame:
         steps=last.step,
         capability_task=last.capability_task.fillna(last.groupby("base").capability_task.transform("first")),
     )
-    return last.join(relative(last)).merge(steps_to_recall(rows), on="run_id")
+    last = last.join(relative(last)).merge(steps_to_recall(rows), on="run_id")
+    asked = last.capability_source.astype(object).fillna("")
+    points = asked.groupby([last[name] for name in [*POINT[:-1], *RECIPE]], dropna=False)
+    last["capability_source"] = points.transform("max")  # a named one, if there is any
+    capability = [name for name in last if name.startswith("capability") and name not in POINT]
+    last.loc[asked != last.capability_source, capability] = np.nan  # measured on other items
+    return last
 
 
 def relative(rows: pd.DataFrame) -> pd.DataFrame:
@@ -164,18 +174,21 @@ def pairs(table: pd.DataFrame, equal_facts: bool = True) -> pd.DataFrame:
     table: as `comparable` gives it. Columns of both end in _tool and _weight. same_recipe: whether learning rate and
     batch are equal. capability_saved: how much more of its capability a model keeps in tool, in percent of the base
     model's; points_saved: the same in points of accuracy, by capability_change. Each has the _stderr of two
-    independent measurements (they answer the same questions, so it is rather too large).
+    independent measurements (they answer the same questions, so it is rather too large), and is NaN if both answered
+    items of different sources.
     """
     same = ["source", "base", "adaptation", "capability_task", *(["n_facts"] if equal_facts else [])]
     found = _in_tool_and_in_weight(table, same)
     percent = found.capability_relative_tool / found.capability_tool
     changes = found.capability_change_stderr_tool, found.capability_change_stderr_weight
-    return found.assign(
-        capability_saved=found.capability_relative_tool - found.capability_relative_weight,
-        capability_saved_stderr=percent * np.hypot(found.capability_stderr_tool, found.capability_stderr_weight),
-        points_saved=100 * (found.capability_change_tool - found.capability_change_weight),
-        points_saved_stderr=100 * np.hypot(*changes),
-    )
+    saved = {
+        "capability_saved": found.capability_relative_tool - found.capability_relative_weight,
+        "capability_saved_stderr": percent * np.hypot(found.capability_stderr_tool, found.capability_stderr_weight),
+        "points_saved": 100 * (found.capability_change_tool - found.capability_change_weight),
+        "points_saved_stderr": 100 * np.hypot(*changes),
+    }
+    same_items = found.capability_source_tool == found.capability_source_weight
+    return found.assign(**{name: values.where(same_items) for name, values in saved.items()})
 
 
 def at_equal_steps(rows: pd.DataFrame) -> pd.DataFrame:

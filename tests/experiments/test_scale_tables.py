@@ -140,6 +140,24 @@ def test_runs_in_tool_stand_beside_every_recipe_in_weights_and_what_these_cost_i
     assert not len(scale_tables.pairs(ours(NOTHING), equal_facts=False))
 
 
+def test_capability_is_averaged_and_compared_only_over_runs_asked_the_same_items():
+    seeds = [{"seed": seed, "capability_change": change} for seed, change in enumerate((0.5, -0.01, -0.03))]
+    tool, alone = (
+        runs(*({"mode": "in-tool", **seed} for seed in of)).assign(lr=1e-4, batch_size=8, capability_change_stderr=0.01)
+        for of in (seeds, seeds[:1])
+    )
+    tool["capability_source"] = tool.seed.map({0: None, 1: "file a", 2: "file a"})  # the first run names no source
+    (row,) = ours(tool).itertuples()
+    assert (row.seeds, row.recall_seeds, row.capability_change_seeds, row.capability_source) == (3, 3, 2, "file a")
+    assert row.capability_change == pytest.approx(-0.02) and row.capability_relative_seeds == 2
+    weight = tool[tool.seed > 0].assign(mode="in-weight", capability_change=-0.05)
+    weight["run_id"] += "/weight"
+    for in_tool, saved in ((tool, 3), (alone, np.nan)):
+        (pair,) = scale_tables.pairs(ours(pd.concat([in_tool, weight]))).itertuples()
+        assert pair.points_saved == pytest.approx(saved, nan_ok=True)
+        assert (pair.tv_tool, pair.tv_weight) == pytest.approx((0.1, 0.1))  # other measurements compare all the same
+
+
 def test_panels_set_runs_in_weights_apart_that_have_the_rate_of_those_in_tool():
     each = ({"mode": "in-tool-text", "lr": 1e-4}, {"lr": 1e-4}, {"lr": 1e-3}, {"lr": 1e-2, "adaptation": "lora"})
     hybrid = run(mode="in-tool-text", task="hybrid", lr=1e-4)
