@@ -37,9 +37,9 @@ RESULTS = ["the fact", "another value", "an unknown word", "two values", "nothin
 def edits(rows: pd.DataFrame) -> Figure:
     """Draw what changing facts takes and breaks, and what is still known of deleted ones.
 
-    rows: as `lib.experiments.edits.rows` gives them, one number of facts per mode. Drawn are means over seeds,
-    with bars from the smallest to the largest. Models that were not trained to repeat a value cannot answer: they
-    appear in the panel of deleted facts alone.
+    rows: as `lib.experiments.edits.rows` gives them, one number of facts per mode. Drawn are means over seeds, with
+    bars from the smallest to the largest; hollow: training was cut off in some seed. Models that were not trained to
+    repeat a value cannot answer: they appear in the panel of deleted facts alone.
     """
     with panels((12.4, 4), 1, 4, width_ratios=(1, 1, 1, 1.2)) as (figure, (cost, harm, success, memory)):
         changed = rows.query("experiment == 'change' and repeats")
@@ -47,6 +47,8 @@ def edits(rows: pd.DataFrame) -> Figure:
             points = changed[changed.method == method]
             for axes, column in ((cost, "seconds"), (harm, "recall_others"), (success, "recall_edited")):
                 draw_means(axes, points, "n_edited", label, of=column, **look)
+                cut = points[points.n_edited.isin(points.n_edited[points.done.eq(False)])].groupby("n_edited")[column]
+                axes.plot(cut.mean(), **{**look, "linestyle": "none", "markerfacecolor": "white", "zorder": 4})
         cost.set(xlabel="facts changed", ylabel="seconds for the edit", xscale="log", yscale="log")
         for axes, which in ((harm, "all other"), (success, "the changed")):
             axes.set(xlabel="facts changed", ylabel=f"recall of {which} facts", xscale="log", ylim=(-0.04, 1.06))

@@ -34,7 +34,8 @@ def test_without_rows_an_empty_figure_is_drawn(draw):
 def test_changes_are_drawn_as_means_over_seeds():
     change = {"experiment": "change", "mode": "in-weight", "method": "train on them", "recall_edited": 1.0}
     table = rows(
-        *({**change, "n_edited": n, "seed": seed, "seconds": 2.0 * n + seed, "recall_others": 1 / n - 0.25 * seed}
+        *({**change, "n_edited": n, "seed": seed, "seconds": 2.0 * n + seed, "recall_others": 1 / n - 0.25 * seed,
+           "done": n + seed < 3}
           for n in (1, 2) for seed in (0, 1)),
         {"experiment": "delete", "mode": "in-weight", "method": "nothing", "asked": "at once", "seed": 0, "memory": 0.9,
          "never_memory": 0.1, "guess": 0.05},
@@ -43,6 +44,8 @@ def test_changes_are_drawn_as_means_over_seeds():
     assert cost.lines[0].get_xydata().tolist() == [[1, 2.5], [2, 4.5]]
     assert harm.lines[0].get_xydata().tolist() == [[1, 0.875], [2, 0.375]]
     assert success.lines[0].get_xydata().tolist() == [[1, 1.0], [2, 1.0]]
+    (hollow,) = (line for line in cost.lines if len(line.get_xdata()) and line.get_markerfacecolor() == "white")
+    assert hollow.get_xydata().tolist() == [[2, 4.5]]  # one of its seeds was cut off
     assert [line.get_xdata()[0] for line in memory.lines] == [0.9, 0.1]
     assert memory.collections[0].get_segments()[0][:, 0].tolist() == [0.05, 0.05]
     assert [label.get_text() for label in memory.get_yticklabels()] == ["in-weight: before"]
