@@ -19,6 +19,7 @@ from matplotlib.patches import Patch
 
 from lib import paths
 from lib.experiments.scale_tables import LEARNED, by_family, of_facts, rate
+from lib.experiments.summaries import interval_of_share
 from lib.figures.style import BESIDE, HOLLOW, STYLES, log_ticks, panels
 
 #: Half-filled markers mean a tool: single points have no line style to tell modes apart in grey.
@@ -159,8 +160,8 @@ def hybrid(table: pd.DataFrame) -> Figure:
 def trivia(table: pd.DataFrame, model: str) -> Figure:
     """Draw how many questions of general knowledge a model answers correctly in each of `WAYS` (appendix on TriviaQA).
 
-    table: a row for each `way` and kind of `questions`, with `accuracy` and `standard_error`. A missing way is left
-    out, a missing kind leaves a gap.
+    table: a row for each `way` and kind of `questions`, with `accuracy` and `n_questions`. Error bars are Wilson's 95%
+    intervals. A missing way is left out, a missing kind leaves a gap.
     """
     ways, hatches = [way for way in WAYS if way in set(table.way)], cycle(("", "///", "...", "xxx", "---"))
     looks = dict(zip(table.questions.unique(), hatches, strict=False))
@@ -170,7 +171,9 @@ def trivia(table: pd.DataFrame, model: str) -> Figure:
             bars = table[table.questions == kind].set_index("way").reindex(ways)
             places = np.arange(len(ways)) + width * (i - (len(looks) - 1) / 2)
             look = {"color": [WAYS[way] for way in ways], "hatch": hatch, "edgecolor": "white", "ecolor": "black"}
-            axes.bar(places, bars.accuracy, width, yerr=bars.standard_error, **look)
+            low, high = interval_of_share(bars.accuracy * bars.n_questions, bars.n_questions)
+            lengths = np.maximum([bars.accuracy - low, high - bars.accuracy], 0)  # not below 0 by rounding
+            axes.bar(places, bars.accuracy, width, yerr=lengths, **look)
         axes.set_xticks(range(len(ways)), ways)
         axes.set(title=model, ylabel="share answered correctly", ylim=(0, 1.06))
         look = {"facecolor": "#444444", "edgecolor": "white"}

@@ -253,7 +253,7 @@ def test_files_are_whole_and_the_same_a_second_time(name, tmp_path, monkeypatch)
 def test_trivia_has_a_bar_for_each_way_and_kind_of_questions_with_its_error():
     ways, kinds = ["in-tool, native", "in-weight", "closed-book"], ["trained on", "held out"]
     table = pd.DataFrame(
-        [{"way": way, "questions": kind, "accuracy": 0.1 * i + 0.05 * j, "standard_error": 0.01 * (i + 1)}
+        [{"way": way, "questions": kind, "accuracy": 0.1 * i + 0.05 * j, "n_questions": 20 * (i + 1)}
          for i, way in enumerate(ways) for j, kind in enumerate(kinds)]
     )  # fmt: skip
     figure = scale.trivia(table, "SmolLM2-135M")
@@ -263,7 +263,10 @@ def test_trivia_has_a_bar_for_each_way_and_kind_of_questions_with_its_error():
     for j, container in enumerate(bars):
         assert [bar.get_height() for bar in container] == pytest.approx([0.2 + 0.05 * j, 0.1 + 0.05 * j, 0.05 * j])
         segments = container.errorbar.lines[2][0].get_segments()
-        assert [high - low for (_, low), (_, high) in segments] == pytest.approx([0.06, 0.04, 0.02])
+        for bar, ((_, low), (_, high)), n in zip(container, segments, (60, 40, 20), strict=True):
+            assert low < high  # also at 0 of 20
+            for end in (low, high):  # as far from the share as 1.96 of its own standard errors
+                assert (bar.get_height() - end) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / n, abs=1e-9)
     corners = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for container in bars for bar in container)
     assert len(corners) == 6 and all(
         end <= start + 1e-9 for (_, end), (start, _) in zip(corners, corners[1:], strict=False)
