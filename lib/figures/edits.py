@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from lib.facts.sampling import UNSEEN
 from lib.figures.generalization import KINDS
-from lib.figures.style import STYLES, draw_means, panels, shades, shared_legend
+from lib.figures.style import HOLLOW, STYLES, draw_means, panels, shades, shared_legend
 
 _AMONG = STYLES["in-weight"] | {"marker": "^", "linestyle": "--"}
 #: How facts are changed, as a legend says it.
@@ -42,13 +42,14 @@ def edits(rows: pd.DataFrame) -> Figure:
     repeat a value cannot answer: they appear in the panel of deleted facts alone.
     """
     with panels((12.4, 4), 1, 4, width_ratios=(1, 1, 1, 1.2)) as (figure, (cost, harm, success, memory)):
-        changed = rows.query("experiment == 'change' and repeats")
+        changed, hollow = rows.query("experiment == 'change' and repeats"), {"linestyle": "none", **HOLLOW}
         for method, (label, look) in METHODS.items():
             points = changed[changed.method == method]
             for axes, column in ((cost, "seconds"), (harm, "recall_others"), (success, "recall_edited")):
                 draw_means(axes, points, "n_edited", label, of=column, **look)
-                cut = points[points.n_edited.isin(points.n_edited[points.done.eq(False)])].groupby("n_edited")[column]
-                axes.plot(cut.mean(), **{**look, "linestyle": "none", "markerfacecolor": "white", "zorder": 4})
+                cut = points[points.n_edited.isin(points.n_edited[points.done.eq(False)])]
+                if len(cut):
+                    axes.plot(cut.groupby("n_edited")[column].mean(), **{**look, **hollow})
         cost.set(xlabel="facts changed", ylabel="seconds for the edit", xscale="log", yscale="log")
         for axes, which in ((harm, "all other"), (success, "the changed")):
             axes.set(xlabel="facts changed", ylabel=f"recall of {which} facts", xscale="log", ylim=(-0.04, 1.06))
