@@ -28,15 +28,18 @@ def bounds_searches(profile: str, tokenizer: str = "bytes") -> list[Search]:
 
 
 def bounds_rows(profile: str, tokenizer: str = "bytes") -> pd.DataFrame:
-    """Return all 5.1 runs, 5.2's in `bounds_searches`, and 5.2's superseded in-tool runs where 5.1 has no bound."""
+    """Return 5.1's runs, 5.2's in `bounds_searches`, and 5.2's superseded in-tool searches in place of 5.1's.
+
+    These have one recipe over all numbers of facts; 5.1's superseded in-tool runs, of twice the steps, fill gaps.
+    """
     own, others = (read_rows(s, profile, searches_of(s, profile, tokenizer)) for s in ("05_1", "05_2"))
     planned = {run_id for search in bounds_searches(profile, tokenizer) for run_id in search.run_ids}
     if len(others):
         is_grid = others.fillna({"every_seed": False}).groupby(GROUP).every_seed.transform("all")
-        found = minimal_parameters(own, [0.95]).dropna(subset="min_params_mean")[POINT]
-        found_here = pd.MultiIndex.from_frame(others[POINT]).isin(pd.MultiIndex.from_frame(found))
-        earlier = others.superseded & (others["mode"] == "in-tool") & ~is_grid.astype(bool) & ~found_here
+        earlier = others.superseded & (others["mode"] == "in-tool") & ~is_grid.astype(bool)
+        points = pd.MultiIndex.from_frame(others.loc[earlier, POINT])
         others = others[earlier | others.run_id.isin(planned)]
+        own = own[~(own.superseded & pd.MultiIndex.from_frame(own[POINT]).isin(points))] if len(own) else own
     return tables.stacked(own, others)
 
 
@@ -159,7 +162,7 @@ def shapes(profile: str) -> pd.DataFrame:
     name = "depth_and_heads"
     own, *others = (read_rows(each, profile, searches_of(name, profile)) for each in (name, *SHARED[name]))
     rows = tables.stacked(own, *(table[~table.superseded] for table in others)).drop_duplicates("run_id")
-    rows = rows.reindex(columns=[*dict.fromkeys([*rows.columns, *POINT, "n_params", "recall"])])
+    rows = rows.reindex(columns=[*dict.fromkeys([*rows.columns, *POINT, "n_params", "recall", "stopped"])])
     models = [config_of(row).model for row in rows.to_dict("records")]
     shape = {field: [getattr(model, field) for model in models] for field in ("n_layers", "n_heads")}
     unseen = rows.reindex(columns=[f"{kind}_recall" for kind in UNSEEN]).mean(axis=1)
@@ -184,22 +187,20 @@ def _entropy_per_person(rows: pd.DataFrame) -> pd.DataFrame:
 def fit_line(points: pd.DataFrame, of: str = "min_params_mean") -> dict[str, float]:
     """Fit parameters needed as a line in the facts: slope (parameters per fact), its 95% interval, intercept, n_points.
 
-    points: n_facts and the column `of`; those without a value are left out. The interval is a bootstrap over
-    points: for means it reflects the numbers of facts tried, for `min_params` also the seeds. With few points it is
-    too narrow (with three seeds at two numbers of facts it covers the truth five times in six), with equal points it
-    has no width, and with fewer than five it is NaN.
+    points: n_facts and the column `of`; those without a value are left out. The interval is a bootstrap over the seeds
+    within each number of facts: NaN with fewer than five points or one per number of facts (means, say), and without
+    width if seeds agree. With three seeds each it is too narrow: it covers the truth about four times in five.
     """
-    points = points.dropna(subset=of)
+    points = points.dropna(subset=of).sort_values("n_facts")
     x, y = points.n_facts.to_numpy(float), points[of].to_numpy(float)
     fit = dict.fromkeys(("slope", "low", "high", "intercept"), math.nan) | {"n_points": len(x)}
     if len({*x}) < 2:
         return fit
     fit["slope"], fit["intercept"] = map(float, np.polyfit(x, y, 1))
-    if len(x) > 4:
-        drawn = np.random.default_rng(0).integers(len(x), size=(2000, len(x)))
-        drawn = drawn[np.ptp(x[drawn], axis=1) > 0]
-        from_mean = x[drawn] - x[drawn].mean(axis=1, keepdims=True)
-        slopes = (from_mean * y[drawn]).sum(axis=1) / (from_mean**2).sum(axis=1)
+    if 4 < len(x) > len({*x}):
+        rng, from_mean = np.random.default_rng(0), x - x.mean()
+        drawn = np.hstack([rng.choice(y[x == n], (2000, (x == n).sum())) for n in np.unique(x)])
+        slopes = drawn @ from_mean / (from_mean @ from_mean)
         fit["low"], fit["high"] = map(float, np.quantile(slopes, [0.025, 0.975]))
     return fit
 
@@ -212,10 +213,12 @@ FIT_FROM = {"in-weight": 256, "in-tool": 4096}
 def fit_of_mode(seeds: pd.DataFrame, mode: str) -> dict:
     """Return `fit_line` over `FIT_FROM` facts and more, one point per seed, and `facts`, the first and the last number.
 
-    seeds: of one threshold, with min_params. Current or earlier recipes are taken, whichever have more points.
+    seeds: of one threshold, with min_params. Only points of today's plan, or of one earlier recipe, are taken, of the
+    one that has most.
     """
     points = described(seeds).query(f"mode == '{mode}' and n_facts >= {FIT_FROM[mode]}").dropna(subset="min_params")
-    points = points[points.superseded == (points.superseded.mean() > 0.5)]
+    recipe = points.recipe.where(points.superseded.astype(bool), "today's")
+    points = points[recipe.isin(recipe.mode()[:1])]
     return fit_line(points, of="min_params") | {"facts": (points.n_facts.min(), points.n_facts.max())}
 
 

@@ -110,14 +110,14 @@ def described(rows: pd.DataFrame) -> pd.DataFrame:
     """Add what tells rows of one point apart, read off their `config`: `law` and `recipe`; `superseded` if missing.
 
     law: how the database was drawn, a name of `lib.facts.people.LAWS` (or the fields of another law).
-    recipe: the optimizer, the training, and the model without its width. Not the steps, which grow with the facts,
-    but the passes over the questions: 12,000 and 24,000 steps on one database are two recipes; equally many passes
-    with and without biographies are one.
+    recipe: the optimizer, the training, and the model without its width. In tool, the steps are part of it, whatever
+    the number of facts. In weights steps grow with the facts, so the passes over the questions take their place:
+    equally many passes with and without biographies are one recipe.
     """
     configs = [json.loads(c) if isinstance(c, str) else {} for c in rows.get("config", [None] * len(rows))]
     laws = [Law(**{name: v for name, v in c.get("facts", {}).items() if name in Law._fields}) for c in configs]
     names = {law: name for name, law in LAWS.items()}
-    sizes = rows.reindex(columns=["steps_budget", "batch_size", "n_facts"]).itertuples(index=False)
+    sizes = rows.reindex(columns=["mode", "steps_budget", "batch_size", "n_facts"]).itertuples(index=False)
     computed = {
         "superseded": False,
         "law": [names.get(law, str(tuple(law))) for law in laws],
@@ -131,13 +131,13 @@ def law_named(name: str) -> Law:
     return LAWS.get(name) or Law(*literal_eval(name))
 
 
-def _recipe(config: dict, steps: float, batch_size: float, n_facts: float) -> str:
+def _recipe(config: dict, mode: str, steps: float, batch_size: float, n_facts: float) -> str:
     groups = {name: value for group in ("model", "optim", "training") for name, value in config.get(group, {}).items()}
     questions = 1 - groups.get("biographies", 0) - sum(groups.get("files", {}).values())
-    groups["passes"] = float(f"{steps * batch_size * questions / n_facts:.3g}")
     for name in ("d_model", "steps", "checkpoint_every", "keep_checkpoints", "biographies"):
         groups.pop(name, None)
-    return json.dumps(groups, sort_keys=True)
+    passes = float(f"{steps * batch_size * questions / n_facts:.3g}")
+    return json.dumps(groups | ({"steps": steps} if mode == "in-tool" else {"passes": passes}), sort_keys=True)
 
 
 def shown(table: pd.DataFrame, value: str, on: Sequence[str] = POINT) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """Tables of results against brute force; what is published is merged, traceable, and the same a second time."""
 
+import itertools
 import json
 import math
 import statistics
@@ -224,11 +225,11 @@ def test_rows_leave_a_table_only_as_selected(data, monkeypatch):
     assert "superseded" not in tables.committed_rows("05_1")
 
 
-def test_recipes_are_told_apart_by_passes_and_optimizer_but_not_by_biographies_or_seed():
-    def row(n_facts=256, steps=4000, seed=0, **groups):
+def test_recipes_are_told_apart_by_passes_or_steps_and_optimizer_but_not_by_biographies_or_seed():
+    def row(n_facts=256, steps=4000, seed=0, mode="in-weight", **groups):
         config = {"facts": {"n_people": n_facts // 4, "seed": seed, **groups.pop("facts", {})}, "seed": seed, **groups}
         size = {"n_facts": n_facts, "steps_budget": steps, "batch_size": 64}
-        return _row(seed=seed, **size, config=json.dumps(config))
+        return _row(seed=seed, mode=mode, **size, config=json.dumps(config))
 
     def recipes(*rows) -> int:
         return tables.described(pd.DataFrame(rows)).recipe.nunique()
@@ -236,6 +237,8 @@ def test_recipes_are_told_apart_by_passes_and_optimizer_but_not_by_biographies_o
     assert recipes(row(), row(seed=1), row(model={"d_model": 8}), row(evaluation={"every": 3})) == 1
     assert recipes(row(), row(steps=5000, training={"biographies": 0.2, "steps": 5000})) == 1
     assert recipes(row(n_facts=1024), row(n_facts=2048, steps=8000)) == 1
+    tool = {"mode": "in-tool", "n_facts": 1024}  # steps tell recipes apart here, whatever the number of facts
+    assert recipes(row(mode="in-tool"), row(**tool), row(**tool, steps=16_000)) == 2
     assert recipes(row(), row(steps=8000), row(optim={"lr": 1e-3}), row(model={"rope": "paper"})) == 4
     laws = [{}, {"alpha": 0.5}, RELEASED._asdict(), {"n_families": 9}]
     described = tables.described(pd.DataFrame([row(facts=facts) for facts in laws]))
@@ -415,19 +418,42 @@ def test_a_line_is_fitted_as_it_was_drawn(slope, intercept, exponents):
     fit = summaries.fit_line(points)
     assert fit["n_points"] == len(exponents)
     assert fit["slope"] == pytest.approx(slope, rel=1e-5) and fit["intercept"] == pytest.approx(intercept, abs=1)
-    if len(exponents) > 4:
-        assert fit["low"] == pytest.approx(slope, rel=1e-5) and fit["high"] == pytest.approx(slope, rel=1e-5)
+    assert math.isnan(fit["low"])  # one point per number of facts: nothing to resample
+    fit = summaries.fit_line(pd.concat([points] * 2))
+    assert fit["low"] == pytest.approx(slope, rel=1e-5) and fit["high"] == pytest.approx(slope, rel=1e-5)
 
 
 def test_the_interval_of_a_fit_covers_a_noisy_line():
     rng = np.random.default_rng(1)
     covered = 0
-    x = 2.0 ** np.arange(6, 14)  # as in the laptop profile
+    x = np.repeat(2.0 ** np.arange(6, 14), 3)  # three seeds, as in the laptop profile
     for _ in range(60):
         y = (9000 + 7 * x) * rng.normal(1, 0.15, len(x))
         fit = summaries.fit_line(pd.DataFrame({"n_facts": x, "min_params_mean": y}))
         covered += fit["low"] < 7 < fit["high"]
-    assert 45 <= covered < 60  # 57 would be right; of so few points it covers a little less
+    assert 45 <= covered < 60  # 57 would be right; of three seeds each it covers less
+
+
+def test_the_interval_of_a_fit_is_that_of_all_ways_to_draw_seeds_within_each_number_of_facts():
+    points = pd.DataFrame({"n_facts": [1.0, 2, 2, 4, 4, 4], "min_params_mean": [7.0, 1, 5, 11, 20, 35]})
+    of_facts = [group.to_numpy() for _, group in points.groupby("n_facts").min_params_mean]
+    ways = itertools.product(*(itertools.product(seeds, repeat=len(seeds)) for seeds in of_facts))
+    slopes = [np.polyfit(points.n_facts, np.concatenate(way), 1)[0] for way in ways]
+    assert len(slopes) == 1 * 4 * 27
+    fit = summaries.fit_line(points)
+    assert [fit["low"], fit["high"]] == pytest.approx(np.quantile(slopes, [0.025, 0.975]), rel=0.05)
+
+
+def test_a_fit_takes_points_of_one_recipe_alone():
+    def seeds(superseded: bool, **fields) -> pd.DataFrame:
+        about = {"mode": "in-tool", "superseded": superseded} | fields
+        return pd.DataFrame({"n_facts": [4096, 4096, 8192], "seed": [0, 1, 0], "min_params": [1.0, 2.0, 3.0]}).assign(
+            **about
+        )
+
+    mixed = pd.concat([seeds(True, recipe="a"), seeds(True, recipe="b")[1:], seeds(False, recipe="c")[1:]])
+    fit = summaries.fit_of_mode(mixed, "in-tool")
+    assert fit["n_points"] == 3 and fit["slope"] == summaries.fit_of_mode(seeds(True, recipe="a"), "in-tool")["slope"]
 
 
 def test_the_interval_of_seeds_holds_zero_if_sizes_do_not_grow_with_the_facts_and_else_does_not():
