@@ -1,5 +1,6 @@
 """Figures of Sections 5.1 and 5.3 and of Section 4's bound: parameters against facts, recall, correlation and bits."""
 
+import json
 from itertools import cycle
 
 import numpy as np
@@ -55,7 +56,7 @@ def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: fl
         axes.set_ylim(bottom=0.8 * axes.dataLim.y0)  # the bound goes further down
         facts, per_parameter = axes.dataLim.intervalx, MEASURED_BITS[BOUND]
         bound = [parameters_needed(n * bits_at_recall(threshold) / len(VALUES), per_parameter) for n in facts]
-        label = f"lower bound in weights: {per_parameter:g} bits per parameter"
+        label = f"lower bound for {threshold:.0%} recall, if a parameter holds {per_parameter:g} bits"
         axes.plot(facts, bound, color="#555555", linestyle="--", label=label)
         _by_hand_line(axes)
         axes.set(yscale="log", xlabel="facts", ylabel=f"parameters needed for {threshold:.0%} recall")
@@ -100,7 +101,7 @@ def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: fl
     """Draw parameters needed against the correlation of facts, and against the entropy of the database (Section 5.3).
 
     points: as `summaries.compressibility_bounds` gives them. published: the paper's, a line per number of facts, at the
-    entropy of databases of the released law. Both have a column entropy_bits; our points have a marker per law.
+    entropy of databases of the released law. Both have a column entropy_bits; our points have a marker per recipe.
     """
     with panels((8.6, 3.4), 1, 2, sharey=True) as (figure, (by_alpha, by_entropy)):
         published = published[published.recall_threshold == threshold]
@@ -109,9 +110,9 @@ def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: fl
             label = published_label(theirs.n_facts, kind="facts, released law")
             by_alpha.plot(theirs.alpha, theirs.min_params, label=label, **style)
             by_entropy.plot(theirs.entropy_bits, theirs.min_params, **style)
-        known = smallest(points, "in-weight", threshold)
-        for marker, ((n_facts, _), ours) in zip("oD^v", known.groupby(["n_facts", "law"]), strict=False):
-            label = f"{n_facts:,} facts, this repository"
+        known = smallest(tables.described(points), "in-weight", threshold)
+        for marker, ((n_facts, _, recipe), ours) in zip(cycle("oD^vsP"), known.groupby(["n_facts", "law", "recipe"])):
+            label = f"{n_facts:,} facts, {json.loads(recipe).get('loss', 'cross-entropy')} loss"
             for axes, x in ((by_alpha, "alpha"), (by_entropy, "entropy_bits")):
                 draw_means(axes, ours, x, label, **STYLES["in-weight"] | {"marker": marker})
         by_alpha.set(xlabel="correlation alpha", ylabel=f"parameters needed for {threshold:.0%} recall", yscale="log")
@@ -214,7 +215,7 @@ def patience(held: pd.DataFrame) -> Figure:
 def depth_and_heads(shapes: pd.DataFrame) -> Figure:
     """Draw recall by layers and heads, a panel each for models in weights, and in tool for trained and unseen people.
 
-    shapes: as `summaries.shapes` gives them; "-" marks shapes without a run.
+    shapes: as `summaries.shapes` gives them; "-" marks shapes without a run, "*" runs that were given up.
     """
     shown = {
         "recall in weights": ("in-weight", "recall"),
@@ -227,10 +228,12 @@ def depth_and_heads(shapes: pd.DataFrame) -> Figure:
         for axes, (title, (mode, of)) in zip(row, shown.items(), strict=True):
             runs = shapes[shapes["mode"] == mode].astype({of: float})
             table = runs.pivot_table(of, "n_layers", "n_heads").reindex(layers).reindex(columns=heads).to_numpy(float)
+            given_up = {*runs[runs.stopped == "hopeless"][["n_layers", "n_heads"]].itertuples(index=False, name=None)}
             axes.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto")
             for (y, x), recall in np.ndenumerate(table):
-                color = "white" if recall > 0.6 else "black"
-                axes.text(x, y, "-" if np.isnan(recall) else f"{recall:.2f}", ha="center", va="center", color=color)
+                color, mark = "white" if recall > 0.6 else "black", "*" * ((layers[y], heads[x]) in given_up)
+                said = "-" if np.isnan(recall) else f"{recall:.2f}{mark}"
+                axes.text(x, y, said, ha="center", va="center", color=color)
             axes.set(title=title, xlabel="heads per layer", xticks=range(len(heads)), xticklabels=heads)
         labels = [f"{n} ({sizes[n]:,})" if n in sizes else str(n) for n in layers]
         row[0].set(ylabel="layers (parameters)", yticks=range(len(layers)), yticklabels=labels)
@@ -239,7 +242,7 @@ def depth_and_heads(shapes: pd.DataFrame) -> Figure:
 
 def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     """Return sentences about our points of `parameter_bounds`: the last number of facts that both modes have, by what
-    factor they differ there, where a mode's points end, and which learning rates they have."""
+    factor they differ there, and which learning rates and batches the in-weight models have."""
     rows = summaries.bounds_rows(tables.publishing_profile(profile))
     table, theirs = (
         each[each.recall_threshold == threshold]
@@ -251,29 +254,42 @@ def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     )
     sentences = []
     for n_facts, weights, tool in both.tail(1).itertuples():
-        points = table[table.n_facts == n_facts]
-        seeds = points.seeds_reaching_it.min()
-        modes = " and ".join(points["mode"][points.superseded])
-        earlier = f"; {modes} of an earlier recipe" if modes else ""
+        over = {
+            point.mode: f"({point.seeds_reaching_it} seed{'s' * (point.seeds_reaching_it > 1)}"
+            f"{', earlier recipe' * bool(point.superseded)})"
+            for point in table[table.n_facts == n_facts].itertuples()
+        }
+        there = published.reindex([n_facts]).dropna()
+        factor = [f"{weights / tool:.1f}", *(f"published: {a / b:.1f}" for a, b in there.itertuples(index=False))]
         sentences.append(
-            f"At {n_facts:,} facts our models need {weights:,.0f} parameters in weights and {tool:,.0f} with a tool "
-            f"(means over {seeds} seed{'s' if seeds > 1 else ''} or more{earlier}), a factor of {weights / tool:.1f}."
+            f"At {n_facts:,} facts our models need {weights:,.0f} parameters in weights {over['in-weight']} and "
+            f"{tool:,.0f} with a tool {over['in-tool']}, a factor of {' ('.join(factor)}{')' * len(there)}."
         )
-        for weights, tool in published.reindex([n_facts]).dropna().itertuples(index=False):
-            sentences.append(f"The published factor is {weights / tool:.1f} there.")
     rows = summaries.behind(rows, threshold)
-    for mode, unknown in table[table.min_params_mean.isna()].groupby("mode"):
-        n_facts = unknown.n_facts.min()
-        runs = rows.query("mode == @mode and n_facts == @n_facts")
-        enough = runs[runs.recall >= threshold].sort_values("n_params").head(1)
-        known = f"no smallest {mode} model is known yet (largest tried: {runs.n_params.max():,} parameters)"
-        for run in enough.itertuples():  # the next smaller one was not tried
-            known = f"{run.n_params:,} parameters suffice {mode} (recall {run.recall:.2f}); the size below is untried"
-        sentences.append(f"At {n_facts:,} facts {known}.")
     weights = rows[(rows["mode"] == "in-weight") & ~rows.superseded]
-    rates = weights.groupby("lr").n_facts.agg(["min", "max"]).sort_values("min")
-    if len(rates) > 1:
-        spans = " and ".join(f"{rate:g} for {low:,} to {high:,} facts" for rate, low, high in rates.itertuples())
-        why = "more facts need a lower one, or updates overwrite a fact before it comes again"
-        sentences.append(f"Learning rates in weights: {spans}; {why} (LOG.md).")
+    recipes = []
+    for rate, runs in weights.groupby("lr")[["n_facts", "batch_size"]]:
+        facts, batch = (" to ".join(f"{n:,.0f}" for n in dict.fromkeys([of.min(), of.max()])) for _, of in runs.items())
+        recipes.append((runs.n_facts.min(), f"learning rate {rate:g}, batches of {batch} ({facts} facts)"))
+    return sentences + [f"In weights: {'; '.join(said for _, said in sorted(recipes))}."] * bool(recipes)
+
+
+def bounds_not_known(profile: str, threshold: float = 0.95) -> list[str]:
+    """Return a sentence for each mode about the first number of facts where no smallest model of ours is known."""
+    own, sentences = tables.publishing_profile(profile), []
+    rows = summaries.bounds_rows(own)
+    table = summaries.shown_bounds(rows, [threshold])
+    rows = summaries.behind(rows, threshold)
+    for mode, n_facts in table[table.min_params_mean.isna()].groupby("mode").n_facts.min().items():
+        runs = rows.query("mode == @mode and n_facts == @n_facts")
+        known = f"no smallest {mode} model is known yet (largest tried: {runs.n_params.max():,} parameters)"
+        for run in runs[runs.recall >= threshold].sort_values("n_params").head(1).itertuples():
+            tried = tables.read_rows("05_1", own)
+            like = tried[tried.recipe.eq(run.recipe) & tried.n_params.eq(run.n_params) & tried.n_facts.ne(n_facts)]
+            known = f"{run.n_params:,} parameters suffice {mode} (seed {run.seed}, recall {run.recall:.2f}); the size "
+            known += "below is untried"
+            if len(like):
+                known += f", and with other numbers of facts {(like.recall >= threshold).sum()} of {len(like)} runs of "
+                known += f"this size and recipe reach {threshold:.0%}"
+        sentences.append(f"At {n_facts:,} facts {known}.")
     return sentences

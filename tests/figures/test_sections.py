@@ -381,14 +381,20 @@ def test_patience_is_drawn_against_passes_over_the_facts():
 
 
 @pytest.mark.parametrize(("d_model", "recall", "known"), [
-    (40, 0.975, "At 8,192 facts 72,200 parameters suffice in-weight (recall 0.97); the size below is untried."),
+    (40, 0.975, "At 8,192 facts 72,200 parameters suffice in-weight (seed 0, recall 0.97); the size below is untried."),
     (40, 0.5, "At 8,192 facts no smallest in-weight model is known yet (largest tried: 72,200 parameters)."),
 ])  # fmt: skip
 def test_words_beside_the_main_figure_say_what_is_known_where_no_bound_is(d_model, recall, known):
     more = _rows()[0] | {"n_facts": 8192, "d_model": d_model, "n_params": ModelConfig(d_model=d_model).n_params}
     more |= {"mode": "in-weight", "recall": recall, "lr": 0.005}
     _finish([more], "05_1", "laptop")
-    assert known in parameter_bounds.bounds_in_words("laptop")
+    assert parameter_bounds.bounds_not_known("laptop") == [known]
+
+
+def test_words_beside_the_main_figure_say_how_many_seeds_stand_behind_each_mode():
+    _finish([row | {"lr": 0.01, "batch_size": 32} for row in _rows()], "05_1", "laptop")
+    said = parameter_bounds.bounds_in_words("laptop")[0]
+    assert "in weights (2 seeds, earlier recipe)" in said and "with a tool (2 seeds, earlier recipe)" in said
 
 
 def _cells(axes) -> list[str]:
@@ -406,7 +412,8 @@ def test_without_runs_every_shape_of_depth_and_heads_is_marked_as_not_measured()
 def test_depth_and_heads_shows_recall_by_shape_and_of_unseen_people_the_mean_over_kinds():
     about = dict(_rows()[0], n_facts=1024, d_model=24, profile="laptop")
     runs = [
-        ("in-weight", 1, 2, 0.25, {}), ("in-weight", 4, 1, 0.5, {}), ("in-tool", 2, 4, 1.0, {"new_pair_recall": 0.75}),
+        ("in-weight", 1, 2, 0.25, {"stopped": "hopeless"}), ("in-weight", 4, 1, 0.5, {}),
+        ("in-tool", 2, 4, 1.0, {"new_pair_recall": 0.75}),
     ]  # fmt: skip
     runs = [
         about | {"mode": mode, "recall": recall, "run_id": f"{i:012d}", "new_pair_recall": None} | unseen
@@ -415,7 +422,7 @@ def test_depth_and_heads_shows_recall_by_shape_and_of_unseen_people_the_mean_ove
     ]  # fmt: skip
     pd.DataFrame(runs).to_csv(paths.PAPER_DATA / "depth_and_heads.csv", index=False)
     weights, tool, unseen = map(_cells, record.draw("depth_and_heads", "laptop").axes)
-    assert weights == ["-", "0.25", "-", "-", "-", "-", "0.50", "-", "-"]
+    assert weights == ["-", "0.25*", "-", "-", "-", "-", "0.50", "-", "-"]
     assert tool == ["-", "-", "-", "-", "-", "1.00", "-", "-", "-"]
     assert unseen == ["-", "-", "-", "-", "-", "0.50", "-", "-", "-"]
 
@@ -429,9 +436,11 @@ def test_compressibility_is_drawn_against_correlation_and_against_bits():
         mode="in-weight", law="ours", min_params_min=published.min_params, min_params_max=published.min_params + 5000
     )
     by_alpha, by_entropy = parameter_bounds.compressibility(ours, published).axes
-    for label in ("published: 4,000 facts, released law", "4,000 facts, this repository"):
+    for label in ("published: 4,000 facts, released law", "4,000 facts, cross-entropy loss"):
         np.testing.assert_allclose(_lines(by_alpha)[label], [[0, 50_000], [1, 20_000]])
-    np.testing.assert_allclose(_lines(by_entropy)["4,000 facts, this repository"], [[31_000, 50_000], [20_000, 20_000]])
+    np.testing.assert_allclose(
+        _lines(by_entropy)["4,000 facts, cross-entropy loss"], [[31_000, 50_000], [20_000, 20_000]]
+    )
 
 
 # ---- What is refused
