@@ -1,13 +1,17 @@
 """Recompute all that follows from paper_data, without training: `itl refresh`. Publishing ends with it.
 
-That is paper_data/compared, the numbers in README.md, figures/, and the notebooks that draw from tables. The notebooks
-are executed in place with `recompute=False` and the profile laptop, whose rows the tables hold.
+That is paper_data/compared, the numbers in README.md, figures/, and the notebooks and solutions that draw from tables.
+They are executed in place, notebooks with `recompute=False` and the profile laptop, whose rows the tables hold.
 """
 
 import re
 import textwrap
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
 
 from lib import paths
 from lib.base import WorkError
@@ -15,7 +19,8 @@ from lib.experiments import published, tables
 from lib.experiments.publishing import table_of
 from lib.experiments.rows import OWN, TABLES
 from lib.figures import record, style
-from lib.figures.parameter_bounds import bounds_in_words
+from lib.figures.parameter_bounds import BOUND, bounds_in_words
+from lib.model.bounds import MEASURED_BITS
 from lib.notebook import catalog, runner
 
 PROFILE = "laptop"
@@ -30,6 +35,7 @@ def refresh(say: Callable[[str], None] = print) -> None:
     steps["the notebooks that draw from tables"] = lambda: runner.run_many(
         drawing_notebooks(), PROFILE, {"recompute": False}, in_place=True, reuse=True
     )
+    steps |= {f"solutions/{path.stem}": partial(_execute, path) for path in drawing_solutions()}
     failed = []
     for name, step in steps.items():
         say(f"refreshing {name}")
@@ -44,6 +50,20 @@ def refresh(say: Callable[[str], None] = print) -> None:
 def drawing_notebooks() -> list:
     """Return the notebooks that can draw without training: those with a parameter `recompute`."""
     return [path for path in catalog.all_notebooks() if "recompute" in catalog.parameters(path)]
+
+
+def drawing_solutions() -> list:
+    """Return the solutions that read tables: those with a cell tagged `from-tables`."""
+    solutions = sorted((paths.NOTEBOOKS / "solutions").glob("*.ipynb"))
+    return [path for path in solutions if "from-tables" in path.read_text(encoding="utf-8")]
+
+
+def _execute(path: Path) -> None:
+    notebook = catalog.read(path)
+    manager = runner.this_interpreter(paths.figures(PROFILE))
+    NotebookClient(notebook, kernel_manager_class=manager, record_timing=False).execute(cwd=path.parent)
+    with paths.replacing(path) as part:
+        nbformat.write(notebook, part)
 
 
 def _draw(name: str) -> None:
@@ -70,9 +90,10 @@ def computed(text: str) -> str:
 def _main_figure() -> str:
     told = (
         "*Parameters of the smallest model that recalls 95% of the facts. Lines: published means and standard "
-        "deviations, over the seeds (of 10) that reach 95%. Points: ours, one per seed; pale and hollow ones are of an "
-        "earlier recipe. Thin lines: fits to our points, with slopes and 95% intervals in the legend. Dashed: "
-        "Section 4's lower bound in weights. Dash-dotted: a transformer whose weights are set by hand."
+        "deviations, over the seeds (of 10) that reach 95%. Points: ours, one per seed; pale and hollow: an "
+        "earlier recipe. Thin lines: fits to our points of one recipe, with slopes and 95% intervals in the legend. "
+        f"Dashed: Section 4's lower bound for 95% recall, if a parameter holds {MEASURED_BITS[BOUND]:g} bits. "
+        "Dash-dotted: a transformer whose weights are set by hand."
     )
     return textwrap.fill(" ".join([told, *bounds_in_words(PROFILE)]) + "*", 118, break_on_hyphens=False)
 

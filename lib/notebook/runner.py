@@ -141,7 +141,7 @@ def _execute(source: Path, values: dict[str, Any], copy: Path, figures: Path) ->
             values,
             kernel_name="python3",
             language="python",
-            kernel_manager_class=_this_interpreter(figures),
+            kernel_manager_class=this_interpreter(figures),
             extra_arguments=["--log-level=CRITICAL"],
             cwd=source.parent,
             progress_bar={"desc": source.stem, "leave": False} if sys.stderr.isatty() else False,
@@ -176,7 +176,7 @@ class _ProgressLines(io.TextIOBase):
                 _say(line)
 
 
-def _this_interpreter(figures: Path) -> type[AsyncKernelManager]:
+def this_interpreter(figures: Path) -> type[AsyncKernelManager]:
     """Return a kernel manager that starts the interpreter running this, with this `lib`."""
     environment = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(paths.ROOT), os.environ.get("PYTHONPATH")])),

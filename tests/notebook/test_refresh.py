@@ -3,6 +3,7 @@
 import csv
 import re
 
+import nbformat
 import pytest
 
 from lib import paths
@@ -39,13 +40,26 @@ def test_a_step_that_fails_stops_no_other_and_is_named(monkeypatch):
     monkeypatch.setattr(refresh, "write_readme", fail)
     monkeypatch.setattr(refresh, "_draw", done.append)
     monkeypatch.setattr(refresh, "drawing_notebooks", list)
+    monkeypatch.setattr(refresh, "_execute", lambda path: done.append(path.stem))
     monkeypatch.setattr(refresh.runner, "run_many", lambda *_, **__: done.append("notebooks"))
     with pytest.raises(WorkError, match="the numbers of README.md: OSError: disk full"):
         refresh.refresh(said.append)
-    assert done == [*refresh.published.SECTIONS, *refresh.record.FIGURES, "notebooks"]
+    solutions = [path.stem for path in refresh.drawing_solutions()]
+    assert done == [*refresh.published.SECTIONS, *refresh.record.FIGURES, "notebooks", *solutions]
     assert len(said) == len(done) + 1
 
 
 def test_what_refresh_runs_are_the_notebooks_that_can_draw_without_training():
     names = {path.stem[:4] for path in refresh.drawing_notebooks()}
     assert {"05_1", "05_2", "05_3", "06_1", "06_2", "99_a"} <= names and not names & {"A1_t", "A2_p", "03_f"}
+
+
+def test_solutions_that_read_our_rows_are_executed_in_place(tmp_path):
+    for path in (paths.NOTEBOOKS / "solutions").glob("*.ipynb"):
+        if re.search(r"import .*(read_rows|bounds_by_seed)", path.read_text(encoding="utf-8")):
+            assert path in refresh.drawing_solutions(), path
+    source = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1", metadata={"tags": ["from-tables"]})])
+    nbformat.write(source, tmp_path / "05_1.ipynb")
+    refresh._execute(tmp_path / "05_1.ipynb")
+    (cell,) = nbformat.read(tmp_path / "05_1.ipynb", 4).cells
+    assert cell.outputs[0].data["text/plain"] == "2" and cell.metadata == {"tags": ["from-tables"]}
