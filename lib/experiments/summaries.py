@@ -213,12 +213,12 @@ FIT_FROM = {"in-weight": 256, "in-tool": 4096}
 def fit_of_mode(seeds: pd.DataFrame, mode: str) -> dict:
     """Return `fit_line` over `FIT_FROM` facts and more, one point per seed, and `facts`, the first and the last number.
 
-    seeds: of one threshold, with min_params. Only points of today's plan, or of one earlier recipe, are taken, of the
-    one that has most.
+    seeds: of one threshold, with min_params. Points are of today's plan or of one earlier recipe, whichever has most
+    numbers of facts.
     """
     points = described(seeds).query(f"mode == '{mode}' and n_facts >= {FIT_FROM[mode]}").dropna(subset="min_params")
-    recipe = points.recipe.where(points.superseded.astype(bool), "today's")
-    points = points[recipe.isin(recipe.mode()[:1])]
+    recipe = points.recipe.where(points.superseded.astype(bool), "")  # "" comes first where two have equally many
+    points = points[recipe.isin(points.groupby(recipe).n_facts.nunique().nlargest(1).index)]
     return fit_line(points, of="min_params") | {"facts": (points.n_facts.min(), points.n_facts.max())}
 
 

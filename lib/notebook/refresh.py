@@ -61,7 +61,8 @@ def drawing_solutions() -> list:
 def _execute(path: Path) -> None:
     notebook = catalog.read(path)
     manager = runner.this_interpreter(paths.figures(PROFILE))
-    NotebookClient(notebook, kernel_manager_class=manager, record_timing=False).execute(cwd=path.parent)
+    options = {"extra_arguments": ["--log-level=CRITICAL"], "record_timing": False}
+    NotebookClient(notebook, kernel_manager_class=manager, **options).execute(cwd=path.parent)
     with paths.replacing(path) as part:
         nbformat.write(notebook, part)
 

@@ -451,9 +451,11 @@ def test_a_fit_takes_points_of_one_recipe_alone():
             **about
         )
 
-    mixed = pd.concat([seeds(True, recipe="a"), seeds(True, recipe="b")[1:], seeds(False, recipe="c")[1:]])
+    mixed = pd.concat([seeds(True, recipe="a"), seeds(True, recipe="b")[:2], seeds(False, recipe="c")[2:]])
     fit = summaries.fit_of_mode(mixed, "in-tool")
     assert fit["n_points"] == 3 and fit["slope"] == summaries.fit_of_mode(seeds(True, recipe="a"), "in-tool")["slope"]
+    mixed = pd.concat([seeds(True, recipe="a"), seeds(False, recipe="c")[1:]])  # as many numbers of facts: today's
+    assert summaries.fit_of_mode(mixed, "in-tool")["n_points"] == 2
 
 
 def test_the_interval_of_seeds_holds_zero_if_sizes_do_not_grow_with_the_facts_and_else_does_not():
