@@ -84,7 +84,7 @@ def comparable(rows: pd.DataFrame | None = None, with_published: bool = True) ->
     the seeds that measured it. `_seeds` counts these, `seeds` counts all. `_std` is their standard deviation, `_stderr`
     the larger of std / sqrt(seeds) and the measurement's own error, which more seeds on the same questions do not
     reduce. `seeds_reaching_it` were averaged in `steps_to_recall`. If a point has several sources of capability items,
-    capability is that of the runs of one, a named one ("": unnamed). Runs of different `RECIPE` are different rows; if
+    capability is that of the named one ("": unnamed) with most runs. Runs of different `RECIPE` are different rows; if
     a mode has several rates, the model's name gives the rate. Two runs of one point, recipe and seed are an
     `InputError`.
     """
@@ -116,7 +116,7 @@ def _last_checkpoints(rows: pd.DataFrame) -> pd.DataFrame:
     last = last.join(relative(last)).merge(steps_to_recall(rows), on="run_id")
     asked = last.capability_source.astype(object).fillna("")
     points = asked.groupby([last[name] for name in [*POINT[:-1], *RECIPE]], dropna=False)
-    last["capability_source"] = points.transform("max")  # a named one, if there is any
+    last["capability_source"] = points.transform(lambda of: [*of[of != ""].mode(), ""][0])
     capability = [name for name in last if name.startswith("capability") and name not in POINT]
     last.loc[asked != last.capability_source, capability] = np.nan  # measured on other items
     return last

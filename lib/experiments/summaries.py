@@ -71,9 +71,11 @@ def bounds_by_seed(profile: str) -> pd.DataFrame:
 
 
 def seeds_of_bounds(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return `minimal_parameters_of_seeds` of what `shown_bounds` has, at each recall_threshold."""
-    seeds = (minimal_parameters_of_seeds(behind(rows, threshold), threshold) for threshold in THRESHOLDS)
-    return pd.concat(seeds, ignore_index=True)
+    """Return `minimal_parameters_of_seeds` at each recall_threshold; shown: whether `shown_bounds` has this recipe."""
+    of_thresholds = (minimal_parameters_of_seeds(rows, threshold) for threshold in THRESHOLDS)
+    seeds, point = pd.concat(of_thresholds, ignore_index=True), [*GROUP, "recall_threshold"]
+    points = pd.MultiIndex.from_frame(shown_bounds(rows)[point])
+    return seeds.assign(shown=pd.MultiIndex.from_frame(seeds[point]).isin(points))
 
 
 def behind(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
@@ -188,8 +190,8 @@ def fit_line(points: pd.DataFrame, of: str = "min_params_mean") -> dict[str, flo
     """Fit parameters needed as a line in the facts: slope (parameters per fact), its 95% interval, intercept, n_points.
 
     points: n_facts and the column `of`; those without a value are left out. The interval is a bootstrap over the seeds
-    within each number of facts: NaN with fewer than five points or one per number of facts (means, say), and without
-    width if seeds agree. With three seeds each it is too narrow: it covers the truth about four times in five.
+    within each number of facts: NaN with fewer than five points or where a number of facts has one (a mean, say), and
+    without width if seeds agree. With three seeds each it is too narrow: it covers the truth about four times in five.
     """
     points = points.dropna(subset=of).sort_values("n_facts")
     x, y = points.n_facts.to_numpy(float), points[of].to_numpy(float)
@@ -197,7 +199,7 @@ def fit_line(points: pd.DataFrame, of: str = "min_params_mean") -> dict[str, flo
     if len({*x}) < 2:
         return fit
     fit["slope"], fit["intercept"] = map(float, np.polyfit(x, y, 1))
-    if 4 < len(x) > len({*x}):
+    if len(x) > 4 and np.unique(x, return_counts=True)[1].min() > 1:
         rng, from_mean = np.random.default_rng(0), x - x.mean()
         drawn = np.hstack([rng.choice(y[x == n], (2000, (x == n).sum())) for n in np.unique(x)])
         slopes = drawn @ from_mean / (from_mean @ from_mean)
@@ -211,7 +213,7 @@ FIT_FROM = {"in-weight": 256, "in-tool": 4096}
 
 
 def fit_of_mode(seeds: pd.DataFrame, mode: str) -> dict:
-    """Return `fit_line` over `FIT_FROM` facts and more, one point per seed, and `facts`, the first and the last number.
+    """Return `fit_line` over `FIT_FROM` facts and more, one point per seed, and the numbers of `facts`, ascending.
 
     seeds: of one threshold, with min_params. Points are of today's plan or of one earlier recipe, whichever has most
     numbers of facts.
@@ -219,7 +221,7 @@ def fit_of_mode(seeds: pd.DataFrame, mode: str) -> dict:
     points = described(seeds).query(f"mode == '{mode}' and n_facts >= {FIT_FROM[mode]}").dropna(subset="min_params")
     recipe = points.recipe.where(points.superseded.astype(bool), "")  # "" comes first where two have equally many
     points = points[recipe.isin(points.groupby(recipe).n_facts.nunique().nlargest(1).index)]
-    return fit_line(points, of="min_params") | {"facts": (points.n_facts.min(), points.n_facts.max())}
+    return fit_line(points, of="min_params") | {"facts": tuple(points.n_facts.sort_values().unique())}
 
 
 def unseen_shares(rows: pd.DataFrame) -> pd.DataFrame:

@@ -33,10 +33,11 @@ BOUND = "Allen-Zhu & Li 2024"
 def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: float = 0.95) -> Figure:
     """Draw parameters needed for a recall `threshold` against the number of facts (Section 5.1, main figure).
 
-    seeds: as `summaries.bounds_by_seed` gives them, one point each, side by side. published: like
+    seeds: as `summaries.bounds_by_seed` gives them, those `shown` one point each, side by side. published: like
     `summaries.minimal_parameters`, drawn as lines with a band of one standard deviation. Thin lines are the fits of
-    `summaries.fit_of_mode`, with their 95% intervals in the legend. Section 4 gives the lower bound, for models that
-    hold 2 bits per parameter, and the construction that recalls any number of facts with a tool.
+    `summaries.fit_of_mode`, with slopes and any 95% intervals in the legend. Section 4 gives the lower bound in
+    weights, for models that hold 2 bits per parameter, and the construction that recalls any number of facts with a
+    tool.
     """
     with panels((6.2, 4.6)) as (figure, axes):
         for mode, style in STYLES.items():
@@ -46,17 +47,18 @@ def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: fl
             axes.plot(theirs.n_facts, mean, color=style["color"], alpha=0.45, linewidth=1.4, label=label)
             axes.fill_between(theirs.n_facts, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
             ours = seeds.query("mode == @mode and recall_threshold == @threshold").dropna(subset="min_params")
-            for points, name, look in told_apart(ours, f"{mode}, this repository", style):
+            for points, name, look in told_apart(ours[ours.shown], f"{mode}, this repository", style):
                 axes.plot(side_by_side(points), points.min_params, label=name, linestyle="none", **look)
             fit = summaries.fit_of_mode(ours, mode)
-            if np.isfinite(fit["low"]):
-                x = np.geomspace(*fit["facts"], 50)
-                name = f"{mode}: {fit['slope']:.2g} ({fit['low']:.2g} to {fit['high']:.2g}) parameters per fact"
+            if np.isfinite(fit["slope"]):
+                x = np.geomspace(fit["facts"][0], fit["facts"][-1], 50)
+                interval = f" ({fit['low']:.2g} to {fit['high']:.2g})" if np.isfinite(fit["low"]) else ""
+                name = f"{mode}: {fit['slope']:.2g}{interval} parameters per fact"
                 axes.plot(x, fit["intercept"] + fit["slope"] * x, color=style["color"], linewidth=0.8, label=name)
         axes.set_ylim(bottom=0.8 * axes.dataLim.y0)  # the bound goes further down
         facts, per_parameter = axes.dataLim.intervalx, MEASURED_BITS[BOUND]
         bound = [parameters_needed(n * bits_at_recall(threshold) / len(VALUES), per_parameter) for n in facts]
-        label = f"lower bound for {threshold:.0%} recall, if a parameter holds {per_parameter:g} bits"
+        label = f"lower bound in weights, {threshold:.0%} recall, {per_parameter:g} bits per parameter"
         axes.plot(facts, bound, color="#555555", linestyle="--", label=label)
         _by_hand_line(axes)
         axes.set(yscale="log", xlabel="facts", ylabel=f"parameters needed for {threshold:.0%} recall")
@@ -112,7 +114,8 @@ def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: fl
             by_entropy.plot(theirs.entropy_bits, theirs.min_params, **style)
         known = smallest(tables.described(points), "in-weight", threshold)
         for marker, ((n_facts, _, recipe), ours) in zip(cycle("oD^vsP"), known.groupby(["n_facts", "law", "recipe"])):
-            label = f"{n_facts:,} facts, {json.loads(recipe).get('loss', 'cross-entropy')} loss"
+            fields = {"loss": "cross-entropy", "batch_size": 64} | json.loads(recipe)
+            label = f"ours: {n_facts:,} facts, {fields['loss']} loss, batches of {fields['batch_size']}"
             for axes, x in ((by_alpha, "alpha"), (by_entropy, "entropy_bits")):
                 draw_means(axes, ours, x, label, **STYLES["in-weight"] | {"marker": marker})
         by_alpha.set(xlabel="correlation alpha", ylabel=f"parameters needed for {threshold:.0%} recall", yscale="log")
@@ -284,7 +287,7 @@ def bounds_not_known(profile: str, threshold: float = 0.95) -> list[str]:
         runs = rows.query("mode == @mode and n_facts == @n_facts")
         known = f"no smallest {mode} model is known yet (largest tried: {runs.n_params.max():,} parameters)"
         for run in runs[runs.recall >= threshold].sort_values("n_params").head(1).itertuples():
-            tried = tables.read_rows("05_1", own)
+            tried = tables.stacked(*(tables.read_rows(section, own) for section in ("05_1", "05_2")))
             like = tried[tried.recipe.eq(run.recipe) & tried.n_params.eq(run.n_params) & tried.n_facts.ne(n_facts)]
             known = f"{run.n_params:,} parameters suffice {mode} (seed {run.seed}, recall {run.recall:.2f}); the size "
             known += "below is untried"

@@ -71,7 +71,7 @@ FIGURES = {
         mode="in-weight",
     ),
     "depth_and_heads": Record(
-        shows="Recall at the end of training, by layers and heads, at one width (*: given up half-way)",
+        shows="Recall at the end of training, by layers and heads, at one width (starred: given up half-way)",
         draw=parameter_bounds.depth_and_heads,
         rows=summaries.shapes,
         has_own=False,

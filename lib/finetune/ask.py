@@ -115,9 +115,10 @@ class PeopleTask(Find):
 async def ask_people(questions: Sequence[PersonQuestion], endpoint: EndpointConfig, tool: SqlTool, out: Path) -> list:
     """Return the records of `ask_all`. Raises `WorkError` if the first question fails, as most others then would.
 
-    The first question is tried at most twice: most often its server is not running.
+    If `endpoint` does not set `retries`, the first question is tried twice: most often its server is not running.
     """
-    people, impatient = PeopleTask(tool), endpoint.model_copy(update={"retries": min(1, endpoint.retries)})
+    people, retries = PeopleTask(tool), endpoint.retries if "retries" in endpoint.model_fields_set else 1
+    impatient = endpoint.model_copy(update={"retries": retries})
     (first,) = await ask_all(questions[:1], impatient, people.look_up, out, task=people)
     if first["error"] is not None:
         raise WorkError(f"the server {endpoint.base_url} did not answer the first question: {first['error']}")

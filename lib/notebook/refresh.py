@@ -53,7 +53,7 @@ def drawing_notebooks() -> list:
 
 
 def drawing_solutions() -> list:
-    """Return the solutions that read tables: those with a cell tagged `from-tables`."""
+    """Return the solutions whose text depends on our rows: those with a cell tagged `from-tables`."""
     solutions = sorted((paths.NOTEBOOKS / "solutions").glob("*.ipynb"))
     return [path for path in solutions if "from-tables" in path.read_text(encoding="utf-8")]
 
@@ -92,8 +92,8 @@ def _main_figure() -> str:
     told = (
         "*Parameters of the smallest model that recalls 95% of the facts. Lines: published means and standard "
         "deviations, over the seeds (of 10) that reach 95%. Points: ours, one per seed; pale and hollow: an "
-        "earlier recipe. Thin lines: fits to our points of one recipe, with slopes and 95% intervals in the legend. "
-        f"Dashed: Section 4's lower bound for 95% recall, if a parameter holds {MEASURED_BITS[BOUND]:g} bits. "
+        "earlier recipe. Thin lines: fits to our seeds of today's plan or of one earlier recipe. "
+        f"Dashed: Section 4's lower bound in weights, at {MEASURED_BITS[BOUND]:g} bits per parameter. "
         "Dash-dotted: a transformer whose weights are set by hand."
     )
     return textwrap.fill(" ".join([told, *bounds_in_words(PROFILE)]) + "*", 118, break_on_hyphens=False)

@@ -140,13 +140,14 @@ def test_runs_in_tool_stand_beside_every_recipe_in_weights_and_what_these_cost_i
     assert not len(scale_tables.pairs(ours(NOTHING), equal_facts=False))
 
 
-def test_capability_is_averaged_and_compared_only_over_runs_asked_the_same_items():
+@pytest.mark.parametrize("first", [None, "hub"])  # the first run names no source, or one that no other run has
+def test_capability_is_averaged_and_compared_only_over_runs_asked_the_same_items(first):
     seeds = [{"seed": seed, "capability_change": change} for seed, change in enumerate((0.5, -0.01, -0.03))]
     tool, alone = (
         runs(*({"mode": "in-tool", **seed} for seed in of)).assign(lr=1e-4, batch_size=8, capability_change_stderr=0.01)
         for of in (seeds, seeds[:1])
     )
-    tool["capability_source"] = tool.seed.map({0: None, 1: "file a", 2: "file a"})  # the first run names no source
+    tool["capability_source"] = tool.seed.map({0: first, 1: "file a", 2: "file a"})
     (row,) = ours(tool).itertuples()
     assert (row.seeds, row.recall_seeds, row.capability_change_seeds, row.capability_source) == (3, 3, 2, "file a")
     assert row.capability_change == pytest.approx(-0.02) and row.capability_relative_seeds == 2

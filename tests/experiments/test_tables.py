@@ -435,13 +435,14 @@ def test_the_interval_of_a_fit_covers_a_noisy_line():
 
 
 def test_the_interval_of_a_fit_is_that_of_all_ways_to_draw_seeds_within_each_number_of_facts():
-    points = pd.DataFrame({"n_facts": [1.0, 2, 2, 4, 4, 4], "min_params_mean": [7.0, 1, 5, 11, 20, 35]})
+    points = pd.DataFrame({"n_facts": [1.0, 1, 2, 2, 4, 4, 4], "min_params_mean": [7.0, 9, 1, 5, 11, 20, 35]})
     of_facts = [group.to_numpy() for _, group in points.groupby("n_facts").min_params_mean]
     ways = itertools.product(*(itertools.product(seeds, repeat=len(seeds)) for seeds in of_facts))
     slopes = [np.polyfit(points.n_facts, np.concatenate(way), 1)[0] for way in ways]
-    assert len(slopes) == 1 * 4 * 27
+    assert len(slopes) == 4 * 4 * 27
     fit = summaries.fit_line(points)
     assert [fit["low"], fit["high"]] == pytest.approx(np.quantile(slopes, [0.025, 0.975]), rel=0.05)
+    assert math.isnan(summaries.fit_line(points[1:])["low"])  # a single seed would seem to be certain
 
 
 def test_a_fit_takes_points_of_one_recipe_alone():
