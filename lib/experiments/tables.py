@@ -140,6 +140,12 @@ def _recipe(config: dict, mode: str, steps: float, batch_size: float, n_facts: f
     return json.dumps(groups | ({"steps": steps} if mode == "in-tool" else {"passes": passes}), sort_keys=True)
 
 
+def recipe_in_words(recipe: str) -> str:
+    """Return the loss and the batch size of a `recipe` (see `described`)."""
+    fields = {"loss": "cross-entropy", "batch_size": 64} | json.loads(recipe)
+    return f"{fields['loss']} loss, batches of {fields['batch_size']}"
+
+
 def shown(table: pd.DataFrame, value: str, on: Sequence[str] = POINT) -> pd.DataFrame:
     """Return what figures show of a table: one recipe for each point `on`.
 

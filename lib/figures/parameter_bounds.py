@@ -1,6 +1,5 @@
 """Figures of Sections 5.1 and 5.3 and of Section 4's bound: parameters against facts, recall, correlation and bits."""
 
-import json
 from itertools import cycle
 
 import numpy as np
@@ -53,7 +52,8 @@ def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: fl
             if np.isfinite(fit["slope"]):
                 x = np.geomspace(fit["facts"][0], fit["facts"][-1], 50)
                 interval = f" ({fit['low']:.2g} to {fit['high']:.2g})" if np.isfinite(fit["low"]) else ""
-                name = f"{mode}: {fit['slope']:.2g}{interval} parameters per fact"
+                slope = round(fit["slope"], 3) + 0.0  # zero, not -7e-17
+                name = f"{mode}: {slope:.2g}{interval} parameters per fact"
                 axes.plot(x, fit["intercept"] + fit["slope"] * x, color=style["color"], linewidth=0.8, label=name)
         axes.set_ylim(bottom=0.8 * axes.dataLim.y0)  # the bound goes further down
         facts, per_parameter = axes.dataLim.intervalx, MEASURED_BITS[BOUND]
@@ -114,8 +114,7 @@ def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: fl
             by_entropy.plot(theirs.entropy_bits, theirs.min_params, **style)
         known = smallest(tables.described(points), "in-weight", threshold)
         for marker, ((n_facts, _, recipe), ours) in zip(cycle("oD^vsP"), known.groupby(["n_facts", "law", "recipe"])):
-            fields = {"loss": "cross-entropy", "batch_size": 64} | json.loads(recipe)
-            label = f"ours: {n_facts:,} facts, {fields['loss']} loss, batches of {fields['batch_size']}"
+            label = f"ours: {n_facts:,} facts, {tables.recipe_in_words(recipe)}"
             for axes, x in ((by_alpha, "alpha"), (by_entropy, "entropy_bits")):
                 draw_means(axes, ours, x, label, **STYLES["in-weight"] | {"marker": marker})
         by_alpha.set(xlabel="correlation alpha", ylabel=f"parameters needed for {threshold:.0%} recall", yscale="log")

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import nbformat
-from nbclient import NotebookClient
+from nbconvert.preprocessors import ExecutePreprocessor
 
 from lib import paths
 from lib.base import WorkError
@@ -62,7 +62,9 @@ def _execute(path: Path) -> None:
     notebook = catalog.read(path)
     manager = runner.this_interpreter(paths.figures(PROFILE))
     options = {"extra_arguments": ["--log-level=CRITICAL"], "record_timing": False}
-    NotebookClient(notebook, kernel_manager_class=manager, **options).execute(cwd=path.parent)
+    ExecutePreprocessor(kernel_manager_class=manager, **options).preprocess(
+        notebook, {"metadata": {"path": path.parent}}
+    )
     with paths.replacing(path) as part:
         nbformat.write(notebook, part)
 
