@@ -49,11 +49,6 @@ def generalization_rows(profile: str) -> pd.DataFrame:
     return tables.sizes_shown(rows[rows.every_seed.fillna(False).astype(bool)])
 
 
-def bounds(profile: str) -> pd.DataFrame:
-    """Return `shown_bounds` of Section 5.1 in a profile."""
-    return shown_bounds(bounds_rows(profile))
-
-
 def shown_bounds(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHOLDS) -> pd.DataFrame:
     """Return `minimal_parameters`, as `shown`."""
     return tables.shown(minimal_parameters(rows, thresholds), "min_params_mean", [*POINT, "recall_threshold"])

@@ -9,7 +9,7 @@ import pandas as pd
 
 from lib import paths
 from lib.base import check_known
-from lib.config import FINISHED, TEXT, read_row
+from lib.config import FINISHED, TEXT, TrainingConfig, read_row
 from lib.experiments.plan import searches
 from lib.experiments.rows import TABLES, rows_in_runs, table_path, text_rows
 from lib.experiments.search import Search
@@ -142,7 +142,7 @@ def _recipe(config: dict, mode: str, steps: float, batch_size: float, n_facts: f
 
 def recipe_in_words(recipe: str) -> str:
     """Return the loss and the batch size of a `recipe` (see `described`)."""
-    fields = {"loss": "cross-entropy", "batch_size": 64} | json.loads(recipe)
+    fields = TrainingConfig().model_dump() | json.loads(recipe)
     return f"{fields['loss']} loss, batches of {fields['batch_size']}"
 
 

@@ -105,7 +105,7 @@ def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: fl
     points: as `summaries.compressibility_bounds` gives them. published: the paper's, a line per number of facts, at the
     entropy of databases of the released law. Both have a column entropy_bits; our points have a marker per recipe.
     """
-    with panels((8.6, 3.4), 1, 2, sharey=True) as (figure, (by_alpha, by_entropy)):
+    with panels((8.6, 3.8), 1, 2, sharey=True) as (figure, (by_alpha, by_entropy)):
         published = published[published.recall_threshold == threshold]
         for (_, theirs), line in zip(published.groupby("n_facts"), cycle(("-", "--")), strict=False):
             style = {"color": "#888888", "linestyle": line, "marker": "."}
@@ -122,7 +122,8 @@ def compressibility(points: pd.DataFrame, published: pd.DataFrame, threshold: fl
         ends = draw_bits_lines(by_entropy, -1, "#BBBBBB", 3)
         by_entropy.xaxis.set_major_formatter("{x:,.0f}")
         log_ticks(by_entropy.xaxis, pd.Series(ends))
-        by_alpha.legend(handlelength=3.5)
+        labels = by_alpha.get_legend_handles_labels()
+        figure.legend(*labels, loc="outside lower center", ncols=2, handlelength=3.5)
     return figure
 
 

@@ -445,6 +445,16 @@ def test_the_interval_of_a_fit_is_that_of_all_ways_to_draw_seeds_within_each_num
     assert math.isnan(summaries.fit_line(points[1:])["low"])  # a single seed would seem to be certain
 
 
+def test_seeds_that_a_later_recipe_hides_are_kept_for_fits_and_marked():
+    rows = [_row(f"{i:012d}", n_facts=256, d_model=d, seed=seed, recall=float(d > 8), recipe=recipe)
+            for i, (d, seed, recipe) in enumerate(itertools.product((8, 12), (0, 1), ("today", "before")))]  # fmt: skip
+    rows = pd.DataFrame(rows).assign(law="ours").query("recipe == 'before' or seed == 0")
+    seeds = summaries.seeds_of_bounds(rows.assign(superseded=rows.recipe == "before"))
+    seeds = seeds[seeds.recall_threshold == 0.95].set_index(["recipe", "seed"]).sort_index()
+    assert seeds.shown.to_dict() == {("before", 0): False, ("before", 1): False, ("today", 0): True}
+    assert {*seeds.min_params} == {ModelConfig(d_model=12).n_params}
+
+
 def test_a_fit_takes_points_of_one_recipe_alone():
     def seeds(superseded: bool, **fields) -> pd.DataFrame:
         about = {"mode": "in-tool", "superseded": superseded} | fields
