@@ -38,8 +38,8 @@ Setting = namedtuple("Setting", "n_people d_model steps recipe n_seeds asked")
 SETTINGS = {
     "smoke": Setting(4, 8, 5, "copying", 1, 2),
     "quick": Setting(8, 24, 300, "copying", 1, 8),
-    "laptop": Setting(1024, 24, 12_000, "focal-32", 3, 100),  # with 256 people few seeds learn to copy a new name
-    "paper": Setting(1024, 24, 12_000, "focal-32", 10, 100),
+    "laptop": Setting(8192, 32, 12_000, "focal-32", 3, 100),
+    "paper": Setting(8192, 32, 12_000, "focal-32", 10, 100),
 }
 
 
