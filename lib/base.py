@@ -38,6 +38,9 @@ class DamagedFile(WorkError):
     def __init__(self, path: Path, reason: str):
         super().__init__(f"{path} is damaged ({reason}): delete it and repeat the command that wrote it")
 
+    def __reduce__(self):  # pickled as the sentence: `Ranks.first_does` sends it to the other processes
+        return WorkError, self.args
+
 
 def optional(module: str, extra: str, lack: str) -> ModuleType:
     """Import a module of an optional package. Where it is missing, an `InputError` says `lack` and names the extra."""

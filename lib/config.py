@@ -17,7 +17,7 @@ from pydantic import Field, FiniteFloat, Json, TypeAdapter, ValidationError, mod
 from lib.base import Config, Identified, InputError, unique_fields
 from lib.dialogs.templates import QuestionMode
 from lib.dialogs.tokenizers import ByteTokenizer
-from lib.facts.people import ATTRIBUTES, MAX_PEOPLE, RELEASED, FactsConfig
+from lib.facts.people import MAX_PEOPLE, RELEASED, FactsConfig
 from lib.paths import LARGEST_TEXT, read_bytes, read_json, reading
 
 
@@ -173,6 +173,8 @@ class RunConfig(Identified):
             raise ValueError(f"model.vocab_size = {size} for bytes and special tokens: give at least {least}")
         if unseen and self.facts.csv is not None:
             raise ValueError("evaluation.unseen_people must be 0 where facts.csv gives the people")
+        if not self.training.repeats and (self.tokenizer != "bytes" or self.training.files):
+            raise ValueError("training.repeats = False needs tokenizer = bytes, and no training.files")
         if (n := self.facts.n_people + unseen) > MAX_PEOPLE:
             raise ValueError(f"facts.n_people + evaluation.unseen_people = {n:,}: there are {MAX_PEOPLE:,} names")
         return self
@@ -182,15 +184,18 @@ class RunConfig(Identified):
         """The run in a few words."""
         correlation = f", alpha {self.facts.alpha:g}" if self.facts.alpha else ""
         law = ", released law" if self.facts.law == RELEASED else ""
-        facts = f"{len(ATTRIBUTES) * self.facts.n_people} facts{correlation}{law}"
+        facts = Path(self.facts.csv).name if self.facts.csv else f"{self.facts.n_facts} facts{correlation}{law}"
         shape = {"layer": self.model.n_layers, "head": self.model.n_heads}
         told = " of ".join(f"{n} {part}{'s' * (n > 1)}" for part, n in shape.items())
         layers = "" if {*shape.values()} == {2} else f", {told}"
         return f"{self.mode}, {facts}, d = {self.model.d_model}{layers}, seed {self.seed}"
 
-    def flops(self) -> float:
-        """Return about how many floating-point operations the whole training takes: three forward passes per step."""
-        n_dialogs = len(ATTRIBUTES) * self.facts.n_people
+    def flops(self, n_facts: int | None = None) -> float:
+        """Return about how many floating-point operations the whole training takes: three forward passes per step.
+
+        n_facts: of the people, if they are from a CSV.
+        """
+        n_dialogs = n_facts or self.facts.n_facts
         share = self.training.biographies
         # Mean tokens per dialog, if they are bytes; dialogs of files count as questions.
         length = round((1 - share) * (66 if self.mode == "in-weight" else 184) + share * 140)
@@ -250,6 +255,7 @@ _COLUMNS = [
     ("config", "an object as JSON", TypeAdapter(Json[dict])),
     ("sizes", "sizes of files", TypeAdapter(dict[str, int])),
     ("hops|by_frequency", "anything", TypeAdapter(Any)),
+    ("nll_bits.*", "a finite number", TypeAdapter(FiniteFloat)),  # an attribute may be called recall
     (".*recall.*", "from 0 to 1", TypeAdapter(Annotated[float, Field(ge=0, le=1)])),
     ("(?s).*", "a finite number", TypeAdapter(FiniteFloat | bool)),
 ]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import pickle
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib import paths
-from lib.base import Config, InputError
+from lib.base import Config, DamagedFile, InputError
 from lib.config import ModelConfig, OptimConfig, RunConfig, override, read_config
 
 
@@ -310,3 +311,14 @@ def test_a_file_whose_name_would_be_stored_as_another_is_refused():
         RunConfig.parse({"training": {"files": {"d\udcc3.jsonl": 0.5}}})
     config = RunConfig.parse({"facts": {"csv": "p\udcc3.csv"}})
     assert RunConfig.parse(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+
+
+@pytest.mark.parametrize("fields", [{"tokenizer": "bpe.tiktoken"}, {"training.files": {"more.jsonl": 0.5}}])
+def test_the_loss_leaves_out_repeated_values_only_where_they_can_be_found(fields):
+    with pytest.raises(InputError, match="training.repeats = False needs tokenizer = bytes, and no training.files"):
+        override(RunConfig(), {"mode": "in-tool", "training.repeats": False, **fields})
+
+
+def test_an_error_reaches_other_processes_as_the_same_sentence():
+    error = DamagedFile(paths.ROOT, "cut short")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)

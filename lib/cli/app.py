@@ -256,11 +256,10 @@ def sweep(
     else:
         from lib.experiments import sweep as sweeps
         from lib.experiments.plan import searches
-        from lib.facts.people import ATTRIBUTES
 
         plan = searches(source, profile)
         if facts:
-            plan = [each for each in plan if len(ATTRIBUTES) * each.base.facts.n_people in facts]
+            plan = [each for each in plan if each.base.facts.n_facts in facts]
             if not plan:
                 raise InputError(f"no {profile} run of {source} has {' or '.join(map(str, facts))} facts")
         report = sweeps.sweep(source, profile, dry_run=dry_run, plan=plan, **how)

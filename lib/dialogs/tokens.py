@@ -25,7 +25,7 @@ def encode_dialog(dialog: Dialog, tokenizer: Tokenizer, repeats: bool = True) ->
 
     A turn begins with its role token; the dialog ends with `tokenizer.end`. The model is trained on
     the assistant's tokens and on the token that follows its turn (the database's role, or the end). Without `repeats`,
-    it is not trained on the tokens where a turn first repeats the database's answer.
+    it is not trained on the tokens where a turn last repeats the database's answer.
     """
     tokens, trained = [], []
     follows_assistant, result = False, []
@@ -37,7 +37,7 @@ def encode_dialog(dialog: Dialog, tokenizer: Tokenizer, repeats: bool = True) ->
         follows_assistant = role == Role.ASSISTANT
         flags = [follows_assistant] * len(ids)
         if result and not repeats:
-            places = (i for i in range(len(ids)) if ids[i : i + len(result)] == result)
+            places = (i for i in reversed(range(len(ids))) if ids[i : i + len(result)] == result)
             start = next(places, len(ids))
             flags[start : start + len(result)] = [False] * len(ids[start : start + len(result)])
         result = ids if role == Role.DATABASE else []

@@ -7,6 +7,7 @@ the training run itself in `run/`, and in the end its row.
 import math
 import time
 from collections import namedtuple
+from functools import partial
 from itertools import islice, product
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from lib.dialogs.chains import chain_dialog, chains
 from lib.dialogs.tokenizers import Tokenizer
 from lib.experiments.plan import Grid
 from lib.experiments.rows import table_path
-from lib.experiments.sweep import Report
+from lib.experiments.sweep import Report, one_by_one
 from lib.experiments.tables import rows_of_profile
 from lib.facts.csv import read_people_csv, write_people_csv
 from lib.facts.database import temporary_database
@@ -70,7 +71,7 @@ def write_inputs(config: RunConfig, folder: Path) -> dict[str, str]:
     return {name: str(folder / name) for name in (_PEOPLE, _DIALOGS)}
 
 
-def run_chains(config: RunConfig, folder: Path, asked: int, **options) -> None:
+def run_chains(config: RunConfig, folder: Path, asked: int, **options) -> bool:
     """Do or resume one run of `configurations`; write its row: that of `lib.training.run` with recall by hops.
 
     trained_HOPS is the recall of questions about the first `asked` people of training, unseen_HOPS about as many people
@@ -86,20 +87,27 @@ def run_chains(config: RunConfig, folder: Path, asked: int, **options) -> None:
     row["hops"] = [1, 2]
     row |= recall_by_hops(model, config.facts, read_people_csv(inputs[_PEOPLE]), run_tokenizer(config), asked)
     paths.write_json(folder / paths.ROWS, [row | {"measured_commit": commit()}])
+    return True
 
 
 def sweep(profile: str, *, dry_run: bool = False, max_hours: float = math.inf, device: str = "auto") -> Report:
     """Run all that is missing in a profile; if `dry_run`, only report it. After `max_hours` no new run is started."""
-    done, deadline = {*rows(profile).run_id}, time.monotonic() + 3600 * max_hours
-    missing = [config for config in configurations(profile) if config.run_id not in done]
-    report = Report(done_before=len(done), missing=missing)
-    while missing and not dry_run and time.monotonic() < deadline:
-        config = missing[0]
-        run_chains(config, _folder(config, profile), SETTINGS[profile].asked, device=device, description=config.title)
-        missing.remove(config)
-        report.done_now += 1
-    report.runs_ahead = len(missing)
+    todo, deadline = _missing(profile), time.monotonic() + 3600 * max_hours
+    report = Report(done_before=SETTINGS[profile].n_seeds - len(todo))
+    if todo and not dry_run:
+        asked = SETTINGS[profile].asked
+        runs = [
+            (c, partial(run_chains, c, _folder(c, profile), asked, device=device, description=c.title)) for c in todo
+        ]
+        one_by_one(report, runs, deadline, f"Section 7.2, {profile}")
+    report.missing = _missing(profile)
+    report.runs_ahead = len(report.missing)
     return report
+
+
+def _missing(profile: str) -> list[RunConfig]:
+    done = {*rows(profile).run_id}
+    return [config for config in configurations(profile) if config.run_id not in done]
 
 
 def _folder(config: RunConfig, profile: str) -> Path:

@@ -35,10 +35,10 @@ from lib.training.run import run
 from lib.training.saved import Conversation, open_conversation
 
 #: By profile: numbers of facts to change (the last is also about how many to delete); then the most questions per
-#: recall, the most people that a hybrid model learns by heart, and the most training steps of an edit.
+#: recall (at least as many), the most people that a hybrid model learns by heart, the most training steps of an edit.
 SIZES = {
     "smoke": ((1, 3), 4, 1, 10),
-    "quick": ((1, 10, 100), 32, 8, 300),
+    "quick": ((1, 10, 32), 32, 8, 300),
     "laptop": ((1, 10, 100, 500), 500, 32, 1_000),
 }
 #: Edits train at this share of a run's peak learning rates: more would break other facts, less is slow (LOG.md).

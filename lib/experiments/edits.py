@@ -1,6 +1,9 @@
 """Section 7.1, our own: which trained models are edited, and their rows (`lib.experiments.edited_models`)."""
 
+import math
+import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,7 @@ def sweep(profile: str, *, dry_run: bool = False, **options) -> sweeps.Report:
     Chat models are measured where `itl sweep 06` has left them: none is trained here. options: as
     `lib.experiments.sweep.sweep` takes them.
     """
-    home, before = sweep_dir(SECTION, profile), {*rows(profile).run_id}
+    before, deadline = {*rows(profile).run_id}, time.monotonic() + 3600 * options.get("max_hours", math.inf)
     here = {folder: config for folder, config in models(profile).items() if folder.name != MODEL or folder.exists()}
     left = {folder: config for folder, config in here.items() if config.run_id not in before}
     planned = searches(SECTION, profile) if profile != "quick" else []
@@ -56,21 +59,26 @@ def sweep(profile: str, *, dry_run: bool = False, **options) -> sweeps.Report:
     if dry_run:
         report.missing, report.runs_ahead = [*left.values()], len(left)
         return report
-    for folder, config in left.items():
-        if folder.name == MODEL:
-            from lib.experiments.edited_chat_models import measure_chat  # imports transformers
-
-            found = measure_chat(folder, config, profile)
-        elif (folder / ROW).exists():  # it has no row if it failed, or the time was up
-            from lib.experiments.edited_models import measure  # imports torch
-
-            found = measure(folder, profile)
-        else:
-            continue
-        (home / config.run_id).mkdir(parents=True, exist_ok=True)
-        write_json(home / config.run_id / ROWS, found)
-        report.done_now += 1
+    todo = [(config, partial(_measure, folder, config, profile)) for folder, config in left.items()]
+    sweeps.one_by_one(report, todo, deadline, f"Section 7.1, {profile}")
     return report
+
+
+def _measure(folder: Path, config: Any, profile: str) -> bool:
+    if folder.name == MODEL:
+        from lib.experiments.edited_chat_models import measure_chat  # imports transformers
+
+        found = measure_chat(folder, config, profile)
+    elif (folder / ROW).exists():  # it has no row if it failed, or the time was up
+        from lib.experiments.edited_models import measure  # imports torch
+
+        found = measure(folder, profile)
+    else:
+        return False
+    home = sweep_dir(SECTION, profile) / config.run_id
+    home.mkdir(parents=True, exist_ok=True)
+    write_json(home / ROWS, found)
+    return True
 
 
 def run(profile: str, jobs: int | None = None) -> pd.DataFrame:

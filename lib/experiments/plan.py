@@ -18,6 +18,7 @@ from lib.config import ModelConfig, OptimConfig, RunConfig, override
 from lib.dialogs.tokenizers import load_tokenizer
 from lib.experiments.search import SIZES, Search
 from lib.facts.people import ATTRIBUTES, LAWS
+from lib.facts.sampling import load_people
 from lib.paths import LARGEST_TEXT, PROFILES, PUBLISHING, read_bytes, reading
 
 PLANS = Path(__file__).parent / "plans"
@@ -81,8 +82,6 @@ class Grid(Config):
     threshold: float | None = Field(0.95, gt=0, le=1)
     #: The size to begin with; None is the smallest.
     start: int | None = None
-    #: How many sizes directly below the found one must fail.
-    neighbours: int = Field(2, ge=0)
     #: Steps that grow with the facts: passes over them, and at least `min_steps`.
     passes: int | None = Field(None, ge=1)
     min_steps: int = Field(1, ge=1)
@@ -120,7 +119,9 @@ class Grid(Config):
             for name, value in group.items():
                 fields |= _fields(name, value)
         base = override(RunConfig(), fields)
-        n_facts = len(ATTRIBUTES) * base.facts.n_people
+        n_facts = base.facts.n_facts
+        if base.facts.csv and (grid.passes or grid.evaluations):
+            n_facts = load_people(base.facts).n_facts
         if grid.passes:
             steps = max(grid.min_steps, grid.passes * n_facts // base.training.batch_size)
             base = override(base, {"training.steps": steps})
@@ -128,7 +129,7 @@ class Grid(Config):
             every = max(1, base.training.total_steps(n_facts) // grid.evaluations)
             base = override(base, {"evaluation.every": every})
         start = grid.sizes.index(grid.start) if grid.start else 0
-        return Search(base, grid.threshold, start, tuple(grid.sizes), grid.neighbours)
+        return Search(base, grid.threshold, start, tuple(grid.sizes))
 
 
 def points_of(axis: dict[str, list[Any]]) -> list[dict[str, Any]]:

@@ -12,13 +12,16 @@ SIZES = (*range(4, 81, 4), *range(88, 129, 8))
 
 @dataclass(frozen=True)
 class Search:
-    """The runs that lead to one point of a parameter-bounds figure."""
+    """The runs that lead to one point of a parameter-bounds figure.
+
+    It ends when a size reaches the threshold and the next smaller one does not. A full grid may find a still smaller
+    one, by luck.
+    """
 
     base: RunConfig  # at any size
     threshold: float | None = 0.95  # None: run every size (a full grid)
     start: int = 0  # index of the size to begin with
     sizes: tuple[int, ...] = SIZES  # ascending values of d_model
-    neighbours: int = 2  # how many sizes directly below the found one must fail
 
     def config(self, size: int) -> RunConfig:
         """Return the run at one size."""
@@ -54,7 +57,4 @@ class Search:
             return min(low + stride, n - 1) if low < n - 1 else None
         if low < 0:
             return max(high - stride, 0) if high else None
-        if high - low > 1:
-            return (low + high) // 2
-        below = range(low - 1, max(high - self.neighbours, 0) - 1, -1)
-        return next((i for i in below if i not in reached), None)
+        return (low + high) // 2 if high - low > 1 else None

@@ -99,12 +99,14 @@ def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHO
 def minimal_parameters_of_seeds(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Return what `minimal_parameters` summarizes, seed by seed, with columns seed and min_params (NaN if unknown)."""
     seed = [*GROUP, "seed"]
-    runs = described(rows).reindex(columns=[*seed, "d_model", "n_params", "recall", "next_smaller", "finished_at"])
+    columns = ["d_model", "n_params", "recall", "next_smaller", "config", "finished_at"]
+    runs = described(rows).reindex(columns=[*seed, *columns])
     found = runs[runs.recall >= threshold].sort_values("d_model").drop_duplicates(seed)
     of_sizes = found.d_model.map(lambda d_model: max((size for size in SIZES if size < d_model), default=0))
     below = found.assign(d_model=found.next_smaller.fillna(of_sizes))  # of `SIZES` where no plan says
     tried = pd.MultiIndex.from_frame(below[[*seed, "d_model"]]).isin(pd.MultiIndex.from_frame(runs[[*seed, "d_model"]]))
-    known = found[tried | found.d_model.eq(SIZES[0])].set_index(seed)  # a smaller size was not enough, or there is none
+    least = [2 * config_of({"config": config}).model.n_heads for config in found.config.fillna("{}")]
+    known = found[tried | found.d_model.le(least)].set_index(seed)  # a smaller size was not enough, or there is none
     columns = {"min_params": known.n_params.astype(float), "finished_at": runs.groupby(seed).finished_at.max()}
     return pd.DataFrame(columns).reset_index().assign(recall_threshold=threshold)
 

@@ -8,12 +8,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from lib import paths
 from lib.base import InputError, WorkError
@@ -23,7 +23,6 @@ from lib.experiments.rows import known_rows, sweep_dir
 from lib.experiments.search import Search
 from lib.experiments.worker import attempt
 from lib.facts.csv import read_people_csv
-from lib.facts.people import ATTRIBUTES
 from lib.paths import ROW
 from lib.progress import LINE_INTERVAL, progress
 
@@ -61,6 +60,27 @@ class Report:
         if more := self.missing[LISTED:]:
             lines.append(f"  and {len(more):,} more that can start now")
         return "\n".join(lines + [f"failed: {run_id}: {reason}" for run_id, reason in self.failed.items()])
+
+
+def one_by_one(report: Report, todo: Iterable[tuple[Any, Callable[[], bool]]], deadline: float, title: str) -> None:
+    """Do work here, a configuration and a function each, until `deadline` (`time.monotonic`); count it in the report.
+
+    The functions return whether they did it. A failure is reported, and the others continue.
+    """
+    from lib.training.distributed import Preempted  # imports torch, as all such work does
+
+    todo = [*todo]
+    with progress(len(todo), title) as bar:
+        for config, work in todo:
+            if time.monotonic() >= deadline:
+                break
+            try:
+                report.done_now += work()
+            except Preempted:
+                raise
+            except Exception as error:  # a gated model, say, or one too large for the memory
+                report.failed[config.run_id] = f"{config.title}: {type(error).__name__}: {error}"
+            bar.update(1)
 
 
 def sweep(
@@ -212,7 +232,7 @@ def _how_far(config: RunConfig, directory: Path) -> str:
     steps = ["0"]
     with suppress(OSError):  # it has logged nothing yet
         steps += re.findall(r'"step": (\d+)', (directory / "metrics.jsonl").read_text("utf-8", "replace"))
-    total = config.training.total_steps(len(ATTRIBUTES) * config.facts.n_people)
+    total = config.training.total_steps(config.facts.n_facts)
     return f"{config.title}: step {int(steps[-1]):,} of {total:,}"
 
 
@@ -240,7 +260,7 @@ def _expected(search: Search, recalls: dict[str, float]) -> list[RunConfig]:
     if search.threshold is None or not pending:
         return pending
     done = sum(run_id in recalls for run_id in search.run_ids)
-    return pending * max(1, min(2 + search.neighbours, len(search.sizes)) - done)
+    return pending * max(1, min(3, len(search.sizes)) - done)
 
 
 def _hours(configs: Iterable[RunConfig], speed: float) -> float:
@@ -254,6 +274,6 @@ def _speed(rows: Iterable[dict], device: str) -> float:
     for row in rows:
         if row.get("device", "").startswith(device):
             share = float(row["steps"]) / float(row["steps_budget"])
-            flops += config_of(row).flops() * share
+            flops += config_of(row).flops(int(row["n_facts"])) * share
             seconds += float(row["train_seconds"])
     return flops / seconds if seconds else SPEEDS[device]

@@ -157,6 +157,12 @@ def shown(table: pd.DataFrame, value: str, on: Sequence[str] = POINT) -> pd.Data
     return table.merge(order.drop_duplicates(on)[[*on, "recipe", "superseded"]])
 
 
+def of_todays_plan(rows: pd.DataFrame, on: Sequence[str]) -> pd.DataFrame:
+    """Return the rows of today's plan; earlier plans' rows only for points `on` of which today's has none."""
+    earlier = rows.superseded.astype(bool)
+    return rows[earlier == earlier.groupby([rows[name] for name in on], dropna=False).transform("min")]
+
+
 def sizes_shown(rows: pd.DataFrame) -> pd.DataFrame:
     """Return `shown` of the recall of finished runs, where every size is a point."""
     return shown(rows, "recall", [*POINT, "d_model"]) if len(rows) else rows

@@ -87,6 +87,11 @@ class FactsConfig(Config):
     csv: str | None = None
 
     @property
+    def n_facts(self) -> int:
+        """The number of facts about sampled people; a CSV file has its own (`lib.facts.sampling.load_people`)."""
+        return len(ATTRIBUTES) * self.n_people
+
+    @property
     def law(self) -> Law:
         return Law(self.n_first_names, self.n_families, self.value_lists)
 

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from contextlib import suppress
-from functools import reduce
+from functools import partial, reduce
 from itertools import product
 from operator import or_
 from pathlib import Path
@@ -16,11 +16,10 @@ from filelock import Timeout
 from lib import paths
 from lib.experiments.plan import points_of
 from lib.experiments.rows import table_path
-from lib.experiments.sweep import Report
+from lib.experiments.sweep import Report, one_by_one
 from lib.experiments.tables import publishing_profile, rows_of_profile, shown, stacked
 from lib.finetune.config import FinetuneConfig
 from lib.paths import ROWS
-from lib.progress import progress
 
 SECTION = "06"
 ORDER = ("profile", "base", "task", "mode", "n_facts", "seed", "step", "run_id")
@@ -54,28 +53,23 @@ def sweep(profile: str, *, dry_run: bool = False, max_hours: float = math.inf, d
     """
     todo, deadline = missing(profile), time.monotonic() + 3600 * max_hours
     report = Report(done_before=len(plan(profile)) - len(todo))
-    with progress(len(todo), f"Section 6, {profile}") as bar:
-        for config in todo:
-            directory = folder(config, profile)
-            if dry_run or time.monotonic() >= deadline:
-                break
-            from lib.finetune.train import finetune  # torch and transformers: a dry run does without them
-            from lib.training.distributed import Preempted
-
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(Timeout), paths.only_process(f"{directory}.lock", timeout=0):
-                if not (directory / ROWS).exists():
-                    try:
-                        finetune(config, directory, device=device, description=config.title)
-                        report.done_now += 1
-                    except Preempted:
-                        raise
-                    except Exception as error:  # a gated model, or one too large for the memory
-                        report.failed[config.run_id] = f"{config.title}: {type(error).__name__}: {error}"
-            bar.update(1)
+    if todo and not dry_run:
+        works = [(config, partial(_finetune, config, folder(config, profile), device)) for config in todo]
+        one_by_one(report, works, deadline, f"Section 6, {profile}")
     report.missing = missing(profile)
     report.runs_ahead = len(report.missing)
     return report
+
+
+def _finetune(config: FinetuneConfig, directory: Path, device: str) -> bool:
+    from lib.finetune.train import finetune  # torch and transformers: a dry run does without them
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(Timeout), paths.only_process(f"{directory}.lock", timeout=0):
+        if not (directory / ROWS).exists():
+            finetune(config, directory, device=device, description=config.title)
+            return True
+    return False  # another process took it
 
 
 def rows(profile: str) -> pd.DataFrame:

@@ -22,7 +22,10 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        probe = torch.zeros(1, device=device)
+        asked = torch.device(device)
+        if asked.type == "cuda" and (asked.index or 0) < torch.cuda.device_count():
+            return torch.device("cuda", asked.index or 0)  # a tensor would hold memory there
+        probe = torch.zeros(1, device=asked)
         probe.item()  # "meta" fails here
         return probe.device
     except (RuntimeError, AssertionError, NotImplementedError):

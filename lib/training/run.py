@@ -20,7 +20,7 @@ import torch
 
 from lib.agent.tools import Tool, open_tool
 from lib.base import InputError
-from lib.config import UNOBSERVED, Observers, RunConfig, read_row
+from lib.config import FINISHED, UNOBSERVED, Observers, RunConfig, check_row, read_row
 from lib.dialogs.batches import Source
 from lib.dialogs.files import ConcatDialogs, open_dialogs, tokenize_file
 from lib.dialogs.templates import dialogs
@@ -93,7 +93,7 @@ def run(
             )
             stack.enter_context(using_threads(threads))
             plain = ranks.size == 1 and not observers.probe_every  # a compiled or replayed step would call no hooks
-            compiled = plain and _pays_to_compile(config, device)
+            compiled = plain and _pays_to_compile(config, people, device)
             if compiled:
                 torch.compiler.reset()  # earlier runs' shapes count against the recompile limit
             # Dialogs of files may be very long, and a CUDA graph pads all batches to the longest.
@@ -111,6 +111,7 @@ def run(
 
             def measure() -> None:
                 row = _row(model, config, people, tokenizer, tool, ending, trainer.total_steps)
+                check_row(row, FINISHED)
                 trainer.check_directory()
                 save_model(model, directory / MODEL, config, tokenizer.name)
                 write_json(directory / ROW, row)
@@ -181,12 +182,12 @@ def _choose_threads(directory: Path, device: torch.device, trial: Callable[[], T
     return fastest_threads(trial().step, most)
 
 
-def _pays_to_compile(config: RunConfig, device: torch.device) -> bool:
+def _pays_to_compile(config: RunConfig, people: People, device: torch.device) -> bool:
     """Return whether a run is long enough for torch.compile to save the 10 to 25 seconds that it takes.
 
     Without it a core does some 3e10 FLOP/s, so the limit is about two minutes.
     """
-    return device.type == "cpu" and config.flops() > 4e12 and shutil.which("g++") is not None
+    return device.type == "cpu" and config.flops(people.n_facts) > 4e12 and shutil.which("g++") is not None
 
 
 def _claim(directory: Path, claim: Claim, config_here: RunConfig, people: People) -> None:

@@ -94,7 +94,8 @@ class Trainer:
             self.cuda_graph, self._shape = CudaGraph(), (n_rows, *self._span(torch.arange(len(self.lengths))))
         self._batch_loss = batch_loss
         if compiled:
-            self.model.rotary(1, torch.float32)  # a table built in the compiled code would fix its length
+            # A table that grows in the compiled code would be compiled again.
+            self.model.rotary(int(self.lengths.max()), torch.float32)
             with self._autocast():
                 self._batch_loss = compiled_batch_loss(self.module, self._make_batch(0)[0][0], training.gamma)
 

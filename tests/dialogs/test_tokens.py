@@ -46,12 +46,12 @@ def test_the_tokens_and_the_loss_mask_are_those_written_by_hand():
     assert data.offsets.tolist() == [0, 14, 28]
 
 
-def test_without_repeats_the_first_repetition_of_a_result_is_not_trained():
-    dialog = [*SMALL[:3], Turn(Role.ASSISTANT, "In Oz Oz.")]
+def test_without_repeats_the_last_repetition_of_a_result_is_not_trained():
+    dialog = [*SMALL[:3], Turn(Role.ASSISTANT, "Ozzy: Oz.")]
     tokens, mask = encode_dialog(dialog, TOKENIZER, repeats=False)
     assert tokens == encode_dialog(dialog, TOKENIZER)[0]
     untrained = [bytes([t]).decode() for t, trained in zip(tokens[10:-1], mask[10:-1], strict=True) if not trained]
-    assert "".join(untrained) == "Oz" and mask[13:16] == [False, False, True] and mask[-1]
+    assert "".join(untrained) == "Oz" and mask[10:19] == [*[True] * 6, False, False, True] and mask[-1]
     for whole in (SMALL, dialog[:2]):  # nothing is repeated: "é." does not hold "Oz"
         assert encode_dialog(whole, TOKENIZER, repeats=False) == encode_dialog(whole, TOKENIZER)
 

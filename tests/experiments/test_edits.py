@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib import paths
-from lib.base import InputError
+from lib.base import InputError, WorkError
 from lib.cli import app
 from lib.config import RunConfig
 from lib.dialogs.tokenizers import ByteTokenizer
@@ -159,6 +159,20 @@ def test_damaged_rows_are_measured_again(stored, monkeypatch):
         assert edits.sweep("quick", dry_run=True).done_now == 0 and edits.sweep("quick").done_now == done
         assert len(edits.rows("quick")) == 2
     assert measured == ["in-weight", "in-tool"]
+
+
+def test_measuring_ends_with_the_time_and_one_failure_leaves_the_others(stored, monkeypatch):
+    def measure(folder, profile):
+        if folder.name == "in-weight":
+            raise MemoryError("too large")
+        return [{"run_id": read_json(folder / "row.json")["run_id"]}]
+
+    monkeypatch.setattr(edited_models, "measure", measure)
+    assert edits.sweep("quick", max_hours=0).done_now == 0
+    report = edits.sweep("quick")
+    assert report.done_now == 1 and len(report.failed) == 1
+    with pytest.raises(WorkError, match="MemoryError: too large"):
+        report.check()
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1"])

@@ -393,7 +393,7 @@ def test_a_dry_run_tells_what_is_ahead_and_writes_nothing(runs, monkeypatch, pro
     report = sweep.sweep("05_1", profile, dry_run=True)
     searches = plan.searches("05_1", profile)
     assert len(report.missing) == sum(len(search.pending({})) for search in searches)
-    n_sizes = [(len(search.sizes), 2 + search.neighbours if search.threshold else math.inf) for search in searches]
+    n_sizes = [(len(search.sizes), 3 if search.threshold else math.inf) for search in searches]
     assert report.runs_ahead == sum(map(min, n_sizes))
     assert 0 < report.hours_ahead < math.inf
     listed = str(report).splitlines()

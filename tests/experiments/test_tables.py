@@ -375,6 +375,35 @@ def test_the_next_smaller_size_is_that_of_the_plan():
     assert table.seeds_reaching_it[32] == 0  # even less than 16 might have been enough
 
 
+@given(st.integers(0, 5), st.lists(st.sampled_from([0.0, 0.94, 0.95, 1.0]), min_size=6, max_size=6))
+def test_a_bound_is_known_once_its_search_is_over_and_not_before(start, recall_of):
+    search, done = Search(RunConfig(), start=start, sizes=SIZES[:6]), {}
+    while pending := search.pending({row["run_id"]: row["recall"] for row in done.values()}):
+        (config,) = pending
+        d_model = config.model.d_model
+        if done:
+            assert not len(summaries.minimal_parameters_of_seeds(pd.DataFrame(done.values()), 0.95).dropna())
+        recall = recall_of[SIZES.index(d_model)]
+        done[d_model] = _row(config.run_id, d_model=d_model, recall=recall, config=config.canonical_json())
+    (known,) = summaries.minimal_parameters_of_seeds(pd.DataFrame(done.values()), 0.95).min_params
+    reached = [row["n_params"] for row in done.values() if row["recall"] >= 0.95]
+    assert known == min(reached) if reached else math.isnan(known)
+
+
+def test_the_smallest_width_that_fits_the_heads_needs_no_smaller_one_tried():
+    rows = pd.DataFrame([
+        _row(seed=seed, d_model=d, recall=1.0, config=json.dumps({"model": {"n_heads": 8, "d_model": d}}))
+        for seed, d in ((0, 16), (1, 32))
+    ])  # fmt: skip
+    found = summaries.minimal_parameters_of_seeds(rows, 0.95).set_index("seed").min_params
+    assert found[0] == rows.n_params[0] and math.isnan(found[1])
+
+
+def test_rows_of_earlier_plans_stand_in_only_where_todays_has_none():
+    rows = pd.DataFrame({"mode": ["a", "a", "b", "b"], "superseded": [True, False, True, True], "base": None})
+    assert [*tables.of_todays_plan(rows, ["mode", "base"]).index] == [1, 2, 3]
+
+
 def test_bounds_take_in_tool_searches_from_generalization_and_no_others():
     bounds, grid = searches("05_1", "laptop"), searches("05_2", "laptop")
     plan = summaries.bounds_searches("laptop")

@@ -223,6 +223,13 @@ def test_a_csv_that_has_changed_since_is_refused(tmp_path):
     _refused(config, tmp_path / "run", "other people")
 
 
+def test_an_attribute_may_be_called_recall(tmp_path):
+    (tmp_path / "people.csv").write_text("name,product_recall\nAnn,May\nBob,June\n")
+    config = _config(facts={"csv": str(tmp_path / "people.csv")}, training__steps=1)
+    row = run(config, tmp_path / "run")
+    assert row["nll_bits_product_recall"] > 1 and run(config, tmp_path / "run") == row
+
+
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
@@ -472,6 +479,15 @@ def test_a_run_that_is_not_finished_has_no_model_yet(tmp_path):
 def test_auto_is_a_device_that_exists():
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert resolve_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_is_found_without_taking_its_memory(monkeypatch):
+    """A sweep's parent process only names GPUs: a tensor here would fail, as there is none."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(resolve_device(name)) for name in ("cuda", "cuda:1")] == ["cuda:0", "cuda:1"]
+    with pytest.raises(InputError, match="no device 'cuda:2'"):
+        resolve_device("cuda:2")
 
 
 # ---- Provenance
