@@ -18,7 +18,6 @@ from lib.config import ModelConfig, OptimConfig, RunConfig, override
 from lib.dialogs.tokenizers import load_tokenizer
 from lib.experiments.search import SIZES, Search
 from lib.facts.people import ATTRIBUTES, LAWS
-from lib.facts.sampling import load_people
 from lib.paths import LARGEST_TEXT, PROFILES, PUBLISHING, read_bytes, reading
 
 PLANS = Path(__file__).parent / "plans"
@@ -121,6 +120,8 @@ class Grid(Config):
         base = override(RunConfig(), fields)
         n_facts = base.facts.n_facts
         if base.facts.csv and (grid.passes or grid.evaluations):
+            from lib.facts.sampling import load_people  # imports numpy: most plans do without it
+
             n_facts = load_people(base.facts).n_facts
         if grid.passes:
             steps = max(grid.min_steps, grid.passes * n_facts // base.training.batch_size)
