@@ -20,8 +20,8 @@ _READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE}
 _BLOCKED = (
     " (another program may be writing to it, or its folder refuses locks and new files: copy it to a local folder)"
 )
-#: Finds a generated column. SQLite cannot interrupt the functions that compute it, so texts are limited in length.
-_COMPUTED = "SELECT 1 FROM sqlite_master m, pragma_table_xinfo(m.name) WHERE sql NOT LIKE 'CREATE V%' AND hidden = 2"
+#: Finds a generated column. SQLite neither denies nor interrupts the functions that compute it.
+_COMPUTED = "SELECT 1 FROM sqlite_master m, pragma_table_xinfo(m.name) WHERE sql NOT LIKE 'CREATE V%' AND hidden > 1"
 #: Hints that SQLite's messages lack, by error code.
 _HINTS = {getattr(sqlite3, f"SQLITE_{code}"): _BLOCKED for code in "BUSY PROTOCOL IOERR CANTOPEN READONLY".split()} | {
     sqlite3.SQLITE_INTERRUPT: " (it took too long)",
@@ -86,7 +86,7 @@ def connect_read_only(path: str | Path, time_budget: float = 1.0) -> GuardedConn
     seconds ends in an OperationalError whose `sqlite_errorname` is SQLITE_INTERRUPT. From the first read until the
     connection is closed nobody else can write. (In WAL mode others can; two side files stay behind.)
 
-    Raises `InputError` if there is no such file.
+    Raises `InputError` if there is no such file, or if it has generated columns.
     """
     return _connect(path, "ro", time_budget)
 
@@ -204,9 +204,10 @@ def _connect(path: str | Path, mode: str, time_budget: float) -> GuardedConnecti
         connection.execute(f"PRAGMA {pragma}")
     if mode == "ro":
         connection.execute("BEGIN")  # one snapshot for all reads; a lock for each would take most of the time
-    computed = mode == "ro" and connection.execute(_COMPUTED).fetchone()
-    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 10_000 if computed else 1_000_000)
-    connection.set_progress_handler(lambda: monotonic() > connection.deadline, 100 if computed else 10_000)
+    if connection.execute(_COMPUTED).fetchone():
+        raise InputError(f"the database {path} computes a column, which may take for ever: store its values instead")
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000)
+    connection.set_progress_handler(lambda: monotonic() > connection.deadline, 10_000)
 
     def authorize(action: int, _1, _2, _3, origin: str | None) -> int:
         allowed = action in _READS if mode == "ro" else origin is None  # not from a trigger or view
