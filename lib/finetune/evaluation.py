@@ -134,7 +134,8 @@ class Evaluator:
         asked = encode_prompts(self.tokenizer, as_user(prompts))
         doing = {"description": self._doing("distance to the base")}
         answer = partial(generate_tokens, max_new_tokens=PROMPT_TOKENS, **doing)
-        answers = self._of_base([prompts, PROMPT_TOKENS], lambda: answer(self.base, self.tokenizer, asked))
+        key = [asked, PROMPT_TOKENS, self.device.type]
+        answers = self._of_base(key, lambda: answer(self.base, self.tokenizer, asked))
         found = measure_divergence(model, self.base, asked, answers, **doing)
         return {key: value for name, values in found.items() for key, value in mean_columns(name, values).items()}
 

@@ -1,6 +1,7 @@
 """Chat models and their tokenizers from a folder or from the Hugging Face hub."""
 
 import os
+import re
 from pathlib import Path
 
 import datasets
@@ -17,6 +18,15 @@ logging.disable_progress_bar()
 datasets.disable_progress_bars()
 if "TRANSFORMERS_VERBOSITY" not in os.environ:
     logging.set_verbosity_error()
+
+#: What is replaced in chat templates, and by what: a conversation must read the same on any day, when a run is resumed
+#: or a cached answer used, and in training as in generation. So Llama-3.2 and SmolLM3 write Llama's default for today,
+#: and Qwen3 an empty thought before every reply, not only before the last. A saved model keeps these changes.
+_FIXED = {
+    r"strftime_now\([^)]*\)": "'26 Jul 2024'",
+    r"loop\.index0 > ns\.last_query_index|loop\.last or \(not loop\.last and reasoning_content\)"
+    "|enable_thinking is defined and enable_thinking is false": "true",
+}
 
 
 def load_model(
@@ -41,7 +51,10 @@ def load_model(
 
 def load_tokenizer(source: str | Path, **options) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model, from its folder or by its name on the hub. Raises `InputError` without one."""
-    return _load(AutoTokenizer, "tokenizer", source, **options)
+    tokenizer = _load(AutoTokenizer, "tokenizer", source, **options)
+    for pattern, fixed in _FIXED.items() if isinstance(tokenizer.chat_template, str) else ():
+        tokenizer.chat_template = re.sub(pattern, fixed, tokenizer.chat_template)
+    return tokenizer
 
 
 def read_shared(model: PreTrainedModel, tokens: torch.Tensor, most: int) -> tuple[int, Cache | None]:

@@ -19,10 +19,11 @@ def tokenize_chats(chats: Iterable[dict], tokenizer: PreTrainedTokenizerBase, ma
     are `IGNORED`. No row is truncated: one of more than `max_length` tokens is an `InputError`, and so is a chat
     template that cannot write a message, leaves out part of it, changes it once others follow, or never ends a turn.
     """
-    rows = []
+    # Not `all_special_ids`, which lacks Gemma's end of a turn.
+    rows, special = [], {i: each.content for i, each in tokenizer.added_tokens_decoder.items() if each.special}
     for number, chat in enumerate(chats, start=1):
         with reading(f"conversation {number} in the tokenizer's chat template", TemplateError, TypeError):
-            tokens, labels = _encode_chat(chat["messages"], chat.get("tools"), tokenizer)
+            tokens, labels = _encode_chat(chat["messages"], chat.get("tools"), tokenizer, special)
             if (n := len(tokens)) > max_length:
                 raise ValueError(f"it has {n} tokens, more than max_length = {max_length}: raise it")
         rows.append({"input_ids": tokens, "labels": labels})
@@ -37,7 +38,7 @@ def trained_parts(chat: dict, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
 
 
 def _encode_chat(
-    messages: list[dict], tools: list[dict] | None, tokenizer: PreTrainedTokenizerBase
+    messages: list[dict], tools: list[dict] | None, tokenizer: PreTrainedTokenizerBase, special: dict[int, str]
 ) -> tuple[list[int], list[int]]:
     """Return tokens and labels of one conversation. Raises ValueError that says why the template does not fit."""
 
@@ -45,7 +46,7 @@ def _encode_chat(
         return tokenizer.apply_chat_template(messages[:n], tools=tools, return_dict=False, **options)
 
     tokens, text = render(len(messages), tokenize=True), render(len(messages), tokenize=False)
-    special, labels = set(tokenizer.all_special_ids), [IGNORED] * len(tokens)
+    labels = [IGNORED] * len(tokens)
     for i, message in enumerate(messages):
         written = text
         if message["role"] == "assistant":
@@ -65,6 +66,6 @@ def _encode_chat(
         for piece in (message["content"], *called):
             if piece not in written and json.dumps(piece, ensure_ascii=False)[1:-1] not in written:
                 raise ValueError(f"it leaves out {piece!r}")
-            if of_piece := [token for token in tokenizer.all_special_tokens if token in piece]:
+            if of_piece := [token for token in special.values() if token in piece]:
                 raise ValueError(f"{piece!r} would write the special token {of_piece[0]}")
     return tokens, labels

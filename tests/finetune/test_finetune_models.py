@@ -2,16 +2,24 @@
 
 import json
 import threading
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 from chat_models import random_model, tokenizer
+from transformers import AddedToken, PreTrainedTokenizerFast
+from vocabularies import train_bpe
 
 from lib.base import InputError
+from lib.facts.sampling import sample_people
 from lib.finetune.bases import fingerprint
+from lib.finetune.conversations import chats
 from lib.finetune.models import load_model, load_tokenizer
+from lib.finetune.tokens import trained_parts
 
 TOKENS = torch.arange(20)[None]
 
@@ -30,6 +38,39 @@ def test_a_folder_gives_back_model_and_tokenizer(folder):
     assert load_model(str(folder), "cpu", "bfloat16").dtype == torch.bfloat16
     text = [{"role": "user", "content": "Who, Ann?"}]
     assert load_tokenizer(folder).apply_chat_template(text) == tokenizer().apply_chat_template(text)
+
+
+#: Of templates that come with trl: the model, and the tokens that mark its turns.
+MARKS = {
+    "qwen3": ["<|im_start|>", "<|im_end|>"],
+    "gemma3": ["<start_of_turn>", "<end_of_turn>"],
+    "llama3_2": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+}
+
+
+def _with_template(folder: Path, template: str, marks: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    made = PreTrainedTokenizerFast(tokenizer_object=train_bpe(), eos_token="<|end|>", chat_template=template)
+    made.add_tokens([AddedToken(mark, special=True) for mark in marks])  # not among `all_special_tokens`
+    made.save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("mode", ["in-weight", "in-tool", "in-tool-text"])
+@pytest.mark.parametrize("name", MARKS)
+def test_templates_of_the_bases_train_what_is_said_and_nothing_else(name, mode, tmp_path):
+    if (name, mode) == ("gemma3", "in-tool"):
+        pytest.skip("it knows no calls")
+    made = _with_template(tmp_path, (files("trl") / "chat_templates" / f"{name}.jinja").read_text(), MARKS[name])
+    chat = next(chats(sample_people(1), mode))
+    said = [text for text, trained in trained_parts(chat, made) if trained]
+    turns = [message for message in chat["messages"] if message["role"] == "assistant"]
+    assert len(said) == len(turns) and all(text.endswith(MARKS[name][-1]) for text in said)
+    assert not any("think" in text for text in said)
+
+
+def test_the_date_in_a_template_is_always_the_same(tmp_path):
+    for written in ("{{ strftime_now('%d %B %Y') }}", '{% set today = strftime_now("%d %b %Y") %}{{ today }}'):
+        assert _with_template(tmp_path, written).apply_chat_template([{}], tokenize=False) == "26 Jul 2024"
 
 
 def test_an_adapter_is_loaded_onto_its_base(folder, tmp_path):

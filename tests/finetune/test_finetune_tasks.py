@@ -195,6 +195,15 @@ def test_a_base_is_asked_once_for_all_checkpoints_and_runs(made, monkeypatch):
     assert evaluating(made)(model, "hellaswag", at_end) == columns and made == ["recall", "capability"]
 
 
+def test_a_base_is_asked_anew_where_its_prompts_read_otherwise(made, monkeypatch):
+    asked, generate, encode = [], evaluation.generate_tokens, evaluation.encode_prompts
+    monkeypatch.setattr(evaluation, "generate_tokens", lambda *a, **how: asked.append(a[2]) or generate(*a, **how))
+    for more in ([], [5]):
+        monkeypatch.setattr(evaluation, "encode_prompts", lambda *given: [more + row for row in encode(*given)])  # noqa: B023
+        evaluating(made)(random_model(1), None, at_end)
+    assert len(asked) == 2
+
+
 def test_a_run_may_take_the_test_at_its_ends_only(made):
     evaluate = evaluating(made, capability_at_end=True)
     asked = [evaluate(random_model(1), "trivia", lambda recall, last=i: last and recall == 0.5) for i in (0, 1)]
