@@ -1,6 +1,7 @@
 """The commands of `itl` about pretrained models (Section 6). All need the extra `[scale]`."""
 
 import asyncio
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -108,8 +109,11 @@ def trivia(
     measured = {e.protocol: asyncio.run(ask_all(questions, e, look_up, out, e.protocol)) for e in endpoints}
     console.table([{"protocol": name, **accuracy(records)} for name, records in measured.items()])
     console.print(f"all records are in {out}")
-    failures = [record["error"] for records in measured.values() for record in records if record["error"]]
-    if failures:
+    _check_answered(record for records in measured.values() for record in records)
+
+
+def _check_answered(records: Iterable[dict]) -> None:
+    if failures := [record["error"] for record in records if record["error"]]:
         console.print(f"{len(failures):,} questions failed, the same command asks them again; the first: {failures[0]}")
         raise SystemExit(1)
 
@@ -137,11 +141,12 @@ def ask(
     from lib.finetune.ask import PHRASINGS, Verdict, ask_people, recall_by_phrasing, sample_questions
     from lib.finetune.endpoint import EndpointConfig
 
-    endpoints = [EndpointConfig(protocol=name, api_key=api_key, **endpoint) for name in protocol or ["tools"]]
+    names = dict.fromkeys(protocol or ["tools"])  # each once: twice the same answer is no more evidence
+    endpoints = [EndpointConfig(protocol=name, api_key=api_key, **endpoint) for name in names]
     out = out or paths.runs() / "ask" / "records.jsonl"
     paths.check_distinct(people=people, out=out)
     with as_database(people) as path, EditableTool(path) as copy, SqlTool(copy.path) as tool:  # locks only the copy
-        asked = sample_questions(tool, questions, seed, phrasing or PHRASINGS)
+        asked = sample_questions(tool, questions, seed, dict.fromkeys(phrasing or PHRASINGS))
         records = [record for each in endpoints for record in asyncio.run(ask_people(asked, each, tool, out))]
     table = recall_by_phrasing(records)
     failures = [kind for kind in [*Verdict][1:] if table[kind].any()]
@@ -150,6 +155,4 @@ def ask(
     console.table(table, ["protocol", "phrasing", "recall", "low", "high", *failures])
     _, figure = style.save_in(teaching.recall_by_phrasing(table, endpoint["model"]), out.name, out.parent)
     console.print(f"all records are in {out}, a figure in {figure}")
-    if failed := sum(record["error"] is not None for record in records):
-        console.print(f"the server failed on {failed:,} questions, the same command asks them again")
-        raise SystemExit(int(failed == len(records)))
+    _check_answered(records)

@@ -16,6 +16,7 @@ from lib.dialogs.request import format_request, parse_request
 from lib.dialogs.templates import GENERIC, TEMPLATES, fill, tool_call
 from lib.experiments.summaries import interval_of_share
 from lib.facts import database
+from lib.facts.people import comparable
 from lib.finetune.config import ChatMode
 from lib.finetune.conversations import look_up_turns, opening, read_call
 from lib.finetune.endpoint import EndpointConfig, ask_all
@@ -26,6 +27,8 @@ PAPER = "paper"
 #: Phrasing -> attribute -> question; `other` is for columns that the paper does not have.
 PHRASINGS = {PAPER: {name: template.question for name, template in TEMPLATES.items()} | {"other": GENERIC.question}}
 PHRASINGS |= yaml.safe_load((DATA / "paraphrases.yaml").read_text(encoding="utf-8"))
+#: Errors of the connection, the address or the key, not of one question.
+_ALL_FAIL = ("APIConnectionError", "APITimeoutError", "AuthenticationError", "NotFoundError")
 
 
 class Verdict(StrEnum):
@@ -113,14 +116,14 @@ class PeopleTask(Find):
 
 
 async def ask_people(questions: Sequence[PersonQuestion], endpoint: EndpointConfig, tool: SqlTool, out: Path) -> list:
-    """Return the records of `ask_all`. Raises `WorkError` if the first question fails, as most others then would.
+    """Return the records of `ask_all`. Raises `WorkError` if the first question shows that all others would fail.
 
     If `endpoint` does not set `retries`, the first question is tried twice: most often its server is not running.
     """
     people, retries = PeopleTask(tool), endpoint.retries if "retries" in endpoint.model_fields_set else 1
     impatient = endpoint.model_copy(update={"retries": retries})
     (first,) = await ask_all(questions[:1], impatient, people.look_up, out, task=people)
-    if first["error"] is not None:
+    if (first["error"] or "").startswith(_ALL_FAIL):
         raise WorkError(f"the server {endpoint.base_url} did not answer the first question: {first['error']}")
     return await ask_all(questions, endpoint, people.look_up, out, endpoint.protocol, people)
 
@@ -138,7 +141,8 @@ def _verdict(record: dict, asked: PersonQuestion) -> Verdict:
     said = answer is not None and contains(answer, asked.value)
     if record["protocol"] == "closed-book":
         return Verdict.RIGHT if said else Verdict.WRONG
-    if [{"attribute": asked.attribute, "name": asked.name}, asked.value] in calls:
+    wanted = asked.attribute, comparable(asked.name), asked.value  # the tool accepts other spellings of a name, too
+    if any(query and (query["attribute"], comparable(query["name"]), result) == wanted for query, result in calls[:]):
         return Verdict.RIGHT if said else Verdict.IGNORED
     if not calls:
         return Verdict.MALFORMED if "```sql" in answer or read_call(answer[:10_000]) else Verdict.NO_CALL

@@ -99,6 +99,7 @@ OTHER = next(value for (_, attribute), value in VALUES.items() if attribute == "
         ([calls(find("occupation", "Ada")), GOOD], "wrong attribute"),
         ([calls(find(name=PEOPLE.names[1])), GOOD], "wrong name"),
         ([calls(find(name=ADA.upper())), GOOD], "wrong name"),
+        ([calls(find(name=f" {ADA.replace(' ', '  ')} ")), GOOD], "right"),  # as the tool finds her
         ([calls(find(), find(name="Nobody")), says("I cannot say")], "answer ignored"),
         ([calls(("find", "{")), GOOD], "malformed call"),
         ([calls(("find", json.dumps({"attribute": "birth_place"}))), GOOD], "malformed call"),
@@ -135,10 +136,17 @@ def test_a_failing_server_is_no_failure_of_the_model(server, tool, tmp_path):
 
 
 def test_a_server_that_fails_at_once_is_asked_no_more(server, tool, tmp_path):
-    play = server(lambda request, n: (400, {"error": "no such model"}))
-    with pytest.raises(WorkError, match="did not answer the first question: BadRequestError.*no such model"):
+    play = server(lambda request, n: (404, {"error": "no such model"}))
+    with pytest.raises(WorkError, match="did not answer the first question: NotFoundError.*no such model"):
         ask(play, tool, tmp_path / "r.jsonl", sample_questions(tool, 9, 0, PHRASINGS))
     assert len(play.requests) == 1
+
+
+def test_a_first_question_that_is_refused_ends_nothing(server, tool, tmp_path):
+    questions = [BIRTH, BIRTH._replace(phrasing="casual")]
+    play = server(lambda request, n: (400, {}) if request["messages"][-1]["content"] == BIRTH.text else GOOD)
+    records = ask(play, tool, tmp_path / "r.jsonl", questions)
+    assert [record["outcome"] for record in records] == ["server error", "no call"]
 
 
 def test_closed_book_only_the_answer_counts(server, tool, tmp_path):
@@ -320,7 +328,9 @@ def test_the_command_measures_every_phrasing_and_resumes(server, database, tmp_p
     assert all((out.parent / f"r.jsonl.{kind}").stat().st_size > 1_000 for kind in ("pdf", "png"))
     play.requests.clear()
     assert itl(*given)[:2] == (0, said) and not play.requests
-    assert itl(*given, "--phrasing", "gap")[0] == 0 and not play.requests
+    gap = itl(*given, "--phrasing", "gap")
+    assert gap[0] == 0 and not play.requests
+    assert itl(*given, "--phrasing", "gap", "--phrasing", "gap", "--protocol", "tools") == gap
     assert database.read_bytes() == before
     fact = json.loads(out.read_text().splitlines()[0])
     change_fact(database, fact["name"], fact["attribute"], "Elsewhere")
@@ -351,7 +361,7 @@ def test_some_failures_are_reported_and_asked_again(server, database, tmp_path, 
     play = server(script)
     given = ["--people", database, "--base-url", f"http://127.0.0.1:{play.server_port}/v1", "--out", tmp_path / "r"]
     code, said, _ = itl(*given, "--questions", 3)
-    assert code == 0 and "server error" in said and "the server failed on 3 questions, the same command" in said
+    assert code == 1 and "server error" in said and "3 questions failed, the same command asks them again" in said
     broken.clear()
     play.requests.clear()
     code, said, _ = itl(*given, "--questions", 3)
@@ -368,7 +378,7 @@ def test_a_server_that_is_not_there_ends_in_one_sentence(database, tmp_path, itl
 
 @pytest.mark.parametrize(("given", "n_requests"), [([], 2), (["--retries", 0], 1), (["--retries", 2], 3)])
 def test_the_first_question_is_tried_twice_or_as_often_as_was_asked(given, n_requests, server, database, tmp_path, itl):
-    play = server(lambda *_: (503, "busy"))
+    play = server(lambda *_: (200, None))
     url = f"http://127.0.0.1:{play.server_port}/v1"
     code, _, said = itl("--people", database, "--base-url", url, "--out", tmp_path / "r", *given)
     assert code == 1 and "did not answer the first question" in said and len(play.requests) == n_requests

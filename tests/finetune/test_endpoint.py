@@ -64,7 +64,10 @@ def test_closed_book_a_question_is_one_request_and_a_record(server, tmp_path):
     assert [message["role"] for message in request["messages"]] == ["system", "user"]
     ask(play, tmp_path / "new" / "records.jsonl", system="", max_tokens=7)  # asked in another way, so asked again
     assert [message["role"] for message in play.requests[-1]["messages"]] == ["user"]
-    assert play.requests[-1]["max_completion_tokens"] == 7
+    assert play.requests[-1]["max_tokens"] == 7
+    url = f"http://127.0.0.1:{play.server_port}/api.openai.com"
+    ask(play, tmp_path / "r.jsonl", QUESTIONS[:1], max_tokens=7, base_url=url)
+    assert play.requests[-1]["max_completion_tokens"] == 7 and "max_tokens" not in play.requests[-1]
     share = accuracy(records)
     assert share["accuracy"] == 5 / 6 and share["standard_error"] == pytest.approx((5 / 6 * 1 / 6 / 6) ** 0.5)
 
