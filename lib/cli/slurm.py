@@ -42,7 +42,7 @@ def submit_sweep(
     device: Device = "auto",
     dry_run: Script = False,
 ) -> None:
-    """Run all models of a section that are not finished yet, as a job array."""
+    """Run all models of a section that are not finished yet, as a job array; those of Sections 6 and 7 as one job."""
     if resources.nodes > 1 or resources.gpus > 1:
         raise InputError("each job of a sweep takes one node and at most one GPU: --jobs says how many run at a time")
     work = tasks.sweep(source, profile, hours, device)

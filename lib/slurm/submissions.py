@@ -158,6 +158,10 @@ def snapshot(folder: Path) -> None:
 # Status ---------------------------------------------------------------------------------------------------------------
 
 STATES = ("queued", "running", "done", "failed", "missing")
+#: Slurm's states of jobs that are to start, and of those that have ended. In all others a job may run.
+_WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
+_FAILED = {"FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "TIMEOUT", "DEADLINE"}
+_GONE = {"COMPLETED", "CANCELLED", "PREEMPTED", "REVOKED"}
 
 
 class Standing(NamedTuple):
@@ -190,13 +194,13 @@ def _state(outcome: Path, state: str, reason: str) -> tuple[str, str]:
         error = str(damaged)
     if error is None:
         return "done", ""
-    if state in ("PENDING", "REQUEUED"):
+    if state in _WAITING:
         return "queued", reason
-    if state in ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED"):
+    if state and state not in _FAILED | _GONE:
         return "running", ""
     if error:
         return "failed", error
-    if state in ("FAILED", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "TIMEOUT", "DEADLINE"):
+    if state in _FAILED:
         return "failed", f"{state} ({reason})"
     return "missing", state or "Slurm no longer knows its job"
 

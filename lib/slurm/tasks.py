@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import Field
 from lib import paths
 from lib.base import Config
 from lib.config import Observers, RunConfig
+from lib.experiments.rows import OWN
 from lib.facts.people import ATTRIBUTES
 
 #: Slurm's default MaxArraySize is 1001.
@@ -80,10 +82,15 @@ def sweep(source: str, profile: str, hours: float, device: str) -> Work:
     """Return what a sweep still needs as tasks of about `hours`, or of one longer search.
 
     source: a section or a file, as `lib.experiments.plan.searches` takes it. The runs of a search depend on each other
-    and stay together; those of a full grid are independent.
+    and stay together; those of a full grid are independent. A section in `OWN` is one task.
     """
     from lib.experiments.sweep import hours_ahead
 
+    if source in OWN:
+        n_missing = len(import_module(OWN[source]).sweep(profile, dry_run=True).missing)
+        arguments = {"source": source, "profile": profile, "device": device}
+        made = [Task(title=f"section {source}, {n_missing} runs", arguments=arguments)] if n_missing else []
+        return Work(name=f"sweep-{source}-{profile}", kind="sweep", tasks=made)
     plan = _parts(source, profile)
     costs = {i: cost for i, cost in enumerate(hours_ahead(source, profile, plan)) if cost}
     if len(costs) > MAX_TASKS:  # longer tasks are fewer: any two neighbours together exceed `hours`
@@ -162,6 +169,9 @@ def do(kind: str, copies: Mapping[str, str], arguments: dict[str, Any]) -> None:
 
             source = copies.get(arguments["source"], arguments["source"])
             profile, device = arguments["profile"], arguments["device"]
+            if source in OWN:
+                import_module(OWN[source]).sweep(profile, device=device).check()
+                return
             parts = _parts(source, profile)
             plan = [parts[i] for i in arguments["positions"]]
             sweep(source, profile, device=device, plan=plan, in_process=True).check()

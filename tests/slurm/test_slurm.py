@@ -7,12 +7,16 @@ import json
 import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import submitit
 from finished import FINISHED
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,11 +27,13 @@ from lib.base import DamagedFile, WorkError
 from lib.cli import app
 from lib.config import UNOBSERVED, RunConfig
 from lib.experiments import plan
+from lib.experiments.rows import OWN
 from lib.experiments.sweep import Report
 from lib.provenance import COMMIT
 from lib.slurm import job, submissions, tasks
 from lib.slurm.submissions import Submission
 from lib.slurm.tasks import Resources, Work
+from lib.training.distributed import Preempted
 
 
 @pytest.fixture
@@ -121,6 +127,23 @@ def test_a_task_with_a_failed_run_fails(runs, monkeypatch):
     (task,) = tasks.sweep("05_1", "smoke", 1, "cpu").tasks
     with pytest.raises(WorkError, match="0123: ValueError: no"):
         tasks.do("sweep", {}, task.arguments)
+
+
+@pytest.mark.parametrize("section", OWN)
+def test_a_section_with_a_sweep_of_its_own_is_one_task(runs, monkeypatch, section):
+    asked = []
+
+    def sweep(profile, dry_run=False, **how):
+        asked.append((profile, dry_run, how))
+        return Report(missing=CONFIGS, failed={} if dry_run else {"0123": "ValueError: no"})
+
+    monkeypatch.setattr(f"{OWN[section]}.sweep", sweep)
+    (task,) = tasks.sweep(section, "smoke", 1, "cpu").tasks
+    with pytest.raises(WorkError, match="0123: ValueError: no"):
+        tasks.do("sweep", {}, json.loads(json.dumps(task.arguments)))
+    assert asked[1:] == [("smoke", False, {"device": "cpu"})] and task.title == f"section {section}, 8 runs"
+    monkeypatch.setattr(f"{OWN[section]}.sweep", lambda *_, **__: Report())
+    assert tasks.sweep(section, "smoke", 1, "cpu").tasks == []
 
 
 def _row(folder: Path, *configs: RunConfig) -> None:
@@ -357,6 +380,18 @@ def test_states_follow_from_outcomes_and_the_queue(runs, commands):
     assert submissions.summary(standings) == "1 queued, 1 running, 2 done, 2 failed, 2 missing"
 
 
+@pytest.mark.parametrize("state", ["SIGNALING", "STAGE_OUT", "STOPPED", "RESIZING", "NEWER_THAN_THIS"])
+def test_a_job_that_has_not_ended_is_running(runs, commands, state):
+    made = _submission()
+    assert [standing.state for standing in submissions.status(made, {"9_0": (state, "None")})] == ["running"]
+
+
+@pytest.mark.parametrize("state", ["REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"])
+def test_a_job_that_is_held_is_queued(runs, commands, state):
+    made = _submission()
+    assert submissions.status(made, {"9_0": (state, "None")})[0].state == "queued"
+
+
 def test_an_outcome_that_a_power_cut_left_empty_is_a_failure(runs, commands):
     made = _submission(2)
     made.outcome(0).touch()
@@ -411,6 +446,20 @@ def test_accounting_tells_of_jobs_that_the_queue_has_forgotten(commands):
     _command(commands, "sacct", "a note\n\n7_0|TIMEOUT|None\n7_1|CANCELLED by 0|None\n7_2|PENDING|None\n")
     (commands / "squeue.out").write_text("7_2|RUNNING|None\n")
     assert job.queue() == {"7_0": ("TIMEOUT", "None"), "7_1": ("CANCELLED", "None"), "7_2": ("RUNNING", "None")}
+
+
+@pytest.mark.parametrize("state, comes_back", [("RUNNING", True), ("SIGNALING", True), ("COMPLETING", False)])
+def test_a_job_that_slurm_is_not_ending_is_requeued(commands, monkeypatch, state, comes_back):
+    def preempted():
+        raise Preempted
+
+    requeued = []
+    monkeypatch.setattr(submitit, "JobEnvironment", lambda: SimpleNamespace(num_tasks=1, raw_job_id="7"))
+    monkeypatch.setattr(signal, "getsignal", lambda _: lambda *signalled: requeued.append(signalled))
+    (commands / "squeue.out").write_text(f"{state}\n")
+    with nullcontext() if comes_back else pytest.raises(SystemExit):
+        job.Job()(preempted)
+    assert bool(requeued) == comes_back
 
 
 # ---- The copy of the code
