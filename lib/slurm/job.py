@@ -53,10 +53,7 @@ class Job(Checkpointable):
             state = "RUNNING"  # if Slurm is too busy to answer
             with suppress(InputError):
                 state = slurm("squeue", "--noheader", "--format=%T", f"--jobs={environment.raw_job_id}").strip()
-            if state not in (
-                "RUNNING",
-                "SIGNALING",
-            ):  # it was cancelled, or preempted and requeued already
+            if state not in ("RUNNING", "SIGNALING"):  # it was cancelled, or preempted and requeued already
                 raise SystemExit(Preempted.exit_code) from None
             requeue(signal.SIGUSR2, None)
 
