@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.agent.tools import Outcome, Response, SqlTool
+from lib.agent.tools import Outcome, SqlTool
 from lib.base import InputError, optional
 
 HOST = "127.0.0.1"
@@ -56,20 +56,20 @@ def people_server(path: str | Path):
         find = Find(opened.attributes)
     tool = types.Tool(name=find.name, description=find.description, input_schema=find.schema)
 
-    def answer(query: dict[str, str]) -> Response:
-        with SqlTool(path) as sql:
-            outcome, text = sql.find_spelled(**query)
-            return Response(outcome, Find(sql.attributes).sentences.get(outcome, text))  # the file may be a new one
-
-    async def call(_, params: types.CallToolRequestParams) -> types.CallToolResult:
+    def answer(params: types.CallToolRequestParams) -> types.CallToolResult:
         outcome, text = Outcome.MALFORMED, find.sentences[Outcome.MALFORMED]
-        if query := find.query_of_call({"name": params.name, "arguments": params.arguments}):
-            try:
-                outcome, text = await asyncio.to_thread(answer, query)
-            except Exception as error:  # this call failed, but the next one may succeed
-                outcome, text = None, f"{error}."
+        try:
+            if query := find.query_of_call(dict(params)):
+                with SqlTool(path) as sql:
+                    outcome, text = sql.find_spelled(**query)
+                text = Find(sql.attributes).sentences.get(outcome, text)  # the file may be a new one
+        except Exception as error:  # this call failed, but the next one may succeed
+            outcome, text = None, f"{error}."
         content = types.TextContent(type="text", text=text)
         return types.CallToolResult(content=[content], is_error=outcome is not Outcome.ANSWER)
+
+    async def call(_, params: types.CallToolRequestParams) -> types.CallToolResult:
+        return await asyncio.to_thread(answer, params)
 
     async def tools(*_) -> types.ListToolsResult:
         return types.ListToolsResult(tools=[tool])
