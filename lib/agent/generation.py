@@ -111,7 +111,6 @@ def generate(
     *,
     known: Sequence[Sequence[int]] | None = None,
     max_new_tokens: int | Sequence[int] = 256,
-    temperature: float = 0.0,
     batch_size: int = 256,
     description: str | None = None,
 ) -> list[Generation]:
@@ -123,10 +122,9 @@ def generate(
     database without a `tool`, the user). `batch_size` is for rows that grow to less than twice the length of the
     shortest; longer rows come in smaller batches, so that a few long ones do not multiply the memory.
 
-    `temperature` 0 is greedy, otherwise torch's generator draws; a negative one is an `InputError`. `known` holds
-    the tokens that each generation is known to begin with, the tool's answers included, so the model need not
-    produce them again. The tool is still called; after an answer that differs, the rest of `known` is ignored.
-    Shows progress under `description` if one is given.
+    `known` holds the tokens that each generation is known to begin with, the tool's answers included, so the model
+    need not produce them again. The tool is still called; after an answer that differs, the rest of `known` is
+    ignored. Shows progress under `description` if one is given.
     """
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     rows = [_Row(prompt, tokenizer, tool, limit) for prompt, limit in zip(prompts, limits, strict=True)]
@@ -135,7 +133,7 @@ def generate(
     open_rows = [row for row in rows if not row.done]
     with progress(len(open_rows), description) as bar:
         for batch in _batches(open_rows, batch_size):
-            for _ in _decode(model, batch, temperature):
+            for _ in _decode(model, batch):
                 pass
             bar.update(len(batch))
     return [row.generation for row in rows]
@@ -148,7 +146,6 @@ def chat(
     tool: Tool | None = None,
     *,
     max_new_tokens: int = 256,
-    temperature: float = 0.0,
 ) -> Iterator[tuple[Role, str]]:
     """Answer one question, yielding (speaker, next piece of text). A change of the speaker begins a new turn.
 
@@ -162,7 +159,7 @@ def chat(
         raise InputError(f"the question has {len(prompt):,} tokens: at most {LONGEST_QUESTION:,} are accepted")
     row = _Row(prompt, tokenizer, tool, max_new_tokens)
     turn, told = 0, 0  # the current turn, and how many of its characters were yielded
-    for _ in _decode(model, [row] * (not row.done), temperature):
+    for _ in _decode(model, [row] * (not row.done)):
         turns = row.generation.turns(tokenizer)
         for i, (role, text) in enumerate(turns[turn:], turn):
             is_last = i == len(turns) - 1
@@ -187,10 +184,8 @@ def _batches(rows: list[_Row], batch_size: int) -> Iterator[list[_Row]]:
         yield from (similar[start : start + size] for start in range(0, len(similar), size))
 
 
-def _decode(model, rows: list[_Row], temperature: float) -> Iterator[None]:
-    """Decode unfinished rows to their ends; yield after every step."""
-    if not temperature >= 0:
-        raise InputError(f"temperature is {temperature}: give 0 (greedy) or more")
+def _decode(model, rows: list[_Row]) -> Iterator[None]:
+    """Decode unfinished rows to their ends, greedily; yield after every step."""
     if not rows:
         return
     lengths = torch.tensor([len(row) for row in rows], device=model.device)
@@ -198,7 +193,7 @@ def _decode(model, rows: list[_Row], temperature: float) -> Iterator[None]:
     tokens = torch.nn.utils.rnn.pad_sequence(fed, batch_first=True).to(model.device)
     cache = model.new_cache(len(rows), tokens.shape[1] + max(row.longest - len(row) for row in rows))
     while True:
-        chosen = _choose(model.decode(tokens, cache, lengths), temperature).tolist()
+        chosen = model.decode(tokens, cache, lengths).argmax(-1).tolist()
         lengths = None
         for row, token in zip(rows, chosen, strict=True):
             if not row.done:
@@ -211,12 +206,3 @@ def _decode(model, rows: list[_Row], temperature: float) -> Iterator[None]:
             rows = [rows[i] for i in alive]
             cache = cache.select(torch.tensor(alive, device=model.device))
         tokens = torch.tensor([row.generation.tokens[-1:] for row in rows], device=model.device)
-
-
-def _choose(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Choose the next token (B,) of each row from logits (B, V)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    # Subtract the largest logit, divide in float64: no temperature is too low.
-    relative = (logits - logits.amax(-1, keepdim=True)).double()
-    return torch.multinomial((relative / temperature).softmax(-1), 1).squeeze(-1)

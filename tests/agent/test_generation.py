@@ -310,50 +310,6 @@ def test_greedy_decoding_takes_the_likeliest_token_after_each_prefix():
             row.append(token)
 
 
-# ---- Sampling
-
-
-def test_sampling_follows_the_seed():
-    def texts(seed):
-        torch.manual_seed(seed)
-        return generate(chatterbox(0), [prompt(q) for q in "abc"], TOKENIZER, temperature=1.0, max_new_tokens=20)
-
-    assert texts(1) == texts(1)
-    assert texts(1) != texts(2)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_samples_have_the_frequencies_of_the_softmax(temperature):
-    n, logits = 20_000, torch.tensor([0.0, 1.0, 2.0, -1.0])
-
-    class Constant(Scripted):
-        def _logits(self, chosen):
-            return torch.cat([logits, torch.full((256,), -torch.inf)]).expand(len(chosen), -1)
-
-    torch.manual_seed(0)
-    generations = generate(
-        Constant(lambda _: 0), [[ASSISTANT]] * n, TOKENIZER, batch_size=n, max_new_tokens=1,
-        temperature=temperature,
-    )  # fmt: skip
-    counts = torch.bincount(torch.tensor([g.tokens[0] for g in generations]), minlength=4)
-    weights = (logits / temperature).exp()
-    expected = n * weights / weights.sum()
-    assert counts[4:].sum() == 0
-    assert ((counts - expected) ** 2 / expected).sum() < 16.3  # the 0.1 % point of chi-square, 3 degrees of freedom
-
-
-def test_a_temperature_close_to_zero_is_greedy():
-    model, prompts = chatterbox(1), [prompt("a"), prompt("bcd")]
-    greedy = generate(model, prompts, TOKENIZER, max_new_tokens=12)
-    assert generate(model, prompts, TOKENIZER, max_new_tokens=12, temperature=1e-60) == greedy
-
-
-@pytest.mark.parametrize("temperature", [-0.1, float("nan")])
-def test_a_negative_temperature_is_refused(temperature):
-    with pytest.raises(InputError, match="temperature is .*: give 0"):
-        one(says({"Who?": [turn(".", END)]}), "Who?", temperature=temperature)
-
-
 # ---- Chat
 
 
@@ -401,11 +357,3 @@ def test_the_pieces_of_a_chat_add_up_to_the_text_whatever_the_bytes(said, limit)
     pieces, turns = told(model, "?", tool, max_new_tokens=limit)
     assert turns == [t for t in generation.turns(TOKENIZER) if t.text]
     assert all(pieces)
-
-
-def test_a_chat_passes_its_options_on():
-    torch.manual_seed(5)
-    _, first = told(chatterbox(2), "a", temperature=1.5, max_new_tokens=15)
-    torch.manual_seed(5)
-    expected = one(chatterbox(2), "a", temperature=1.5, max_new_tokens=15)
-    assert first == [t for t in expected.turns(TOKENIZER) if t.text]

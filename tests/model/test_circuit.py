@@ -114,7 +114,7 @@ def test_more_heads_read_the_question_where_one_letter_does_not_tell(tmp_path):
     assert recall(circuit.model(), people_called(ODD_NAMES[:6], attributes), tmp_path / "people.sqlite") == 1.0
 
 
-def test_sampled_at_temperature_1_it_is_as_good_as_certain(model, tmp_path):
+def test_the_probabilities_of_what_it_says_are_as_good_as_1(model, tmp_path):
     facts = list(sample_people(3).facts())
     data = [encode_dialog(in_tool_dialog(*fact), TOKENIZER) for fact in facts]
     for tokens, trained in data:
