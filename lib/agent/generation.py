@@ -1,7 +1,7 @@
 """Decoding that stops at a tool call, runs the tool and resumes.
 
 Any number of prompts decode together. When a row hands over to the database, its turn goes to the tool; the answer's
-tokens wait in the row's queue and are forced, one a step, before the row samples again. Finished rows leave the batch.
+tokens wait in the row's queue and are forced, one a step, before the model goes on. Finished rows leave the batch.
 """
 
 from collections import deque
@@ -13,16 +13,12 @@ from typing import NamedTuple
 import torch
 
 from lib.agent.tools import Response, Tool
-from lib.base import InputError
 from lib.dialogs.templates import Role, Turn
 from lib.dialogs.tokenizers import Tokenizer
-from lib.dialogs.tokens import encode_prompt
 from lib.progress import progress
 
 #: Drop finished rows when at most this share of a batch is unfinished: copying the KV cache takes as long as a step.
 KEPT_SHARE = 0.75
-#: Maximum tokens of a question in a chat: the memory of attention is quadratic in the length.
-LONGEST_QUESTION = 8192
 
 
 class Call(NamedTuple):
@@ -133,43 +129,9 @@ def generate(
     open_rows = [row for row in rows if not row.done]
     with progress(len(open_rows), description) as bar:
         for batch in _batches(open_rows, batch_size):
-            for _ in _decode(model, batch):
-                pass
+            _decode(model, batch)
             bar.update(len(batch))
     return [row.generation for row in rows]
-
-
-def chat(
-    model,
-    question: str,
-    tokenizer: Tokenizer,
-    tool: Tool | None = None,
-    *,
-    max_new_tokens: int = 256,
-) -> Iterator[tuple[Role, str]]:
-    """Answer one question, yielding (speaker, next piece of text). A change of the speaker begins a new turn.
-
-    Pieces are whole characters, and the pieces of a turn add up to its text. Options are those of `generate`.
-    Raises `InputError` for a question that is too long or holds a lone surrogate.
-    """
-    if any("\ud800" <= character <= "\udfff" for character in question):
-        raise InputError("the question holds a lone surrogate (half a character): leave it out")
-    prompt = encode_prompt([Turn(Role.USER, question)], tokenizer)
-    if len(prompt) > LONGEST_QUESTION:
-        raise InputError(f"the question has {len(prompt):,} tokens: at most {LONGEST_QUESTION:,} are accepted")
-    row = _Row(prompt, tokenizer, tool, max_new_tokens)
-    turn, told = 0, 0  # the current turn, and how many of its characters were yielded
-    for _ in _decode(model, [row] * (not row.done)):
-        turns = row.generation.turns(tokenizer)
-        for i, (role, text) in enumerate(turns[turn:], turn):
-            is_last = i == len(turns) - 1
-            # The bytes of an unfinished character decode to U+FFFD: they wait for the rest.
-            ready = text.rstrip("\ufffd") if is_last and not row.done else text
-            if len(ready) > told:
-                yield role, ready[told:]
-                told = len(ready)
-            if not is_last:
-                turn, told = i + 1, 0
 
 
 def _batches(rows: list[_Row], batch_size: int) -> Iterator[list[_Row]]:
@@ -184,10 +146,8 @@ def _batches(rows: list[_Row], batch_size: int) -> Iterator[list[_Row]]:
         yield from (similar[start : start + size] for start in range(0, len(similar), size))
 
 
-def _decode(model, rows: list[_Row]) -> Iterator[None]:
-    """Decode unfinished rows to their ends, greedily; yield after every step."""
-    if not rows:
-        return
+def _decode(model, rows: list[_Row]) -> None:
+    """Decode unfinished rows to their ends, greedily."""
     lengths = torch.tensor([len(row) for row in rows], device=model.device)
     fed = [torch.tensor([*row.prompt, *row.generation.tokens]) for row in rows]
     tokens = torch.nn.utils.rnn.pad_sequence(fed, batch_first=True).to(model.device)
@@ -198,7 +158,6 @@ def _decode(model, rows: list[_Row]) -> Iterator[None]:
         for row, token in zip(rows, chosen, strict=True):
             if not row.done:
                 row.take(token)
-        yield
         alive = [i for i, row in enumerate(rows) if not row.done]
         if not alive:
             return

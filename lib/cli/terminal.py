@@ -1,8 +1,6 @@
 """`itl chat`: a conversation in a terminal, with answers in color and commands to see and change the database."""
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
-from operator import itemgetter
 
 from rich.console import Console
 
@@ -24,21 +22,18 @@ REPLY, REQUEST, DATABASE, NOTE = "green", "bold yellow", "magenta", "dim"
 
 
 def answer(console: Console, talks: Sequence[Conversation], text: str) -> None:
-    """Put a question to each model and print the answers as they come, turn by turn.
+    """Put a question to each model and print the answers, turn by turn.
 
     With several models, each is named by its mode.
     """
     for talk in talks:
         if len(talks) > 1:
             console.print(f"-- {talk.config.mode}", style=NOTE)
-        for role, pieces in groupby(talk.ask(text), key=itemgetter(0)):
+        for role, said in talk.turns(text)[1:]:
+            prose, tick, request = said.partition("`") if role == Role.ASSISTANT else (said, "", "")
             console.print(f"{role}: ", end="", style="bold")
-            style = DATABASE if role == Role.DATABASE else REPLY
-            for _, piece in pieces:
-                if role == Role.ASSISTANT and "`" in piece:
-                    style = REQUEST
-                console.print(piece, end="", style=style)
-            console.print()
+            console.print(prose, end="", style=DATABASE if role == Role.DATABASE else REPLY)
+            console.print(tick + request, style=REQUEST)
 
 
 def converse(console: Console, talks: Sequence[Conversation], read: Callable[[], str]) -> None:

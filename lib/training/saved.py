@@ -5,26 +5,28 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from lib.agent.generation import chat
+from lib.agent.generation import generate
 from lib.agent.tools import TOOLS, EditableTool, Tool, open_tool
 from lib.base import DamagedFile, InputError, WorkError
 from lib.config import ModelConfig, RunConfig
 from lib.dialogs.templates import Role, Turn, question
 from lib.dialogs.tokenizers import Tokenizer, load_tokenizer
+from lib.dialogs.tokens import encode_prompt
 from lib.facts.people import People
 from lib.facts.sampling import load_people, unseen_people
 from lib.model.transformer import Transformer
 from lib.paths import CLAIM, DATABASE, MODEL, PEOPLE, ROW, TOKENIZER, only_process, read_json
 from lib.training import checkpoint
 from lib.training.devices import resolve_device
+
+#: Maximum tokens of a question: the memory of attention is quadratic in the length.
+LONGEST_QUESTION = 8192
 
 # Claims ---------------------------------------------------------------------------------------------------------------
 
@@ -222,14 +224,19 @@ class Conversation:
         facts = self.config.facts
         return unseen_people(facts, n)["new_both"] if facts.csv is None else People([], {})
 
-    def ask(self, text: str, **options) -> Iterator[tuple[Role, str]]:
-        """Stream the answer as `lib.agent.generation.chat` does; `options` as there."""
-        return chat(self.model, text, self.tokenizer, self.tool, **options)
-
     def turns(self, text: str, **options) -> list[Turn]:
-        """Return the question and what follows it, turn by turn; `options` as for `ask`."""
-        answer = groupby(self.ask(text, **options), key=itemgetter(0))
-        return [Turn(Role.USER, text), *(Turn(role, "".join(piece for _, piece in said)) for role, said in answer)]
+        """Return the question and what follows it, turn by turn; `options` are those of `generate`.
+
+        Raises `InputError` for a question that is too long or holds a lone surrogate.
+        """
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError("the question holds a lone surrogate (half a character): leave it out")
+        asked = Turn(Role.USER, text)
+        prompt = encode_prompt([asked], self.tokenizer)
+        if len(prompt) > LONGEST_QUESTION:
+            raise InputError(f"the question has {len(prompt):,} tokens: at most {LONGEST_QUESTION:,} are accepted")
+        (answer,) = generate(self.model, [prompt], self.tokenizer, self.tool, **options)
+        return [asked, *answer.turns(self.tokenizer)]
 
 
 @contextmanager

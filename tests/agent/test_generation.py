@@ -4,11 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import ASSISTANT, DATABASE, END, USER, Scripted, prompt, says, turn
 
-from lib.agent.generation import Call, Generation, chat, generate
+from lib.agent.generation import Call, Generation, generate
 from lib.agent.tools import ERROR_TEXTS, Outcome, Response, SqlTool
-from lib.base import InputError
 from lib.config import ModelConfig
-from lib.dialogs.templates import Turn
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.model.transformer import Transformer
 
@@ -36,16 +34,6 @@ def one(model, question: str, tool=None, **options) -> Generation:
 def has_ended(generation: Generation) -> bool:
     """Whether the model said that the dialog is over."""
     return generation.tokens[-1:] == [TOKENIZER.end]
-
-
-def test_half_a_character_cannot_be_asked():
-    with pytest.raises(InputError, match="half a character"):
-        next(chat(says({}), "Who is \ud800?", TOKENIZER))
-
-
-def test_a_question_whose_attention_would_not_fit_into_memory_is_refused():
-    with pytest.raises(InputError, match="the question has 100,002 tokens: at most 8,192"):
-        next(chat(says({}), "x" * 100_000, TOKENIZER))
 
 
 # ---- Turns, calls, forced tokens
@@ -308,52 +296,3 @@ def test_greedy_decoding_takes_the_likeliest_token_after_each_prefix():
                     assert token == int(model(torch.tensor([row]))[0, -1].argmax())
             forced = token == DATABASE or (forced and token != ASSISTANT)
             row.append(token)
-
-
-# ---- Chat
-
-
-def told(model, question: str, tool=None, **options) -> tuple[list[str], list[Turn]]:
-    """The pieces of a chat, and the turns that they make."""
-    pieces, turns = [], []
-    for role, piece in chat(model, question, TOKENIZER, tool, **options):
-        pieces.append(piece)
-        if turns and turns[-1].role == role:
-            turns[-1] = Turn(role, turns[-1].text + piece)
-        else:
-            turns.append(Turn(role, piece))
-    return pieces, turns
-
-
-def test_a_chat_streams_whole_characters_as_they_come():
-    pieces, turns = told(says({"Wer?": [turn("Zoë 😀!", END)]}), "Wer?")
-    assert pieces == list("Zoë 😀!")
-    assert turns == [("assistant", "Zoë 😀!")]
-
-
-def test_a_chat_tells_who_speaks():
-    model = says({"Wo?": [turn("frag", DATABASE), turn("In Köln.", END)]})
-    assert told(model, "Wo?", Oracle(frag="Köln"))[1] == [
-        ("assistant", "frag"),
-        ("database", "Köln"),
-        ("assistant", "In Köln."),
-    ]
-
-
-def test_a_chat_that_is_cut_tells_what_there_is():
-    assert told(says({"Wer?": [turn("Zoë", END)]}), "Wer?", max_new_tokens=2)[1] == [("assistant", "Zo")]
-    assert told(says({"Wer?": [turn("Zoë", END)]}), "Wer?", max_new_tokens=3)[1] == [("assistant", "Zo\ufffd")]
-    assert told(says({"Wer?": [turn("Zo", DATABASE)]}), "Wer?")[1] == [("assistant", "Zo")]
-
-
-@given(
-    st.lists(st.text(max_size=6).map(str.encode) | st.binary(max_size=6), max_size=4).map(b"".join),
-    st.integers(0, 30),
-)
-def test_the_pieces_of_a_chat_add_up_to_the_text_whatever_the_bytes(said, limit):
-    model = says({"?": [turn(said, DATABASE), turn(said[::-1], END)]})
-    tool = Oracle(**{said.decode(errors="replace"): "ü\ufffd"})
-    generation = one(model, "?", tool, max_new_tokens=limit)
-    pieces, turns = told(model, "?", tool, max_new_tokens=limit)
-    assert turns == [t for t in generation.turns(TOKENIZER) if t.text]
-    assert all(pieces)

@@ -181,6 +181,18 @@ def test_labels_can_be_read_on_their_colors_and_told_apart():
     assert len(set(chat.COLORS.values())) == len(chat.COLORS)
 
 
+# ---- What a model is asked
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("Who is \ud800?", "half a character"), ("x" * 100_000, "the question has 100,002 tokens: at most 8,192")],
+)
+def test_half_a_character_and_a_question_whose_attention_would_not_fit_into_memory_are_refused(text, message):
+    with open_conversation(IN_WEIGHT, device="cpu") as talk, pytest.raises(InputError, match=message):
+        talk.turns(text)
+
+
 # ---- Two models side by side
 
 
