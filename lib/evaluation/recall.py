@@ -31,7 +31,7 @@ MARGIN = 1e-3
 DETOUR = 64
 #: About how many tokens are verified together: as many as fit into a core's cache, or fill a GPU.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
-#: How many questions are decoded together by default: a GPU takes as long for few as for many.
+#: How many questions are decoded together: a GPU takes as long for few as for many.
 BATCH_ROWS = {"cpu": 256, "cuda": 2048}
 
 
@@ -66,7 +66,6 @@ def measure_recall(
     tool: Tool | None = None,
     *,
     method: Literal["verify", "decode"] = "verify",
-    batch_size: int | None = None,
     description: str | None = None,
 ) -> Recall:
     """Ask a model about `facts`, greedily; if there is a `tool`, one of `lib.agent.tools.TOOLS`, it must be used.
@@ -102,7 +101,7 @@ def measure_recall(
         tool,
         known=known,
         max_new_tokens=(data.lengths() + DETOUR)[undecided].tolist(),
-        batch_size=batch_size or BATCH_ROWS.get(model.device.type, 256),
+        batch_size=BATCH_ROWS.get(model.device.type, 256),
         description=description and f"{description}, decoding",
     )
     for i, generation in zip(undecided, generations, strict=True):

@@ -56,12 +56,12 @@ class Chat:
     for people with other attributes.
     """
 
-    def __init__(self, in_weight: Path, in_tool: Path, people: People, device: str = "auto"):
+    def __init__(self, in_weight: Path, in_tool: Path, people: People):
         self.people = people
         self._talks, self._log = {}, []
         with ExitStack() as stack:
             for mode, folder in (("in-weight", in_weight), ("in-tool", in_tool)):
-                talk = stack.enter_context(open_conversation(folder, device=device, editable=True))
+                talk = stack.enter_context(open_conversation(folder, editable=True))
                 if talk.config.mode != mode:
                     raise InputError(f"the model in {folder} is {talk.config.mode}: one that is {mode} is expected")
                 self._talks[mode] = talk

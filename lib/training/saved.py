@@ -219,10 +219,10 @@ class Conversation:
         """A question about someone that the model was trained on."""
         return question(*next(self.people.facts())[:2])
 
-    def unseen(self, n: int = 3) -> People:
-        """Return unseen people with new first and last names; nobody if the run's people came from a CSV file."""
+    def unseen(self) -> People:
+        """Return three unseen people with new first and last names; nobody if the run's people came from a CSV file."""
         facts = self.config.facts
-        return unseen_people(facts, n)["new_both"] if facts.csv is None else People([], {})
+        return unseen_people(facts, 3)["new_both"] if facts.csv is None else People([], {})
 
     def turns(self, text: str, **options) -> list[Turn]:
         """Return the question and what follows it, turn by turn; `options` are those of `generate`.

@@ -20,7 +20,7 @@ from lib.dialogs.request import format_request
 from lib.dialogs.templates import Mode, Role, Turn, dialogs, in_tool_dialog, in_weight_dialog, tool_call
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.dialogs.tokens import encode_dialog, tokenize
-from lib.evaluation.recall import Recall, bits_of_dialogs, is_correct, measure_recall
+from lib.evaluation.recall import BATCH_ROWS, Recall, bits_of_dialogs, is_correct, measure_recall
 from lib.facts.database import write_database
 from lib.facts.people import People
 from lib.facts.sampling import sample_people
@@ -40,11 +40,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def ask(model, facts, tool: Tool | None = None, **options) -> Recall:
+def ask(model, facts, tool: Tool | None = None, batch_size: int = 256) -> Recall:
     """Recall by `verify`, after a look that `decode` comes to the same verdicts and asks the tool the same."""
-    (measured, asked), (reference, asked_by_reference) = (
-        with_requests(model, facts, tool, method=method, **options) for method in METHODS
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BATCH_ROWS, "cpu", batch_size)
+        (measured, asked), (reference, asked_by_reference) = (
+            with_requests(model, facts, tool, method=method) for method in METHODS
+        )
     assert measured.correct.tolist() == reference.correct.tolist()
     assert reference.decoded == len(facts) >= measured.decoded
     assert asked == asked_by_reference
@@ -608,7 +610,7 @@ def test_measuring_recall_changes_nothing_in_training(people_path):
 
 def test_verdicts_do_not_depend_on_the_batches(in_weight):
     facts = list(IN_WEIGHT_PEOPLE.facts())
-    verdicts = [measure_recall(in_weight[2], facts, TOKENIZER, batch_size=n).correct for n in (1, 7, 256)]
+    verdicts = [ask(in_weight[2], facts, batch_size=n).correct for n in (1, 7, 256)]
     assert all(np.array_equal(verdicts[0], other) for other in verdicts[1:])
 
 

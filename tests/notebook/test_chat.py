@@ -198,7 +198,7 @@ def test_half_a_character_and_a_question_whose_attention_would_not_fit_into_memo
 
 @pytest.fixture
 def talk() -> Iterator[chat.Chat]:
-    talk = chat.Chat(IN_WEIGHT, IN_TOOL, UNSEEN, device="cpu")
+    talk = chat.Chat(IN_WEIGHT, IN_TOOL, UNSEEN)
     yield talk
     talk.close()
 

@@ -84,7 +84,7 @@ def test_the_examples_of_the_readme_are_looked_up():
     folder = "paper_data/checkpoints/in-tool"
     names = re.findall(rf'^itl chat {folder} "Where was (.+) born\?"', readme, re.M)
     with open_conversation(paths.ROOT / folder, device="cpu") as talk:
-        trained, unseen = talk.people.names, talk.unseen(N_UNSEEN).names
+        trained, unseen = talk.people.names, unseen_people(talk.config.facts, N_UNSEEN)["new_both"].names
         places = [talk.tool(tool_call(name, "birth_place")).text for name in names]
     assert names[0] in trained and names[1] in unseen
     for name, place in zip(names, places, strict=True):
