@@ -120,10 +120,6 @@ class _Run(TrainerCallback):
         self.total, self.interval = config.total_steps(len(self.data)), config.interval(len(self.data))
         recall = partial(task.measure, tokenizer=tokenizer, max_new_tokens=turn_limit(self.data))
         self.evaluator = Evaluator(config, recall, tokenizer, self.device, self.dtype, self.description)
-        if config.lora_rank and processes.is_main_process:
-            width = min(min(weight.shape) for weight in self.evaluator.base.parameters() if weight.dim() == 2)
-            if config.lora_rank > width:
-                raise InputError(f"lora_rank = {config.lora_rank}: a matrix of the base has at most rank {width}")
 
     def complete(self, claim: dict) -> None:
         """Claim the folder, train to the end, evaluate every checkpoint, and write the rows."""
