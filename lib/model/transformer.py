@@ -125,20 +125,21 @@ class Transformer(nn.Module):
     """The language model: tokens (B, S) -> logits (B, S, V)."""
 
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None):
-        """Draw the weights from `generator`.
+        """Draw the weights from `generator`, except on the meta device.
 
         Matrices are normal with variance 1 / inputs, or 1 / (2 L inputs) if they write to the residual stream;
         embeddings are standard normal.
         """
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        # `nn.Embedding` draws weights, and on the meta device a draw imports torch's compiler: three seconds.
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model), freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.output = _linear(config.d_model, config.vocab_size)
         self._rotary_table: Rotary | None = None
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and not parameter.is_meta:
                 std = 1.0 if name == "embedding.weight" else parameter.shape[1] ** -0.5
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     std /= math.sqrt(2 * config.n_layers)

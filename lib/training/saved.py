@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from lib.agent.generation import generate
 from lib.agent.tools import TOOLS, EditableTool, Tool, open_tool
@@ -181,18 +180,9 @@ def load_model(folder: Path, device: str = "auto") -> tuple[Transformer, RunConf
     return model.to(device).eval(), config
 
 
-class _NoInit(TorchFunctionMode):
-    """Skips the initialization of parameters, which on the meta device imports torch's compiler: three seconds."""
-
-    def __torch_function__(self, function, types, arguments=(), options=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return (arguments or [*options.values()])[0]
-        return function(*arguments, **(options or {}))
-
-
 def without_weights(config: ModelConfig) -> Transformer:
     """Return a model on the meta device, until `load_state_dict` assigns weights."""
-    with torch.device("meta"), _NoInit():
+    with torch.device("meta"):
         return Transformer(config)
 
 
