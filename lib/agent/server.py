@@ -68,13 +68,10 @@ def people_server(path: str | Path):
         content = types.TextContent(type="text", text=text)
         return types.CallToolResult(content=[content], is_error=outcome is not Outcome.ANSWER)
 
-    async def call(_, params: types.CallToolRequestParams) -> types.CallToolResult:
-        return await asyncio.to_thread(answer, params)
-
     async def tools(*_) -> types.ListToolsResult:
         return types.ListToolsResult(tools=[tool])
 
-    return Server("people", on_list_tools=tools, on_call_tool=call)
+    return Server("people", on_list_tools=tools, on_call_tool=lambda _, params: asyncio.to_thread(answer, params))
 
 
 async def stdio(server) -> None:
