@@ -59,27 +59,27 @@ class _Row:
         self.turn_start = 0
         self.done = max_new_tokens <= 0
 
-    def take(self, sampled: int) -> int:
-        """Append the next token, forced or `sampled`, react to it and return it. `done` says if the row has ended."""
-        tokens, is_sampled = self.generation.tokens, not self.forced
-        token = sampled if is_sampled else self.forced.popleft()
+    def take(self, chosen: int) -> int:
+        """Append the next token, forced or `chosen`, react to it and return it. `done` says if the row has ended."""
+        tokens, is_chosen = self.generation.tokens, not self.forced
+        token = chosen if is_chosen else self.forced.popleft()
         tokens.append(token)
         if token in self.special:
-            self._react(token, is_sampled)
+            self._react(token, is_chosen)
         self.done |= len(tokens) >= self.max_new_tokens
         return token
 
-    def _react(self, token: int, is_sampled: bool) -> None:
+    def _react(self, token: int, is_chosen: bool) -> None:
         """React to a role token or the end, which has just been appended."""
         generation, tokenizer = self.generation, self.tokenizer
         if token == tokenizer.role_ids[Role.ASSISTANT]:
             self.turn_start = len(generation.tokens)
-        if is_sampled and token == tokenizer.role_ids[Role.DATABASE] and self.tool is not None:
+        if is_chosen and token == tokenizer.role_ids[Role.DATABASE] and self.tool is not None:
             turn = tokenizer.decode(generation.tokens[self.turn_start : -1])
             response = self.tool(turn)
             generation.calls.append(Call(turn, response))
             self.forced.extend([*tokenizer.encode(response.text), tokenizer.role_ids[Role.ASSISTANT]])
-        elif is_sampled:
+        elif is_chosen:
             self.done = True
 
     def replay(self, known: Sequence[int]) -> None:
