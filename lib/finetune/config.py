@@ -28,7 +28,7 @@ class FinetuneConfig(Identified):
     #: Draws the people and the order of the data.
     seed: int = Field(0, ge=0, lt=2**31)
     #: Rank of adapters (LoRA); None trains all weights.
-    lora_rank: int | None = Field(None, ge=1)
+    lora_rank: int | None = Field(None, ge=1, le=2**16)
     #: AdamW's learning rate; by default that of the base in this mode (`lib.finetune.bases`). It is part of a run's id.
     lr: float = Field(gt=0, default_factory=lambda it: learning_rate(it["base"], it["mode"], bool(it["lora_rank"])))
     #: Constant or falling to zero, after a warm-up over this share of the steps.
