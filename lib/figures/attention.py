@@ -18,13 +18,18 @@ def attention_maps(model: Transformer, fact: Fact, heads: dict[str, tuple[int, i
     Ticks say where the parts of the dialog begin.
     """
     weights = _weights(model, fact)
-    parts = {span.start: span.part for span in spans(fact) if span.stop - span.start > 2}
+    parts = {span.part: span.start for span in reversed(spans(fact)) if span.stop - span.start > 2}  # the first of each
+    ticks = sorted((start, part) for part, start in parts.items())
     n_rows = -(-len(heads) // 4)
     rc = {"font.size": 7, "axes.grid": False}
-    with panels((11, 3.1 * n_rows), n_rows, min(4, len(heads)), rc, squeeze=False, sharey=True) as (figure, grid):
+    with panels((11, 3.4 * n_rows), n_rows, min(4, len(heads)), rc, squeeze=False, sharey=True) as (figure, grid):
         for axes, (title, head) in zip(grid.flat, heads.items(), strict=False):
-            _map(axes, title, head, weights[head], parts, interpolation="nearest", aspect="auto")
-            axes.tick_params("x", rotation=90)
+            _map(axes, title, head, weights[head], dict(ticks[::2]), interpolation="nearest", aspect="auto")
+            for axis in (axes.xaxis, axes.yaxis):  # every other label stands further out, or they overlap
+                axis.set_ticks(*zip(*ticks[1::2], strict=True), minor=True)
+            axes.tick_params(which="minor", length=52, width=0.4, color="#BBBBBB")
+            axes.tick_params("y", which="minor", length=52 if axes in grid[:, 0] else 3)
+            axes.tick_params("x", which="both", rotation=90)
     return figure
 
 
