@@ -210,6 +210,9 @@ def patience(held: pd.DataFrame) -> Figure:
                 name = f"{n_params:,} parameters, {n_facts:,} facts"
                 draw_means(axes, runs, "passes", name, of=of, color=color, marker="o")
             axes.set(xlabel="passes over the facts", ylabel=label, ylim=(0, None), xscale="log")
+            axes.set_xticks(sorted({*held.passes.round()}))
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.minorticks_off()
         if groups:
             row[1].legend(**BESIDE)
     return figure
@@ -289,10 +292,10 @@ def bounds_not_known(profile: str, threshold: float = 0.95) -> list[str]:
         for run in runs[runs.recall >= threshold].sort_values("n_params").head(1).itertuples():
             tried = tables.stacked(*(tables.read_rows(section, own) for section in ("05_1", "05_2")))
             like = tried[tried.recipe.eq(run.recipe) & tried.n_params.eq(run.n_params) & tried.n_facts.ne(n_facts)]
-            known = f"{run.n_params:,} parameters suffice {mode} (seed {run.seed}, recall {run.recall:.2f}); the size "
-            known += "below is untried"
+            known = f"one {mode} model of {run.n_params:,} parameters reaches {threshold:.0%} (seed {run.seed}). No "
+            known += "smaller one was tried, so it is no point of the figure"
             if len(like):
-                known += f", and with other numbers of facts {(like.recall >= threshold).sum()} of {len(like)} runs of "
-                known += f"this size and recipe reach {threshold:.0%}"
+                known += f"; at other numbers of facts {(like.recall >= threshold).sum()} of {len(like)} such runs "
+                known += f"reach {threshold:.0%}"
         sentences.append(f"At {n_facts:,} facts {known}.")
     return sentences

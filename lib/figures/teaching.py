@@ -6,7 +6,7 @@ from itertools import cycle
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.figures.style import BESIDE, STYLES, panels, shades, shared_legend
+from lib.figures.style import BESIDE, STYLES, log_ticks, panels, shades, shared_legend
 
 _CONTENDERS = {
     "ours": {"linestyle": "--", "alpha": 0.7},
@@ -35,6 +35,8 @@ def performance(training: pd.DataFrame, curve: pd.DataFrame, growth: pd.DataFram
             axes.set_xticks(sizes, sizes)
             axes.minorticks_off()
         speed.set_ylim(top=2.5 * training.most.max())  # room for the legend
+        log_ticks(speed.yaxis, training.per_second)
+        speed.yaxis.set_major_formatter("{x:,.0f}")
         speed.legend(fontsize=6.5, ncols=2, loc="upper center")
         share.set(ylabel="share of the peak", title="the model's FLOP/s over those of a matrix product")
         share.set_ylim(bottom=0)

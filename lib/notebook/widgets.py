@@ -119,12 +119,15 @@ def _mark(figure: Figure, xs: Sequence[np.ndarray], held: np.ndarray, now: np.nd
     """
     needed, color = held / bits, "#009E73"
     for axes, x in zip(figure.axes, xs, strict=True):
-        axes.plot(x, needed, color=color, linestyle="--", linewidth=1.2, label=f"the bits, {bits:g} per parameter")
+        axes.plot(x, needed, color=color, linestyle="--", linewidth=1.2, label=f"all bits, {bits:g} per parameter")
         axes.plot(x[now], needed[now], color=color, marker="*", markersize=13, markeredgecolor="white", zorder=5)
-        axes.legend(fontsize=7)
+    for legend in filter(None, [*figure.legends, *(axes.get_legend() for axes in figure.axes)]):
+        legend.remove()  # it lacks the new line
+    look = {"loc": "outside lower center", "ncols": 2, "fontsize": 6.5, "frameon": False, "columnspacing": 1}
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), **look)
     model = smallest_model(held[now][0], bits)
-    size = "the smallest model is d = {} ({:,} parameters)".format(*model) if model else "no model is large enough"
-    return f"{held[now][0]:,.0f} bits: {size}"
+    size = "d = {} ({:,} parameters)".format(*model) if model else "no model of the paper"
+    return f"{held[now][0]:,.0f} bits: the bound allows {size}"
 
 
 #: A figure takes a fifth of a second: it is drawn when the slider is let go.

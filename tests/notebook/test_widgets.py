@@ -74,9 +74,9 @@ def test_capacity_can_be_explored(shown):
     facts, bits, _ = shown[1].children[1].children
     facts.value, bits.value = 65_536, 4.0
     # 16,384 people of log2(17,136 * 7 * 213 * 100) bits; 128,003 parameters of 4 bits would hold them.
-    assert "65,536 facts, 512,011 bits: the smallest model is d = 56 (129,752 parameters)" in alt(shown[1])
+    assert "65,536 facts, 512,011 bits: the bound allows d = 56 (129,752 parameters)" in alt(shown[1])
     bits.value = 0.25
-    assert "no model is large enough" in alt(shown[1])
+    assert "the bound allows no model of the paper" in alt(shown[1])
 
 
 def test_correlation_can_be_explored(shown, monkeypatch):
