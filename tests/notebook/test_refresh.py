@@ -55,7 +55,7 @@ def test_what_refresh_runs_are_the_notebooks_that_can_draw_without_training():
 
 
 def test_solutions_that_read_our_rows_are_executed_in_place(tmp_path):
-    assert {path.stem[:4] for path in refresh.drawing_solutions()} == {"05_1", "06_1"}
+    assert {path.stem[:4] for path in refresh.drawing_solutions()} == {"05_1", "05_3", "06_1"}
     source = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1", metadata={"tags": ["from-tables"]})])
     nbformat.write(source, tmp_path / "05_1.ipynb")
     refresh._execute(tmp_path / "05_1.ipynb")
