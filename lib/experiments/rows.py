@@ -23,7 +23,7 @@ TABLES = {
     "depth_and_heads": "depth_and_heads",
 }
 #: Sections that a section shares runs with: their rows count for it, too, so these runs are not repeated.
-SHARED = {"depth_and_heads": ("05_1", "05_2")}
+SHARED = {"depth_and_heads": ("05_1", "05_2"), "05_1_patience": ("05_1",)}
 #: Sections with a module of their own, which reads their `rows` and sorts them by its `ORDER`.
 OWN = {"06": "lib.finetune.experiments", "07_1": "lib.experiments.edits", "07_2": "lib.experiments.chains"}
 #: The tables of all sections.

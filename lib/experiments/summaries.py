@@ -49,6 +49,12 @@ def generalization_rows(profile: str) -> pd.DataFrame:
     return tables.sizes_shown(rows[rows.every_seed.fillna(False).astype(bool)])
 
 
+def rows_with_shared(section: str, profile: str) -> pd.DataFrame:
+    """Return the finished runs of a section of `SHARED`, its own and those that it shares with others."""
+    own, *others = (read_rows(each, profile, searches_of(section, profile)) for each in (section, *SHARED[section]))
+    return tables.stacked(own, *(table[~table.superseded] for table in others)).drop_duplicates("run_id")
+
+
 def shown_bounds(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHOLDS) -> pd.DataFrame:
     """Return `minimal_parameters`, as `shown`."""
     return tables.shown(minimal_parameters(rows, thresholds), "min_params_mean", [*POINT, "recall_threshold"])
@@ -158,9 +164,7 @@ def shapes(profile: str) -> pd.DataFrame:
 
     Adds n_layers, n_heads and unseen_recall: the mean over the kinds of unseen people, NaN if none were asked about.
     """
-    name = "depth_and_heads"
-    own, *others = (read_rows(each, profile, searches_of(name, profile)) for each in (name, *SHARED[name]))
-    rows = tables.stacked(own, *(table[~table.superseded] for table in others)).drop_duplicates("run_id")
+    rows = rows_with_shared("depth_and_heads", profile)
     rows = rows.reindex(columns=[*dict.fromkeys([*rows.columns, *POINT, "n_params", "recall", "stopped"])])
     models = [config_of(row).model for row in rows.to_dict("records")]
     shape = {field: [getattr(model, field) for model in models] for field in ("n_layers", "n_heads")}

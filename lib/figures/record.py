@@ -66,7 +66,7 @@ FIGURES = {
     "patience": Record(
         shows="Recall and stored bits after more and more passes over the facts",
         draw=parameter_bounds.patience,
-        rows=partial(tables.read_rows, "05_1_patience"),
+        rows=partial(summaries.rows_with_shared, "05_1_patience"),
         points=summaries.capacity,
         mode="in-weight",
     ),
