@@ -10,13 +10,15 @@ from collections import namedtuple
 from functools import partial
 from itertools import islice, product
 from pathlib import Path
+from statistics import fmean
 
 import pandas as pd
 
 from lib import paths
 from lib.base import to_json
 from lib.config import RunConfig
-from lib.dialogs.chains import chain_dialog, chains
+from lib.dialogs.chains import chain_dialog, chain_question, chains
+from lib.dialogs.templates import Role, Turn, answer
 from lib.dialogs.tokenizers import Tokenizer
 from lib.experiments.plan import Grid
 from lib.experiments.rows import table_path
@@ -76,7 +78,8 @@ def run_chains(config: RunConfig, folder: Path, asked: int, **options) -> bool:
 
     trained_HOPS is the recall of questions about the first `asked` people of training, unseen_HOPS about as many people
     whose first and last names the model never saw; bosses are of the same group. An answer counts only if every look-up
-    was made. options: as `lib.training.run.run` takes them.
+    was made. trained_3_as_2: the share of questions of three hops that are answered as if they had two. options: as
+    `lib.training.run.run` takes them.
     """
     from lib.training.run import run
     from lib.training.saved import load_model, run_tokenizer
@@ -122,7 +125,9 @@ def rows(profile: str) -> pd.DataFrame:
 
 def recall_by_hops(model, facts: FactsConfig, people: People, tokenizer: Tokenizer, asked: int) -> dict[str, float]:
     """Return recall by group and hops, as `run_chains` describes it; trained and unseen people share one database."""
+    from lib.agent.generation import generate
     from lib.agent.tools import SqlTool
+    from lib.dialogs.tokens import encode_prompt
     from lib.evaluation.recall import measure_recall
 
     sampled = facts.model_copy(update={"csv": None})
@@ -132,4 +137,10 @@ def recall_by_hops(model, facts: FactsConfig, people: People, tokenizer: Tokeniz
         for (group, members), hops in product(groups.items(), ASKED):
             questions = list(islice(chains(members, hops), n_questions))
             recalls[f"{group}_{hops}"] = measure_recall(model, questions, tokenizer, tool).overall
+        longer, shorter = ([*islice(chains(people, hops), n_questions)] for hops in (3, 2))  # the same people
+        prompts = [encode_prompt([Turn(Role.USER, chain_question(chain))], tokenizer) for chain in longer]
+        ends = [
+            each.turns(tokenizer)[-1].text for each in generate(model, prompts, tokenizer, tool, max_new_tokens=512)
+        ]
+    recalls["trained_3_as_2"] = fmean(end == answer(*chain[-1]) for end, chain in zip(ends, shorter, strict=True))
     return recalls

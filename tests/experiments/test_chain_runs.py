@@ -1,12 +1,15 @@
 """Runs trained on one and two hops, and asked up to three."""
 
 import json
+from collections import defaultdict
 
 import pytest
+from scripted import DATABASE, END, says, turn
 
 from lib import paths
 from lib.config import RunConfig
-from lib.dialogs.chains import chain_dialog, chains
+from lib.dialogs.chains import chain_dialog, chain_question, chains
+from lib.dialogs.templates import Role
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.experiments.chains import (
     SETTINGS,
@@ -83,7 +86,19 @@ def test_a_committed_row_is_not_made_again_and_is_drawn_as_a_fresh_one(monkeypat
 def test_recall_by_hops_of_models_set_by_hand(circuit, most):
     people = with_bosses(sample_people(20, 1), 1)
     recall = recall_by_hops(circuit().model(), FactsConfig(n_people=20, seed=1), people, ByteTokenizer(), 1)
+    assert recall.pop("trained_3_as_2") == 0
     assert recall == {f"{group}_{hops}": float(hops <= most) for group in ("trained", "unseen") for hops in (1, 2, 3)}
+
+
+def test_answers_that_leave_out_the_last_hop_are_counted():
+    people, replies = with_bosses(sample_people(20, 1), 1), defaultdict(list)
+    for asked, shorter in zip(chains(people, 3), chains(people, 2), strict=True):
+        said = [text for role, text in chain_dialog(shorter) if role == Role.ASSISTANT]
+        replies[chain_question(asked)] = [
+            turn(text, then) for text, then in zip(said, [DATABASE] * 2 + [END], strict=True)
+        ]
+    recall = recall_by_hops(says(replies), FactsConfig(n_people=20, seed=1), people, ByteTokenizer(), 2)
+    assert (recall["trained_3"], recall["trained_3_as_2"]) == (0, 1)
 
 
 def test_every_profile_has_its_runs_one_a_seed():
