@@ -61,6 +61,9 @@ def sweep(profile: str, *, dry_run: bool = False, **options) -> sweeps.Report:
         return report
     todo = [(config, partial(_measure, folder, config, profile)) for folder, config in left.items()]
     sweeps.one_by_one(report, todo, deadline, f"Section 7.1, {profile}")
+    done = {*rows(profile).run_id}
+    report.missing = [config for config in left.values() if config.run_id not in done]
+    report.runs_ahead = len(report.missing)
     return report
 
 

@@ -111,7 +111,7 @@ def minimal_parameters_of_seeds(rows: pd.DataFrame, threshold: float) -> pd.Data
     of_sizes = found.d_model.map(lambda d_model: max((size for size in SIZES if size < d_model), default=0))
     below = found.assign(d_model=found.next_smaller.fillna(of_sizes))  # of `SIZES` where no plan says
     tried = pd.MultiIndex.from_frame(below[[*seed, "d_model"]]).isin(pd.MultiIndex.from_frame(runs[[*seed, "d_model"]]))
-    least = [2 * config_of({"config": config}).model.n_heads for config in found.config.fillna("{}")]
+    least = [max(SIZES[0], 2 * config_of({"config": config}).model.n_heads) for config in found.config.fillna("{}")]
     known = found[tried | found.d_model.le(least)].set_index(seed)  # a smaller size was not enough, or there is none
     columns = {"min_params": known.n_params.astype(float), "finished_at": runs.groupby(seed).finished_at.max()}
     return pd.DataFrame(columns).reset_index().assign(recall_threshold=threshold)
@@ -214,7 +214,7 @@ FIT_FROM = {"in-weight": 256, "in-tool": 4096}
 
 
 def fit_of_mode(seeds: pd.DataFrame, mode: str) -> dict:
-    """Return `fit_line` over `FIT_FROM` facts and more, one point per seed, and the numbers of `facts`, ascending.
+    """Return `fit_line` over `FIT_FROM` facts and more, one point per seed; its numbers of `facts` and its `recipes`.
 
     seeds: of one threshold, with min_params. Points are of today's plan or of one earlier recipe, whichever has most
     numbers of facts.
@@ -222,7 +222,8 @@ def fit_of_mode(seeds: pd.DataFrame, mode: str) -> dict:
     points = described(seeds).query(f"mode == '{mode}' and n_facts >= {FIT_FROM[mode]}").dropna(subset="min_params")
     recipe = points.recipe.where(points.superseded.astype(bool), "")  # "" comes first where two have equally many
     points = points[recipe.isin(points.groupby(recipe).n_facts.nunique().nlargest(1).index)]
-    return fit_line(points, of="min_params") | {"facts": tuple(points.n_facts.sort_values().unique())}
+    used = {"facts": tuple(points.n_facts.sort_values().unique()), "recipes": tuple(points.recipe.unique())}
+    return fit_line(points, of="min_params") | used
 
 
 def unseen_shares(rows: pd.DataFrame) -> pd.DataFrame:

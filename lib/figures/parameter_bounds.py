@@ -292,10 +292,10 @@ def bounds_not_known(profile: str, threshold: float = 0.95) -> list[str]:
         for run in runs[runs.recall >= threshold].sort_values("n_params").head(1).itertuples():
             tried = tables.stacked(*(tables.read_rows(section, own) for section in ("05_1", "05_2")))
             like = tried[tried.recipe.eq(run.recipe) & tried.n_params.eq(run.n_params) & tried.n_facts.ne(n_facts)]
-            known = f"one {mode} model of {run.n_params:,} parameters reaches {threshold:.0%} (seed {run.seed}). No "
-            known += "smaller one was tried, so it is no point of the figure"
+            known = f"one {mode} model of {run.n_params:,} parameters reaches {threshold:.0%} (seed {run.seed}). The "
+            known += "next smaller size was not tried, so this is no point of the figure"
             if len(like):
-                known += f"; at other numbers of facts {(like.recall >= threshold).sum()} of {len(like)} such runs "
-                known += f"reach {threshold:.0%}"
+                known += f"; at other numbers of facts {(like.recall >= threshold).sum()} of {len(like)} runs of "
+                known += f"this size and recipe reach {threshold:.0%}"
         sentences.append(f"At {n_facts:,} facts {known}.")
     return sentences

@@ -28,7 +28,7 @@ PAPER = "paper"
 PHRASINGS = {PAPER: {name: template.question for name, template in TEMPLATES.items()} | {"other": GENERIC.question}}
 PHRASINGS |= yaml.safe_load((DATA / "paraphrases.yaml").read_text(encoding="utf-8"))
 #: Errors of the connection, the address or the key, not of one question.
-_ALL_FAIL = ("APIConnectionError", "APITimeoutError", "AuthenticationError", "NotFoundError")
+_ALL_FAIL = ("APIConnectionError", "AuthenticationError", "PermissionDeniedError", "NotFoundError")
 
 
 class Verdict(StrEnum):
@@ -142,7 +142,7 @@ def _verdict(record: dict, asked: PersonQuestion) -> Verdict:
     if record["protocol"] == "closed-book":
         return Verdict.RIGHT if said else Verdict.WRONG
     wanted = asked.attribute, comparable(asked.name), asked.value  # the tool accepts other spellings of a name, too
-    if any(query and (query["attribute"], comparable(query["name"]), result) == wanted for query, result in calls[:]):
+    if any(query and (query["attribute"], comparable(query["name"]), result) == wanted for query, result in calls):
         return Verdict.RIGHT if said else Verdict.IGNORED
     if not calls:
         return Verdict.MALFORMED if "```sql" in answer or read_call(answer[:10_000]) else Verdict.NO_CALL

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -130,8 +131,8 @@ async def _ask(
     """Return the record of one question, not graded yet."""
     record = {"question": question, "model": endpoint.model, "protocol": endpoint.protocol, "asked": asked}
     record |= {"query": None, "result": None, "answer": None, "correct": False, "n_turns": 0, "error": None}
-    # Ollama knows only the old name of the limit, OpenAI's newer models only the new one; other servers take both.
-    limit = "max_completion_tokens" if ".openai." in endpoint.base_url else "max_tokens"
+    # Ollama knows only the old name of the limit, OpenAI's newer models only the new one.
+    limit = "max_completion_tokens" if re.search(r"\.openai\.|azure\.com", endpoint.base_url) else "max_tokens"
     request = {"model": endpoint.model, "temperature": 0, limit: endpoint.max_tokens}
     request |= task.opening(question, mode := PROTOCOLS[endpoint.protocol])
     messages = request["messages"]

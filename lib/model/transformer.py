@@ -132,7 +132,7 @@ class Transformer(nn.Module):
         """
         super().__init__()
         self.config = config
-        # `nn.Embedding` draws weights, and on the meta device a draw imports torch's compiler: three seconds.
+        # `nn.Embedding` draws normal weights, and on the meta device that imports torch's compiler: three seconds.
         self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model), freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)

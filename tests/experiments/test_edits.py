@@ -168,9 +168,10 @@ def test_measuring_ends_with_the_time_and_one_failure_leaves_the_others(stored, 
         return [{"run_id": read_json(folder / "row.json")["run_id"]}]
 
     monkeypatch.setattr(edited_models, "measure", measure)
-    assert edits.sweep("quick", max_hours=0).done_now == 0
+    report = edits.sweep("quick", max_hours=0)
+    assert report.done_now == 0 and "about 2 runs ahead" in str(report)
     report = edits.sweep("quick")
-    assert report.done_now == 1 and len(report.failed) == 1
+    assert report.done_now == 1 and "about 1 runs ahead" in str(report) and "MemoryError" in str(report)
     with pytest.raises(WorkError, match="MemoryError: too large"):
         report.check()
 

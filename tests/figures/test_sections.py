@@ -381,8 +381,8 @@ def test_patience_is_drawn_against_passes_over_the_facts():
 
 
 @pytest.mark.parametrize(("d_model", "recall", "known"), [
-    (40, 0.975, "At 8,192 facts one in-weight model of 72,200 parameters reaches 95% (seed 0). No smaller one was "
-                "tried, so it is no point of the figure."),
+    (40, 0.975, "At 8,192 facts one in-weight model of 72,200 parameters reaches 95% (seed 0). The next smaller "
+                "size was not tried, so this is no point of the figure."),
     (40, 0.5, "At 8,192 facts no smallest in-weight model is known yet (largest tried: 72,200 parameters)."),
 ])  # fmt: skip
 def test_words_beside_the_main_figure_say_what_is_known_where_no_bound_is(d_model, recall, known):
