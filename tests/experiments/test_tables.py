@@ -396,7 +396,7 @@ def test_the_smallest_width_that_fits_the_heads_needs_no_smaller_one_tried():
         for seed, (n, d) in enumerate(((8, 16), (1, 4), (8, 32)))
     ])  # fmt: skip
     found = summaries.minimal_parameters_of_seeds(rows, 0.95).set_index("seed").min_params
-    assert [*found[:2]] == [*rows.n_params[:2]] and math.isnan(found[2])
+    assert [found[0], found[1]] == [*rows.n_params[:2]] and math.isnan(found[2])
 
 
 def test_rows_of_earlier_plans_stand_in_only_where_todays_has_none():
