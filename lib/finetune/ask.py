@@ -135,14 +135,15 @@ def contains(answer: str, value: str) -> bool:
 
 def _verdict(record: dict, asked: PersonQuestion) -> Verdict:
     """Right: the answer `contains` the value and, with a tool, a query for this attribute and name found it."""
-    calls, answer = record.get("calls", []), record["answer"]
+    calls, answer = record.get("calls", [])[:], record["answer"]  # only of a list: a dict there is damage
     if record["error"] is not None:
         return Verdict.SERVER_ERROR
     said = answer is not None and contains(answer, asked.value)
     if record["protocol"] == "closed-book":
         return Verdict.RIGHT if said else Verdict.WRONG
     wanted = asked.attribute, comparable(asked.name), asked.value  # the tool accepts other spellings of a name, too
-    if any(query and (query["attribute"], comparable(query["name"]), result) == wanted for query, result in calls):
+    found = [(query["attribute"], comparable(query["name"]), result) for query, result in calls if query]
+    if wanted in found:
         return Verdict.RIGHT if said else Verdict.IGNORED
     if not calls:
         return Verdict.MALFORMED if "```sql" in answer or read_call(answer[:10_000]) else Verdict.NO_CALL
