@@ -111,7 +111,10 @@ def minimal_parameters_of_seeds(rows: pd.DataFrame, threshold: float) -> pd.Data
     of_sizes = found.d_model.map(lambda d_model: max((size for size in SIZES if size < d_model), default=0))
     below = found.assign(d_model=found.next_smaller.fillna(of_sizes))  # of `SIZES` where no plan says
     tried = pd.MultiIndex.from_frame(below[[*seed, "d_model"]]).isin(pd.MultiIndex.from_frame(runs[[*seed, "d_model"]]))
-    least = [max(SIZES[0], 2 * config_of({"config": config}).model.n_heads) for config in found.config.fillna("{}")]
+    least = [
+        max(SIZES[0], 2 * config_of({"config": config}).model.n_heads)
+        for config in found.config.astype(object).fillna("{}")
+    ]
     known = found[tried | found.d_model.le(least)].set_index(seed)  # a smaller size was not enough, or there is none
     columns = {"min_params": known.n_params.astype(float), "finished_at": runs.groupby(seed).finished_at.max()}
     return pd.DataFrame(columns).reset_index().assign(recall_threshold=threshold)

@@ -261,7 +261,7 @@ def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     sentences = []
     for n_facts, weights, tool in both.tail(1).itertuples():
         over = {
-            point.mode: f"({point.seeds_reaching_it} seed{'s' * (point.seeds_reaching_it > 1)}"
+            point.mode: f"(known for {point.seeds_reaching_it} of {point.seeds} seeds"
             f"{', earlier recipe' * bool(point.superseded)})"
             for point in table[table.n_facts == n_facts].itertuples()
         }

@@ -398,9 +398,9 @@ def test_words_beside_the_main_figure_say_how_many_seeds_stand_behind_each_mode(
     monkeypatch.setattr(summaries, "bounds_rows", lambda profile: rows)
     said = parameter_bounds.bounds_in_words("laptop")
     assert said[0].startswith(
-        "At 128 facts our models need 8,578 parameters in weights (2 seeds) and 6,248 with a tool "
+        "At 128 facts our models need 8,578 parameters in weights (known for 2 of 2 seeds) and 6,248 with "
     )
-    assert "(1 seed, earlier recipe), a factor of 1.4" in said[0]
+    assert "(known for 1 of 1 seeds, earlier recipe), a factor of 1.4" in said[0]
     assert said[1:] == ["In weights: learning rate 0.01, batches of 32 (32 to 128 facts)."]
 
 
