@@ -73,7 +73,7 @@ def write_inputs(config: RunConfig, folder: Path) -> dict[str, str]:
     return {name: str(folder / name) for name in (_PEOPLE, _DIALOGS)}
 
 
-def run_chains(config: RunConfig, folder: Path, asked: int, **options) -> bool:
+def run_chains(config: RunConfig, folder: Path, asked: int, **options) -> None:
     """Do or resume one run of `configurations`; write its row: that of `lib.training.run` with recall by hops.
 
     trained_HOPS is the recall of questions about the first `asked` people of training, unseen_HOPS about as many people
@@ -90,7 +90,6 @@ def run_chains(config: RunConfig, folder: Path, asked: int, **options) -> bool:
     row["hops"] = [1, 2]
     row |= recall_by_hops(model, config.facts, read_people_csv(inputs[_PEOPLE]), run_tokenizer(config), asked)
     paths.write_json(folder / paths.ROWS, [row | {"measured_commit": commit()}])
-    return True
 
 
 def sweep(profile: str, *, dry_run: bool = False, max_hours: float = math.inf, device: str = "auto") -> Report:

@@ -63,20 +63,19 @@ class Report:
         return "\n".join(lines + failed)
 
 
-def one_by_one(report: Report, todo: Iterable[tuple[Any, Callable[[], bool]]], deadline: float, title: str) -> None:
+def one_by_one(report: Report, todo: Sequence[tuple[Any, Callable[[], Any]]], deadline: float, title: str) -> None:
     """Do work here, a configuration and a function each, until `deadline` (`time.monotonic`); count it in the report.
 
-    The functions return whether they did it. A failure is reported, and the others continue.
+    A function that could not do it yet, or need not, returns False. A failure is reported, and the others continue.
     """
     from lib.training.distributed import Preempted  # imports torch, as all such work does
 
-    todo = [*todo]
     with progress(len(todo), title) as bar:
         for config, work in todo:
             if time.monotonic() >= deadline:
                 break
             try:
-                report.done_now += work()
+                report.done_now += work() is not False
             except Preempted:
                 raise
             except Exception as error:  # a gated model, say, or one too large for the memory

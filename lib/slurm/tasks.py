@@ -13,7 +13,6 @@ from lib import paths
 from lib.base import Config
 from lib.config import Observers, RunConfig
 from lib.experiments.rows import OWN
-from lib.facts.people import ATTRIBUTES
 
 #: Slurm's default MaxArraySize is 1001.
 MAX_TASKS = 1000
@@ -98,7 +97,7 @@ def sweep(source: str, profile: str, hours: float, device: str) -> Work:
     tasks = []
     for group in pack(costs, hours):
         first, more = plan[group[0]].base, f", and {len(group) - 1} more searches" if len(group) > 1 else ""
-        title = f"{first.mode}, {len(ATTRIBUTES) * first.facts.n_people} facts, seed {first.seed}{more}"
+        title = f"{first.mode}, {first.facts.n_facts} facts, seed {first.seed}{more}"
         arguments = {"source": source, "profile": profile, "positions": group, "device": device}
         tasks.append(Task(title=title, arguments=arguments))
     files = {source: source} if Path(source).is_file() else {}

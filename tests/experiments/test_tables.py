@@ -382,7 +382,7 @@ def test_a_bound_is_known_once_its_search_is_over_and_not_before(start, recall_o
         (config,) = pending
         d_model = config.model.d_model
         if done:
-            assert not len(summaries.minimal_parameters_of_seeds(pd.DataFrame(done.values()), 0.95).dropna())
+            assert summaries.minimal_parameters_of_seeds(pd.DataFrame(done.values()), 0.95).min_params.isna().all()
         recall = recall_of[SIZES.index(d_model)]
         done[d_model] = _row(config.run_id, d_model=d_model, recall=recall, config=config.canonical_json())
     (known,) = summaries.minimal_parameters_of_seeds(pd.DataFrame(done.values()), 0.95).min_params
