@@ -1,7 +1,7 @@
 """Rows enter and leave the tables of paper_data: publishing only adds, and only `Table.drop` takes out."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +31,17 @@ def _is_clean(commit: str) -> bool:
     return commit != "unknown" and not commit.endswith("-dirty")
 
 
+def _alone(method: Callable) -> Callable:
+    """Let one process at a time rewrite tables: of two, the later would undo what the earlier wrote."""
+
+    @wraps(method)
+    def locked(table: "Table", *args, **options):
+        with paths.only_process(table.path.parent / ".lock"):
+            return method(table, *args, **options)
+
+    return locked
+
+
 class Table(NamedTuple):
     """A table of paper_data with one or more rows a run."""
 
@@ -40,6 +51,7 @@ class Table(NamedTuple):
     #: Given a profile, all its rows, in the table and still in runs, with a column `superseded`.
     read: Callable[[str], pd.DataFrame]
 
+    @_alone
     def add(self, profile: str) -> int:
         """Add the finished rows of a profile, sorted; return how many are new. Rows leave a table only by `drop`.
 
@@ -57,6 +69,7 @@ class Table(NamedTuple):
         self._write(stacked(others, rows))
         return len(others) + len(rows) - len(known)
 
+    @_alone
     def drop(
         self, profile: str | None = None, run_ids: Sequence[str] = (), superseded: bool = False, dry_run: bool = False
     ) -> pd.DataFrame:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,7 +176,21 @@ def test_publishing_merges_sorted_and_says_how_many_are_new(data):
     assert publishing.table_of("05_1").add("laptop") == 2
     table = pd.read_csv(data / "parameter_bounds.csv", dtype={"run_id": str})
     assert [run_id[0] for run_id in table.run_id] == ["a", "c", "b"]
-    assert [path.name for path in data.iterdir()] == ["parameter_bounds.csv"]
+    assert [path.name for path in data.glob("[!.]*")] == ["parameter_bounds.csv"]
+
+
+def test_who_publishes_waits_for_another_who_does_and_keeps_their_rows(data):
+    _finish(_row("a" * 12), "laptop")
+    publishing.table_of("05_1").add("laptop")
+    _finish(_row("b" * 12), "laptop")
+    with ThreadPoolExecutor() as pool, paths.only_process(data / ".lock"):
+        waiting = pool.submit(publishing.table_of("05_1").add, "laptop")
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.5)
+        table = pd.read_csv(data / "parameter_bounds.csv", dtype=str)
+        pd.concat([table, table.assign(run_id="d" * 12)]).to_csv(data / "parameter_bounds.csv", index=False)
+    assert waiting.result(timeout=30) == 1
+    assert {"a" * 12, "b" * 12, "d" * 12} == {*pd.read_csv(data / "parameter_bounds.csv", dtype=str).run_id}
 
 
 def test_publishing_only_adds_and_rows_of_an_earlier_plan_are_superseded(data, monkeypatch):
@@ -317,7 +332,7 @@ def test_a_row_that_cannot_be_traced_to_a_clean_commit_stops_publishing(data, co
     _finish(_row("b" * 12, commit=commit), "laptop")
     with pytest.raises(InputError, match=f"1 rows were not made by a clean commit .run {'b' * 12}, commit {commit}"):
         publishing.table_of("05_1").add("laptop")
-    assert list(data.iterdir()) == []
+    assert list(data.glob("[!.]*")) == []
 
 
 @pytest.mark.parametrize("profile", ["smoke", "quick"])
@@ -325,7 +340,7 @@ def test_smoke_and_quick_do_not_publish(data, profile):
     _finish(_row(), profile)
     with pytest.raises(InputError, match=f"the profile {profile} does not publish: laptop and paper do"):
         publishing.table_of("05_1").add(profile)
-    assert list(data.iterdir()) == []
+    assert list(data.glob("[!.]*")) == []
 
 
 def test_code_that_no_commit_holds_makes_no_rows_to_publish(monkeypatch):
@@ -348,7 +363,7 @@ def test_results_are_shown_of_a_publishing_profile_and_otherwise_of_laptop(data)
 
 def test_publishing_nothing_writes_nothing(data):
     assert publishing.table_of("05_1").add("laptop") == 0
-    assert list(data.iterdir()) == []
+    assert list(data.glob("[!.]*")) == []
 
 
 def test_an_unknown_section_is_one_sentence():
