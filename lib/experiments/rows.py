@@ -20,10 +20,11 @@ TABLES = {
     "05_1_patience": "patience",
     "05_2": "generalization",
     "05_3": "compressibility",
+    "decay": "decay",
     "depth_and_heads": "depth_and_heads",
 }
 #: Sections that a section shares runs with: their rows count for it, too, so these runs are not repeated.
-SHARED = {"depth_and_heads": ("05_1", "05_2"), "05_1_patience": ("05_1",)}
+SHARED = {"depth_and_heads": ("05_1", "05_2"), "05_1_patience": ("05_1",), "decay": ("05_2",)}
 #: Sections with a module of their own, which reads their `rows` and sorts them by its `ORDER`.
 OWN = {"06": "lib.finetune.experiments", "07_1": "lib.experiments.edits", "07_2": "lib.experiments.chains"}
 #: The tables of all sections.
