@@ -12,8 +12,9 @@ from lib.experiments.rows import SHARED
 from lib.experiments.search import SIZES, Search
 from lib.experiments.tables import COMPUTED, GROUP, POINT, THRESHOLDS, described, read_rows, searches_of
 from lib.facts.entropy import entropy_bits_by_attribute
-from lib.facts.people import ATTRIBUTES
+from lib.facts.people import ATTRIBUTES, VALUES
 from lib.facts.sampling import UNSEEN
+from lib.model.bounds import bits_at_recall
 
 
 def bounds_searches(profile: str, tokenizer: str = "bytes") -> list[Search]:
@@ -147,17 +148,24 @@ def biographies_bounds(profile: str, threshold: float = 0.95) -> pd.DataFrame:
 def capacity(rows: pd.DataFrame) -> pd.DataFrame:
     """Return a lower bound on the bits that each finished in-weight model stores (what Section 4 bounds).
 
-    Columns: what tells the runs apart; entropy_bits, the joint entropy of the database given the names; stored_bits,
-    the entropy minus the model's nll_bits, summed over the attributes where this is positive; and
-    stored_bits_per_parameter. It is a lower bound because a model may know facts that it cannot spell yet.
+    Columns: what tells the runs apart; entropy_bits, the joint entropy of the database given the names; stored_bits;
+    and stored_bits_per_parameter. An attribute's bits are its entropy minus the model's nll_bits, or, if that is more,
+    what its recall takes (`bits_at_recall`, where facts are independent). The first charges a model for facts that it
+    cannot spell yet, and for doubt about answers that are right: focal loss leaves much of it.
     """
     columns = ["profile", "optimizer", "n_facts", "alpha", "seed", "d_model", "n_params", "steps", "stopped", "recall"]
     columns += ["dialogs_seen", *COMPUTED]
-    nll = [f"nll_bits_{attribute}" for attribute in ATTRIBUTES]
-    rows = described(rows).reindex(columns=["mode", *columns, *nll])
+    nll, recall = ([f"{of}_{attribute}" for attribute in ATTRIBUTES] for of in ("nll_bits", "recall"))
+    rows = described(rows).reindex(columns=["mode", *columns, *nll, *recall])
     rows = rows[rows["mode"] == "in-weight"].reset_index(drop=True)
     n_people, entropy = rows.n_facts // len(ATTRIBUTES), _entropy_per_person(rows)
-    stored = n_people * entropy.sub(rows[nll].to_numpy(float)).clip(lower=0).sum(axis=1, skipna=False)
+    by_likelihood = entropy.sub(rows[nll].to_numpy(float)).clip(lower=0)
+    shares = rows[recall].set_axis(ATTRIBUTES, axis=1).where(rows.alpha == 0)
+    by_recall = [
+        [bits_at_recall(share, [len(VALUES[name])]) if share > 0 else np.nan for share in shares[name]]
+        for name in ATTRIBUTES
+    ]
+    stored = n_people * np.fmax(by_likelihood, np.transpose(by_recall)).sum(axis=1, skipna=False)
     rows = rows[columns].assign(entropy_bits=n_people * entropy.sum(axis=1), stored_bits=stored)
     return rows.assign(stored_bits_per_parameter=stored / rows.n_params)
 

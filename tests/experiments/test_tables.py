@@ -24,7 +24,7 @@ from lib.experiments.plan import searches
 from lib.experiments.published import published_by_paper
 from lib.experiments.rows import sweep_dir
 from lib.experiments.search import SIZES, Search
-from lib.facts.people import ATTRIBUTES, RELEASED, FactsConfig
+from lib.facts.people import ATTRIBUTES, RELEASED, VALUES, FactsConfig
 
 CLEAN = "0123456789" * 4
 AWKWARD = 0.1 + 0.2  # 0.30000000000000004
@@ -296,6 +296,14 @@ def test_capacity_is_by_how_much_a_model_shortens_the_answers():
     )
     assert summaries.capacity(rows.drop(columns="nll_bits_birth_date")).stored_bits.isna().all()
     assert len(summaries.capacity(pd.DataFrame())) == 0
+    # Right answers prove that they are stored, however sure the model is; correlated facts may share their bits.
+    right = rows.assign(recall_birth_date=1.0, recall_birth_place=0.0)
+    assert summaries.capacity(right).stored_bits[0] == pytest.approx(held.stored_bits + 10 * 3)
+    assert summaries.capacity(right.assign(alpha=0.5)).stored_bits[0] < summaries.capacity(right).stored_bits[0]
+    half = summaries.capacity(rows.assign(nll_bits_occupation=20.0, recall_occupation=0.5)).stored_bits[0]
+    n = len(VALUES["occupation"])
+    fano = math.log2(n) - 1 - math.log2(n - 1) / 2
+    assert half == pytest.approx(held.stored_bits + 10 * (fano - (math.log2(n) - 3)))
 
 
 def test_publishing_again_changes_no_byte(data):
