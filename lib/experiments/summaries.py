@@ -104,11 +104,16 @@ def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHO
 
 
 def minimal_parameters_of_seeds(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    """Return what `minimal_parameters` summarizes, seed by seed, with columns seed and min_params (NaN if unknown)."""
+    """Return what `minimal_parameters` summarizes, seed by seed.
+
+    Adds seed; min_params, NaN if unknown; more_than and at_most: the largest smaller model that failed and the smallest
+    that reached the threshold, NaN if there is none.
+    """
     seed = [*GROUP, "seed"]
     columns = ["d_model", "n_params", "recall", "next_smaller", "config", "finished_at"]
     runs = described(rows).reindex(columns=[*seed, *columns])
     found = runs[runs.recall >= threshold].sort_values("d_model").drop_duplicates(seed)
+    at_most = found.set_index(seed).n_params.astype(float)
     of_sizes = found.d_model.map(lambda d_model: max((size for size in SIZES if size < d_model), default=0))
     below = found.assign(d_model=found.next_smaller.fillna(of_sizes))  # of `SIZES` where no plan says
     tried = pd.MultiIndex.from_frame(below[[*seed, "d_model"]]).isin(pd.MultiIndex.from_frame(runs[[*seed, "d_model"]]))
@@ -117,7 +122,10 @@ def minimal_parameters_of_seeds(rows: pd.DataFrame, threshold: float) -> pd.Data
         for config in found.config.astype(object).fillna("{}")
     ]
     known = found[tried | found.d_model.le(least)].set_index(seed)  # a smaller size was not enough, or there is none
-    columns = {"min_params": known.n_params.astype(float), "finished_at": runs.groupby(seed).finished_at.max()}
+    smaller = runs.n_params.lt(runs[seed].join(at_most.rename("most"), on=seed).most.fillna(np.inf))
+    more_than = runs[smaller].groupby(seed).n_params.max()
+    columns = {"min_params": known.n_params.astype(float), "more_than": more_than, "at_most": at_most}
+    columns["finished_at"] = runs.groupby(seed).finished_at.max()
     return pd.DataFrame(columns).reset_index().assign(recall_threshold=threshold)
 
 
@@ -224,15 +232,20 @@ def fit_line(points: pd.DataFrame, of: str = "min_params_mean") -> dict[str, flo
 FIT_FROM = {"in-weight": 256, "in-tool": 4096}
 
 
-def fit_of_mode(seeds: pd.DataFrame, mode: str) -> dict:
-    """Return `fit_line` over `FIT_FROM` facts and more, one point per seed; its numbers of `facts` and its `recipes`.
+def fitted(seeds: pd.DataFrame, mode: str) -> pd.DataFrame:
+    """Return the points of `seeds` that a line is fitted to: a mode's from `FIT_FROM` facts on, one per seed.
 
     seeds: of one threshold, with min_params. Points are of today's plan or of one earlier recipe, whichever has most
     numbers of facts.
     """
     points = described(seeds).query(f"mode == '{mode}' and n_facts >= {FIT_FROM[mode]}").dropna(subset="min_params")
     recipe = points.recipe.where(points.superseded.astype(bool), "")  # "" comes first where two have equally many
-    points = points[recipe.isin(points.groupby(recipe).n_facts.nunique().nlargest(1).index)]
+    return points[recipe.isin(points.groupby(recipe).n_facts.nunique().nlargest(1).index)]
+
+
+def fit_of_mode(seeds: pd.DataFrame, mode: str) -> dict:
+    """Return `fit_line` over the points `fitted`, their numbers of `facts` and their `recipes`."""
+    points = fitted(seeds, mode)
     used = {"facts": tuple(points.n_facts.sort_values().unique()), "recipes": tuple(points.recipe.unique())}
     return fit_line(points, of="min_params") | used
 

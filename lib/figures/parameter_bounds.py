@@ -32,7 +32,8 @@ BOUND = "Allen-Zhu & Li 2024"
 def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: float = 0.95) -> Figure:
     """Draw parameters needed for a recall `threshold` against the number of facts (Section 5.1, main figure).
 
-    seeds: as `summaries.bounds_by_seed` gives them, those `shown` one point each, side by side. published: like
+    seeds: as `summaries.bounds_by_seed` gives them, those `shown` side by side: a point each, or a triangle that points
+    up where a seed needs more parameters, down where fewer may do. published: like
     `summaries.minimal_parameters`, drawn as lines with a band of one standard deviation. Thin lines are the fits of
     `summaries.fit_of_mode`, with slopes and any 95% intervals in the legend. Section 4 gives the lower bound in
     weights, for models that hold 2 bits per parameter, and the construction that recalls any number of facts with a
@@ -45,11 +46,17 @@ def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: fl
             label = published_label(theirs.n_facts, mode)
             axes.plot(theirs.n_facts, mean, color=style["color"], alpha=0.45, linewidth=1.4, label=label)
             axes.fill_between(theirs.n_facts, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
-            ours = seeds.query("mode == @mode and recall_threshold == @threshold").dropna(subset="min_params")
+            ours = seeds.query("mode == @mode and recall_threshold == @threshold")
             for points, name, look in told_apart(ours[ours.shown], f"{mode}, this repository", style):
-                axes.plot(side_by_side(points), points.min_params, label=name, linestyle="none", **look)
+                x, known = side_by_side(points), points.min_params.notna()
+                axes.plot(x[known], points.min_params[known], label=name, linestyle="none", **look)
+                for of, marker in (("more_than", "^"), ("at_most", "v")):
+                    side = {"marker": marker, "markerfacecolor": "none", "linestyle": "none"}
+                    axes.plot(x[~known], points[of][~known], **look | side)
             fit = summaries.fit_of_mode(ours, mode)
             if np.isfinite(fit["slope"]):
+                behind = summaries.fitted(ours, mode).query("not shown")
+                axes.plot(side_by_side(behind), behind.min_params, ".", markersize=3, color=style["color"])
                 x = np.geomspace(fit["facts"][0], fit["facts"][-1], 50)
                 interval = f" ({fit['low']:.2g} to {fit['high']:.2g})" if np.isfinite(fit["low"]) else ""
                 slope = round(fit["slope"], 3) + 0.0  # zero, not -7e-17
@@ -254,6 +261,7 @@ def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
         each[each.recall_threshold == threshold]
         for each in (summaries.shown_bounds(rows), published_by_paper("parameter_bounds"))
     )
+    seeds = summaries.seeds_of_bounds(rows).query("shown and recall_threshold == @threshold")
     both, published = (
         each.pivot(index="n_facts", columns="mode", values="min_params_mean").reindex(columns=[*STYLES]).dropna()
         for each in (table, theirs)
@@ -261,8 +269,14 @@ def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     sentences = []
     for n_facts, weights, tool in both.tail(1).itertuples():
         over = {
-            point.mode: f"(known for {point.seeds_reaching_it} of {point.seeds} seeds"
-            f"{', earlier recipe' * bool(point.superseded)})"
+            point.mode: "; ".join(
+                [
+                    f"(known for {point.seeds_reaching_it} of {point.seeds} seeds"
+                    f"{', earlier recipe' * bool(point.superseded)}",
+                    *not_known_in_words(seeds[seeds.n_facts.eq(n_facts) & seeds["mode"].eq(point.mode)]),
+                ]
+            )
+            + ")"
             for point in table[table.n_facts == n_facts].itertuples()
         }
         there = published.reindex([n_facts]).dropna()
@@ -280,6 +294,17 @@ def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     return sentences + [f"In weights: {'; '.join(said for _, said in sorted(recipes))}."] * bool(recipes)
 
 
+def not_known_in_words(seeds: pd.DataFrame) -> list[str]:
+    """Return what is known about each seed without a smallest model; seeds: of one point of `seeds_of_bounds`."""
+    return [
+        f"seed {seed.seed} needs "
+        + " and ".join(
+            f"{words} {n:,.0f}" for words, n in (("more than", seed.more_than), ("at most", seed.at_most)) if n > 0
+        )
+        for seed in seeds[seeds.min_params.isna()].itertuples()
+    ]
+
+
 def bounds_not_known(profile: str, threshold: float = 0.95) -> list[str]:
     """Return a sentence for each mode about the first number of facts where no smallest model of ours is known."""
     own, sentences = tables.publishing_profile(profile), []
@@ -293,7 +318,7 @@ def bounds_not_known(profile: str, threshold: float = 0.95) -> list[str]:
             tried = tables.stacked(*(tables.read_rows(section, own) for section in ("05_1", "05_2")))
             like = tried[tried.recipe.eq(run.recipe) & tried.n_params.eq(run.n_params) & tried.n_facts.ne(n_facts)]
             known = f"one {mode} model of {run.n_params:,} parameters reaches {threshold:.0%} (seed {run.seed}). The "
-            known += "next smaller size was not tried, so this is no point of the figure"
+            known += "next smaller size was not tried, so this is a triangle in the figure"
             if len(like):
                 known += f"; at other numbers of facts {(like.recall >= threshold).sum()} of {len(like)} runs of "
                 known += f"this size and recipe reach {threshold:.0%}"

@@ -183,6 +183,28 @@ def test_every_seed_is_a_point_beside_the_others_of_its_number_of_facts():
         assert (x[::2] < x[1::2]).all() and (x[1::2] / x[::2] < 2**0.5).all()
 
 
+def test_a_seed_without_a_bound_is_a_triangle_where_it_failed_or_succeeded():
+    rows = [row for row in _rows() if row["n_facts"] == 128 and row["mode"] == "in-tool"]
+    failed = [row | {"seed": 2, "recall": 0.3} for row in rows if row["seed"] == 0 and row["d_model"] < 12]
+    reached = [row | {"seed": 3} for row in rows if row["seed"] == 1 and row["d_model"] == 12]
+    seeds = _by_seed(rows + failed + reached)
+    (axes,) = parameter_bounds.parameter_bounds(seeds, PUBLISHED).axes
+    marks = {line.get_marker(): line.get_ydata().tolist() for line in axes.lines if line.get_marker() in ("^", "v")}
+    assert {mark: [y for y in ys if y > 0] for mark, ys in marks.items()} == {"^": [6_248], "v": [10_908]}
+    told = parameter_bounds.not_known_in_words(seeds)
+    assert told == ["seed 2 needs more than 6,248", "seed 3 needs at most 10,908"]
+
+
+def test_a_point_that_a_line_is_fitted_to_is_drawn_even_where_a_newer_recipe_has_its_place():
+    seeds = _by_seed([row | {"n_facts": 256 * row["n_facts"]} for row in _rows()]).query("mode == 'in-tool'")
+    earlier = seeds.assign(superseded=True, shown=seeds.n_facts < 32_768, recipe="earlier")
+    newer = seeds.query("n_facts == 32_768")
+    (axes,) = parameter_bounds.parameter_bounds(pd.concat([earlier, newer]), PUBLISHED).axes
+    (dots,) = (line for line in axes.lines if line.get_marker() == "." and len(line.get_xdata()))
+    assert sorted(dots.get_ydata()) == [6_248, 10_908]
+    np.testing.assert_allclose(np.prod(dots.get_xdata()) ** 0.5, 32_768)
+
+
 def test_the_fitted_line_and_its_legend_are_those_of_least_squares():
     rows = [row | {"n_facts": 256 * row["n_facts"]} for row in _rows() if row["n_params"] > 6_248 or row["seed"] == 0]
     (axes,) = parameter_bounds.parameter_bounds(_by_seed(rows), PUBLISHED).axes
@@ -191,6 +213,7 @@ def test_the_fitted_line_and_its_legend_are_those_of_least_squares():
         {"n_facts": [256, 512, 1024] * 3, "min_params": [5e3, 7e3, 1.2e4, 6e3, 7e3, 1.1e4] + [8e3] * 3}
     )
     points = points.assign(mode="in-weight", recall_threshold=0.95, seed=np.repeat(range(3), 3), shown=True)
+    points = points.assign(more_than=np.nan, at_most=points.min_params)
     (axes,) = parameter_bounds.parameter_bounds(points, PUBLISHED).axes
     slope, intercept = np.polynomial.Polynomial.fit(points.n_facts, points.min_params, 1).convert().coef[::-1]
     (label,) = (label for label in _lines(axes) if "parameters per fact" in label)
@@ -382,7 +405,7 @@ def test_patience_is_drawn_against_passes_over_the_facts():
 
 @pytest.mark.parametrize(("d_model", "recall", "known"), [
     (40, 0.975, "At 8,192 facts one in-weight model of 72,200 parameters reaches 95% (seed 0). The next smaller "
-                "size was not tried, so this is no point of the figure."),
+                "size was not tried, so this is a triangle in the figure."),
     (40, 0.5, "At 8,192 facts no smallest in-weight model is known yet (largest tried: 72,200 parameters)."),
 ])  # fmt: skip
 def test_words_beside_the_main_figure_say_what_is_known_where_no_bound_is(d_model, recall, known):
