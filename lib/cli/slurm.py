@@ -45,6 +45,7 @@ def submit_sweep(
     """Run all models of a section that are not finished yet, as a job array; those of Sections 6 and 7 as one job."""
     if resources.nodes > 1 or resources.gpus > 1:
         raise InputError("each job of a sweep takes one node and at most one GPU: --jobs says how many run at a time")
+    device = "cuda" if device == "auto" and resources.gpus else device  # tells how long runs take
     work = tasks.sweep(source, profile, hours, device)
     if work.tasks:
         _submit(work, resources, dry_run, jobs)

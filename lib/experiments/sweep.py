@@ -125,15 +125,15 @@ def sweep(
     for config in report.missing if dry_run else ():
         check_files(config)
     ahead = [config for search in plan for config in _expected(search, recalls)]
-    speed = _speed(rows.values(), "cuda" if device.startswith("cuda") else "cpu")
+    speed = _speed(rows.values(), device)
     report.runs_ahead, report.hours_ahead = len(ahead), _hours(ahead, speed)
     return report
 
 
-def hours_ahead(section: str, profile: str, plan: Sequence[Search]) -> list[float]:
-    """Return about how many hours each search of a plan still takes one core; 0 for one that is over."""
+def hours_ahead(section: str, profile: str, plan: Sequence[Search], device: str) -> list[float]:
+    """Return about how many hours each search of a plan still takes one core or GPU; 0 for one that is over."""
     rows, recalls = _finished(section, profile, plan)
-    speed = _speed(rows.values(), "cpu")
+    speed = _speed(rows.values(), device)
     return [_hours(_expected(search, recalls), speed) for search in plan]
 
 
@@ -269,11 +269,11 @@ def _hours(configs: Iterable[RunConfig], speed: float) -> float:
 
 
 def _speed(rows: Iterable[dict], device: str) -> float:
-    """Return the FLOP/s of the rows that a kind of device (cpu, cuda) made, or a guess."""
-    flops = seconds = 0.0
+    """Return the FLOP/s of the rows that this kind of device made, or a guess."""
+    kind, flops, seconds = "cuda" if device.startswith("cuda") else "cpu", 0.0, 0.0
     for row in rows:
-        if row.get("device", "").startswith(device):
+        if row.get("device", "").startswith(kind):
             share = float(row["steps"]) / float(row["steps_budget"])
             flops += config_of(row).flops(int(row["n_facts"])) * share
             seconds += float(row["train_seconds"])
-    return flops / seconds if seconds else SPEEDS[device]
+    return flops / seconds if seconds else SPEEDS[kind]

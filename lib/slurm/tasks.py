@@ -91,7 +91,7 @@ def sweep(source: str, profile: str, hours: float, device: str) -> Work:
         made = [Task(title=f"section {source}, {n_missing} runs", arguments=arguments)] if n_missing else []
         return Work(name=f"sweep-{source}-{profile}", kind="sweep", tasks=made)
     plan = _parts(source, profile)
-    costs = {i: cost for i, cost in enumerate(hours_ahead(source, profile, plan)) if cost}
+    costs = {i: cost for i, cost in enumerate(hours_ahead(source, profile, plan, device)) if cost}
     if len(costs) > MAX_TASKS:  # longer tasks are fewer: any two neighbours together exceed `hours`
         hours = max(hours, 2 * sum(costs.values()) / (MAX_TASKS - 1))
     tasks = []

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,7 +95,9 @@ def check(folder: Path, expect: Callable | None = None) -> tuple[dict, Mapping, 
     """
     if not folder.is_dir():
         raise InputError(f"there is no checkpoint at {folder}")
-    if problem := damage(folder):
+    with reading(f"the checkpoint {folder}"):
+        problem = damage(folder)
+    if problem:
         raise InputError(f"the checkpoint {folder} {problem}: use an earlier one or train again")
     with reading(f"the checkpoint {folder}", Exception):  # readers raise whatever they like for malformed content
         files = [str(folder / name) for name in read_json(folder / MARKER)]
@@ -125,10 +126,10 @@ def check(folder: Path, expect: Callable | None = None) -> tuple[dict, Mapping, 
 
 
 def damage(folder: Path) -> str | None:
-    """Say what is wrong with a checkpoint folder; None if it is whole."""
+    """Say what is wrong with a checkpoint folder; None if it is whole. Raises `OSError` where the disk fails."""
     try:
         sums = read_json(folder / MARKER, fields=(STATE,))
-    except (OSError, DamagedFile):
+    except (FileNotFoundError, DamagedFile):
         return f"is incomplete or damaged ({MARKER} is missing or not readable)"
     for name, checksum in sums.items():
         # Reading a pipe would never end. `isfile` is False for a name that is too long, too.
@@ -142,6 +143,7 @@ class _StepWriter(dcp.HuggingFaceStorageWriter):
 
     def __init__(self, folder: Path, state: str, keep: int):
         super().__init__(str(folder.with_name(f".{folder.name}.tmp")), save_distributed=True)
+        self.per_thread_copy_ahead = 0  # the tensors are in memory: copying ahead would open a context on GPU 0
         self.folder, self.state, self.keep = folder, state, keep
 
     def set_up_storage_writer(self, is_coordinator: bool, *arguments, **options) -> None:
@@ -184,8 +186,21 @@ def finish(saving: Future) -> None:
 
 
 def latest(root: Path, expect: Callable | None = None) -> Path | None:
-    """Return the latest checkpoint below `root` that passes a `check`; others are reported and skipped."""
-    return next((folder for folder, _ in whole(reversed(steps(root)), partial(check, expect=expect))), None)
+    """Return the latest checkpoint below `root` that passes a `check`; others are reported and skipped.
+
+    Raises `WorkError` where the disk cannot be read: such a checkpoint may be whole.
+    """
+
+    def passes(folder: Path) -> None:
+        try:
+            check(folder, expect)
+        except InputError as error:
+            reason = error.__context__
+            if isinstance(reason, (OSError, MemoryError)) and not isinstance(reason, FileNotFoundError):
+                raise WorkError(f"{error}; it may be whole: the same command resumes once it can be read") from error
+            raise
+
+    return next((folder for folder, _ in whole(reversed(steps(root)), passes)), None)
 
 
 def steps(root: Path) -> list[Path]:

@@ -19,6 +19,7 @@ WORTH_A_CORE = 1.1
 
 def resolve_device(device: str) -> torch.device:
     """Return the device; `auto` is CUDA where there is one. One that this machine does not have is an `InputError`."""
+    torch.set_float32_matmul_precision("highest")  # some images of containers set TF32, of a thousand times the error
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -138,12 +138,13 @@ def _number(name: str) -> int:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """Return this process's own GPU if there are several processes; an `InputError` if there are too few GPUs."""
+    """Return this process's own GPU if there are several processes; a `WorkError` if there are too few GPUs."""
     if world_size() == 1 or device.type != "cuda":
         return device
     rank, count = _number("LOCAL_RANK"), torch.cuda.device_count()
     if rank >= count:
-        raise InputError(f"process {rank} of this machine has no GPU, there are {count}: start one process per GPU")
+        # No `InputError`: the command line prints these in the first process alone, which has a GPU.
+        raise WorkError(f"process {rank} of this machine has no GPU, there are {count}: start one process per GPU")
     return torch.device("cuda", rank)
 
 
@@ -255,12 +256,29 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(s
 def asked_to_leave() -> Iterator[threading.Event]:
     """Yield an event that is set when a signal asks this process to exit; restore earlier handlers afterwards."""
     event = threading.Event()
+    with _handling(lambda *_: event.set()):
+        yield event
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Let a signal that asks this process to exit raise `Preempted`: around work that is simply repeated."""
+
+    def leave(*_) -> None:
+        raise Preempted("stopped by a signal: the same command goes on from the last checkpoint")
+
+    with _handling(leave):
+        yield
+
+
+@contextmanager
+def _handling(handler: Callable) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield event
+        yield
         return
-    before = {number: signal.signal(number, lambda *_: event.set()) for number in SIGNALS}
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
-        yield event
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -37,7 +37,7 @@ from lib.paths import CLAIM, DATABASE, MODEL, ROW, replacing, write_json
 from lib.provenance import commit, provenance
 from lib.training import checkpoint
 from lib.training.devices import fastest_threads, memory, resolve_device, usable_cores, using_threads
-from lib.training.distributed import Preempted, Ranks, asked_to_leave, connect, local_device, world_size
+from lib.training.distributed import Ranks, asked_to_leave, connect, leaving_at_once, local_device, world_size
 from lib.training.monitor import check_observers
 from lib.training.saved import Claim, check_claim, located, locked, own_files, read_claim, run_tokenizer, save_model
 from lib.training.trainer import Ending, Trainer
@@ -79,7 +79,6 @@ def run(
         folders = {path: folder.name for path, folder in files.items()}
         claim = Claim(config, people.digest(), folders, tokenizer.name, threads)
         check_claim(directory, claim)
-        asked = stack.enter_context(asked_to_leave())  # only now, so that a signal can end the reading above
         ranks = stack.enter_context(connect(device, config.model, sharded, tensor))
         lock = locked(directory)
         ranks.first_does(lambda: stack.enter_context(lock) or check_claim(directory, claim))
@@ -105,10 +104,12 @@ def run(
             tool = stack.enter_context(open_tool(config.mode, directory / DATABASE)) if ranks.rank == 0 else None
             some = list(islice(people.facts(), config.evaluation.questions))
             trainer.evaluate = lambda model: measure_recall(model, some, tokenizer, tool).overall
-            ending = trainer.train(description, observers, asked)
+            with asked_to_leave() as asked:  # elsewhere a signal ends the process: nothing is lost
+                ending = trainer.train(description, observers, asked)
 
             model = ranks.full_model(trainer.model)
 
+            @leaving_at_once()
             def measure() -> None:
                 row = _row(model, config, people, tokenizer, tool, ending, trainer.total_steps)
                 check_row(row, FINISHED)
@@ -118,8 +119,6 @@ def run(
                 checkpoint.delete_steps(directory / "checkpoints")
 
             ranks.first_does(measure)
-        if ranks.any(asked.is_set()):  # during the final measurement
-            raise Preempted("stopped by a signal: this run is finished, the same command goes on after it")
         return ranks.first_does(lambda: read_row(directory / ROW))
 
 
@@ -174,8 +173,8 @@ def _choose_threads(directory: Path, device: torch.device, trial: Callable[[], T
     If neither gives one, a new run on a CPU measures the fastest number, in a few steps of `trial`.
     """
     given = torch.get_num_threads()
-    if (directory / CLAIM).exists():
-        return read_claim(directory).threads or given
+    if (directory / CLAIM).exists():  # of a run that may have begun on a larger machine, or with fewer processes
+        return min(read_claim(directory).threads or given, given if world_size() > 1 else usable_cores())
     most = min(given, usable_cores())
     if most == 1 or "OMP_NUM_THREADS" in os.environ or device.type != "cpu" or world_size() > 1:
         return given

@@ -362,7 +362,9 @@ def test_a_plan_is_done_in_this_process(runs):
     assert report.done_now == 2 and list(report.failed) == [bad.run_id] and report.missing == [bad]
     assert "InputError: cannot read people from nobody.csv" in report.failed[bad.run_id]
     assert sorted(tables.read_rows("05_1", "smoke", plan).seed) == [1, 2]
-    assert sweep.hours_ahead("05_1", "smoke", plan)[::2] == [0, 0] < sweep.hours_ahead("05_1", "smoke", [other])
+    assert sweep.hours_ahead("05_1", "smoke", plan, "cpu")[::2] == [0, 0]
+    (on_cpu,), (on_gpu,) = (sweep.hours_ahead("05_1", "smoke", [other], device) for device in ("cpu", "cuda:0"))
+    assert 0 < on_gpu < on_cpu
 
 
 # ---- Devices

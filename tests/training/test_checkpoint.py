@@ -322,6 +322,19 @@ def test_incomplete_and_damaged_checkpoints_are_reported_and_skipped(tmp_path, c
     assert checkpoint.latest(tmp_path) is None
 
 
+def test_a_checkpoint_on_a_disk_that_cannot_be_read_is_not_passed_over(tmp_path):
+    checkpoint.finish(checkpoint.save_step(tmp_path, 10, _tensors(), STATE, keep=2))
+    marker = tmp_path / "step_00000010" / checkpoint.MARKER
+    content = marker.read_bytes()
+    marker.unlink()
+    marker.symlink_to(marker)  # the operating system refuses to open it
+    with pytest.raises(WorkError, match="it may be whole: the same command resumes once it can be read"):
+        checkpoint.latest(tmp_path)
+    marker.unlink()
+    marker.write_bytes(content)
+    assert checkpoint.latest(tmp_path).name == "step_00000010"
+
+
 def test_damaged_checkpoints_that_were_passed_over_are_not_kept_in_place_of_new_ones(tmp_path):
     _save_steps(tmp_path, 10, 20, 30, keep=2)
     for folder in checkpoint.steps(tmp_path):

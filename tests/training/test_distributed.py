@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from lib import paths
-from lib.base import InputError
+from lib.base import InputError, WorkError
 from lib.config import ModelConfig
 from lib.model.llama import to_llama
 from lib.model.transformer import Transformer
 from lib.training import checkpoint
-from lib.training.distributed import asked_to_leave, connect, is_first
+from lib.training.distributed import asked_to_leave, connect, is_first, local_device
 
 LAYOUTS = [*ranks.LAYOUTS, "replicated or sharded x tensor"]
 
@@ -244,6 +244,14 @@ def test_a_process_that_is_asked_to_leave_saves_and_says_that_it_wants_to_go_on(
     assert whole.wait(240) == 0
     for name, tensor in _model(tmp_path / "whole").items():
         assert torch.equal(tensor, _model(tmp_path / "run")[name]), name
+
+
+def test_a_process_without_a_gpu_says_so_whichever_it_is(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(WorkError, match="process 1 of this machine has no GPU, there are 1"):  # every process says it
+        local_device(torch.device("cuda"))
 
 
 def test_signals_are_handled_within_and_given_back_after():
