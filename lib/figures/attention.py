@@ -10,6 +10,39 @@ from lib.evaluation.recall import Fact
 from lib.figures.style import panels, shared_legend
 from lib.model.transformer import Transformer
 
+#: What each block of the circuit does, what its feed-forward layer adds, and what then is in the residual stream.
+_BLOCKS = (
+    ("counts", "place $p$ and $p^2$", "tokens, places"),
+    ("reads", "which attribute is asked for", "attribute,\nlengths so far"),
+    ("copies", "letters of the fixed text", "next letter"),
+)
+
+
+def sketch(heads: dict[str, tuple[int, int]]) -> Figure:
+    """Sketch the transformer set by hand, `lib.model.circuit` (Section 4): what its blocks do, one after the other.
+
+    heads: title -> (block, head). Blue boxes are heads, grey ones feed-forward layers; below is the residual stream.
+    """
+    top = 1 + max(sum(block == i for block, _ in heads.values()) for i in range(len(_BLOCKS)))
+    with panels((9.6, 0.7 + 0.45 * top), rc={"axes.grid": False}) as (figure, axes):
+        axes.annotate("", (2.75, -0.4), (-0.75, -0.4), arrowprops={"arrowstyle": "->", "color": "#777777"})
+        axes.text(-0.6, -0.6, "tokens", ha="center", va="top")
+        for i, (does, feed_forward, stream) in enumerate(_BLOCKS):
+            axes.text(i, top, f"block {i + 1} {does}", ha="center", va="center", weight="bold")
+            titles = [title for title, (block, _) in heads.items() if block == i]
+            for y, title in enumerate(reversed(titles), 1):
+                _box(axes, i, y, title, "#CCE3F2")
+            _box(axes, i, 0, f"feed-forward: {feed_forward}", "#EEEEEE")
+            axes.text(i + 0.5, -0.6, stream, ha="center", va="top")
+        axes.set(xlim=(-0.8, 2.8), ylim=(-1.4, top + 0.4))
+        axes.set_axis_off()
+    return figure
+
+
+def _box(axes: Axes, x: float, y: float, text: str, color: str) -> None:
+    box = {"boxstyle": "round,pad=0.35", "facecolor": color, "edgecolor": "#999999", "linewidth": 0.6}
+    axes.text(x, y, text, ha="center", va="center", fontsize=7.5, bbox=box)
+
 
 def attention_maps(model: Transformer, fact: Fact, heads: dict[str, tuple[int, int]]) -> Figure:
     """Draw what heads attend to in a fact's in-tool dialog: a panel for each of `heads`, title -> (block, head).

@@ -35,20 +35,24 @@ def generalization(shares: pd.DataFrame, published: pd.DataFrame) -> Figure:
         for axes, kind in zip(row, kinds, strict=False):
             if kind == PUBLISHED_KIND:
                 grey = {"color": "#888888", "linewidth": 0.8}
-                for (mode, _), points in published.groupby(["mode", "n_params"]):
+                for (mode, n_params), points in published.groupby(["mode", "n_params"]):
                     line = "-" if mode == "in-tool" else "--"
                     axes.plot(points.n_facts, points.ood_recall, linestyle=line, zorder=1, **grey)
+                    if mode == "in-tool" and points.ood_recall.max() < 0.5:  # the size that never copies
+                        end = points.n_facts.max(), points.ood_recall.iloc[-1]
+                        axes.annotate(f"{n_params:,}", end, fontsize=6, color="#555555", ha="right", va="top")
                 label = published_label(published.n_facts, KINDS[kind]).replace(", ", ",\n")
                 axes.plot([], [], label=label, **grey)
             for points, label, look in _by_size(shares.query("kind == @kind and measure == 'recall'")):
                 axes.plot(side_by_side(points), points.share, label=label, **look | {"linestyle": "none"})
             axes.axhline(guess, color="#555555", linewidth=0.9, linestyle=":", label="best constant guess")
-            axes.set(title=KINDS[kind])
+            axes.set_title(KINDS[kind], fontsize=9)
         found = summaries.seeds_that_generalize(shares.query("mode == 'in-tool'"))
         for points, _, look in _by_size(found):
             bars = [points.share - points.low, points.high - points.share]
             row[-1].errorbar(points.n_facts, points.share, yerr=bars, **look)
-        row[-1].set(title="seeds that generalize", ylim=(-0.04, 1.06))
+        row[-1].set_title("seeds that generalize", fontsize=9)
+        row[-1].set_ylim(-0.04, 1.06)
         row[-1].set_xscale("log", base=2)
         row[0].set_ylabel("recall, or share of seeds")
         for axes in row:

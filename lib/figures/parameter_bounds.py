@@ -162,7 +162,7 @@ def recall_against_parameters(rows: pd.DataFrame, published: pd.DataFrame) -> Fi
 
 
 def _published_recall(axes, published: pd.DataFrame) -> None:
-    for n_facts, curve in published.groupby("n_facts"):
+    for n_facts, curve in published[published.recall > 0].groupby("n_facts"):  # any model recalls 0
         axes.plot(curve.min_params_mean, curve.recall, color="#999999", linewidth=1, zorder=1)
         middle = curve.iloc[(curve.recall - 0.6).abs().argmin()]
         spot = {"color": "#777777", "fontsize": 7, "rotation": 80, "ha": "right", "va": "center"}

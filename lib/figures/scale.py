@@ -132,6 +132,28 @@ def forgetting(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def like_with_like(pairs: pd.DataFrame) -> Figure:
+    """Draw capability and total variation of models fine-tuned in tool and in weights, a row per model (Section 6).
+
+    pairs: those of `scale_tables.pairs` with the same recipe.
+    """
+    pairs, y = pairs.set_index("base").loc[by_family(pairs.base)[::-1]], range(len(pairs))
+    size = 8.6, 1.3 + 0.35 * len(pairs)
+    with panels(size, 1, 2, runs="comparable", sharey=True) as (figure, row):
+        for axes, metric in zip(row, ("capability_relative", "tv"), strict=True):
+            axes.hlines(y, pairs[f"{metric}_tool"], pairs[f"{metric}_weight"], color="#BBBBBB", zorder=0)
+            for mode, end in (("in-tool", "tool"), ("in-weight", "weight")):
+                look = {name: STYLES[mode][name] for name in ("color", "marker")} | {"linestyle": "none", "label": mode}
+                axes.errorbar(pairs[f"{metric}_{end}"], y, xerr=pairs[f"{metric}_stderr_{end}"], **look)
+            axes.set(
+                xlabel=_LABELS[metric].format(capability=_TESTS["hellaswag"]), ylim=(-0.5, max(1, len(pairs)) - 0.5)
+            )
+        row[0].set_yticks(y, [f"{base}, {n:,} facts" for base, n in pairs.n_facts.items()])
+        if len(pairs):
+            row[1].legend(**BESIDE)
+    return figure
+
+
 def hybrid(table: pd.DataFrame) -> Figure:
     """Draw how often a hybrid calls the tool and is right, against how often a fact was seen (Section 6).
 

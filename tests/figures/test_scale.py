@@ -273,3 +273,17 @@ def test_trivia_has_a_bar_for_each_way_and_kind_of_questions_with_its_error():
     )
     assert [text.get_text() for text in figure.legends[0].get_texts()] == kinds
     assert len({bar.get_hatch() for container in bars for bar in container}) == 2
+
+
+def test_like_with_like_joins_the_released_values_of_each_model():
+    pairs = scale_tables.pairs(scale_tables.comparable()).query("same_recipe")
+    capability, variation = scale.like_with_like(pairs).axes
+    models = [label.get_text().split(",")[0] for label in capability.get_yticklabels()]
+    assert models == ["Llama-3.1-8B", "Llama-3.2-3B", "Llama-3.2-1B"]  # from below
+    last = LAST[LAST.n_facts == 500].set_index(["mode", "base"])
+    for axes, column in ((capability, "hellaswag_relative"), (variation, "tv")):
+        for container, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            drawn = container.lines[0].get_xdata().astype(float)
+            np.testing.assert_allclose(drawn, last.loc[label].loc[models, column].to_numpy(float), rtol=1e-3)
+    for axes in scale.like_with_like(pairs.iloc[:0]).axes:
+        assert [text.get_text() for text in axes.texts] == ["no comparable runs yet"]
