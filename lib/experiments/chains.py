@@ -5,9 +5,7 @@ the training run itself in `run/`, and in the end its row.
 """
 
 import math
-import time
 from collections import namedtuple
-from functools import partial
 from itertools import islice, product
 from pathlib import Path
 from statistics import fmean
@@ -94,22 +92,13 @@ def run_chains(config: RunConfig, folder: Path, asked: int, **options) -> None:
 
 def sweep(profile: str, *, dry_run: bool = False, max_hours: float = math.inf, device: str = "auto") -> Report:
     """Run all that is missing in a profile; if `dry_run`, only report it. After `max_hours` no new run is started."""
-    todo, deadline = _missing(profile), time.monotonic() + 3600 * max_hours
-    report = Report(done_before=SETTINGS[profile].n_seeds - len(todo))
-    if todo and not dry_run:
+
+    def work(config: RunConfig) -> None:
         asked = SETTINGS[profile].asked
-        runs = [
-            (c, partial(run_chains, c, _folder(c, profile), asked, device=device, description=c.title)) for c in todo
-        ]
-        one_by_one(report, runs, deadline, f"Section 7.2, {profile}")
-    report.missing = _missing(profile)
-    report.runs_ahead = len(report.missing)
-    return report
+        run_chains(config, _folder(config, profile), asked, device=device, description=config.title)
 
-
-def _missing(profile: str) -> list[RunConfig]:
-    done = {*rows(profile).run_id}
-    return [config for config in configurations(profile) if config.run_id not in done]
+    title, todo = f"Section 7.2, {profile}", configurations(profile)
+    return one_by_one(title, todo, lambda: rows(profile), work, dry_run=dry_run, max_hours=max_hours)
 
 
 def _folder(config: RunConfig, profile: str) -> Path:

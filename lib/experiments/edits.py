@@ -3,7 +3,6 @@
 import math
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,45 +42,41 @@ def models(profile: str) -> dict[Path, Any]:
     return found
 
 
-def sweep(profile: str, *, dry_run: bool = False, **options) -> sweeps.Report:
+def sweep(profile: str, *, dry_run: bool = False, max_hours: float = math.inf, **options) -> sweeps.Report:
     """Train the models that have no rows yet and measure each; the report counts those that have been measured.
 
     Chat models are measured where `itl sweep 06` has left them: none is trained here. options: as
     `lib.experiments.sweep.sweep` takes them.
     """
-    before, deadline = {*rows(profile).run_id}, time.monotonic() + 3600 * options.get("max_hours", math.inf)
-    here = {folder: config for folder, config in models(profile).items() if folder.name != MODEL or folder.exists()}
-    left = {folder: config for folder, config in here.items() if config.run_id not in before}
+    before, began = {*rows(profile).run_id}, time.monotonic()
     planned = searches(SECTION, profile) if profile != "quick" else []
     todo = [search for search in planned if not before >= {*search.run_ids}]
-    report = sweeps.sweep(SECTION, profile, plan=todo, dry_run=dry_run, **options)
-    report.done_before, report.done_now = len(here) - len(left), 0
-    if dry_run:
-        report.missing, report.runs_ahead = [*left.values()], len(left)
-        return report
-    todo = [(config, partial(_measure, folder, config, profile)) for folder, config in left.items()]
-    sweeps.one_by_one(report, todo, deadline, f"Section 7.1, {profile}")
-    done = {*rows(profile).run_id}
-    report.missing = [config for config in left.values() if config.run_id not in done]
-    report.runs_ahead = len(report.missing)
+    trained = sweeps.sweep(SECTION, profile, plan=todo, dry_run=dry_run, max_hours=max_hours, **options)
+    here = {folder: config for folder, config in models(profile).items() if folder.name != MODEL or folder.exists()}
+    folders = {config.run_id: folder for folder, config in here.items()}
+
+    def work(config: Any) -> bool:
+        folder = folders[config.run_id]
+        if folder.name == MODEL:
+            from lib.experiments.edited_chat_models import measure_chat  # imports transformers
+
+            measured = measure_chat(folder, config, profile)
+        elif (folder / ROW).exists():  # it has no row if it failed, or the time was up
+            from lib.experiments.edited_models import measure  # imports torch
+
+            measured = measure(folder, profile)
+        else:
+            return False
+        home = sweep_dir(SECTION, profile) / config.run_id
+        home.mkdir(parents=True, exist_ok=True)
+        write_json(home / ROWS, measured)
+        return True
+
+    left, title = max_hours - (time.monotonic() - began) / 3600, f"Section 7.1, {profile}"
+    plan = [*here.values()]
+    report = sweeps.one_by_one(title, plan, lambda: rows(profile), work, dry_run=dry_run, max_hours=left)
+    report.failed, report.hours_ahead = trained.failed | report.failed, trained.hours_ahead
     return report
-
-
-def _measure(folder: Path, config: Any, profile: str) -> bool:
-    if folder.name == MODEL:
-        from lib.experiments.edited_chat_models import measure_chat  # imports transformers
-
-        found = measure_chat(folder, config, profile)
-    elif (folder / ROW).exists():  # it has no row if it failed, or the time was up
-        from lib.experiments.edited_models import measure  # imports torch
-
-        found = measure(folder, profile)
-    else:
-        return False
-    home = sweep_dir(SECTION, profile) / config.run_id
-    home.mkdir(parents=True, exist_ok=True)
-    write_json(home / ROWS, found)
-    return True
 
 
 def run(profile: str, jobs: int | None = None) -> pd.DataFrame:

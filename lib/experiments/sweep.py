@@ -63,24 +63,38 @@ class Report:
         return "\n".join(lines + failed)
 
 
-def one_by_one(report: Report, todo: Sequence[tuple[Any, Callable[[], Any]]], deadline: float, title: str) -> None:
-    """Do work here, a configuration and a function each, until `deadline` (`time.monotonic`); count it in the report.
+def one_by_one(
+    title: str, plan: Sequence, rows: Callable[[], Any], work: Callable, *, dry_run: bool = False, max_hours: float
+) -> Report:
+    """Do `work` here for each configuration of a plan that has no row yet; if `dry_run`, only report what is missing.
 
-    A function that could not do it yet, or need not, returns False. A failure is reported, and the others continue.
+    rows: returns the table of finished runs. work: returns False if it could not do it yet, or need not. After
+    `max_hours` nothing new is begun. A failure is reported, and the others continue.
     """
-    from lib.training.distributed import Preempted  # imports torch, as all such work does
 
-    with progress(len(todo), title) as bar:
-        for config, work in todo:
-            if time.monotonic() >= deadline:
-                break
-            try:
-                report.done_now += work() is not False
-            except Preempted:
-                raise
-            except Exception as error:  # a gated model, say, or one too large for the memory
-                report.failed[config.run_id] = f"{config.title}: {type(error).__name__}: {error}"
-            bar.update(1)
+    def missing() -> list:
+        done = {*rows().run_id}
+        return [config for config in plan if config.run_id not in done]
+
+    todo, deadline = missing(), time.monotonic() + 3600 * max_hours
+    report = Report(done_before=len(plan) - len(todo))
+    if todo and not dry_run:
+        from lib.training.distributed import Preempted  # imports torch, as all such work does
+
+        with progress(len(todo), title) as bar:
+            for config in todo:
+                if time.monotonic() >= deadline:
+                    break
+                try:
+                    report.done_now += work(config) is not False
+                except Preempted:
+                    raise
+                except Exception as error:  # a gated model, say, or one too large for the memory
+                    report.failed[config.run_id] = f"{config.title}: {type(error).__name__}: {error}"
+                bar.update(1)
+    report.missing = missing()
+    report.runs_ahead = len(report.missing)
+    return report
 
 
 def sweep(

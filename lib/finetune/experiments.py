@@ -2,9 +2,8 @@
 
 import json
 import math
-import time
 from contextlib import suppress
-from functools import partial, reduce
+from functools import reduce
 from itertools import product
 from operator import or_
 from pathlib import Path
@@ -40,36 +39,25 @@ def folder(config: FinetuneConfig, profile: str) -> Path:
     return paths.profile_dir(profile) / SECTION / config.run_id
 
 
-def missing(profile: str) -> list[FinetuneConfig]:
-    """Return the fine-tunings of a profile that have no rows yet."""
-    done = {*rows(profile).run_id}
-    return [config for config in plan(profile) if config.run_id not in done]
-
-
 def sweep(profile: str, *, dry_run: bool = False, max_hours: float = math.inf, device: str = "auto") -> Report:
     """Run all that is missing in a profile; if `dry_run`, only report it. After `max_hours` no new run is started.
 
     A failure is reported; the others continue. Several processes may call it: each takes runs that no other started.
     """
-    todo, deadline = missing(profile), time.monotonic() + 3600 * max_hours
-    report = Report(done_before=len(plan(profile)) - len(todo))
-    if todo and not dry_run:
-        works = [(config, partial(_finetune, config, folder(config, profile), device)) for config in todo]
-        one_by_one(report, works, deadline, f"Section 6, {profile}")
-    report.missing = missing(profile)
-    report.runs_ahead = len(report.missing)
-    return report
 
+    def work(config: FinetuneConfig) -> bool:
+        from lib.finetune.train import finetune  # torch and transformers: a dry run does without them
 
-def _finetune(config: FinetuneConfig, directory: Path, device: str) -> bool:
-    from lib.finetune.train import finetune  # torch and transformers: a dry run does without them
+        directory = folder(config, profile)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(Timeout), paths.only_process(f"{directory}.lock", timeout=0):
+            if not (directory / ROWS).exists():
+                finetune(config, directory, device=device, description=config.title)
+                return True
+        return False  # another process took it
 
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(Timeout), paths.only_process(f"{directory}.lock", timeout=0):
-        if not (directory / ROWS).exists():
-            finetune(config, directory, device=device, description=config.title)
-            return True
-    return False  # another process took it
+    title, todo = f"Section 6, {profile}", plan(profile)
+    return one_by_one(title, todo, lambda: rows(profile), work, dry_run=dry_run, max_hours=max_hours)
 
 
 def rows(profile: str) -> pd.DataFrame:
