@@ -5,7 +5,6 @@ the training run itself in `run/`, and in the end its row.
 """
 
 import math
-from collections import namedtuple
 from itertools import islice, product
 from pathlib import Path
 from statistics import fmean
@@ -18,10 +17,10 @@ from lib.config import RunConfig
 from lib.dialogs.chains import chain_dialog, chain_question, chains
 from lib.dialogs.templates import Role, Turn, answer
 from lib.dialogs.tokenizers import Tokenizer
-from lib.experiments.plan import Grid
-from lib.experiments.rows import table_path
+from lib.experiments.plan import searches
+from lib.experiments.rows import sweep_dir
 from lib.experiments.sweep import Report, one_by_one
-from lib.experiments.tables import rows_of_profile
+from lib.experiments.tables import rows_of_plan
 from lib.facts.csv import read_people_csv, write_people_csv
 from lib.facts.database import temporary_database
 from lib.facts.people import ATTRIBUTES, FactsConfig, People
@@ -34,14 +33,8 @@ ORDER = ("profile", "n_facts", "seed", "run_id")
 ASKED = (1, 2, 3)
 _PEOPLE, _DIALOGS = "people.csv", "dialogs_2.jsonl"
 
-#: The sizes of a profile. asked: how many trained people to ask about, and as many unseen ones.
-Setting = namedtuple("Setting", "n_people d_model steps recipe n_seeds asked")
-SETTINGS = {
-    "smoke": Setting(4, 8, 5, "copying", 1, 2),
-    "quick": Setting(8, 24, 300, "copying", 1, 8),
-    "laptop": Setting(8192, 32, 12_000, "focal-32", 3, 100),
-    "paper": Setting(8192, 32, 12_000, "focal-32", 10, 100),
-}
+#: How many trained people, at most, a model is asked about; and as many unseen ones.
+MOST_ASKED = 100
 
 
 def configurations(profile: str) -> list[RunConfig]:
@@ -49,16 +42,7 @@ def configurations(profile: str) -> list[RunConfig]:
 
     Their files are those of `write_inputs`. An unknown profile is an `InputError`.
     """
-    paths.profile_dir(profile)
-    n_people, d_model, steps, recipe, n_seeds, _ = SETTINGS[profile]
-    base = {
-        "mode": "in-tool",
-        "facts": {"n_people": n_people, "csv": _PEOPLE},
-        "training": {"batch_size": 32, "steps": steps, "files": {_DIALOGS: 0.5}},
-        "evaluation": {"every": None, "stop_at_recall": None},
-    }
-    grid = Grid(recipe=recipe, base=base, axes=[{"seed": [*range(n_seeds)]}], sizes=[d_model], threshold=None)
-    return [search.config(d_model) for search in grid.searches()]
+    return [config for search in searches(SECTION, profile) for config in search.pending({})]
 
 
 def write_inputs(config: RunConfig, folder: Path) -> dict[str, str]:
@@ -71,13 +55,13 @@ def write_inputs(config: RunConfig, folder: Path) -> dict[str, str]:
     return {name: str(folder / name) for name in (_PEOPLE, _DIALOGS)}
 
 
-def run_chains(config: RunConfig, folder: Path, asked: int, **options) -> None:
+def run_chains(config: RunConfig, folder: Path, **options) -> None:
     """Do or resume one run of `configurations`; write its row: that of `lib.training.run` with recall by hops.
 
-    trained_HOPS is the recall of questions about the first `asked` people of training, unseen_HOPS about as many people
-    whose first and last names the model never saw; bosses are of the same group. An answer counts only if every look-up
-    was made. trained_3_as_2: the share of questions of three hops that are answered as if they had two. options: as
-    `lib.training.run.run` takes them.
+    trained_HOPS is the recall of questions about the first people of training (`MOST_ASKED`), unseen_HOPS about as many
+    people whose first and last names the model never saw; bosses are of the same group. An answer counts only if every
+    look-up was made. trained_3_as_2: the share of questions of three hops that are answered as if they had two.
+    options: as `lib.training.run.run` takes them.
     """
     from lib.training.run import run
     from lib.training.saved import load_model, run_tokenizer
@@ -85,8 +69,8 @@ def run_chains(config: RunConfig, folder: Path, asked: int, **options) -> None:
     inputs = write_inputs(config, folder)
     row = run(config, folder / "run", inputs=inputs, **options)
     model, _ = load_model(folder / "run", "cpu")
-    row["hops"] = [1, 2]
-    row |= recall_by_hops(model, config.facts, read_people_csv(inputs[_PEOPLE]), run_tokenizer(config), asked)
+    row["hops"], people = [1, 2], read_people_csv(inputs[_PEOPLE])
+    row |= recall_by_hops(model, config.facts, people, run_tokenizer(config), min(MOST_ASKED, len(people)))
     paths.write_json(folder / paths.ROWS, [row | {"measured_commit": commit()}])
 
 
@@ -94,21 +78,15 @@ def sweep(profile: str, *, dry_run: bool = False, max_hours: float = math.inf, d
     """Run all that is missing in a profile; if `dry_run`, only report it. After `max_hours` no new run is started."""
 
     def work(config: RunConfig) -> None:
-        asked = SETTINGS[profile].asked
-        run_chains(config, _folder(config, profile), asked, device=device, description=config.title)
+        run_chains(config, sweep_dir(SECTION, profile) / config.run_id, device=device, description=config.title)
 
     title, todo = f"Section 7.2, {profile}", configurations(profile)
     return one_by_one(title, todo, lambda: rows(profile), work, dry_run=dry_run, max_hours=max_hours)
 
 
-def _folder(config: RunConfig, profile: str) -> Path:
-    return paths.profile_dir(profile) / SECTION / config.run_id
-
-
 def rows(profile: str) -> pd.DataFrame:
     """Return one row per finished run: those in paper_data, and those of today's plan still in `runs/`."""
-    runs = {config.run_id: _folder(config, profile) / paths.ROWS for config in configurations(profile)}
-    return rows_of_profile(table_path(SECTION), profile, runs.values(), runs)
+    return rows_of_plan(SECTION, profile, configurations(profile))
 
 
 def recall_by_hops(model, facts: FactsConfig, people: People, tokenizer: Tokenizer, asked: int) -> dict[str, float]:

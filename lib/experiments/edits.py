@@ -13,8 +13,8 @@ from lib.base import InputError
 from lib.config import config_of, read_row
 from lib.experiments import sweep as sweeps
 from lib.experiments.plan import searches
-from lib.experiments.rows import sweep_dir, table_path
-from lib.experiments.tables import rows_of_profile
+from lib.experiments.rows import sweep_dir
+from lib.experiments.tables import rows_of_plan
 from lib.paths import MODEL, ROW, ROWS, write_json
 
 SECTION = "07_1"
@@ -86,11 +86,9 @@ def run(profile: str, jobs: int | None = None) -> pd.DataFrame:
 
 
 def rows(profile: str) -> pd.DataFrame:
-    """Return all rows of a profile, one per measurement: those in paper_data, and those still in runs.
+    """Return all rows of a profile, one per measurement: those in paper_data, and those of `models` still in `runs/`.
 
     Columns that an experiment does not measure are empty, and so is `base` except for chat models.
     """
-    found = sorted(sweep_dir(SECTION, profile).glob(f"*/{ROWS}"))
-    planned = {config.run_id for config in models(profile).values()}
-    table = rows_of_profile(table_path(SECTION), profile, found, planned)
+    table = rows_of_plan(SECTION, profile, [*models(profile).values()])
     return table.assign(base=table.get("base"))

@@ -2,7 +2,7 @@
 
 import json
 from ast import literal_eval
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -11,10 +11,10 @@ from lib import paths
 from lib.base import check_known
 from lib.config import FINISHED, TEXT, TrainingConfig, read_row
 from lib.experiments.plan import searches
-from lib.experiments.rows import TABLES, rows_in_runs, table_path, text_rows
+from lib.experiments.rows import TABLES, rows_in_runs, sweep_dir, table_path, text_rows
 from lib.experiments.search import Search
 from lib.facts.people import LAWS, Law
-from lib.paths import whole
+from lib.paths import ROWS, whole
 
 #: Profiles that only tables have: no plan asks for their rows (paper_data/README.md).
 TABLE_ONLY = ("near-paper",)
@@ -48,16 +48,16 @@ def stacked(*tables: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
 
 
-def rows_of_profile(
-    path: Path, profile: str, found: Iterable[Path], planned: Collection[str], fields: Sequence[str] = ("run_id",)
-) -> pd.DataFrame:
-    """Return a profile's rows in the table at `path`, and from the files `found` the rows that it lacks.
+def rows_of_plan(section: str, profile: str, plan: Sequence, fields: Sequence[str] = ("run_id",)) -> pd.DataFrame:
+    """Return a profile's rows in the table of a section, and those that it lacks from the runs of a plan in `runs/`.
 
-    Skips files that are missing, damaged, or lack one of `fields` in a row. Adds superseded: whether the run is not
-    `planned`.
+    plan: configurations. Skips files that are missing, damaged, or lack one of `fields` in a row. Adds superseded:
+    whether the run is not planned.
     """
-    files = whole(filter(Path.exists, found), lambda file: read_row(file, list, fields))
-    rows = _with_fresh(read_table(path, fields), profile, [row for _, rows in files for row in rows])
+    planned, folder = [config.run_id for config in plan], sweep_dir(section, profile)
+    found = filter(Path.exists, (folder / run_id / ROWS for run_id in planned))
+    fresh = [row for _, rows in whole(found, lambda file: read_row(file, list, fields)) for row in rows]
+    rows = _with_fresh(read_table(table_path(section), fields), profile, fresh)
     return rows.assign(superseded=~rows.run_id.isin(planned))
 
 

@@ -14,9 +14,9 @@ from filelock import Timeout
 
 from lib import paths
 from lib.experiments.plan import points_of
-from lib.experiments.rows import table_path
+from lib.experiments.rows import sweep_dir
 from lib.experiments.sweep import Report, one_by_one
-from lib.experiments.tables import publishing_profile, rows_of_profile, shown, stacked
+from lib.experiments.tables import publishing_profile, rows_of_plan, shown, stacked
 from lib.finetune.config import FinetuneConfig
 from lib.paths import ROWS
 
@@ -36,7 +36,7 @@ def plan(profile: str) -> list[FinetuneConfig]:
 
 def folder(config: FinetuneConfig, profile: str) -> Path:
     """Return where a fine-tuning of a profile is kept."""
-    return paths.profile_dir(profile) / SECTION / config.run_id
+    return sweep_dir(SECTION, profile) / config.run_id
 
 
 def sweep(profile: str, *, dry_run: bool = False, max_hours: float = math.inf, device: str = "auto") -> Report:
@@ -65,8 +65,7 @@ def rows(profile: str) -> pd.DataFrame:
 
     Two columns are added and never stored: recipe, and superseded (today's plan does not ask for the run).
     """
-    runs = {config.run_id: folder(config, profile) / ROWS for config in plan(profile)}
-    table = rows_of_profile(table_path(SECTION), profile, runs.values(), runs, ("run_id", "config"))
+    table = rows_of_plan(SECTION, profile, plan(profile), ("run_id", "config"))
     recipes = [json.loads(config) | {"seed": None} for config in table.get("config", [])]
     return table.assign(recipe=[json.dumps(recipe, sort_keys=True) for recipe in recipes])
 

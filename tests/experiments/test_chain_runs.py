@@ -11,8 +11,8 @@ from lib.config import RunConfig
 from lib.dialogs.chains import chain_dialog, chain_question, chains
 from lib.dialogs.templates import Role
 from lib.dialogs.tokenizers import ByteTokenizer
+from lib.experiments import chains as experiment
 from lib.experiments.chains import (
-    SETTINGS,
     configurations,
     recall_by_hops,
     rows,
@@ -49,7 +49,7 @@ def test_the_inputs_of_a_run_are_people_with_bosses_and_their_dialogs(tmp_path):
 
 def test_a_run_is_asked_about_each_number_of_hops_and_is_not_repeated(monkeypatch, tmp_path):
     monkeypatch.setenv("ITL_RUNS", str(tmp_path))
-    monkeypatch.setitem(SETTINGS, "smoke", SETTINGS["smoke"]._replace(asked=1))
+    monkeypatch.setattr(experiment, "MOST_ASKED", 1)
     assert sweep("smoke").done_now == 1
     (row,) = rows("smoke").to_dict("records")
     assert {f"{group}_{hops}": row[f"{group}_{hops}"] for group in ("trained", "unseen") for hops in (1, 2, 3)} == (
@@ -102,11 +102,10 @@ def test_answers_that_leave_out_the_last_hop_are_counted():
 
 
 def test_every_profile_has_its_runs_one_a_seed():
-    for profile, setting in SETTINGS.items():
+    for profile, n_seeds in zip(paths.PROFILES, (1, 1, 3, 10), strict=True):
         runs = configurations(profile)
-        assert len({config.run_id for config in runs}) == len(runs) == setting.n_seeds
+        assert len({config.run_id for config in runs}) == len(runs) == n_seeds
         assert [config.facts.seed for config in runs] == [config.seed for config in runs] == [*range(len(runs))]
-    assert set(SETTINGS) == set(paths.PROFILES)
 
 
 def test_a_profile_gives_its_finished_runs_and_trains_none_unless_told_to(monkeypatch, tmp_path):

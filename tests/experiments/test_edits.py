@@ -1,7 +1,5 @@
 """Section 7.1 on a model that cannot know a fact, the circuit of Section 4, and through a whole smoke run."""
 
-import json
-
 import pytest
 import torch
 
@@ -101,29 +99,33 @@ def test_a_smoke_run_measures_every_model_once(monkeypatch):
 def test_rows_are_published_once_and_only_with_a_commit(tmp_path, monkeypatch):
     monkeypatch.setenv("ITL_RUNS", str(tmp_path))  # other tests count the rows of the shared folder
     monkeypatch.setattr(paths, "PAPER_DATA", tmp_path)
-    row = {"run_id": "0123456789ab", "mode": "in-tool", "n_facts": 8, "seed": 0, "experiment": "change", "method": "m",
+    row = {"mode": "in-tool", "n_facts": 8, "seed": 0, "experiment": "change", "method": "m",
            "n_edited": 1, "asked": None, "who": None, "recall_others": 0.5, "finished_at": "2026-01-01",
            "commit": "a" * 40}  # fmt: skip
+    (row["run_id"], *_), *_ = (search.run_ids for search in searches(edits.SECTION, "laptop"))
     path = sweep_dir(edits.SECTION, "laptop") / row["run_id"] / ROWS
     path.parent.mkdir(parents=True)
     write_json(path, [row, row | {"method": "n"}])
     assert table_of(edits.SECTION).add("laptop") == 2 and table_of(edits.SECTION).add("laptop") == 0
     assert read_json(path, list)[0]["recall_others"] == edits.rows("laptop").recall_others[0]
-    write_json(path, [row | {"run_id": "ba9876543210", "commit": "unknown"}])
+    paths.PAPER_DATA.joinpath("edits.csv").unlink()
+    write_json(path, [row | {"commit": "unknown"}])
     with pytest.raises(InputError, match="not made by a clean commit"):
         table_of(edits.SECTION).add("laptop")
 
 
 @pytest.fixture
 def stored(tmp_path, monkeypatch):
-    """A function that stores the rows of runs of the quick profile, as these bytes."""
+    """A function that stores the rows of a run of the quick profile, as this text, and returns its id ("RUN" there)."""
     monkeypatch.setenv("ITL_RUNS", str(tmp_path))
     monkeypatch.setattr(paths, "PAPER_DATA", tmp_path)
 
-    def store(content: str, run: str = "in-tool") -> None:
-        path = sweep_dir(edits.SECTION, "quick") / run / ROWS
+    def store(content: str, run: str = "in-tool") -> str:
+        run_id = read_json(paths.CHECKPOINTS / run / "row.json")["run_id"]
+        path = sweep_dir(edits.SECTION, "quick") / run_id / ROWS
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+        path.write_text(content.replace("RUN", run_id))
+        return run_id
 
     return store
 
@@ -131,8 +133,8 @@ def stored(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", ["[1]", "[null]", "[[]]", "[{}]", '["run_id"]', '[{"run_id": "a"}, {}]'])
 def test_damaged_rows_are_passed_over(content, stored, capsys):
     stored(content)
-    stored('[{"run_id": "b"}]', "in-weight")
-    assert [*edits.rows("quick").run_id] == ["b"]
+    run_id = stored('[{"run_id": "RUN"}]', "in-weight")
+    assert [*edits.rows("quick").run_id] == [run_id]
     assert f"{ROWS} is damaged (it lacks run_id): delete it" in capsys.readouterr().err
 
 
@@ -141,7 +143,7 @@ def test_a_dry_run_says_which_models_are_not_measured_yet(stored):
     report = edits.sweep("quick", dry_run=True)
     assert report.runs_ahead == len(report.missing) == 2 and report.done_before == report.done_now == 0
     assert "about 2 runs ahead" in str(report) and "in-tool, 4096 facts, d = 24, seed 2" in str(report)
-    stored(json.dumps([{"run_id": report.missing[0].run_id}]))
+    stored('[{"run_id": "RUN"}]')
     report = edits.sweep("quick", dry_run=True)
     assert (report.done_before, report.runs_ahead) == (1, 1)
 

@@ -8,10 +8,11 @@ import pytest
 
 from lib import paths
 from lib.base import DamagedFile, InputError
-from lib.config import FINISHED, read_row
+from lib.config import FINISHED, RunConfig, read_row
 from lib.experiments import summaries, sweep, tables
 from lib.experiments.plan import searches
 from lib.experiments.rows import known_rows, sweep_dir, table_path
+from lib.paths import ROWS
 
 ROW = json.loads((paths.CHECKPOINTS / "in-tool" / "row.json").read_text())
 OTHERS = ["x", "0.5", [1], {"a": 1}, -1, 0, 0.5, 2, True, None, "", float("nan"), float("inf"), "[]", 10**400]
@@ -67,12 +68,16 @@ def test_a_row_that_lacks_what_code_reads_of_every_run_is_damaged(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[]", "[{}]", '[{"run_id":5}]', '[{"run_id":"a","recall":2}]', "[5]", "{}"])
-def test_no_row_and_a_row_of_other_types_are_damage_of_its_file_alone(content, tmp_path, capsys):
-    files = [tmp_path / "damaged.json", tmp_path / "whole.json"]
-    files[0].write_text(content)
-    files[1].write_text('[{"run_id":"b","recall":0.5}]')
-    rows = tables.rows_of_profile(tmp_path / "t.csv", "quick", files, ["b"])
-    assert [*rows.run_id] == ["b"] and [*rows.superseded] == [False]
+def test_no_row_and_a_row_of_other_types_are_damage_of_its_file_alone(content, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path))
+    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path)
+    plan = [RunConfig(seed=seed) for seed in (0, 1)]
+    files = [sweep_dir("07_2", "quick") / config.run_id / ROWS for config in plan]
+    for file, text in zip(files, (content, '[{"run_id":"b","recall":0.5}]'), strict=True):
+        file.parent.mkdir(parents=True)
+        file.write_text(text.replace('"b"', f'"{plan[1].run_id}"'))
+    rows = tables.rows_of_plan("07_2", "quick", plan)
+    assert [*rows.run_id] == [plan[1].run_id] and [*rows.superseded] == [False]
     assert capsys.readouterr().err.startswith(f"skipped: {files[0]} is damaged (")
 
 
