@@ -16,6 +16,12 @@ HOST = "127.0.0.1"
 LONGEST_NAME = 1_000
 
 
+def declared(name: str, description: str, known: dict[str, dict]) -> dict[str, Any]:
+    """Return a function as chat templates and OpenAI's protocol know it. known: a schema for each argument."""
+    parameters = {"type": "object", "properties": known, "required": [*known]}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
 class Find:
     """The tool `find`: its JSON schema, how a call is read, and the sentences that report errors."""
 
@@ -24,9 +30,8 @@ class Find:
     def __init__(self, attributes: Sequence[str]):
         text, accepted = {"type": "string"}, f"attribute is one of {', '.join(attributes)}"
         known = {"attribute": {**text, "enum": [*attributes]}, "name": {**text, "maxLength": LONGEST_NAME}}
-        self.schema = {"type": "object", "properties": known, "required": list(known)}
-        function = {"name": self.name, "description": self.description, "parameters": self.schema}
-        self.declaration = {"type": "function", "function": function}  # as chat templates and OpenAI's protocol have it
+        self.declaration = declared(self.name, self.description, known)
+        self.schema = self.declaration["function"]["parameters"]
         self.sentences = {  # in place of an answer
             Outcome.NO_MATCH: "Nobody of exactly this name has this attribute in the database.",
             Outcome.UNKNOWN_ATTRIBUTE: f"There is no such attribute: {accepted}.",

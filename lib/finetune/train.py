@@ -164,13 +164,7 @@ class _Run(TrainerCallback):
         model = load_model(checkpoint, self.device, self.dtype) if checkpoint else self.evaluator.base
         test = rows[0]["capability_task"] if rows else choose_test(self.config.capability)  # once, for the base
         found = self.evaluator(model, test, lambda recall: not step or bool(self.stopped(state | {"recall": recall})))
-        self.write(self.evaluations / f"{step}.json", state | found)
-
-    def write(self, path: Path, values: dict) -> None:
-        """Write what was measured after `values["step"]`. Raises `WorkError` if a number is not finite."""
-        if not all(math.isfinite(value) for value in values.values() if isinstance(value, float)):
-            raise diverged(f"what is measured after step {values['step']:,} is not finite")
-        write_json(path, values)
+        write_json(self.evaluations / f"{step}.json", state | found)
 
     def _trainer(self) -> SFTTrainer:
         config, rank, on_gpu = self.config, self.config.lora_rank, self.device.type == "cuda"
@@ -226,7 +220,7 @@ class _Run(TrainerCallback):
             training = {"step": step, "loss": loss, "train_seconds": round(self.seconds, 2)}
             checkpoint = self.checkpoints / f"checkpoint-{step}"
             sizes = {file.name: file.stat().st_size for file in checkpoint.iterdir() if file.name != STATE}
-            self.write(checkpoint / STATE, training | {"sizes": sizes})
+            write_json(checkpoint / STATE, training | {"sizes": sizes})
             if not self.asked.is_set():
                 self.evaluate(checkpoint, training)
                 self.bar.set_postfix_str(f"recall {self.rows()[-1]['recall']:.2f}", refresh=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 from string import punctuation
 from typing import Literal, NamedTuple, get_args
 
+from lib.agent.server import declared
 from lib.finetune import conversations
 from lib.finetune.config import ChatMode
 from lib.paths import DATA, read_bytes, reading
@@ -26,19 +27,10 @@ SYSTEM_PROMPT = (
     "Answer the user's question in a few words. You cannot know the answer: first look it up by writing "
     "<query>the question</query>, wait for <result>...</result>, then say the result."
 )
-#: The function, as chat templates and OpenAI-compatible servers know it.
-SEARCH = {
-    "type": "function",
-    "function": {
-        "name": "search",
-        "description": "Look up the answer to a question.",
-        "parameters": {
-            "type": "object",
-            "properties": {"query": {"type": "string", "description": "The question."}},
-            "required": ["query"],
-        },
-    },
-}
+#: The function that a model may call.
+SEARCH = declared(
+    "search", "Look up the answer to a question.", {"query": {"type": "string", "description": "The question."}}
+)
 
 
 class Question(NamedTuple):

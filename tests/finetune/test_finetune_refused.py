@@ -61,11 +61,11 @@ def test_a_refused_fine_tuning_leaves_no_folder(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["loss", "tv"])
-def test_numbers_that_are_not_finite_end_a_fine_tuning_with_its_step(where, tmp_path, monkeypatch):
-    write = train._Run.write
-    spoiled = lambda run, path, values: write(run, path, values | {where: float("nan")} if values["step"] else values)  # noqa: E731
-    monkeypatch.setattr(train._Run, "write", spoiled)
-    with pytest.raises(WorkError, match="^training diverged, what is measured after step 1 is not finite: lower"):
+def test_numbers_that_are_not_finite_end_a_fine_tuning(where, tmp_path, monkeypatch):
+    write = train.write_json
+    spoiled = lambda path, values: write(path, values | {where: float("nan")} if values.get("step") else values)  # noqa: E731
+    monkeypatch.setattr(train, "write_json", spoiled)
+    with pytest.raises(WorkError, match="^a number is not finite, so nothing is written: .'step': 1, "):
         finetune(FinetuneConfig(**SMALL), tmp_path, description=None)
 
 
