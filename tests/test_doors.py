@@ -8,15 +8,14 @@ import base64
 import json
 import shutil
 import signal
-import threading
 from collections.abc import Callable
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import forging
 import pytest
 import tokenizers
+from chat_server import says
 from finished import FINISHED
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -87,6 +86,14 @@ def damaged(*whole: bytes) -> st.SearchStrategy[bytes]:
 
 #: A door is opened once an example, and fixtures serve all examples.
 door = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+#: Where opening takes long.
+heavy_door = settings(door, max_examples=settings.default.max_examples // 2)
+
+
+@pytest.fixture
+def database(tmp_path) -> Path:
+    write_database(PEOPLE, tmp_path / "people.sqlite")
+    return tmp_path / "people.sqlite"
 
 
 @pytest.fixture(autouse=True)
@@ -123,14 +130,11 @@ turns = st.lists(
 @given(turn=turns)
 @example(turn="```sql\n" * 200_000)
 @example(turn="FIND " * 200_000 + "\n```")
-def test_a_turn_of_a_model_is_answered_by_an_outcome(turn, tmp_path, seconds):
+def test_a_turn_of_a_model_is_answered_by_an_outcome(turn, database, seconds):
     seconds()
     request = parse_request(turn)
     if request:
         assert turn.endswith(format_request(*request))
-    database = tmp_path / "people.sqlite"
-    if not database.exists():
-        write_database(PEOPLE, database)
     with SqlTool(database) as tool:
         assert tool(turn).outcome in Outcome
 
@@ -141,18 +145,15 @@ json_values = (
 )
 
 
-@door
+@heavy_door
 @given(
     arguments=st.none()
     | st.dictionaries(words, json_values, max_size=2)
     | st.fixed_dictionaries({"attribute": json_values, "name": json_values})
 )
 @example(arguments={"attribute": PEOPLE.attributes[0], "name": PEOPLE.names[0]})
-def test_a_call_of_a_client_is_a_value_or_a_sentence(arguments, tmp_path, seconds):
+def test_a_call_of_a_client_is_a_value_or_a_sentence(arguments, database, seconds):
     seconds()
-    database = tmp_path / "people.sqlite"
-    if not database.exists():
-        write_database(PEOPLE, database)
 
     async def talk():
         async with Client(people_server(database)) as client:
@@ -186,19 +187,14 @@ def test_a_csv_file_is_people_that_come_back_or_a_sentence(content, tmp_path, se
                 assert tool(format_request(attribute, name)).text == value
 
 
-def database_bytes(folder: Path) -> bytes:
-    write_database(PEOPLE, folder / "whole.sqlite")
-    return (folder / "whole.sqlite").read_bytes()
-
-
 @door
 @given(edits=st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1, max_size=20))
-def test_a_database_with_any_bytes_changed_answers_by_outcomes_or_is_refused(edits, tmp_path, seconds):
+def test_a_database_with_any_bytes_changed_answers_by_outcomes_or_is_refused(edits, database, seconds):
     seconds()
-    content = bytearray(database_bytes(tmp_path))
+    content = bytearray(database.read_bytes())
     for place, byte in edits:
         content[place % len(content)] = byte
-    path = written(tmp_path, "people.sqlite", bytes(content))
+    path = written(database.parent, "changed.sqlite", bytes(content))
     for kind in (SqlTool, EditableTool):
         with suppress(*SENTENCES), kind(path) as tool:
             for name, attribute, _ in PEOPLE.facts():
@@ -306,10 +302,7 @@ def test_a_plan_is_searches_or_a_sentence(content, tmp_path, seconds):
 # ---- Folders that runs wrote
 
 
-RECORDS = {
-    "config.json": read_claim,
-    "row.json": lambda folder: read_row(folder / "row.json"),
-}
+RECORDS = {"config.json": read_claim, "row.json": lambda folder: read_row(folder / "row.json")}
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -353,7 +346,7 @@ def test_a_checkpoint_with_right_checksums_and_other_bytes_talks_or_is_a_sentenc
     shutil.copytree(whole, tmp_path / "run")
     header = int.from_bytes(content[:8], "little") + 8 if name.endswith("tensors") else len(content)
 
-    @door
+    @heavy_door
     @given(damaged(content[:header]).map(lambda head: head + content[header:]))
     @example(b"{}")
     @example((10**9).to_bytes(8, "little") + content[8:])
@@ -373,56 +366,22 @@ def test_a_checkpoint_with_right_checksums_and_other_bytes_talks_or_is_a_sentenc
 # ---- Servers and notebooks
 
 
-class Says(BaseHTTPRequestHandler):
-    """A server whose every reply is the class's `reply`."""
-
-    reply = b""
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(self.reply)))
-        self.end_headers()
-        with suppress(OSError):  # the client may have heard enough
-            self.wfile.write(self.reply)
-
-    def log_message(self, *_) -> None: ...
-
-
 CALL = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": '{"query": "Rome"}'}}
-REPLY = {
-    "id": "1",
-    "object": "chat.completion",
-    "created": 0,
-    "model": "m",
-    "choices": [
-        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Rome", "tool_calls": [CALL]}}
-    ],
-}
-
-
-@pytest.fixture(scope="module")
-def server():
-    with ThreadingHTTPServer(("127.0.0.1", 0), Says) as started:
-        started.daemon_threads = True
-        threading.Thread(target=started.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        yield f"http://127.0.0.1:{started.server_port}/v1"
-        started.shutdown()
 
 
 @pytest.mark.parametrize("protocol", ["closed-book", "text", "tools"])
 def test_every_reply_of_a_server_is_recorded(protocol, server, tmp_path, seconds):
-    questions = load_questions(limit=1)
-    endpoint = EndpointConfig(base_url=server, model="m", protocol=protocol, retries=0, max_turns=2, timeout=20.0)
-    plain = json.dumps(REPLY | {"choices": [{"index": 0, "message": {"role": "assistant", "content": "Rome"}}]})
+    questions, replies = load_questions(limit=1), []
+    play = server(lambda request, n: (200, iter(replies)))
+    url = f"http://127.0.0.1:{play.server_port}/v1"
+    endpoint = EndpointConfig(base_url=url, model="m", protocol=protocol, retries=0, max_turns=2, timeout=20.0)
+    whole = [json.dumps(says("Rome", **more)[1]).encode() for more in ({}, {"tool_calls": [CALL]})]
 
-    @settings(door, max_examples=settings.default.max_examples // 4)
-    @given(damaged(json.dumps(REPLY).encode(), plain.encode()))
+    @heavy_door
+    @given(damaged(*whole))
     def read(reply):
         seconds()
-        Says.reply = reply
+        replies[:] = [reply]
         (tmp_path / "records.jsonl").unlink(missing_ok=True)
         (record,) = asyncio.run(ask_all(questions, endpoint, lambda query: "nothing", tmp_path / "records.jsonl"))
         assert (record["answer"] is None) or isinstance(record["answer"], str)

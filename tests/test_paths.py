@@ -1,6 +1,5 @@
 """Files that a run wrote: read with a check, written whole."""
 
-import ast
 import errno
 import fcntl
 import os
@@ -148,61 +147,6 @@ def test_lib_reads_and_writes_text_as_utf_8_whatever_the_system_takes():
     lines = [line for path in (paths.ROOT / "lib").rglob("*.py") for line in path.read_text("utf-8").splitlines()]
     assert sum(map(bool, map(opens.search, lines))) > 20
     assert not [line for line in lines if opens.search(line) and not re.search(r"utf-8|ascii", line)]
-
-
-def test_rows_and_claims_of_runs_are_parsed_by_one_function():
-    """Others parse what is no file of a run: options, configurations in rows, lines, what servers and users give."""
-    parsing = {
-        path.relative_to(paths.ROOT / "lib").as_posix()
-        for path in (paths.ROOT / "lib").rglob("*.py")
-        if "json.load" in path.read_text("utf-8")
-    }
-    others = {
-        "cli/options.py",
-        "config.py",
-        "dialogs/tokenizers.py",
-        "experiments/tables.py",
-        "experiments/worker.py",
-        "finetune/endpoint.py",
-        "finetune/experiments.py",
-        "finetune/triviaqa.py",
-        "training/monitor.py",
-    }
-    assert parsing == {"paths.py", *others}
-
-
-#: What writes into a file, by the name it is called by; `open` does if its mode says so.
-WRITING = {"write_text", "write_bytes", "savefig", "to_csv", "copyfile", "copytree", "export_chrome_trace"}
-
-
-def _writes(node: ast.AST) -> bool:
-    """Whether something outside of `with replacing(...)` writes into a file."""
-    if isinstance(node, ast.With) and any("replacing(" in ast.unparse(item) for item in node.items):
-        return False
-    if isinstance(node, ast.Call):
-        called = ast.unparse(node.func).split(".")[-1]
-        modes = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
-        opens = called == "open" and any(re.fullmatch("[rwaxbt+]*[wax+][rwaxbt+]*", str(mode)) for mode in modes)
-        if called in WRITING or opens or ast.unparse(node.func) in ("nbformat.write", "torch.save"):
-            return True
-    return any(map(_writes, ast.iter_child_nodes(node)))
-
-
-def test_one_function_writes_the_files_of_lib():
-    """It refuses to replace a device, and leaves what was there if it fails. Others write what nobody has yet."""
-    lib = paths.ROOT / "lib"
-    writing = {p.relative_to(lib).as_posix() for p in lib.rglob("*.py") if _writes(ast.parse(p.read_text("utf-8")))}
-    assert writing == {
-        "paths.py",  # this function: it waits until a file is on the disk
-        "dialogs/files.py",  # fills a new folder, which is renamed at the end
-        "training/checkpoint.py",  # the same
-        "slurm/submissions.py",  # the same
-        "finetune/train.py",  # copies a checkpoint into the run's own folder
-        "finetune/endpoint.py",  # adds lines to a file that `check_output` has seen
-        "training/monitor.py",  # adds lines to a file that it has just written so
-        "notebook/runner.py",  # in a temporary folder
-        "experiments/sweep.py",  # a pipe, to be closed
-    }
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EIO])

@@ -11,7 +11,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from time import monotonic
@@ -22,7 +22,6 @@ from mcp.client.stdio import stdio_client
 
 from lib.agent.server import LONGEST_NAME, people_server, stdio
 from lib.base import InputError
-from lib.cli import app
 from lib.facts.csv import write_people_csv
 from lib.facts.database import change_fact, write_database
 from lib.facts.people import People
@@ -113,21 +112,16 @@ UNKNOWN = f"no such attribute: .*{', '.join(PEOPLE.attributes)}"
 NO_REQUEST = f"takes two strings: .*{', '.join(PEOPLE.attributes)}; name, at most 1,000"
 REFUSED = {
     "an unknown person": ({"name": "Nobody"}, "Nobody of exactly this name"),
-    "another spelling": ({"name": NAME.lower()}, "Nobody of exactly this name"),
     "SQL as a name": ({"name": "' OR 1=1 --"}, "Nobody of exactly this name"),
     "control characters": ({"name": "\x00\x1b[2J\n```"}, "Nobody of exactly this name"),
     "the longest name": ({"name": "x" * LONGEST_NAME}, "Nobody of exactly this name"),
     "100,000 characters": ({"name": "x" * 100_000}, NO_REQUEST),
     "an unknown attribute": ({"attribute": "height"}, UNKNOWN),
     "the key": ({"attribute": "name"}, UNKNOWN),
-    "SQL as an attribute": ({"attribute": f'{ATTRIBUTE}" FROM people --'}, UNKNOWN),
-    "100,000 characters of an attribute": ({"attribute": "x" * 100_000}, UNKNOWN),
     "no name": ({"name": ...}, NO_REQUEST),
     "nothing": ({"name": ..., "attribute": ...}, NO_REQUEST),
     "a number": ({"name": 3}, NO_REQUEST),
-    "a list": ({"name": [NAME]}, NO_REQUEST),
     "an object": ({"attribute": {"a": ATTRIBUTE}}, NO_REQUEST),
-    "null": ({"attribute": None}, NO_REQUEST),
 }
 
 
@@ -157,9 +151,7 @@ def post(url: str, body: bytes, path: str = "/mcp", **headers: str) -> tuple[int
         return response.status, response.read()
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"{", b"null", b"[]", b"\xff", b"[" * 100_000, b'{"jsonrpc":"2.0","id":1,"method":"\\ud800"}']
-)
+@pytest.mark.parametrize("body", [b"", b"[]", b"\xff", b"[" * 100_000, b'{"jsonrpc":"2.0","id":1,"method":"\\ud800"}'])
 def test_bytes_that_are_no_request_are_refused_and_the_next_is_answered(url, body):
     status, reply = post(url, body)
     assert 400 <= status < 500 and len(reply) < 2_000 and b"Traceback" not in reply
@@ -271,44 +263,43 @@ def test_signals_end_the_server_and_nothing_of_it_stays(number, transport, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content", "words", "transport"),
     [
-        ("people.sqlite", b"no database, but long enough to be read as one" * 100, "cannot read people"),
-        ("people.sqlite", b"", "cannot read people"),
-        ("people.sqlite", None, "there is no database"),
-        ("people.csv", None, "cannot read people"),
-        ("people.csv", b"city\nLyon\n", "no column 'name'"),
-        ("people.csv", b"SQLite format 3\x00\xff", "cannot read people"),
+        ("people.sqlite", b"no database, but long enough to be read as one" * 100, "cannot read people", []),
+        ("people.sqlite", None, "there is no database", ["--http", "--port", "0"]),
+        ("people.csv", None, "cannot read people", []),
+        ("people.csv", b"city\nLyon\n", "no column 'name'", ["--http", "--port", "0"]),
+        ("people.csv", b"SQLite format 3\x00\xff", "cannot read people", []),
     ],
 )
-@pytest.mark.parametrize("transport", [[], ["--http", "--port", "0"]], ids=["stdio", "http"])
-def test_a_file_without_people_is_one_sentence(name, content, words, transport, tmp_path, monkeypatch, capsys):
+def test_a_file_without_people_is_one_sentence(name, content, words, transport, tmp_path, refused):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    refused(monkeypatch, capsys, words, str(tmp_path / name), *transport)
+    refused(words, str(tmp_path / name), *transport)
 
 
-def test_a_port_in_use_is_one_sentence(database, monkeypatch, capsys):
+def test_a_port_in_use_is_one_sentence(database, monkeypatch, refused):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        refused(monkeypatch, capsys, f"port {port} .*in use.*--port", str(database), "--http", "--port", port)
+        refused(f"port {port} .*in use.*--port", str(database), "--http", "--port", port)
 
 
-def test_without_the_package_one_sentence_names_the_extra(database, monkeypatch, capsys):
+def test_without_the_package_one_sentence_names_the_extra(database, monkeypatch, refused):
     monkeypatch.setitem(sys.modules, "mcp", None)
-    refused(monkeypatch, capsys, r"the package mcp: pip install -e '\.\[serve\]'", str(database))
+    refused(r"the package mcp: pip install -e '\.\[serve\]'", str(database))
 
 
-def refused(monkeypatch, capsys, words: str, *arguments: str) -> None:
+@pytest.fixture
+def refused(itl) -> Callable[..., None]:
     """Run the command in this process: it ends with one line and exit code 2, and leaves the signals as they were."""
-    monkeypatch.setattr(sys, "argv", ["itl", "serve", *arguments])
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(SystemExit) as exit_:
-        app.main()
-    out, err = capsys.readouterr()
-    assert exit_.value.code == 2 and out == "" and err.count("\n") == 1
-    assert re.match(f"itl: .*{words}", err), err
-    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def run(words: str, *arguments: str) -> None:
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        answer = itl("serve", *arguments)
+        assert answer[:2] == (2, "") and answer.err.count("\n") == 1 and re.match(f"itl: .*{words}", answer.err), answer
+        assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    return run
 
 
 def test_a_standard_input_that_is_closed_is_one_sentence(database, monkeypatch):

@@ -28,9 +28,6 @@ from lib.facts.database import add_people, as_database, change_fact, write_datab
 from lib.facts.people import VALUES, People
 from lib.facts.sampling import sample_people
 
-PROSE = "To answer this question I will make a request to the database:\n"
-
-
 PEOPLE = sample_people(100, seed=1)
 
 
@@ -47,21 +44,17 @@ def database(tmp_path):
         "Ann Lee works as an actor.",
         "FIND occupation FOR Ann Lee",
         "```sql\n```",
-        "```sql\n\n```",
         "```\nFIND occupation FOR Ann Lee\n```",
         "```SQL\nFIND occupation FOR Ann Lee\n```",
-        "``` sql\nFIND occupation FOR Ann Lee\n```",
         "x```sql\nFIND occupation FOR Ann Lee\n```",
         "```sql\nFIND occupation FOR Ann Lee",
         "```sql\nFIND occupation FOR Ann Lee```",
         "```sql\nFIND occupation FOR Ann Lee\n````",
         "```sql\nFIND occupation FOR\n```",
         "```sql\nFIND occupation FOR \n```",
-        "```sql\nFIND  FOR Ann Lee\n```",
         "```sql\nFIND FOR Ann Lee\n```",
         "```sql\nFIND birth date FOR Ann Lee\n```",
         "```sql\nfind occupation for Ann Lee\n```",
-        "```sql\n FIND occupation FOR Ann Lee\n```",
         "```sql\nSELECT occupation FROM people\n```",
         "```sql\nFIND occupation FOR Ann Lee\nFIND birth_date FOR Ann Lee\n```",
     ],
@@ -74,7 +67,7 @@ def test_everything_else_is_malformed(database, turn):
 
 
 def ask(tool, attribute, name):
-    return tool(PROSE + format_request(attribute, name))
+    return tool("To answer this question I will make a request to the database:\n" + format_request(attribute, name))
 
 
 def test_every_fact_is_answered_by_its_value_alone(database):
@@ -128,24 +121,23 @@ def test_names_and_columns_may_hold_what_means_something_in_sql(tmp_path):
 
 
 def test_a_foreign_database_may_have_odd_columns_and_empty_cells(tmp_path):
-    path = tmp_path / "foreign.db"
-    connection = sqlite3.connect(path)
-    connection.execute('CREATE TABLE people (id INTEGER, name TEXT, "a""b" TEXT, age INTEGER)')
-    connection.execute("INSERT INTO people VALUES (1, 'Ann', 'x', NULL), (2, 'Bo', 'y', 30)")
-    connection.commit()
-    connection.close()
+    path = made(
+        tmp_path / "foreign.db",
+        'CREATE TABLE people (id INTEGER, name TEXT, "a""b" TEXT, age INTEGER)',
+        "INSERT INTO people VALUES (1, 'Ann', 'x', NULL), (2, 'Bo', 'y', 30)",
+    )
     with SqlTool(path) as tool:
         assert tool.attributes == ("id", 'a"b', "age")
         assert [ask(tool, 'a"b', "Ann").text, ask(tool, "age", "Bo").text] == ["x", "30"]
         assert ask(tool, "age", "Ann").outcome is Outcome.NO_MATCH
 
 
-@pytest.mark.parametrize("asked", ["Ren\u00e9 Lee", "Rene\u0301 Lee", "Ren\u00e9  Lee", " Ren\u00e9\u00a0Lee "])
 @pytest.mark.parametrize("written", ["Ren\u00e9 Lee", "Rene\u0301 Lee", "Ren\u00e9\u00a0Lee"])
-def test_people_of_a_csv_file_are_found_however_their_name_is_spelled(tmp_path, written, asked):
+def test_people_of_a_csv_file_are_found_however_their_name_is_spelled(tmp_path, written):
     (tmp_path / "people.csv").write_text(f"name,city\n{written},Rome\nRene Lee,Oslo\n", encoding="utf-8")
     with as_database(tmp_path / "people.csv") as path, SqlTool(path) as tool:
-        assert tool.find_spelled("city", asked) == (Outcome.ANSWER, "Rome")
+        for asked in ("Ren\u00e9 Lee", "Rene\u0301 Lee", "Ren\u00e9  Lee", " Ren\u00e9\u00a0Lee "):
+            assert tool.find_spelled("city", asked) == (Outcome.ANSWER, "Rome")
         assert tool.find_spelled("city", "Rene Lee") == (Outcome.ANSWER, "Oslo")
 
 
@@ -191,37 +183,20 @@ def test_a_query_that_takes_too_long_is_a_timeout(tmp_path):
         assert tool("hello").outcome is Outcome.MALFORMED
 
 
-TABLES = {"no table": "CREATE TABLE cities (name TEXT)", "no name": "CREATE TABLE people (age TEXT)"}
-
-
-def bad_database(kind, folder):
-    path = folder / f"{kind}.db"
-    if kind == "text":
-        path.write_text("not a database, but long enough to have a header" * 20)
-    elif kind == "empty":
-        path.touch()
-    elif kind == "folder":
-        path.mkdir()
-    elif kind in TABLES:
-        connection = sqlite3.connect(path)
-        connection.execute(TABLES[kind])
-        connection.close()
-    return path
-
-
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("make", "message"),
     [
-        ("missing", "there is no database"),
-        ("folder", "there is no database"),
-        ("text", "file is not a database"),
-        ("empty", "no such table: people"),
-        ("no table", "no such table: people"),
-        ("no name", "no such column: people.name"),
+        (lambda path: None, "there is no database"),
+        (lambda path: path.mkdir(), "there is no database"),
+        (lambda path: path.write_text("not a database, but long enough to have a header" * 20), "is not a database"),
+        (lambda path: path.touch(), "no such table: people"),
+        (lambda path: made(path, "CREATE TABLE cities (name TEXT)"), "no such table: people"),
+        (lambda path: made(path, "CREATE TABLE people (age TEXT)"), "no such column: people.name"),
     ],
 )
-def test_a_bad_database_is_one_sentence(tmp_path, kind, message):
-    path = bad_database(kind, tmp_path)
+def test_a_bad_database_is_one_sentence(tmp_path, make, message):
+    path = tmp_path / "x.db"
+    make(path)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(InputError, match=message) as caught:
         SqlTool(path)
@@ -232,7 +207,6 @@ def test_a_bad_database_is_one_sentence(tmp_path, kind, message):
 SLOW = "printf('%.*c', 400000000, 'x')"  # seconds, in one call of a function
 
 
-@pytest.mark.parametrize("use", [SqlTool, EditableTool, lambda path: change_fact(path, "Ann", "pet", "eel")])
 @pytest.mark.parametrize(
     "sql",
     [
@@ -242,10 +216,11 @@ SLOW = "printf('%.*c', 400000000, 'x')"  # seconds, in one call of a function
     ],
     ids=["virtual", "stored", "under a view"],
 )
-def test_computed_columns_are_refused(tmp_path, sql, use):
+def test_computed_columns_are_refused(tmp_path, sql):
     path = made(tmp_path / "x.db", *sql, f"INSERT INTO {'t' if len(sql) > 1 else 'people'} (name) VALUES ('Ann')")
-    with pytest.raises(InputError, match=f"the database {path} computes a column"):
-        use(path)
+    for use in (SqlTool, EditableTool, lambda path: change_fact(path, "Ann", "pet", "eel")):
+        with pytest.raises(InputError, match=f"the database {path} computes a column"):
+            use(path)
 
 
 def test_a_view_runs_no_function(tmp_path):
@@ -279,29 +254,19 @@ def test_a_database_damaged_later_is_an_error_and_no_answer(tmp_path):
     "sql",
     [
         "ATTACH '{new}' AS other",
-        "ATTACH ':memory:' AS other",
         "VACUUM INTO '{new}'",
-        "VACUUM",
-        "PRAGMA user_version",
         "PRAGMA query_only = OFF",
         "PRAGMA journal_mode = WAL",
         "SELECT * FROM pragma_database_list",
         "CREATE TABLE pets (name)",
         "CREATE TEMP TABLE pets (name)",
-        "CREATE TEMP VIEW pets AS SELECT 1",
         "CREATE VIRTUAL TABLE pets USING fts5(name)",
-        "CREATE INDEX places ON people (birth_place)",
         "INSERT INTO people (name) VALUES ('Ann')",
         "UPDATE people SET occupation = 'actor'",
         "DELETE FROM people",
-        "DROP TABLE people",
         "ALTER TABLE people ADD COLUMN height",
-        "REINDEX",
         "ANALYZE",
         "BEGIN EXCLUSIVE",
-        "COMMIT",
-        "ROLLBACK",
-        "SAVEPOINT here",
         "DETACH main",
         "SELECT load_extension('{new}')",
         "SELECT writefile('{new}', 'x')",
@@ -319,25 +284,6 @@ def test_only_reading_is_allowed(database, sql):
     connection.close()
     assert database.read_bytes() == before
     assert list(database.parent.iterdir()) == [database]
-
-
-@pytest.mark.parametrize(
-    "sql",
-    [
-        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n WHERE i < 0",
-        "SELECT 1 FROM people a, people b, people c, people d, people e WHERE a.name || e.name = b.occupation",
-        "SELECT a.name FROM people a, people b, people c, people d, people e ORDER BY a.name || e.name",
-    ],
-)
-def test_an_endless_query_is_stopped_within_its_time_budget(database, sql):
-    connection = connect_read_only(database, time_budget=0.1)
-    start = monotonic()
-    with pytest.raises(sqlite3.OperationalError) as caught:
-        connection.execute(sql).fetchall()
-    assert caught.value.sqlite_errorname == "SQLITE_INTERRUPT"
-    assert 0.1 <= monotonic() - start < 30  # a busy machine is slow; an endless query would take days
-    assert connection.execute("SELECT name FROM people LIMIT 1").fetchall()
-    connection.close()
 
 
 def test_a_query_cannot_fill_the_memory_with_one_value(database):
@@ -402,7 +348,6 @@ def outcome(path, attribute="pet", name="Ann"):
         ("NULL", Outcome.NO_MATCH),
         ("-5", "-5"),
         ("1e400", "inf"),
-        ("''", ""),
         ("'a' || char(0) || 'b'", "a\0b"),
     ],
 )
@@ -413,23 +358,6 @@ def test_any_value_of_a_cell_has_a_typed_outcome(tmp_path, value, expected):
         assert said.outcome is expected
     else:
         assert expected == said.text if not isinstance(said, str) else expected in said
-
-
-@pytest.mark.parametrize("tool", [SqlTool, EditableTool])
-def test_whatever_byte_of_a_database_is_damaged_the_outcome_is_typed(tmp_path, tool):
-    write_database(PEOPLE[:40], tmp_path / "x.db")
-    whole, answers = (tmp_path / "x.db").read_bytes(), 0
-    places = [*range(0, 110, 7), *range(110, len(whole), 301), *range(len(whole) - 400, len(whole), 21)]
-    for place in places:
-        damaged = bytearray(whole)
-        damaged[place] ^= 0xFF if place % 2 else 0x81
-        (tmp_path / "x.db").write_bytes(damaged)
-        try:
-            with tool(tmp_path / "x.db") as opened:
-                answers += ask(opened, "occupation", PEOPLE.names[7]).ok
-        except InputError as error:
-            assert str(tmp_path) in str(error)
-    assert 0 < answers < len(places)
 
 
 @pytest.mark.parametrize(

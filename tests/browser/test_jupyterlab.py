@@ -19,6 +19,7 @@ from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
+from waiting import processes
 
 from lib import paths
 from lib.dialogs.templates import tool_call
@@ -58,18 +59,6 @@ def committed() -> dict[Path, str]:
     folders = (paths.NOTEBOOKS, paths.ROOT / "figures", paths.PAPER_DATA)
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def processes_with(environment: bytes) -> list[str]:
-    """The command lines of all processes that were started with `environment`, NAME=value."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if environment in (process / "environ").read_bytes().split(b"\0"):
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:  # it has ended, or is somebody else's
-            continue
-    return found
 
 
 @dataclass
@@ -156,7 +145,7 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
         "JUPYTER_CONFIG_PATH": str(paths.ROOT / ".jupyter"),
         **{f"JUPYTER_{kind}_DIR": str(folder / "jupyter" / kind) for kind in ("CONFIG", "DATA", "RUNTIME")},
     }
-    mark = f"ITL_RUNS={folder / 'runs'}".encode()
+    mark = f"ITL_RUNS={folder / 'runs'}"
     options = ["--no-browser", "--ServerApp.port=0", "--IdentityProvider.token=", *["--allow-root"] * AS_ROOT]
     with (folder / "log").open("w") as log:
         command = [sys.executable, "-m", "jupyter", "lab", f"--ServerApp.root_dir={folder / 'notebooks'}", *options]
@@ -167,14 +156,14 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
         wait_for(lambda: server.poll() is not None or told.exists() and told.read_text().endswith("}"))
         assert server.poll() is None, (folder / "log").read_text()
         browser = chromium(environment)
-        assert processes_with(mark)
+        assert processes(mark)
         yield Lab(json.loads(told.read_text())["url"], folder / "notebooks", folder / "runs", browser)
     finally:
         if browser:
             browser.quit()
         server.terminate()
         server.wait(60)
-    wait_for(lambda: not processes_with(mark))
+    wait_for(lambda: not processes(mark))
     assert committed() == before
 
 
@@ -265,11 +254,7 @@ def move_a_slider(lab) -> None:
 
 
 #: What there is to do in a notebook that has run.
-TO_DO = {
-    "00_quickstart": talk_to_both,
-    "05_1_parameter_bounds": move_a_slider,
-    "05_3_compressibility": move_a_slider,
-}
+TO_DO = {"00_quickstart": talk_to_both, "05_1_parameter_bounds": move_a_slider, "05_3_compressibility": move_a_slider}
 
 
 @pytest.mark.parametrize("notebook", SEEN, indirect=True)

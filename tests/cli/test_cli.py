@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -21,42 +21,23 @@ import pytest
 import torch
 from full_disk import full_after
 from safetensors.torch import save_file
+from snapshots import snapshot
 
 from lib import paths
 from lib.base import InputError, WorkError
 from lib.cli import app
 from lib.cli.options import ENDS
+from lib.config import RunConfig
+from lib.dialogs.files import open_dialogs, tokenize_file
+from lib.dialogs.tokenizers import ByteTokenizer
+from lib.dialogs.tokens import tokenize_people
+from lib.experiments.sweep import Report
 from lib.facts.sampling import sample_people
 from lib.training import checkpoint
+from lib.training.run import run
 from lib.training.saved import open_conversation
 
 TINY = ["--people", "2", "--d-model", "8", "--set", "training.steps=8", "--set", "evaluation.every=null"]
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def _main(*arguments: str) -> int:
-    """Run `itl` in this process; returns its exit code."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_:
-        patch.setattr(sys, "argv", ["itl", *arguments])
-        app.main()
-    return exit_.value.code or 0
-
-
-@pytest.fixture
-def itl(capsys) -> Callable[..., Answer]:
-    """A function that runs `itl` in this process and returns what it answered."""
-
-    def run(*arguments: str) -> Answer:
-        capsys.readouterr()
-        code = _main(*arguments)
-        return Answer(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -64,21 +45,17 @@ def trained(tmp_path_factory) -> Path:
     """Folders in-weight and in-tool, each with a run of a tiny model that knows next to nothing."""
     folder = tmp_path_factory.mktemp("trained")
     for mode in ("in-weight", "in-tool"):
-        assert _main("train", "--mode", mode, *TINY, "--out", str(folder / mode)) == 0
+        fields = {"facts": {"n_people": 2}, "model": {"d_model": 8}, "training": {"steps": 8}}
+        run(RunConfig.parse({"mode": mode, **fields, "evaluation": {"every": None}}), folder / mode)
     return folder
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch) -> Iterator[Path]:
+def here(own_runs, tmp_path, monkeypatch) -> Path:
     """The current folder, in which runs/ is too."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("COLUMNS", "80")
-    yield tmp_path
-
-
-def _snapshot(folder: Path) -> dict[str, bytes | None]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+    return tmp_path
 
 
 # ---- Bad input
@@ -118,87 +95,39 @@ def _flip(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-def _forged(kind: str) -> Callable[[Path], None]:
-    return lambda here: forging.FORGED[kind](here / "in-weight" / "model")
-
-
-def _database(sql: str) -> Callable[[Path], None]:
-    def prepare(here: Path) -> None:
-        with sqlite3.connect(here / "some.sqlite") as connection:
-            connection.execute(sql)
-        connection.close()
-
-    return prepare
-
-
-def _finished_run_of_another_size(here: Path) -> None:
-    shutil.copytree(here / "in-weight", here / "run")
+def _people_without_birth_dates(here: Path) -> None:
+    with closing(sqlite3.connect(here / "some.sqlite")) as connection:
+        connection.execute("CREATE TABLE people (name, pet)")
 
 
 CSV = "train --csv people.csv --out run"
 BAD = {
     # People
     "negative people": Bad("data --out x.sqlite --people -3", ("facts.n_people", "greater than or equal to 1", "-3")),
-    "no people": Bad("train --people 0", ("facts.n_people", "greater than or equal to 1", "0")),
-    "too many people": Bad("data --out x.sqlite --people 5000000", ("facts.n_people", "less than or equal to 4578012")),
     "people in letters": Bad("train --people many", ("--people", "integer")),
-    "an impossible correlation": Bad(
-        "data --out x.sqlite --alpha 1.5", ("facts.alpha", "less than or equal to 1", "1.5")
-    ),
-    "a negative seed": Bad("train --seed -1", ("seed", "greater than or equal to 0", "-1")),
-    "correlation of people from a CSV": Bad(
-        "data --out x.sqlite --csv people.csv --alpha 0.5",
-        ("facts.alpha", "must be 0", "facts.csv"),
-        _file("people.csv", "name,pet\nAnn,cat\n"),
-    ),
     "a CSV that is missing": Bad(CSV, ("cannot read people from people.csv", "No such file")),
     "a CSV without a column name": Bad(
         CSV, ("people.csv", "no column 'name'", "who"), _file("people.csv", "who,pet\nAnn,cat\n")
-    ),
-    "a CSV with a name twice": Bad(
-        CSV, ("people.csv", "'Ann' twice", "unique"), _file("people.csv", "name,pet\nAnn,a\nAnn,b\n")
-    ),
-    "a CSV with nobody": Bad(CSV, ("people.csv has no people",), _file("people.csv", "name,pet\n")),
-    "a CSV with an attribute that cannot be asked for": Bad(
-        CSV, ("people.csv", "bad column name 'first pet'", "letters"), _file("people.csv", "name,first pet\nAnn,cat\n")
-    ),
-    "a CSV with an empty cell": Bad(
-        CSV, ("people.csv, person 1", "non-empty"), _file("people.csv", "name,pet\nAnn,\n")
     ),
     # Configurations
     "heads that do not divide d_model": Bad(
         "train --d-model 32 --set model.n_heads=3", ("model.d_model = 32", "n_heads = 3", "multiple of 6")
     ),
-    "key-value heads that do not divide heads": Bad(
-        "train --set model.n_heads=4 --set model.n_kv_heads=3", ("model.n_kv_heads = 3", "a divisor")
-    ),
-    "a vocabulary without room for bytes": Bad(
-        "train --set model.vocab_size=100", ("model.vocab_size = 100", "at least 260")
-    ),
     "an unknown configuration key": Bad(
         "train --set training.epochs=3", ("unknown configuration key 'training.epochs'", "accepted are", "batch_size")
     ),
-    "an unknown group": Bad("train --set trainer.steps=3", ("unknown configuration key 'trainer'", "training")),
-    "a group in place of a field": Bad("train --set model=3", ("model takes an object", "3")),
     "a value of the wrong type": Bad("train --set training.steps=many", ("training.steps", "integer", "'many'")),
-    "a rate that is not finite": Bad("train --set optim.lr=Infinity", ("optim.lr", "finite")),
     "--set without a value": Bad("train --set training.steps", ("--set takes field=value", "'training.steps'")),
     "a mode that does not exist": Bad("train --mode both", ("--mode", "'both'", "'in-weight', 'in-tool'")),
     "a missing configuration": Bad("train --config c.json", ("cannot read the configuration c.json", "No such file")),
     "a configuration that is not JSON": Bad(
         "train --config c.json", ("cannot read the configuration c.json",), _file("c.json", "{seed: 1}")
     ),
-    "a configuration that is a list": Bad("train --config c.json", ("object with fields",), _file("c.json", "[1]")),
-    "a configuration with an unknown key": Bad("train --config c.json", ("'seeds'",), _file("c.json", '{"seeds": 1}')),
     # Folders and files
     "a folder that holds something else": Bad(
         "train --out run", ("run is not empty and holds no run", "new folder"), _file("run/thesis.tex", "words")
     ),
-    "the folder of another run": Bad(
-        "train --people 3 --out run", ("run holds a run of another configuration",), _finished_run_of_another_size
-    ),
     "a file in place of a folder": Bad("train --out run", ("cannot make the folder run",), _file("run", "")),
-    "a folder below a file": Bad("train --out file/run", ("cannot make the folder file/run",), _file("file", "")),
     "a database in a folder that does not exist": Bad(
         "data --out nowhere/x.sqlite", ("cannot write the database nowhere/x.sqlite", "existing folder")
     ),
@@ -209,37 +138,15 @@ BAD = {
         "data --out x.sqlite --dialogs nowhere/d.jsonl", ("cannot write nowhere/d.jsonl", "existing folder")
     ),
     "a database in place of the people it is made from": Bad(
-        "data --csv people.csv --out ./people.csv",
-        ("name the same file",),
-        _file("people.csv", "name,pet\nAnn,cat\n"),
+        "data --csv people.csv --out ./people.csv", ("name the same file",), _file("people.csv", "name,pet\nAnn,cat\n")
     ),
     "dialogs in place of the people": Bad(
         "data --csv people.csv --out x.sqlite --dialogs people.csv",
         ("name the same file",),
         _file("people.csv", "name,pet\nAnn,cat\n"),
     ),
-    "a database in place of the people, by another name": Bad(
-        "data --csv people.csv --out link",
-        ("--csv and --out name the same file",),
-        lambda here: (_file("people.csv", "name,pet\nAnn,cat\n")(here), os.link(here / "people.csv", here / "link")),
-    ),
-    "a database in place of a circle of links": Bad(
-        "data --out circle", ("cannot write the database circle",), lambda here: (here / "circle").symlink_to("circle")
-    ),
-    "dialogs and a database in one file": Bad(
-        "data --out x.sqlite --dialogs in-weight/../x.sqlite", ("name the same file",)
-    ),
-    "a database in place of a pipe": Bad(
-        "data --out pipe", ("cannot write the database pipe", "a file name"), lambda here: os.mkfifo(here / "pipe")
-    ),
-    "a database in place of what a link leads to": Bad(
-        "data --out link", ("cannot write the database link",), lambda here: (here / "link").symlink_to("/dev/null")
-    ),
     "dialogs in place of a pipe": Bad(
         "data --out x.sqlite --dialogs pipe", ("cannot write pipe",), lambda here: os.mkfifo(here / "pipe")
-    ),
-    "more parts of a batch than dialogs": Bad(
-        "train --people 2 --out run --set training.grad_accumulation=100", ("grad_accumulation = 100", "8 dialogs")
     ),
     # Checkpoints
     "a run that is missing": Bad("recall nothing", ("there is no checkpoint at nothing",)),
@@ -252,37 +159,13 @@ BAD = {
         _damage(checkpoint.TENSORS, lambda b: b[:-100]),
     ),
     "a flipped bit": Bad("chat in-weight Hello?", ("damaged", checkpoint.TENSORS), _damage(checkpoint.TENSORS, _flip)),
-    "a flipped bit in the state": Bad(
-        "recall in-weight", ("damaged", checkpoint.STATE), _damage(checkpoint.STATE, _flip)
-    ),
-    "a checkpoint without its marker": Bad(
-        "recall in-weight", ("incomplete", checkpoint.MARKER, "train again"), _damage(checkpoint.MARKER, None)
-    ),
-    "a checkpoint without its tensors": Bad(
-        "recall in-weight", ("damaged", checkpoint.TENSORS, "missing"), _damage(checkpoint.TENSORS, None)
-    ),
-    "a checkpoint that is forged": Bad(
-        "recall in-weight",
-        ("the checkpoint in-weight/model: ", "object with fields"),
-        _forged("an empty state"),
-    ),
-    "weights that are no numbers": Bad("chat in-weight Hello?", ("q_proj.weight is not finite",), _forged("NaN")),
-    "weights that are too few": Bad(
-        "recall in-weight", ("do not fit its configuration", "torch.float32 [7, 8]"), _forged("another shape")
-    ),
-    "weights of another type": Bad("chat in-weight Hello?", ("do not fit", "torch.bool"), _forged("bool")),
-    "weights of terabytes": Bad("recall in-weight", ("parts of", "are missing"), _forged("offsets of 10^9")),
-    "a pipe in place of weights": Bad(
-        "chat in-weight Hello?", ("damaged", checkpoint.TENSORS, "missing"), _forged("a pipe in place of tensors")
+    "weights that are no numbers": Bad(
+        "chat in-weight Hello?",
+        ("q_proj.weight is not finite",),
+        lambda here: forging.FORGED["NaN"](here / "in-weight" / "model"),
     ),
     # Sizes and names
-    "a model that no machine holds": Bad(
-        "train --d-model 400000000 --out run", ("takes at least", "GB of memory", "cpu has", "smaller")
-    ),
-    "layers without end": Bad("train --set model.n_layers=10000000", ("model.n_layers", "less than or equal to 1000")),
-    "an integer of 10,000 digits": Bad(f"train --set training.steps={'9' * 10_000}", ("training.steps", "integer")),
     "an integer of 4,000 digits": Bad(f"train --set model.d_model={'8' * 4_000}", ("model.d_model", "below 2^63")),
-    "a width of 4,000 digits": Bad(f"train --d-model {'8' * 4_000}", ("model.d_model", "below 2^63")),
     "a value that is nested without end": Bad(f"train --set seed={'[' * 100_000}", ("seed", "integer", "[[[")),
     "a field that is nested without end": Bad(
         f"train --set training.files{'.a' * 30_000}=1", ("training.files", "number")
@@ -290,62 +173,23 @@ BAD = {
     "a configuration without end": Bad(
         "train --config /dev/zero", ("cannot read the configuration /dev/zero", "it is no file")
     ),
-    "people without end": Bad("data --csv /dev/full --out p.sqlite", ("people from /dev/full", "it is no file")),
-    "people of a pipe that nobody fills": Bad(
-        "train --csv pipe", ("people from pipe", "it is no file"), lambda here: os.mkfifo(here / "pipe")
-    ),
-    "a plan of a pipe that nobody fills": Bad(
-        "sweep pipe.yaml", ("the plan pipe.yaml", "it is no file"), lambda here: os.mkfifo(here / "pipe.yaml")
-    ),
     "a plan without end": Bad(
         "sweep endless.yaml --dry-run",
         ("cannot read the plan endless.yaml", "it is no file"),
         lambda here: (here / "endless.yaml").symlink_to("/dev/zero"),
     ),
-    "a configuration that is nested without end": Bad(
-        "train --config c.json", ("cannot read the configuration c.json", "recursion"), _file("c.json", "[" * 100_000)
-    ),
-    "a configuration of 10,000 digits": Bad(
-        "train --config c.json",
-        ("cannot read the configuration c.json", "digits"),
-        _file("c.json", f'{{"seed": {"9" * 10_000}}}'),
-    ),
-    "a configuration with a name that no file has": Bad(
-        "train --config c.json", ("facts.csv", "NUL"), _file("c.json", '{"facts": {"csv": "a\\u0000b"}}')
-    ),
     "a folder with NUL in its name": Bad("train --out a\0b", ("--out", "null")),
-    "a configuration with NUL in its name": Bad("train --config a\0b", ("--config", "null")),
-    "people with NUL in the name of their file": Bad("train --csv a\0b", ("facts.csv", "NUL")),
     "a folder with a long name": Bad(f"train --out {'x' * 300}", ("cannot make the folder xxx", "File name too long")),
-    "a folder in one with a long name": Bad(f"train --out {'x' * 300}/run", ("cannot make the folder", "too long")),
     "a configuration with a long name": Bad(f"train --config {'x' * 300}", ("cannot read", "File name too long")),
-    "people with a long name": Bad(f"train --csv {'x' * 300}", ("cannot read people", "File name too long")),
     "a folder that leads to itself": Bad(
         "train --out loop", ("cannot make the folder loop",), lambda here: (here / "loop").symlink_to("loop")
     ),
-    "a configuration that leads to itself": Bad(
-        "train --config loop", ("loop", "symbolic links"), lambda here: (here / "loop").symlink_to("loop")
-    ),
-    "people that lead to themselves": Bad(
-        "train --csv loop", ("loop", "symbolic links"), lambda here: (here / "loop").symlink_to("loop")
-    ),
     # Databases
     "a missing database": Bad("recall in-tool --database no.sqlite", ("there is no database no.sqlite",)),
-    "a file that is no database": Bad(
-        "recall in-tool --database some.sqlite", ("some.sqlite", "not a database"), _file("some.sqlite", "words " * 99)
-    ),
-    "a database without people": Bad(
-        "chat in-tool Hello? --database some.sqlite", ("some.sqlite", "no such table"), _database("CREATE TABLE x (y)")
-    ),
-    "a database without a column name": Bad(
-        "recall in-tool --database some.sqlite",
-        ("some.sqlite", "no such column: people.name"),
-        _database("CREATE TABLE people (who)"),
-    ),
     "an unknown attribute": Bad(
         "recall in-tool --database some.sqlite",
         ("unknown attribute 'birth_date'", "of some.sqlite: there are pet"),
-        _database("CREATE TABLE people (name, pet)"),
+        _people_without_birth_dates,
     ),
     "a database for a model that asks none": Bad(
         "recall in-weight --database in-tool/people.sqlite", ("in-weight", "asks no database", "leave")
@@ -355,11 +199,6 @@ BAD = {
     "a parameter that a notebook does not have": Bad(
         "notebooks 00 -p color=red", ("00_quickstart has no parameter 'color'", "it accepts", "profile: str")
     ),
-    "a parameter of the wrong type": Bad(
-        "notebooks 05_1 -p threshold=high", ("parameter threshold", "'high'", "float")
-    ),
-    "a parameter without a value": Bad("notebooks 05_1 -p threshold", ("'threshold'", "name=value")),
-    "the profile as a parameter": Bad("notebooks 05_1 -p profile=quick", ("profile", "option", "not as a parameter")),
     # Sweeps and figures
     "an unknown section": Bad("sweep 05_9", ("unknown experiment '05_9'", "05_1")),
     "an unknown profile": Bad("sweep 05_1 --profile huge", ("--profile", "'huge'", "'quick', 'laptop', 'paper'")),
@@ -384,9 +223,6 @@ BAD = {
     "an evaluation of a folder without a run": Bad("evaluate .", ("is not the folder of a run", "config.json")),
     "an evaluation on a device that is not there": Bad("evaluate in-weight --device cuda:99", ("no device 'cuda:99'",)),
     "negative steps to profile": Bad("train --profile-steps -1", ("observers.profile_steps", "-1")),
-    "probes every zero steps": Bad("train --probe-every 0", ("observers.probe_every", "0")),
-    "half a step between probes": Bad("train --probe-every 0.5", ("--probe-every", "integer")),
-    "an unknown device for questions": Bad("recall in-weight --device cuda:99", ("no device 'cuda:99'", "auto or cpu")),
     "an unknown option": Bad("train --epochs 3", ("No such option", "--epochs")),
     "an unknown command": Bad("trian", ("No such command 'trian'",)),
     "an option without its value": Bad("train --people", ("--people", "requires an argument")),
@@ -404,21 +240,19 @@ def prepared(here, trained, request) -> tuple[Path, Bad]:
     return here, bad
 
 
-def _assert_one_sentence(answer: Answer, words: tuple[str, ...]) -> None:
-    assert answer.code == 2
-    assert answer.err.startswith("itl: ") and answer.err.endswith("\n") and answer.err.count("\n") == 1, answer.err
-    assert "Traceback" not in answer.err + answer.out
-    for word in words:
-        assert word in answer.err
+def _assert_one_sentence(answer: tuple[int, str, str], words: tuple[str, ...]) -> None:
+    code, out, err = answer
+    assert code == 2 and err.startswith("itl: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert "Traceback" not in err + out and all(word in err for word in words), err
 
 
 @pytest.mark.parametrize("prepared", BAD, indirect=True)
 def test_bad_input_is_answered_with_one_sentence_and_changes_no_file(prepared, itl):
     folder, bad = prepared
-    before = _snapshot(folder)
+    before = snapshot(folder)
     answer = itl(*bad.command.split())
     _assert_one_sentence(answer, bad.words)
-    assert _snapshot(folder) == before
+    assert snapshot(folder) == before
 
 
 @pytest.mark.slow
@@ -429,30 +263,25 @@ def test_bad_input_is_answered_with_one_sentence_and_changes_no_file(prepared, i
 )
 def test_bad_input_to_a_real_process_is_answered_the_same_way(prepared):
     folder, bad = prepared
-    before = _snapshot(folder)
+    before = snapshot(folder)
     environment = {**os.environ, "PYTHONPATH": str(paths.ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "lib", *bad.command.split()]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    _assert_one_sentence(Answer(done.returncode, done.stdout, done.stderr), bad.words)
-    assert _snapshot(folder) == before
+    _assert_one_sentence((done.returncode, done.stdout, done.stderr), bad.words)
+    assert snapshot(folder) == before
 
 
-@pytest.mark.parametrize("spoil", ["changed", "gone", "elsewhere"])
-def test_a_run_asks_about_the_people_it_was_trained_on_whatever_becomes_of_their_file(here, itl, monkeypatch, spoil):
+def test_a_run_asks_about_the_people_it_was_trained_on_wherever_it_is(here, itl, monkeypatch):
     (here / "people.csv").write_text('name,pet\nZoe,cat\nBob,"a, b"\nAnn,dog\n')
     options = ["--d-model", "8", "--set", "training.steps=8", "--set", "evaluation.every=null"]
     assert itl("train", "--csv", "people.csv", *options, "--mode", "in-tool", "--out", "run").code == 0
-    model = "run"
-    if spoil == "changed":
-        (here / "people.csv").write_text("name,pet\nZoe,eel\nBob,ant\nAnn,dog\nEve,fox\n")
-    elif spoil == "gone":
-        (here / "people.csv").unlink()
-    else:
-        (here / "there").mkdir()
-        (here / "there" / "people.csv").write_text("name,pet\nEve,fox\n")
-        (here / "run").rename(here / "moved")
-        monkeypatch.chdir(here / "there")
-        model = "../moved"
+    row = json.loads((here / "run" / "row.json").read_text())
+    assert (row["n_facts"], row["recall_pet"]) == (3, row["recall"])
+    (here / "there").mkdir()
+    (here / "there" / "people.csv").write_text("name,pet\nEve,fox\n")
+    (here / "run").rename(here / "moved")
+    monkeypatch.chdir(here / "there")
+    model = "../moved"
     for folder in (model, f"{model}/model"):
         with open_conversation(Path(folder), Path(model, "people.sqlite")) as talk:
             assert list(talk.people.facts()) == [("Zoe", "pet", "cat"), ("Bob", "pet", "a, b"), ("Ann", "pet", "dog")]
@@ -472,9 +301,9 @@ def test_a_locked_database_is_answered_with_one_sentence(here, trained, itl):
     shutil.copytree(trained / "in-tool", here / "in-tool")
     connection = sqlite3.connect(here / "in-tool" / "people.sqlite", isolation_level=None)
     connection.execute("BEGIN EXCLUSIVE")
-    before = _snapshot(here)
+    before = snapshot(here)
     _assert_one_sentence(itl("recall", "in-tool"), ("in-tool/people.sqlite", "database is locked"))
-    assert _snapshot(here) == before
+    assert snapshot(here) == before
     connection.close()
     assert itl("recall", "in-tool").code == 0
 
@@ -496,34 +325,21 @@ def test_weights_and_biases_without_an_account_says_how_to_do_without(here):
     environment |= {"PYTHONPATH": str(paths.ROOT), "HOME": str(here / "home"), "ITL_RUNS": str(here / "runs")}
     command = [sys.executable, "-m", "lib", "train", *TINY, "--wandb", "p"]
     done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    _assert_one_sentence(Answer(done.returncode, done.stdout, done.stderr), ("API key", "WANDB_MODE=offline"))
+    _assert_one_sentence((done.returncode, done.stdout, done.stderr), ("API key", "WANDB_MODE=offline"))
     assert not (here / "runs").exists()
 
 
-def test_an_interrupted_command_says_how_to_go_on(here, itl, monkeypatch):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lib.training.run.run", interrupt)
-    answer = itl("train", *TINY)
-    assert (answer.code, answer.err) == (130, "itl: interrupted: the same command resumes from what was saved\n")
-
-
-def test_an_interrupted_command_that_cannot_go_on_promises_nothing(here, itl, monkeypatch):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lib.facts.sampling.load_people", interrupt)
-    answer = itl("data", "--out", "x.sqlite")
-    assert (answer.code, answer.err) == (130, "itl: interrupted\n")
-
-
-def test_an_interruption_before_the_command_begins_is_one_sentence(itl, monkeypatch):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(app, "app", interrupt)
-    assert itl("data", "--out", "x.sqlite") == (130, "", "itl: interrupted\n")
+@pytest.mark.parametrize(
+    ("place", "command", "told"),
+    [
+        ("lib.training.run.run", "train", "itl: interrupted: the same command resumes from what was saved\n"),
+        ("lib.facts.sampling.load_people", "data --out x.sqlite", "itl: interrupted\n"),  # it cannot go on
+        ("lib.cli.app.app", "data --out x.sqlite", "itl: interrupted\n"),  # before the command begins
+    ],
+)
+def test_an_interrupted_command_says_how_to_go_on_if_it_can(here, itl, monkeypatch, place, command, told):
+    monkeypatch.setattr(place, lambda *_, **__: _raise(KeyboardInterrupt()))
+    assert itl(*command.split())[::2] == (130, told)
 
 
 @pytest.mark.parametrize(
@@ -536,7 +352,7 @@ def test_bad_input_is_reported_by_every_process_but_later_ranks(here, itl, monke
     assert answer.code == 2 and told in answer.err and bool(answer.err) == bool(told)
 
 
-def _raise(error: Exception) -> None:
+def _raise(error: BaseException) -> None:
     raise error
 
 
@@ -608,7 +424,7 @@ def test_a_full_standard_output_is_one_sentence_and_exit_code_1(here):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell of Unix closes the streams")
-@pytest.mark.parametrize("closed", ["<&-", "2>&-", ">&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_end_in_an_exit_code_and_no_traceback(here, closed):
     command = f"{sys.executable} -m lib data --people 2 --out x.sqlite {closed}"
     environment = {**os.environ, "PYTHONPATH": str(paths.ROOT)}
@@ -638,21 +454,13 @@ def test_what_is_printed_steers_no_terminal_and_can_be_typed_again(here, itl):
     assert folder == "it's a; run" and itl("chat", folder, "Who?").code == 0
 
 
-def test_debugging_shows_the_traceback_of_bad_input(monkeypatch):
-    monkeypatch.setenv("ITL_DEBUG", "1")
-    monkeypatch.setattr(sys, "argv", ["itl", "train", "--people", "0"])
-    with pytest.raises(InputError, match="facts.n_people"):
-        app.main()
-
-
-def test_an_error_that_nobody_foresaw_keeps_its_traceback(monkeypatch):
-    def fail(*_, **__):
-        raise ZeroDivisionError
-
-    monkeypatch.setattr("lib.training.run.run", fail)
-    monkeypatch.setattr(sys, "argv", ["itl", "train"])
+def test_debugging_shows_the_traceback_of_bad_input_and_errors_that_nobody_foresaw_always_do(itl, monkeypatch):
+    monkeypatch.setattr("lib.training.run.run", lambda *_, **__: _raise(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
-        app.main()
+        itl("train")
+    monkeypatch.setenv("ITL_DEBUG", "1")
+    with pytest.raises(InputError, match="facts.n_people"):
+        itl("train", "--people", "0")
 
 
 # ---- What works
@@ -693,17 +501,15 @@ def test_the_same_command_does_not_train_again(here, itl, monkeypatch):
     assert itl("train", *TINY, "--out", "run") == first
 
 
-def test_what_watches_a_run_writes_into_its_folder_and_changes_neither_its_id_nor_its_weights(here, itl, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("HOME", str(here / "home"))
-    watched = itl(*"train --profile-steps 2 --probe-every 4 --tensorboard --wandb facts --out watched".split(), *TINY)
+def test_what_watches_a_run_writes_into_its_folder_and_changes_neither_its_id_nor_its_weights(here, itl):
+    watched = itl(*"train --profile-steps 2 --probe-every 4 --tensorboard --out watched".split(), *TINY)
     plain = itl("train", *TINY, "--out", "plain")
     assert (watched.code, plain.code) == (0, 0)
     assert watched.out.splitlines()[0] == plain.out.splitlines()[0]  # its id
     weights = [(here / name / "model" / checkpoint.TENSORS).read_bytes() for name in ("watched", "plain")]
     assert weights[0] == weights[1]
     added = {path.name for path in (here / "watched").iterdir()} - {path.name for path in (here / "plain").iterdir()}
-    assert added == {"profile", "probes.jsonl", "tensorboard", "wandb"}
+    assert added == {"profile", "probes.jsonl", "tensorboard"}
 
 
 def test_evaluate_measures_what_a_run_left_once_and_says_where_it_is(here, trained, itl):
@@ -724,24 +530,11 @@ def test_options_and_files_make_the_same_configuration(here, itl):
         options += ["--set", assignment]
     answer = itl("train", "--config", "c.json", *options)
     assert answer.code == 0, answer.err
-    config = json.loads((here / "run" / "config.json").read_text())["config"]
-    assert (config["mode"], config["seed"], config["facts"]["seed"], config["facts"]["n_people"]) == (
-        "in-tool",
-        3,
-        3,
-        2,
-    )
-    assert (config["optim"]["lr"], config["optim"]["schedule"]) == (0.25, "constant")
-    assert (config["training"]["steps"], config["evaluation"]["every"], config["model"]["d_model"]) == (4, None, 4)
-
-
-def test_facts_of_ones_own_are_learned_from_a_csv(here, itl):
-    (here / "pets.csv").write_text("name,pet,favorite_food\nAnn,cat,rice\nBob,dog,plums\n")
-    command = ["train", "--csv", "pets.csv", "--d-model", "8", "--set", "training.steps=4", "--out", "run"]
-    assert itl(*command).code == 0
-    row = json.loads((here / "run" / "row.json").read_text())
-    assert (row["n_people"], row["n_facts"], row["n_questions"]) == (2, 4, 4)
-    assert {name for name in row if name.startswith("recall_")} == {"recall_pet", "recall_favorite_food"}
+    config = RunConfig.parse(json.loads((here / "run" / "config.json").read_text())["config"])
+    assert config == RunConfig.parse({
+        "mode": "in-tool", "seed": 3, "facts": {"n_people": 2, "seed": 3}, "model": {"d_model": 4},
+        "optim": {"lr": 0.25, "schedule": "constant"}, "training": {"steps": 4}, "evaluation": {"every": None},
+    })  # fmt: skip
 
 
 def test_an_in_tool_model_is_asked_with_its_own_database_or_another(trained, here, itl):
@@ -761,11 +554,9 @@ def test_data_writes_a_database_and_the_dialogs_of_the_same_people(here, itl):
         stored = dict(connection.execute("SELECT name, birth_place FROM people"))
     people = sample_people(3)
     assert stored == dict(zip(people.names, people.columns["birth_place"], strict=True))
-    dialogs = [json.loads(line) for line in (here / "d.jsonl").read_text().splitlines()]
-    assert len(dialogs) == 12
-    assert [role for role, _ in dialogs[0]] == ["user", "assistant", "database", "assistant"]
-    assert {text for dialog in dialogs for role, text in dialog if role == "database"} >= set(stored.values())
     assert sorted(path.name for path in here.iterdir()) == ["d.jsonl", "x.sqlite"]
+    written = open_dialogs(tokenize_file(here / "d.jsonl", ByteTokenizer()))
+    assert torch.equal(written.values, tokenize_people(people, "in-tool", ByteTokenizer()).values)
 
 
 @pytest.mark.parametrize("typed", ["Who?\n\n", "Who?\n"])
@@ -791,15 +582,11 @@ def test_a_dry_run_of_a_sweep_says_what_is_ahead(here, itl):
 
 
 def test_a_sweep_with_a_failed_run_exits_with_1(here, itl, monkeypatch):
-    from lib.experiments.sweep import Report
-
     monkeypatch.setattr("lib.experiments.sweep.sweep", lambda *_, **__: Report(failed={"0123": "ValueError: no"}))
     assert itl("sweep", "05_1").code == 1
 
 
 def test_a_sweep_is_published_when_asked(here, itl, monkeypatch):
-    from lib.experiments.sweep import Report
-
     published = []
     monkeypatch.setattr("lib.experiments.sweep.sweep", lambda *_, **__: Report())
     monkeypatch.setattr("lib.experiments.publishing.commit", lambda: "a" * 40)
@@ -844,27 +631,6 @@ def test_paper_runs_every_notebook_and_says_where_everything_is(here, itl, monke
         assert str(here / "runs" / "quick" / place) in answer.out
 
 
-def test_commands_that_train_nothing_load_no_torch(here):
-    """Each would wait seconds for it."""
-    Path("people.csv").write_text("name,job\nAnn Lee,baker\n")
-    server = ["--base-url", "http://127.0.0.1:9/v1", "--model", "none"]
-    commands = [["--help"], ["submit", "train", "--help"], ["status"], ["data", "--out", "x.sqlite"]]
-    commands += [["ask", *server, "--people", "people.csv"], ["trivia", *server, "--retries", "0", "--limit", "1"]]
-    code = f"""
-import sys
-from lib.cli import app
-for command in {commands}:
-    sys.argv = ["itl", *command]
-    try:
-        app.main()
-    except SystemExit as end:
-        assert "torch" not in sys.modules, command
-        assert end.code != 2 or command == ["status"], command  # which finds no Slurm
-"""
-    environment = {**os.environ, "PYTHONPATH": str(paths.ROOT)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
-
-
 def test_options_of_configurations_are_in_the_help(itl, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     told = itl("submit", "train", "--help").out
@@ -894,7 +660,9 @@ def test_help_lists_the_commands_and_nothing_at_all_shows_it(itl):
         ('train --csv people.csv --set training.files={"people.csv":0.5} --out run', "hashlib.file_digest"),
     ],
 )
-def test_a_signal_ends_a_command_at_once_and_nothing_temporary_stays(command, place, number, tmp_path, monkeypatch):
+def test_a_signal_ends_a_command_at_once_and_nothing_temporary_stays(
+    command, place, number, tmp_path, itl, monkeypatch
+):
     def before(*_) -> None:
         raise AssertionError("the command did not care for the signal")
 
@@ -902,11 +670,9 @@ def test_a_signal_ends_a_command_at_once_and_nothing_temporary_stays(command, pl
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(place, lambda *_: os.kill(os.getpid(), number))
-    monkeypatch.setattr("sys.argv", ["itl", *command.split()])
     handler = signal.signal(number, before)
     try:
-        with pytest.raises(SystemExit, match=str(128 + number)):
-            app.main()
+        assert itl(*command.split()).code == 128 + number
         assert signal.getsignal(number) is before
     finally:
         signal.signal(number, handler)

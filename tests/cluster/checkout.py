@@ -1,11 +1,10 @@
-"""A checkout of the project that tests may change, and `itl` run in it; waiting, and finding processes."""
+"""A checkout of the project that tests may change, and `itl` run in it."""
 
 import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,28 +34,6 @@ def searches(source, profile, *arguments):
     values = {"facts": {"n_people": 2}, "training": {"steps": 20}, "evaluation": {"every": None}}
     return [Search(RunConfig.parse(values | {"seed": seed}), threshold=None, sizes=(4,)) for seed in range(12)]
 """
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 180) -> Any:
-    """Wait until a condition holds; returns what it returned."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds} seconds"
-        time.sleep(0.2)
-    return value
-
-
-def processes(variable: str) -> list[int]:
-    """Return the processes with `NAME=value` in their environment."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if variable.encode() in environment:
-            found.append(int(folder.name))
-    return found
 
 
 class Checkout:

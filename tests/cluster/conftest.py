@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkout import Checkout, processes, wait_for
+from checkout import Checkout
+from waiting import processes, wait_for
 
 HERE = Path(__file__).parent
 

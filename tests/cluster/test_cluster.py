@@ -12,8 +12,9 @@ from pathlib import Path
 
 import jobs
 import pytest
-from checkout import Checkout, processes, wait_for
+from checkout import Checkout
 from safetensors.numpy import load_file
+from waiting import processes, wait_for
 
 from lib.paths import ROOT
 from lib.slurm import job, submissions
@@ -192,18 +193,8 @@ def test_a_training_on_two_nodes_has_the_losses_of_one_process_and_survives_a_pr
 @pytest.mark.slow
 def test_a_fine_tuning_on_two_nodes_has_the_losses_of_one_process(checkout):
     settings = {"batch_size": 8, "checkpoint_every": 4, "questions": 4, "unseen_people": 4, "prompts": 1}
-    arguments = [
-        "--model",
-        "random",
-        "--facts",
-        8,
-        "--steps",
-        4,
-        "--set",
-        'capability="none"',
-        "--set",
-        'dtype="float32"',
-    ]
+    settings |= {"capability": '"none"', "dtype": '"float32"'}
+    arguments = ["--model", "random", "--facts", 8, "--steps", 4]
     arguments += [argument for name, value in settings.items() for argument in ("--set", f"{name}={value}")]
     two, one = checkout.runs / "fine-tuned by two", checkout.runs / "fine-tuned by one"
     name = checkout.submit("finetune", *arguments, "--out", two, "--nodes", 2, "--time", 10)

@@ -10,8 +10,6 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -92,13 +90,6 @@ def test_a_file_becomes_the_tokens_of_its_dialogs(tmp_path_factory, many, ascii_
         _assert_same(open_dialogs(tokenize_file(path, tokenizer)), tokenize(many, tokenizer))
 
 
-def test_what_the_command_line_writes_is_read(tmp_path):
-    people, path = sample_people(300), tmp_path / "d.jsonl"
-    command = [sys.executable, "-m", "lib", "data", "--people", "300", "--mode", "in-tool"]
-    subprocess.run([*command, "--out", tmp_path / "p.sqlite", "--dialogs", path], check=True, cwd=paths.ROOT)
-    _assert_same(open_dialogs(tokenize_file(path, TOKENIZER)), tokenize_people(people, "in-tool", TOKENIZER))
-
-
 def test_lines_may_end_as_on_windows_and_the_last_one_not_at_all(tmp_path):
     many = list(islice(dialogs(sample_people(1), "in-tool"), 3))
     (tmp_path / "d.jsonl").write_bytes(b"\r\n".join(json.dumps(dialog).encode() for dialog in many))
@@ -130,24 +121,17 @@ GOOD = '[["user", "Hi"], ["assistant", "Hello"]]'
     [
         ("{", ["Invalid JSON", "EOF"]),
         ("[" * 100_000, ["Invalid JSON", "recursion limit"]),
-        ("1" * 5_000, ["Invalid JSON"]),
         ("7", ["valid array"]),
-        ('{"user": 1, "assistant": 2}', ["valid array"]),
         ('[{"user": 1, "assistant": 2}]', ["[0] ", "valid array"]),
-        ('["ab"]', ["[0] ", "valid array"]),
         ('[["user"]]', ["[0][1] ", "required"]),
         ('[["user", "a", "b"]]', ["[0] ", "at most 2 items"]),
         ('[["robot", "a"]]', ["[0][0] ", "'user', 'assistant' or 'database'"]),
-        ('[[["user"], "a"]]', ["[0][0] ", "'user', 'assistant' or 'database'"]),
-        ('[["User", "a"]]', ["[0][0] ", "'user', 'assistant' or 'database'"]),
         ('[["user", null]]', ["[0][1] ", "valid string"]),
-        ('[["user", 7]]', ["[0][1] ", "valid string"]),
         ("[]", ["nothing to train on"]),
         ('[["user", "Hi"]]', ["nothing to train on"]),
         ('[["assistant", "\\ud800"]]', ["Invalid JSON", "hex escape"]),
         (b'[["assistant", "\xff"]]', ["Invalid JSON", "unicode"]),
         (GOOD.encode("utf-16-le"), ["Invalid JSON", "in UTF-8"]),
-        (GOOD.encode("utf-16-be"), ["Invalid JSON", "in UTF-8"]),
         ('\ufeff[["assistant", "a"]]', ["Invalid JSON"]),
     ],
 )
@@ -168,21 +152,15 @@ def test_a_bad_line_is_named_and_nothing_is_left(tmp_path, line, words):
     assert _folders() == set()
 
 
+@pytest.mark.timeout(60)
 def test_files_that_are_empty_missing_or_no_files_are_refused(tmp_path):
     (tmp_path / "empty").touch()
-    for name, words in (("empty", "holds no dialog"), ("missing", "no such file"), (".", "no such file")):
-        with pytest.raises(InputError, match=words):
-            tokenize_file(tmp_path / name, TOKENIZER)
-    assert _folders() == set()
-
-
-@pytest.mark.timeout(60)
-def test_what_cannot_be_read_twice_or_has_no_end_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
-    for path in (tmp_path / "pipe", "/dev/zero", tmp_path / "loop", tmp_path / ("x" * 300)):
-        with pytest.raises(InputError, match="no such file"):
-            tokenize_file(path, TOKENIZER)
+    for name in ("empty", "missing", ".", "pipe", "/dev/zero", "loop", "x" * 300):
+        with pytest.raises(InputError, match="holds no dialog" if name == "empty" else "no such file"):
+            tokenize_file(tmp_path / name, TOKENIZER)
+    assert _folders() == set()
 
 
 # ---- Once, and whole
@@ -303,13 +281,16 @@ def test_processes_that_want_the_same_tokens_make_them_once(tmp_path):
     assert sorted(process.communicate()[0].strip() for process in processes) == ["0", "0", "1"]
 
 
-@pytest.mark.parametrize("name", ["values.int16", "mask.bool", "offsets.int64", "n_trained.int64", "first.int64"])
 @pytest.mark.parametrize("damage", [os.unlink, lambda file: os.truncate(file, file.stat().st_size - 8)])
-def test_damaged_tokens_are_noticed(tmp_path, name, damage):
+def test_damaged_tokens_are_noticed(tmp_path, damage):
     folder = tokenize_file(_write(tmp_path / "d.jsonl", list(dialogs(sample_people(2), "in-weight"))), TOKENIZER)
-    damage(folder / name)
-    with pytest.raises(InputError, match="damaged: delete the folder"):
-        open_dialogs(folder)
+    for name in ("values.int16", "mask.bool", "offsets.int64", "n_trained.int64", "first.int64"):
+        whole = (folder / name).read_bytes()
+        damage(folder / name)
+        with pytest.raises(InputError, match="damaged: delete the folder"):
+            open_dialogs(folder)
+        (folder / name).write_bytes(whole)
+    open_dialogs(folder)
 
 
 # ---- In bounded memory
@@ -378,22 +359,6 @@ def parts(tmp_path) -> list[TokenizedDialogs]:
         for i, part in enumerate((slice(10, 20), slice(20, 30)))
     ]
     return [own, *(open_dialogs(tokenize_file(path, TOKENIZER)) for path in files)]
-
-
-def test_datasets_that_stay_where_they_are_give_what_joined_ones_do(parts):
-    apart, joined = ConcatDialogs(parts), _joined()
-    assert len(apart) == len(joined) == 120
-    assert torch.equal(apart.lengths(), joined.lengths())
-    assert torch.equal(apart.n_trained, joined.n_trained) and torch.equal(apart.first, joined.first)
-    generator = torch.Generator().manual_seed(0)
-    for size in (1, 2, 7, 120):
-        rows = torch.randint(120, (size,), generator=generator)
-        length = int(joined.lengths()[rows].max())
-        (tokens, mask), (expected, expected_mask) = apart.batch(rows, length), joined.batch(rows)
-        assert tokens.dtype == expected.dtype and torch.equal(mask, expected_mask)
-        inside = torch.arange(length) < joined.lengths()[rows][:, None]
-        assert torch.equal(tokens[inside], expected[inside])
-        assert ((tokens >= 0) & (tokens < TOKENIZER.vocab_size)).all()
 
 
 # ---- Reading ahead
@@ -486,22 +451,14 @@ def _identical(one: dict, other: dict) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_training_from_files_ends_with_the_weights_of_training_from_memory(parts, tmp_path, one_thread):
+def test_training_from_files_ends_with_the_weights_of_training_from_memory(parts, tmp_path):
     mapped, held = _trainer(parts, tmp_path / "mapped"), _trainer(parts, tmp_path / "held", joined=True)
     ends = [trainer.train() for trainer in (mapped, held)]
     assert _identical(_weights(mapped), _weights(held))
     assert [(e.steps, e.loss, e.dialogs_seen) for e in ends] == [(24, ends[0].loss, ends[0].dialogs_seen)] * 2
 
 
-def test_a_run_from_files_that_was_interrupted_anywhere_ends_with_the_same_weights(parts, tmp_path, one_thread):
+def test_a_run_from_files_that_was_interrupted_anywhere_ends_with_the_same_weights(parts, tmp_path):
     whole = _trainer(parts, tmp_path / "whole")
     whole.train()
     for stop in sorted(random.sample(range(1, 24), 3)):
@@ -525,60 +482,6 @@ def test_a_run_that_reads_ahead_ends_early_and_with_an_error_as_any_other(parts,
     again = _trainer(parts, tmp_path)
     again.evaluate, again.config = lambda model: 1.0, override(again.config, {"evaluation.every": 3})
     assert again.train().stopped == "recall"
-
-
-@dataclass(frozen=True)
-class _OneOfTwo(Ranks):
-    """What a rank of two sees of its batches; nothing is exchanged."""
-
-    data_size = 2
-    data_rank: int = 0
-
-
-def _dialogs_of(trainer: Trainer) -> list[tuple[int, ...]]:
-    """The next batch of a trainer as dialogs, each without its end."""
-    found = []
-    for batch in trainer.next_batch()[0]:
-        for row in batch.tokens.tolist():
-            found.append(tuple(row[: row.index(TOKENIZER.end)] if TOKENIZER.end in row else row))
-    return found
-
-
-def test_two_ranks_read_disjoint_rows_that_are_the_batch_before_and_after_a_resume(parts, tmp_path):
-    everything = [tuple(part[i][0].tolist()[:-1]) for part in parts for i in range(len(part))]
-    number = {dialog: row for row, dialog in enumerate(everything)}
-    assert len(number) == 120
-
-    alone = _trainer(parts, tmp_path)
-    ranks = [_trainer(parts, tmp_path, _OneOfTwo(data_rank=rank)) for rank in range(2)]
-    drawn = np.zeros(120, int)
-
-    def check() -> None:
-        for step in range(alone.counters["step"], alone.counters["step"] + 7):
-            shares = []
-            for rank in ranks:
-                rank.counters["step"] = step
-                shares.append({number[dialog] for dialog in _dialogs_of(rank)})
-                assert rank.next_batch()[1] == int(alone.data.n_trained[alone.batches[step]].sum())
-            batch = alone.batches[step].tolist()
-            assert shares[0].isdisjoint(shares[1]) and shares[0] | shares[1] == set(batch)
-            assert abs(len(shares[0]) - len(shares[1])) <= 2  # one for each of two parts of a batch
-            np.add.at(drawn, batch, 1)
-
-    check()
-    for _ in range(random.randrange(8, 15)):
-        alone.step()
-    alone.save()
-    alone.finish_saving()
-    ranks = [_trainer(parts, tmp_path, _OneOfTwo(data_rank=rank)) for rank in range(2)]
-    for rank in ranks:
-        rank.resume()
-        assert rank.counters["step"] == alone.counters["step"]
-    check()
-    # An epoch is 40 questions, 24 dialogs of one file and 16 of the other, in 7 batches.
-    assert alone.batches.per_epoch == 7
-    assert [int(part.sum()) for part in np.split(np.bincount(_epoch(alone), minlength=120), 3)] == [40, 24, 16]
-    assert all(part.any() for part in np.split(drawn, 3))
 
 
 def _epoch(trainer: Trainer) -> list[int]:
@@ -645,13 +548,6 @@ def test_a_run_goes_on_from_files_where_it_was_and_from_changed_ones_not_at_all(
     }
 
 
-def test_a_bad_file_is_refused_before_anything_is_written(files, tmp_path):
-    files[1].write_text(f"{GOOD}\nHi\n")
-    with pytest.raises(InputError, match=r"b\.jsonl: line 2: Invalid JSON"):
-        run(_cell({files[0]: 0.1, files[1]: 0.1}), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_share_of_less_than_a_dialog_is_refused(files, tmp_path):
     with pytest.raises(InputError, match="a.jsonl: 0.01 is less than one dialog a pass"):
         run(_cell({files[0]: 0.01}), tmp_path / "run")
@@ -662,10 +558,7 @@ def test_a_share_of_less_than_a_dialog_is_refused(files, tmp_path):
     ("training", "words"),
     [
         ({"files": {"a": 0.0}}, ["training.files", "greater than 0", "0.0"]),
-        ({"files": {"a": 1}}, ["training.files", "less than 1", "1"]),
-        ({"files": {"a": "much"}}, ["training.files", "number", "'much'"]),
         ({"files": {"a": float("nan")}}, ["training.files", "finite", "nan"]),
-        ({"files": "a.jsonl"}, ["training.files", "dictionary", "'a.jsonl'"]),
         ({"files": ["a.jsonl"]}, ["training.files", "dictionary"]),
         ({"files": {"a": 0.5, "b": 0.5}}, ["training.files", "less than 1"]),
         (
@@ -679,17 +572,3 @@ def test_impossible_shares_are_refused(training, words):
         RunConfig.parse({"training": training})
     for word in words:
         assert word in str(caught.value)
-
-
-@pytest.mark.slow
-def test_files_are_given_on_the_command_line_and_in_a_file(files, tmp_path):
-    fixed = ["--people", "4", "--d-model", "8", "--set", "training.steps=2"]
-    (tmp_path / "c.json").write_text(json.dumps({"training": {"files": {"a.jsonl": 0.25}}}))
-    for asked in (["--set", 'training.files={"a.jsonl": 0.25}'], ["--config", "c.json"]):
-        subprocess.run(
-            [sys.executable, "-m", "lib", "train", *fixed, *asked, "--out", "run"],
-            check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(paths.ROOT)},
-        )  # fmt: skip
-    claim = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert claim["config"]["training"]["files"] == {"a.jsonl": 0.25}
-    assert claim["files"] == {"a.jsonl": tokenize_file(files[0], TOKENIZER).name}

@@ -13,13 +13,9 @@ PROSE = "To answer this question I will make a request to the database:\n"
 
 
 attributes = st.text(min_size=1).filter(lambda text: len(text.split()) == 1 and text == text.strip())
-
-
 names = st.text(st.characters(exclude_characters="\n"), min_size=1) | st.sampled_from(
     ["FOR", " FOR ", "FIND a FOR b", "```", "O'Neil; DROP TABLE people", '"', "Zoë Ø", "a\rb", "a\u2028b", "\ud800"]
 )
-
-
 prose = st.text() | st.just(PROSE.rstrip("\n"))
 
 
@@ -39,7 +35,7 @@ def test_a_request_looks_like_this():
     assert format_request("occupation", "Ann Lee") == "```sql\nFIND occupation FOR Ann Lee\n```"
 
 
-@pytest.mark.parametrize("piece", ["x", "\n", "FIND a FOR ", " FOR ", "```sql\n", "1/"])
+@pytest.mark.parametrize("piece", ["x", "\n", "FIND a FOR ", "```sql\n", "1/"])
 @pytest.mark.parametrize(
     "frame", ["{}", "```sql\nFIND {} FOR Ann\n```", "```sql\nFIND a FOR {}\n```", "```sql\n{}\n```"]
 )

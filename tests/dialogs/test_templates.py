@@ -4,15 +4,7 @@ import pytest
 
 from lib.base import InputError
 from lib.dialogs.request import Request, parse_request
-from lib.dialogs.templates import (
-    answer,
-    biography,
-    dialogs,
-    in_tool_dialog,
-    in_weight_dialog,
-    question,
-    tool_call,
-)
+from lib.dialogs.templates import answer, biography, dialogs, in_tool_dialog, in_weight_dialog, question, tool_call
 from lib.facts.people import ATTRIBUTES, People
 from lib.facts.sampling import sample_people
 

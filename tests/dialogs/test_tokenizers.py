@@ -42,9 +42,14 @@ def specs(tmp_path_factory) -> dict[str, str]:
     return dict(zip(KINDS, ["bytes", *map(str, files)], strict=True))
 
 
-@pytest.fixture(scope="session", params=KINDS)
-def tokenizer(request, specs):
-    return load_tokenizer(specs[request.param])
+@pytest.fixture(scope="session")
+def loaded(specs) -> dict:
+    return {kind: load_tokenizer(spec) for kind, spec in specs.items()}
+
+
+@pytest.fixture(scope="session", params=["bytes", "tiktoken", "huggingface"])
+def tokenizer(request, loaded):
+    return loaded[request.param]
 
 
 # ---- Texts
@@ -119,18 +124,16 @@ def test_special_tokens_are_no_text(tokenizer):
 
 
 @given(texts)
-def test_two_libraries_make_the_same_tokens_of_one_vocabulary(specs, text):
-    ours = [load_tokenizer(specs[kind]).encode(text) for kind in ("tiktoken", "huggingface", "folder")]
+def test_two_libraries_make_the_same_tokens_of_one_vocabulary(loaded, text):
+    ours = [loaded[kind].encode(text) for kind in ("tiktoken", "huggingface", "folder")]
     assert ours == [BPE.encode(text).ids] * 3
 
 
-def test_a_learnt_vocabulary_makes_fewer_tokens_than_bytes(specs):
-    people, n_tokens = sample_people(100, seed=1), {}
-    for kind in KINDS:
-        tokenizer = load_tokenizer(specs[kind])
-        n_tokens[kind] = len(tokenize_people(people, "in-tool", tokenizer).values)
-        assert tokenizer.vocab_size == (260 if kind == "bytes" else N_TEXT + 4)
-    assert n_tokens["tiktoken"] == n_tokens["huggingface"] == n_tokens["folder"] < n_tokens["bytes"] / 2
+def test_a_learnt_vocabulary_makes_fewer_tokens_than_bytes(loaded):
+    people = sample_people(100, seed=1)
+    assert {kind: made.vocab_size for kind, made in loaded.items()} == dict.fromkeys(KINDS, N_TEXT + 4) | {"bytes": 260}
+    n_tokens = {kind: len(tokenize_people(people, "in-tool", loaded[kind]).values) for kind in ("bytes", "tiktoken")}
+    assert n_tokens["tiktoken"] < n_tokens["bytes"] / 2
 
 
 class Says:
@@ -152,11 +155,6 @@ def answer(text: str, tokenizer) -> list[Turn]:
     prompt = encode_prompt([Turn(Role.USER, "Who?")], tokenizer)
     (generation,) = generate(Says(said, tokenizer.vocab_size), [prompt], tokenizer, max_new_tokens=len(said))
     return generation.turns(tokenizer)
-
-
-@given(texts)
-def test_what_a_model_says_is_read_as_it_was_written(tokenizer, text):
-    assert answer(text, tokenizer) == [(Role.ASSISTANT, text)]
 
 
 # ---- Files
@@ -228,13 +226,10 @@ def _ranks(change):
 
 BAD = {
     "nothing.tiktoken": (lambda path: None, ["is no tokenizer", "nothing is downloaded", "*.tiktoken"]),
-    "gpt2": (lambda path: None, ["is no tokenizer", "nothing is downloaded", "tokenizer.json"]),
     "empty": (Path.mkdir, ["is no tokenizer", "folder that holds one"]),
     "9" * 5_000 + ".json": (lambda path: None, ["is no tokenizer"]),
     "model.bin": (lambda path: path.write_bytes(b"\x00"), ["is no tokenizer"]),
-    "a folder.tiktoken": (Path.mkdir, ["is no tokenizer"]),
     "text.tiktoken": (lambda path: path.write_text("Hello, you\n"), ["base64", "rank"]),
-    "one column.tiktoken": (lambda path: path.write_text("QQ==\n"), ["base64", "rank"]),
     "blank.tiktoken": (lambda path: path.write_text(""), ["256 bytes needs a rank"]),
     "gap.tiktoken": (_ranks(lambda text: text.replace(" 300\n", " 1300\n")), ["ranks count from 0"]),
     "twice.tiktoken": (_ranks(lambda text: text + text.splitlines()[0] + "\n"), ["ranks count from 0"]),
@@ -242,8 +237,6 @@ BAD = {
         _ranks(lambda text: text.replace("SA== ", "SEg= ")), ["256 bytes needs a rank"]
     ),
     "text.json": (lambda path: path.write_text("Hello"), ["cannot read the tokenizer", "line 1"]),
-    "list.json": (lambda path: path.write_text("[]"), ["cannot read the tokenizer"]),
-    "other.json": (lambda path: path.write_text('{"model": {}}'), ["cannot read the tokenizer"]),
     "binary.json": (lambda path: path.write_bytes(b"{\xff"), ["cannot read the tokenizer", "utf-8"]),
     "lower.json": (_forgetful, ["changes a text", "zoë"]),
     "words.json": (_words, ["changes a text", "[UNK]"]),
@@ -281,12 +274,7 @@ def _config(spec: str, mode: str = "in-weight", vocab_size: int = N_TEXT + 4, **
     )
 
 
-def test_the_tokenizer_of_bytes_changes_no_id():
-    assert RunConfig.parse({"tokenizer": "bytes", "seed": 3}).run_id == RunConfig.parse({"seed": 3}).run_id
-    assert RunConfig.parse({"tokenizer": "a.json"}).run_id != RunConfig().run_id
-
-
-@pytest.mark.parametrize("vocab_size", [100, 260, N_TEXT, N_TEXT + 5])
+@pytest.mark.parametrize("vocab_size", [260, N_TEXT + 5])
 def test_a_model_has_as_many_tokens_as_the_tokenizer(specs, vocab_size, tmp_path):
     sentence = f"model.vocab_size = {vocab_size} must be 404: the tokens of .*bpe.tiktoken"
     with pytest.raises(InputError, match=sentence):
@@ -294,12 +282,11 @@ def test_a_model_has_as_many_tokens_as_the_tokenizer(specs, vocab_size, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind", ["tiktoken", "folder"])
-def test_a_model_learns_facts_in_tokens_from_a_file_and_is_talked_to(specs, kind, tmp_path):
+def test_a_model_learns_facts_in_tokens_from_a_file_and_is_talked_to(specs, tmp_path):
     steps = {"training.steps": 150, "training.batch_size": 8, "optim.name": "muon", "optim.muon_lr": 2e-2}
-    config = override(_config(specs[kind], "in-tool"), {"model.d_model": 32, "optim.lr": 1e-2, **steps})
+    config = override(_config(specs["folder"], "in-tool"), {"model.d_model": 32, "optim.lr": 1e-2, **steps})
     row = run(config, tmp_path / "run")
-    assert row["recall"] == 1 and row["tokenizer"] == load_tokenizer(specs[kind]).name
+    assert row["recall"] == 1 and row["tokenizer"] == load_tokenizer(specs["folder"]).name
     assert row["n_params"] == 2 * 404 * 32 + 32 * 32**2 + 5 * 32
     with open_conversation(tmp_path / "run") as talk:
         name, attribute, value = next(sample_people(2).facts())
@@ -378,9 +365,3 @@ def test_profiles_that_publish_are_of_bytes(specs, profile):
     with pytest.raises(InputError, match=f"the profile {profile} publishes, so its runs take only 'bytes'"):
         searches("05_1", profile, specs["tiktoken"])
     assert searches("05_1", profile, "bytes") == searches("05_1", profile)
-
-
-def test_a_prompt_ends_where_the_assistant_is_to_speak(tokenizer):
-    prompt = encode_prompt([Turn(Role.USER, "Who?")], tokenizer)
-    asked = tokenizer.encode("Who?")
-    assert prompt == [tokenizer.role_ids[Role.USER], *asked, tokenizer.role_ids[Role.ASSISTANT]]

@@ -8,33 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.base import InputError
-from lib.dialogs.templates import (
-    Role,
-    Turn,
-    dialogs,
-)
+from lib.dialogs.templates import Role, Turn
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.dialogs.tokens import TokenizedDialogs, encode_dialog, encode_prompt, tokenize, tokenize_people
 from lib.facts.people import People
 from lib.facts.sampling import sample_people
 
 TOKENIZER = ByteTokenizer()
-
-
 USER, ASSISTANT, DATABASE, END = 256, 257, 258, 259
-
 
 # in_tool_dialog("Al", "birth_place", "Oz") cut short: the letters are their ASCII codes.
 SMALL = [Turn(Role.USER, "Al?"), Turn(Role.ASSISTANT, "F"), Turn(Role.DATABASE, "Oz"), Turn(Role.ASSISTANT, "é.")]
-
-
 SMALL_TOKENS = [256, 65, 108, 63, 257, 70, 258, 79, 122, 257, 195, 169, 46, 259]
-
-
 #               user  A   l   ?  asst  F   db   O   z   asst  é: 2 bytes  .  end
 SMALL_MASK_ = "  0    0   0   0    0   1    1   0   0    0    1    1    1    1"
-
-
 SMALL_MASK = [flag == "1" for flag in SMALL_MASK_.split()]
 
 
@@ -75,8 +62,6 @@ def test_special_tokens_cannot_be_written_nor_read_as_text():
 
 
 texts = st.text(max_size=8) | st.sampled_from(["", "\x00", "ÿ", "\ufffd", "😀", "{name}", "<|end|>"])
-
-
 turns = st.builds(Turn, st.sampled_from(Role), texts)
 
 
@@ -108,17 +93,9 @@ def test_tokens_and_mask_of_a_dataset_agree_with_the_definition(many):
         # Trained: what stands in an assistant's turn, and the special token behind it.
         speaker = [max(j for j in range(k) if tokens[j] >= 256) if k else None for k in range(len(tokens))]
         assert mask == [s is not None and tokens[s] == ASSISTANT for s in speaker]
-
-
-@given(
-    st.dictionaries(texts, st.tuples(texts, texts), min_size=1, max_size=4),
-    st.sampled_from(["in-weight", "in-tool", "biography"]),
-)
-def test_facts_survive_tokenizing_whatever_they_hold(values, mode):
-    first, second = zip(*values.values(), strict=True)
-    people = People(list(values), {"occupation": list(first), "shoe_size": list(second)})
-    data = tokenize(dialogs(people, mode), TOKENIZER)
-    assert [_decode(tokens) for tokens, _ in _pairs(data)] == list(dialogs(people, mode))
+    masks = [mask for _, mask in _pairs(data)]
+    assert data.n_trained.tolist() == [sum(mask) for mask in masks]
+    assert data.first.tolist() == [mask.index(True) for mask in masks]
 
 
 def test_a_large_vocabulary_keeps_its_ids():
@@ -145,11 +122,6 @@ def test_the_biography_of_a_person_without_facts_is_empty():
     assert tokenize_people(People(["A", "B"], {}), "biography", TOKENIZER).values.tolist() == [ASSISTANT, END] * 2
 
 
-def test_people_are_not_tokenized_in_an_unknown_mode():
-    with pytest.raises(InputError, match="unknown mode 'in_tool'"):
-        tokenize_people(sample_people(1), "in_tool", TOKENIZER)
-
-
 def test_the_dataset_is_never_held_twice_while_it_is_made():
     people = sample_people(10_000)
     tracemalloc.start()
@@ -159,43 +131,24 @@ def test_the_dataset_is_never_held_twice_while_it_is_made():
     assert peak < 1.5 * sum(tensor.nbytes for tensor in (data.values, data.mask, data.offsets))
 
 
-@given(st.lists(dialog_lists, min_size=1, max_size=5))
-def test_trained_tokens_are_counted_and_the_first_is_found(many):
-    data = tokenize(many, TOKENIZER)
-    masks = [mask for _, mask in _pairs(data)]
-    assert data.n_trained.tolist() == [sum(mask) for mask in masks]
-    assert data.first.tolist() == [mask.index(True) for mask in masks]
-
-
 def test_a_dialog_with_nothing_to_train_on_is_refused():
     with pytest.raises(InputError, match="nothing to train on"):
         tokenize([SMALL, SMALL[:1]], TOKENIZER)
 
 
-@given(st.lists(dialog_lists, min_size=1, max_size=6), st.data())
-def test_a_batch_is_its_rows_padded_on_the_right_and_padding_is_never_trained(many, draw):
+@given(st.lists(dialog_lists, min_size=1, max_size=6), st.none() | st.integers(0, 20), st.data())
+def test_a_batch_is_its_rows_padded_on_the_right_to_any_length_and_padding_is_never_trained(many, extra, draw):
     data = tokenize(many, TOKENIZER)
     rows = draw.draw(st.lists(st.integers(0, len(many) - 1), min_size=1, max_size=8))
-    tokens, mask = data.batch(torch.tensor(rows))
     lengths = [len(data[row][0]) for row in rows]
-    assert tokens.shape == mask.shape == (len(rows), max(lengths))
+    tokens, mask = data.batch(torch.tensor(rows), length=None if extra is None else max(lengths) + extra)
+    assert tokens.shape == mask.shape == (len(rows), max(lengths) + (extra or 0))
     assert tokens.dtype == torch.int64 and mask.dtype == torch.bool
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         assert torch.equal(tokens[i, :length], data[row][0].long())
         assert torch.equal(mask[i, :length], data[row][1])
         assert not mask[i, length:].any()
         assert ((tokens[i] >= 0) & (tokens[i] < TOKENIZER.vocab_size)).all()
-
-
-@given(st.lists(dialog_lists, min_size=1, max_size=6), st.integers(0, 20))
-def test_a_batch_can_be_padded_to_a_length_of_choice(many, extra):
-    data, rows = tokenize(many, TOKENIZER), torch.arange(len(many))
-    (tokens, mask), longest = data.batch(rows), int(data.lengths().max())
-    longer_tokens, longer_mask = data.batch(rows, length=longest + extra)
-    assert longer_tokens.shape == longer_mask.shape == (len(many), longest + extra)
-    assert torch.equal(longer_tokens[:, :longest], tokens) and torch.equal(longer_mask[:, :longest], mask)
-    assert not longer_mask[:, longest:].any()
-    assert ((longer_tokens >= 0) & (longer_tokens < TOKENIZER.vocab_size)).all()
 
 
 def test_a_batch_of_given_length_is_made_without_looking_at_the_data():

@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripted import ASSISTANT, DATABASE, END, USER, Scripted, prompt, says, turn
 
-from lib.agent.generation import Call, Generation
 from lib.agent.tools import Outcome, PeopleTool, Response, SqlTool, Tool
 from lib.base import InputError
 from lib.config import ModelConfig, RunConfig, override
@@ -20,7 +19,7 @@ from lib.dialogs.request import format_request
 from lib.dialogs.templates import Mode, Role, Turn, dialogs, in_tool_dialog, in_weight_dialog, tool_call
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.dialogs.tokens import encode_dialog, tokenize
-from lib.evaluation.recall import BATCH_ROWS, Recall, bits_of_dialogs, is_correct, measure_recall
+from lib.evaluation.recall import BATCH_ROWS, Recall, bits_of_dialogs, measure_recall
 from lib.facts.database import write_database
 from lib.facts.people import People
 from lib.facts.sampling import sample_people
@@ -29,15 +28,6 @@ from lib.training.trainer import Trainer
 
 TOKENIZER = ByteTokenizer()
 METHODS = ("verify", "decode")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small run fastest on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def ask(model, facts, tool: Tool | None = None, batch_size: int = 256) -> Recall:
@@ -205,33 +195,11 @@ def test_a_tool_may_have_a_language_of_its_own(method, asks, counts):
     assert [*measured.requests] == [asks.partition("COUNT ")[2]]
 
 
-def test_an_in_tool_model_without_its_tool_recalls_nothing():
-    measured = ask(says({ASKED: [turn(REQUEST, DATABASE), turn(TOLD, END)]}), [FACT])
-    assert (measured.overall, measured.decoded) == (0, 0)
-
-
 def test_a_tool_that_says_something_else_than_the_fact_refutes_it():
     # The model repeats what it knows by heart, whatever the database says.
     model = says({ASKED: [turn(REQUEST, DATABASE), turn(TOLD, END)]})
     for response in (Response(Outcome.ANSWER, "2/1/1950"), Response(Outcome.NO_MATCH, "1/1/1950")):
         assert ask(model, [FACT], lambda turn, response=response: response).overall == 0
-
-
-def test_a_call_counts_wherever_it_stands_in_a_long_dialog():
-    def call(turn: str, outcome: Outcome, text: str) -> Call:
-        return Call(turn, Response(outcome, text))
-
-    said = [*tool_call("Bob Lee", "birth_date").encode(), DATABASE, *b"1/1/1950", ASSISTANT, *turn(TOLD, END)]
-    wrong = call(tool_call("Bob Lee", "birth_date"), Outcome.ANSWER, "1/1/1950")
-    failed = call(REQUEST, Outcome.TIMEOUT, "1/1/1950")
-    right = call(REQUEST, Outcome.ANSWER, "1/1/1950")
-    for calls, counts in [([], False), ([wrong], False), ([wrong, failed], False), ([wrong, right], True)]:
-        generation = Generation(said, calls)
-        assert is_correct(generation, in_tool_dialog(*FACT), TOKENIZER, Says(echo)) is counts
-
-
-def echo(turn: str) -> Response:
-    return Response(Outcome.ANSWER, turn)
 
 
 def test_bytes_that_merely_look_like_the_answer_do_not_count():
@@ -310,8 +278,8 @@ def with_detour(dialog: list[int], i: int, detour: list[int]) -> list[list[int]]
 @pytest.mark.parametrize("number", range(len(DATABASES)), ids=DATABASES)
 def test_a_model_may_leave_the_expected_dialog_anywhere(number):
     dialog, response = [*turn(REQUEST, DATABASE), *turn(TOLD, END)], list(DATABASES.values())[number]
-    for i, expected in enumerate(dialog):
-        detour = list(DETOURS[(i + number) % len(DETOURS)])
+    for i, expected in [*enumerate(dialog)][number % 2 :: 2]:  # each place with half of them
+        detour = list(DETOURS[(i // 2 + number) % len(DETOURS)])
         measured = ask(says({ASKED: with_detour(dialog, i, detour)}), [FACT], lambda _: response)
         assert measured.decoded == (detour != [expected] or response.text != FACT[2])
 
@@ -319,31 +287,9 @@ def test_a_model_may_leave_the_expected_dialog_anywhere(number):
 def test_without_a_tool_too_a_model_may_leave_the_expected_dialog_anywhere():
     dialog = turn(TOLD, END)
     for i, expected in enumerate(dialog):
-        for detour in map(list, DETOURS):
+        for detour in map(list, DETOURS[i % 2 :: 2]):
             measured = ask(says({ASKED: with_detour(dialog, i, detour)}), [FACT])
             assert (measured.correct.tolist(), measured.decoded) == ([detour == [expected]], 0)
-
-
-@pytest.mark.parametrize("in_tool", [True, False])
-def test_decoding_goes_on_from_where_the_model_leaves_the_expected_dialog(database, in_tool):
-    turns = [turn(REQUEST, DATABASE), turn(TOLD, END)] if in_tool else [turn(TOLD, END)]
-    tool = database if in_tool else None
-    for k, expected in enumerate(turns):
-        for i in range(len(expected)):
-
-            class HesitantOnce(Scripted):
-                """Token 0 is hardly less likely than what it says at the i-th place of turn k."""
-
-                def _logits(self, chosen, turns=turns, k=k, i=i):
-                    logits = super()._logits(chosen)
-                    if len(chosen) > 1:  # all of a dialog
-                        logits[sum(map(len, turns[:k])) + i, 0] = 10.0 - 1e-4
-                    return logits
-
-            model = HesitantOnce(says({ASKED: turns}).script)
-            measured = measure_recall(model, [FACT], TOKENIZER, tool)
-            rest = len(expected) - i + (len(b"1/1/1950") + 1 + len(TOLD) + 1 if in_tool and k == 0 else 0)
-            assert (measured.overall, measured.decoded, len(model.batch_sizes)) == (1, 1, rest)
 
 
 class Hesitant(Scripted):
@@ -357,17 +303,12 @@ class Hesitant(Scripted):
         return logits
 
 
-@pytest.mark.parametrize("gap", [1e-5, 1e-4])
-def test_what_is_too_close_to_call_is_decoded(gap):
+@pytest.mark.parametrize(("gap", "recall"), [(1e-5, 1), (1e-4, 1), (0.0, 0)])  # of equals, token 0 comes first
+def test_what_is_too_close_to_call_is_decoded(gap, recall):
     model = Hesitant(says({ASKED: [turn(TOLD, END)]}).script)
     model.gap = gap
     measured = ask(model, [FACT])
-    assert (measured.overall, measured.decoded) == (1, 1)
-
-
-def test_a_tie_is_decided_by_the_decoder():
-    measured = ask(Hesitant(says({ASKED: [turn(TOLD, END)]}).script), [FACT])  # token 0 comes first
-    assert (measured.overall, measured.decoded) == (0, 1)
+    assert (measured.overall, measured.decoded) == (recall, 1)
 
 
 def test_what_comes_after_a_clear_divergence_is_not_looked_at():
@@ -430,13 +371,13 @@ def snapshots(
 
 
 @pytest.fixture(scope="module")
-def in_weight(one_thread, tmp_path_factory) -> list[Transformer]:
+def in_weight(tmp_path_factory) -> list[Transformer]:
     """From hardly trained over half-way to perfect."""
     return snapshots("in-weight", IN_WEIGHT_PEOPLE, 16, 24, [10, 70, 76, 84, 130], tmp_path_factory.mktemp("a"))
 
 
 @pytest.fixture(scope="module")
-def in_tool(one_thread, tmp_path_factory) -> list[Transformer]:
+def in_tool(tmp_path_factory) -> list[Transformer]:
     """From hardly trained over half-way to perfect."""
     return snapshots("in-tool", IN_TOOL_PEOPLE, 24, 4, [10, 72, 78, 84, 120], tmp_path_factory.mktemp("b"))
 
@@ -576,13 +517,6 @@ def test_verify_and_decode_agree_on_models_that_learned_nothing(seed, d_model):
     model = Transformer(ModelConfig(d_model=d_model), torch.Generator().manual_seed(seed))
     assert ask(model, [FACT, ("Bob", "age", "5")]).overall == 0
     assert ask(model, [FACT], lambda turn: Response(Outcome.ANSWER, FACT[2])).overall == 0
-
-
-@pytest.mark.parametrize("noise", [0.03, 0.06])
-def test_the_noise_of_the_tests_above_spoils_some_answers_and_not_others(in_weight, noise):
-    facts = list(IN_WEIGHT_PEOPLE.facts())
-    recalls = [measure_recall(disturbed(in_weight[-1], seed, noise), facts, TOKENIZER).overall for seed in range(10)]
-    assert len({recall for recall in recalls if 0 < recall < 1}) >= 3
 
 
 def test_measuring_recall_changes_nothing_in_training(people_path):

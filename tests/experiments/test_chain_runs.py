@@ -1,7 +1,10 @@
 """Runs trained on one and two hops, and asked up to three."""
 
 import json
+import shutil
 from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from scripted import DATABASE, END, says, turn
@@ -47,17 +50,32 @@ def test_the_inputs_of_a_run_are_people_with_bosses_and_their_dialogs(tmp_path):
         assert open(path, "rb").read() == open(inputs[name], "rb").read()
 
 
-def test_a_run_is_asked_about_each_number_of_hops_and_is_not_repeated(monkeypatch, tmp_path):
-    monkeypatch.setenv("ITL_RUNS", str(tmp_path))
-    monkeypatch.setattr(experiment, "MOST_ASKED", 1)
-    assert sweep("smoke").done_now == 1
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> Iterator[Path]:
+    """The runs of the smoke profile, asked one question of each kind."""
+    folder = tmp_path_factory.mktemp("swept")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ITL_RUNS", str(folder))
+        patch.setattr(experiment, "MOST_ASKED", 1)
+        assert sweep("smoke").done_now == 1
+        yield folder
+
+
+@pytest.fixture
+def done(swept, tmp_path, monkeypatch) -> Path:
+    """A copy of these runs, as the folder of runs."""
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
+    return shutil.copytree(swept, tmp_path / "runs")
+
+
+def test_a_run_is_asked_about_each_number_of_hops_and_is_not_repeated(done):
     (row,) = rows("smoke").to_dict("records")
     assert {f"{group}_{hops}": row[f"{group}_{hops}"] for group in ("trained", "unseen") for hops in (1, 2, 3)} == (
         dict.fromkeys(["trained_1", "trained_2", "trained_3", "unseen_1", "unseen_2", "unseen_3"], 0.0)
     )  # after five steps
     assert (row["hops"], row["steps"], row["run_id"]) == ([1, 2], 5, smoke().run_id)
     assert {"commit", "measured_commit", "finished_at", "torch", "device", "seed", "config"} <= set(row)
-    (file,) = tmp_path.glob(f"smoke/07_2/*/{paths.ROWS}")
+    (file,) = done.glob(f"smoke/07_2/*/{paths.ROWS}")
     written = file.stat().st_mtime_ns
     assert (sweep("smoke").done_before, rows("smoke").to_dict("records")) == (1, [row])
     assert file.stat().st_mtime_ns == written
@@ -66,9 +84,7 @@ def test_a_run_is_asked_about_each_number_of_hops_and_is_not_repeated(monkeypatc
     assert rows("smoke").finished_at[0] == row["finished_at"]
 
 
-def test_a_committed_row_is_not_made_again_and_is_drawn_as_a_fresh_one(monkeypatch, tmp_path):
-    monkeypatch.setenv("ITL_RUNS", str(tmp_path))
-    sweep("smoke")
+def test_a_committed_row_is_not_made_again_and_is_drawn_as_a_fresh_one(done, monkeypatch, tmp_path):
     fresh = rows("smoke")
     monkeypatch.setattr(paths, "PAPER_DATA", tmp_path)
     fresh.to_csv(tmp_path / "chains.csv", index=False)
@@ -108,12 +124,11 @@ def test_every_profile_has_its_runs_one_a_seed():
         assert [config.facts.seed for config in runs] == [config.seed for config in runs] == [*range(len(runs))]
 
 
-def test_a_profile_gives_its_finished_runs_and_trains_none_unless_told_to(monkeypatch, tmp_path):
-    monkeypatch.setenv("ITL_RUNS", str(tmp_path))
+def test_a_profile_gives_its_finished_runs_and_trains_none_unless_told_to(done, monkeypatch, tmp_path):
+    finished = rows("smoke")
+    assert (finished.profile[0], finished.steps[0]) == ("smoke", 5)
+    assert "nothing is missing" in str(sweep("smoke", dry_run=True)) and rows("smoke").equals(finished)
+    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "empty"))
     for idle in ({"dry_run": True}, {"max_hours": 0}):
         assert "about 1 runs ahead" in str(sweep("smoke", **idle)) and len(rows("smoke")) == 0
-    assert list(tmp_path.iterdir()) == []
-    sweep("smoke")
-    done = rows("smoke")
-    assert (done.profile[0], done.steps[0]) == ("smoke", 5)
-    assert "nothing is missing" in str(sweep("smoke", dry_run=True)) and rows("smoke").equals(done)
+    assert not (tmp_path / "empty").exists()

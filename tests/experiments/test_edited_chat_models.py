@@ -10,6 +10,7 @@ from lib.dialogs.templates import answer
 from lib.experiments import edited_chat_models
 from lib.experiments.edited_chat_models import ChatModel
 from lib.facts.database import temporary_database
+from lib.facts.people import People
 from lib.facts.sampling import sample_people
 from lib.finetune.config import FinetuneConfig
 
@@ -70,6 +71,11 @@ def test_what_is_looked_up_and_said_comes_from_the_tool(in_tool):
         assert in_tool.recall(in_tool.model, in_tool.facts, tool) == 1
         assert in_tool.ask(in_tool.facts, tool) == [(answer(*fact), fact[2]) for fact in in_tool.facts]
         assert in_tool.ask(in_tool.facts, ForgivingTool(tool, 0)) == in_tool.ask(in_tool.facts, tool)
+    moved = People(in_tool.people.names, in_tool.people.columns | {"birth_place": ["Atlantis"]})
+    with temporary_database(moved) as path, SqlTool(path) as tool:
+        said = in_tool.ask(in_tool.facts, tool)
+    assert [found for _, found in said] == [value for *_, value in moved.facts()]
+    assert {(answer(*fact), fact[2]) for fact in in_tool.facts if fact[1] != "birth_place"} < {*said}
     with temporary_database(sample_people(2)[1:]) as path, SqlTool(path) as tool:  # somebody else
         assert [found for _, found in in_tool.ask(in_tool.facts, tool)] == [None] * 4
 

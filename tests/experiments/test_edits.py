@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from lib import paths
 from lib.base import InputError, WorkError
-from lib.cli import app
 from lib.config import RunConfig
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.experiments import edited_models, edits
@@ -96,9 +94,7 @@ def test_a_smoke_run_measures_every_model_once(monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
-def test_rows_are_published_once_and_only_with_a_commit(tmp_path, monkeypatch):
-    monkeypatch.setenv("ITL_RUNS", str(tmp_path))  # other tests count the rows of the shared folder
-    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path)
+def test_rows_are_published_once_and_only_with_a_commit(paper_data):
     row = {"mode": "in-tool", "n_facts": 8, "seed": 0, "experiment": "change", "method": "m",
            "n_edited": 1, "asked": None, "who": None, "recall_others": 0.5, "finished_at": "2026-01-01",
            "commit": "a" * 40}  # fmt: skip
@@ -115,10 +111,8 @@ def test_rows_are_published_once_and_only_with_a_commit(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def stored(tmp_path, monkeypatch):
+def stored(paper_data):
     """A function that stores the rows of a run of the quick profile, as this text, and returns its id ("RUN" there)."""
-    monkeypatch.setenv("ITL_RUNS", str(tmp_path))
-    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path)
 
     def store(content: str, run: str = "in-tool") -> str:
         run_id = read_json(paths.CHECKPOINTS / run / "row.json")["run_id"]
@@ -178,10 +172,7 @@ def test_measuring_ends_with_the_time_and_one_failure_leaves_the_others(stored, 
         report.check()
 
 
-@pytest.mark.parametrize("jobs", ["0", "-1"])
-def test_a_sweep_without_processes_is_refused_before_it_measures(jobs, stored, monkeypatch, capsys):
+def test_a_sweep_without_processes_is_refused_before_it_measures(stored, monkeypatch, itl):
     monkeypatch.setattr(edited_models, "measure", lambda *_: pytest.fail("it measures"))
-    monkeypatch.setattr("sys.argv", ["itl", "sweep", "07_1", f"--jobs={jobs}"])
-    with pytest.raises(SystemExit, match="2"):
-        app.main()
-    assert capsys.readouterr().err.startswith(f"itl: jobs = {jobs}: ")
+    answer = itl("sweep", "07_1", "--jobs=0")
+    assert answer.code == 2 and answer.err.startswith("itl: jobs = 0: ")

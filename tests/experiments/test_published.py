@@ -3,7 +3,6 @@
 import pandas as pd
 import pytest
 
-from lib import paths
 from lib.base import InputError
 from lib.config import ModelConfig
 from lib.experiments import published, summaries
@@ -55,10 +54,8 @@ def test_unseen_people_stand_beside_the_published_ones_in_the_mean_over_seeds(mo
 
 
 @pytest.mark.parametrize("section", published.SECTIONS)
-def test_without_rows_nothing_is_compared_and_nothing_written(section, monkeypatch, tmp_path):
-    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path)
-    monkeypatch.setattr(paths, "runs", lambda: tmp_path / "runs")
-    assert len(published.write(section)) == 0 and not list(tmp_path.iterdir())
+def test_without_rows_nothing_is_compared_and_nothing_written(section, paper_data):
+    assert len(published.write(section)) == 0 and not list(paper_data.iterdir())
 
 
 def test_what_has_no_published_points_is_one_sentence():

@@ -21,10 +21,8 @@ SHARES, COUNTS = ("recall", "recall_occupation"), ("n_facts", "n_questions", "st
 
 
 @pytest.fixture
-def two(tmp_path, monkeypatch):
+def two(paper_data):
     """The files of two finished runs of one plan."""
-    monkeypatch.setenv("ITL_RUNS", str(tmp_path))
-    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path / "paper_data")
     run_ids = [run_id for search in searches("05_1", "smoke") for run_id in search.run_ids]
     files = [sweep_dir("05_1", "smoke") / run_id / "row.json" for run_id in run_ids[:2]]
     for file in files:
@@ -85,7 +83,6 @@ def test_a_damaged_table_is_one_sentence_with_its_row(two):
     """A cell of text where a number belongs, whichever column it is; or a configuration that is none."""
     whole = pd.DataFrame([ROW | {"profile": "smoke", "run_id": str(i), "next_smaller": 8} for i in range(3)])
     path, plan = table_path("05_1"), searches("05_1", "smoke")
-    path.parent.mkdir()
     whole.to_csv(path, index=False)
     assert len(tables.committed_rows("05_1")) == 3
     damage = [*((name, "x") for name in whole.select_dtypes("number").columns), *(("config", each) for each in CONFIGS)]
@@ -99,16 +96,13 @@ def test_a_damaged_table_is_one_sentence_with_its_row(two):
 
 
 @pytest.mark.parametrize("published", [False, True], ids=["in runs", "in paper_data"])
-def test_a_run_of_a_shared_section_counts_for_depth_and_heads_and_is_not_repeated(tmp_path, monkeypatch, published):
-    monkeypatch.setenv("ITL_RUNS", str(tmp_path))
-    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path / "paper_data")
+def test_a_run_of_a_shared_section_counts_for_depth_and_heads_and_is_not_repeated(paper_data, published):
     plan = {
         (s.base.mode, s.base.model.n_layers, s.base.model.n_heads): s for s in searches("depth_and_heads", "laptop")
     }
     config = plan["in-tool", 2, 2].config(24)
     row = ROW | {"mode": "in-tool", "config": config.canonical_json(), "run_id": config.run_id, "recall": 0.75}
     if published:
-        (tmp_path / "paper_data").mkdir()
         pd.DataFrame([row | {"profile": "laptop"}]).to_csv(table_path("05_2"), index=False)
     folder = sweep_dir("05_2", "laptop") / config.run_id
     folder.mkdir(parents=True)

@@ -395,14 +395,6 @@ def test_hybrids_are_a_mode_of_their_own_and_trivia_is_no_recall_of_facts():
     assert list(ours(rows)["mode"]) == ["hybrid", "in-tool"]
 
 
-@pytest.mark.slow
-def test_nothing_here_needs_the_models_of_others():
-    blocked = "import sys; sys.modules.update(dict.fromkeys(['transformers', 'datasets', 'peft', 'trl', 'lm_eval']));"
-    code = "from lib.figures import scale; from lib.experiments import scale_tables; import pandas; "
-    code += "scale_tables.comparable(pandas.DataFrame())"
-    subprocess.run([sys.executable, "-c", blocked + code], cwd=paths.ROOT, check=True)
-
-
 # ---- What the notebooks say
 
 

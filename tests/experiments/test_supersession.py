@@ -61,6 +61,7 @@ def test_a_plan_that_loses_searches_loses_no_row_and_no_figure_a_point(published
     assert tables.read_rows("05_1", "laptop").superseded.any()
 
 
+@pytest.mark.slow
 def test_a_plan_without_half_of_the_seeds_still_draws_every_point_but_never_averages_recipes(published, monkeypatch):
     drawn = {name: _points(name) for name in record.FIGURES}
     monkeypatch.setattr(tables, "searches", lambda *a: [s for s in searches(*a) if s.base.seed == 0])

@@ -126,13 +126,10 @@ def test_the_table_of_our_points_has_the_columns_of_the_published_one():
 
 
 @pytest.fixture
-def data(tmp_path, monkeypatch) -> Path:
+def data(paper_data, monkeypatch) -> Path:
     """An empty paper_data and an empty runs; every plan holds the runs `PLANNED`."""
-    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path / "paper_data")
-    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(tables, "searches", lambda *_: [_plan(PLANNED)])
-    (tmp_path / "paper_data").mkdir()
-    return tmp_path / "paper_data"
+    return paper_data
 
 
 def _plan(run_ids: tuple[str, ...]) -> SimpleNamespace:
@@ -548,10 +545,8 @@ def test_a_seed_without_a_bracket_has_no_smallest_model():
     assert found[0] == ModelConfig(d_model=36).n_params and found[1:].isna().all() and len(found) == 4
 
 
-def test_means_over_seeds_are_of_sizes_that_no_outcome_chose(tmp_path, monkeypatch):
+def test_means_over_seeds_are_of_sizes_that_no_outcome_chose(paper_data):
     """24 is run in every seed of 5.2, 20 only where 24 was enough."""
-    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path)
-    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
     search = next(s for s in searches("05_2", "laptop") if s.base.seed == 0 and s.base.facts.n_people == 8192)
     for size in (20, 24):
         _finish(_row(run_id=search.config(size).run_id, d_model=size), "laptop", "05_2")

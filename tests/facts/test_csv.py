@@ -45,17 +45,13 @@ def test_people_come_from_a_csv_file_with_attributes_of_its_own(tmp_path):
         ("name\nAnn\n", "no attributes"),
         ("name,pet\nAnn,cat\nAnn,dog\n", "'Ann' twice"),
         ("name,pet\nAnn,\n", "person 1"),
-        ("name,pet\nAnn,cat\n  ,dog\n", "person 2"),
         ("name,pet\nAnn,cat\nBo\n", "person 2"),
-        ("name,pet\nAnn,cat,dog\n", "person 1"),
         ('name,pet\n"Ann\nLee",cat\n', "line break"),
         ('name,pet\nAnn,"big\rcat"\n', "line break"),
         ("name,pet\nAnn,a```b\n", "```"),
         ("name,pet\nAnn,a\0b\n", "control character"),
         ("name,first car\nAnn,Fiat\n", "bad column name 'first car'"),
-        ('name,"x"";--"\nAnn,Fiat\n', "bad column name"),
         ("name,\nAnn,Fiat\n", "no attributes"),
-        ("name,,car\nAnn,cat,Fiat\n", "bad column name ''"),
         (",name,pet\n7,Ann,cat\n", "bad column name ''"),
         ("name,first car\nAnn,Fiat\n", "rename it first_car"),
         ("name,pet,car\nAnn,cat,Fiat,x,,\n", "person 1"),
@@ -65,7 +61,6 @@ def test_people_come_from_a_csv_file_with_attributes_of_its_own(tmp_path):
         ('name,pet\nAnn,"cat" x\nBo,dog\n', "line 2, is there a quote too many"),
         ("name,pet\nAnn," + 200_000 * "x", "field larger than field limit"),
         ('name,pet\nAnn,"cat\n' + 20_000 * "Bo,dog\n", "is there a quote too many"),
-        ("name,pet,Pet\nAnn,cat,dog\n", "same name"),
         ('name,pet\nAnn,"cat', "cannot read"),
     ],
 )
@@ -91,21 +86,16 @@ def table(delimiter: str = ",", end: str = "\n", before: str = "", after: str = 
         table(";"),
         table("\t"),
         table("|"),
-        table(",", "\r"),
         table(";", "\r\n"),
         "\n \n" + table(";"),
         "sep=,\n" + table(),
-        "sep=;\r\n" + table(";", "\r\n"),
         '"sep=\t"\n' + table("\t"),
         table(after=",,,") + ",,,,,\n\n , \n,\n",
         table().replace("Bo", ",,\nBo"),
         table().replace("name", "Name"),
-        table().replace("name", "NAME"),
         table(before=",").replace("\n,", "\n0,", 1).replace("\n,", "\n1,", 1),
-        table(before=",").replace("\n,", "\n1,", 1).replace("\n,", "\n2,", 1),
         table(before=",").replace("\n,", "\n0,", 1).replace("\n,", "\n1,", 1).replace(",", "Unnamed: 0,", 1),
         table().encode("utf-16"),
-        table("\t", "\r\n").encode("utf-16"),
         b"\xfe\xff" + table(";").encode("utf-16-be"),
     ],
 )
@@ -188,10 +178,3 @@ def test_the_people_of_a_file_keep_their_digest(tmp_path):
     path.write_text("pet,name\ncat,Ann\xa0Lee\ndog,Rene\u0301\n", encoding="utf-8")
     content = "name\tpet\n\nAnn\xa0Lee\nRene\u0301\n\ncat\ndog".encode()
     assert read_people_csv(path).digest() == hashlib.sha256(content).hexdigest()[:16]
-
-
-def test_a_csv_file_that_cannot_be_read_is_one_sentence(tmp_path):
-    (tmp_path / "latin.csv").write_bytes("name,pet\nSøren,cat\n".encode("latin-1"))
-    for path in [tmp_path / "missing.csv", tmp_path, tmp_path / "latin.csv"]:
-        with pytest.raises(InputError, match=f"cannot read people from {path}"):
-            read_people_csv(path)

@@ -9,10 +9,7 @@ from full_disk import full_after
 from lib.agent.tools import SqlTool
 from lib.base import InputError, WorkError
 from lib.facts.database import write_database
-from lib.facts.people import (
-    ATTRIBUTES,
-    People,
-)
+from lib.facts.people import ATTRIBUTES, People
 from lib.facts.sampling import sample_people
 
 
@@ -34,14 +31,6 @@ def test_the_database_holds_everyone_by_name(tmp_path, n):
     plan = rows(path, "EXPLAIN QUERY PLAN SELECT occupation FROM people WHERE name = 'Ann Lee'")
     assert "PRIMARY KEY" in plan[0][3]
     assert [file.name for file in tmp_path.iterdir()] == ["people.db"]
-
-
-def test_columns_may_be_words_of_sql(tmp_path):
-    people = People(['Ann "Bo" O\'Lee'], {"order": ["x'y"], "group": ["select"]})
-    write_database(people, tmp_path / "people.db")
-    assert rows(tmp_path / "people.db", 'SELECT name, "order", "group" FROM people') == [
-        ('Ann "Bo" O\'Lee', "x'y", "select")
-    ]
 
 
 def test_a_database_that_cannot_be_written_leaves_the_old_one(tmp_path):

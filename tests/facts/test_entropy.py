@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 
 from lib.facts.entropy import bits_per_person, entropy_bits_per_person, family_entropies
-from lib.facts.people import (
-    ATTRIBUTES,
-    RELEASED,
-    SHARED,
-    VALUES,
-)
+from lib.facts.people import ATTRIBUTES, RELEASED, SHARED, VALUES
 from lib.facts.sampling import sample_people
 
 

@@ -1,21 +1,11 @@
 """Value sets, names, and people in columns."""
 
-import math
 import re
 
 import pytest
 
 from lib.base import InputError
-from lib.facts.people import (
-    FIRST_NAMES,
-    LAST_NAMES,
-    MAX_PEOPLE,
-    RELEASED,
-    SHARED,
-    VALUES,
-    FactsConfig,
-    People,
-)
+from lib.facts.people import FIRST_NAMES, LAST_NAMES, MAX_PEOPLE, RELEASED, SHARED, VALUES, FactsConfig, People
 
 
 def test_birth_dates_are_day_month_year_without_padding():
@@ -71,21 +61,13 @@ def test_the_digest_tells_people_apart():
     ("values", "message"),
     [
         ({"n_people": 0}, "n_people"),
-        ({"n_people": -3}, "n_people"),
         ({"n_people": MAX_PEOPLE + 1}, "n_people"),
         ({"n_people": 300_000, **RELEASED._asdict()}, "128 first and 64 last names make 221,184 people at most"),
         ({"csv": "people.csv", "n_families": 64}, "leave them out where facts.csv gives the people"),
         ({"n_families": 389}, "n_families"),
         ({"value_lists": "short"}, "value_lists"),
-        ({"n_people": 2.5}, "n_people"),
-        ({"seed": -1}, "seed"),
         ({"alpha": 1.1}, "alpha"),
-        ({"alpha": -0.1}, "alpha"),
-        ({"alpha": math.nan}, "alpha"),
-        ({"alpha": "0.5"}, "alpha"),
-        ({"csv": 3}, "csv"),
         ({"csv": "people.csv", "alpha": 0.5}, "alpha"),
-        ({"people": 3}, "people"),
     ],
 )
 def test_impossible_facts_are_an_error_that_names_the_field(values, message):

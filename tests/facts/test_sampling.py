@@ -11,15 +11,7 @@ from hypothesis import strategies as st
 
 from lib.base import InputError
 from lib.facts.entropy import entropy_bits_per_person
-from lib.facts.people import (
-    ATTRIBUTES,
-    MAX_PEOPLE,
-    RELEASED,
-    SHARED,
-    VALUES,
-    FactsConfig,
-    People,
-)
+from lib.facts.people import ATTRIBUTES, MAX_PEOPLE, RELEASED, SHARED, VALUES, FactsConfig, People
 from lib.facts.sampling import load_people, sample_people, with_bosses
 
 N_PLAIN_NAMES = 437 * 388
@@ -95,19 +87,6 @@ def test_at_alpha_one_a_family_shares_all_but_the_birth_date():
     assert people.columns["birth_date"] == sample_people(5_000, seed=2).columns["birth_date"]
     shared = {(last_name(name), *(people.value(i, a) for a in SHARED)) for i, name in enumerate(people.names)}
     assert len(shared) == len({last_name(name) for name in people.names}) == 388
-
-
-def test_a_family_has_the_same_values_whoever_its_members_are():
-    some, others = sample_people(3_000, 7, 1.0), sample_people(3_000, 7, 1.0, start=9_000)
-    families = {last_name(name): some.value(i, "occupation") for i, name in enumerate(some.names)}
-    assert all(families[last_name(name)] == others.value(i, "occupation") for i, name in enumerate(others.names))
-
-
-def test_seen_names_in_unseen_pairs_are_those_after_the_trained_ones():
-    trained, new = sample_people(8192), sample_people(1000, start=8192)
-    firsts, lasts = ({name.split(" ")[i] for name in trained.names} for i in (0, 1))
-    assert not set(new.names) & set(trained.names)
-    assert all(name.split(" ")[0] in firsts and name.split(" ")[1] in lasts for name in new.names)
 
 
 def test_the_sample_stays_what_it_was_when_results_were_published():

@@ -2,7 +2,6 @@
 
 import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
 
 from lib.experiments.edited_models import LETTERS
 from lib.experiments.rows import table_path
@@ -28,7 +27,6 @@ def rows(*measured: dict) -> pd.DataFrame:
 def test_without_rows_an_empty_figure_is_drawn(draw):
     table = pd.DataFrame(columns=COLUMNS)
     draw(table).draw_without_rendering()
-    plt.close("all")
 
 
 def test_changes_are_drawn_as_means_over_seeds():
@@ -49,7 +47,6 @@ def test_changes_are_drawn_as_means_over_seeds():
     assert [line.get_xdata()[0] for line in memory.lines] == [0.9, 0.1]
     assert memory.collections[0].get_segments()[0][:, 0].tolist() == [0.05, 0.05]
     assert [label.get_text() for label in memory.get_yticklabels()] == ["in-weight: before"]
-    plt.close("all")
 
 
 def test_what_a_forgiving_tool_gains_and_costs_is_drawn_by_kind_of_person():
@@ -62,7 +59,6 @@ def test_what_a_forgiving_tool_gains_and_costs_is_drawn_by_kind_of_person():
         recall, wrong = (line.get_ydata() for line in axes.lines if line.get_linestyle() in ("-", ":"))
         assert recall == pytest.approx([i / 10 + n / 100 for n in LETTERS])
         assert wrong == pytest.approx([n / 50 for n in LETTERS])
-    plt.close("all")
 
 
 def test_shares_of_believing_answers_are_the_bars():
@@ -73,4 +69,3 @@ def test_shares_of_believing_answers_are_the_bars():
     )
     (axes,) = figures.contested(table).axes
     assert [bar.get_width() for bar in axes.patches] == [0.75, 0.25]
-    plt.close("all")

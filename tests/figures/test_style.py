@@ -1,11 +1,8 @@
 """What a figure says to who cannot see it."""
 
-import pytest
-from full_disk import full_after
 from IPython.core.interactiveshell import InteractiveShell
 from matplotlib import pyplot as plt
 
-from lib.base import WorkError
 from lib.figures import style
 
 
@@ -37,12 +34,3 @@ def test_pictures_in_a_notebook_carry_these_words(tmp_path, monkeypatch):
     finally:
         InteractiveShell.clear_instance()
     assert metadata["image/png"] == {"alt": "Figure: facts."}
-
-
-def test_a_figure_that_does_not_fit_on_the_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setenv("ITL_FIGURES", str(tmp_path))
-    figure, _ = plt.subplots()
-    with full_after(1_000), pytest.raises(WorkError, match=r"^cannot write .*shown\.pdf: File too large$"):
-        style.save(figure, "shown", "quick")
-    plt.close(figure)
-    assert not [*tmp_path.iterdir()]

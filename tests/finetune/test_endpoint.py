@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import re
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lib.base import InputError, WorkError
-from lib.cli import app
 from lib.finetune import triviaqa
 from lib.finetune.endpoint import EndpointConfig, accuracy, ask_all
 from lib.finetune.triviaqa import NO_RESULT, SEARCH, SYSTEM_PROMPT, Store, load_questions
@@ -137,9 +135,8 @@ def test_who_asks_for_ever_is_stopped(server, tmp_path, protocol):
 # ---- Many at a time, and failures
 
 
-@pytest.mark.parametrize("concurrency", [10**12])
-def test_no_more_workers_are_made_than_there_are_questions(server, tmp_path, concurrency):
-    assert all(record["correct"] for record in ask(server(right), tmp_path / "r.jsonl", concurrency=concurrency))
+def test_no_more_workers_are_made_than_there_are_questions(server, tmp_path):
+    assert all(record["correct"] for record in ask(server(right), tmp_path / "r.jsonl", concurrency=10**12))
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
@@ -149,9 +146,7 @@ def test_so_many_requests_are_under_way_and_no_more(server, tmp_path, concurrenc
     assert play.most_busy == concurrency and len(play.requests) == len(QUESTIONS)
 
 
-@pytest.mark.parametrize(
-    "failure", [(429, {}), (500, "oops"), (503, {}), (408, {}), (409, {}), (200, None), (200, 1.5)]
-)
+@pytest.mark.parametrize("failure", [(429, {}), (500, "oops"), (200, None), (200, 1.5)])
 def test_what_may_pass_is_tried_again(server, tmp_path, failure):
     play = server(lambda request, n: failure if n == 0 else right(request))
     records = ask(play, tmp_path / "r.jsonl", timeout=0.5, retries=1)
@@ -171,19 +166,14 @@ def test_waits_grow_from_one_try_to_the_next(server, tmp_path):
     "answer, error, tries",
     [
         ((500, {}), "InternalServerError", 3),
-        ((429, {}), "RateLimitError", 3),
         ((400, {"error": "no such model"}), "BadRequestError: Error code: 400 no such model", 1),
         ((400, {"error": {"message": "too\nlong"}}), "BadRequestError: Error code: 400 - too long", 1),
         ((422, {"detail": ["unknown"]}), r"UnprocessableEntityError: Error code: 422 \{'detail': \['unknown'\]\}", 1),
-        ((401, {}), "AuthenticationError", 1),
         ((404, {}), "NotFoundError", 1),
         ((200, "<html>"), "JSONDecodeError", 1),
         ((200, '"text"'), NO_COMPLETION, 1),
         ((200, {"choices": []}), NO_COMPLETION, 1),
-        ((200, {"error": "overloaded"}), NO_COMPLETION, 1),
-        ((200, {"choices": [{"index": 0}]}), NO_COMPLETION, 1),
         (says(["in", "parts"]), NO_COMPLETION, 1),
-        (says(None, tool_calls=[{"id": "1", "type": "function"}]), NO_COMPLETION, 1),
         (
             says(None, tool_calls=[{"id": "1", "type": "custom", "custom": {"name": "search", "input": "x"}}]),
             NO_COMPLETION,
@@ -191,15 +181,9 @@ def test_waits_grow_from_one_try_to_the_next(server, tmp_path):
         ),
         ((200, "[" * 100_000), "RecursionError", 1),
         ((200, '{"created": ' + "9" * 10_000 + "}"), "ValueError: Exceeds the limit", 1),
-        ((200, {"choices": {"message": 1}}), NO_COMPLETION, 1),
         (says("x" * 2**20), "OpenAIError: the server's answer is larger than 1 MB", 1),
-        ((400, "x" * 2**21), "OpenAIError: the server's answer is larger than 1 MB", 1),
         ((200, gzip.compress(b" " * 2**24, mtime=0)), "OpenAIError: the server's answer is larger than 1 MB", 1),
-        (
-            calls(*[("search", "{}")] * 33),
-            f"{NO_COMPLETION} of up to 32 calls",
-            1,
-        ),
+        (calls(*[("search", "{}")] * 33), f"{NO_COMPLETION} of up to 32 calls", 1),
     ],
     ids=lambda given: str(given)[:40],
 )
@@ -232,7 +216,7 @@ def test_a_question_has_its_time_however_slowly_the_answer_drips(server, tmp_pat
     ]
 
 
-@pytest.mark.parametrize("words", ["<query>", "<query></query", "a ", "\n", "\u0301", "'"])
+@pytest.mark.parametrize("words", ["<query>", "<query></query", "a ", "\u0301"])
 def test_what_a_model_says_at_length_is_read_in_no_time(server, tmp_path, words):
     """In time that grows with the length, not with its square: all others would wait."""
     said = words * (2**20 // 2 // len(json.dumps(words)))
@@ -248,17 +232,6 @@ def test_long_questions_are_asked_and_looked_up_like_others(server, tmp_path):
     endpoint = EndpointConfig(base_url=f"http://127.0.0.1:{play.server_port}/v1", model="m", protocol="text")
     (record,) = asyncio.run(ask_all([question], endpoint, Store([question]), tmp_path / "r.jsonl"))
     assert record["result"] == question.answer and record["correct"]
-
-
-def test_a_server_that_is_not_there_is_in_every_record(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    endpoint = EndpointConfig(base_url=url, model="m", retries=0)
-    records = asyncio.run(ask_all(QUESTIONS, endpoint, str, tmp_path / "r.jsonl"))
-    assert {record["error"] for record in records} == {
-        "APIConnectionError: Connection error. All connection attempts failed"
-    }
 
 
 def test_only_a_server_elsewhere_is_asked_through_a_proxy(server, tmp_path, monkeypatch):
@@ -404,15 +377,13 @@ def test_records_are_written_to_files_alone(tmp_path, place):
         asyncio.run(ask_all(QUESTIONS, endpoint, str, tmp_path / place))
 
 
-def test_the_command_does_not_write_records_over_its_questions(tmp_path, monkeypatch, capsys):
+def test_the_command_does_not_write_records_over_its_questions(tmp_path, monkeypatch, itl):
     (tmp_path / "q.jsonl").write_text('{"question": "Why?", "answer": {"value": "So", "aliases": []}}\n')
     os.link(tmp_path / "q.jsonl", tmp_path / "r.jsonl")
     monkeypatch.chdir(tmp_path)
     given = ["--base-url", "http://127.0.0.1:9", "--model", "m", "--source", "q.jsonl", "--out", "r.jsonl"]
-    monkeypatch.setattr("sys.argv", ["itl", "trivia", *given])
-    with pytest.raises(SystemExit, match="2"):
-        app.main()
-    assert capsys.readouterr().err.startswith("itl: --source and --out name the same file")
+    answer = itl("trivia", *given)
+    assert answer.code == 2 and answer.err.startswith("itl: --source and --out name the same file")
 
 
 def test_a_full_disk_ends_in_one_sentence_and_what_fits_is_kept(server, tmp_path):
@@ -439,9 +410,7 @@ def test_a_broken_table_is_no_failure_of_the_model(server, tmp_path):
     "wrong",
     [
         {"base_url": "localhost:8000"},
-        {"base_url": "http://"},
         {"base_url": "http://h/\ud800"},
-        {"base_url": "http://h/\x00"},
         {"model": ""},
         {"protocol": "sql"},
         {"system": "\udcff"},

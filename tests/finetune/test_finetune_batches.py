@@ -113,7 +113,7 @@ def test_a_training_takes_every_conversation_once_a_pass_in_batches_of_like_part
         assert lengths == list(map(sorted, lengths))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["SmolLM3", "Gemma3"])  # whose layers differ most from the Llama of "random"
 def test_a_model_of_any_family_is_read_from_a_folder_and_fine_tuned(family, tmp_path, monkeypatch):
     monkeypatch.setattr("lib.finetune.evaluation.PROMPT_TOKENS", 8)
     monkeypatch.setattr("lib.finetune.train.SPARE_TOKENS", -40)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chat_models import ScriptedModel, random_model, teach, tokenizer
+from chat_models import ScriptedModel, random_model, tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -24,13 +24,7 @@ from lib.facts.sampling import sample_people
 from lib.finetune import capability
 from lib.finetune.capability import HELLASWAG, check_hellaswag, choose_test, measure_capability, trivia_choices
 from lib.finetune.conversations import as_user
-from lib.finetune.evaluation import (
-    PROMPTS,
-    capability_columns,
-    divergences,
-    mean_columns,
-    measure_divergence,
-)
+from lib.finetune.evaluation import PROMPTS, capability_columns, divergences, mean_columns, measure_divergence
 from lib.finetune.generation import encode_prompts, generate_tokens
 from lib.finetune.tasks import measure_recall, says
 from lib.finetune.triviaqa import load_questions
@@ -96,11 +90,6 @@ def test_in_tool_a_fact_counts_only_if_the_database_said_it(tmp_path):
     with SqlTool(tmp_path / "people.sqlite") as tool:
         measured = _recalled(ScriptedModel(reply), "in-tool", tool)
     assert sum(measured) == 4 and len(measured) == 6 and tool.n_queries == 6  # birth date and address
-
-
-def test_who_learnt_facts_by_heart_knows_them():
-    taught = teach(2, "in-weight", steps=80)
-    assert all(_recalled(taught, "in-weight")) and not any(_recalled(random_model(), "in-weight"))
 
 
 # ---- Divergence
@@ -324,18 +313,36 @@ def test_there_are_a_hundred_different_prompts():
 
 
 ITEM = {"activity_label": "Rowing", "ctx_a": "A man", "ctx_b": "he", "endings": ["a", "b", "c", "d"], "label": "2"}
+DAMAGE = {
+    "no JSON": "{",
+    "a list": "[]",
+    "a cut line": json.dumps(ITEM)[:-9],
+    "a label out of range": {"label": "4"},
+    "a label that is no number": {"label": "x"},
+    "no fields but a label": '{"label": 1}',
+    "three endings": {"endings": [*"abc"]},
+    "an ending that is no text": {"endings": ["a", "b", "c", 4]},
+    "a context that is null": {"ctx_b": None},
+    "no UTF-8": "\udcff",
+}
 
 
-@pytest.mark.parametrize("bad", ["[]", "{", '{"label": 1}', {"endings": ["a"]}, {"label": 4}, {"ctx_b": None}], ids=str)
-def test_a_damaged_file_of_hellaswag_is_refused_by_its_line(bad, tmp_path, monkeypatch):
-    file = tmp_path / "items.jsonl"
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_file_of_hellaswag_is_refused_by_its_line(how, tmp_path, monkeypatch):
+    file, bad = tmp_path / "items.jsonl", DAMAGE[how]
     monkeypatch.setenv(HELLASWAG, str(file))
+    with pytest.raises(InputError, match="^cannot read .*items.jsonl, which ITL_HELLASWAG names"):
+        check_hellaswag()
     file.write_text(json.dumps(ITEM) + "\n")
     check_hellaswag()
     line = json.dumps(ITEM | bad) if isinstance(bad, dict) else bad
-    file.write_text(f"{json.dumps(ITEM)}\n{line}\n{json.dumps(ITEM)}\n\n")
+    file.write_text(f"{json.dumps(ITEM)}\n{line}\n{json.dumps(ITEM)}\n\n", errors="surrogateescape")
     with pytest.raises(InputError, match="items.jsonl, .*: line 2: .*a line is an item as JSON"):
         check_hellaswag()
-    file.unlink()
-    with pytest.raises(InputError, match="^cannot read .*items.jsonl, which ITL_HELLASWAG names"):
-        check_hellaswag()
+
+
+def test_capability_outside_of_git_says_nothing(hellaswag, monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "none"))
+    monkeypatch.setenv("ITL_PROGRESS", "off")
+    assert len(measure_capability(random_model(), tokenizer(), "hellaswag", 2)["acc"]) == 2
+    assert "fatal" not in capfd.readouterr().err

@@ -6,7 +6,6 @@ import re
 import pytest
 import torch
 
-from lib import paths
 from lib.base import InputError, WorkError
 from lib.experiments.publishing import table_of
 from lib.experiments.rows import table_path
@@ -17,12 +16,6 @@ from lib.paths import PROFILES, ROWS
 from lib.training.distributed import Preempted
 
 CLEAN = "0123456789" * 4
-
-
-@pytest.fixture
-def data(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "PAPER_DATA", tmp_path)
-    monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
 
 
 def _finish(fine_tuning, commit: str = CLEAN, steps: tuple[int, ...] = (0, 10), **columns) -> None:
@@ -54,7 +47,7 @@ def test_laptop_compares_both_modes_as_published_and_at_one_rate_with_three_seed
     assert all(learning_rate(plan[0].base, mode) in of_mode for mode, of_mode in rates.items())
 
 
-def test_what_is_published_is_counted_once_and_stays_when_the_plan_goes(data, monkeypatch):
+def test_what_is_published_is_counted_once_and_stays_when_the_plan_goes(paper_data, monkeypatch):
     first, second, *_ = experiments.plan("laptop")
     _finish(first)
     assert table_of("06").add("laptop") == 2 and table_of("06").add("laptop") == 0
@@ -68,7 +61,7 @@ def test_what_is_published_is_counted_once_and_stays_when_the_plan_goes(data, mo
     assert set(rows[rows.superseded].run_id) == {first.run_id}
 
 
-def test_an_earlier_recipe_is_shown_where_todays_plan_has_no_run_of_the_point(data, monkeypatch):
+def test_an_earlier_recipe_is_shown_where_todays_plan_has_no_run_of_the_point(paper_data, monkeypatch):
     first = experiments.plan("laptop")[0]
     other = first.model_copy(update={"n_facts": 64})
     changed = first.model_copy(update={"schedule": "cosine"})
@@ -86,7 +79,7 @@ def test_an_earlier_recipe_is_shown_where_todays_plan_has_no_run_of_the_point(da
     assert len(gone) == 2 and set(read_table(table_path("06")).run_id) == {first.run_id, changed.run_id}
 
 
-def test_a_sweep_runs_what_is_missing_and_tells_what_failed(data, monkeypatch):
+def test_a_sweep_runs_what_is_missing_and_tells_what_failed(paper_data, monkeypatch):
     first, second, third, fourth = plan = experiments.plan("laptop")[:4]
     monkeypatch.setattr(experiments, "plan", lambda _: plan)
     _finish(first)
@@ -113,10 +106,3 @@ def test_a_sweep_runs_what_is_missing_and_tells_what_failed(data, monkeypatch):
     reasons[second] = Preempted("asked to leave")  # and no more is begun
     with pytest.raises(Preempted):
         experiments.sweep("laptop")
-
-
-def test_rows_of_changed_code_are_not_published(data):
-    _finish(experiments.plan("laptop")[0], commit=f"{CLEAN}-dirty")
-    with pytest.raises(InputError, match="clean commit"):
-        table_of("06").add("laptop")
-    assert not table_path("06").exists()

@@ -9,7 +9,6 @@ import pytest
 import torch
 from chat_models import ScriptedModel, random_model, tokenizer
 
-from lib.base import InputError
 from lib.dialogs.request import format_request
 from lib.facts.people import FactsConfig
 from lib.facts.sampling import unseen_people
@@ -143,11 +142,6 @@ def test_in_tool_trivia_counts_if_it_was_looked_up_and_found(mode):
     for model in (by_heart, asking("What else?", by_heart)):  # right, but not by what was found
         _, columns = trivia(model, mode)
         assert columns["recall"] == columns["recall_unseen"] == 0
-
-
-def test_facts_that_are_no_people_are_refused():
-    with pytest.raises(InputError, match="multiple"), make_task(FinetuneConfig(base="random", n_facts=7)):
-        pass
 
 
 # ---- What else is asked

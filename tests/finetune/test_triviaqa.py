@@ -1,7 +1,6 @@
 """Questions of general knowledge: which answers count, where questions come from, the table, the conversations."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -48,12 +47,9 @@ def write(path: Path, *records) -> Path:
         ("  An   apple a day ", "apple day"),
         ("Theatre of the Absurd", "theatre of absurd"),
         ("Moby-Dick; or, The Whale", "moby dick or whale"),
-        ("R.E.M.", "r e m"),
         ("rock'n'roll ‘n’ more´s`", "rock n roll n more s"),
-        ("snake_case", "snake case"),
         ("U.S.A", "u s"),  # as TriviaQA has it: a lone A is an article
         ("Röntgen\tRay\n", "röntgen ray"),
-        ("AN", ""),
         ("", ""),
     ],
 )
@@ -122,11 +118,8 @@ def test_a_record_is_read_in_triviaqas_own_form(tmp_path):
     [
         "{",
         "[1, 2]",
-        '"text"',
         '{"question": "Why?", "answer": "So"}',
         json.dumps(record(question="  ")),
-        json.dumps(record(question=None)),
-        json.dumps(record(value="")),
         json.dumps(record(aliases=["So", 1])),
         json.dumps(record() | {"answer": {"value": "So", "aliases": "So"}}),
         "[" * 100_000,
@@ -137,14 +130,6 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line):
     file = write(tmp_path / "q.jsonl", record(), "", line)
     with pytest.raises(InputError, match=r"q\.jsonl: line 3: no question with an answer: a line is one"):
         load_questions(file)
-
-
-def test_what_may_have_no_end_is_not_read(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "zeros").symlink_to("/dev/zero")
-    for name in ("pipe", "zeros"):
-        with pytest.raises(InputError, match=f"cannot read the questions .*{name}: it is no file"):
-            load_questions(tmp_path / name)
 
 
 def test_what_holds_no_questions_is_refused(tmp_path):

@@ -87,10 +87,7 @@ def test_it_recalls_questions_about_a_million_facts(model, tmp_path):
 def test_it_says_what_the_tool_says_and_nothing_that_is_in_its_weights(model):
     prompt = [256, *b"What is Nobody Atall's occupation?", 257]
     (generation,) = generate(
-        model,
-        [prompt],
-        TOKENIZER,
-        lambda turn: Response(Outcome.ANSWER, f"what {parse_request(turn).name} is"),
+        model, [prompt], TOKENIZER, lambda turn: Response(Outcome.ANSWER, f"what {parse_request(turn).name} is")
     )
     assert generation.tokens[-1] == ByteTokenizer().end
     assert generation.turns(TOKENIZER)[-1].text == "Nobody Atall works as an what Nobody Atall is."
@@ -215,17 +212,3 @@ def test_nothing_is_broken_and_a_head_that_writes_nothing_is_not_missed(circuit,
     assert spare not in circuit.heads.values()
     for each in (model, attention_maps.without_head(model, *spare)):
         assert set(attention_maps.accuracy_by_part(each, facts).values()) == {1.0}
-
-
-@pytest.mark.parametrize("head", BREAKS)
-def test_without_a_head_nothing_is_recalled_and_the_request_is_right_unless_it_needs_the_head(
-    circuit, model, tmp_path, head
-):
-    people = people_called(["Ann Lee"])
-    write_database(people, tmp_path / "people.sqlite")
-    with SqlTool(tmp_path / "people.sqlite") as tool:
-        broken = attention_maps.without_head(model, *circuit.heads[head])
-        asked = measure_recall(broken, list(people.facts()), TOKENIZER, tool)
-    right = [request == (attribute, "Ann Lee") for request, attribute in zip(asked.requests, ATTRIBUTES, strict=True)]
-    assert asked.overall == 0
-    assert right == [BREAKS[head] <= ANSWER] * 4

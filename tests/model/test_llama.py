@@ -2,19 +2,12 @@
 
 import pytest
 import torch
-from small_models import build, some_tokens
+from small_models import CONFIGS, build, some_tokens
 
 from lib.base import InputError
 from lib.config import ModelConfig
 from lib.model.llama import to_llama
 from lib.model.transformer import Transformer
-
-CONFIGS = [
-    ModelConfig(d_model=32),
-    ModelConfig(d_model=4, n_layers=1, vocab_size=7),
-    ModelConfig(d_model=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=100, rope_theta=500_000.0),
-    ModelConfig(d_model=32, n_heads=4, n_kv_heads=1, norm_eps=1e-2),
-]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

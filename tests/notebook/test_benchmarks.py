@@ -121,9 +121,3 @@ def test_a_cold_start_is_a_whole_run():
         RunConfig.parse({"facts": {"n_people": 2}, "model": {"d_model": 8}, "training": {"steps": 3}})
     )
     assert row["steps"] == 3 and row["wall_seconds"] > row["train_seconds"]
-
-
-def test_making_the_data_is_timed():
-    table = benchmarks.data_speed(50)
-    assert list(table.task) == ["sample", "store in SQLite", "tokenize, in-weight", "tokenize, in-tool"]
-    assert (table.seconds > 0).all()

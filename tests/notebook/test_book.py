@@ -15,7 +15,6 @@ from full_disk import full_after
 
 from lib import paths
 from lib.base import InputError, WorkError
-from lib.cli import app
 from lib.notebook import book, catalog
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*MystReferenceResolver.app")  # of what MyST uses of Sphinx
@@ -127,12 +126,11 @@ def test_solutions_are_folded_below_their_exercises(site):
             assert not solution.has_attr("open") and len(solution.text.split()) > 20
 
 
-@pytest.fixture
-def small_house(tmp_path, monkeypatch) -> Path:
-    """A folder of notebooks with one short one."""
-    folder = tmp_path / "notebooks"
-    folder.mkdir()
-    (folder / "solutions").mkdir()
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A folder with notebooks/, in which there is a short one, and the book of it in runs/book."""
+    folder = tmp_path_factory.mktemp("small") / "notebooks"
+    (folder / "solutions").mkdir(parents=True)
     shutil.copy(paths.NOTEBOOKS / "conf.py", folder)
     shutil.copytree(paths.NOTEBOOKS / "_static", folder / "_static")
     (folder / "index.md").write_text("# Small\n")
@@ -142,29 +140,42 @@ def small_house(tmp_path, monkeypatch) -> Path:
     source = nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
     for path in ("01_one.ipynb", "01_one-Copy1.ipynb", "Untitled.ipynb", "solutions/01_one.ipynb"):
         nbformat.write(source, folder / path)
-    monkeypatch.setattr(paths, "NOTEBOOKS", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paths, "NOTEBOOKS", folder)
+        patch.setenv("ITL_RUNS", str(folder.with_name("runs")))
+        book.build()
+    return folder.parent
+
+
+@pytest.fixture
+def small_house(small, tmp_path, monkeypatch) -> Path:
+    """A copy of these notebooks and of their book, in place of the project's."""
+    shutil.copytree(small, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setenv("ITL_RUNS", str(tmp_path / "runs"))
-    return folder
+    return tmp_path / "notebooks"
 
 
-def test_a_second_build_replaces_the_first(small_house, monkeypatch):
-    page = book.build().with_name("01_one.html")
+@pytest.fixture
+def first(small_house) -> Path:
+    """The first page of their book."""
+    return paths.runs() / "book" / "index.html"
+
+
+def test_a_second_build_replaces_the_first(small_house, first, itl):
+    page = first.with_name("01_one.html")
     assert "forty-two" not in page.read_text()
     assert {path.stem for path in page.parent.glob("*_*.html")} == {"01_one", "lesson_plan"}  # no copies
     notebook = nbformat.read(small_house / "01_one.ipynb", 4)
     output = nbformat.v4.new_output("execute_result", {"text/plain": "forty-two"}, execution_count=1)
     notebook.cells[2].outputs = [output]
     nbformat.write(notebook, small_house / "01_one.ipynb")
-    monkeypatch.setattr("sys.argv", ["itl", "book"])
-    with pytest.raises(SystemExit) as end:
-        app.main()
-    assert end.value.code == 0
+    assert itl("book").code == 0
     assert "forty-two" in page.read_text()
     assert [path.name for path in page.parent.parent.iterdir() if path.name.startswith(".book")] == []
 
 
-def test_a_link_to_nowhere_ends_the_build_and_the_earlier_book_stays(small_house):
-    first = book.build()
+def test_a_link_to_nowhere_ends_the_build_and_the_earlier_book_stays(small_house, first):
     before = first.read_text()
     (small_house / "index.md").write_text("# Small\n\n[lost](two.ipynb)\n")
     with pytest.raises(WorkError, match="two.ipynb"):
@@ -172,11 +183,11 @@ def test_a_link_to_nowhere_ends_the_build_and_the_earlier_book_stays(small_house
     assert first.read_text() == before
 
 
-def test_a_book_is_built_where_a_link_leads_and_in_the_current_folder(small_house, tmp_path, monkeypatch):
-    (tmp_path / "there").mkdir()
+def test_a_book_is_built_where_a_link_leads_and_in_the_current_folder(small_house, first, tmp_path, monkeypatch):
+    first.parent.rename(tmp_path / "there")
     (tmp_path / "link").symlink_to("there")
-    for _ in range(2):
-        assert book.build(tmp_path / "link").is_file()
+    (tmp_path / "there" / "index.html").write_text("earlier")
+    assert book.build(tmp_path / "link").read_text() != "earlier"
     assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "index.html").is_file()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -207,8 +218,7 @@ def test_without_the_extra_one_sentence_says_how_to_get_it(tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_one_sentence_and_the_earlier_book_stays(small_house):
-    first = book.build()
+def test_a_full_disk_is_one_sentence_and_the_earlier_book_stays(small_house, first):
     before = first.read_bytes()
     with full_after(1_000), pytest.raises(WorkError, match=f"^cannot write {first.parent}: File too large$"):
         book.build()

@@ -142,11 +142,6 @@ def test_a_name_is_found_whatever_its_blanks_and_accents_are_made_of(tmp_path, s
         assert tool(tool_call(stored, "pet")).text == "eel" and tool.facts("Zoe Ek") == {}
 
 
-def test_what_a_sql_tool_refuses_an_editable_one_refuses(tmp_path):
-    with pytest.raises(InputError, match="there is no database"):
-        EditableTool(tmp_path / "none.sqlite")
-
-
 # ---- How it looks
 
 

@@ -8,12 +8,12 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
+from waiting import is_running, wait_for
 
 from lib import paths
 from lib.base import InputError, WorkError
@@ -169,14 +169,6 @@ def test_a_failed_run_says_why_keeps_a_copy_and_leaves_earlier_results_alone(tmp
     assert files(runs) == {**earlier, "quick/notebooks/n.failed.ipynb": copy.read_bytes()}
 
 
-def test_success_removes_the_copy_of_an_earlier_failure(tmp_path, runs):
-    failed = runs / "quick" / "notebooks" / "n.failed.ipynb"
-    failed.parent.mkdir(parents=True)
-    failed.touch()
-    runner.run(write(tmp_path / "n.ipynb"))
-    assert set(files(runs)) == {"quick/notebooks/n.ipynb", "quick/notebooks/n.html"}
-
-
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path, runs):
     source = write(tmp_path / "n.ipynb", "import os, time; open('pid', 'w').write(str(os.getpid()))", "time.sleep(60)")
     code = f"from lib.notebook import runner; runner.run({str(source)!r})"
@@ -190,29 +182,14 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path, runs):
     wait_for(lambda: not is_running(int(pid.read_text())))
 
 
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def wait_for(condition, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
 def test_outputs_are_written_back_into_the_source_and_nothing_else_is(tmp_path, forbid_kernels):
-    source = write(tmp_path / "n.ipynb", "print(seeds)", "", "seeds + 1")
+    source = write(tmp_path / "n.ipynb", "print(seeds, repr(rate))", "", "seeds + 1")
     before = nbformat.read(source, as_version=4)
-    executed = runner.run(source, parameters={"seeds": 5}, in_place=True)
+    executed = runner.run(source, parameters={"seeds": 5, "rate": 2}, in_place=True)
     after = nbformat.read(source, as_version=4)
 
     assert [cell.get("execution_count") for cell in after.cells] == [None, 1, 2, None, 3]
-    assert outputs(source) == "5\n" and after.cells[4].outputs[0].data["text/plain"] == "6"
+    assert outputs(source) == "5 2.0\n" and after.cells[4].outputs[0].data["text/plain"] == "6"
     assert after.cells[4].outputs[0].execution_count == 3
     for cell in after.cells[1:]:
         cell.update(outputs=[], execution_count=None)
@@ -221,7 +198,7 @@ def test_outputs_are_written_back_into_the_source_and_nothing_else_is(tmp_path, 
     # Earlier outputs neither make a re-run necessary nor change what it writes.
     text = source.read_text()
     forbid_kernels()
-    assert runner.run(source, parameters={"seeds": 5}, in_place=True, reuse=True) == executed
+    assert runner.run(source, parameters={"seeds": 5, "rate": 2}, in_place=True, reuse=True) == executed
     assert source.read_text() == text
 
 
@@ -234,9 +211,13 @@ def test_the_progress_of_a_notebook_is_told_while_it_runs_and_nothing_else_of_it
     assert first.startswith("asking: 1/3 [00:00<") and second.startswith("asking: 2/3 [00:00<")
 
 
-def test_many_notebooks_are_run_to_the_end_and_failures_are_told_together(tmp_path, runs, capsys):
+def test_many_notebooks_are_run_to_the_end_failures_are_told_together_and_success_forgets_earlier_ones(
+    tmp_path, runs, capsys
+):
     bad = write(tmp_path / "bad.ipynb", "raise ValueError('no\\nreason')")
-    good = write(tmp_path / "good.ipynb")
+    good, failed_before = write(tmp_path / "good.ipynb"), runs / "smoke" / "notebooks" / "good.failed.ipynb"
+    failed_before.parent.mkdir(parents=True)
+    failed_before.touch()
     with pytest.raises(WorkError, match=r"^1 of 2 notebooks failed: bad failed .*ValueError: no reason"):
         runner.run_many([bad, good], "smoke")
     assert set(files(runs)) == {f"smoke/notebooks/{name}" for name in ("bad.failed.ipynb", "good.ipynb", "good.html")}
@@ -275,16 +256,7 @@ def test_what_a_notebook_does_not_accept_is_refused_before_a_kernel_starts(
     assert not runs.exists()
 
 
-def test_an_int_is_accepted_for_a_float(tmp_path):
-    source = write(tmp_path / "n.ipynb", "print(repr(rate))")
-    assert outputs(runner.run(source, parameters={"rate": 2})) == "2.0\n"
-
-
-def test_a_file_that_is_no_notebook_and_one_without_parameters_are_refused(tmp_path):
-    broken = tmp_path / "broken.ipynb"
-    broken.write_text("{")
-    with pytest.raises(InputError, match="cannot read the notebook .*broken.ipynb"):
-        runner.run(broken)
+def test_a_notebook_without_parameters_is_refused(tmp_path):
     nbformat.write(nbformat.v4.new_notebook(), tmp_path / "empty.ipynb")
     with pytest.raises(InputError, match="^empty has no cell tagged 'parameters'"):
         runner.run(tmp_path / "empty.ipynb")
@@ -312,10 +284,6 @@ def test_every_notebook_is_of_the_paper_or_of_its_large_models_but_section_7_and
 
 
 each_notebook = pytest.mark.parametrize("path", ALL, ids=[path.stem for path in ALL])
-
-
-def test_the_project_has_notebooks():
-    assert len(ALL) > 0
 
 
 @each_notebook

@@ -53,13 +53,6 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
         assert tensors[name].dtype == tensor.dtype and tensors[name].shape == tensor.shape
 
 
-def test_a_later_save_replaces_an_earlier_one_and_leaves_nothing_else(tmp_path):
-    _save(tmp_path / "model", 1)
-    _save(tmp_path / "model", 2)
-    assert _is(tmp_path / "model", 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
 def test_on_disk_there_are_tensors_and_json_and_no_pickle(tmp_path):
     _save(tmp_path / "model", 0)
     assert {path.name for path in (tmp_path / "model").iterdir()} == set(FILES)

@@ -18,9 +18,9 @@ from lib.model.transformer import Transformer
 from lib.training.trainer import Trainer
 
 
-def make_trainer(folder: Path, compiled: bool, n_people: int = 8, csv: str | None = None, **training) -> Trainer:
+def make_trainer(folder: Path, compiled: bool, csv: str | None = None, **training) -> Trainer:
     config = RunConfig.parse({
-        "facts": {"n_people": n_people, "csv": csv},
+        "facts": {"n_people": 8, "csv": csv},
         "model": {"d_model": 8, "n_heads": 2, "n_kv_heads": 1},
         "training": {"steps": 8, "batch_size": 12, **training},
         "evaluation": {"every": None},
@@ -43,20 +43,7 @@ def test_a_compiled_step_is_the_eager_one(loss, tmp_path):
 
 
 def test_it_is_compiled_once_whatever_the_lengths_of_later_batches(tmp_path):
-    """A second compilation would double the seconds before the first steps."""
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    trainer = make_trainer(tmp_path, True, n_people=40)
-    lengths = set()
-    for step in range(8):
-        lengths.add(int(trainer.lengths[trainer.batches[step]].max()))
-        trainer.step()
-    assert len(lengths) > 3
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-@pytest.mark.slow
-def test_it_is_compiled_once_though_few_dialogs_are_longer_than_the_first_table_of_positions(tmp_path):
+    """A second one would double the seconds before the first steps. One dialog outgrows the positions' table."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     rows = "".join(f"P{i},{'x' * (400 if i == 30 else 40 + i)}\n" for i in range(40))
@@ -66,7 +53,7 @@ def test_it_is_compiled_once_though_few_dialogs_are_longer_than_the_first_table_
     for step in range(8):
         lengths.add(int(trainer.lengths[trainer.batches[step]].max()))
         trainer.step()
-    assert max(lengths) > 256 > min(lengths)
+    assert max(lengths) > 256 > min(lengths) and len(lengths) > 3
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

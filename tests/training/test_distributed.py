@@ -7,13 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
 from safetensors.torch import load_file
+from waiting import wait_for
 
 from lib import paths
 from lib.base import InputError, WorkError
@@ -24,14 +24,6 @@ from lib.training import checkpoint
 from lib.training.distributed import asked_to_leave, connect, is_first, local_device
 
 LAYOUTS = [*ranks.LAYOUTS, "replicated or sharded x tensor"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- Several ranks are as good as one
@@ -188,13 +180,6 @@ def _model(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model" / "tensors.safetensors")
 
 
-def _wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
-        time.sleep(0.005)
-
-
 @pytest.mark.slow
 def test_torchrun_trains_one_run_and_leaves_the_row_that_one_process_leaves(tmp_path):
     two, one = _torchrun(tmp_path / "two", "--sharded"), _alone(tmp_path / "one")
@@ -215,7 +200,7 @@ def test_a_rank_that_dies_takes_the_others_along_and_nothing_is_lost(tmp_path):
     whole = _torchrun(tmp_path / "whole", steps=200)
     assert whole.wait(240) == 0
     process = _torchrun(tmp_path / "run", steps=200)
-    _wait_for(lambda: any(tmp_path.glob("run/checkpoints/step_*")), process)
+    wait_for(lambda: any(tmp_path.glob("run/checkpoints/step_*")))
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     process.communicate(timeout=120)
@@ -232,7 +217,7 @@ def test_a_rank_that_dies_takes_the_others_along_and_nothing_is_lost(tmp_path):
 def test_a_process_that_is_asked_to_leave_saves_and_says_that_it_wants_to_go_on(tmp_path, number):
     whole = _alone(tmp_path / "whole", steps=300)
     process = _alone(tmp_path / "run", steps=300)
-    _wait_for(lambda: any(tmp_path.glob("run/checkpoints/step_*")), process)
+    wait_for(lambda: any(tmp_path.glob("run/checkpoints/step_*")))
     steps = tmp_path / "run" / "checkpoints"
     before = checkpoint.latest(steps)
     for _ in range(3):  # as a cluster that insists

@@ -41,6 +41,13 @@ def test_copies_are_read_and_originals_are_not(folder):
     assert len(list(evaluate_checkpoints(folder, "cpu"))) == 1
 
 
+def test_a_copy_that_has_changed_is_other_people(folder):
+    (folder / paths.PEOPLE).write_text(PEOPLE.replace("cat", "eel"))
+    with pytest.raises(InputError, match=r"was trained on other people than .*people\.csv gives now"):
+        next(evaluate_checkpoints(folder, "cpu"))
+    assert not (folder / "evaluations.jsonl").exists()
+
+
 @pytest.mark.parametrize("copy", [paths.PEOPLE, f"{paths.TOKENIZER}.json"])
 def test_without_its_copy_a_run_does_not_read_what_its_configuration_names(copy, folder):
     (folder / copy).unlink()

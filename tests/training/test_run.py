@@ -6,7 +6,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 import traceback
 from multiprocessing import get_context
@@ -15,11 +14,12 @@ from pathlib import Path
 import forging
 import pytest
 import torch
+from snapshots import snapshot
 
 from lib import paths
 from lib.agent.tools import SqlTool
 from lib.base import InputError, WorkError
-from lib.config import Observers, RunConfig, override
+from lib.config import RunConfig, override
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.dialogs.tokens import tokenize_people
 from lib.evaluation.recall import measure_recall
@@ -33,7 +33,7 @@ from lib.training.distributed import Preempted
 from lib.training.monitor import Record, read_record
 from lib.training.optim import Muon
 from lib.training.run import run
-from lib.training.saved import load_model, save_model
+from lib.training.saved import load_model
 from lib.training.trainer import Trainer
 
 
@@ -46,10 +46,6 @@ def _config(mode: str = "in-weight", **assignments) -> RunConfig:
         "evaluation": {"every": None},
     }
     return override(RunConfig.parse(values), {name.replace("__", "."): value for name, value in assignments.items()})
-
-
-def _snapshot(folder: Path) -> dict[str, bytes | None]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +63,6 @@ def test_a_run_leaves_its_configuration_people_metrics_model_and_row(finished):
     assert [line["step"] for line in read_record(directory / "metrics.jsonl")] == [12]
 
 
-def test_nothing_of_a_run_is_a_pickle(finished):
-    files = [path for path in finished[1].rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".sqlite", ""}
-    for path in files:
-        assert not path.read_bytes().startswith((b"\x80", b"PK"))  # pickle, and torch.save's archive of pickles
-
-
 def test_the_row_says_what_was_run_and_measured(finished):
     config, directory, row = finished
     model, saved = load_model(directory)
@@ -88,6 +77,11 @@ def test_the_row_says_what_was_run_and_measured(finished):
     assert (row["torch"], row["commit"]) == (torch.__version__, commit())
     by_attribute = [row[f"recall_{attribute}"] for attribute in people.attributes]
     assert row["recall"] == pytest.approx(sum(by_attribute) / 4)
+    with sqlite3.connect(directory / "people.sqlite") as connection:
+        stored = connection.execute("SELECT * FROM people").fetchall()
+    assert sorted(stored) == sorted(zip(people.names, *people.columns.values(), strict=True))
+    again, _ = load_model(directory / "model")
+    assert not again.training and all(map(torch.equal, again.parameters(), model.parameters()))
 
 
 @pytest.mark.parametrize("mode", ["in-weight", "in-tool"])
@@ -102,22 +96,12 @@ def test_the_recall_of_a_row_is_that_of_the_saved_model_asked_word_by_word(tmp_p
         assert measure_recall(model, facts, ByteTokenizer(), tool, method="decode").overall == row["recall"]
 
 
-def test_the_database_of_a_run_holds_its_people(finished):
-    config, directory, _ = finished
-    with sqlite3.connect(directory / "people.sqlite") as connection:
-        stored = connection.execute("SELECT name, birth_date, occupation FROM people").fetchall()
-    people = load_people(config.facts)
-    assert sorted(stored) == sorted(
-        zip(people.names, people.columns["birth_date"], people.columns["occupation"], strict=True)
-    )
-
-
 def test_a_finished_run_is_not_repeated(finished, monkeypatch):
     config, directory, row = finished
-    before = _snapshot(directory)
+    before = snapshot(directory)
     monkeypatch.setattr("lib.training.run.Trainer", None)
     assert run(config, directory) == row
-    assert _snapshot(directory) == before
+    assert snapshot(directory) == before
 
 
 def test_a_run_that_was_killed_goes_on_in_its_folder(tmp_path, finished, monkeypatch):
@@ -136,26 +120,6 @@ def test_a_run_that_was_killed_goes_on_in_its_folder(tmp_path, finished, monkeyp
     again = run(config, tmp_path / "run")
     measured = ("loss", "recall", "steps", "dialogs_seen", "run_id", "people_digest")
     assert {name: again[name] for name in measured} == {name: row[name] for name in measured}
-    model = Path("model") / checkpoint.TENSORS
-    assert (tmp_path / "run" / model).read_bytes() == (reference / model).read_bytes()
-
-
-def test_a_copy_of_a_checkpoint_is_neither_gone_on_from_nor_deleted(tmp_path, finished, monkeypatch):
-    config, reference, _ = finished
-
-    def die(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("lib.training.run.save_model", die)
-        run(config, tmp_path / "run")
-    checkpoints = tmp_path / "run" / "checkpoints"
-    shutil.copytree(checkpoints / "step_00000012", checkpoints / "step_best")
-    before = _snapshot(checkpoints / "step_best")
-    shutil.rmtree(checkpoints / "step_00000012")
-    run(config, tmp_path / "run")
-    assert [path.name for path in checkpoints.iterdir()] == ["step_best"]
-    assert _snapshot(checkpoints / "step_best") == before
     model = Path("model") / checkpoint.TENSORS
     assert (tmp_path / "run" / model).read_bytes() == (reference / model).read_bytes()
 
@@ -205,11 +169,11 @@ def test_a_run_that_diverges_has_no_row(tmp_path):
 
 
 def _refused(config: RunConfig, directory: Path, words: str, **options) -> None:
-    before = _snapshot(directory.parent)
+    before = snapshot(directory.parent)
     with pytest.raises(InputError, match=words) as caught:
         run(config, directory, **options)
     assert "\n" not in str(caught.value)
-    assert _snapshot(directory.parent) == before
+    assert snapshot(directory.parent) == before
 
 
 def test_the_folder_of_another_configuration_is_refused(tmp_path):
@@ -233,35 +197,13 @@ def test_an_attribute_may_be_called_recall(tmp_path):
     assert row["nll_bits_product_recall"] > 1 and run(config, tmp_path / "run") == row
 
 
-def test_a_folder_that_holds_something_else_is_refused(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.tex").write_text("years of work")
-    _refused(_config(), tmp_path / "run", "is not empty and holds no run")
-
-
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
-    (tmp_path / "run").write_text("")
-    _refused(_config(), tmp_path / "run", "cannot make the folder")
-
-
-def test_a_folder_below_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    _refused(_config(), tmp_path / "file" / "run", "cannot make the folder")
-
-
-def test_what_is_refused_late_claims_no_folder(tmp_path):
-    """Batches have as many dialogs as there are: known once there are people and tokens."""
-    (tmp_path / "there").mkdir()
-    too_many = {"training__grad_accumulation": 100}
-    for directory in (tmp_path / "new" / "run", tmp_path / "there"):
-        _refused(_config(**too_many), directory, "batches of 16 dialogs")
-        assert run(_config(training__steps=1), directory)["steps"] == 1
-    _refused(_config(**too_many), tmp_path / "run", "batches of 16 dialogs")
-    assert not (tmp_path / "run").exists()
-
-
-LATE = {
+REFUSED = {
     "more parts of a batch than dialogs": ({"training.grad_accumulation": 17}, {}, "batches of 16 dialogs"),
+    "no threads": ({}, {"threads": 0}, "threads = 0"),
+    "more threads than any machine has": ({}, {"threads": 10**30}, "threads = 1000"),
+    "a device without a name": ({}, {"device": ""}, "no device ''"),
+    "a device of another kind": ({}, {"device": "meta"}, "no device 'meta'"),
+    "people that are not there": ({"facts": {"csv": "nobody.csv"}}, {}, "cannot read people from nobody.csv"),
     "tensor ranks that are not there": ({}, {"tensor": 2}, "tensor = 2 does not divide"),
     "a device that is not there": ({}, {"device": "cuda:99"}, "no device"),
     "a file of dialogs that is not there": ({"training.files": {"none.jsonl": 0.5}}, {}, "no such file"),
@@ -274,19 +216,39 @@ LATE = {
 }
 
 
-@pytest.mark.parametrize("there", [True, False], ids=["folder", "no folder"])
-@pytest.mark.parametrize("kind", LATE)
-def test_after_a_refused_command_the_corrected_one_has_its_folder(tmp_path, monkeypatch, kind, there):
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_refused_run_claims_no_folder_whether_or_not_it_is_there(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     columns = [f"a{i}" for i in range(3000)]
     (tmp_path / "wide.csv").write_text(f"name,{','.join(columns)}\nAnn,{','.join('x' for _ in columns)}\n")
-    assignments, options, words = LATE[kind]
+    assignments, options, words = REFUSED[kind]
     directory = tmp_path / "new" / "run"
-    if there:
-        directory.mkdir(parents=True)
     _refused(override(_config(), assignments), directory, words, **options)
-    assert directory.exists() == there
-    assert run(_config(training__steps=1), directory)["steps"] == 1
+    directory.mkdir(parents=True)
+    _refused(override(_config(), assignments), directory, words, **options)
+
+
+def test_after_a_refused_command_the_corrected_one_has_its_folder(tmp_path):
+    _refused(_config(training__grad_accumulation=17), tmp_path / "new" / "run", "batches of 16 dialogs")
+    assert run(_config(training__steps=1), tmp_path / "new" / "run")["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "content", "words"),
+    [
+        ("run", "run/thesis.tex", "years of work", "is not empty and holds no run"),
+        ("run", "run", "", "cannot make the folder"),
+        ("file/run", "file", "", "cannot make the folder"),
+        ("run", "run/config.json", "", "is not the folder of a run .config.json is missing or not readable."),
+        ("run", "run/config.json", '{"config": {"a": 1}, "people_digest": ""}', "is not the folder of a run"),
+    ],
+)
+def test_a_place_that_is_taken_is_refused(tmp_path, place, name, content, words):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    before = snapshot(tmp_path)
+    _refused(_config(), tmp_path / place, words)
+    assert snapshot(tmp_path) == before
 
 
 def _machine_of(monkeypatch, n_bytes: float) -> None:
@@ -338,8 +300,11 @@ def test_people_whose_tokens_do_not_fit_are_refused_before_there_are_any(tmp_pat
 # ---- A folder that does not stay
 
 
-@pytest.mark.parametrize("mode", ["in-weight", "in-tool"])
-@pytest.mark.parametrize("what", ["moved", "deleted", "replaced", "config.json", "people.sqlite"])
+@pytest.mark.parametrize(
+    ("mode", "what"),
+    [("in-weight", what) for what in ("moved", "deleted", "replaced", "config.json", "people.sqlite")]
+    + [("in-tool", what) for what in ("moved", "people.sqlite")],
+)
 def test_a_run_whose_folder_goes_ends_with_one_sentence_and_writes_nothing_in_its_place(
     tmp_path, monkeypatch, what, mode
 ):
@@ -354,7 +319,7 @@ def test_a_run_whose_folder_goes_ends_with_one_sentence_and_writes_nothing_in_it
             (directory / what).unlink()
         if what == "replaced":
             write_json_of_another_run()
-        left.update(_snapshot(tmp_path))
+        left.update(snapshot(tmp_path))
         return measure(*arguments, **options)
 
     def write_json_of_another_run() -> None:
@@ -368,51 +333,9 @@ def test_a_run_whose_folder_goes_ends_with_one_sentence_and_writes_nothing_in_it
     with pytest.raises(WorkError, match=r"run was moved or deleted: put it back") as caught:
         run(_config(mode, evaluation__every=7, training__checkpoint_every=100), directory)
     assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
-    now = _snapshot(tmp_path)
+    now = snapshot(tmp_path)
     assert {name for name in now if not name.endswith(".lock")} <= left.keys()
     assert not (directory / "row.json").exists() and not (directory / "model").exists()
-
-
-def test_a_folder_that_is_put_back_goes_on_from_its_last_checkpoint(tmp_path, finished, monkeypatch):
-    config, reference, _ = finished
-
-    def move_and_measure(*arguments):
-        (tmp_path / "run").rename(tmp_path / "moved")
-        return measure_recall(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(WorkError, match="moved"):
-        patch.setattr("lib.training.run.measure_recall", move_and_measure)
-        run(config, tmp_path / "run")
-    (tmp_path / "moved").rename(tmp_path / "run")
-    run(config, tmp_path / "run")
-    model = Path("model") / checkpoint.TENSORS
-    assert (tmp_path / "run" / model).read_bytes() == (reference / model).read_bytes()
-
-
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"config": {"a": 1}, "people_digest": ""}'])
-def test_a_damaged_claim_is_refused(tmp_path, content):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(content)
-    _refused(_config(), tmp_path / "run", "is not the folder of a run .config.json is missing or not readable.")
-
-
-def test_missing_people_are_refused(tmp_path):
-    _refused(_config(facts={"csv": "nobody.csv"}), tmp_path / "run", "cannot read people from nobody.csv")
-
-
-def test_tensorboard_that_is_not_installed_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    _refused(_config(), tmp_path / "run", "TensorBoard", observers=Observers(tensorboard=True))
-
-
-@pytest.mark.parametrize("device", ["nonsense", "", "meta", "cpu:x", "cuda:99"])
-def test_a_device_that_is_not_there_is_refused(tmp_path, device):
-    _refused(_config(), tmp_path / "run", f"no device {device!r}", device=device)
-
-
-@pytest.mark.parametrize("threads", [0, -1, 10**9, 10**30])
-def test_a_run_takes_at_least_one_thread_and_no_more_than_a_machine_has(tmp_path, threads):
-    _refused(_config(), tmp_path / "run", f"threads = {threads}", threads=threads)
 
 
 def test_a_folder_with_nothing_but_what_a_killed_run_left_is_taken(tmp_path):
@@ -428,23 +351,6 @@ def test_the_current_folder_can_be_the_folder_of_a_run(tmp_path, monkeypatch):
 
 
 # ---- Models
-
-
-def test_a_saved_model_is_loaded_with_its_weights(tmp_path):
-    config = _config()
-    model = Transformer(config.model, torch.Generator().manual_seed(3))
-    save_model(model, tmp_path / "model", config)
-    for folder in (tmp_path, tmp_path / "model"):
-        loaded, saved = load_model(folder)
-        assert saved == config and not loaded.training
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
-
-
-def test_weights_of_another_shape_are_refused(tmp_path):
-    config = _config()
-    save_model(Transformer(config.model), tmp_path, override(config, {"model.d_model": 16}))
-    with pytest.raises(InputError, match="do not fit its configuration"):
-        load_model(tmp_path)
 
 
 FORGED = forging.FORGED | {
@@ -566,38 +472,20 @@ def test_the_commit_is_that_of_the_code_that_was_imported(checkout, tmp_path, mo
 # ---- Files, and two processes at once
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "row.json"
-    write_json(path, {"a": 1})
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fail)
-        with pytest.raises(WorkError, match="cannot write .*: disk full"):
-            write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
-    write_json(path, {"a": 3})
-    assert json.loads(path.read_text()) == {"a": 3}
-
-
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
-def test_what_json_cannot_say_is_not_written(tmp_path, number):
+def test_what_json_cannot_say_is_not_written(tmp_path):
     def write_record() -> None:
         with Record(tmp_path / "record.jsonl") as record:
-            record.write(1, loss=number)
+            record.write(1, loss=-torch.inf)
 
     for write in (
-        lambda: write_json(tmp_path / "row.json", {"loss": number}),
-        lambda: checkpoint.save(tmp_path / "model", {"w": torch.zeros(1)}, {"loss": number}),
-        lambda: checkpoint.save_step(tmp_path, 1, {"w": torch.zeros(1)}, {"loss": number}, keep=1),
+        lambda: checkpoint.save(tmp_path / "model", {"w": torch.zeros(1)}, {"loss": torch.nan}),
+        lambda: checkpoint.save_step(tmp_path, 1, {"w": torch.zeros(1)}, {"loss": torch.inf}, keep=1),
         write_record,
     ):
         with pytest.raises(WorkError, match="not finite") as caught:
             write()
         assert "\n" not in str(caught.value)
-    assert not (tmp_path / "row.json").exists() and (tmp_path / "record.jsonl").read_text() == ""
+    assert (tmp_path / "record.jsonl").read_text() == ""
 
 
 def _run_in_process(config: dict, directory: Path, out: Path) -> None:
