@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lib import paths
 from lib.base import InputError, WorkError
 from lib.config import RunConfig
 from lib.dialogs.tokenizers import ByteTokenizer
