@@ -16,9 +16,9 @@ HOST = "127.0.0.1"
 LONGEST_NAME = 1_000
 
 
-def declared(name: str, description: str, known: dict[str, dict]) -> dict[str, Any]:
-    """Return a function as chat templates and OpenAI's protocol know it. known: a schema for each argument."""
-    parameters = {"type": "object", "properties": known, "required": [*known]}
+def function_schema(name: str, description: str, properties: dict[str, dict]) -> dict[str, Any]:
+    """Return the JSON schema of a function, as chat templates and OpenAI's API take it; all properties are required."""
+    parameters = {"type": "object", "properties": properties, "required": [*properties]}
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
@@ -30,7 +30,7 @@ class Find:
     def __init__(self, attributes: Sequence[str]):
         text, accepted = {"type": "string"}, f"attribute is one of {', '.join(attributes)}"
         known = {"attribute": {**text, "enum": [*attributes]}, "name": {**text, "maxLength": LONGEST_NAME}}
-        self.declaration = declared(self.name, self.description, known)
+        self.declaration = function_schema(self.name, self.description, known)
         self.schema = self.declaration["function"]["parameters"]
         self.sentences = {  # in place of an answer
             Outcome.NO_MATCH: "Nobody of exactly this name has this attribute in the database.",

@@ -31,15 +31,18 @@ def _is_clean(commit: str) -> bool:
     return commit != "unknown" and not commit.endswith("-dirty")
 
 
-def _alone(method: Callable) -> Callable:
-    """Let one process at a time rewrite tables: of two, the later would undo what the earlier wrote."""
+def _exclusive(method: Callable) -> Callable:
+    """Decorate a method that rewrites a table: one process at a time, or one undoes what another wrote."""
 
     @wraps(method)
-    def locked(table: "Table", *args, **options):
-        with paths.only_process(table.path.parent / ".lock"):
+    def exclusive(table: "Table", *args, **options):
+        if options.get("dry_run"):
+            return method(table, *args, **options)
+        paths.runs().mkdir(parents=True, exist_ok=True)
+        with paths.only_process(paths.runs() / ".paper_data.lock"):
             return method(table, *args, **options)
 
-    return locked
+    return exclusive
 
 
 class Table(NamedTuple):
@@ -51,7 +54,7 @@ class Table(NamedTuple):
     #: Given a profile, all its rows, in the table and still in runs, with a column `superseded`.
     read: Callable[[str], pd.DataFrame]
 
-    @_alone
+    @_exclusive
     def add(self, profile: str) -> int:
         """Add the finished rows of a profile, sorted; return how many are new. Rows leave a table only by `drop`.
 
@@ -69,7 +72,7 @@ class Table(NamedTuple):
         self._write(stacked(others, rows))
         return len(others) + len(rows) - len(known)
 
-    @_alone
+    @_exclusive
     def drop(
         self, profile: str | None = None, run_ids: Sequence[str] = (), superseded: bool = False, dry_run: bool = False
     ) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from lib.base import InputError
 from lib.experiments.published import published_by_paper
 from lib.experiments.rows import table_path
 from lib.experiments.tables import read_table
+from lib.finetune.bases import learning_rate
 
 #: Measurements of a run's last checkpoint. capability_relative: in percent of the base model's.
 METRICS = """recall capability capability_change capability_norm_change capability_relative
@@ -272,17 +273,20 @@ def of_facts(rows: pd.DataFrame) -> pd.DataFrame:
 def panels(rows: pd.DataFrame) -> pd.DataFrame:
     """Return our checkpoints on facts; `base` names their panel in `lib.figures.scale.against_steps`.
 
-    A panel is a model in a profile; in-weight runs at the rate of in-tool runs have their own, named "equal rates".
-    In-tool runs are in every panel of their model. Adapters and hybrids are left out.
+    A panel is a model in a profile. A learning rate that both modes have is a panel of its own, named "equal rates";
+    it has the rows of this rate. Its rows are in the model's own panel, too, if it is the default rate of their mode.
+    Adapters and hybrids are left out.
     """
     if not len(rows):
         return published_rows().iloc[:0]
     rows, model = rows.query("task == 'facts' and adaptation == 'full'"), ["profile", "base"]
-    tool, weight = (rows.query(f"mode {sign} 'in-weight'") for sign in ("!=", "=="))
-    rates = tool[[*model, "lr"]].drop_duplicates().assign(name=", equal rates")
-    weight = weight.merge(rates, on=[*model, "lr"], how="left").fillna({"name": ""})
-    tool = tool.merge(weight[[*model, "name"]].drop_duplicates(), on=model, how="left").fillna({"name": ""})
-    both = pd.concat([weight, tool], ignore_index=True)
+    in_weight = rows["mode"] == "in-weight"
+    shared = in_weight.groupby([rows[name] for name in (*model, "lr")]).transform("nunique") == 2
+    default = [
+        learning_rate(base, mode) == lr for base, mode, lr in rows[["base", "mode", "lr"]].itertuples(index=False)
+    ]
+    own, equal = rows[np.array(default, dtype=bool) | ~shared].assign(name=""), rows[shared]
+    both = pd.concat([own, equal.assign(name=[f", equal rates {rate(lr)}" for lr in equal.lr])], ignore_index=True)
     return both.assign(base=both.base + both.pop("name") + " (" + both.profile + ")")
 
 

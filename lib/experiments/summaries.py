@@ -106,8 +106,8 @@ def minimal_parameters(rows: pd.DataFrame, thresholds: Sequence[float] = THRESHO
 def minimal_parameters_of_seeds(rows: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Return what `minimal_parameters` summarizes, seed by seed.
 
-    Adds seed; min_params, NaN if unknown; more_than and at_most: the largest smaller model that failed and the smallest
-    that reached the threshold, NaN if there is none.
+    Adds seed; min_params, NaN if unknown; at_most: the parameters of the smallest model that reached the threshold;
+    more_than: of the largest below it that failed. Either is NaN if there is none.
     """
     seed = [*GROUP, "seed"]
     columns = ["d_model", "n_params", "recall", "next_smaller", "config", "finished_at"]
@@ -157,9 +157,9 @@ def capacity(rows: pd.DataFrame) -> pd.DataFrame:
     """Return a lower bound on the bits that each finished in-weight model stores (what Section 4 bounds).
 
     Columns: what tells the runs apart; entropy_bits, the joint entropy of the database given the names; stored_bits;
-    and stored_bits_per_parameter. An attribute's bits are its entropy minus the model's nll_bits, or, if that is more,
-    what its recall takes (`bits_at_recall`, where facts are independent). The first charges a model for facts that it
-    cannot spell yet, and for doubt about answers that are right: focal loss leaves much of it.
+    and stored_bits_per_parameter. For each attribute it is the larger of two bounds: the entropy minus nll_bits and,
+    where facts are independent (alpha = 0), `bits_at_recall`. The first is loose for facts that the model cannot spell
+    yet, and under focal loss, which leaves right answers unsure.
     """
     columns = ["profile", "optimizer", "n_facts", "alpha", "seed", "d_model", "n_params", "steps", "stopped", "recall"]
     columns += ["dialogs_seen", *COMPUTED]

@@ -39,7 +39,7 @@ def generalization(shares: pd.DataFrame, published: pd.DataFrame) -> Figure:
                     line = "-" if mode == "in-tool" else "--"
                     axes.plot(points.n_facts, points.ood_recall, linestyle=line, zorder=1, **grey)
                     if mode == "in-tool" and points.ood_recall.max() < 0.5:  # the size that never copies
-                        end = points.n_facts.max(), points.ood_recall.iloc[-1]
+                        end = points.loc[points.n_facts.idxmax(), ["n_facts", "ood_recall"]]
                         axes.annotate(f"{n_params:,}", end, fontsize=6, color="#555555", ha="right", va="top")
                 label = published_label(published.n_facts, KINDS[kind]).replace(", ", ",\n")
                 axes.plot([], [], label=label, **grey)

@@ -45,7 +45,7 @@ from lib.finetune.weights import base_source, origin
 from lib.paths import CLAIM, MODEL, ROWS, read_json, write_json
 from lib.progress import progress
 from lib.provenance import commit, provenance
-from lib.training.devices import resolve_device
+from lib.training.devices import resolve_device, use_full_float32
 from lib.training.distributed import Preempted, asked_to_leave
 from lib.training.loss import IGNORED
 from lib.training.saved import check_claim, locked
@@ -73,6 +73,7 @@ def finetune(
     """
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device = {device!r}: fine-tuning takes auto, cpu or cuda (CUDA_VISIBLE_DEVICES says which)")
+    use_full_float32()
     commit()  # records the imported code, whatever is committed while the run trains
     # The others wait while the first process evaluates, however long that takes.
     processes = PartialState(cpu=resolve_device(device).type == "cpu", timeout=timedelta(days=7))
@@ -164,7 +165,10 @@ class _Run(TrainerCallback):
         model = load_model(checkpoint, self.device, self.dtype) if checkpoint else self.evaluator.base
         test = rows[0]["capability_task"] if rows else choose_test(self.config.capability)  # once, for the base
         found = self.evaluator(model, test, lambda recall: not step or bool(self.stopped(state | {"recall": recall})))
-        write_json(self.evaluations / f"{step}.json", state | found)
+        values = state | found
+        if not all(math.isfinite(value) for value in values.values() if isinstance(value, float)):
+            raise diverged(f"what is measured after step {step:,} is not finite")
+        write_json(self.evaluations / f"{step}.json", values)
 
     def _trainer(self) -> SFTTrainer:
         config, rank, on_gpu = self.config, self.config.lora_rank, self.device.type == "cuda"

@@ -9,7 +9,7 @@ from pathlib import Path
 from string import punctuation
 from typing import Literal, NamedTuple, get_args
 
-from lib.agent.server import declared
+from lib.agent.server import function_schema
 from lib.finetune import conversations
 from lib.finetune.config import ChatMode
 from lib.paths import DATA, read_bytes, reading
@@ -28,7 +28,7 @@ SYSTEM_PROMPT = (
     "<query>the question</query>, wait for <result>...</result>, then say the result."
 )
 #: The function that a model may call.
-SEARCH = declared(
+SEARCH = function_schema(
     "search", "Look up the answer to a question.", {"query": {"type": "string", "description": "The question."}}
 )
 

@@ -93,9 +93,10 @@ def computed(text: str) -> str:
 def _main_figure() -> str:
     told = (
         "*Parameters of the smallest model that recalls 95% of the facts. Lines: published means and standard "
-        "deviations, over the seeds (of 10) that reach 95%. Points: ours, one per seed; pale and hollow: an earlier "
+        "deviations, over the seeds (of 10) that reach 95%. Points: ours, one per seed; pale: an earlier "
         "recipe; triangles: a seed that needs more parameters (pointing up), or for which fewer may do (down). "
-        "Thin lines: fits to our seeds of today's plan or of one earlier recipe (dots: those no longer drawn). "
+        "Thin lines: fits to our seeds of today's plan or of one earlier recipe. Dots: seeds in such a fit whose "
+        "place a newer recipe has taken. "
         f"Dashed: Section 4's lower bound in weights, at {MEASURED_BITS[BOUND]:g} bits per parameter. "
         "Dash-dotted: a transformer whose weights are set by hand. "
         "Ours are trained by Muon with focal loss, the paper's by AdamW with cross-entropy."

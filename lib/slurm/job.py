@@ -66,7 +66,7 @@ def executor(
     variables = [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
     if any("\n" in str(text) for text in (folder, Path.cwd(), name, *resources.model_dump().values())):
         raise InputError("a line break in a name or an option would end a line of the job's script: leave it out")
-    made = submitit.SlurmExecutor(folder, max_num_timeout=10_000)  # requeues
+    made = submitit.SlurmExecutor(folder, max_num_timeout=1_000)  # how often it may come back
     made.update_parameters(
         **resources.model_dump(exclude={"time", "cpus", "gpus"}),
         job_name=name,

@@ -6,12 +6,14 @@ are not read. Ranks that shard the weights (FSDP2) write a file each; any number
 single process, can read them.
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import stat
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -132,10 +134,21 @@ def damage(folder: Path) -> str | None:
     except (FileNotFoundError, DamagedFile):
         return f"is incomplete or damaged ({MARKER} is missing or not readable)"
     for name, checksum in sums.items():
-        # Reading a pipe would never end. `isfile` is False for a name that is too long, too.
-        if Path(name).name != name or not os.path.isfile(folder / name) or _checksum(folder / name) != checksum:
+        if Path(name).name != name or not _is_file(folder / name) or _checksum(folder / name) != checksum:
             return f"is damaged ({name} is missing or has changed since it was written)"
     return None
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether it is a file: reading a pipe would never end. Raises where the disk fails, unlike `is_file`."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, ValueError):
+        return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
 
 
 class _StepWriter(dcp.HuggingFaceStorageWriter):
@@ -197,7 +210,8 @@ def latest(root: Path, expect: Callable | None = None) -> Path | None:
         except InputError as error:
             reason = error.__context__
             if isinstance(reason, (OSError, MemoryError)) and not isinstance(reason, FileNotFoundError):
-                raise WorkError(f"{error}; it may be whole: the same command resumes once it can be read") from error
+                hint = "repeat the command when it can be read, or delete its folder to resume from the one before"
+                raise WorkError(f"{error}; it may be whole: {hint}") from error
             raise
 
     return next((folder for folder, _ in whole(reversed(steps(root)), passes)), None)
@@ -205,7 +219,8 @@ def latest(root: Path, expect: Callable | None = None) -> Path | None:
 
 def steps(root: Path) -> list[Path]:
     """Return the checkpoints of `save_step` below `root`, oldest first, whole or not."""
-    return sorted((path for path in root.glob("step_*") if re.fullmatch(_STEP, path.name)), key=step_of)
+    names = os.listdir(root) if root.exists() else []  # `glob` finds nothing where it may not read
+    return sorted((root / name for name in names if re.fullmatch(_STEP, name)), key=step_of)
 
 
 def step_of(folder: Path) -> int:

@@ -19,7 +19,6 @@ WORTH_A_CORE = 1.1
 
 def resolve_device(device: str) -> torch.device:
     """Return the device; `auto` is CUDA where there is one. One that this machine does not have is an `InputError`."""
-    torch.set_float32_matmul_precision("highest")  # some images of containers set TF32, of a thousand times the error
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -31,6 +30,11 @@ def resolve_device(device: str) -> torch.device:
         return probe.device
     except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(f"this machine has no device {device!r}: use auto or cpu") from None
+
+
+def use_full_float32() -> None:
+    """Multiply float32 matrices in float32: some container images enable TF32, with 10 bits of mantissa, not 23."""
+    torch.set_float32_matmul_precision("highest")
 
 
 def peak_flops(device: torch.device, dtype: str, n_devices: int) -> float | None:

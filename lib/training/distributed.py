@@ -261,8 +261,8 @@ def asked_to_leave() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def leaving_at_once() -> Iterator[None]:
-    """Let a signal that asks this process to exit raise `Preempted`: around work that is simply repeated."""
+def exiting_at_once() -> Iterator[None]:
+    """Raise `Preempted` as soon as a signal asks this process to exit: for work that a restart repeats."""
 
     def leave(*_) -> None:
         raise Preempted("stopped by a signal: the same command goes on from the last checkpoint")

@@ -36,8 +36,8 @@ from lib.model.transformer import Transformer
 from lib.paths import CLAIM, DATABASE, MODEL, ROW, replacing, write_json
 from lib.provenance import commit, provenance
 from lib.training import checkpoint
-from lib.training.devices import fastest_threads, memory, resolve_device, usable_cores, using_threads
-from lib.training.distributed import Ranks, asked_to_leave, connect, leaving_at_once, local_device, world_size
+from lib.training.devices import fastest_threads, memory, resolve_device, usable_cores, use_full_float32, using_threads
+from lib.training.distributed import Ranks, asked_to_leave, connect, exiting_at_once, local_device, world_size
 from lib.training.monitor import check_observers
 from lib.training.saved import Claim, check_claim, located, locked, own_files, read_claim, run_tokenizer, save_model
 from lib.training.trainer import Ending, Trainer
@@ -71,6 +71,7 @@ def run(
     check_observers(observers)
     if observers.probe_every and world_size() > 1:
         raise InputError("probes need a model that is not compiled, in a single process")
+    use_full_float32()
     commit()  # records the imported code, whatever is committed while the run trains
     config_here = located(config, inputs)
     people, tokenizer = read_inputs(config_here)
@@ -109,16 +110,16 @@ def run(
 
             model = ranks.full_model(trainer.model)
 
-            @leaving_at_once()
+            @exiting_at_once()
             def measure() -> None:
                 row = _row(model, config, people, tokenizer, tool, ending, trainer.total_steps)
                 check_row(row, FINISHED)
                 trainer.check_directory()
                 save_model(model, directory / MODEL, config, tokenizer.name)
                 write_json(directory / ROW, row)
-                checkpoint.delete_steps(directory / "checkpoints")
 
             ranks.first_does(measure)
+        ranks.first_does(lambda: checkpoint.delete_steps(directory / "checkpoints"))
         return ranks.first_does(lambda: read_row(directory / ROW))
 
 
@@ -168,7 +169,7 @@ def _check_memory(config: RunConfig, people: People, tokenizer: Tokenizer, devic
 
 
 def _choose_threads(directory: Path, device: torch.device, trial: Callable[[], Trainer]) -> int:
-    """Return a run's number of threads: what it began with, else what the environment sets.
+    """Return a run's number of threads: what it began with, at most the cores there are; else what is set.
 
     If neither gives one, a new run on a CPU measures the fastest number, in a few steps of `trial`.
     """

@@ -160,14 +160,21 @@ def test_capability_is_averaged_and_compared_only_over_runs_asked_the_same_items
 
 
 def test_panels_set_runs_in_weights_apart_that_have_the_rate_of_those_in_tool():
-    each = ({"mode": "in-tool-text", "lr": 1e-4}, {"lr": 1e-4}, {"lr": 1e-3}, {"lr": 1e-2, "adaptation": "lora"})
+    tool = {"mode": "in-tool-text"}
+    each = (tool | {"lr": 1e-4}, {"lr": 1e-4}, {"lr": 1e-3}, {"lr": 1e-2, "adaptation": "lora"})
     hybrid = run(mode="in-tool-text", task="hybrid", lr=1e-4)
     found = scale_tables.panels(pd.concat([runs(*each), hybrid])).drop_duplicates(["base", "mode", "lr"])
     assert set(found[["base", "mode", "lr"]].itertuples(index=False, name=None)) == {
         ("SmolLM2-135M (laptop)", "in-weight", 1e-3),
         ("SmolLM2-135M (laptop)", "in-tool-text", 1e-4),
-        ("SmolLM2-135M, equal rates (laptop)", "in-weight", 1e-4),
-        ("SmolLM2-135M, equal rates (laptop)", "in-tool-text", 1e-4),
+        ("SmolLM2-135M, equal rates 1e-4 (laptop)", "in-weight", 1e-4),
+        ("SmolLM2-135M, equal rates 1e-4 (laptop)", "in-tool-text", 1e-4),
+    }
+    more = scale_tables.panels(runs(*each, tool | {"lr": 1e-3})).groupby("base")[["mode", "lr"]].nunique()
+    assert more.to_dict("index") == {
+        "SmolLM2-135M (laptop)": {"mode": 2, "lr": 2},  # each mode at its published rate
+        "SmolLM2-135M, equal rates 1e-3 (laptop)": {"mode": 2, "lr": 1},
+        "SmolLM2-135M, equal rates 1e-4 (laptop)": {"mode": 2, "lr": 1},
     }
     alone = scale_tables.panels(run(mode="in-tool-text", lr=1e-4))
     assert set(alone.base) == {"SmolLM2-135M (laptop)"} and len(alone) == len(run())

@@ -173,14 +173,14 @@ def test_publishing_merges_sorted_and_says_how_many_are_new(data):
     assert publishing.table_of("05_1").add("laptop") == 2
     table = pd.read_csv(data / "parameter_bounds.csv", dtype={"run_id": str})
     assert [run_id[0] for run_id in table.run_id] == ["a", "c", "b"]
-    assert [path.name for path in data.glob("[!.]*")] == ["parameter_bounds.csv"]
+    assert [path.name for path in data.iterdir()] == ["parameter_bounds.csv"]
 
 
 def test_who_publishes_waits_for_another_who_does_and_keeps_their_rows(data):
     _finish(_row("a" * 12), "laptop")
     publishing.table_of("05_1").add("laptop")
     _finish(_row("b" * 12), "laptop")
-    with ThreadPoolExecutor() as pool, paths.only_process(data / ".lock"):
+    with ThreadPoolExecutor() as pool, paths.only_process(paths.runs() / ".paper_data.lock"):
         waiting = pool.submit(publishing.table_of("05_1").add, "laptop")
         with pytest.raises(TimeoutError):
             waiting.result(timeout=0.5)
@@ -337,7 +337,7 @@ def test_a_row_that_cannot_be_traced_to_a_clean_commit_stops_publishing(data, co
     _finish(_row("b" * 12, commit=commit), "laptop")
     with pytest.raises(InputError, match=f"1 rows were not made by a clean commit .run {'b' * 12}, commit {commit}"):
         publishing.table_of("05_1").add("laptop")
-    assert list(data.glob("[!.]*")) == []
+    assert list(data.iterdir()) == []
 
 
 @pytest.mark.parametrize("profile", ["smoke", "quick"])
@@ -345,7 +345,7 @@ def test_smoke_and_quick_do_not_publish(data, profile):
     _finish(_row(), profile)
     with pytest.raises(InputError, match=f"the profile {profile} does not publish: laptop and paper do"):
         publishing.table_of("05_1").add(profile)
-    assert list(data.glob("[!.]*")) == []
+    assert list(data.iterdir()) == []
 
 
 def test_code_that_no_commit_holds_makes_no_rows_to_publish(monkeypatch):
@@ -368,7 +368,7 @@ def test_results_are_shown_of_a_publishing_profile_and_otherwise_of_laptop(data)
 
 def test_publishing_nothing_writes_nothing(data):
     assert publishing.table_of("05_1").add("laptop") == 0
-    assert list(data.glob("[!.]*")) == []
+    assert list(data.iterdir()) == []
 
 
 def test_an_unknown_section_is_one_sentence():

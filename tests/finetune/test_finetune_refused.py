@@ -8,6 +8,7 @@ from lib.base import InputError, WorkError
 from lib.finetune import train
 from lib.finetune.capability import HELLASWAG
 from lib.finetune.config import FinetuneConfig
+from lib.finetune.evaluation import Evaluator
 from lib.finetune.train import finetune
 
 SMALL = {"base": "random", "n_facts": 8, "steps": 2, "batch_size": 4, "questions": 4, "unseen_people": 4, "prompts": 2,
@@ -34,11 +35,11 @@ def test_a_refused_fine_tuning_leaves_no_folder(tmp_path):
     _refuses(FinetuneConfig(**SMALL | {"max_length": 8}), tmp_path / "new" / "run", "max_length")
 
 
-def test_numbers_that_are_not_finite_end_a_fine_tuning(tmp_path, monkeypatch):
-    write = train.write_json
-    spoiled = lambda path, values: write(path, values | {"tv": float("nan")} if values.get("step") else values)  # noqa: E731
-    monkeypatch.setattr(train, "write_json", spoiled)
-    with pytest.raises(WorkError, match="^a number is not finite, so nothing is written: .'step': 1, "):
+def test_numbers_that_are_not_finite_end_a_fine_tuning_with_its_step(tmp_path, monkeypatch):
+    measured = Evaluator.__call__
+    spoiled = lambda *of: measured(*of) | ({} if of[1] is of[0].base else {"tv": float("nan")})  # noqa: E731
+    monkeypatch.setattr(Evaluator, "__call__", spoiled)
+    with pytest.raises(WorkError, match="^training diverged, what is measured after step 1 is not finite: lower"):
         finetune(FinetuneConfig(**SMALL), tmp_path, description=None)
 
 

@@ -315,16 +315,22 @@ def test_incomplete_and_damaged_checkpoints_are_reported_and_skipped(tmp_path, c
     assert checkpoint.latest(tmp_path) is None
 
 
-def test_a_checkpoint_on_a_disk_that_cannot_be_read_is_not_passed_over(tmp_path):
+def test_a_checkpoint_on_a_disk_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
     checkpoint.finish(checkpoint.save_step(tmp_path, 10, _tensors(), STATE, keep=2))
     marker = tmp_path / "step_00000010" / checkpoint.MARKER
     content = marker.read_bytes()
     marker.unlink()
     marker.symlink_to(marker)  # the operating system refuses to open it
-    with pytest.raises(WorkError, match="it may be whole: the same command resumes once it can be read"):
+    with pytest.raises(WorkError, match="it may be whole: repeat the command when it can be read"):
         checkpoint.latest(tmp_path)
     marker.unlink()
     marker.write_bytes(content)
+    (tensors,) = marker.parent.glob("*.safetensors")
+    looked_at = os.stat
+    fails = lambda path, **of: looked_at("/dev/full/x" if Path(path) == tensors else path, **of)  # noqa: E731
+    with monkeypatch.context() as patch, pytest.raises(WorkError, match="it may be whole"):
+        patch.setattr(os, "stat", fails)
+        checkpoint.latest(tmp_path)
     assert checkpoint.latest(tmp_path).name == "step_00000010"
 
 
