@@ -46,7 +46,7 @@ from lib.paths import CLAIM, MODEL, ROWS, read_json, write_json
 from lib.progress import progress
 from lib.provenance import commit, provenance
 from lib.training.devices import resolve_device, use_full_float32
-from lib.training.distributed import Preempted, asked_to_leave
+from lib.training.distributed import Preempted, asked_to_leave, exiting_at_once
 from lib.training.loss import IGNORED
 from lib.training.saved import check_claim, locked
 from lib.training.trainer import are_finite, diverged
@@ -78,7 +78,7 @@ def finetune(
     # The others wait while the first process evaluates, however long that takes.
     processes = PartialState(cpu=resolve_device(device).type == "cpu", timeout=timedelta(days=7))
     lock = locked(directory) if processes.is_main_process else nullcontext()  # a second call waits and finds the rows
-    with asked_to_leave() as asked, lock:
+    with lock, asked_to_leave() as asked:
         with processes.main_process_first():  # the others find what the first made or fetched
             claim = _claim(config)
         # Claims of earlier versions may have fewer fields.
@@ -164,7 +164,9 @@ class _Run(TrainerCallback):
         self.evaluations.mkdir(exist_ok=True)
         model = load_model(checkpoint, self.device, self.dtype) if checkpoint else self.evaluator.base
         test = rows[0]["capability_task"] if rows else choose_test(self.config.capability)  # once, for the base
-        found = self.evaluator(model, test, lambda recall: not step or bool(self.stopped(state | {"recall": recall})))
+        is_last = lambda recall: not step or bool(self.stopped(state | {"recall": recall}))  # noqa: E731
+        with exiting_at_once():  # the checkpoint is whole: a restart evaluates it again
+            found = self.evaluator(model, test, is_last)
         values = state | found
         if not all(math.isfinite(value) for value in values.values() if isinstance(value, float)):
             raise diverged(f"what is measured after step {step:,} is not finite")

@@ -2,9 +2,12 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -184,6 +187,24 @@ def test_who_is_asked_to_leave_writes_a_checkpoint_and_comes_back(undisturbed, t
     rows = finetune(config, tmp_path, description=None)
     assert [row["step"] for row in rows] == [0, 2, 4, 6]
     assert [row["train_seconds"] > 1000 for row in rows] == [False, False, True, True]  # no time is lost
+    assert _same(_weights(tmp_path), _weights(directory))
+
+
+def test_a_signal_during_an_evaluation_ends_it_at_once_and_it_is_repeated(undisturbed, tmp_path, monkeypatch):
+    config, directory, _ = undisturbed
+    measured = train.Evaluator.__call__
+
+    def asked(evaluator, model, *rest):
+        if model is not evaluator.base:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            time.sleep(60)
+        return measured(evaluator, model, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="stopped by a signal"):
+        patch.setattr(train.Evaluator, "__call__", asked)
+        finetune(config, tmp_path, description=None)
+    rows = finetune(config, tmp_path, description=None)
+    assert [row["step"] for row in rows] == [0, 2, 4, 6]
     assert _same(_weights(tmp_path), _weights(directory))
 
 
