@@ -196,12 +196,13 @@ def at_equal_steps(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the last step at which the total variation of both runs of a pair was measured, and both values.
 
     rows: of checkpoints. A row per model, seed and number of facts: base, n_facts, step, same_recipe (see `pairs`),
-    tv_tool and tv_weight. The base model, step 0, does not count.
+    and of both modes (ending in _tool and _weight) tv and recall. The base model, step 0, does not count.
     """
     same = ["profile", "base", "task", "adaptation", "n_facts", "seed"]
     found = _in_tool_and_in_weight(rows[rows.step > 0].dropna(subset="tv"), [*same, "step"])
     found = found.sort_values("step").drop_duplicates(same, keep="last").sort_values(same)
-    return found[["base", "n_facts", "step", "same_recipe", "tv_tool", "tv_weight"]].reset_index(drop=True)
+    both = [f"{of}_{end}" for of in ("tv", "recall") for end in ("tool", "weight")]
+    return found[["base", "n_facts", "step", "same_recipe", *both]].reset_index(drop=True)
 
 
 def _in_tool_and_in_weight(table: pd.DataFrame, same: list[str]) -> pd.DataFrame:

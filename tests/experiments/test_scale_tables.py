@@ -119,6 +119,7 @@ def test_pairs_at_equal_steps_are_of_the_last_step_that_both_were_evaluated_at()
     rows = rows.assign(lr=1e-3, batch_size=8, tv=rows.step / 100 + rows["mode"].eq("in-weight"))
     (row,) = scale_tables.at_equal_steps(rows).itertuples()
     assert (row.step, row.tv_tool, row.tv_weight, row.same_recipe) == (12, 0.12, 1.12, True)
+    assert (row.recall_tool, row.recall_weight) == (0.1, 0.2)
     rows.loc[(rows.step == 12) & (rows["mode"] == "in-tool"), "tv"] = np.nan
     assert not len(scale_tables.at_equal_steps(rows))  # but at step 0
     found = scale_tables.at_equal_steps(scale_tables.published_rows()).set_index("base")

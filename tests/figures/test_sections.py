@@ -20,7 +20,8 @@ from lib.config import ModelConfig
 from lib.experiments import publishing, summaries, tables
 from lib.experiments.published import published_by_paper
 from lib.experiments.rows import sweep_dir
-from lib.facts.people import ATTRIBUTES, FactsConfig
+from lib.facts.entropy import entropy_bits_per_person
+from lib.facts.people import ATTRIBUTES, RELEASED, FactsConfig
 from lib.figures import generalization, parameter_bounds, record, style
 from lib.model.bounds import BY_HAND_PARAMETERS, MEASURED_BITS, bits_at_recall
 from lib.model.circuit import Circuit
@@ -415,6 +416,23 @@ def test_words_beside_the_main_figure_say_how_many_seeds_stand_behind_each_mode(
     )
     assert "(known for 1 of 1 seeds, earlier recipe), a factor of 1.4" in said[0]
     assert said[1:] == ["In weights: learning rate 0.01, batches of 32 (32 to 128 facts)."]
+
+
+def test_words_beside_correlation_say_how_far_parameters_and_bits_fall():
+    published = pd.read_csv(paths.PUBLISHED / "compressibility.csv")
+    published = (
+        published.query("n_facts == 4000 and recall_threshold == 0.95").set_index("correlation_alpha").min_params
+    )
+    bits = [entropy_bits_per_person(1000, 0, alpha, RELEASED) for alpha in (0.0, 1.0)]
+    fall, less = 1 - published[1.0] / published[0.0], 1 - bits[1] / bits[0]
+    assert f"published, parameters {fall:.0%} and bits {less:.0%}. " in parameter_bounds.falls_in_words("laptop")
+    alphas = {(32, 1): 0.0, (128, 0): 1.0}  # d = 12 is enough, d = 8
+    rows = [(alphas.get((row["n_facts"], row["seed"])), row) for row in _rows() if row["mode"] == "in-weight"]
+    rows = [row | {"n_facts": 4000, "alpha": alpha, "seed": 0} for alpha, row in rows if alpha is not None]
+    rows = pd.DataFrame(rows).assign(profile="laptop", run_id=lambda table: "f" + table.run_id.str[1:])  # not planned
+    rows.to_csv(paths.PAPER_DATA / "compressibility.csv", index=False)
+    told = parameter_bounds.falls_in_words("laptop")
+    assert f"; ours, by an earlier recipe, parameters {1 - 6_248 / 10_908:.0%} and bits" in told
 
 
 def _cells(axes) -> list[str]:

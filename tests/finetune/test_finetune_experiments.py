@@ -37,13 +37,13 @@ def test_every_fine_tuning_of_a_profile_is_another(profile):
     assert len({config.run_id for config in plan}) == len(plan) > 1
 
 
-def test_laptop_compares_both_modes_as_published_and_at_one_rate_with_three_seeds():
+def test_laptop_compares_both_modes_as_published_and_at_equal_rates_with_three_seeds():
     plan = [config for config in experiments.plan("laptop") if config.task == "facts" and not config.lora_rank]
     assert len({(config.base, config.batch_size, config.schedule, config.warmup) for config in plan}) == 1
     of_seed = {seed: {(c.mode, c.n_facts, c.lr) for c in plan if c.seed == seed} for seed in range(3)}
     assert of_seed[0] >= of_seed[1] == of_seed[2]
     rates = {mode: {lr for its, _, lr in of_seed[1] if its == mode} for mode in ("in-weight", "in-tool-text")}
-    assert rates["in-tool-text"] < rates["in-weight"]
+    assert rates["in-tool-text"] == rates["in-weight"]
     assert all(learning_rate(plan[0].base, mode) in of_mode for mode, of_mode in rates.items())
 
 
