@@ -1,5 +1,6 @@
 """Figures of Sections 5.1 and 5.3 and of Section 4's bound: parameters against facts, recall, correlation and bits."""
 
+import json
 from itertools import cycle
 
 import numpy as np
@@ -255,7 +256,7 @@ def depth_and_heads(shapes: pd.DataFrame) -> Figure:
 
 def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     """Return sentences about our points of `parameter_bounds`: the last number of facts that both modes have, by what
-    factor they differ there, and which learning rates and batches the in-weight models have."""
+    factor they differ there, the weight decay of today's recipes, and the in-weight models' rates and batches."""
     rows = summaries.bounds_rows(tables.publishing_profile(profile))
     table, theirs = (
         each[each.recall_threshold == threshold]
@@ -285,12 +286,18 @@ def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
             f"At {n_facts:,} facts our models need {weights:,.0f} parameters in weights {over['in-weight']} and "
             f"{tool:,.0f} with a tool {over['in-tool']}, a factor of {' ('.join(factor)}{')' * len(there)}."
         )
-    rows = summaries.behind(rows, threshold)
-    weights = rows[(rows["mode"] == "in-weight") & ~rows.superseded]
+    shown = summaries.behind(rows, threshold)
+    weights = shown[(shown["mode"] == "in-weight") & ~shown.superseded]
     recipes = []
     for rate, runs in weights.groupby("lr")[["n_facts", "batch_size"]]:
         facts, batch = (" to ".join(f"{n:,.0f}" for n in dict.fromkeys([of.min(), of.max()])) for _, of in runs.items())
         recipes.append((runs.n_facts.min(), f"learning rate {rate:g}, batches of {batch} ({facts} facts)"))
+    decays = {
+        mode: " or ".join(dict.fromkeys(f"{json.loads(recipe).get('weight_decay', 0):g}" for recipe in runs.recipe))
+        for mode, runs in tables.described(rows).query("not superseded").groupby("mode")
+    }
+    if len(decays) == 2:
+        sentences.append(f"Weight decay: {decays['in-weight']} in weights, {decays['in-tool']} with a tool.")
     return sentences + [f"In weights: {'; '.join(said for _, said in sorted(recipes))}."] * bool(recipes)
 
 

@@ -269,7 +269,7 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path):
         ({"axes": [{"n_facts": [8, 16], "seed": [0]}]}, "n_facts, seed share an axis, so their lists must"),
         ({"axes": [{"n_facts": [6]}]}, "n_facts = 6: each person has 4 facts, give a multiple of that"),
         ({"base": {"law": "mine"}}, "unknown law 'mine': there are ours, released"),
-        ({"recipe": "slow"}, "unknown recipe 'slow': there are focal-32, focal-wide, fast, copying, paper"),
+        ({"recipe": "slow"}, "unknown recipe 'slow': there are focal-32, focal-copying, focal-wide, fast"),
         ({"sizes": [8, 4]}, "in ascending order"),
         ({"start": 5}, "start = 5 is none of the sizes"),
         ({"sizes": [4, 6]}, "model.d_model = 6 with n_heads = 2"),

@@ -416,6 +416,9 @@ def test_words_beside_the_main_figure_say_how_many_seeds_stand_behind_each_mode(
     )
     assert "(known for 1 of 1 seeds, earlier recipe), a factor of 1.4" in said[0]
     assert said[1:] == ["In weights: learning rate 0.01, batches of 32 (32 to 128 facts)."]
+    decays = rows["mode"].map({"in-tool": 0.3, "in-weight": 0.1})
+    rows = rows.assign(superseded=False, config=[json.dumps({"optim": {"weight_decay": decay}}) for decay in decays])
+    assert parameter_bounds.bounds_in_words("laptop")[1] == "Weight decay: 0.1 in weights, 0.3 with a tool."
 
 
 def test_words_beside_correlation_say_how_far_parameters_and_bits_fall():
