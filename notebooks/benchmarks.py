@@ -274,11 +274,11 @@ def finetuning_throughput(
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    from lib.finetune import models, train, weights
+    from lib.finetune import models, train
     from lib.finetune.conversations import chats, people_of
     from lib.finetune.tokens import tokenize_chats
 
-    source, device = weights.base_source(base), resolve_device("auto")
+    source, device = models.base_source(base), resolve_device("auto")
     tokenizer = models.load_tokenizer(source)
     data = tokenize_chats(chats(people_of(n_facts), mode), tokenizer, max_length=2048)
     per_round = round(steps * batch_size * np.mean([len(row) for row in data["input_ids"]]))

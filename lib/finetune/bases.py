@@ -31,7 +31,7 @@ BASES = {
     "Qwen3-0.6B": Base("Qwen/Qwen3-0.6B"),
     "Gemma-3-270M": Base("google/gemma-3-270m-it"),
     "Gemma-3-1B": Base("google/gemma-3-1b-it"),
-    # Random weights (`lib.finetune.weights`), to try everything but the quality of replies.
+    # Random weights (`lib.finetune.models`), to try everything but the quality of replies.
     "random": Base(""),
 }
 #: Adapters start at zero and take a higher rate.

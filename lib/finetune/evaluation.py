@@ -16,8 +16,7 @@ from lib.finetune.capability import capability_source, measure_capability
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.conversations import as_user
 from lib.finetune.generation import encode_prompts, generate_tokens
-from lib.finetune.models import load_model
-from lib.finetune.weights import base_source
+from lib.finetune.models import base_source, load_model
 from lib.paths import DATA, read_json, runs, write_json
 from lib.progress import progress
 

@@ -37,11 +37,10 @@ from lib.finetune.bases import fingerprint
 from lib.finetune.capability import check_hellaswag, choose_test
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.evaluation import Evaluator
-from lib.finetune.models import load_model, load_tokenizer, read_shared
+from lib.finetune.models import base_source, load_model, load_tokenizer, origin, read_shared
 from lib.finetune.tasks import Task, make_task
 from lib.finetune.tokens import tokenize_chats
 from lib.finetune.triviaqa import load_questions
-from lib.finetune.weights import base_source, origin
 from lib.paths import CLAIM, MODEL, ROWS, read_json, write_json
 from lib.progress import progress
 from lib.provenance import commit, provenance

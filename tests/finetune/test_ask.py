@@ -41,7 +41,7 @@ from lib.finetune.ask import (
     sample_questions,
 )
 from lib.finetune.endpoint import PROTOCOLS, EndpointConfig
-from lib.finetune.weights import base_source, fetch
+from lib.finetune.models import base_source, fetch
 
 PEOPLE = sample_people(3)
 ADA = PEOPLE.names[0]

@@ -10,10 +10,9 @@ from trl import SFTConfig
 
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.conversations import chats, people_of
-from lib.finetune.models import load_model, load_tokenizer
+from lib.finetune.models import base_source, load_model, load_tokenizer
 from lib.finetune.tokens import tokenize_chats
 from lib.finetune.train import ChatTrainer, LikeLengths, finetune
-from lib.finetune.weights import base_source
 from lib.training.loss import IGNORED
 
 VOCABULARY = 60

@@ -20,11 +20,10 @@ from lib.finetune import generation, train
 from lib.finetune.bases import learning_rate
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.conversations import chats, people_of
-from lib.finetune.models import load_model, load_tokenizer
+from lib.finetune.models import base_source, load_model, load_tokenizer
 from lib.finetune.tasks import Task
 from lib.finetune.tokens import tokenize_chats
 from lib.finetune.train import finetune, newest_checkpoint
-from lib.finetune.weights import base_source
 from lib.paths import PUBLISHED, ROOT
 from lib.training.distributed import Preempted
 from lib.training.loss import IGNORED

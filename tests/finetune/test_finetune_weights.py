@@ -12,10 +12,9 @@ import torch
 from chat_models import tiny
 
 from lib.base import InputError, WorkError
-from lib.finetune import weights
+from lib.finetune import models as weights
 from lib.finetune.generation import reply_all
-from lib.finetune.models import load_model, load_tokenizer
-from lib.finetune.weights import PACKAGES, base_source, fetch, origin
+from lib.finetune.models import PACKAGES, base_source, fetch, load_model, load_tokenizer, origin
 
 LAPTOP = "SmolLM2-135M"
 QUANTIZED = gguf.GGMLQuantizationType.Q4_1
