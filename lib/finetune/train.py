@@ -5,8 +5,6 @@ stay), `evaluations/` (one row per checkpoint), and once the run is finished `mo
 A finished run is never repeated; a killed one resumes from its last whole checkpoint, with the same outcome.
 """
 
-import hashlib
-import json
 import math
 import shutil
 import sys
@@ -40,7 +38,6 @@ from lib.finetune.evaluation import Evaluator
 from lib.finetune.models import base_source, load_model, load_tokenizer, origin, read_shared
 from lib.finetune.tasks import Task, make_task
 from lib.finetune.tokens import tokenize_chats
-from lib.finetune.triviaqa import load_questions
 from lib.paths import CLAIM, MODEL, ROWS, read_json, write_json
 from lib.progress import progress
 from lib.provenance import commit, provenance
@@ -79,23 +76,13 @@ def finetune(
     lock = locked(directory) if processes.is_main_process else nullcontext()  # a second call waits and finds the rows
     with lock, asked_to_leave() as asked:
         with processes.main_process_first():  # the others find what the first made or fetched
-            claim = _claim(config)
-        # Claims of earlier versions may have fewer fields.
-        check_claim(directory, claim, lambda folder: claim | read_json(folder / CLAIM), "questions or base model")
+            claim = {"config": config.model_dump(mode="json"), "base": fingerprint(base_source(config.base))}
+        check_claim(directory, claim, lambda folder: read_json(folder / CLAIM), "weights of its base model")
         if not (directory / ROWS).exists():
             with make_task(config) as task:
                 _Run(config, directory, processes, asked, task, description).complete(claim)
         processes.wait_for_everyone()
         return read_row(directory / ROWS, list, ("step", "recall"))
-
-
-def _claim(config: FinetuneConfig) -> dict:
-    """Return all that identifies a run: its configuration, its base and its questions."""
-    claim = {"config": config.model_dump(mode="json"), "base": fingerprint(base_source(config.base))}
-    if config.task == "trivia" and config.source != "hub":  # the hub's questions do not change
-        questions = json.dumps(load_questions(config.source))
-        claim["questions"] = hashlib.sha256(questions.encode()).hexdigest()[:16]
-    return claim
 
 
 class _Run(TrainerCallback):

@@ -282,24 +282,8 @@ def test_the_folder_of_another_run_is_refused(undisturbed, tmp_path):
 def test_another_base_of_the_same_name_is_another_run(undisturbed, monkeypatch):
     config, directory, _ = undisturbed
     monkeypatch.setattr(train, "fingerprint", lambda _: "made anew")
-    with pytest.raises(InputError, match="another configuration or other questions or base model"):
+    with pytest.raises(InputError, match="another configuration or other weights of its base model"):
         finetune(config, directory)
-
-
-def test_other_questions_in_the_same_file_are_another_run(tmp_path):
-    source = tmp_path / "questions.jsonl"
-
-    def write(answer: str) -> None:
-        record = {"question": "Why?", "answer": {"value": answer, "aliases": []}}
-        source.write_text(f"{json.dumps(record)}\n" * 5)
-
-    config = FinetuneConfig(**SMALL | {"steps": 2}, task="trivia", source=str(source))
-    write("So")
-    rows = finetune(config, tmp_path / "run", description=None)
-    assert finetune(config, tmp_path / "run", description=None) == rows
-    write("Because")
-    with pytest.raises(InputError, match="or other questions or base model: give another folder"):
-        finetune(config, tmp_path / "run", description=None)
 
 
 def test_the_loss_is_that_of_what_the_labels_say_though_a_batch_is_cut(tmp_path):
