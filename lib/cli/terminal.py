@@ -1,4 +1,4 @@
-"""`itl chat`: a conversation in a terminal, with answers in color and commands to see and change the database."""
+"""`itl chat`: a conversation in a terminal, with commands to see and change the database."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -6,7 +6,6 @@ from rich.console import Console
 
 from lib.agent.tools import EditableTool
 from lib.base import InputError
-from lib.dialogs.templates import Role
 from lib.facts.database import change_fact
 from lib.training.saved import Conversation
 
@@ -17,9 +16,6 @@ HELP = """\
 /help                           this list
 an empty line                   ends the conversation"""
 
-#: A backtick opens the request that ends an assistant's turn: all text from there on is the request.
-REPLY, REQUEST, DATABASE, NOTE = "green", "bold yellow", "magenta", "dim"
-
 
 def answer(console: Console, talks: Sequence[Conversation], text: str) -> None:
     """Put a question to each model and print the answers, turn by turn.
@@ -28,12 +24,9 @@ def answer(console: Console, talks: Sequence[Conversation], text: str) -> None:
     """
     for talk in talks:
         if len(talks) > 1:
-            console.print(f"-- {talk.config.mode}", style=NOTE)
+            console.print(f"-- {talk.config.mode}")
         for role, said in talk.turns(text)[1:]:
-            prose, tick, request = said.partition("`") if role == Role.ASSISTANT else (said, "", "")
-            console.print(f"{role}: ", end="", style="bold")
-            console.print(prose, end="", style=DATABASE if role == Role.DATABASE else REPLY)
-            console.print(tick + request, style=REQUEST)
+            console.print(f"{role}: {said}")
 
 
 def converse(console: Console, talks: Sequence[Conversation], read: Callable[[], str]) -> None:
@@ -54,17 +47,17 @@ def converse(console: Console, talks: Sequence[Conversation], read: Callable[[],
         try:
             if line.startswith("/"):
                 for told in _obey(line, tools, names):
-                    console.print(told, style=NOTE)
+                    console.print(told)
             else:
                 answer(console, talks, line)
         except InputError as error:
-            console.print(str(error), style="red")
+            console.print(str(error))
 
 
 def _obey(line: str, tools: Sequence[EditableTool], names: Sequence[str]) -> Iterable[str]:
     """Run a command and return the lines to print."""
     command, _, rest = line.partition(" ")
-    name, parts = rest.strip(), rest.split("|")
+    name, parts = rest.strip(), [part.strip() for part in rest.split("|", 2)]
     if command == "/help" and not name:
         return [HELP]
     if command == "/who" and not name:
@@ -74,9 +67,7 @@ def _obey(line: str, tools: Sequence[EditableTool], names: Sequence[str]) -> Ite
     if not tools:
         raise InputError("this model is in-weight and asks no database: there is nothing to look up or to change")
     if command == "/set":
-        # Names and values may hold bars: split at the first attribute that exists between bars.
-        i = next((i for i, part in enumerate(parts[1:-1], 1) if part.strip() in tools[0].attributes), 1)
-        name, attribute, value = ("|".join(some).strip() for some in (parts[:i], parts[i : i + 1], parts[i + 1 :]))
+        name, attribute, value = parts
         database, *others = (tool.path for tool in tools)
         old = change_fact(database, name, attribute, value, *others)
         return [f"{attribute} of {name}: {old} -> {value}"]
