@@ -15,9 +15,7 @@ from nbconvert.preprocessors import ExecutePreprocessor
 
 from lib import paths
 from lib.base import WorkError
-from lib.experiments import published, tables
-from lib.experiments.publishing import table_of
-from lib.experiments.rows import OWN, TABLES
+from lib.experiments import published
 from lib.figures import record, style
 from lib.figures.parameter_bounds import BOUND, bounds_in_words
 from lib.model.bounds import MEASURED_BITS
@@ -104,21 +102,5 @@ def _main_figure() -> str:
     return textwrap.fill(" ".join([told, *bounds_in_words(PROFILE)]) + "*", 118, break_on_hyphens=False)
 
 
-def _rows() -> str:
-    """Return the state of the tables: rows, seeds and facts of each section and profile (needs the extra `scale`)."""
-    lines = [
-        "| section | profile | rows | not in today's plan | seeds | facts |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for section in (*TABLES, *OWN):
-        table = table_of(section)
-        for profile in tables.read_table(table.path).profile.unique():
-            rows = table.read(profile)
-            facts = " to ".join(f"{n:,}" for n in dict.fromkeys([rows.n_facts.min(), rows.n_facts.max()]))
-            counts = f"{len(rows):,} | {rows.superseded.sum():,} | {rows.seed.nunique()}"
-            lines.append(f"| {section} | {profile} | {counts} | {facts} |")
-    return "\n".join(lines)
-
-
 #: What README.md computes, by name.
-BLOCKS: dict[str, Callable[[], str]] = {"main-figure": _main_figure, "rows": _rows}
+BLOCKS: dict[str, Callable[[], str]] = {"main-figure": _main_figure}
