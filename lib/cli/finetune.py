@@ -43,9 +43,7 @@ ENDPOINT: Group = (
         "max_tokens": Option(int, "of one turn; models that reason first need thousands (default: 128)"),
         "concurrency": Option(int, "requests at a time (default: 8)"),
         "timeout": Option(float, "seconds, of one request (default: 60)"),
-        "retries": Option(
-            int, "of a request to a server that is busy, broken or away (default: 5; itl ask: 1 at first)"
-        ),
+        "retries": Option(int, "of a request to a server that is busy, broken or away (default: 5)"),
     },
 )
 ApiKey = Annotated[str, typer.Option(envvar="OPENAI_API_KEY", help="of the server", show_default=False)]

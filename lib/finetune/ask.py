@@ -116,13 +116,9 @@ class PeopleTask(Find):
 
 
 async def ask_people(questions: Sequence[PersonQuestion], endpoint: EndpointConfig, tool: SqlTool, out: Path) -> list:
-    """Return the records of `ask_all`. Raises `WorkError` if the first question shows that all others would fail.
-
-    If `endpoint` does not set `retries`, the first question is tried twice: most often its server is not running.
-    """
-    people, retries = PeopleTask(tool), endpoint.retries if "retries" in endpoint.model_fields_set else 1
-    impatient = endpoint.model_copy(update={"retries": retries})
-    (first,) = await ask_all(questions[:1], impatient, people.look_up, out, task=people)
+    """Return the records of `ask_all`. Raises `WorkError` if the first question shows that all others would fail."""
+    people = PeopleTask(tool)
+    (first,) = await ask_all(questions[:1], endpoint, people.look_up, out, task=people)
     if (first["error"] or "").startswith(_ALL_FAIL):
         raise WorkError(f"the server {endpoint.base_url} did not answer the first question: {first['error']}")
     return await ask_all(questions, endpoint, people.look_up, out, endpoint.protocol, people)

@@ -364,16 +364,6 @@ def test_a_server_that_is_not_there_ends_in_one_sentence(database, tmp_path, itl
     assert code == 1 and said.startswith(f"itl: the server {url} did not answer the first question: APIConnectionError")
 
 
-@pytest.mark.parametrize(("given", "n_requests"), [([], 2), (["--retries", 0], 1)])
-def test_the_first_question_is_tried_twice_or_as_often_as_was_asked(
-    given, n_requests, server, database, tmp_path, itl_ask
-):
-    play = server(lambda *_: (200, None))
-    url = f"http://127.0.0.1:{play.server_port}/v1"
-    code, _, said = itl_ask("--people", database, "--base-url", url, "--out", tmp_path / "r", *given)
-    assert code == 1 and "did not answer the first question" in said and len(play.requests) == n_requests
-
-
 def test_the_name_of_a_model_is_no_formula(server, database, tmp_path, itl_ask):
     play = server(looks_up)
     given = ["--people", database, "--base-url", f"http://127.0.0.1:{play.server_port}/v1", "--out", tmp_path / "r"]
