@@ -106,7 +106,7 @@ async def ask_all(
 def _finished(out: Path, asked: str, key: dict[str, Any], look_up: Callable[[Any], str], task: Any) -> dict[str, dict]:
     """Return the records that `ask_all` need not ask for again, by question; remove a truncated last line."""
     *lines, cut = (out.read_bytes() if out.exists() else b"").split(b"\n")
-    try:
+    with paths.reading(f"{out} as records, name a new file", AttributeError, KeyError, TypeError):
         records = [r for r in map(json.loads, lines) if r["error"] is None and r["asked"] == asked]
         finished = {
             text: record | task.grade(record, question)
@@ -115,11 +115,7 @@ def _finished(out: Path, asked: str, key: dict[str, Any], look_up: Callable[[Any
             and all(query is None or look_up(query) == result for query, result in record.get("calls", []))
         }
         if not cut.startswith(b'{"question": '[: len(cut)]):
-            raise ValueError
-    except InputError:  # the table cannot be read
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        raise InputError(f"{out} holds lines that are not records: name a new file") from None
+            raise ValueError("its last line is no record")
     if cut:
         os.truncate(out, out.stat().st_size - len(cut))
     return finished
@@ -138,32 +134,29 @@ async def _ask(
     messages = request["messages"]
     if endpoint.system and endpoint.protocol != "text":
         messages.insert(0, {"role": "system", "content": endpoint.system})
-    # Longest time for a question, slow streams included: all turns and retries in full, a minute between two tries.
-    longest = endpoint.max_turns * (endpoint.timeout + endpoint.retries * (endpoint.timeout + 60))
     try:
-        async with asyncio.timeout(longest):
-            while record["n_turns"] < endpoint.max_turns:
-                message = _message(await client.chat.completions.create(**request))
-                record["n_turns"] += 1
-                if endpoint.protocol == "tools":
-                    queries = [_query(call, task) for call in message.tool_calls or ()]
-                else:
-                    query = task.read_query(message.content or "", mode)
-                    queries = [] if query is None else [query]
-                if not queries:
-                    record["answer"] = message.content or ""
-                    break
-                results = [task.NO_RESULT if query is None else look_up(query) for query in queries]
-                record |= {"query": queries[-1], "result": results[-1]}
-                record.setdefault("calls", []).extend(map(list, zip(queries, results, strict=True)))
-                if endpoint.protocol == "tools":
-                    messages += _calls_and_results(message, queries, results)
-                else:  # drop what the model wrote after its request, perhaps an invented result
-                    messages += task.look_up_turns(queries[0], results[0], mode)
+        while record["n_turns"] < endpoint.max_turns:
+            message = _message(await client.chat.completions.create(**request))
+            record["n_turns"] += 1
+            if endpoint.protocol == "tools":
+                queries = [_query(call, task) for call in message.tool_calls or ()]
+            else:
+                query = task.read_query(message.content or "", mode)
+                queries = [] if query is None else [query]
+            if not queries:
+                record["answer"] = message.content or ""
+                break
+            results = [task.NO_RESULT if query is None else look_up(query) for query in queries]
+            record |= {"query": queries[-1], "result": results[-1]}
+            record.setdefault("calls", []).extend(map(list, zip(queries, results, strict=True)))
+            if endpoint.protocol == "tools":
+                messages.append(message.model_dump(include={"role", "tool_calls"}) | {"content": message.content or ""})
+                answers = zip(message.tool_calls, results, strict=True)
+                messages += [{"role": "tool", "tool_call_id": call.id, "content": text} for call, text in answers]
+            else:  # drop what the model wrote after its request, perhaps an invented result
+                messages += task.look_up_turns(queries[0], results[0], mode)
     except InputError:  # the table cannot be read
         raise
-    except TimeoutError:
-        record["error"] = f"TimeoutError: no answer within {longest:g} seconds"
     except Exception as error:  # whatever the server says, only this question fails
         body = getattr(error, "body", None)
         said = "" if isinstance(body, dict) and "message" in body else body or error.__cause__ or ""  # in str(error)
@@ -198,18 +191,10 @@ def _message(completion: Any) -> ChatCompletionMessage:
 
 def _query(call: Any, task: Any) -> Any:
     with suppress(ValueError, RecursionError):
-        return task.query_of_call({"name": call.function.name, "arguments": json.loads(call.function.arguments)})
-
-
-def _calls_and_results(message: ChatCompletionMessage, queries: list, results: list[str]) -> list[dict]:
-    """Return the model's calls and their results as the next turns of the conversation."""
-    calls, answers = [], []
-    for call, query, result in zip(message.tool_calls, queries, results, strict=True):
-        # Servers parse the arguments again, and some fail on invalid JSON.
-        function = {"name": call.function.name, "arguments": "{}" if query is None else call.function.arguments}
-        calls.append({"id": call.id, "type": "function", "function": function})
-        answers.append({"role": "tool", "tool_call_id": call.id, "content": result})
-    return [{"role": "assistant", "content": message.content or "", "tool_calls": calls}, *answers]
+        asked = {"name": call.function.name, "arguments": json.loads(call.function.arguments)}
+        if (query := task.query_of_call(asked)) is not None:
+            return query
+    call.function.arguments = "{}"  # it is sent back: servers parse it again, and some fail on invalid JSON
 
 
 def accuracy(records: Sequence[dict]) -> dict[str, float]:

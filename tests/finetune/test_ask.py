@@ -389,7 +389,7 @@ def test_a_damaged_record_is_one_sentence_and_stays(server, tool, tmp_path, dama
     (record,) = ask(play, tool, out)
     out.write_text(json.dumps({name: value for name, value in (record | damage).items() if value is not ...}) + "\n")
     before = out.read_bytes()
-    with pytest.raises(InputError, match="r.jsonl holds lines that are not records: name a new file"):
+    with pytest.raises(InputError, match="r.jsonl as records, name a new file: "):
         ask(play, tool, out)
     assert out.read_bytes() == before
 
@@ -405,7 +405,7 @@ def test_a_damaged_record_is_one_sentence_and_stays(server, tool, tmp_path, dama
         (["--out", "people.sqlite"], "--people and --out name the same file"),
         (["--base-url", "http://localhost/" + "x" * 100_000], "endpoint.base_url: "),
         (["--api-key", "sec\nret"], "endpoint.api_key: string should match pattern '^[!-~]([ -~]*[!-~])?$'\n"),
-        (["--out", "notes.sqlite"], "notes.sqlite holds lines that are not records"),
+        (["--out", "notes.sqlite"], "notes.sqlite as records, name a new file: "),
     ],
     ids=str,
 )

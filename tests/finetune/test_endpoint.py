@@ -7,7 +7,6 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -202,20 +201,6 @@ def test_a_failure_is_recorded_with_its_question_and_the_others_go_on(server, tm
     assert str(accuracy(records[1:2])["accuracy"]) == "nan"
 
 
-def test_a_question_has_its_time_however_slowly_the_answer_drips(server, tmp_path):
-    def dripping() -> Iterator[bytes]:
-        while True:
-            time.sleep(0.02)
-            yield b" "
-
-    slow = QUESTIONS[1].text
-    script = lambda request, n: (200, dripping()) if request["messages"][-1]["content"] == slow else right(request)  # noqa: E731
-    records = ask(server(script), tmp_path / "r.jsonl", timeout=0.2, retries=0, max_turns=2)
-    assert [record["error"] for record in records if not record["correct"]] == [
-        "TimeoutError: no answer within 0.4 seconds"
-    ]
-
-
 @pytest.mark.parametrize("words", ["<query>", "<query></query", "a ", "\u0301"])
 def test_what_a_model_says_at_length_is_read_in_no_time(server, tmp_path, words):
     """In time that grows with the length, not with its square: all others would wait."""
@@ -363,7 +348,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, text):
     out = tmp_path / "notes.md"
     out.write_text(text, encoding="latin-1")
     endpoint = EndpointConfig(base_url="http://127.0.0.1:9/v1", model="m")
-    with pytest.raises(InputError, match="notes.md holds lines that are not records: name a new file"):
+    with pytest.raises(InputError, match="cannot read .*notes.md as records, name a new file: "):
         asyncio.run(ask_all(QUESTIONS, endpoint, str, out))
     assert out.read_text(encoding="latin-1") == text
 
