@@ -8,8 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from contextlib import ExitStack, nullcontext, suppress
-from errno import EACCES, EPERM, EROFS
+from contextlib import ExitStack, nullcontext
 from importlib import import_module
 from pathlib import Path
 from shlex import quote
@@ -46,25 +45,19 @@ def main() -> None:
 
     ITL_DEBUG=1 shows their tracebacks.
     """
-    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=errors)  # not every terminal can show every character
     # Exit on signals by SystemExit, so that temporary files are deleted.
     before = {each: signal.signal(each, lambda number, _: sys.exit(128 + number)) for each in ENDS}
     try:
         code = app(standalone_mode=False)
-        if sys.stdout:
-            sys.stdout.flush()  # here, a full disk can still be reported
+        print(end="", flush=True)
     except BrokenPipeError:  # the reader of the output has exited
-        code = 1
+        code, sys.stdout = 1, None  # else Python prints a traceback at exit
     except KeyboardInterrupt:  # before or after typer's own handler
         code = 130
     except Exception as error:
         if os.environ.get("ITL_DEBUG") or not (isinstance(error, FORESEEABLE) or LIBRARIES.search(str(error))):
             raise
-        later_rank = os.environ.get("RANK", "").strip("0").isdecimal()
-        if not (later_rank and isinstance(error, InputError)):  # only rank 0 reports bad input
-            _say(_sentence(error) + _elsewhere(error))
+        _say(_sentence(error))
         code = getattr(error, "exit_code", 1)
     finally:
         for each, handler in before.items():
@@ -72,11 +65,6 @@ def main() -> None:
     if code == 130:  # typer's code for Ctrl-C
         resumed = len(sys.argv) > 1 and sys.argv[1] in RESUMED
         _say("interrupted: the same command resumes from what was saved" if resumed else "interrupted")
-    try:
-        if sys.stdout:
-            sys.stdout.flush()
-    except OSError:
-        sys.stdout = None  # else Python prints a traceback at exit
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -92,21 +80,11 @@ def _sentence(error: Exception) -> str:
     return str(error) if isinstance(error, FORESEEABLE) else f"a file could not be written, is the disk full? {error}"
 
 
-def _elsewhere(error: Exception) -> str:
-    """Return advice if the output folders cannot be written, else nothing."""
-    refused = error if isinstance(error, OSError) else error.__context__
-    made = str(paths.runs()), str(paths.ROOT / "figures")
-    if getattr(refused, "errno", None) in (EACCES, EPERM, EROFS) and str(refused.filename).startswith(made):
-        return "; set ITL_RUNS to another folder for results, ITL_FIGURES to one for figures"
-    return ""
-
-
 def _say(sentence: str) -> None:
     """Print one short line to stderr, with terminal controls escaped."""
     line = printable(" ".join(sentence.split()))
-    if line and sys.stderr:
-        with suppress(OSError):
-            print(f"itl: {line if len(line) <= LONGEST else f'{line[:LONGEST]} ...'}", file=sys.stderr)
+    if line:
+        print(f"itl: {line if len(line) <= LONGEST else f'{line[:LONGEST]} ...'}", file=sys.stderr)
 
 
 @app.command()
