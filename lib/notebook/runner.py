@@ -59,13 +59,26 @@ def run(
     source = find(name)
     values = checked(source, profile, parameters)
     executed = paths.profile_dir(profile).resolve() / "notebooks" / source.name
-    figures = paths.figures(profile)
+    figures, failed = paths.figures(profile), executed.with_suffix(".failed.ipynb")
     if reuse and _is_current(executed, figures, source_hash(source, values)):
         _say(f"{label}{source.stem}: up to date")
     else:
         _say(f"{label}{source.stem}: running ({profile})")
         start = time.perf_counter()
-        _run(source, values, executed, figures)
+        executed.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{source.stem}-", dir=executed.parent) as folder:
+            copy, page, drawn = Path(folder, source.name), Path(folder, "page.html"), Path(folder, "figures")
+            drawn.mkdir()
+            if problem := _execute(source, values, copy, drawn):
+                if copy.exists():
+                    problem += f"; its executed copy is {shutil.move(copy, failed)}"
+                raise WorkError(f"{source.stem} failed {problem}")
+            page.write_text(render(read(copy), source), encoding="utf-8")
+            figures.mkdir(parents=True, exist_ok=True)
+            made = {page: executed.with_suffix(".html")} | {figure: figures / figure.name for figure in drawn.iterdir()}
+            for file, target in (made | {copy: executed}).items():  # the copy last: its hash says that all is there
+                shutil.move(file, target)
+        failed.unlink(missing_ok=True)
         _say(f"{source.stem}: done in {time.perf_counter() - start:.0f} s")
     if in_place:
         _write_back(executed, source)
@@ -110,25 +123,6 @@ def _is_current(executed: Path, figures: Path, now: str) -> bool:
         return False
     earlier = metadata(read(executed))
     return earlier.get("source_hash") == now and all((figures / name).is_file() for name in earlier["produces"])
-
-
-def _run(source: Path, values: dict[str, Any], executed: Path, figures: Path) -> None:
-    failed = executed.with_suffix(".failed.ipynb")
-    executed.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{source.stem}-", dir=executed.parent) as folder:
-        copy, page, drawn = Path(folder, source.name), Path(folder, "page.html"), Path(folder, "figures")
-        drawn.mkdir()
-        if problem := _execute(source, values, copy, drawn):
-            if copy.exists():
-                problem += f"; its executed copy is {_publish(copy, failed)}"
-            raise WorkError(f"{source.stem} failed {problem}")
-        page.write_text(render(read(copy), source), encoding="utf-8")
-        _publish(page, executed.with_suffix(".html"))
-        for figure in drawn.iterdir():
-            _publish(figure, figures / figure.name)
-        # Last, because the hash in it says that everything else is in its place.
-        _publish(copy, executed)
-    failed.unlink(missing_ok=True)
 
 
 def _execute(source: Path, values: dict[str, Any], copy: Path, figures: Path) -> str | None:
@@ -213,14 +207,6 @@ def _write_back(executed: Path, source: Path) -> None:
                     output.execution_count = cell.execution_count
     with paths.replacing(source) as part:
         nbformat.write(notebook, part)
-
-
-def _publish(made: Path, target: Path) -> Path:
-    """Move a finished file to its place, whole or not at all, from any file system."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with paths.replacing(target) as part:
-        shutil.move(made, part)
-    return target
 
 
 def _say(line: str) -> None:
