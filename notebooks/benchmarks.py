@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from lib import paths
 from lib.agent.tools import Tool
@@ -26,6 +27,7 @@ from lib.dialogs.tokens import TokenizedDialogs, encode_prompt, tokenize_people
 from lib.evaluation.recall import BATCH_ROWS, Fact, measure_recall
 from lib.facts.database import write_database
 from lib.facts.sampling import load_people, sample_people
+from lib.figures.style import STYLES, log_ticks, panels
 from lib.model.llama import to_llama
 from lib.model.transformer import Transformer
 from lib.progress import progress
@@ -409,3 +411,46 @@ def data_speed(n_people: int) -> pd.DataFrame:
         rows[-1]["gigabytes"] = sum(tensor.nbytes for tensor in vars(data).values()) / 1e9
         del data
     return pd.DataFrame(rows).assign(n_people=n_people)
+
+
+_CONTENDERS = {
+    "ours": {"linestyle": "--", "alpha": 0.7},
+    "ours, compiled": {"linestyle": "-"},
+    "Hugging Face": {"linestyle": ":", "markerfacecolor": "white"},
+}
+
+
+def performance(training: pd.DataFrame, curve: pd.DataFrame, growth: pd.DataFrame) -> Figure:
+    """Draw the speed that was measured: throughput and share of the matrix-product peak against size, time to recall,
+    and the cost of a dialog against the number of facts.
+
+    training: tables of `training_throughput`, concatenated; curve: of `learning_curve`; growth: of `growth`. Bars go
+    from the slowest to the fastest round.
+    """
+    with panels((8.6, 6.2), 2, 2) as (figure, ((speed, share), (recall, cost))):
+        for (mode, contender), rows in training[training.dtype == "float32"].groupby(["mode", "contender"]):
+            style = {**STYLES[mode], **_CONTENDERS[contender]}
+            bars = [rows.per_second - rows.least, rows.most - rows.per_second]
+            speed.errorbar(rows.d_model, rows.per_second, yerr=bars, label=f"{mode}, {contender}", **style)
+            share.plot(rows.d_model, rows.share_of_peak, **style)
+        speed.set(yscale="log", ylabel="dialogs trained a second", title="throughput")
+        sizes = sorted(training.d_model.unique())
+        for axes in (speed, share):
+            axes.set(xscale="log", xlabel="d_model")
+            axes.set_xticks(sizes, sizes)
+            axes.minorticks_off()
+        speed.set_ylim(top=2.5 * training.most.max())  # room for the legend
+        log_ticks(speed.yaxis, training.per_second)
+        speed.yaxis.set_major_formatter("{x:,.0f}")
+        speed.legend(fontsize=6.5, ncols=2, loc="upper center")
+        share.set(ylabel="share of the peak", title="the model's FLOP/s over those of a matrix product")
+        share.set_ylim(bottom=0)
+        recall.plot(curve.seconds, curve.recall, color=STYLES["in-weight"]["color"])
+        recall.axhline(0.95, color="#999999", linewidth=0.8, linestyle="--")
+        recall.set(xlabel="seconds of training", ylabel="recall", ylim=(-0.03, 1.06), title="time to recall, in-weight")
+        slowest, fastest = 1e6 / growth.least, 1e6 / growth.most
+        bars = growth.microseconds - fastest, slowest - growth.microseconds
+        cost.errorbar(growth.n_facts, growth.microseconds, yerr=bars, **STYLES["in-weight"])
+        cost.set(xscale="log", xlabel="facts", ylabel="microseconds a dialog", ylim=(0, 1.3 * slowest.max()))
+        cost.set_title("a step does not grow with the facts")
+    return figure

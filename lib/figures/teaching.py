@@ -1,4 +1,4 @@
-"""Figures of the notebooks that teach or measure: moments while a model trains, a dialog, speed."""
+"""Figures of the notebooks that teach: moments while a model trains, a dialog."""
 
 from collections.abc import Sequence
 from itertools import cycle
@@ -6,50 +6,7 @@ from itertools import cycle
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.figures.style import BESIDE, STYLES, log_ticks, panels, shades, shared_legend
-
-_CONTENDERS = {
-    "ours": {"linestyle": "--", "alpha": 0.7},
-    "ours, compiled": {"linestyle": "-"},
-    "Hugging Face": {"linestyle": ":", "markerfacecolor": "white"},
-}
-
-
-def performance(training: pd.DataFrame, curve: pd.DataFrame, growth: pd.DataFrame) -> Figure:
-    """Draw the speed that was measured: throughput and share of the matrix-product peak against size, time to recall,
-    and the cost of a dialog against the number of facts.
-
-    Tables as notebooks/benchmarks.py gives them: training (those of `training_throughput`, concatenated), curve
-    (`learning_curve`), growth (`growth`). Bars go from the slowest to the fastest round.
-    """
-    with panels((8.6, 6.2), 2, 2) as (figure, ((speed, share), (recall, cost))):
-        for (mode, contender), rows in training[training.dtype == "float32"].groupby(["mode", "contender"]):
-            style = {**STYLES[mode], **_CONTENDERS[contender]}
-            bars = [rows.per_second - rows.least, rows.most - rows.per_second]
-            speed.errorbar(rows.d_model, rows.per_second, yerr=bars, label=f"{mode}, {contender}", **style)
-            share.plot(rows.d_model, rows.share_of_peak, **style)
-        speed.set(yscale="log", ylabel="dialogs trained a second", title="throughput")
-        sizes = sorted(training.d_model.unique())
-        for axes in (speed, share):
-            axes.set(xscale="log", xlabel="d_model")
-            axes.set_xticks(sizes, sizes)
-            axes.minorticks_off()
-        speed.set_ylim(top=2.5 * training.most.max())  # room for the legend
-        log_ticks(speed.yaxis, training.per_second)
-        speed.yaxis.set_major_formatter("{x:,.0f}")
-        speed.legend(fontsize=6.5, ncols=2, loc="upper center")
-        share.set(ylabel="share of the peak", title="the model's FLOP/s over those of a matrix product")
-        share.set_ylim(bottom=0)
-        recall.plot(curve.seconds, curve.recall, color=STYLES["in-weight"]["color"])
-        recall.axhline(0.95, color="#999999", linewidth=0.8, linestyle="--")
-        recall.set(xlabel="seconds of training", ylabel="recall", ylim=(-0.03, 1.06), title="time to recall, in-weight")
-        slowest, fastest = 1e6 / growth.least, 1e6 / growth.most
-        bars = growth.microseconds - fastest, slowest - growth.microseconds
-        cost.errorbar(growth.n_facts, growth.microseconds, yerr=bars, **STYLES["in-weight"])
-        cost.set(xscale="log", xlabel="facts", ylabel="microseconds a dialog", ylim=(0, 1.3 * slowest.max()))
-        cost.set_title("a step does not grow with the facts")
-    return figure
-
+from lib.figures.style import BESIDE, STYLES, panels, shades, shared_legend
 
 #: The moments that probes record, and their scales: near zero "symlog" is linear, kurtosis spans orders of magnitude.
 _SCALES = {"mean": "linear", "std": "log", "skew": "linear", "kurtosis": "symlog"}
