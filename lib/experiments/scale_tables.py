@@ -214,32 +214,7 @@ def _in_tool_and_in_weight(table: pd.DataFrame, same: list[str]) -> pd.DataFrame
     )
 
 
-# ---- Tables and figures
-
-
-def steps_table(table: pd.DataFrame) -> str:
-    """Return steps to recall for LaTeX (booktabs): a row per model, a column per mode and number of facts.
-
-    table: as `comparable` gives it. Several seeds: mean ± standard deviation, and how many reached the recall if
-    some did not. A dash: none did; an empty cell: not run.
-    """
-    shown = ["steps_to_recall", "steps_to_recall_std", "seeds_reaching_it", "seeds"]
-    cells = table.assign(
-        cell=[_cell(*row) for row in table[shown].itertuples(index=False)],
-        facts=table.n_facts.map("{:,}".format),
-        by_tool=table["mode"] != "in-weight",
-    )
-    cells = cells.sort_values(["by_tool", "mode", "n_facts"]).set_index(["model", "mode", "facts"]).cell
-    wide = cells.unstack(["mode", "facts"], sort=False).reindex(table.model.unique()).fillna("")
-    wide.columns.names, wide.index.name = ["", "facts"], None
-    return wide.to_latex(escape=True, multicolumn_format="c", column_format="l" + "r" * wide.shape[1])
-
-
-def _cell(mean: float, std: float, reaching: int, seeds: int) -> str:
-    if not reaching:
-        return "--"
-    spread = f" ± {std:,.0f}" if reaching > 1 else ""
-    return f"{mean:,.0f}{spread}" + (f" ({reaching} of {seeds})" if reaching < seeds else "")
+# ---- Hybrids, and figures
 
 
 #: What a hybrid does with questions, by how often their facts were seen in training.

@@ -270,7 +270,6 @@ def test_runs_of_two_learning_rates_are_two_models_and_of_one_rate_each_mode_one
         ("SmolLM2-135M, rate 1e-4 (laptop)", "in-weight", 1e-4, 2),
     ]
     assert list(table.tv[2:]) == pytest.approx([1e-3, 1e-4])
-    assert len(_cells(scale_tables.steps_table(table))) == 2 + 4
     pairs = scale_tables.pairs(table)
     assert list(pairs[["lr_tool", "lr_weight", "same_recipe"]].itertuples(index=False, name=None)) == [
         (1e-4, 1e-3, False), (1e-4, 1e-4, True),
@@ -322,46 +321,6 @@ def test_seeds_that_do_not_reach_the_recall_are_counted_apart():
     rows = runs({"seed": 0}, {"seed": 1, "recalls": (0.0, 0.97)}, {"seed": 2, "recalls": (0.0, 0.9)})
     (row,) = ours(rows).itertuples()
     assert (row.steps_to_recall, row.seeds_reaching_it, row.seeds) == (15, 2, 3)
-
-
-def _cells(latex: str) -> list[list[str]]:
-    lines = [line.removesuffix(r"\\").split("&") for line in latex.splitlines() if line.endswith(r"\\")]
-    return [[cell.strip() for cell in line] for line in lines]
-
-
-def test_the_table_of_steps_has_a_row_per_model_and_the_published_numbers():
-    modes, facts, *rows = _cells(scale_tables.steps_table(scale_tables.comparable(NOTHING)))
-    assert modes == ["", r"\multicolumn{5}{c}{in-weight}", r"\multicolumn{2}{c}{in-tool}"]
-    assert facts == ["facts", "500", "1,000", "5,000", "10,000", "50,000", "500", "1,000"]
-    found = {name: cells for name, *cells in rows}
-    assert len(rows) == 6 and set(found) == {f"{base} (published)" for base, *_ in LAST}
-    of = scale_tables.comparable().set_index(["base", "mode", "n_facts"]).steps_to_recall
-    for base in dict.fromkeys(base for base, *_ in LAST):
-        cells = [f"{of[base, 'in-weight', n]:,.0f}" for n in (500, 1_000, 5_000, 10_000, 50_000)]
-        in_tool = {
-            n: f"{of[base, 'in-tool', n]:.0f}".replace("nan", "--") for b, m, n in LAST if (b, m) == (base, "in-tool")
-        }
-        assert found[f"{base} (published)"] == [*cells, in_tool.get(500, ""), in_tool.get(1_000, "")]
-    assert found["SmolLM-360M (published)"][-1] == "--"  # its recall is 0.92
-
-
-def test_the_table_of_steps_tells_spread_failures_and_what_was_not_run():
-    rows = runs(
-        {"seed": 0}, {"seed": 1, "every": 20}, {"seed": 2, "recalls": (0.0, 0.9)},
-        {"n_facts": 2000, "recalls": (0.0, 0.9)},
-        {"base": "my_model", "n_facts": 2000, "mode": "in-tool", "every": 600},
-    )  # fmt: skip
-    latex = scale_tables.steps_table(ours(rows))
-    assert [part for part in re.findall(r"\\(\w+)", latex) if part.endswith("rule")] == [
-        "toprule",
-        "midrule",
-        "bottomrule",
-    ]
-    assert _cells(latex)[1:] == [
-        ["facts", "64", "2,000", "2,000"],
-        [r"my\_model (laptop)", "", "", "1,200"],
-        ["SmolLM2-135M (laptop)", "30 ± 14 (2 of 3)", "--", ""],
-    ]
 
 
 # ---- Hybrids
