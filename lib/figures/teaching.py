@@ -1,6 +1,5 @@
-"""Figures of the notebooks that teach: moments while a model trains, a dialog."""
+"""Figures of moments while a model trains, and of a chat model's recall."""
 
-from collections.abc import Sequence
 from itertools import cycle
 
 import pandas as pd
@@ -32,29 +31,6 @@ def probes(rows: list[dict]) -> Figure:
         for axes in grid[-1]:
             axes.set_xlabel("steps")
         shared_legend(figure, grid[0], loc="outside right center")
-    return figure
-
-
-_SPECIAL_TOKENS = {256: "U", 257: "A", 258: "D", 259: "E", ord("\n"): "\u21b5"}
-
-
-def trained_characters(tokens: Sequence[int], trained: Sequence[bool]) -> Figure:
-    """Draw a dialog of bytes, one character per cell, special tokens as U, A, D and E; trained tokens are colored.
-
-    tokens, trained: as `lib.dialogs.tokens.encode_dialog` gives them for the byte tokenizer; of ASCII text.
-    """
-    shown = [_SPECIAL_TOKENS.get(token) or chr(token) for token in tokens]
-    width, n_rows = 46, len(tokens) // 46
-    with panels((9, 0.26 * (n_rows + 1))) as (figure, axes):
-        for i, (character, is_trained) in enumerate(zip(shown, trained, strict=True)):
-            box = {"facecolor": "#F0B48A" if is_trained else "#EEEEEE", "edgecolor": "none", "pad": 2}
-            axes.text(i % width, -(i // width), character, family="monospace", fontsize=9, bbox=box, ha="center")
-        axes.set(xlim=(-1, width), ylim=(-n_rows - 0.5, 0.8))
-        axes.axis("off")
-    marked = zip(trained, [False, *trained], shown, strict=False)
-    text = "".join(("" if now == before else "[" if now else "]") + character for now, before, character in marked)
-    text += "]" * trained[-1]
-    figure.set_label(f"A dialog, one character per cell. Trained characters are colored, here in brackets: {text}")
     return figure
 
 
