@@ -24,7 +24,7 @@ from lib.figures.style import (
     smallest,
     told_apart,
 )
-from lib.model.bounds import BY_HAND_PARAMETERS, MEASURED_BITS, bits_at_recall, parameters_needed
+from lib.model.bounds import BY_HAND_PARAMETERS, MEASURED_BITS, bits_at_recall
 
 #: The main figure's bound: a key of `MEASURED_BITS`, the bits per parameter that models were measured to hold.
 BOUND = "Allen-Zhu & Li 2024"
@@ -65,7 +65,7 @@ def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: fl
                 axes.plot(x, fit["intercept"] + fit["slope"] * x, color=style["color"], linewidth=0.8, label=name)
         axes.set_ylim(bottom=0.8 * axes.dataLim.y0)  # the bound goes further down
         facts, per_parameter = axes.dataLim.intervalx, MEASURED_BITS[BOUND]
-        bound = [parameters_needed(n * bits_at_recall(threshold) / len(VALUES), per_parameter) for n in facts]
+        bound = [n * bits_at_recall(threshold) / len(VALUES) / per_parameter for n in facts]
         label = f"lower bound in weights, {threshold:.0%} recall, {per_parameter:g} bits per parameter"
         axes.plot(facts, bound, color="#555555", linestyle="--", label=label)
         _by_hand_line(axes)
@@ -96,7 +96,7 @@ def lower_bound(points: pd.DataFrame, published: pd.DataFrame, threshold: float 
         ours = ours.assign(bits=ours.n_facts * bits_per_fact)
         draw_means(axes, ours, "bits", f"{label}, this repository", linestyle="none", zorder=3, **style)
         for (who, per_parameter), line in zip(MEASURED_BITS.items(), cycle(("--", ":")), strict=False):
-            bound = [parameters_needed(each, per_parameter) for each in ends]
+            bound = [each / per_parameter for each in ends]
             look = {"color": "#555555", "linestyle": line, "label": f"{per_parameter:g} bits per parameter ({who})"}
             axes.plot(ends, bound, **look)
         _by_hand_line(axes)

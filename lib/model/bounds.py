@@ -1,14 +1,14 @@
 """Section 4's lower bound on the parameters of a model that recalls facts from its weights.
 
 There are at most 2^(bP) models of P parameters with b bits each. A model that recalls all facts determines the
-database, so |D| possible databases need |D| models: bP >= log2 |D|. For random databases bP >= H(D), the entropy.
+database, so |D| possible databases need |D| models: bP >= log2 |D|. For random databases bP >= H(D), the entropy
+(`lib.facts.entropy`).
 """
 
 from collections.abc import Sequence
 from math import log2
 
 from lib.base import InputError
-from lib.facts.entropy import entropy_bits_per_person
 from lib.facts.people import VALUES
 
 #: The most bits that a trained parameter was measured to hold, by source.
@@ -17,25 +17,9 @@ MEASURED_BITS = {"Allen-Zhu & Li 2024": 2.0, "Morris et al. 2025": 3.6}
 BY_HAND_PARAMETERS = 66_016
 
 
-def parameters_needed(bits: float, bits_per_parameter: float) -> float:
-    """Return P = bits / b for `bits` = log2 of the number of databases, or their entropy (Section 4)."""
-    if not bits_per_parameter > 0:
-        raise InputError(f"bits_per_parameter = {bits_per_parameter}: give more than 0")
-    return bits / bits_per_parameter
-
-
 def database_bits(n_names: int, n_values: Sequence[int]) -> float:
     """Return log2 of the number of databases: |N| sum_a log2 |V_a| for names N and `n_values` = |V_a|."""
     return n_names * sum(map(log2, n_values))
-
-
-def people_bits(n_people: int, alpha: float = 0.0, seed: int = 0) -> float:
-    """Return the entropy in bits of the database of `sample_people(n_people, seed, alpha)`, given the names.
-
-    At alpha = 0 it is `database_bits`. Otherwise the databases are not equally likely, and the bound is for
-    recalling a random one of them.
-    """
-    return n_people * entropy_bits_per_person(n_people, seed, alpha)
 
 
 def bits_at_recall(recall: float, n_values: Sequence[int] = tuple(map(len, VALUES.values()))) -> float:

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.base import InputError
+from lib.facts.entropy import entropy_bits_per_person
 from lib.facts.people import VALUES
 from lib.facts.sampling import sample_people
-from lib.model.bounds import bits_at_recall, database_bits, parameters_needed, people_bits
+from lib.model.bounds import bits_at_recall, database_bits
 
 
 @pytest.mark.parametrize("n_names, n_values", [(1, [2]), (3, [2]), (2, [3, 2]), (2, [4, 3, 1]), (1, [5, 3, 2])])
@@ -26,25 +27,19 @@ def test_no_decoder_recalls_more_databases_than_the_bound_allows_and_some_decode
     for n_bits in range(4):  # a model of so many parameters of one bit each is a choice of one of 2^n_bits weights
         decoders = product(range(n_databases), repeat=2**n_bits)
         most = max(len(set(recalled)) for recalled in decoders)
-        assert (most == n_databases) == (n_bits >= parameters_needed(log2(n_databases), 1) - 1e-9)
-
-
-def test_more_bits_a_parameter_take_fewer_parameters():
-    assert parameters_needed(1000, 2) == 500
-    for nonsense in (0, -1, float("nan")):
-        with pytest.raises(InputError, match="^bits_per_parameter = .*: give more than 0$"):
-            parameters_needed(1000, nonsense)
+        assert (most == n_databases) == (n_bits >= log2(n_databases) - 1e-9)
 
 
 def test_independent_people_are_one_of_all_databases_and_families_at_alpha_1_share_what_is_not_a_birth_date():
     sizes = [len(values) for values in VALUES.values()]
-    assert people_bits(50) == pytest.approx(database_bits(50, sizes))
+    assert 50 * entropy_bits_per_person(50) == pytest.approx(database_bits(50, sizes))
     people = sample_people(50, seed=3, alpha=1.0)
     families = {name.split()[-1] for name in people.names}
     births, *shared = sizes
     assert 1 < len(families) < 50
-    assert people_bits(50, 1.0, seed=3) == pytest.approx(50 * log2(births) + len(families) * sum(map(log2, shared)))
-    assert people_bits(50, 1.0, 3) < people_bits(50, 0.5, 3) < people_bits(50)
+    alike, half, independent = (50 * entropy_bits_per_person(50, 3, alpha) for alpha in (1.0, 0.5, 0.0))
+    assert alike == pytest.approx(50 * log2(births) + len(families) * sum(map(log2, shared)))
+    assert alike < half < independent
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=4))
