@@ -1,4 +1,4 @@
-"""Figures of the notebook of Section 4: attention inside models, and how the construction grows."""
+"""Figures of the notebook of Section 4: the construction, and attention inside models."""
 
 import numpy as np
 import pandas as pd
@@ -118,21 +118,4 @@ def copying_by_letter(tables: dict[str, pd.DataFrame]) -> Figure:
         mass.set_ylabel("attention on the next letter")
         right.set_ylabel("share of letters said right")
         shared_legend(figure, [mass], loc="outside lower center")
-    return figure
-
-
-def parameters_by_attributes(sizes: pd.DataFrame) -> Figure:
-    """Draw parameters of the construction against |A|, and a square law through the last point.
-
-    sizes: n_attributes and n_params.
-    """
-    with panels((4.6, 3.2)) as (figure, axes):
-        x, y = sizes.n_attributes.to_numpy(float), sizes.n_params.to_numpy(float)
-        axes.plot(x, y[-1] * (x / x[-1]) ** 2, color="#777777", linestyle="--", label="proportional to $|A|^2$")
-        axes.plot(x, y, marker="o", color="#009E73", linestyle="none", label="constructed by hand")
-        axes.set(xscale="log", yscale="log", xlabel="attributes $|A|$", ylabel="parameters")
-        axes.set_xticks(x, [f"{n:.0f}" for n in x])
-        axes.minorticks_off()
-        axes.set_ylim(bottom=np.min(y) / 2)
-        axes.legend(fontsize=8)
     return figure
