@@ -12,7 +12,7 @@ from lib.experiments.rows import SHARED
 from lib.experiments.search import SIZES, Search
 from lib.experiments.tables import COMPUTED, GROUP, POINT, THRESHOLDS, described, read_rows, searches_of
 from lib.facts.entropy import entropy_bits_by_attribute
-from lib.facts.people import ATTRIBUTES, VALUES
+from lib.facts.people import ATTRIBUTES, LAWS, VALUES
 from lib.facts.sampling import UNSEEN
 from lib.model.bounds import bits_at_recall
 
@@ -200,7 +200,7 @@ def _entropy_per_person(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the bits per person of each attribute, for the database (n_facts, alpha, law, seed or 0) of each row."""
     seeds = rows.get("seed", pd.Series(0, rows.index))
     bits = [
-        entropy_bits_by_attribute(int(n_facts) // len(ATTRIBUTES), int(seed), alpha, tables.law_named(law))
+        entropy_bits_by_attribute(int(n_facts) // len(ATTRIBUTES), int(seed), alpha, LAWS[law])
         for n_facts, seed, alpha, law in zip(rows.n_facts, seeds, rows.alpha, rows.law, strict=True)
     ]
     return pd.DataFrame(bits, rows.index, columns=ATTRIBUTES, dtype=float)

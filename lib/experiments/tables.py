@@ -1,7 +1,6 @@
 """Rows of finished runs as tidy tables: read, and one recipe chosen for each point of a figure."""
 
 import json
-from ast import literal_eval
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -124,11 +123,6 @@ def described(rows: pd.DataFrame) -> pd.DataFrame:
         "recipe": [_recipe(config, *size) for config, size in zip(configs, sizes, strict=True)],
     }
     return rows.assign(**{name: values for name, values in computed.items() if name not in rows})
-
-
-def law_named(name: str) -> Law:
-    """Return the law that a row's column `law` names."""
-    return LAWS.get(name) or Law(*literal_eval(name))
 
 
 def _recipe(config: dict, mode: str, steps: float, batch_size: float, n_facts: float) -> str:
