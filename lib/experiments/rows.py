@@ -9,8 +9,7 @@ from lib import paths
 from lib.base import check_known
 from lib.config import FINISHED, check_row, read_row
 from lib.dialogs.tokenizers import load_tokenizer
-from lib.experiments.plan import is_file
-from lib.experiments.search import Search
+from lib.experiments.plan import Search, is_file
 from lib.paths import ROW
 
 #: The table of paper_data that holds a section's rows.

@@ -8,8 +8,8 @@ import pandas as pd
 
 from lib.config import config_of
 from lib.experiments import tables
+from lib.experiments.plan import SIZES, Search
 from lib.experiments.rows import SHARED
-from lib.experiments.search import SIZES, Search
 from lib.experiments.tables import COMPUTED, GROUP, POINT, THRESHOLDS, described, read_rows, searches_of
 from lib.facts.entropy import entropy_bits_by_attribute
 from lib.facts.people import ATTRIBUTES, LAWS, VALUES

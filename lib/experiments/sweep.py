@@ -18,9 +18,8 @@ from typing import IO, Any
 from lib import paths
 from lib.base import InputError, WorkError
 from lib.config import RunConfig, config_of, read_row
-from lib.experiments.plan import searches
+from lib.experiments.plan import Search, searches
 from lib.experiments.rows import known_rows, sweep_dir
-from lib.experiments.search import Search
 from lib.experiments.worker import attempt
 from lib.facts.csv import read_people_csv
 from lib.paths import ROW

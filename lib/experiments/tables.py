@@ -9,9 +9,8 @@ import pandas as pd
 from lib import paths
 from lib.base import check_known
 from lib.config import FINISHED, TEXT, TrainingConfig, read_row
-from lib.experiments.plan import searches
+from lib.experiments.plan import Search, searches
 from lib.experiments.rows import TABLES, rows_in_runs, sweep_dir, table_path, text_rows
-from lib.experiments.search import Search
 from lib.facts.people import LAWS, Law
 from lib.paths import ROWS, whole
 

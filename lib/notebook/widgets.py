@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from lib.config import ModelConfig
 from lib.experiments import tables
+from lib.experiments.plan import SIZES
 from lib.experiments.published import published_correlated
-from lib.experiments.search import SIZES
 from lib.facts.entropy import bits_per_person, entropy_bits_per_person
 from lib.facts.people import ATTRIBUTES, RELEASED
 from lib.figures.record import FIGURES

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from lib.base import InputError
 from lib.config import RunConfig, override
-from lib.experiments.plan import quickstart, searches
-from lib.experiments.search import SIZES, Search
+from lib.experiments.plan import SIZES, Search, quickstart, searches
 from lib.experiments.summaries import bounds_searches
 from lib.experiments.sweep import _expected
 from lib.facts.people import OURS, RELEASED

@@ -21,8 +21,8 @@ from lib import paths
 from lib.base import InputError, WorkError
 from lib.config import RunConfig
 from lib.experiments import plan, sweep, tables
+from lib.experiments.plan import SIZES, Search
 from lib.experiments.rows import table_path
-from lib.experiments.search import SIZES, Search
 from lib.training.distributed import Preempted
 
 

@@ -20,10 +20,9 @@ from lib import paths
 from lib.base import InputError
 from lib.config import ModelConfig, RunConfig
 from lib.experiments import publishing, summaries, tables
-from lib.experiments.plan import searches
+from lib.experiments.plan import SIZES, Search, searches
 from lib.experiments.published import published_by_paper
 from lib.experiments.rows import sweep_dir
-from lib.experiments.search import SIZES, Search
 from lib.facts.people import ATTRIBUTES, RELEASED, VALUES, FactsConfig
 
 CLEAN = "0123456789" * 4

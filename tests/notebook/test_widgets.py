@@ -11,8 +11,8 @@ from matplotlib import pyplot as plt
 
 from lib.base import InputError
 from lib.config import ModelConfig
+from lib.experiments.plan import SIZES
 from lib.experiments.published import published_correlated
-from lib.experiments.search import SIZES
 from lib.facts.entropy import entropy_bits_per_person
 from lib.facts.people import RELEASED
 from lib.figures import record
