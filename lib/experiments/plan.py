@@ -16,7 +16,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from lib.base import Config, InputError, check_known, check_unique
-from lib.config import ModelConfig, OptimConfig, RunConfig, override
+from lib.config import ModelConfig, RunConfig, override
 from lib.dialogs.tokenizers import load_tokenizer
 from lib.facts.people import ATTRIBUTES, LAWS
 from lib.paths import LARGEST_TEXT, PROFILES, PUBLISHING, read_bytes, reading
@@ -229,15 +229,3 @@ def _names() -> list[str]:
 
 #: Named fields of a run, which a grid takes with `recipe`.
 RECIPES: dict[str, dict[str, Any]] = _read(PLANS / "recipes.yaml")
-#: The optimizer of quick runs.
-FAST = OptimConfig.parse(RECIPES["fast"]["optim"])
-
-
-def quickstart(profile: str, seed: int = 0) -> dict[str, RunConfig]:
-    """Return the two runs of 00_quickstart, by mode: a few people each, and more steps than they need."""
-    fields = {"seed": seed, "model": {"d_model": 16}, "evaluation": {"every": 25}}
-    fields["training"] = {"steps": 10 if profile == "smoke" else 800, "batch_size": 32}
-    return {
-        mode: RunConfig.parse(fields | {"mode": mode, "facts": {"n_people": n_people, "seed": seed}})
-        for mode, n_people in (("in-weight", 16), ("in-tool", 4))
-    }
