@@ -13,7 +13,6 @@ from lib.experiments.rows import SHARED
 from lib.experiments.tables import COMPUTED, GROUP, POINT, THRESHOLDS, described, read_rows, searches_of
 from lib.facts.entropy import entropy_bits_by_attribute
 from lib.facts.people import ATTRIBUTES, LAWS, VALUES
-from lib.facts.sampling import UNSEEN
 from lib.model.bounds import bits_at_recall
 
 
@@ -176,19 +175,6 @@ def capacity(rows: pd.DataFrame) -> pd.DataFrame:
     stored = n_people * np.fmax(by_likelihood, np.transpose(by_recall)).sum(axis=1, skipna=False)
     rows = rows[columns].assign(entropy_bits=n_people * entropy.sum(axis=1), stored_bits=stored)
     return rows.assign(stored_bits_per_parameter=stored / rows.n_params)
-
-
-def shapes(profile: str) -> pd.DataFrame:
-    """Return the finished runs that vary depth and heads, those of Sections 5.1 and 5.2 among them, as `shown`.
-
-    Adds n_layers, n_heads and unseen_recall: the mean over the kinds of unseen people, NaN if none were asked about.
-    """
-    rows = rows_with_shared("depth_and_heads", profile)
-    rows = rows.reindex(columns=[*dict.fromkeys([*rows.columns, *POINT, "n_params", "recall", "stopped"])])
-    models = [config_of(row).model for row in rows.to_dict("records")]
-    shape = {field: [getattr(model, field) for model in models] for field in ("n_layers", "n_heads")}
-    unseen = rows.reindex(columns=[f"{kind}_recall" for kind in UNSEEN]).mean(axis=1)
-    return tables.shown(rows.assign(**shape, unseen_recall=unseen), "recall", [*POINT, *shape])
 
 
 def entropy_bits(rows: pd.DataFrame) -> pd.Series:

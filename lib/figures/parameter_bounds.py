@@ -226,34 +226,6 @@ def patience(held: pd.DataFrame) -> Figure:
     return figure
 
 
-def depth_and_heads(shapes: pd.DataFrame) -> Figure:
-    """Draw recall by layers and heads, a panel each for models in weights, and in tool for trained and unseen people.
-
-    shapes: as `summaries.shapes` gives them; "-" marks shapes without a run, "*" runs that were given up.
-    """
-    shown = {
-        "recall in weights": ("in-weight", "recall"),
-        "recall in tool, trained people": ("in-tool", "recall"),
-        "recall in tool, unseen people": ("in-tool", "unseen_recall"),
-    }
-    layers, heads = (sorted({1, 2, 4, *shapes[name]}) for name in ("n_layers", "n_heads"))
-    sizes = shapes.groupby("n_layers").n_params.min()
-    with panels((8.6, 3.1), 1, 3, {"axes.grid": False}, sharey=True) as (figure, row):
-        for axes, (title, (mode, of)) in zip(row, shown.items(), strict=True):
-            runs = shapes[shapes["mode"] == mode].astype({of: float})
-            table = runs.pivot_table(of, "n_layers", "n_heads").reindex(layers).reindex(columns=heads).to_numpy(float)
-            given_up = {*runs[runs.stopped == "hopeless"][["n_layers", "n_heads"]].itertuples(index=False, name=None)}
-            axes.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-            for (y, x), recall in np.ndenumerate(table):
-                color, mark = "white" if recall > 0.6 else "black", "*" * ((layers[y], heads[x]) in given_up)
-                said = "-" if np.isnan(recall) else f"{recall:.2f}{mark}"
-                axes.text(x, y, said, ha="center", va="center", color=color)
-            axes.set(title=title, xlabel="heads per layer", xticks=range(len(heads)), xticklabels=heads)
-        labels = [f"{n} ({sizes[n]:,})" if n in sizes else str(n) for n in layers]
-        row[0].set(ylabel="layers (parameters)", yticks=range(len(layers)), yticklabels=labels)
-    return figure
-
-
 def bounds_in_words(profile: str, threshold: float = 0.95) -> list[str]:
     """Return sentences about our points of `parameter_bounds`: the last number of facts that both modes have, by what
     factor they differ there, the weight decay of today's recipes, and the in-weight models' rates and batches."""

@@ -70,12 +70,6 @@ FIGURES = {
         points=summaries.capacity,
         mode="in-weight",
     ),
-    "depth_and_heads": Record(
-        shows="Recall at the end of training, by layers and heads, at one width (starred: given up half-way)",
-        draw=parameter_bounds.depth_and_heads,
-        rows=summaries.shapes,
-        has_own=False,
-    ),
     "lower_bound": _BOUNDS._replace(
         draw=parameter_bounds.lower_bound,
         points=summaries.shown_bounds,

@@ -109,6 +109,6 @@ def test_a_run_of_a_shared_section_counts_for_depth_and_heads_and_is_not_repeate
     (folder / "row.json").write_text(json.dumps(row))
     report = sweep.sweep("depth_and_heads", "laptop", dry_run=True)
     assert (report.done_before, len(report.missing)) == (1, 17) and config not in report.missing
-    (shown,) = summaries.shapes("laptop").to_dict("records")
-    assert (shown["run_id"], shown["n_layers"], shown["n_heads"], shown["recall"]) == (config.run_id, 2, 2, 0.75)
+    (shown,) = summaries.rows_with_shared("depth_and_heads", "laptop").to_dict("records")
+    assert (shown["run_id"], shown["recall"]) == (config.run_id, 0.75)
     assert len(tables.read_rows("depth_and_heads", "laptop")) == 0  # its own table does not repeat the row

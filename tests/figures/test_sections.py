@@ -87,7 +87,6 @@ def _pdf_text(path: Path) -> bytes:
 @pytest.mark.parametrize("name", record.FIGURES)
 def test_every_figure_is_drawn_to_whole_files_that_are_the_same_a_second_time_and_not_after_new_rows(places, name):
     sections = {"generalization": "05_2", "tool_calls": "05_2", "compressibility": "05_3", "patience": "05_1_patience"}
-    sections["depth_and_heads"] = "depth_and_heads"
     section = sections.get(name, "05_1")
     options = {"d_model": 8} if name == "tool_calls" else {}
 
@@ -105,7 +104,7 @@ def test_every_figure_is_drawn_to_whole_files_that_are_the_same_a_second_time_an
     with_rows = drawn("laptop")
     assert drawn("laptop") == with_rows != without_rows
     _finish(_rows(), section, "quick")
-    shows_quick_rows = name not in ("bits_stored", "lower_bound", "depth_and_heads")
+    shows_quick_rows = name not in ("bits_stored", "lower_bound")
     assert (drawn("quick") != with_rows) == shows_quick_rows
     pdf = _pdf_text(paths.figures("quick") / f"{name}.pdf")
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType outlines, as journals ask for
@@ -436,36 +435,6 @@ def test_words_beside_correlation_say_how_far_parameters_and_bits_fall():
     rows.to_csv(paths.PAPER_DATA / "compressibility.csv", index=False)
     told = parameter_bounds.falls_in_words("laptop")
     assert f"; ours, by an earlier recipe, parameters {1 - 6_248 / 10_908:.0%} and bits" in told
-
-
-def _cells(axes) -> list[str]:
-    """The text of each cell of a panel of `depth_and_heads`, row by row."""
-    return [text.get_text() for text in axes.texts]
-
-
-def test_without_runs_every_shape_of_depth_and_heads_is_marked_as_not_measured():
-    for axes in record.draw("depth_and_heads", "laptop").axes:
-        assert _cells(axes) == ["-"] * 9
-        assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "4"]
-    assert record.caption("depth_and_heads", "laptop").endswith("no runs yet.")
-
-
-def test_depth_and_heads_shows_recall_by_shape_and_of_unseen_people_the_mean_over_kinds():
-    about = dict(_rows()[0], n_facts=1024, d_model=24, profile="laptop")
-    runs = [
-        ("in-weight", 1, 2, 0.25, {"stopped": "hopeless"}), ("in-weight", 4, 1, 0.5, {}),
-        ("in-tool", 2, 4, 1.0, {"new_pair_recall": 0.75}),
-    ]  # fmt: skip
-    runs = [
-        about | {"mode": mode, "recall": recall, "run_id": f"{i:012d}", "new_pair_recall": None} | unseen
-        | {"config": json.dumps({"model": {"n_layers": n_layers, "n_heads": n_heads}}), "new_both_recall": 0.25}
-        for i, (mode, n_layers, n_heads, recall, unseen) in enumerate(runs)
-    ]  # fmt: skip
-    pd.DataFrame(runs).to_csv(paths.PAPER_DATA / "depth_and_heads.csv", index=False)
-    weights, tool, unseen = map(_cells, record.draw("depth_and_heads", "laptop").axes)
-    assert weights == ["-", "0.25*", "-", "-", "-", "-", "0.50", "-", "-"]
-    assert tool == ["-", "-", "-", "-", "-", "1.00", "-", "-", "-"]
-    assert unseen == ["-", "-", "-", "-", "-", "0.50", "-", "-", "-"]
 
 
 def test_compressibility_is_drawn_against_correlation_and_against_bits():
