@@ -1,4 +1,4 @@
-"""Figures of Section 5.2: recall of unseen people, and the requests about them."""
+"""The figure of Section 5.2: recall of unseen people."""
 
 from collections.abc import Iterator
 
@@ -68,39 +68,3 @@ def _by_size(table: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, str, dict]]:
         for strength, (n_params, rows) in zip(np.linspace(1, 0.35, len(groups))[::-1], groups, strict=True):
             look = {**style, "alpha": strength, "linestyle": "-" if mode == "in-tool" else "--"}
             yield from told_apart(rows, f"{n_params:,}, {mode}", look)
-
-
-#: What is right about requests, as a legend says it.
-MEASURES = {
-    "well_formed": ("well-formed", {"color": "#000000", "marker": "^"}),
-    "right_attribute": ("right attribute", {"color": "#009E73", "marker": "D"}),
-    "right_name": ("name copied rightly", {"color": "#0072B2", "marker": "s"}),
-}
-#: The size whose requests are drawn unless another is asked for: every seed has it at every number of facts.
-TOOL_CALLS_D_MODEL = 24
-
-
-def tool_calls(shares: pd.DataFrame, d_model: int = TOOL_CALLS_D_MODEL) -> Figure:
-    """Draw what the first requests of in-tool models of one size are like, against the number of training facts.
-
-    shares: as `summaries.unseen_shares` gives them; rows of the quick profile may have any size. One point per seed,
-    side by side.
-    """
-    shares = shares[(shares["mode"] == "in-tool") & of_size(shares, d_model)]
-    with panels((9.6, 3.1), 1, len(KINDS), runs="in-tool", sharey=True, sharex=True) as (figure, row):
-        for axes, (kind, title) in zip(row, KINDS.items(), strict=True):
-            for measure, (label, style) in MEASURES.items():
-                chosen = shares[(shares.kind == kind) & (shares.measure == measure)]
-                for points, name, look in told_apart(chosen, label, style):
-                    axes.plot(side_by_side(points), points.share, label=name, linestyle="none", **look)
-            axes.set(xlabel="training facts", ylim=(-0.04, 1.06))
-            axes.set_title(title, fontsize=8)
-            axes.set_xscale("log", base=2)
-        row[0].set_ylabel("share of first requests")
-        shared_legend(figure, row, loc="outside lower center")
-    return figure
-
-
-def of_size(table: pd.DataFrame, d_model: int = TOOL_CALLS_D_MODEL) -> pd.Series:
-    """Return which rows `tool_calls` draws: those of one size, and all of the quick profile."""
-    return (table.d_model == d_model) | table.get("own", False)

@@ -25,7 +25,7 @@ class Record(NamedTuple):
     points: Callable[[pd.DataFrame], pd.DataFrame] = lambda rows: rows  # of these: the table that is drawn
     published: Callable[[], pd.DataFrame] | None = None  # the paper's points
     about_published: str = ""  # over which seeds, and when, the paper's points were measured
-    options: tuple[str, ...] = ()  # among threshold, d_model, tokenizer (for own rows)
+    options: tuple[str, ...] = ()  # among threshold, tokenizer (for own rows)
     mode: str | None = None  # if only runs of one mode are drawn
     has_own: bool = True  # whether a profile that does not publish (quick) adds its own rows
 
@@ -85,14 +85,6 @@ FIGURES = {
         published=partial(published_by_paper, "generalization"),
         about_published=_ONE_SEED,
     ),
-    "tool_calls": Record(
-        shows="First requests of in-tool models, about trained and unseen people",
-        draw=generalization.tool_calls,
-        rows=summaries.generalization_rows,
-        points=summaries.unseen_shares,
-        options=("d_model",),
-        mode="in-tool",
-    ),
     "compressibility": Record(
         shows=_SMALLEST,
         draw=parameter_bounds.compressibility,
@@ -150,8 +142,6 @@ def caption(name: str, profile: str, **options) -> str:
     if "threshold" in record.options:
         parts = [summaries.behind(part, options.get("threshold", 0.95)) for part in parts]
     rows = tables.stacked(*parts)
-    if len(rows) and "d_model" in record.options:
-        rows = rows[generalization.of_size(rows, **options)]
     if len(rows) and record.mode:
         rows = rows.query("mode == @record.mode")
     theirs = f"Published: Houliston et al. (2025), {record.about_published}. " if record.published else ""

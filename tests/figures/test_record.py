@@ -62,11 +62,9 @@ def test_a_caption_is_of_the_committed_rows():
         ("parameter_bounds", "05_1", 1),
         ("bits_stored", "05_1", 0),
         ("lower_bound", "05_1", 0),
-        ("tool_calls", "05_2", 1),
     ],
 )
 def test_what_a_profile_adds_is_told_where_it_is_drawn(name, section, counts, tmp_path, monkeypatch):
-    """In 5.2 the quick models are of another size than the laptop ones whose requests are drawn."""
     monkeypatch.setenv("ITL_RUNS", str(tmp_path))
     search = searches(section, "quick")[0]
     config = search.config(search.sizes[0])
@@ -84,12 +82,12 @@ def test_a_figure_is_shown_above_its_caption_and_saved_if_asked(tmp_path, monkey
     monkeypatch.setenv("ITL_RUNS", str(tmp_path))
     shown = []
     monkeypatch.setattr(record, "display", lambda *values: shown.extend(values))
-    record.show("tool_calls", "quick", save=False, d_model=16)
+    record.show("parameter_bounds", "quick", save=False, threshold=0.9)
     assert not (tmp_path / "quick").exists()
-    record.show("tool_calls", "quick")
-    assert (tmp_path / "quick" / "figures" / "tool_calls.pdf").is_file()
+    record.show("parameter_bounds", "quick")
+    assert (tmp_path / "quick" / "figures" / "parameter_bounds.pdf").is_file()
     assert [type(value).__name__ for value in shown] == ["Figure", "Markdown"] * 2
-    assert shown[1].data == f"*{record.caption('tool_calls', 'quick', d_model=16)}*"
+    assert shown[1].data == f"*{record.caption('parameter_bounds', 'quick', threshold=0.9)}*"
 
 
 def test_a_figure_that_was_shown_is_not_left_open_for_the_notebook_to_show_again():

@@ -86,12 +86,11 @@ def _pdf_text(path: Path) -> bytes:
 
 @pytest.mark.parametrize("name", record.FIGURES)
 def test_every_figure_is_drawn_to_whole_files_that_are_the_same_a_second_time_and_not_after_new_rows(places, name):
-    sections = {"generalization": "05_2", "tool_calls": "05_2", "compressibility": "05_3", "patience": "05_1_patience"}
+    sections = {"generalization": "05_2", "compressibility": "05_3", "patience": "05_1_patience"}
     section = sections.get(name, "05_1")
-    options = {"d_model": 8} if name == "tool_calls" else {}
 
     def drawn(profile: str) -> list[bytes]:
-        written = style.save(record.draw(name, profile, **options), name, profile)
+        written = style.save(record.draw(name, profile), name, profile)
         assert [path.name for path in written] == [f"{name}.pdf", f"{name}.png"]
         assert sorted(path.name for path in written[0].parent.iterdir()) == sorted(path.name for path in written)
         width, height = _png_size(written[1])
@@ -368,18 +367,6 @@ def test_the_largest_models_are_drawn_strongest_the_only_ones_among_them():
     assert strengths(_shares()) == [1]
     small, middle, large = strengths(pd.concat(_shares().assign(n_params=n) for n in (900, 30_000, 7000)))
     assert 0 < small < middle < large == 1
-
-
-def test_requests_are_drawn_for_models_of_one_size():
-    panels = dict(zip(generalization.KINDS, generalization.tool_calls(_shares(), d_model=36).axes, strict=True))
-    beside = 2**0.2  # two seeds, 0.4 octaves apart
-    places = [256 / beside, 4096 / beside, 256 * beside, 4096 * beside]
-    for kind, shares in (("trained", [0.8, 0.8, 1, 1]), ("new_both", [0, 0, 0, 0])):
-        drawn = _lines(panels[kind])["name copied rightly"]
-        np.testing.assert_allclose(drawn, np.column_stack([places, shares]))
-    assert not _lines(generalization.tool_calls(_shares(), d_model=56).axes[0])
-    own = generalization.tool_calls(_with_own(_shares(), _shares()), d_model=56).axes[0]
-    assert set(_lines(own)) == {"name copied rightly (quick)"}
 
 
 def test_patience_is_drawn_against_passes_over_the_facts():
