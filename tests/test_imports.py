@@ -49,7 +49,7 @@ for commands, libraries in {STEPS}:
 from lib.finetune import bases, config, experiments
 experiments.plan("paper")
 from lib.figures import record, teaching
-[record.draw(name) for name in ("lower_bound", "generalization")]
+[record.draw(name) for name in ("parameter_bounds", "generalization")]
 import pandas
 from lib.experiments import scale_tables
 from lib.figures import scale

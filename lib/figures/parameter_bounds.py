@@ -1,4 +1,4 @@
-"""Figures of Sections 5.1 and 5.3 and of Section 4's bound: parameters against facts, recall, correlation and bits."""
+"""Figures of Sections 5.1 and 5.3: parameters against facts, recall, correlation and bits."""
 
 import json
 from itertools import cycle
@@ -68,42 +68,11 @@ def parameter_bounds(seeds: pd.DataFrame, published: pd.DataFrame, threshold: fl
         bound = [n * bits_at_recall(threshold) / len(VALUES) / per_parameter for n in facts]
         label = f"lower bound in weights, {threshold:.0%} recall, {per_parameter:g} bits per parameter"
         axes.plot(facts, bound, color="#555555", linestyle="--", label=label)
-        _by_hand_line(axes)
+        by_hand = {"color": "#009E73", "linestyle": "-.", "linewidth": 1.4}
+        axes.axhline(BY_HAND_PARAMETERS, **by_hand, label="set by hand, for any number of facts")
         axes.set(yscale="log", xlabel="facts", ylabel=f"parameters needed for {threshold:.0%} recall")
         axes.set_xscale("log", base=2)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
-    return figure
-
-
-def _by_hand_line(axes) -> None:
-    look = {"color": "#009E73", "linestyle": "-.", "linewidth": 1.4}
-    axes.axhline(BY_HAND_PARAMETERS, **look, label="set by hand, for any number of facts")
-
-
-def lower_bound(points: pd.DataFrame, published: pd.DataFrame, threshold: float = 0.95) -> Figure:
-    """Draw parameters of the smallest in-weight models against what they have to know, and Section 4's bounds.
-
-    Tables as `summaries.minimal_parameters` gives them. The lines are P = bits / b for the b bits that a parameter was
-    measured to hold at most: models below a line would hold more. Another line is the construction with a tool.
-    """
-    style, label = STYLES["in-weight"], "smallest in-weight models"
-    bits_per_fact = bits_at_recall(threshold) / len(VALUES)
-    theirs, ours = (smallest(table, "in-weight", threshold) for table in (published, points))
-    bits = theirs.n_facts * bits_per_fact
-    ends = bits.min(), bits.max()
-    with panels() as (figure, axes):
-        axes.plot(bits, theirs["mean"], color=style["color"], alpha=0.45, label=published_label(theirs.n_facts, label))
-        ours = ours.assign(bits=ours.n_facts * bits_per_fact)
-        draw_means(axes, ours, "bits", f"{label}, this repository", linestyle="none", zorder=3, **style)
-        for (who, per_parameter), line in zip(MEASURED_BITS.items(), cycle(("--", ":")), strict=False):
-            bound = [each / per_parameter for each in ends]
-            look = {"color": "#555555", "linestyle": line, "label": f"{per_parameter:g} bits per parameter ({who})"}
-            axes.plot(ends, bound, **look)
-        _by_hand_line(axes)
-        axes.set(xscale="log", yscale="log", ylabel="parameters")
-        axes.set_xlabel(f"bits needed to recall {threshold:.0%} of the facts")
-        axes.set_ylim(top=5 * axes.get_ylim()[1])  # room for the legend
-        axes.legend(loc="upper left")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""The registry of the figures of Sections 4 and 5: drawn from paper_data, with a caption read off the same rows."""
+"""The registry of the figures of Section 5: drawn from paper_data, with a caption read off the same rows."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -34,19 +34,17 @@ _SMALLEST = "Parameters of the smallest model that recalls enough facts"
 _TEN_SEEDS = "10 seeds, measured at the end of training"
 _ONE_SEED = "one seed, the best of about 100 evaluations"
 
-_BOUNDS = Record(
-    shows=_SMALLEST,
-    draw=parameter_bounds.parameter_bounds,
-    rows=summaries.bounds_rows,
-    points=summaries.seeds_of_bounds,
-    published=partial(published_by_paper, "parameter_bounds"),
-    about_published=_TEN_SEEDS,
-    options=("threshold", "tokenizer"),
-)
-
-#: Every figure that is drawn from the tables of Sections 4 and 5, by the name of its files.
+#: Every figure that is drawn from the tables of Section 5, by the name of its files.
 FIGURES = {
-    "parameter_bounds": _BOUNDS,
+    "parameter_bounds": Record(
+        shows=_SMALLEST,
+        draw=parameter_bounds.parameter_bounds,
+        rows=summaries.bounds_rows,
+        points=summaries.seeds_of_bounds,
+        published=partial(published_by_paper, "parameter_bounds"),
+        about_published=_TEN_SEEDS,
+        options=("threshold", "tokenizer"),
+    ),
     "recall_vs_parameters": Record(
         shows="Recall at the end of training",
         draw=parameter_bounds.recall_against_parameters,
@@ -69,13 +67,6 @@ FIGURES = {
         rows=partial(summaries.rows_with_shared, "05_1_patience"),
         points=summaries.capacity,
         mode="in-weight",
-    ),
-    "lower_bound": _BOUNDS._replace(
-        draw=parameter_bounds.lower_bound,
-        points=summaries.shown_bounds,
-        options=("threshold",),
-        mode="in-weight",
-        has_own=False,
     ),
     "generalization": Record(
         shows="Recall of unseen people",

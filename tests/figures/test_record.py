@@ -61,7 +61,6 @@ def test_a_caption_is_of_the_committed_rows():
     [
         ("parameter_bounds", "05_1", 1),
         ("bits_stored", "05_1", 0),
-        ("lower_bound", "05_1", 0),
     ],
 )
 def test_what_a_profile_adds_is_told_where_it_is_drawn(name, section, counts, tmp_path, monkeypatch):

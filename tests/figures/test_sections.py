@@ -23,7 +23,7 @@ from lib.experiments.rows import sweep_dir
 from lib.facts.entropy import entropy_bits_per_person
 from lib.facts.people import ATTRIBUTES, RELEASED, FactsConfig
 from lib.figures import generalization, parameter_bounds, record, style
-from lib.model.bounds import BY_HAND_PARAMETERS, MEASURED_BITS, bits_at_recall
+from lib.model.bounds import BY_HAND_PARAMETERS, bits_at_recall
 from lib.model.circuit import Circuit
 
 PUBLISHED = published_by_paper("parameter_bounds")
@@ -103,7 +103,7 @@ def test_every_figure_is_drawn_to_whole_files_that_are_the_same_a_second_time_an
     with_rows = drawn("laptop")
     assert drawn("laptop") == with_rows != without_rows
     _finish(_rows(), section, "quick")
-    shows_quick_rows = name not in ("bits_stored", "lower_bound")
+    shows_quick_rows = name != "bits_stored"
     assert (drawn("quick") != with_rows) == shows_quick_rows
     pdf = _pdf_text(paths.figures("quick") / f"{name}.pdf")
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType outlines, as journals ask for
@@ -316,24 +316,6 @@ def test_the_construction_has_as_many_parameters_as_figures_say():
     assert Circuit().n_params == BY_HAND_PARAMETERS
 
 
-def test_the_lower_bound_is_where_the_bits_divided_by_those_of_a_parameter_say():
-    rows = summaries.minimal_parameters(pd.DataFrame(_rows()))
-    (axes,) = parameter_bounds.lower_bound(rows, PUBLISHED, threshold=0.95).axes
-    labels = axes.get_legend_handles_labels()[::-1]
-    lines = dict(zip(*labels, strict=True))
-    for who, per_parameter in MEASURED_BITS.items():
-        bits, parameters = lines[f"{per_parameter:g} bits per parameter ({who})"].get_data()
-        assert list(parameters) == [each / per_parameter for each in bits]
-    (theirs,) = (line.get_xdata() for name, line in lines.items() if "published" in name)
-    assert (theirs[0], theirs[-1]) == tuple(bits)
-    assert theirs[-1] / theirs[0] == 65_536 / 8  # as many times the bits as facts
-    assert 0.85 * 31.25 < theirs[0] / 2 < 31.25  # eight facts are two people
-    ours = lines["smallest in-weight models, this repository"].lines[0]
-    smallest = np.mean([ModelConfig(d_model=d).n_params for d in (8, 12)])
-    assert list(ours.get_ydata()) == [smallest] * 2 and ours.get_xdata()[1] == 4 * ours.get_xdata()[0]
-    assert list(lines["set by hand, for any number of facts"].get_ydata()) == [BY_HAND_PARAMETERS] * 2
-
-
 def test_recall_of_unseen_people_is_drawn_by_what_is_new_in_their_names_a_point_a_seed():
     *of_kinds, generalizing = generalization.generalization(_shares(), PUBLISHED_UNSEEN).axes
     assert [axes.get_title() for axes in of_kinds] == list(generalization.KINDS.values())[1:]
@@ -452,7 +434,6 @@ def test_an_unknown_figure_is_one_sentence_that_lists_those_there_are():
 PUBLISHED_LABELS = {
     "parameter_bounds": {"in-weight, published: 8 to 65,536 independent facts",
                          "in-tool, published: 8 to 131,072 independent facts"},
-    "lower_bound": {"smallest in-weight models, published: 8 to 65,536 independent facts"},
     "recall_vs_parameters": {"published: 4,096 to 32,768 independent facts"},
     "generalization": {"new first name, published: 256 to 131,072 independent facts"},
     "compressibility": {"published: 4,000 facts, released law", "published: 32,768 facts, released law"},
