@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from lib.base import InputError
 from lib.config import UNOBSERVED, ModelConfig, Observers
-from lib.figures import teaching
 from lib.model.transformer import Transformer
 from lib.training.monitor import read_record
 from lib.training.probes import MOMENTS, moments, probe
@@ -203,36 +202,3 @@ def test_what_cannot_be_probed_is_refused_before_anything_is_written(tmp_path, m
     with pytest.raises(InputError, match="a single process"):
         run(ranks.config(), tmp_path / "a", observers=Observers(probe_every=1))
     assert list(tmp_path.iterdir()) == []
-
-
-# ---- Figure
-
-
-@pytest.fixture
-def rows() -> list[dict]:
-    model, rows = _model(), []
-    for step in (0, 10):
-        with probe(model) as found:
-            _backward(model, TOKENS[step // 5 :])
-        rows += [{"step": step, **row} for row in found]
-    return rows
-
-
-def test_a_panel_shows_a_moment_over_steps_a_line_per_tensor(rows):
-    names = ["embedding", "blocks.0", "blocks.1", "norm", "output"]
-    figure = teaching.probes(rows)
-    panels = {axes.get_title(): axes for axes in figure.axes}
-    assert set(panels) == {f"{moment} of the {of}" for moment in MOMENTS for of in ("output", "gradient")}
-    assert len({line.get_marker() for line in figure.axes[0].get_lines()}) == len(names)  # told apart without color
-    for title, axes in panels.items():
-        moment, of = title.split(" of the ")
-        for line, tensor in zip(axes.get_lines(), names, strict=True):
-            assert line.get_label() == tensor
-            drawn = dict(zip(*line.get_data(), strict=True))
-            assert drawn == {r["step"]: r[moment] for r in rows if (r["tensor"], r["of"]) == (tensor, of)}
-
-
-def test_gaps_and_empty_records_are_drawn(rows):
-    rows = [{**row, "skew": None, "kurtosis": None} for row in rows]
-    assert all(np.isnan(teaching.probes(rows).axes[2].get_lines()[0].get_ydata()))
-    assert not any(axes.get_lines() for axes in teaching.probes([]).axes)
