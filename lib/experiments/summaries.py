@@ -135,23 +135,6 @@ _STATISTICS = {
 }
 
 
-def biographies_bounds(profile: str, threshold: float = 0.95) -> pd.DataFrame:
-    """Return the parameters needed without and with biographies in the training text, and their ratio.
-
-    A row per number of facts: needed_without and needed_with are means over the `seeds` where both are known. Each
-    seed has a database and weights of its own, so what other seeds need says nothing about biographies.
-    """
-    with_them = minimal_parameters_of_seeds(read_rows("05_1_biographies", profile), threshold)
-    without = minimal_parameters_of_seeds(bounds_rows(profile), threshold)
-    both = without.merge(with_them, on=[*POINT, "recipe", "seed"], suffixes=("_without", "_with"))
-    both = both.dropna(subset=["min_params_without", "min_params_with"])
-    both["superseded"] = both.superseded_without.astype(bool) | both.superseded_with.astype(bool)
-    needed = {f"needed_{which}": (f"min_params_{which}", "mean") for which in ("without", "with")}
-    table = both.groupby(GROUP).agg(**needed, seeds=("seed", "size"), finished_at=("finished_at_with", "max"))
-    table = tables.shown(table.reset_index(), "needed_with")[["n_facts", "superseded", *needed, "seeds"]]
-    return table.assign(ratio=table.needed_with / table.needed_without)
-
-
 def capacity(rows: pd.DataFrame) -> pd.DataFrame:
     """Return a lower bound on the bits that each finished in-weight model stores (what Section 4 bounds).
 

@@ -580,30 +580,6 @@ def test_columns_about_unseen_people_become_rows():
     assert len(summaries.unseen_shares(pd.DataFrame())) == 0
 
 
-def _fails_below(enough: int, sizes: tuple[int, ...], **fields) -> list[dict]:
-    return [_row(n_facts=512, d_model=size, recall=float(size >= enough), **fields) for size in sizes]
-
-
-def test_biographies_are_weighed_against_the_same_databases_without_them(monkeypatch):
-    plain = [*_fails_below(20, (12, 16, 20)), *_fails_below(28, (24, 28), seed=1), *_fails_below(16, (12, 16), seed=2)]
-    more = [*_fails_below(16, (8, 12, 16)), *_fails_below(20, (24,), seed=1), *_fails_below(12, (8, 12), seed=2)]
-    more.append(_row(n_facts=1024, d_model=8, recall=1.0))  # nothing smaller was tried, as with seed 1 above
-    monkeypatch.setattr(summaries, "bounds_rows", lambda profile: pd.DataFrame(plain))
-    monkeypatch.setattr(summaries, "read_rows", lambda section, profile: pd.DataFrame(more))
-    (row,) = summaries.biographies_bounds("laptop").to_dict("records")
-    needed = [sum(ModelConfig(d_model=d).n_params for d in sizes) / 2 for sizes in ((20, 16), (16, 12))]
-    assert row == {
-        "n_facts": 512,
-        "superseded": False,
-        "needed_without": needed[0],
-        "needed_with": needed[1],
-        "seeds": 2,
-        "ratio": pytest.approx(needed[1] / needed[0]),
-    }
-    monkeypatch.setattr(summaries, "read_rows", lambda section, profile: pd.DataFrame())
-    assert len(summaries.biographies_bounds("laptop")) == 0
-
-
 @pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n", b"\xff\xfe", b'profile,run_id\n"a,b\n'])
 def test_what_is_no_table_is_one_sentence(content, tmp_path):
     (tmp_path / "t.csv").write_bytes(content)
