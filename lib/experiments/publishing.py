@@ -1,7 +1,8 @@
 """Rows enter and leave the tables of paper_data: publishing only adds, and only `Table.drop` takes out."""
 
-from collections.abc import Callable, Sequence
-from functools import partial, wraps
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from lib import paths
-from lib.base import InputError, check_known
+from lib.base import InputError
 from lib.experiments.rows import OWN, table_path
 from lib.experiments.tables import COMPUTED, TABLE_ONLY, read_rows, read_table, stacked
 from lib.provenance import commit
@@ -31,18 +32,12 @@ def _is_clean(commit: str) -> bool:
     return commit != "unknown" and not commit.endswith("-dirty")
 
 
-def _exclusive(method: Callable) -> Callable:
-    """Decorate a method that rewrites a table: one process at a time, or one undoes what another wrote."""
-
-    @wraps(method)
-    def exclusive(table: "Table", *args, **options):
-        if options.get("dry_run"):
-            return method(table, *args, **options)
-        paths.runs().mkdir(parents=True, exist_ok=True)
-        with paths.only_process(paths.runs() / ".paper_data.lock"):
-            return method(table, *args, **options)
-
-    return exclusive
+@contextmanager
+def _exclusive() -> Iterator[None]:
+    """Let one process at a time rewrite a table, or one undoes what another wrote."""
+    paths.runs().mkdir(parents=True, exist_ok=True)
+    with paths.only_process(paths.runs() / ".paper_data.lock"):
+        yield
 
 
 class Table(NamedTuple):
@@ -54,7 +49,7 @@ class Table(NamedTuple):
     #: Given a profile, all its rows, in the table and still in runs, with a column `superseded`.
     read: Callable[[str], pd.DataFrame]
 
-    @_exclusive
+    @_exclusive()
     def add(self, profile: str) -> int:
         """Add the finished rows of a profile, sorted; return how many are new. Rows leave a table only by `drop`.
 
@@ -72,7 +67,7 @@ class Table(NamedTuple):
         self._write(stacked(others, rows))
         return len(others) + len(rows) - len(known)
 
-    @_exclusive
+    @_exclusive()
     def drop(
         self, profile: str | None = None, run_ids: Sequence[str] = (), superseded: bool = False, dry_run: bool = False
     ) -> pd.DataFrame:
@@ -89,10 +84,7 @@ class Table(NamedTuple):
             raise InputError(f"there are no rows in {self.path}")
         if unknown := set(run_ids) - set(known.run_id):
             raise InputError(f"no row in {self.path} has the run id {', '.join(sorted(unknown))}")
-        profiles = known.profile.unique()
-        if profile is not None:
-            check_known("profile", profile, profiles, f" of rows in {self.path}")
-        marks = pd.concat(self.read(name) for name in profiles)[["profile", "run_id", "superseded"]]
+        marks = pd.concat(self.read(name) for name in known.profile.unique())[["profile", "run_id", "superseded"]]
         known = known.merge(marks.drop_duplicates())
         gone = known.superseded | (not superseded)
         gone &= known.run_id.isin(run_ids or known.run_id)
