@@ -50,16 +50,11 @@ class Report:
             raise WorkError("; ".join(f"{run}: {reason}" for run, reason in self.failed.items()))
 
     def __str__(self) -> str:
-        done = f"{self.done_now} runs done now, {self.done_before} before; "
-        failed = [f"failed: {run_id}: {reason}" for run_id, reason in self.failed.items()]
-        if not self.missing:
-            return "\n".join([done + "nothing is missing", *failed])
         hours = f" and {self.hours_ahead:,.1f} hours of one process" if self.hours_ahead else ""
-        ahead = f"about {self.runs_ahead:,} runs{hours} ahead, beginning with"
-        lines = [done + ahead, *(f"  {config.title}" for config in self.missing[:LISTED])]
-        if more := self.missing[LISTED:]:
-            lines.append(f"  and {len(more):,} more that can start now")
-        return "\n".join(lines + failed)
+        ahead = f"about {self.runs_ahead:,} runs{hours} ahead, beginning with" if self.missing else "nothing is missing"
+        titles = [f"  {config.title}" for config in self.missing[:LISTED]]
+        failed = [f"failed: {run_id}: {reason}" for run_id, reason in self.failed.items()]
+        return "\n".join([f"{self.done_now} runs done now, {self.done_before} before; {ahead}", *titles, *failed])
 
 
 def one_by_one(
