@@ -27,7 +27,7 @@ from lib.agent.tools import EditableTool, Outcome, SqlTool
 from lib.base import InputError, WorkError
 from lib.cli.options import assigned
 from lib.config import RunConfig, override, read_config, read_row
-from lib.dialogs.files import open_dialogs, tokenize_file
+from lib.dialogs.files import read_dialogs
 from lib.dialogs.request import format_request, parse_request
 from lib.dialogs.tokenizers import ByteTokenizer, load_tokenizer
 from lib.experiments.plan import searches
@@ -215,7 +215,7 @@ DIALOGS = b'[["user", "Where?"], ["assistant", "Here."]]\n[["user", "\\u00e9"], 
 def test_a_file_of_dialogs_is_tokens_or_a_sentence(content, tmp_path, seconds):
     seconds()
     with suppress(InputError):
-        data = open_dialogs(tokenize_file(written(tmp_path, "dialogs.jsonl", content), ByteTokenizer()))
+        data, _ = read_dialogs(written(tmp_path, "dialogs.jsonl", content), ByteTokenizer())
         assert len(data) and int(data.n_trained.min()) > 0
 
 

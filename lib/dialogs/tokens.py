@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -119,6 +120,16 @@ def tokenize(items: Iterable[Dialog], tokenizer: Tokenizer, repeats: bool = True
         raise InputError("a dialog has nothing to train on: every dialog needs a turn of the assistant")
     counts = (torch.frombuffer(numbers, dtype=torch.int64) for numbers in (offsets, n_trained, first))
     return TokenizedDialogs(torch.frombuffer(values, dtype=dtype), torch.frombuffer(mask, dtype=torch.bool), *counts)
+
+
+def join(parts: Sequence[TokenizedDialogs]) -> TokenizedDialogs:
+    """Return several datasets as one, in their order."""
+    starts = accumulate((len(part.values) for part in parts), initial=0)
+    offsets = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
+    values, mask, n_trained, first = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("values", "mask", "n_trained", "first")
+    )
+    return TokenizedDialogs(values, mask, torch.cat([parts[0].offsets[:1], *offsets]), n_trained, first)
 
 
 def tokenize_people(people: People, mode: Mode, tokenizer: Tokenizer) -> TokenizedDialogs:

@@ -22,10 +22,10 @@ from lib.agent.tools import Tool, open_tool
 from lib.base import InputError
 from lib.config import FINISHED, UNOBSERVED, Observers, RunConfig, check_row, read_row
 from lib.dialogs.batches import Source
-from lib.dialogs.files import ConcatDialogs, open_dialogs, tokenize_file
+from lib.dialogs.files import read_dialogs
 from lib.dialogs.templates import dialogs
 from lib.dialogs.tokenizers import Tokenizer, tokenizer_file
-from lib.dialogs.tokens import TokenizedDialogs, tokenize, tokenize_people
+from lib.dialogs.tokens import TokenizedDialogs, join, tokenize, tokenize_people
 from lib.evaluation.generalization import measure_generalization
 from lib.evaluation.recall import bits_of_dialogs, measure_recall
 from lib.facts.csv import write_people_csv
@@ -76,9 +76,9 @@ def run(
     config_here = located(config, inputs)
     people, tokenizer = read_inputs(config_here)
     with ExitStack() as stack:
-        files = {path: tokenize_file(inputs.get(path, path), tokenizer) for path in sorted(config.training.files)}
-        folders = {path: folder.name for path, folder in files.items()}
-        claim = Claim(config, people.digest(), folders, tokenizer.name, threads)
+        files = {path: read_dialogs(inputs.get(path, path), tokenizer) for path in sorted(config.training.files)}
+        hashes = {path: f"{digest[:32]}-{tokenizer.name}-1" for path, (_, digest) in files.items()}
+        claim = Claim(config, people.digest(), hashes, tokenizer.name, threads)
         check_claim(directory, claim)
         ranks = stack.enter_context(connect(device, config.model, sharded, tensor))
         lock = locked(directory)
@@ -136,8 +136,8 @@ def read_inputs(config: RunConfig) -> tuple[People, Tokenizer]:
 
 
 def _dataset(
-    config: RunConfig, people: People, tokenizer: Tokenizer, files: Mapping[str, Path]
-) -> tuple[TokenizedDialogs | ConcatDialogs, list[Source]]:
+    config: RunConfig, people: People, tokenizer: Tokenizer, files: Mapping[str, tuple[TokenizedDialogs, str]]
+) -> tuple[TokenizedDialogs, list[Source]]:
     """Return all dialogs that are trained on: questions about the people, their biographies, and those of files."""
     training = config.training
     texts, sources = dialogs(people, config.mode), [Source(people.n_facts, training.questions)]
@@ -145,10 +145,10 @@ def _dataset(
         texts = chain(texts, dialogs(people, "biography"))
         sources.append(Source(len(people), training.biographies))
     parts = [tokenize(texts, tokenizer, training.repeats)]
-    for path, folder in files.items():
-        parts.append(open_dialogs(folder))
-        sources.append(Source(len(parts[-1]), training.files[path]))
-    return ConcatDialogs(parts) if files else parts[0], sources
+    for path, (part, _) in files.items():
+        parts.append(part)
+        sources.append(Source(len(part), training.files[path]))
+    return join(parts) if files else parts[0], sources
 
 
 def _check_memory(config: RunConfig, people: People, tokenizer: Tokenizer, device: torch.device, ranks: Ranks) -> None:

@@ -36,7 +36,7 @@ class Claim:
 
     config: RunConfig
     people_digest: str
-    files: dict[str, str] = field(default_factory=dict)  # folders of tokenized dialog files, by the files' paths
+    files: dict[str, str] = field(default_factory=dict)  # hashes of dialog files, by their paths
     tokenizer: str = "bytes"
     threads: int | None = field(default=None, compare=False)  # None in claims of earlier versions
 

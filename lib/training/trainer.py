@@ -14,7 +14,6 @@ import torch
 from lib.base import InputError, WorkError
 from lib.config import UNOBSERVED, Observers, RunConfig
 from lib.dialogs.batches import Batches, Source
-from lib.dialogs.files import ConcatDialogs, ReadAhead
 from lib.dialogs.tokens import TokenizedDialogs, send
 from lib.model.transformer import Transformer
 from lib.training import checkpoint
@@ -47,13 +46,13 @@ class Trainer:
 
     A step depends on the configuration and the step's number (`Batches`, the schedule) and on what a checkpoint holds:
     weights, optimizer state, random state, and the counters below. The host never waits for the accelerator in a step:
-    the data is on it, or is prefetched, and the host keeps the lengths of all dialogs.
+    the data is on it, and the host keeps the lengths of all dialogs.
     """
 
     def __init__(
         self,
         model: Transformer,
-        data: TokenizedDialogs | ConcatDialogs,
+        data: TokenizedDialogs,
         config: RunConfig,
         directory: Path,
         evaluate: Callable[[Transformer], float] | None = None,
@@ -76,8 +75,6 @@ class Trainer:
         self.lengths = data.lengths().cpu()
         training = config.training
         self.batches = Batches(self.lengths, training.batch_size, config.seed, sources, training.length_pool)
-        # Prefetching pays only for dialogs on disk.
-        self._ahead = ReadAhead(self._make_batch) if isinstance(data, ConcatDialogs) else None
         self.total_steps = training.total_steps(self.batches.n_dialogs)
         smallest, n_parts = self.batches.n_dialogs // self.batches.per_epoch, training.grad_accumulation
         if smallest < n_parts * ranks.data_size:
@@ -97,7 +94,7 @@ class Trainer:
             # A table that grows in the compiled code would be compiled again.
             self.model.rotary(int(self.lengths.max()), torch.float32)
             with self._autocast():
-                self._batch_loss = compiled_batch_loss(self.module, self._make_batch(0)[0][0], training.gamma)
+                self._batch_loss = compiled_batch_loss(self.module, self.next_batch()[0][0], training.gamma)
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -181,10 +178,7 @@ class Trainer:
 
     def next_batch(self) -> tuple[list[Batch], int]:
         """Return this rank's micro-batches of the step, and the number of trained tokens over all ranks."""
-        return (self._ahead or self._make_batch)(self.counters["step"])
-
-    def _make_batch(self, step: int) -> tuple[list[Batch], int]:
-        rows = self.batches[step]
+        rows = self.batches[self.counters["step"]]
         # Strided: rows are sorted by length, and no rank should get all the long ones.
         share = slice(self.ranks.data_rank, None, self.ranks.data_size)
         parts = []

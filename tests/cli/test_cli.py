@@ -28,7 +28,7 @@ from lib.base import InputError, WorkError
 from lib.cli import app
 from lib.cli.options import ENDS
 from lib.config import RunConfig
-from lib.dialogs.files import open_dialogs, tokenize_file
+from lib.dialogs.files import read_dialogs
 from lib.dialogs.tokenizers import ByteTokenizer
 from lib.dialogs.tokens import tokenize_people
 from lib.experiments.sweep import Report
@@ -514,7 +514,7 @@ def test_data_writes_a_database_and_the_dialogs_of_the_same_people(here, itl):
     people = sample_people(3)
     assert stored == dict(zip(people.names, people.columns["birth_place"], strict=True))
     assert sorted(path.name for path in here.iterdir()) == ["d.jsonl", "x.sqlite"]
-    written = open_dialogs(tokenize_file(here / "d.jsonl", ByteTokenizer()))
+    written, _ = read_dialogs(here / "d.jsonl", ByteTokenizer())
     assert torch.equal(written.values, tokenize_people(people, "in-tool", ByteTokenizer()).values)
 
 

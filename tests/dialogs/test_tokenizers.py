@@ -15,7 +15,7 @@ from vocabularies import N_TEXT, train_bpe, write_ranks, write_tokenizer_json
 from lib.agent.generation import generate
 from lib.base import InputError
 from lib.config import RunConfig, override
-from lib.dialogs.files import open_dialogs, tokenize_file
+from lib.dialogs.files import read_dialogs
 from lib.dialogs.templates import Role, Turn, dialogs, in_tool_dialog
 from lib.dialogs.tokenizers import load_tokenizer
 from lib.dialogs.tokens import encode_dialog, encode_prompt, tokenize, tokenize_people
@@ -111,7 +111,7 @@ def test_datasets_of_people_and_of_files_hold_the_tokens_of_their_dialogs(tokeni
     people = sample_people(7) + People(["Zoë 李"], {a: ["1 <|end|>"] for a in sample_people(1).attributes})
     many = list(dialogs(people, mode))
     (tmp_path / "d.jsonl").write_text("".join(f"{json.dumps(dialog)}\n" for dialog in many))
-    from_file = open_dialogs(tokenize_file(tmp_path / "d.jsonl", tokenizer))
+    from_file, _ = read_dialogs(tmp_path / "d.jsonl", tokenizer)
     for data in (tokenize_people(people, mode, tokenizer), from_file):
         pairs = [(tokens.tolist(), mask.tolist()) for tokens, mask in map(data.__getitem__, range(len(data)))]
         assert pairs == [encode_dialog(dialog, tokenizer) for dialog in many]
