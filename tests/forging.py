@@ -12,9 +12,6 @@ from safetensors.torch import save_file
 
 from lib.training import checkpoint
 
-#: Where PyTorch keeps, in a file's header, which part of a tensor is in the file.
-SHARDING = "DCP_SHARDING_INFO"
-
 
 def seal(folder: Path) -> None:
     """Write a marker that fits the files it names as they are now."""
@@ -52,30 +49,6 @@ def _of_type(dtype: torch.dtype) -> Callable[[Path], None]:
     return tensors(lambda name, found: found.update({name: found[name].to(dtype)}))
 
 
-def _filled_with(value: float) -> Callable[[Path], None]:
-    return tensors(lambda name, found: found[name][0].fill_(value))
-
-
-def _far_offsets(folder: Path) -> None:
-    """The file says that its part of a weight begins at row 10^9, so that the whole would take terabytes."""
-    (path,) = folder.glob("*.safetensors")
-    with safe_open(path, "pt") as file:
-        found = {name: file.get_tensor(name).clone() for name in file.keys()}
-    offsets = {name: {"saved_offsets": [0] * tensor.dim()} for name, tensor in found.items()}
-    next(offset for name, offset in offsets.items() if name.endswith("q_proj.weight"))["saved_offsets"][0] = 10**9
-    save_file(found, path, {SHARDING: json.dumps(offsets)})
-    seal(folder)
-
-
-def _header(text: bytes) -> Callable[[Path], None]:
-    def forge(folder: Path) -> None:
-        (path,) = folder.glob("*.safetensors")
-        path.write_bytes(len(text).to_bytes(8, "little") + text)
-        seal(folder)
-
-    return forge
-
-
 def _pipe(name: str) -> Callable[[Path], None]:
     def forge(folder: Path) -> None:
         (path,) = folder.glob(name)
@@ -99,14 +72,11 @@ def _names(*names: str) -> Callable[[Path], None]:
 FORGED: dict[str, Callable[[Path], None]] = {
     "an empty state": state(lambda _: {}),
     "a state that is a list": state(lambda _: []),
-    "NaN": _filled_with(float("nan")),
     "int8": _of_type(torch.int8),
     "another shape": tensors(lambda name, found: found.update({name: found[name][1:].clone()})),
     "a weight less": tensors(lambda name, found: found.pop(name)),
     "a weight more": tensors(lambda name, found: found.update({name.replace(".0.", ".7."): found[name].clone()})),
     "no tensors": tensors(lambda _, found: found.clear()),
-    "offsets of 10^9": _far_offsets,
-    "offsets that are no object": _header(b'{"__metadata__":{"%s":"[]"}}' % SHARDING.encode()),
     "a pipe in place of tensors": _pipe("*.safetensors"),
     "a pipe in place of the state": _pipe(checkpoint.STATE),
     "a pipe in place of the marker": _pipe(checkpoint.MARKER),

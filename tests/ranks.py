@@ -48,7 +48,6 @@ def losses(trainer: Trainer, steps: int) -> list[float]:
         found.append(float(trainer.ranks.sum(trainer.losses[-1])))
         if trainer.counters["step"] % trainer.config.training.checkpoint_every == 0:
             trainer.save()
-    trainer.finish_saving()
     return found
 
 

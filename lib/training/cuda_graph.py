@@ -54,11 +54,7 @@ class CudaGraph:
             usual.wait_stream(self._stream)
             return
         graph, held = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
-        # A thread that writes a checkpoint may continue meanwhile.
-        with (
-            torch.cuda.device(device),
-            torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
-        ):
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=self._stream):
             yield held
         self._graph, self._inputs = graph, held
         graph.replay()  # capture only records, so run it

@@ -44,7 +44,6 @@ class Ranks:
     mesh: DeviceMesh | None = None  # (data ranks, tensor ranks)
     sharded: bool = False  # data ranks shard the weights (FSDP2) instead of replicating them (DDP)
     cpu_group: dist.ProcessGroup | None = None  # for messages between ranks while devices are busy
-    saving_group: dist.ProcessGroup | None = None  # for the threads that write checkpoints meanwhile
 
     @property
     def data_size(self) -> int:
@@ -180,8 +179,8 @@ def connect(device: torch.device, config: ModelConfig, sharded: bool = False, te
             atexit.register(_disconnect)
         mesh = init_device_mesh(device.type, (size // tensor, tensor), mesh_dim_names=("data", "tensor"))
         # While the first process measures, the others wait, however long; a process that dies is noticed at once.
-        groups = [dist.new_group(backend="gloo", timeout=timedelta(days=7)) for _ in range(2)]
-        yield Ranks(dist.get_rank(), size, mesh, sharded, *groups)
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        yield Ranks(dist.get_rank(), size, mesh, sharded, group)
     except BaseException as error:
         _disconnect()  # the others notice that
         gone = isinstance(error, RuntimeError) and any(text in str(error) for text in GONE)

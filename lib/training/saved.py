@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from lib.dialogs.tokens import encode_prompt
 from lib.facts.people import People
 from lib.facts.sampling import load_people, unseen_people
 from lib.model.transformer import Transformer
-from lib.paths import CLAIM, DATABASE, MODEL, PEOPLE, ROW, TOKENIZER, only_process, read_json
+from lib.paths import CLAIM, DATABASE, MODEL, PEOPLE, ROW, TOKENIZER, only_process, read_json, reading
 from lib.training import checkpoint
 from lib.training.devices import resolve_device
 
@@ -168,22 +169,25 @@ def load_model(folder: Path, device: str = "auto") -> tuple[Transformer, RunConf
     elif (folder / CLAIM).exists():
         raise InputError(f"the run in {folder} is not finished: the command that began it resumes it")
     device = resolve_device(device)
-    tensors, state = checkpoint.load(
-        folder, lambda state: without_weights(RunConfig.parse(state.get("config")).model).state_dict()
-    )
-    config = RunConfig.parse(state["config"])
+    tensors, state = checkpoint.load(folder)
+    with reading(f"the checkpoint {folder}"):
+        config = RunConfig.parse(state.get("config"))
     own = own_files(home, config)
     if run_tokenizer(own).name != state.get("tokenizer", "bytes"):
         raise InputError(f"{own.tokenizer} is not what the model in {folder} was trained with: restore the old file")
-    model = without_weights(config.model)
-    model.load_state_dict(tensors, assign=True)
-    return model.to(device).eval(), config
+    return with_weights(config.model, tensors, folder).to(device).eval(), config
 
 
-def without_weights(config: ModelConfig) -> Transformer:
-    """Return a model on the meta device, until `load_state_dict` assigns weights."""
+def with_weights(config: ModelConfig, tensors: dict[str, torch.Tensor], folder: Path) -> Transformer:
+    """Return a model with the weights of a checkpoint; an `InputError` names the folder if they do not fit."""
     with torch.device("meta"):
-        return Transformer(config)
+        model = Transformer(config)
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:  # other names, shapes or types
+        problem = f"its tensors do not fit its configuration: {shorten(str(error), 300)}"
+        raise InputError(f"cannot read the checkpoint {folder}: {problem}") from None
+    return model
 
 
 # Conversations --------------------------------------------------------------------------------------------------------

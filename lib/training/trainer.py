@@ -4,7 +4,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +15,11 @@ from lib.config import UNOBSERVED, Observers, RunConfig
 from lib.dialogs.batches import Batches, Source
 from lib.dialogs.tokens import TokenizedDialogs, send
 from lib.model.transformer import Transformer
+from lib.paths import reading
 from lib.training import checkpoint
 from lib.training.cuda_graph import CudaGraph
 from lib.training.devices import peak_flops
-from lib.training.distributed import ALONE, Preempted, Ranks, no_sync
+from lib.training.distributed import ALONE, Preempted, Ranks, distribute_like, full_tensor, no_sync
 from lib.training.loss import IGNORED, Batch, batch_loss, compiled_batch_loss
 from lib.training.monitor import Monitor, Throughput
 from lib.training.optim import build_optimizers, schedule_factor, set_learning_rate
@@ -84,7 +84,6 @@ class Trainer:
         self.counters = {"step": 0, "dialogs_seen": 0, "seconds": 0.0, "reached": 0, "hopeless": False}
         self.losses: list[torch.Tensor] = []  # of the last steps, this rank's part; the loss is the sum over all
         self.throughput = Throughput(peak_flops(model.device, training.dtype, ranks.size))
-        self._saving: Future | None = None
         self.cuda_graph, self._shape = None, None
         if cuda_graph:  # the shape that fits every micro-batch
             n_rows = math.ceil(math.ceil(self.batches.n_dialogs / self.batches.per_epoch) / n_parts)
@@ -110,23 +109,20 @@ class Trainer:
         counters = self.counters
         args = self.directory, self.total_steps, counters["step"], description, observers
         with Monitor(*args) if self.ranks.rank == 0 else nullcontext() as monitor:  # the first rank logs for all
-            try:
-                now = time.monotonic()
-                self.throughput.restart()
-                while self.stopped is None:
-                    with monitor.watching(self.model) if monitor else nullcontext():
-                        self.step()
-                    self.report(monitor)
-                    before, now = now, time.monotonic()
-                    counters["seconds"] += now - before
-                    leaving = self.ranks.any(asked is not None and asked.is_set())
-                    due = counters["step"] % self.config.training.checkpoint_every == 0
-                    if due or self.stopped or leaving:
-                        self.save()
-                    if leaving:
-                        raise Preempted("stopped by a signal: the same command resumes from here")
-            finally:
-                self.finish_saving()
+            now = time.monotonic()
+            self.throughput.restart()
+            while self.stopped is None:
+                with monitor.watching(self.model) if monitor else nullcontext():
+                    self.step()
+                self.report(monitor)
+                before, now = now, time.monotonic()
+                counters["seconds"] += now - before
+                leaving = self.ranks.any(asked is not None and asked.is_set())
+                due = counters["step"] % self.config.training.checkpoint_every == 0
+                if due or self.stopped or leaving:
+                    self.save()
+                if leaving:
+                    raise Preempted("stopped by a signal: the same command resumes from here")
         return Ending(counters["step"], self.loss(), counters["dialogs_seen"], counters["seconds"], self.stopped)
 
     def step(self) -> None:
@@ -239,51 +235,41 @@ class Trainer:
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Begin to write a checkpoint of everything that the next step depends on; `finish_saving` waits for it.
+        """Write a checkpoint of everything that the next step depends on.
 
         Raises `WorkError` if training has diverged: a good checkpoint must not be replaced.
         """
-        self.finish_saving()
         self.ranks.first_does(self.check_directory)
         self.loss()  # raises if one is not finite
         if self.ranks.any(not are_finite(self.model.parameters())):
             raise diverged(f"the weights are not finite after step {self.counters['step']}")
         state = {"config": self.config.model_dump(), "counters": self.counters}
         root, keep = self.directory / "checkpoints", self.config.training.keep_checkpoints
-        tensors = self._tensors(self.ranks.sum(torch.stack(self.losses)))
-        self._saving = checkpoint.save_step(root, self.counters["step"], tensors, state, keep, self.ranks)
+        tensors = {name: full_tensor(tensor) for name, tensor in self._tensors().items()}
+        tensors |= {"losses": self.ranks.sum(torch.stack(self.losses)), "random.cpu": torch.get_rng_state()}
+        self.ranks.first_does(lambda: checkpoint.save_step(root, self.counters["step"], tensors, state, keep))
 
-    def finish_saving(self) -> None:
-        """Wait until the checkpoint that is being written is whole."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            checkpoint.finish(saving)
-
+    @torch.no_grad()
     def resume(self) -> None:
         """Continue from the latest whole checkpoint in `directory`, if there is one."""
-        folder = self.ranks.first_does(lambda: checkpoint.latest(self.directory / "checkpoints", self._expect))
+        folder = self.ranks.first_does(lambda: checkpoint.latest(self.directory / "checkpoints"))
         if folder is None:
             return
-        tensors, state = checkpoint.load(folder, self._expect, self.ranks)  # weights and moments in place
-        self.losses = list(tensors["losses"].to(self.model.device) / self.ranks.data_size)
-        torch.set_rng_state(tensors["random.cpu"])
-        self.counters |= state["counters"]
+        tensors, state = checkpoint.load(folder)
+        with reading(f"the checkpoint {folder}", KeyError, RuntimeError, TypeError):  # no run wrote it
+            for name, tensor in self._tensors().items():
+                tensor.copy_(distribute_like(tensor, tensors[name].to(tensor.device)))
+            self.losses = list(tensors["losses"].to(self.model.device) / self.ranks.data_size)
+            torch.set_rng_state(tensors["random.cpu"])
+            self.counters |= state["counters"]
 
-    def _tensors(self, losses: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return what a checkpoint holds: weights, optimizer state and `losses` as they are, and the random state."""
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Return weights and optimizer state, as they are and where they are."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for i, optimizer in enumerate(self.optimizers):
             for parameter, slots in optimizer.state_dict()["state"].items():
                 tensors |= {f"optim.{i}.{parameter}.{slot}": value for slot, value in slots.items()}
-        return tensors | {"losses": losses, "random.cpu": torch.get_rng_state()}
-
-    def _expect(self, state: dict) -> dict[str, torch.Tensor]:
-        """Return the tensors into which a checkpoint is loaded; a ValueError for impossible counters."""
-        counters = {"step": None, **state.get("counters", {})}  # earlier versions had fewer
-        if any(type(n) is not type(self.counters.get(name)) or not 0 <= n < math.inf for name, n in counters.items()):
-            raise ValueError(f"its counters are {counters}")
-        n_losses, dtype = min(counters["step"], LOG_EVERY), self.model.embedding.weight.dtype
-        return self._tensors(torch.empty(n_losses, dtype=dtype, device="meta"))
+        return tensors
 
 
 def are_finite(weights: Iterable[torch.Tensor]) -> bool:

@@ -4,8 +4,6 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from torch import nn
-
 from lib.agent.tools import open_tool
 from lib.base import InputError
 from lib.config import RunConfig, read_row
@@ -15,7 +13,7 @@ from lib.paths import DATABASE, ROW, only_process
 from lib.training import checkpoint
 from lib.training.devices import resolve_device
 from lib.training.monitor import Record
-from lib.training.saved import load_model, own_files, read_claim, read_people, run_tokenizer, without_weights
+from lib.training.saved import load_model, own_files, read_claim, read_people, run_tokenizer, with_weights
 
 
 def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = False) -> Iterator[dict]:
@@ -54,15 +52,13 @@ def _not_yet(directory: Path, config: RunConfig, measured: Collection[int]) -> I
         step = checkpoint.step_of(folder)
         if step in measured:
             continue
-        named = nn.ModuleDict({"model": without_weights(config.model)})  # gives weights the names of checkpoints
         try:
-            tensors, _ = checkpoint.load(folder, lambda _, named=named: named.state_dict())
-        except (InputError, OSError):
-            if checkpoint.damage(folder):  # or deleted by now
-                continue
-            raise
-        named.load_state_dict(tensors, assign=True)
-        yield step, named["model"]
+            tensors, _ = checkpoint.load(folder)
+        except InputError:  # damaged, or deleted by now
+            continue
+        prefix = "model."
+        weights = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        yield step, with_weights(config.model, weights, folder)
     if (directory / ROW).exists():  # then there may be no checkpoints any more
         step = read_row(directory / ROW)["steps"]
         if step not in measured:

@@ -208,7 +208,6 @@ def test_a_run_from_files_that_was_interrupted_anywhere_ends_with_the_same_weigh
         while part.counters["step"] < stop:
             part.step()
         part.save()
-        part.finish_saving()
     last = _trainer(parts, tmp_path / "parts", init=1)
     last.train()
     assert _identical(_weights(whole), _weights(last))

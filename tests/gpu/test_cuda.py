@@ -49,7 +49,6 @@ def test_a_replayed_run_that_was_killed_ends_as_if_nothing_had_happened(tmp_path
         first.step()
         if first.counters["step"] % first.config.training.checkpoint_every == 0:
             first.save()
-    first.finish_saving()
     second = make_trainer(variant, tmp_path / "parts", True, "cuda")
     second.train()
     for name, tensor in second.model.state_dict().items():

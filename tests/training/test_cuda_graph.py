@@ -36,7 +36,6 @@ def test_a_run_goes_on_with_or_without_a_cuda_graph(tmp_path):
         for _ in range(10):
             begun.step()
         begun.save()
-        begun.finish_saving()
         assert make_trainer(variant, folder, not first).train().loss == pytest.approx(expected.loss, rel=1e-7)
 
 

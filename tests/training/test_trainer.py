@@ -200,7 +200,6 @@ def test_weights_that_are_not_finite_are_no_checkpoint(data, tmp_path):
     trainer = _trainer(data, _config(), tmp_path)
     trainer.step()
     trainer.save()
-    trainer.finish_saving()
     trainer.step()
     with torch.no_grad():
         trainer.model.blocks[0].ffn.up_proj.weight[3, 2] = torch.inf
@@ -363,31 +362,17 @@ def test_a_checkpoint_from_when_rates_were_saved_is_resumed(data, tmp_path, monk
     for _ in range(10):
         first.step()
     first.save()
-    first.finish_saving()
     second = _trainer(data, config, tmp_path / "parts")
     second.train()
     assert _identical(_weights(second.model), _weights(expected.model))
 
 
-#: Some that concern any checkpoint (test_run has all of them), and those of a checkpoint of training.
-FORGED = (
-    {kind: forging.FORGED[kind] for kind in ("NaN", "another shape", "a pipe in place of the state")}
-    | {
-        f"{what} in the state": forging.state(lambda state, counters=counters: state | {"counters": counters})
-        for what, counters in {
-            "no counters": None,
-            "a list of counters": [1],
-            "no step": {"seconds": 1.0},
-            "a step that is a word": {"step": "20"},
-            "a step that is a truth": {"step": True},
-            "a step before the first": {"step": -1},
-            "another step than there are losses": {"step": 7},
-            "unknown counters": {"step": 20, "epochs": 1},
-            "endless seconds": {"step": 20, "seconds": float("inf")},
-        }.items()
-    }
-    | {"a random state that is none": forging.tensors(lambda _, found: found["random.cpu"].zero_())}
-)
+FORGED = {
+    "another shape": forging.FORGED["another shape"],
+    "a weight less": forging.FORGED["a weight less"],
+    "no counters": forging.state(lambda state: state | {"counters": None}),
+    "a random state that is none": forging.tensors(lambda _, found: found["random.cpu"].zero_()),
+}
 
 
 @pytest.fixture(scope="module")
@@ -399,17 +384,28 @@ def half_trained(data, tmp_path_factory) -> Path:
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("kind", FORGED)
-def test_a_checkpoint_that_no_run_wrote_is_passed_over_for_the_one_before(data, half_trained, tmp_path, kind, capsys):
+@pytest.mark.parametrize(
+    "kind", ["a pipe in place of tensors", "a pipe in place of the state", "a file without a name"]
+)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(data, half_trained, tmp_path, kind, capsys):
     shutil.copytree(half_trained, tmp_path / "run")
-    FORGED[kind](tmp_path / "run" / "checkpoints" / "step_00000020")
+    forging.FORGED[kind](tmp_path / "run" / "checkpoints" / "step_00000020")
     trainer = _trainer(data, _config(optim={"name": "muon"}, steps=30), tmp_path / "run", init=1)
     trainer.resume()
     told = capsys.readouterr().err
-    assert re.match("skipped: (cannot read )?the checkpoint .*step_00000020", told)
+    assert re.match("skipped: the checkpoint .*step_00000020", told)
     assert trainer.counters["step"] == 10 and told.count("\n") == 1 and len(told) < 600
     state = load_file(next((half_trained / "checkpoints" / "step_00000010").glob("*.safetensors")))
     assert all(torch.equal(state[f"model.{name}"], weight) for name, weight in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_a_checkpoint_that_no_run_wrote_is_refused_in_one_sentence(data, half_trained, tmp_path, kind):
+    shutil.copytree(half_trained, tmp_path / "run")
+    FORGED[kind](tmp_path / "run" / "checkpoints" / "step_00000020")
+    trainer = _trainer(data, _config(optim={"name": "muon"}, steps=30), tmp_path / "run", init=1)
+    with pytest.raises(InputError, match="^cannot read the checkpoint .*step_00000020: [^\n]*$"):
+        trainer.resume()
 
 
 def test_moments_that_overflow_do_not_make_a_checkpoint_useless(data, half_trained, tmp_path):
