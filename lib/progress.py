@@ -15,24 +15,8 @@ METER = re.compile(r": \d+/\d+ \[\d+:\d+")
 class _Lines(tqdm):
     """Progress as lines of text, ten seconds apart, for logs and batch-run notebooks; short work prints none."""
 
-    def __init__(self, total: int, description: str, initial: int):
-        super().__init__(
-            total=total,
-            desc=description,
-            initial=initial,
-            file=sys.stdout if _in_kernel() else sys.stderr,
-            delay=LINE_INTERVAL,
-            mininterval=LINE_INTERVAL,
-            miniters=0,
-            smoothing=0,
-            bar_format="{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
-        )
-
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         print(self, file=self.fp, flush=True)
-
-    def set_postfix_str(self, s: str = "", refresh: bool = False) -> None:
-        super().set_postfix_str(s, refresh=False)
 
     def close(self) -> None:
         self.disable = True  # or the last line is printed again
@@ -61,7 +45,10 @@ def progress(total: int, description: str | None, initial: int = 0):
     if is_watched():
         return _widget(total, description, initial)
     if asked == "lines" or not sys.stderr.isatty():
-        return _Lines(total, description, initial)
+        options = {"delay": LINE_INTERVAL, "mininterval": LINE_INTERVAL, "miniters": 0, "smoothing": 0}
+        shown = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        file = sys.stdout if _in_kernel() else sys.stderr
+        return _Lines(total=total, desc=description, initial=initial, file=file, bar_format=shown, **options)
     return tqdm(total=total, desc=description, initial=initial, leave=False)
 
 

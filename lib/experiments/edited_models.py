@@ -318,7 +318,7 @@ def measured(base: Setting, about: dict[str, Any]) -> list[dict[str, Any]]:
         experiments += [contest, forgive]
     with progress(len(experiments), f"Section 7.1, {base.mode}, {len(base.facts):,} facts") as bar:
         for experiment in experiments:
-            bar.set_postfix_str(experiment.__name__)
+            bar.set_postfix_str(experiment.__name__, refresh=False)
             for row in experiment(base):
                 found.append(about | {"experiment": experiment.__name__} | row | provenance(base.model.device))
             bar.update(1)

@@ -219,7 +219,7 @@ def _execute(
                 if left <= 0:
                     return
                 going = [_how_far(config, directory / config.run_id) for config, _ in running.values()]
-                bar.set_postfix_str("; ".join(going))
+                bar.set_postfix_str("; ".join(going), refresh=False)
             for future in finished:
                 config, device = running.pop(future)
                 idle.append(device)

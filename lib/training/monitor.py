@@ -2,7 +2,6 @@
 
 import json
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from math import inf
@@ -176,18 +175,8 @@ def _wandb() -> Iterator[ModuleType]:
 
 def _wandb_run(project: str, directory: Path):
     """Return the run of Weights & Biases that belongs to `directory`: an interrupted one is resumed."""
-    name = directory / "wandb" / "id"
-    if not name.exists():
-        name.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(name) as temporary:
-            temporary.write_text(uuid.uuid4().hex, encoding="utf-8")
+    (directory / "wandb").mkdir(parents=True, exist_ok=True)  # where `resume` keeps the id
     with _wandb() as wandb:
-        return wandb.init(
-            project=project,
-            name=directory.resolve().name,
-            id=name.read_text(encoding="utf-8"),
-            resume="allow",
-            dir=directory,
-            reinit="create_new",  # other runs of this process stay open
-            settings=wandb.Settings(console="off"),  # a progress bar is no metric
-        )
+        settings = wandb.Settings(console="off")  # a progress bar is no metric
+        names = {"project": project, "name": directory.resolve().name, "dir": directory}
+        return wandb.init(**names, resume="auto", reinit="create_new", settings=settings)  # other runs stay open

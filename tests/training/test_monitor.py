@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import nbformat
@@ -23,6 +24,7 @@ from lib.config import UNOBSERVED, Observers
 from lib.paths import ROOT
 from lib.progress import _Lines, progress
 from lib.training import monitor
+from lib.training.distributed import Preempted
 from lib.training.monitor import Monitor, Throughput, check_observers, read_record
 from lib.training.profiling import WAIT, WARM_UP, profiled
 
@@ -79,7 +81,7 @@ def test_where_nobody_watches_there_are_lines_now_and_then(clock, capsys):
     with progress(1000, "training") as lines:
         for step in range(1000):
             clock.now += 0.035
-            lines.set_postfix_str(f"loss={step}")
+            lines.set_postfix_str(f"loss={step}", refresh=False)
             lines.update()
     written = capsys.readouterr().err.splitlines()
     assert len(written) == 3  # 35 seconds, a line every 10
@@ -253,10 +255,11 @@ def offline(tmp_path, monkeypatch):
 def test_weights_and_biases_gets_the_same_metrics_offline_and_without_an_account(tmp_path, offline):
     observers = Observers(wandb="facts")
     check_observers(observers)
-    with Monitor(tmp_path / "run", total=4, observers=observers) as record:
+    with suppress(Preempted), Monitor(tmp_path / "run", total=4, observers=observers) as record:
         record.log(1, loss=0.1 + 0.2)
         record.log(2, loss=0.75)
         record.log(2, recall=1.0)
+        raise Preempted
     lines = _history(tmp_path / "run", 2)
     found = [{k: v for k, v in line.items() if k in ("_step", "loss", "recall")} for line in lines]
     assert found == [{"_step": 1, "loss": 0.1 + 0.2}, {"_step": 2, "loss": 0.75, "recall": 1.0}]
@@ -298,7 +301,7 @@ def profile(tmp_path_factory):
 
 
 def test_a_trace_holds_the_matrix_products_of_as_many_steps_as_were_asked_for(profile):
-    events = json.loads((profile[0] / "trace.json").read_text())["traceEvents"]
+    events = json.loads(next(profile[0].glob("*.pt.trace.json")).read_text())["traceEvents"]
     steps = [event["name"] for event in events if event["name"].startswith("ProfilerStep")]
     assert steps == [f"ProfilerStep#{WAIT + WARM_UP + i}" for i in range(3)]
     products = [event for event in events if event["name"] == "aten::mm"]
@@ -307,11 +310,6 @@ def test_a_trace_holds_the_matrix_products_of_as_many_steps_as_were_asked_for(pr
     inner = [event["args"]["Input Dims"] for event in products]
     assert all(one[1] == other[0] for one, other in inner) and any(other == [16, 260] for _, other in inner)
     assert all(event["dur"] > 0 for event in products)
-
-
-def test_a_summary_names_the_operators_and_the_memory(profile):
-    text = (profile[0] / "summary.txt").read_text()
-    assert text.startswith("3 steps\n") and "aten::mm" in text and "CPU Mem" in text
 
 
 def test_profiled_training_ends_with_the_same_weights_bit_for_bit(profile):
