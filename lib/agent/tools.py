@@ -1,10 +1,8 @@
-"""Tools that a model may use: the protocol, the SQL tools, and a calculator."""
+"""Tools that a model may use: the protocol, and the SQL tools."""
 
-import re
 import sqlite3
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from datetime import datetime
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import NamedTuple
 
 from lib.base import check_known, optional
 from lib.dialogs.chains import chain_dialog
-from lib.dialogs.request import fenced_line, parse_request
+from lib.dialogs.request import parse_request
 from lib.facts import database
 from lib.facts.database import connect_read_only, quoted, refusing
 from lib.facts.people import People, comparable
@@ -190,22 +188,6 @@ class EditableTool(AbstractContextManager):
 
     def __exit__(self, *_) -> None:
         self._folder.cleanup()
-
-
-class CalculatorTool:
-    """Computes ages. It shows how little a tool needs: `__call__`, and outcomes for its errors.
-
-    A request is `AGE 12/3/1970 ON 1/1/2020`, in a block fenced as calc.
-    """
-
-    def __call__(self, turn: str) -> Response:
-        match = re.fullmatch("AGE ([0-9/]+) ON ([0-9/]+)", fenced_line(turn, "calc"))
-        try:
-            born, on = (datetime.strptime(text, "%d/%m/%Y") for text in (match.groups() if match else ()))
-        except ValueError:  # not two dates
-            return _error(Outcome.MALFORMED)
-        years = on.year - born.year - ((on.month, on.day) < (born.month, born.day))
-        return Response(Outcome.ANSWER, str(years)) if years >= 0 else _error(Outcome.NO_MATCH)
 
 
 #: The tools that models are trained to use, by mode: each opens a database of people, has `dialog` and `parse` (as

@@ -28,13 +28,7 @@ def format_request(attribute: str, name: str) -> str:
 
 def parse_request(turn: str) -> Request | None:
     """Return the request that ends an assistant's turn, or None if the turn does not end in a well-formed one."""
-    match = re.fullmatch(r"FIND (\S+) FOR (.+)", fenced_line(turn, "sql"))
-    return Request(*match.groups()) if match else None
-
-
-def fenced_line(turn: str, language: str) -> str:
-    """Return the one line in the fenced block that ends `turn`, or "" if it does not end in such a block."""
     match turn.rsplit("\n", 3)[-3:]:  # a turn may be long
-        case [opening, line, "```"] if opening == f"```{language}":
-            return line
-    return ""
+        case ["```sql", line, "```"] if found := re.fullmatch(r"FIND (\S+) FOR (.+)", line):
+            return Request(*found.groups())
+    return None

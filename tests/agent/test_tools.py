@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from lib.agent.tools import (
     ERROR_TEXTS,
-    CalculatorTool,
     EditableTool,
     ForgivingTool,
     Outcome,
@@ -482,35 +481,6 @@ def test_pipes_and_devices_are_no_databases(tmp_path):
         for use in (SqlTool, EditableTool, lambda path: change_fact(path, "Ann", "pet", "cat")):
             with pytest.raises(InputError, match="there is no database"):
                 use(path)
-
-
-@given(st.dates(), st.dates())
-def test_an_age_is_the_number_of_birthdays(born, on):
-    request = f"AGE {born.day}/{born.month}/{born.year:04} ON {on.day}/{on.month}/{on.year:04}"
-    response = CalculatorTool()(f"Let me see:\n```calc\n{request}\n```")
-    if on < born:
-        assert response.outcome is Outcome.NO_MATCH
-    else:
-        birthdays = [(year, born.month, born.day) for year in range(born.year + 1, on.year + 1)]
-        assert response.ok and int(response.text) == sum(day <= (on.year, on.month, on.day) for day in birthdays)
-
-
-@pytest.mark.parametrize(
-    ("request_line", "outcome", "text"),
-    [
-        ("AGE 12/3/1970 ON 1/1/2020", Outcome.ANSWER, "49"),
-        ("AGE 12/3/1970 ON 12/3/2020", Outcome.ANSWER, "50"),
-        ("AGE 2/1/2020 ON 1/1/2020", Outcome.NO_MATCH, ERROR_TEXTS[Outcome.NO_MATCH]),
-        ("AGE 30/2/1970 ON 1/1/2020", Outcome.MALFORMED, ERROR_TEXTS[Outcome.MALFORMED]),
-        ("AGE 1/1/2020 ON 2/1/0000", Outcome.MALFORMED, ERROR_TEXTS[Outcome.MALFORMED]),
-        ("AGE 12/3/1970", Outcome.MALFORMED, ERROR_TEXTS[Outcome.MALFORMED]),
-        ("FIND occupation FOR Ann Lee", Outcome.MALFORMED, ERROR_TEXTS[Outcome.MALFORMED]),
-    ],
-)
-def test_the_calculator_answers_with_typed_outcomes(request_line, outcome, text):
-    response = CalculatorTool()(f"```calc\n{request_line}\n```")
-    assert (response.outcome, response.text) == (outcome, text)
-    assert CalculatorTool()(f"```sql\n{request_line}\n```").outcome is Outcome.MALFORMED
 
 
 # ---- A tool that forgives wrong letters
