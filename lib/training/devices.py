@@ -45,17 +45,6 @@ def peak_flops(device: torch.device, dtype: str, n_devices: int) -> float | None
     return next((n_devices * peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def memory(device: torch.device, root: Path = Path("/")) -> float:
-    """Return a GPU's memory in bytes or, on a CPU, the machine's or its control group's limit, whichever is smaller.
-
-    root: the folder below which the files of control groups are. inf if neither is known.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else float("inf")
-    return min([there, *(limit for (limit,) in _limits(root, "memory.max"))])
-
-
 def usable_cores() -> int:
     """Return how many cores this process may keep busy, at least one: the rest may belong to others.
 
@@ -70,18 +59,14 @@ def usable_cores() -> int:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Yield the quotas of CPU time, in cores, of this process's control group and its ancestors."""
-    return (quota / period for quota, period in _limits(root, "cpu.max"))
-
-
-def _limits(root: Path, name: str) -> Iterator[list[float]]:
-    """Yield the numbers in the file `name` of this process's control group (version 2) and its ancestors."""
+    """Yield the quotas of CPU time, in cores, of this process's control group (version 2) and its ancestors."""
     with suppress(OSError):
         group = (root / "proc/self/cgroup").read_text(encoding="utf-8").rpartition("0::/")[2].strip()
         here = root / "sys/fs/cgroup" / group
         for folder in (here, *here.parents):
             with suppress(OSError, ValueError):  # no limit ("max"), or not readable
-                yield [float(word) for word in (folder / name).read_text(encoding="utf-8").split()]
+                quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+                yield float(quota) / float(period)
 
 
 def fastest_threads(step: Callable[[], object], most: int) -> int:

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from lib.dialogs.batches import Source
 from lib.dialogs.files import read_dialogs
 from lib.dialogs.templates import dialogs
 from lib.dialogs.tokenizers import Tokenizer, tokenizer_file
-from lib.dialogs.tokens import TokenizedDialogs, join, tokenize, tokenize_people
+from lib.dialogs.tokens import TokenizedDialogs, join, tokenize
 from lib.evaluation.generalization import measure_generalization
 from lib.evaluation.recall import bits_of_dialogs, measure_recall
 from lib.facts.csv import write_people_csv
@@ -36,8 +35,8 @@ from lib.model.transformer import Transformer
 from lib.paths import CLAIM, DATABASE, MODEL, ROW, replacing, write_json
 from lib.provenance import commit, provenance
 from lib.training import checkpoint
-from lib.training.devices import fastest_threads, memory, resolve_device, usable_cores, use_full_float32, using_threads
-from lib.training.distributed import Ranks, asked_to_leave, connect, exiting_at_once, local_device, world_size
+from lib.training.devices import fastest_threads, resolve_device, usable_cores, use_full_float32, using_threads
+from lib.training.distributed import asked_to_leave, connect, exiting_at_once, local_device, world_size
 from lib.training.monitor import check_observers
 from lib.training.saved import Claim, check_claim, located, locked, own_files, read_claim, run_tokenizer, save_model
 from lib.training.trainer import Ending, Trainer
@@ -85,7 +84,6 @@ def run(
         ranks.first_does(lambda: stack.enter_context(lock) or check_claim(directory, claim))
         if not ranks.first_does((directory / ROW).exists):
             # Prepare: nothing is written, and bad input is refused before the folder is claimed.
-            _check_memory(config, people, tokenizer, device, ranks)
             data, sources = _dataset(config, people, tokenizer, files)
             model = Transformer(config.model, torch.Generator().manual_seed(config.seed)).to(device)
             threads = threads or _choose_threads(
@@ -101,7 +99,6 @@ def run(
             trainer = Trainer(model, data, config, directory, None, compiled, sources, ranks, replayed)
 
             ranks.first_does(lambda: _claim(directory, replace(claim, threads=threads), config_here, people))
-            trainer.check_directory = lambda: claim.check_stays(directory)
             tool = stack.enter_context(open_tool(config.mode, directory / DATABASE)) if ranks.rank == 0 else None
             some = list(islice(people.facts(), config.evaluation.questions))
             trainer.evaluate = lambda model: measure_recall(model, some, tokenizer, tool).overall
@@ -114,7 +111,6 @@ def run(
             def measure() -> None:
                 row = _row(model, config, people, tokenizer, tool, ending, trainer.total_steps)
                 check_row(row, FINISHED)
-                trainer.check_directory()
                 save_model(model, directory / MODEL, config, tokenizer.name)
                 write_json(directory / ROW, row)
 
@@ -151,23 +147,6 @@ def _dataset(
     return join(parts) if files else parts[0], sources
 
 
-def _check_memory(config: RunConfig, people: People, tokenizer: Tokenizer, device: torch.device, ranks: Ranks) -> None:
-    """Raise `InputError` if there is less memory than weights, gradients, moments, tokens and a step take at least."""
-    model, training, n_facts = config.model, config.training, people.n_facts
-    some = tokenize_people(people[:: 1 + len(people) // 64], config.mode, tokenizer)
-    length, n_trained = len(some.values) / len(some), int(some.n_trained.sum()) / len(some)
-    # Activations that a dialog keeps for the backward pass; the last block computes mostly trained positions.
-    left = 12 * model.d_model * ((model.n_layers - 1) * length + n_trained) + model.vocab_size * n_trained
-    n_rows = min(training.batch_size, n_facts) * training.questions / training.grad_accumulation / ranks.data_size
-    needed = 4 * model.n_params * (4 if config.optim.name == "adamw" else 3) / ranks.size
-    needed += 3 * n_facts * length + n_rows * left * (2 if training.dtype == "bfloat16" else 4)
-    if needed > (there := memory(device)):
-        raise InputError(
-            f"training {model.n_params:,} parameters on {n_facts:,} facts, {n_rows:,.0f} at once, takes at least "
-            f"{needed / 1e9:,.1f} GB of memory, and {device} has {there / 1e9:,.1f} GB: make one of these smaller"
-        )
-
-
 def _choose_threads(directory: Path, device: torch.device, trial: Callable[[], Trainer]) -> int:
     """Return a run's number of threads: what it began with, at most the cores there are; else what is set.
 
@@ -192,27 +171,15 @@ def _pays_to_compile(config: RunConfig, people: People, device: torch.device) ->
 
 def _claim(directory: Path, claim: Claim, config_here: RunConfig, people: People) -> None:
     """Write the run's claim, people and tokenizer into its folder: its model needs no file outside."""
-
-    def copy_tokenizer(path: Path) -> None:
-        with replacing(path) as temporary:
-            shutil.copyfile(tokenizer_file(config_here.tokenizer), temporary)
-
-    own, fields = own_files(directory, claim.config), {**vars(claim), "config": claim.config.model_dump(mode="json")}
-    files = {
-        directory / CLAIM: lambda path: write_json(path, fields),
-        directory / DATABASE: partial(write_database, people),
-    }
+    if not (directory / CLAIM).exists():  # the number of threads stays that of the first start
+        write_json(directory / CLAIM, {**vars(claim), "config": claim.config.model_dump(mode="json")})
+    write_database(people, directory / DATABASE)  # anew, for it may have been changed
+    own = own_files(directory, claim.config)
     if own.facts.csv is not None:
-        files[Path(own.facts.csv)] = partial(write_people_csv, people)
+        write_people_csv(people, own.facts.csv)
     if own.tokenizer != "bytes":
-        files[Path(own.tokenizer)] = copy_tokenizer
-    with ExitStack() as undo:
-        for path, write in files.items():
-            if is_new := not path.exists():
-                undo.callback(path.unlink, missing_ok=True)
-            if is_new or path.name == DATABASE:  # which may have been changed
-                write(path)
-        undo.pop_all()
+        with replacing(Path(own.tokenizer)) as temporary:
+            shutil.copyfile(tokenizer_file(config_here.tokenizer), temporary)
 
 
 def _row(

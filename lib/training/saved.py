@@ -13,7 +13,7 @@ import torch
 
 from lib.agent.generation import generate
 from lib.agent.tools import TOOLS, EditableTool, Tool, open_tool
-from lib.base import DamagedFile, InputError, WorkError
+from lib.base import DamagedFile, InputError
 from lib.config import ModelConfig, RunConfig
 from lib.dialogs.templates import Role, Turn, question
 from lib.dialogs.tokenizers import Tokenizer, load_tokenizer
@@ -44,13 +44,6 @@ class Claim:
     def __post_init__(self) -> None:
         if self.threads not in (None, *range(1, 1025)):
             raise InputError(f"threads = {self.threads}: a run takes at least one, and at most 1,024")
-
-    def check_stays(self, directory: Path) -> None:
-        """Raise `WorkError` unless it is still in the run's folder, with the database beside it."""
-        with suppress(InputError):
-            if read_claim(directory) == self and (directory / DATABASE).exists():
-                return
-        raise WorkError(f"{directory} was moved or deleted: put it back, and the same command resumes")
 
 
 def read_claim(directory: Path) -> Claim:

@@ -80,7 +80,6 @@ class Trainer:
         if smallest < n_parts * ranks.data_size:
             parts = f"training.grad_accumulation = {n_parts}, times the processes,"
             raise InputError(f"{parts} is too large for batches of {smallest} dialogs")
-        self.check_directory: Callable[[], None] = lambda: None  # called before anything is written there
         self.counters = {"step": 0, "dialogs_seen": 0, "seconds": 0.0, "reached": 0, "hopeless": False}
         self.losses: list[torch.Tensor] = []  # of the last steps, this rank's part; the loss is the sum over all
         self.throughput = Throughput(peak_flops(model.device, training.dtype, ranks.size))
@@ -239,7 +238,6 @@ class Trainer:
 
         Raises `WorkError` if training has diverged: a good checkpoint must not be replaced.
         """
-        self.ranks.first_does(self.check_directory)
         self.loss()  # raises if one is not finite
         if self.ranks.any(not are_finite(self.model.parameters())):
             raise diverged(f"the weights are not finite after step {self.counters['step']}")

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from lib import paths
 from lib.training import devices
@@ -52,20 +51,3 @@ def _write(root: Path, group: str | None, files: dict[str, str]) -> None:
     for name, content in (written if group is None else written | {"proc/self/cgroup": group}).items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(content)
-
-
-@pytest.mark.parametrize(
-    ("group", "files", "limit"),
-    [
-        ("0::/\n", {"memory.max": "5000\n"}, 5000),  # in a container
-        ("0::/\n", {"memory.max": "max\n"}, None),
-        ("0::/a/b\n", {"a/b/memory.max": "max\n", "a/memory.max": "4000\n", "memory.max": "7000\n"}, 4000),
-        ("0::/a\n", {"b/memory.max": "1"}, None),
-        ("0::/a\n", {"a/memory.max": "9000000000000000000"}, None),
-        (None, {"memory.max": "1"}, None),
-    ],
-)
-def test_the_memory_is_the_least_of_the_machine_s_and_the_control_groups(tmp_path, group, files, limit):
-    _write(tmp_path, group, files)
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert devices.memory(torch.device("cpu"), tmp_path) == (limit or machine)

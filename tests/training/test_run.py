@@ -21,10 +21,8 @@ from lib.agent.tools import SqlTool
 from lib.base import InputError, WorkError
 from lib.config import RunConfig, override
 from lib.dialogs.tokenizers import ByteTokenizer
-from lib.dialogs.tokens import tokenize_people
 from lib.evaluation.recall import measure_recall
 from lib.facts.sampling import load_people
-from lib.model.transformer import Transformer
 from lib.paths import CLAIM, write_json
 from lib.provenance import _git, commit
 from lib.training import checkpoint
@@ -210,9 +208,6 @@ REFUSED = {
     "a file of dialogs that holds none": ({"training.files": {os.devnull: 0.5}}, {}, "no such file"),
     "a tokenizer that is none": ({"tokenizer": "none.json"}, {}, "is no tokenizer"),
     "more columns than a database has": ({"facts": {"csv": "wide.csv"}}, {}, "too many columns"),
-    "a width beyond all memory": ({"model.d_model": 4 * 10**8}, {}, r"takes at least [\d,.]+ GB .* cpu has [\d,.]+ GB"),
-    "a vocabulary beyond all memory": ({"model.vocab_size": 10**12}, {}, r"takes at least [\d,.]+ GB"),
-    "layers beyond all memory": ({"model.n_layers": 999, "model.d_model": 10**6}, {}, r"takes at least [\d,.]+ GB"),
 }
 
 
@@ -249,93 +244,6 @@ def test_a_place_that_is_taken_is_refused(tmp_path, place, name, content, words)
     before = snapshot(tmp_path)
     _refused(_config(), tmp_path / place, words)
     assert snapshot(tmp_path) == before
-
-
-def _machine_of(monkeypatch, n_bytes: float) -> None:
-    """From now on the machine has that much memory."""
-    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": round(n_bytes), "SC_PAGE_SIZE": 1}.__getitem__)
-
-
-@pytest.mark.parametrize(
-    "assignments",
-    [
-        {"training__batch_size": 64, "model__d_model": 8},  # the batch counts
-        {"training__batch_size": 4, "model__d_model": 128, "optim__name": "adamw"},  # weights and moments
-        {"training__batch_size": 64, "model__d_model": 64, "model__n_layers": 4, "training__grad_accumulation": 4},
-        {"training__batch_size": 64, "model__d_model": 32, "training__dtype": "bfloat16", "model__vocab_size": 5_000},
-    ],
-)
-def test_a_run_is_refused_where_it_cannot_fit_and_never_where_it_does(tmp_path, monkeypatch, assignments):
-    """Against what a step of it really keeps: weights, gradients, moments, and what autograd saves."""
-    config = _config(facts__n_people=20, training__steps=1, **assignments)
-    model, tokenizer = Transformer(config.model), ByteTokenizer()
-    data = tokenize_people(load_people(config.facts), config.mode, tokenizer)
-    trainer, kept, most = Trainer(model, data, config, tmp_path / "measured"), {}, []
-
-    def save(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    backward = torch.Tensor.backward
-    monkeypatch.setattr(
-        torch.Tensor, "backward", lambda x: (most.append(sum(kept.values())), kept.clear(), backward(x))
-    )
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        trainer.step()
-    monkeypatch.undo()
-    moments = [x for o in trainer.optimizers for s in o.state.values() for x in s.values()]
-    weights = sum(x.nbytes for x in (*moments, *model.parameters())) + sum(x.nbytes for x in model.parameters())
-    _machine_of(monkeypatch, (weights + max(most)) / 4)
-    _refused(config, tmp_path / "run", "takes at least")
-    _machine_of(monkeypatch, weights + max(most))
-    assert run(config, tmp_path / "run")["steps"] == 1
-
-
-def test_people_whose_tokens_do_not_fit_are_refused_before_there_are_any(tmp_path, monkeypatch):
-    _machine_of(monkeypatch, 10e6)
-    monkeypatch.setattr("lib.training.run._dataset", None)  # of all people
-    _refused(_config("in-tool", facts__n_people=10_000), tmp_path / "run", "40,000 facts, .* takes at least 0.0 GB")
-
-
-# ---- A folder that does not stay
-
-
-@pytest.mark.parametrize(
-    ("mode", "what"),
-    [("in-weight", what) for what in ("moved", "deleted", "replaced", "config.json", "people.sqlite")]
-    + [("in-tool", what) for what in ("moved", "people.sqlite")],
-)
-def test_a_run_whose_folder_goes_ends_with_one_sentence_and_writes_nothing_in_its_place(
-    tmp_path, monkeypatch, what, mode
-):
-    directory, measure = tmp_path / "run", measure_recall
-
-    def take_away(*arguments, **options):
-        if what == "moved":
-            directory.rename(tmp_path / "moved")
-        elif what in ("deleted", "replaced"):
-            shutil.rmtree(directory)
-        else:
-            (directory / what).unlink()
-        if what == "replaced":
-            write_json_of_another_run()
-        left.update(snapshot(tmp_path))
-        return measure(*arguments, **options)
-
-    def write_json_of_another_run() -> None:
-        directory.mkdir()
-        (directory / "people.sqlite").touch()
-        write_json(directory / "config.json", {**claim, "people_digest": "of others"})
-
-    left: dict = {}
-    claim = {"config": _config(mode).model_dump(mode="json"), "files": {}, "tokenizer": "bytes"}
-    monkeypatch.setattr("lib.training.run.measure_recall", take_away)
-    with pytest.raises(WorkError, match=r"run was moved or deleted: put it back") as caught:
-        run(_config(mode, evaluation__every=7, training__checkpoint_every=100), directory)
-    assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
-    now = snapshot(tmp_path)
-    assert {name for name in now if not name.endswith(".lock")} <= left.keys()
-    assert not (directory / "row.json").exists() and not (directory / "model").exists()
 
 
 def test_a_folder_with_nothing_but_what_a_killed_run_left_is_taken(tmp_path):
