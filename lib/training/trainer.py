@@ -259,7 +259,8 @@ class Trainer:
                 tensor.copy_(distribute_like(tensor, tensors[name].to(tensor.device)))
             self.losses = list(tensors["losses"].to(self.model.device) / self.ranks.data_size)
             torch.set_rng_state(tensors["random.cpu"])
-            self.counters |= state["counters"]
+            # A step that is a word would end in a traceback later.
+            self.counters |= {name: type(self.counters[name])(n) for name, n in state["counters"].items()}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Return weights and optimizer state, as they are and where they are."""
