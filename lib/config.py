@@ -5,12 +5,14 @@ The same object is built by a notebook cell, the command line, a sweep and a clu
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, Json, TypeAdapter, ValidationError, model_validator
 
 from lib.base import Config, Identified, InputError, unique_fields
 from lib.dialogs.templates import QuestionMode
@@ -243,12 +245,35 @@ UNOBSERVED = Observers()
 FINISHED = "mode n_facts recall n_questions steps steps_budget train_seconds stopped finished_at device config".split()
 TEXT = """run_id profile mode optimizer dtype stopped people_digest tokenizer finished_at device python torch commit
 measured_commit base task adaptation weights capability_task capability_source experiment method asked who""".split()
+_Integer = Annotated[int, Field(ge=0, lt=2**63)]
+#: Pattern of column names, description and type of values; the first match counts.
+_COLUMNS = [
+    ("|".join(TEXT), "text", TypeAdapter(str)),
+    ("n_(facts|params|questions)|batch_size|steps_budget", "above 0", TypeAdapter(Annotated[_Integer, Field(gt=0)])),
+    ("seed|steps?|next_smaller|n_recall|n_people|d_model", "a count", TypeAdapter(_Integer)),
+    ("final|repeats|every_seed", "True or False", TypeAdapter(bool)),
+    ("config", "an object as JSON", TypeAdapter(Json[dict])),
+    ("sizes", "sizes of files", TypeAdapter(dict[str, int])),
+    ("hops|by_frequency", "anything", TypeAdapter(Any)),
+    ("nll_bits.*", "a finite number", TypeAdapter(FiniteFloat)),  # an attribute may be called recall
+    (".*recall.*", "from 0 to 1", TypeAdapter(Annotated[float, Field(ge=0, le=1)])),
+    ("(?s).*", "a finite number", TypeAdapter(FiniteFloat | bool)),
+]
 
 
-def check_row(row: Mapping[str, Any], fields: Iterable[str] = ()) -> None:
-    """Raise `ValueError` unless a row has all `fields`, and a configuration that can be read."""
+def check_row(row: Mapping[str, Any], fields: Iterable[str] = (), strict: bool = True) -> None:
+    """Raise `ValueError` unless a row has all `fields`, and each value is of its column's type.
+
+    If not `strict`, text that can be read as this type is accepted, too.
+    """
     if lacking := [name for name in fields if row.get(name) is None]:
         raise ValueError(f"it lacks {lacking[0]}")
+    for name, value in row.items():
+        kind, accepted = next(column for pattern, *column in _COLUMNS if re.fullmatch(pattern, name))
+        try:
+            value is None or accepted.validate_python(value, strict=strict)
+        except ValidationError:
+            raise ValueError(f"{name} is {brief(value)}, not {kind}") from None
     if row.get("config") and "base" not in row:  # no fine-tuning row
         config_of(row)
 

@@ -1,6 +1,7 @@
-"""Rows are checked where they are read: damage harms its own run alone, and a damaged table is one sentence."""
+"""Rows are typed where they are read: damage harms its own run alone, and a damaged table is one sentence."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -14,7 +15,9 @@ from lib.experiments.rows import known_rows, sweep_dir, table_path
 from lib.paths import ROWS
 
 ROW = json.loads((paths.CHECKPOINTS / "in-tool" / "row.json").read_text())
+OTHERS = ["x", "0.5", [1], {"a": 1}, -1, 0, 0.5, 2, True, None, "", float("nan"), float("inf"), "[]", 10**400]
 CONFIGS = ["[", "[]", "5", '{"facts":5}', '{"training":{"files":[1]}}', '{"seed":NaN}', '{"of":"another version"}']
+SHARES, COUNTS = ("recall", "recall_occupation"), ("n_facts", "n_questions", "steps", "steps_budget")
 
 
 @pytest.fixture
@@ -28,8 +31,26 @@ def two(paper_data):
     return files
 
 
+def test_a_value_of_another_type_is_damage_and_whatever_passes_can_be_computed_with(tmp_path):
+    passed = {name: [] for name in ROW}
+    for name in ROW:
+        for value in [*OTHERS, *CONFIGS]:
+            (tmp_path / "row.json").write_text(json.dumps(ROW | {name: value}))
+            try:
+                passed[name].append(read_row(tmp_path / "row.json")[name])
+            except DamagedFile as error:
+                told = rf"row.json is damaged \(({name} is|it lacks {name}\))"
+                assert name == "config" or re.search(told, str(error))
+    assert all({*passed[name]} - {None} == {0, 0.5} for name in SHARES)
+    assert all({*passed[name]} - {0} == {2} for name in COUNTS)
+    assert passed["config"] == []
+    rows = [ROW | {name: value, "profile": "smoke"} for name in ROW for value in passed[name]]
+    assert len(tables.described(pd.DataFrame(rows))) == len(rows) > 200
+    assert sweep._speed(rows, "cpu") > 0
+
+
 def test_a_damaged_row_harms_its_own_run_alone(two, capsys):
-    for changed in ({"recall": None}, {"config": "["}, {"config": "5"}):
+    for changed in ({"recall": "x"}, {"recall": None}, {"steps": "x"}, {"config": "["}, {"n_facts": "a"}):
         two[0].write_text(json.dumps(ROW | changed))
         assert two[1].parent.name in known_rows("05_1", "smoke", searches("05_1", "smoke"))
         assert capsys.readouterr().err.startswith(f"skipped: {two[0]} is damaged (")
@@ -44,8 +65,8 @@ def test_a_row_that_lacks_what_code_reads_of_every_run_is_damaged(tmp_path):
             read_row(tmp_path / "row.json")
 
 
-@pytest.mark.parametrize("content", ["[]", "[{}]", "[5]", "{}"])
-def test_no_row_is_damage_of_its_file_alone(content, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("content", ["[]", "[{}]", '[{"run_id":5}]', '[{"run_id":"a","recall":2}]', "[5]", "{}"])
+def test_no_row_and_a_row_of_other_types_are_damage_of_its_file_alone(content, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ITL_RUNS", str(tmp_path))
     monkeypatch.setattr(paths, "PAPER_DATA", tmp_path)
     plan = [RunConfig(seed=seed) for seed in (0, 1)]
@@ -59,14 +80,15 @@ def test_no_row_is_damage_of_its_file_alone(content, tmp_path, monkeypatch, caps
 
 
 def test_a_damaged_table_is_one_sentence_with_its_row(two):
-    """A configuration that is none."""
+    """A cell of text where a number belongs, whichever column it is; or a configuration that is none."""
     whole = pd.DataFrame([ROW | {"profile": "smoke", "run_id": str(i), "next_smaller": 8} for i in range(3)])
     path, plan = table_path("05_1"), searches("05_1", "smoke")
     whole.to_csv(path, index=False)
     assert len(tables.committed_rows("05_1")) == 3
-    for value in CONFIGS:
-        damaged = whole.copy()
-        damaged.loc[1, "config"] = value
+    damage = [*((name, "x") for name in whole.select_dtypes("number").columns), *(("config", each) for each in CONFIGS)]
+    for name, value in damage:
+        damaged = whole.astype({name: object})
+        damaged.loc[1, name] = value
         damaged.to_csv(path, index=False)
         for read in (lambda: tables.committed_rows("05_1"), lambda: known_rows("05_1", "smoke", plan)):
             with pytest.raises(InputError, match=f"table {path}, which `git checkout` restores: cannot read row 2: "):
