@@ -171,15 +171,20 @@ def _pays_to_compile(config: RunConfig, people: People, device: torch.device) ->
 
 def _claim(directory: Path, claim: Claim, config_here: RunConfig, people: People) -> None:
     """Write the run's claim, people and tokenizer into its folder: its model needs no file outside."""
-    if not (directory / CLAIM).exists():  # the number of threads stays that of the first start
+    own, is_new = own_files(directory, claim.config), not (directory / CLAIM).exists()
+    if is_new:  # the number of threads stays that of the first start
         write_json(directory / CLAIM, {**vars(claim), "config": claim.config.model_dump(mode="json")})
-    write_database(people, directory / DATABASE)  # anew, for it may have been changed
-    own = own_files(directory, claim.config)
-    if own.facts.csv is not None:
-        write_people_csv(people, own.facts.csv)
-    if own.tokenizer != "bytes":
-        with replacing(Path(own.tokenizer)) as temporary:
-            shutil.copyfile(tokenizer_file(config_here.tokenizer), temporary)
+    try:
+        write_database(people, directory / DATABASE)  # anew, for it may have been changed
+        if own.facts.csv is not None:
+            write_people_csv(people, own.facts.csv)
+        if own.tokenizer != "bytes":
+            with replacing(Path(own.tokenizer)) as temporary:
+                shutil.copyfile(tokenizer_file(config_here.tokenizer), temporary)
+    except BaseException:
+        if is_new:  # a refused run claims no folder
+            (directory / CLAIM).unlink()
+        raise
 
 
 def _row(

@@ -16,7 +16,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-import forging
 import pytest
 import torch
 from full_disk import full_after
@@ -159,11 +158,6 @@ BAD = {
         _damage(checkpoint.TENSORS, lambda b: b[:-100]),
     ),
     "a flipped bit": Bad("chat in-weight Hello?", ("damaged", checkpoint.TENSORS), _damage(checkpoint.TENSORS, _flip)),
-    "weights that are no numbers": Bad(
-        "chat in-weight Hello?",
-        ("q_proj.weight is not finite",),
-        lambda here: forging.FORGED["NaN"](here / "in-weight" / "model"),
-    ),
     # Sizes and names
     "an integer of 4,000 digits": Bad(f"train --set model.d_model={'8' * 4_000}", ("model.d_model", "below 2^63")),
     "a value that is nested without end": Bad(f"train --set seed={'[' * 100_000}", ("seed", "integer", "[[[")),
