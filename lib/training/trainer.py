@@ -254,7 +254,7 @@ class Trainer:
         if folder is None:
             return
         tensors, state = checkpoint.load(folder)
-        with reading(f"the checkpoint {folder}", KeyError, RuntimeError, TypeError):  # no run wrote it
+        with reading(f"the checkpoint {folder}", KeyError, RuntimeError, TypeError, AttributeError):  # no run wrote it
             for name, tensor in self._tensors().items():
                 tensor.copy_(distribute_like(tensor, tensors[name].to(tensor.device)))
             self.losses = list(tensors["losses"].to(self.model.device) / self.ranks.data_size)
