@@ -48,7 +48,7 @@ for commands, libraries in {STEPS}:
         assert not set(libraries) & set(sys.modules), (command, set(libraries) & set(sys.modules))
 from lib.finetune import bases, config, experiments
 experiments.plan("paper")
-from lib.figures import record, teaching
+from lib.figures import ask, record
 [record.draw(name) for name in ("parameter_bounds", "generalization")]
 import pandas
 from lib.experiments import scale_tables

@@ -135,7 +135,8 @@ def ask(
     """
     from lib.agent.tools import EditableTool, SqlTool
     from lib.facts.database import as_database
-    from lib.figures import style, teaching
+    from lib.figures import ask as figures_of_ask
+    from lib.figures import style
     from lib.finetune.ask import PHRASINGS, Verdict, ask_people, recall_by_phrasing, sample_questions
     from lib.finetune.endpoint import EndpointConfig
 
@@ -151,6 +152,6 @@ def ask(
     n_facts = len(asked) // table.phrasing.nunique()
     console.print(f"{n_facts:,} facts in each phrasing, 95% intervals (low to high), and why questions failed:")
     console.table(table, ["protocol", "phrasing", "recall", "low", "high", *failures])
-    _, figure = style.save_in(teaching.recall_by_phrasing(table, endpoint["model"]), out.name, out.parent)
+    _, figure = style.save_in(figures_of_ask.recall_by_phrasing(table, endpoint["model"]), out.name, out.parent)
     console.print(f"all records are in {out}, a figure in {figure}")
     _check_answered(records)

@@ -76,6 +76,7 @@ def run(
     people, tokenizer = read_inputs(config_here)
     with ExitStack() as stack:
         files = {path: read_dialogs(inputs.get(path, path), tokenizer) for path in sorted(config.training.files)}
+        # In the form of earlier versions, so that their unfinished runs resume.
         hashes = {path: f"{digest[:32]}-{tokenizer.name}-1" for path, (_, digest) in files.items()}
         claim = Claim(config, people.digest(), hashes, tokenizer.name, threads)
         check_claim(directory, claim)

@@ -28,7 +28,7 @@ from lib.facts.csv import write_people_csv
 from lib.facts.database import change_fact, write_database
 from lib.facts.people import ATTRIBUTES, People
 from lib.facts.sampling import sample_people
-from lib.figures.teaching import recall_by_phrasing as recall_figure
+from lib.figures.ask import recall_by_phrasing as recall_figure
 from lib.finetune.ask import (
     PAPER,
     PHRASINGS,
