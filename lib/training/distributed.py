@@ -128,8 +128,12 @@ def is_first() -> bool:
 
 
 def _number(name: str) -> int:
-    """Return a number that torchrun or Slurm set in the environment, 0 without one."""
-    return int(os.environ.get(name) or 0)
+    """Return a number that torchrun or Slurm set in the environment, 0 without one; else raise `InputError`."""
+    text = os.environ.get(name) or "0"
+    if not text.isdecimal():
+        set_by = "unset it (torchrun and Slurm set it themselves)"
+        raise InputError(f"{name} = {text!r} in the environment is no number: {set_by}")
+    return int(text)
 
 
 def local_device(device: torch.device) -> torch.device:
@@ -162,6 +166,8 @@ def connect(device: torch.device, config: ModelConfig, sharded: bool = False, te
     if size == 1:
         yield ALONE
         return
+    if not dist.is_initialized() and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
+        raise InputError(f"WORLD_SIZE = {size} without RANK, MASTER_ADDR and MASTER_PORT in the environment: unset it")
     # Harmless here: warnings of two all-reduces for a tensor on a 2D mesh, and of views returned by an FSDP2 block.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .*returned a view")

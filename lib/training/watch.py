@@ -9,7 +9,7 @@ from lib.base import InputError
 from lib.config import RunConfig, read_row
 from lib.evaluation.recall import bits_of_dialogs, measure_recall
 from lib.model.transformer import Transformer
-from lib.paths import DATABASE, ROW
+from lib.paths import DATABASE, ROW, only_process
 from lib.training import checkpoint
 from lib.training.devices import resolve_device
 from lib.training.monitor import Record
@@ -28,11 +28,15 @@ def evaluate_checkpoints(directory: Path, device: str = "auto", watch: bool = Fa
     config = read_claim(directory).config
     people, tokenizer = read_people(directory, config), run_tokenizer(own_files(directory, config))
     facts = list(people.facts())
-    with Record(directory / "evaluations.jsonl") as record, open_tool(config.mode, directory / DATABASE) as tool:
+    with (
+        only_process(directory / ".evaluations.lock"),  # a second process waits and finds everything measured
+        Record(directory / "evaluations.jsonl") as record,
+    ):
         while True:
             finished = (directory / ROW).exists()  # checked first, so that no later checkpoint is missed
             for step, model in _not_yet(directory, config, record.steps):
-                measured = measure_recall(model.to(device), facts, tokenizer, tool)
+                with open_tool(config.mode, directory / DATABASE) as tool:
+                    measured = measure_recall(model.to(device), facts, tokenizer, tool)
                 bits = float(bits_of_dialogs(model, measured.dialogs).mean())
                 line = {"step": step, **measured.columns(), "nll_bits": bits}
                 record.write(**line)

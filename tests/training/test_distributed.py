@@ -111,6 +111,23 @@ def test_what_cannot_be_divided_is_one_sentence(monkeypatch, size, tensor, messa
         pass
 
 
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two' in the environment is no number"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE = '-1' in the environment is no number"),
+        ({"RANK": "x"}, "RANK = 'x' in the environment is no number"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE = 2 without RANK, MASTER_ADDR and MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "without RANK, MASTER_ADDR and MASTER_PORT"),
+    ],
+)
+def test_variables_of_processes_that_nobody_started_are_one_sentence(monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message), connect(torch.device("cpu"), ModelConfig()):
+        is_first()
+
+
 def test_empty_variables_are_those_of_a_process_alone(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "")
