@@ -371,6 +371,7 @@ FORGED = {
     "another shape": forging.FORGED["another shape"],
     "a weight less": forging.FORGED["a weight less"],
     "no counters": forging.state(lambda state: state | {"counters": None}),
+    "a step that is a word": forging.state(lambda state: state | {"counters": state["counters"] | {"step": "ten"}}),
     "a random state that is none": forging.tensors(lambda _, found: found["random.cpu"].zero_()),
 }
 
